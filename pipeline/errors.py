@@ -1,0 +1,94 @@
+"""The exception tree. Every error says the rule, the value and the way out; only `cli` turns them into one line.
+
+DeitCliError                    exit code 1: cannot
+├── UsageError                  exit code 2: a value the user passed is out of its range
+│   └── RecipeError             a recipe that cannot be rendered
+├── StorageError                a file that cannot be read, written or published
+├── SourceError                 the original images: missing, ambiguous, damaged archive
+│   └── BadImageError           one image that cannot be decoded; carries its key
+├── TeacherError                wrong classes, wrong weights, not accurate enough
+│   └── NonFiniteTeacherError   NaN or infinity in the teacher's outputs; carries the views
+├── LabelSetError               anything wrong with a label set
+│   ├── LabelSetCorrupt         bytes that are not what the manifest promises
+│   ├── LabelSetMismatch        sound, but made from another recipe, teacher, source or format
+│   ├── LabelSetIncomplete      not sealed: rows are missing
+│   └── ReplayError             this machine renders other pixels than the teacher saw
+├── CheckpointError             a checkpoint that is damaged or belongs to another run
+└── TrainingError               the run cannot go on (non-finite loss, say)
+"""
+
+
+class DeitCliError(Exception):
+    """Base of every error this project raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(DeitCliError):
+    """A value that the user passed is out of its range, or two of them contradict each other."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be rendered: unknown field, value out of range."""
+
+
+class StorageError(DeitCliError):
+    """A file that cannot be read, written or published."""
+
+
+class SourceError(DeitCliError):
+    """The original images cannot be used: missing, ambiguous, or a damaged archive."""
+
+
+class BadImageError(SourceError):
+    """One image cannot be decoded.
+
+    Attributes:
+        key: the sample key of the image.
+        reason: what is wrong with it, without the key.
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"image {self.key!r}: {self.reason}"
+
+
+class TeacherError(DeitCliError):
+    """The teacher cannot label this source: wrong classes, wrong weights, not accurate enough."""
+
+
+class NonFiniteTeacherError(TeacherError):
+    """The teacher answered NaN or infinity; the argmax of that is a valid class, so it must never be stored."""
+
+
+class LabelSetError(DeitCliError):
+    """Anything wrong with a label set."""
+
+
+class LabelSetCorrupt(LabelSetError):
+    """Bytes of the label set are not what its manifest promises."""
+
+
+class LabelSetMismatch(LabelSetError):
+    """The label set is sound, but was made from another recipe, teacher, source or format version."""
+
+
+class LabelSetIncomplete(LabelSetError):
+    """The label set is not sealed: some of its rows do not exist yet."""
+
+
+class ReplayError(LabelSetError):
+    """This machine renders other pixels than those the teacher answered for."""
+
+
+class CheckpointError(DeitCliError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+class TrainingError(DeitCliError):
+    """The run cannot go on."""

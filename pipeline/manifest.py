@@ -1,0 +1,301 @@
+"""Plan and manifest: what a label set is, written first and never changed, and what of it is complete, written last.
+
+Both are strict JSON: unknown fields, duplicate keys, NaN and unsafe names are refused. Ids are SHA-256 over canonical
+JSON; `labelset_id` covers recipe, teacher, source and the stored precision, so any of them changes it.
+"""
+
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.config import Precision
+from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
+from pipeline.ids import canonical_json, sha256_json
+from pipeline.labels import FORMAT, MAX_TOPK, VERSION
+from pipeline.recipe import Recipe
+from pipeline.storage import SAFE_NAME, read_json
+
+PLAN_NAME = "plan.json"
+MANIFEST_NAME = "manifest.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$", max_length=200)]
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Channels = tuple[float, float, float]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_RecordT = TypeVar("_RecordT", bound=_Record)
+
+
+class TeacherIdentity(_Record):
+    """Everything that decides what a teacher answers.
+
+    Attributes:
+        name: resolved name, such as `regnety_160.deit_in1k`.
+        weights_sha256: over names, dtypes, shapes and bytes of all tensors.
+        img_size: pixels to which views are resized for it.
+        mean: of the full range 0..1, per channel.
+        std: likewise.
+        num_classes: C.
+        class_names: in the order of its outputs, where it knows them.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=500)]
+    weights_sha256: Sha256
+    img_size: Annotated[int, Field(ge=1, le=4096)]
+    mean: Channels
+    std: Channels
+    num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    class_names: tuple[str, ...] | None
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return sha256_json(self.model_dump(mode="json"))
+
+
+class ShardRecord(_Record):
+    """One source shard: its name, its number of samples, and a hash over their keys and class labels."""
+
+    name: Name
+    num_samples: Count
+    keys_sha256: Sha256
+
+
+class SourceRecord(_Record):
+    """Where the images came from. The location is where they lay; it is no part of the identity."""
+
+    kind: Literal["folder", "tar", "parquet"]
+    location: str
+    class_names: tuple[str, ...] | None
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the canonical JSON of class names and shards."""
+        return sha256_json(self.model_dump(mode="json", include={"class_names", "shards"}))
+
+
+class Plan(_Record):
+    """What a label set is. Written first, create-only, and never changed."""
+
+    format: Literal["deit-cli-labels"] = FORMAT
+    version: Literal[1] = VERSION
+    labelset_id: Sha256
+    recipe_id: Sha256
+    teacher_id: Sha256
+    source_id: Sha256
+    recipe: dict[str, Any]
+    teacher: TeacherIdentity
+    source: SourceRecord
+    topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
+    precision: Precision
+
+    @classmethod
+    def make(
+        cls, *, recipe: Recipe, teacher: TeacherIdentity, source: SourceRecord, topk: int, precision: Precision
+    ) -> Self:
+        """Build a plan; its ids follow from its parts."""
+        ids = {"recipe_id": recipe.id, "teacher_id": teacher.id, "source_id": source.id}
+        return cls(
+            labelset_id=_labelset_id(ids, topk, precision),
+            recipe_id=recipe.id,
+            teacher_id=teacher.id,
+            source_id=source.id,
+            recipe=recipe.to_dict(),
+            teacher=teacher,
+            source=source,
+            topk=topk,
+            precision=precision,
+        )
+
+    @model_validator(mode="after")
+    def _ids_follow_from_parts(self) -> Self:
+        ids = {"recipe_id": self.make_recipe().id, "teacher_id": self.teacher.id, "source_id": self.source.id}
+        for name, value in (ids | {"labelset_id": _labelset_id(ids, self.topk, self.precision)}).items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} is {short(getattr(self, name))}, but its parts hash to {short(value)}")
+        names = [shard.name for shard in self.source.shards]
+        if len(set(names)) != len(names):
+            raise ValueError("two source shards have one name")
+        return self
+
+    def make_recipe(self) -> Recipe:
+        """Return the recipe as an object."""
+        return Recipe.from_dict(self.recipe)
+
+    def check_same(self, other: "Plan", *, folder: Path) -> None:
+        """Raise LabelSetMismatch, naming the first part that differs, unless `other` is the same label set."""
+        for part in ("recipe", "teacher", "source"):
+            mine, theirs = getattr(self, f"{part}_id"), getattr(other, f"{part}_id")
+            if mine != theirs:
+                raise LabelSetMismatch(
+                    f"{folder} was made with {part} {short(mine)}, this run asks for {short(theirs)}"
+                    f"{first_difference(_plain(getattr(self, part)), _plain(getattr(other, part)))}."
+                    f" Use the same {part} or another --out"
+                )
+        for part in ("topk", "precision"):
+            mine, theirs = getattr(self, part), getattr(other, part)
+            if mine != theirs:
+                raise LabelSetMismatch(
+                    f"{folder} was made with --{part} {mine}, this run asks for {theirs}. Use the same or another --out"
+                )
+
+
+class FileEntry(_Record):
+    """One complete file of the set. Its path follows from kind, shard and views."""
+
+    kind: Literal["samples", "labels"]
+    shard: Name
+    view_start: Count = 0
+    view_stop: Count = 0
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+
+    @property
+    def path(self) -> PurePosixPath:
+        """Path inside the label set."""
+        if self.kind == "samples":
+            return samples_path(self.shard)
+        return labels_path(self.shard, range(self.view_start, self.view_stop))
+
+
+class Probe(_Record):
+    """Pixels of one view as the teacher saw them, before mixing, and the mix that followed.
+
+    Attributes:
+        shard: source shard.
+        row: of the sample.
+        view: view number.
+        pixels_sha256: over uint8 [H, W, 3].
+        sample: base64 of 768 of those bytes, evenly spaced, to measure a difference by.
+        partner: row of the partner, or None.
+        lam: weight of the sample's own view.
+        box: top, left, height, width of CutMix's box, or None.
+    """
+
+    shard: Name
+    row: Count
+    view: Count
+    pixels_sha256: Sha256
+    sample: Annotated[str, Field(max_length=4096)]
+    partner: Count | None
+    lam: Annotated[float, Field(ge=0, le=1)]
+    box: tuple[int, int, int, int] | None
+
+
+class Manifest(_Record):
+    """What of a label set is complete. Replaced atomically, and last: it is the commit."""
+
+    format: Literal["deit-cli-labels"] = FORMAT
+    version: Literal[1] = VERSION
+    labelset_id: Sha256
+    sealed: bool
+    view_blocks: tuple[tuple[Count, Count], ...]
+    files: tuple[FileEntry, ...]
+    probes: tuple[Probe, ...]
+    environments: tuple[dict[str, str], ...]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        stop = 0
+        for start, end in sorted(self.view_blocks):
+            if not stop <= start < end:
+                raise ValueError(f"view blocks must be ranges that do not overlap, got {list(self.view_blocks)}")
+            stop = end
+        paths = [entry.path for entry in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("one file is listed twice")
+        return self
+
+
+def samples_path(shard: str) -> PurePosixPath:
+    """Return where the samples of a source shard stand in a label set."""
+    return PurePosixPath("samples") / f"{shard}.parquet"
+
+
+def labels_path(shard: str, views: range) -> PurePosixPath:
+    """Return where the labels of a source shard and a block of views stand in a label set."""
+    return PurePosixPath("labels") / f"views-{views.start:05d}-{views.stop - 1:05d}" / f"{shard}.parquet"
+
+
+def read_plan(folder: Path) -> Plan:
+    """Read and check `plan.json`."""
+    return _read_record(folder / PLAN_NAME, Plan)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json`."""
+    return _read_record(folder / MANIFEST_NAME, Manifest)
+
+
+def read_probes(values: list[dict[str, Any]], path: Path) -> list[Probe]:
+    """Check the probes of a label shard's footer."""
+    try:
+        return [Probe.model_validate_json(canonical_json(value)) for value in values]
+    except ValidationError as error:
+        raise LabelSetCorrupt(f"{path}: a probe in its footer: {error.errors()[0]['msg']}") from error
+
+
+def pixel_environment(device: str, dtype: str) -> dict[str, str]:
+    """Return what pixels and teacher outputs depend on beside the recipe: library versions, device and dtype."""
+    packages = ("numpy", "opencv-python-headless", "pillow", "simplejpeg", "timm", "torch")
+    return {name: metadata.version(name) for name in packages} | {"device": device, "dtype": dtype}
+
+
+def short(digest: str) -> str:
+    """Return the first twelve digits of a hash, for people."""
+    return digest[:12]
+
+
+def first_difference(mine: Any, theirs: Any, path: str = "") -> str:
+    """Return ` (path: mine, not theirs)` for the first place where two JSON values differ, or nothing."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        pairs: Iterable[tuple[str, Any, Any]] = ((k, mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}))
+    elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        pairs = ((str(i), a, b) for i, (a, b) in enumerate(zip(mine, theirs, strict=True)))
+    elif isinstance(mine, list) and isinstance(theirs, list):
+        return f" ({path}: {len(mine)} entries, not {len(theirs)})"
+    else:
+        return f" ({path}: {_brief(mine)}, not {_brief(theirs)})"
+    name, a, b = next(((k, a, b) for k, a, b in pairs if a != b), ("", None, None))
+    return first_difference(a, b, f"{path}.{name}".lstrip(".")) if name else ""
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, SourceRecord):
+        return part.model_dump(mode="json", include={"class_names", "shards"})
+    return part.model_dump(mode="json") if isinstance(part, BaseModel) else part
+
+
+def _labelset_id(ids: dict[str, str], topk: int, precision: str) -> str:
+    return sha256_json(ids | {"format": FORMAT, "version": VERSION, "topk": topk, "precision": precision})
+
+
+def _read_record(path: Path, kind: type[_RecordT]) -> _RecordT:
+    values = read_json(path)
+    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
+    if found != (FORMAT, VERSION):
+        raise LabelSetMismatch(f"{path} says {found}; this version reads {(FORMAT, VERSION)}")
+    try:
+        # As text, because JSON has no tuples: there, strict mode takes lists for them.
+        return kind.model_validate_json(canonical_json(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}") from error
+    except DeitCliError as error:
+        raise LabelSetMismatch(f"{path}: {error}") from error

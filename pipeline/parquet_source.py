@@ -1,0 +1,295 @@
+"""Hugging Face image Parquet as source shards: runs of row groups, decoded one row group at a time.
+
+An image column is a struct of `bytes` and `path`. Class names come from the `huggingface` schema metadata.
+"""
+
+import json
+import os
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.errors import SourceError
+from pipeline.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_label, check_name, reading
+
+ROWS_PER_SHARD = 4096
+CACHE_BYTES = 256 << 20  # two row groups of 1,000 ImageNet photographs, the largest common size
+MAX_ROW_GROUP_BYTES = 2 << 30  # what one process may be made to hold for one image
+MAX_ROW_GROUP_ROWS = 1 << 20  # a footer may claim any number; images come in thousands
+_BATCH_ROWS = 16  # the bound is checked this often: dictionary encoding can unpack 780 bytes to 10 MB a row
+_LABEL_COLUMNS = ("label", "labels", "fine_label")  # usual names; fine_label is CIFAR-100's
+
+
+class ParquetPlace(NamedTuple):
+    """Where an image lies: row group of the file, row of the group."""
+
+    group: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that matter: the image, its class label, and the label's class names."""
+
+    image: str
+    label: str | None
+    class_names: tuple[str, ...] | None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of class names, or None without them."""
+        return None if self.class_names is None else len(self.class_names)
+
+
+class RowGroupCache:
+    """The image columns of the row groups that this process used last, at most `max_bytes` or one row group.
+
+    Shards of one source share it; a pickled one arrives empty.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._columns: OrderedDict[tuple[Path, int], pa.ChunkedArray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[Path, int], load: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
+        """Return the column of a row group, from `load` if it is not held."""
+        with self._lock:
+            if key not in self._columns:
+                column = load()
+                self._make_room(column.nbytes)
+                self._columns[key] = column
+                self.num_bytes += column.nbytes
+            self._columns.move_to_end(key)
+            return self._columns[key]
+
+    def _make_room(self, size: int) -> None:
+        while self._columns and self.num_bytes + size > self.max_bytes:
+            self.num_bytes -= self._columns.popitem(last=False)[1].nbytes
+
+    def __reduce__(self) -> tuple[type["RowGroupCache"], tuple[int]]:
+        return RowGroupCache, (self.max_bytes,)
+
+
+@dataclass(frozen=True)
+class ParquetShard(SourceShard[ParquetPlace]):
+    """Row groups `first_group`.. of one Parquet file, `group_rows` rows each."""
+
+    name: str
+    path: Path
+    columns: Columns
+    first_group: int
+    group_rows: tuple[int, ...]
+    cache: RowGroupCache
+
+    def __len__(self) -> int:
+        return sum(self.group_rows)
+
+    def build_index(self) -> ShardIndex[ParquetPlace]:
+        """Read paths and labels; where the paths name nothing, read the images too and name them by content."""
+        places = self._places()
+        labels = self._class_labels() if self.columns.label else [None] * len(places)
+        keys = _path_keys(self._read_all(f"{self.columns.image}.path")) or self._content_keys(places)
+        for place, key in zip(places, keys, strict=True):
+            check_name(key, f"{self._where(place)}: sample key")
+        return ShardIndex(tuple(keys), tuple(labels), places)
+
+    def read_image(self, place: ParquetPlace) -> bytes:
+        """Return the bytes of one row; its row group stays in memory for the next ones."""
+        column = self.cache.get((self.path, place.group), lambda: self._read_group(place.group))
+        with _named_errors(self.path):
+            image = column[place.row].as_py()
+        if image is None or image["bytes"] is None:
+            raise SourceError(f"{self._where(place)}: no image bytes (a path to a file elsewhere is not followed)")
+        return image["bytes"]
+
+    def _places(self) -> list[ParquetPlace]:
+        groups = enumerate(self.group_rows, start=self.first_group)
+        return [ParquetPlace(group, row) for group, rows in groups for row in range(rows)]
+
+    def _where(self, place: ParquetPlace) -> str:
+        return f"{self.path}: row group {place.group}, row {place.row}"
+
+    def _read_all(self, leaf: str) -> list[Any]:
+        """Return one column, or one leaf of the image column, of every row."""
+        groups = range(self.first_group, self.first_group + len(self.group_rows))
+        with _opened(self.path) as file:
+            return [value for group in groups for value in self._column(file, group, leaf).to_pylist()]
+
+    def _read_group(self, group: int) -> pa.ChunkedArray:
+        with _opened(self.path) as file:
+            return self._column(file, group, f"{self.columns.image}.bytes")
+
+    def _column(self, file: pq.ParquetFile, group: int, leaf: str) -> pa.ChunkedArray:
+        """Decode a column of a row group, counting its bytes on the way."""
+        batches, size = [], 0
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[leaf], use_threads=False):
+            size += batch.nbytes
+            if size > MAX_ROW_GROUP_BYTES:
+                raise SourceError(
+                    f"{self.path}: row group {group} holds more than {MAX_ROW_GROUP_BYTES} bytes of images. "
+                    "Write the file anew with smaller row groups"
+                )
+            batches.append(batch.column(0))
+        rows = sum(map(len, batches))
+        if rows != self.group_rows[group - self.first_group]:
+            raise SourceError(
+                f"{self.path}: row group {group} has {rows} rows, its footer said otherwise. Copy it again"
+            )
+        return pa.chunked_array(batches)
+
+    def _class_labels(self) -> list[int | None]:
+        assert self.columns.label is not None
+        values = zip(self._places(), self._read_all(self.columns.label), strict=True)
+        # Hugging Face writes -1 for the labels of a hidden test set.
+        return [
+            None if value in (None, -1) else check_label(value, self.columns.num_classes, self._where(place))
+            for place, value in values
+        ]
+
+    def _content_keys(self, places: Sequence[ParquetPlace]) -> list[str]:
+        """Name each image by the hash of its bytes; a copy of an earlier one gets -1, -2, ..."""
+        copies: Counter[str] = Counter()
+        keys = []
+        for place in places:
+            name = xxhash.xxh3_128_hexdigest(self.read_image(place))
+            keys.append(f"{name}-{copies[name]}" if copies[name] else name)
+            copies[name] += 1
+        return keys
+
+
+def open_parquets(paths: Sequence[Path]) -> tuple[tuple[str, ...] | None, tuple[ParquetShard, ...]]:
+    """Return the class names, which all files must share, and the shards of all files in order."""
+    cache = RowGroupCache(CACHE_BYTES)
+    shards: list[ParquetShard] = []
+    columns: dict[Path, Columns] = {}
+    for path in paths:
+        with _opened(path) as file:
+            columns[path] = _find_columns(path, file.schema_arrow)
+            rows = _group_rows(path, file.metadata)
+        if columns[path].class_names != columns[paths[0]].class_names:
+            raise SourceError(f"{path}: its class names differ from those of {paths[0]}; one source has one list")
+        for piece, groups in enumerate(_cut(rows)):
+            group_rows = tuple(rows[groups.start : groups.stop])
+            shards.append(ParquetShard(f"{path.stem}.{piece:04}", path, columns[path], groups.start, group_rows, cache))
+    return columns[paths[0]].class_names, tuple(shards)
+
+
+def _group_rows(path: Path, footer: pq.FileMetaData) -> list[int]:
+    rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    if not sum(rows):
+        raise SourceError(f"{path}: no rows in this file")
+    if not 0 <= min(rows) <= max(rows) <= MAX_ROW_GROUP_ROWS:
+        raise SourceError(f"{path}: row groups must have at most {MAX_ROW_GROUP_ROWS} rows, found {max(rows)}")
+    return rows
+
+
+def _cut(rows: Sequence[int]) -> list[range]:
+    """Cut row groups into runs of ROWS_PER_SHARD rows or more; the last run takes what is left."""
+    starts, in_run = [0], 0
+    for group, end in enumerate(accumulate(rows), start=1):
+        if end - in_run >= ROWS_PER_SHARD and end < sum(rows):
+            starts.append(group)
+            in_run = end
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True)]
+
+
+def _path_keys(images: Sequence[dict[str, Any] | None]) -> list[str] | None:
+    """Return the paths without their extension, or None where one is missing or two are equal."""
+    keys = {_without_extension(image["path"]): None for image in images if image and image["path"] is not None}
+    return list(keys) if len(keys) == len(images) else None
+
+
+def _without_extension(path: str) -> str:
+    stem, extension = os.path.splitext(path)
+    return stem if extension.lower() in IMAGE_EXTENSIONS else path
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    with _named_errors(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        yield file
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Name the file in whatever pyarrow raises: on damaged bytes that may be any of a dozen types."""
+    try:
+        with reading(path):
+            yield
+    except SourceError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{path}: damaged, or not Parquet: {error}") from error
+
+
+def _find_columns(path: Path, schema: pa.Schema) -> Columns:
+    for field in schema:
+        _refuse_extension_types(path, field)
+    images = [field.name for field in schema if _is_image(field.type)]
+    if len(images) != 1:
+        raise SourceError(
+            f"{path}: exactly one image column (a struct of bytes and path) is needed, found {images or 'none'} "
+            f"among {schema.names}"
+        )
+    features = _features(path, schema)
+    label = _label_column(path, schema, features)
+    return Columns(images[0], label, _class_names(path, label, features))
+
+
+def _refuse_extension_types(path: Path, field: pa.Field) -> None:
+    """A registered extension type may run code when it is read; no image set needs one."""
+    if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+        raise SourceError(f"{path}: column {field.name!r} has an extension type, which is not read")
+    for child in range(field.type.num_fields):
+        _refuse_extension_types(path, field.type.field(child))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind) or {field.name for field in kind} != {"bytes", "path"}:
+        return False
+    data, path = kind.field("bytes").type, kind.field("path").type
+    return (pa.types.is_binary(data) or pa.types.is_large_binary(data)) and (
+        pa.types.is_string(path) or pa.types.is_large_string(path)
+    )
+
+
+def _features(path: Path, schema: pa.Schema) -> dict[str, Any]:
+    """Return the column features that `datasets` writes into the schema metadata."""
+    text = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = json.loads(text).get("info", {}).get("features", {})
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SourceError(f"{path}: its 'huggingface' schema metadata cannot be read: {error}") from None
+
+
+def _label_column(path: Path, schema: pa.Schema, features: dict[str, Any]) -> str | None:
+    """Return the label column: the ClassLabel feature, or else an integer column with a usual name."""
+    integers = [field.name for field in schema if pa.types.is_integer(field.type)]
+    named = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
+    usual = [name for name in integers if name in _LABEL_COLUMNS]
+    # CIFAR-100 has two ClassLabel columns, fine_label and coarse_label: the usual name decides.
+    found = [name for name in named if name in usual] if len(named) > 1 else named or usual
+    if len(found) > 1 or (named and not found):
+        raise SourceError(f"{path}: several label columns, {found or named}: write the file with one of them")
+    return found[0] if found else None
+
+
+def _class_names(path: Path, label: str | None, features: dict[str, Any]) -> tuple[str, ...] | None:
+    names = features.get(label, {}).get("names") if label else None
+    if names is None:
+        return None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise SourceError(f"{path}: the class names of column {label!r} must be a list of strings")
+    return tuple(check_name(name, f"{path}: class name of column {label!r}") for name in names)

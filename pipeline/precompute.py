@@ -1,0 +1,328 @@
+"""Stage 1: render numbered views, let the teacher answer, store what it said. One label shard at a time."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import PrecomputeConfig
+from pipeline.decode import decode
+from pipeline.drafts import LabelDraft, publish_draft
+from pipeline.errors import LabelSetMismatch, NonFiniteTeacherError, TeacherError, UsageError
+from pipeline.indexing import Progress, index_samples
+from pipeline.labels import SampleRows, read_all_views, read_labels_footer, read_samples
+from pipeline.labelset import LabelSet, check_labels_footer, record_of
+from pipeline.manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    FileEntry,
+    Manifest,
+    Plan,
+    Probe,
+    labels_path,
+    pixel_environment,
+    read_manifest,
+    read_plan,
+    read_probes,
+    samples_path,
+)
+from pipeline.mixing import MixBatch, apply_mix, mix_blocks
+from pipeline.recipe import PRESETS, Recipe
+from pipeline.rendering import BlockRenderer, BlockTask, ViewBatch, plan_workers, start_loader
+from pipeline.replay import compare_probes
+from pipeline.sources import Source
+from pipeline.storage import pretty_json, publish_file, replace_file, sha256_file, sweep_temporaries
+from pipeline.teacher import Teacher, check_classes
+from pipeline.views import draw_view, render
+
+log = logging.getLogger("deit_cli.precompute")
+
+MANIFEST_PROBES = 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run would do.
+
+    Attributes:
+        plan: of the label set.
+        blocks: of views; sealed ones among those asked come along, to be completed where a file was deleted.
+        num_samples: of the source.
+        views_to_label: views that no sealed block holds yet.
+    """
+
+    plan: Plan
+    blocks: tuple[range, ...]
+    num_samples: int
+    views_to_label: int
+
+    @property
+    def teacher_passes(self) -> int:
+        """Views that the teacher must answer for, if no file exists yet."""
+        return self.num_samples * self.views_to_label
+
+    @property
+    def bytes_before_compression(self) -> int:
+        """Size of all labels before compression: class, K indices and probabilities, tail."""
+        index = 2 if self.plan.teacher.num_classes <= 65536 else 4
+        prob = 2 if self.plan.precision == "float16" else 4
+        topk = self.plan.topk
+        return self.teacher_passes * (index + topk * (index + prob) + (prob if topk else 0))
+
+
+def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
+    """Work out the plan and the blocks of views that are asked and not yet sealed. Writes nothing.
+
+    Raises:
+        TeacherError: the teacher's classes are not the source's.
+        LabelSetMismatch: the folder holds another label set.
+    """
+    labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
+    check_classes(teacher.identity, source.class_names, max(labels, default=None))
+    if config.topk > teacher.identity.num_classes:
+        raise UsageError(
+            f"--topk must be in 0..{teacher.identity.num_classes} (the teacher's classes), got {config.topk}"
+        )
+    plan = Plan.make(
+        recipe=recipe, teacher=teacher.identity, source=record_of(source), topk=config.topk, precision=config.precision
+    )
+    if (config.out / PLAN_NAME).is_file():
+        existing = read_plan(config.out)
+        existing.check_same(plan, folder=config.out)
+        plan = existing
+    elif config.out.exists() and any(config.out.iterdir()):
+        raise LabelSetMismatch(f"{config.out} is not empty and holds no label set: choose another --out")
+    sealed = [range(*block) for block in _sealed_blocks(config.out)]
+    asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
+    again = [block for block in sealed if block.start < config.views[1] and block.stop > config.views[0]]
+    return Work(plan, (*again, *_cut(asked, config.views_per_shard)), source.num_samples, len(asked))
+
+
+def precompute(
+    config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source, *, progress: Progress = lambda *_: None
+) -> LabelSet:
+    """Make, continue or extend a label set; return it, sealed.
+
+    Every file is published whole under its final name; a run that was killed continues where it was.
+    """
+    work = plan_work(config, recipe, teacher, source)
+    _check_accuracy(config, teacher, source)
+    _claim(config.out, work)
+    sweep_temporaries(config.out)
+    workers = plan_workers(config.workers, teacher.device)
+    samples = index_samples(
+        config.out, work.plan, source, on_bad_image=config.on_bad_image, workers=workers, progress=progress
+    )
+    _label_views(config, work, recipe, teacher, source, samples, workers, progress)
+    _seal(config.out, work)
+    return LabelSet.open(config.out)
+
+
+def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[float, int] | None:
+    """Return the teacher's top-1 in percent on centre crops of labelled samples, and their number; None without any.
+
+    Samples are spread evenly over the source, so that sorted classes are all seen.
+    """
+    labelled = [
+        (shard, row) for shard in source.shards for row, label in enumerate(shard.class_labels) if label is not None
+    ]
+    chosen = [labelled[i * len(labelled) // limit] for i in range(limit)] if len(labelled) > limit else labelled
+    if not chosen:
+        return None
+    size = teacher.identity.img_size
+    recipe = Recipe.from_dict(PRESETS["none"].to_dict() | {"img_size": size, "crop_pct": teacher.crop_pct})
+    right = 0
+    for start in range(0, len(chosen), 64):
+        batch = [shard[row] for shard, row in chosen[start : start + 64]]
+        images = torch.from_numpy(np.stack([_centre_view(sample.image, sample.key, recipe) for sample in batch]))
+        answer = teacher.answer(images.permute(0, 3, 1, 2).to(teacher.device).float(), 0)
+        right += int((answer.hard == np.array([sample.class_label for sample in batch])).sum())
+    return 100 * right / len(chosen), len(chosen)
+
+
+def _centre_view(image: bytes, key: str, recipe: Recipe) -> NDArray[np.uint8]:
+    pixels = decode(image, key=key)
+    return render(pixels, draw_view(recipe, key, 0, height=pixels.shape[0], width=pixels.shape[1]))
+
+
+def _check_accuracy(config: PrecomputeConfig, teacher: Teacher, source: Source) -> None:
+    measured = measure_accuracy(teacher, source, config.accuracy_samples) if config.accuracy_samples else None
+    if measured is None:
+        if config.min_teacher_accuracy:
+            raise TeacherError("--min-teacher-accuracy needs labelled images and --accuracy-samples above 0")
+        return
+    top1, count = measured
+    log.info("teacher %s: top-1 %.1f %% on centre crops of %d labelled images", teacher.identity.name, top1, count)
+    if top1 < config.min_teacher_accuracy:
+        raise TeacherError(
+            f"teacher {teacher.identity.name} has top-1 {top1:.1f} % on {count} images, --min-teacher-accuracy asks for"
+            f" {config.min_teacher_accuracy:g} %: check its classes, their order and its normalisation"
+        )
+
+
+def _claim(out: Path, work: Work) -> None:
+    """Write the plan first, create-only, and an open manifest that says which views are on the way."""
+    publish_file(out / PLAN_NAME, lambda file: _write(file, work.plan.model_dump(mode="json")))
+    read_plan(out).check_same(work.plan, folder=out)  # another writer may have been first
+    opened = Manifest(
+        labelset_id=work.plan.labelset_id,
+        sealed=False,
+        view_blocks=tuple((block.start, block.stop) for block in work.blocks),
+        files=(),
+        probes=(),
+        environments=(),
+    )
+    publish_file(out / MANIFEST_NAME, lambda file: _write(file, opened.model_dump(mode="json")))
+
+
+def _label_views(
+    config: PrecomputeConfig,
+    work: Work,
+    recipe: Recipe,
+    teacher: Teacher,
+    source: Source,
+    samples: dict[str, SampleRows],
+    workers: int,
+    progress: Progress,
+) -> None:
+    """The loop: rendered batches in, complete label shards out."""
+    missing = [
+        (shard.name, views)
+        for views in work.blocks
+        for shard in source.shards
+        if not _is_done(config.out, work.plan, shard.name, views, samples[shard.name], recipe, source)
+    ]
+    tasks = [
+        BlockTask(name, views, rows, samples[name])
+        for name, views in missing
+        for rows in mix_blocks(recipe, samples[name].usable)
+    ]
+    total = sum(len(task.rows) * len(task.views) for task in tasks)
+    environment = pixel_environment(_device_name(teacher.device), str(teacher.dtype).removeprefix("torch."))
+    drafts = {(name, views): LabelDraft(samples[name], name, views, work.plan) for name, views in missing}
+    for name, views in [key for key, draft in drafts.items() if draft.is_complete]:  # nothing usable in it
+        publish_draft(config.out, work.plan, drafts.pop((name, views)), environment)
+    done = 0
+    loader = start_loader(
+        BlockRenderer(source, recipe, tasks), workers=workers, pin_memory=teacher.device.type == "cuda"
+    )
+    for batch in loader:
+        draft = drafts[batch.shard, batch.views]
+        draft.add_probe(batch, recipe)
+        for rows, images, mix in _teacher_batches(batch, config.batch_size):
+            draft.add(batch.view, rows, *_ask(teacher, images, mix, work.plan.topk, batch, rows))
+            done += len(rows)
+            progress("label", done, total)
+        if draft.is_complete:
+            publish_draft(config.out, work.plan, drafts.pop((batch.shard, batch.views)), environment)
+
+
+def _ask(
+    teacher: Teacher, images: torch.Tensor, mix: MixBatch, topk: int, batch: ViewBatch, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    pixels = images.to(teacher.device, non_blocking=True).permute(0, 3, 1, 2)
+    try:
+        answer = teacher.answer(apply_mix(pixels, mix.to(teacher.device)), topk)
+    except NonFiniteTeacherError as error:
+        raise NonFiniteTeacherError(
+            f"{error} (view {batch.view} of {batch.shard}, rows {rows[:8].tolist()}…)"
+        ) from error
+    return answer.hard, answer.topk_index, answer.topk_prob
+
+
+def _teacher_batches(batch: ViewBatch, size: int) -> Iterator[tuple[NDArray[np.int64], torch.Tensor, MixBatch]]:
+    """Cut a batch into pieces of at most `size`, never between partners: pairs lie at even positions."""
+    size -= size % 2
+    for start in range(0, len(batch.rows), size):
+        piece = slice(start, start + size)
+        mix = MixBatch(batch.mix.partner[piece] - start, batch.mix.lam[piece], batch.mix.box[piece])
+        yield batch.rows[piece].numpy(), batch.images[piece], mix
+
+
+def _is_done(
+    out: Path, plan: Plan, shard: str, views: range, samples: SampleRows, recipe: Recipe, source: Source
+) -> bool:
+    """Whether a label shard exists, is whole, and was rendered from the pixels that this machine renders."""
+    path = out / labels_path(shard, views)
+    if not path.is_file():
+        return False
+    footer = read_labels_footer(path)
+    check_labels_footer(footer, labelset_id=plan.labelset_id, shard=shard, path=path)
+    read_all_views(path)
+    compare_probes(read_probes(footer.probes, path), recipe, source, {shard: samples}.__getitem__)
+    return True
+
+
+def _seal(out: Path, work: Work) -> None:
+    """List every complete file with its hash, and replace the manifest: the commit."""
+    blocks = sorted({*_sealed_blocks(out), *((block.start, block.stop) for block in work.blocks)})
+    shards = [shard.name for shard in work.plan.source.shards]
+    files = [_entry(out, "samples", name, range(0)) for name in shards]
+    probes: list[Probe] = []
+    environments: list[dict[str, str]] = []
+    for start, stop in blocks:
+        for name in shards:
+            files.append(_entry(out, "labels", name, range(start, stop)))
+            path = out / labels_path(name, range(start, stop))
+            footer = read_labels_footer(path)
+            probes += read_probes(footer.probes, path)
+            environments += [footer.environment] if footer.environment not in environments else []
+    step = max(1, -(-len(probes) // MANIFEST_PROBES))
+    manifest = Manifest(
+        labelset_id=work.plan.labelset_id,
+        sealed=True,
+        view_blocks=tuple(blocks),
+        files=tuple(files),
+        probes=tuple(probes[::step]),
+        environments=tuple(environments),
+    )
+    replace_file(out / MANIFEST_NAME, lambda file: _write(file, manifest.model_dump(mode="json")))
+
+
+def _entry(out: Path, kind: Literal["samples", "labels"], shard: str, views: range) -> FileEntry:
+    path = out / (samples_path(shard) if kind == "samples" else labels_path(shard, views))
+    if kind == "samples":
+        rows = len(read_samples(path))
+    else:
+        footer = read_labels_footer(path)
+        rows = footer.rows_per_view * len(views)
+    return FileEntry(
+        kind=kind,
+        shard=shard,
+        view_start=views.start,
+        view_stop=views.stop,
+        rows=rows,
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+    )
+
+
+def _sealed_blocks(out: Path) -> list[tuple[int, int]]:
+    if not (out / MANIFEST_NAME).is_file():
+        return []
+    manifest = read_manifest(out)
+    return list(manifest.view_blocks) if manifest.sealed else []
+
+
+def _cut(views: list[int], size: int) -> tuple[range, ...]:
+    """Cut view numbers into consecutive runs of at most `size`."""
+    blocks: list[range] = []
+    for view in views:
+        if blocks and blocks[-1].stop == view and len(blocks[-1]) < size:
+            blocks[-1] = range(blocks[-1].start, view + 1)
+        else:
+            blocks.append(range(view, view + 1))
+    return tuple(blocks)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _write(file: BinaryIO, value: object) -> None:
+    file.write(pretty_json(value))

@@ -1,0 +1,212 @@
+"""RandAugment's operations: which magnitude means which argument, and what each does to uint8 pixels.
+
+The list, its order, the magnitudes and their directions are timm's (`timm.data.auto_augment`). They stand here as
+code of ours because a stored label must keep its pixels when timm changes its tables; a test compares the two.
+The operations work on uint8 [H, W, 3] through OpenCV and 256-entry tables; point operations equal Pillow's exactly.
+"""
+
+import math
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]  # uint8 [H, W, 3], RGB
+FILL = (124, 116, 104)  # ImageNet mean, what timm fills uncovered corners with
+MAX_LEVEL = 10.0
+
+INCREASING = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "PosterizeIncreasing",
+    "SolarizeIncreasing",
+    "SolarizeAdd",
+    "ColorIncreasing",
+    "ContrastIncreasing",
+    "BrightnessIncreasing",
+    "SharpnessIncreasing",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+)
+PLAIN = tuple(name.removesuffix("Increasing") for name in INCREASING)
+
+
+def op_argument(name: str, level: float, *, negate: bool) -> float:
+    """Return the argument that timm gives operation `name` at a magnitude.
+
+    Args:
+        name: one of INCREASING or PLAIN.
+        level: magnitude, 0..10 (more where `mmax` allows it).
+        negate: the coin that picks the direction, for operations that have two.
+
+    Returns:
+        degrees, shear, share of the image, bits to keep, threshold or blend factor; 0 for operations without argument.
+    """
+    share = level / MAX_LEVEL
+    sign = -1.0 if negate else 1.0
+    match name:
+        case "Rotate":
+            return sign * share * 30
+        case "ShearX" | "ShearY":
+            return sign * share * 0.3
+        case "TranslateXRel" | "TranslateYRel":
+            return sign * share * 0.45
+        case "Posterize":
+            return int(share * 4)
+        case "PosterizeIncreasing":
+            return 4 - int(share * 4)
+        case "Solarize":
+            return min(256, int(share * 256))
+        case "SolarizeIncreasing":
+            return 256 - min(256, int(share * 256))
+        case "SolarizeAdd":
+            return min(128, int(share * 110))
+        case "Color" | "Contrast" | "Brightness" | "Sharpness":
+            return share * 1.8 + 0.1
+        case "ColorIncreasing" | "ContrastIncreasing" | "BrightnessIncreasing" | "SharpnessIncreasing":
+            return max(0.1, 1.0 + sign * share * 0.9)
+        case _:
+            return 0.0
+
+
+def apply_op(image: Pixels, name: str, argument: float) -> Pixels:
+    """Apply one operation; returns a new array of the same shape."""
+    return _OPS[name.removesuffix("Increasing")](image, argument)
+
+
+def _autocontrast(image: Pixels, _: float) -> Pixels:
+    tables = [_stretch(int(channel.min()), int(channel.max())) for channel in cv2.split(image)]
+    return cv2.LUT(image, np.stack(tables, axis=-1)[None])
+
+
+def _stretch(low: int, high: int) -> Pixels:
+    if high <= low:
+        return np.arange(256, dtype=np.uint8)
+    scale = 255.0 / (high - low)
+    return np.clip(np.trunc(np.arange(256) * scale - low * scale), 0, 255).astype(np.uint8)
+
+
+def _equalize(image: Pixels, _: float) -> Pixels:
+    tables = [_flatten(np.bincount(channel.ravel(), minlength=256)) for channel in cv2.split(image)]
+    return cv2.LUT(image, np.stack(tables, axis=-1)[None])
+
+
+def _flatten(histogram: NDArray[np.int64]) -> Pixels:
+    """Pillow's ImageOps.equalize, in integers."""
+    used = histogram[histogram > 0]
+    step = (int(used.sum()) - int(used[-1])) // 255
+    if len(used) <= 1 or step == 0:
+        return np.arange(256, dtype=np.uint8)
+    below = np.concatenate(([0], np.cumsum(histogram)[:-1]))
+    return np.clip((step // 2 + below) // step, 0, 255).astype(np.uint8)
+
+
+def _invert(image: Pixels, _: float) -> Pixels:
+    return cv2.bitwise_not(image)
+
+
+def _posterize(image: Pixels, bits: float) -> Pixels:
+    if bits >= 8:
+        return image.copy()
+    return image & np.uint8(256 - 2 ** (8 - int(bits)))
+
+
+def _solarize(image: Pixels, threshold: float) -> Pixels:
+    levels = np.arange(256)
+    return cv2.LUT(image, np.where(levels < threshold, levels, 255 - levels).astype(np.uint8))
+
+
+def _solarize_add(image: Pixels, add: float) -> Pixels:
+    levels = np.arange(256)
+    return cv2.LUT(image, np.where(levels < 128, np.minimum(255, levels + int(add)), levels).astype(np.uint8))
+
+
+def _brightness(image: Pixels, factor: float) -> Pixels:
+    return cv2.LUT(image, _blend_table(0, factor))
+
+
+def _contrast(image: Pixels, factor: float) -> Pixels:
+    mean = int(_grey(image).mean() + 0.5)
+    return cv2.LUT(image, _blend_table(mean, factor))
+
+
+def _blend_table(base: int, factor: float) -> Pixels:
+    """Pillow's blend of a constant with every level, in float32, truncated and clipped."""
+    levels = np.float32(base) + np.float32(factor) * (np.arange(256, dtype=np.float32) - base)
+    return np.clip(levels, 0, 255).astype(np.uint8)
+
+
+def _color(image: Pixels, factor: float) -> Pixels:
+    return cv2.addWeighted(image, factor, cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB), 1 - factor, 0)
+
+
+def _sharpness(image: Pixels, factor: float) -> Pixels:
+    smooth = image.copy()
+    if min(image.shape[:2]) > 2:  # Pillow's kernel filter leaves the outermost pixels as they are
+        smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
+    return cv2.addWeighted(image, factor, smooth, 1 - factor, 0)
+
+
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
+
+
+def _grey(image: Pixels) -> NDArray[np.uint8]:
+    """ITU-R 601 luma in 16-bit fixed point, as Pillow's convert("L")."""
+    red, green, blue = (image[..., i].astype(np.uint32) for i in range(3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
+
+
+def _rotate(image: Pixels, degrees: float) -> Pixels:
+    height, width = image.shape[:2]
+    cos, sin = math.cos(math.radians(-degrees)), math.sin(math.radians(-degrees))
+    x, y = width / 2, height / 2
+    return _affine(image, (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y))
+
+
+def _shear_x(image: Pixels, factor: float) -> Pixels:
+    return _affine(image, (1, factor, 0, 0, 1, 0))
+
+
+def _shear_y(image: Pixels, factor: float) -> Pixels:
+    return _affine(image, (1, 0, 0, factor, 1, 0))
+
+
+def _translate_x(image: Pixels, share: float) -> Pixels:
+    return _affine(image, (1, 0, share * image.shape[1], 0, 1, 0))
+
+
+def _translate_y(image: Pixels, share: float) -> Pixels:
+    return _affine(image, (1, 0, 0, 0, 1, share * image.shape[0]))
+
+
+def _affine(image: Pixels, matrix: tuple[float, ...]) -> Pixels:
+    """Sample the image at matrix * (output position); positions are Pillow's, with pixel centres at one half."""
+    a, b, c, d, e, f = matrix
+    centred = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
+    size = (image.shape[1], image.shape[0])
+    flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, centred, size, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL)
+
+
+_OPS: dict[str, Callable[[Pixels, float], Pixels]] = {
+    "AutoContrast": _autocontrast,
+    "Equalize": _equalize,
+    "Invert": _invert,
+    "Rotate": _rotate,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "SolarizeAdd": _solarize_add,
+    "Color": _color,
+    "Contrast": _contrast,
+    "Brightness": _brightness,
+    "Sharpness": _sharpness,
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateXRel": _translate_x,
+    "TranslateYRel": _translate_y,
+}

@@ -1,0 +1,132 @@
+"""Replay probes: proof that this machine renders the pixels that the teacher saw.
+
+A probe holds the hash of one view's pixels, a few of the pixels to measure a difference by, and the drawn mix. They
+are taken from the very batches that the teacher answered for, and rendered again before any label is trained on.
+"""
+
+import base64
+import hashlib
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pipeline.decode import decode
+from pipeline.errors import LabelSetMismatch, ReplayError
+from pipeline.labels import SampleRows
+from pipeline.labelset import LabelSet
+from pipeline.manifest import Probe
+from pipeline.mixing import Mix, draw_mix, shard_pairs
+from pipeline.recipe import Recipe
+from pipeline.sources import Sample, Source
+from pipeline.views import draw_view, render
+
+log = logging.getLogger("deit_cli.replay")
+
+SAMPLED_BYTES = 768
+# Mean difference, in levels of 255, up to which only rounding moved (another SIMD road of a library, say). One level of
+# brightness is 1.0, and another crop, decoder or resize is more.
+TOLERANCE = 0.25
+
+
+def make_probe(pixels: NDArray[np.uint8], *, shard: str, row: int, view: int, partner: int | None, mix: Mix) -> Probe:
+    """Take a probe of one rendered view, uint8 [H, W, 3]."""
+    return Probe(
+        shard=shard,
+        row=row,
+        view=view,
+        pixels_sha256=_sha256(pixels),
+        sample=base64.b64encode(_sampled(pixels).tobytes()).decode(),
+        partner=partner,
+        lam=mix.lam,
+        box=mix.box,
+    )
+
+
+def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) -> None:
+    """Raise LabelSetMismatch unless this is the very image, by key and bytes, that the teacher saw."""
+    if sample.key != samples.key[row]:
+        raise LabelSetMismatch(
+            f"row {row} of {shard} is labelled as {samples.key[row]!r}, the source has {sample.key!r}"
+        )
+    if xxhash.xxh3_128_digest(sample.image) != samples.image_xxh3[row]:
+        raise LabelSetMismatch(
+            f"image {sample.key!r} of {shard} has other bytes than the one that was labelled"
+            f" ({len(sample.image)} bytes, then {samples.image_bytes[row]}). Pass the --data that was labelled"
+        )
+
+
+def check_replay(label_set: LabelSet, source: Source) -> float:
+    """Render every probe of the manifest again and compare.
+
+    Returns:
+        the largest mean difference over the probes, in levels of 255; 0.0 where every pixel is equal.
+
+    Raises:
+        ReplayError: pixels or mixes differ by more than rounding.
+        LabelSetMismatch: an image has other bytes than the one that was labelled.
+    """
+    label_set.check_source(source)
+    return compare_probes(label_set.manifest.probes, label_set.recipe, source, label_set.samples)
+
+
+def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samples_of) -> float:
+    """Render probes again and compare; `samples_of(shard)` gives the samples of a source shard."""
+    worst = 0.0
+    for probe in probes:
+        samples = samples_of(probe.shard)
+        sample = source.shard(probe.shard)[probe.row]
+        check_image(sample, samples, probe.row, shard=probe.shard)
+        _check_mix(probe, recipe, samples)
+        worst = max(worst, _pixel_difference(probe, recipe, sample))
+    if worst:
+        log.warning(
+            "replayed views differ from the labelled ones by up to %.3f of 255 on average: rounding only", worst
+        )
+    return worst
+
+
+def _check_mix(probe: Probe, recipe: Recipe, samples: SampleRows) -> None:
+    partner, mix = pair_of(recipe, samples, probe.row, probe.view)
+    same = partner == probe.partner and mix.box == probe.box and abs(mix.lam - probe.lam) < 1e-9
+    if not same:
+        raise ReplayError(
+            f"view {probe.view} of row {probe.row} of {probe.shard} was mixed as (partner {probe.partner}, {probe.lam}, {probe.box}),"
+            f" this version mixes it as (partner {partner}, {mix.lam}, {mix.box}). Train with the deit-cli that labelled it"
+        )
+
+
+def pair_of(recipe: Recipe, samples: SampleRows, row: int, view: int) -> tuple[int | None, Mix]:
+    """Return the partner's row (None without one) and the mix of one sample's view."""
+    for first, second in shard_pairs(recipe, samples.key, samples.usable, view).tolist():
+        if row in (first, second):
+            partner = second if row == first else first
+            return (partner, draw_mix(recipe, samples.key[first], view)) if partner >= 0 else (None, Mix())
+    raise ReplayError(f"row {row} is no usable sample")
+
+
+def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
+    image = decode(sample.image, key=sample.key)
+    pixels = render(image, draw_view(recipe, sample.key, probe.view, height=image.shape[0], width=image.shape[1]))
+    if _sha256(pixels) == probe.pixels_sha256:
+        return 0.0
+    then = np.frombuffer(base64.b64decode(probe.sample), np.uint8)
+    now = _sampled(pixels)
+    difference = float(np.abs(now.astype(int) - then).mean()) if now.shape == then.shape else 255.0
+    if difference > TOLERANCE:
+        raise ReplayError(
+            f"view {probe.view} of {sample.key!r} differs from the labelled pixels by {difference:.2f} of 255 on average"
+            f" (at most {TOLERANCE} is rounding): the labels do not fit. Compare the versions in `deit-cli labels info`"
+        )
+    return max(difference, 1e-3)  # the hash differs, so something moved, sampled or not
+
+
+def _sampled(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    flat = pixels.reshape(-1)
+    return flat[np.linspace(0, len(flat) - 1, min(SAMPLED_BYTES, len(flat))).astype(np.int64)]
+
+
+def _sha256(pixels: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()

@@ -1,0 +1,132 @@
+"""What every source is made of: samples, and source shards that index themselves when first asked."""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pipeline.errors import SourceError
+
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+MAX_KEY_BYTES = 1024
+MAX_LABEL = 2**31 - 1  # class labels are stored as int32
+
+Place = TypeVar("Place")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One original image with its class label.
+
+    Attributes:
+        key: stable name, unique in its source shard; never a position.
+        image: the encoded file, as the source holds it.
+        class_label: 0 <= class_label < num_classes, or None where the source has no label.
+    """
+
+    key: str
+    image: bytes
+    class_label: int | None
+
+
+@dataclass(frozen=True)
+class ShardIndex(Generic[Place]):
+    """The samples of one source shard in order, without their images; three sequences of one length."""
+
+    keys: tuple[str, ...]
+    class_labels: tuple[int | None, ...]
+    places: Sequence[Place]
+
+
+class SourceShard(ABC, Generic[Place]):
+    """An ordered run of samples. Pickles as its few fields: each process builds the index again when it needs it.
+
+    Attributes:
+        name: matches [A-Za-z0-9._-]+, unique in the source.
+    """
+
+    name: str
+
+    @abstractmethod
+    def build_index(self) -> ShardIndex[Place]:
+        """Find the samples. The same files give the same index."""
+
+    @abstractmethod
+    def read_image(self, place: Place) -> bytes:
+        """Return the encoded image that lies at one place of the index."""
+
+    @cached_property
+    def index(self) -> ShardIndex[Place]:
+        """The index, built at the first use in this process."""
+        return self.build_index()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Sample keys in order."""
+        return self.index.keys
+
+    @property
+    def class_labels(self) -> tuple[int | None, ...]:
+        """Class labels in the order of `keys`."""
+        return self.index.class_labels
+
+    def __len__(self) -> int:
+        return len(self.index.keys)
+
+    def __getitem__(self, position: int) -> Sample:
+        index = self.index
+        image = self.read_image(index.places[position])
+        return Sample(index.keys[position], image, index.class_labels[position])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field: value for field, value in self.__dict__.items() if field != "index"}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a file into a SourceError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def check_name(name: str, what: str) -> str:
+    """Return a sample key or class name that every file format and log line can carry, or raise SourceError.
+
+    Args:
+        name: the key or class name.
+        what: what it is and where it stands, for the error.
+    """
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:  # surrogates: how Python shows file names that are not UTF-8
+        raise SourceError(f"{what} must be valid UTF-8, got {name!r}. Rename it") from None
+    if not 0 < size <= MAX_KEY_BYTES:
+        raise SourceError(f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}. Rename it")
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", name):
+        raise SourceError(f"{what} must not contain control characters, got {name!r}. Rename it")
+    return name
+
+
+def check_label(label: int, num_classes: int | None, where: str) -> int:
+    """Return a class label that lies in its range, or raise SourceError; without class names the range is int32."""
+    if num_classes is not None and not 0 <= label < num_classes:
+        raise SourceError(f"{where}: class label must be in 0..{num_classes - 1} ({num_classes} classes), got {label}")
+    if not 0 <= label <= MAX_LABEL:
+        raise SourceError(f"{where}: class label must be in 0..{MAX_LABEL}, got {label}")
+    return label
+
+
+def keys_sha256(keys: Iterable[str], class_labels: Iterable[int | None]) -> str:
+    """Hash keys and class labels in order: one JSON line [key, label] each, so no two lists look alike."""
+    digest = hashlib.sha256()
+    for key, label in zip(keys, class_labels, strict=True):
+        digest.update(json.dumps([key, label], ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()

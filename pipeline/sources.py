@@ -1,0 +1,253 @@
+"""Where the original images come from: an image folder, WebDataset tars, or Hugging Face image Parquet.
+
+A source is an ordered list of source shards, each an ordered run of samples. It is cheap to pickle: shards carry
+paths, and every process finds the samples again when it needs them.
+"""
+
+import hashlib
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from braceexpand import braceexpand  # webdataset's own; through webdataset it would import torch (7 s)
+
+from pipeline.errors import SourceError
+from pipeline.ids import sha256_json
+from pipeline.parquet_source import open_parquets
+from pipeline.samples import (
+    IMAGE_EXTENSIONS,
+    Sample,
+    ShardIndex,
+    SourceShard,
+    check_name,
+    keys_sha256,
+    reading,
+)
+from pipeline.tar_source import open_tars
+
+__all__ = ["Sample", "Source", "SourceShard", "open_source"]
+
+SAMPLES_PER_SHARD = 1024
+MAX_FILES = 100_000  # of one brace expression; ImageNet-21k has 2,048 tars
+
+ACCEPTED = (
+    "an image folder, a .tar or .parquet file, a folder of these, or a brace expression like train-{000..127}.tar"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The original images in their order.
+
+    Attributes:
+        location: where it was opened; not part of its identity.
+        class_names: name of every class label, or None where the source does not say.
+    """
+
+    location: str
+    kind: Literal["folder", "tar", "parquet"]
+    class_names: tuple[str, ...] | None
+    shards: tuple[SourceShard[Any], ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all shards; the first use may read the headers of every tar."""
+        return sum(map(len, self.shards))
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of class names, or None where the source does not say."""
+        return None if self.class_names is None else len(self.class_names)
+
+    def shard(self, name: str) -> SourceShard[Any]:
+        """Return a source shard by name."""
+        for shard in self.shards:
+            if shard.name == name:
+                return shard
+        raise SourceError(f"{self.location} has no source shard {name!r}")
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        classes = "no class names" if self.num_classes is None else f"{self.num_classes:,} classes"
+        return f"{self.location}: {self.kind}, {len(self.shards):,} shards, {self.num_samples:,} samples, {classes}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes it this source, whatever its kind and wherever its copy lies: names, keys, class labels."""
+        shards = [
+            {
+                "name": shard.name,
+                "num_samples": len(shard),
+                "keys_sha256": keys_sha256(shard.keys, shard.class_labels),
+            }
+            for shard in self.shards
+        ]
+        return {"class_names": self.class_names and list(self.class_names), "shards": shards}
+
+    @property
+    def source_id(self) -> str:
+        """SHA-256 of the identity as canonical JSON, in hex."""
+        return sha256_json(self.identity())
+
+
+def open_source(location: str | os.PathLike[str]) -> Source:
+    """Open a source; its kind follows from the path.
+
+    Args:
+        location: a folder `class/name.jpg` (or of images alone: no labels), one `.tar` or `.parquet` file, a folder
+            of them (read in sorted order), or a brace expression of them. Links to images are followed.
+    """
+    text = os.fspath(location)
+    if "://" in text:
+        raise SourceError(f"{text}: only local paths are read in this version. Copy the images here first")
+    path = Path(text)
+    with reading(path):
+        if path.is_dir():
+            return _open_directory(text, path)
+        return _open_files(text, [path] if path.is_file() else _expand(text))
+
+
+def _expand(pattern: str) -> list[Path]:
+    """Expand a brace expression to files that exist."""
+    try:
+        # The library lists a range before it yields its first name, so a huge one must be refused unseen.
+        huge = any(abs(int(a) - int(b)) >= MAX_FILES for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern))
+        names = [] if huge else list(islice(braceexpand(pattern, escape=False), MAX_FILES + 1))
+    except ValueError as error:
+        raise SourceError(f"{pattern}: {error}. A source is {ACCEPTED}") from None
+    if huge or len(names) > MAX_FILES:
+        raise SourceError(f"{pattern}: a brace expression may name at most {MAX_FILES} files")
+    missing = [name for name in names if not Path(name).is_file()]
+    if names == [pattern]:
+        raise SourceError(f"{pattern}: does not exist. A source is {ACCEPTED}")
+    if missing:
+        raise SourceError(f"{pattern}: {len(missing)} of {len(names)} files are missing, the first is {missing[0]}")
+    return [Path(name) for name in names]
+
+
+def _open_files(location: str, paths: Sequence[Path]) -> Source:
+    suffixes = {path.suffix for path in paths}
+    if suffixes == {".tar"}:
+        return _checked(Source(location, "tar", *open_tars(paths)))
+    if suffixes == {".parquet"}:
+        return _checked(Source(location, "parquet", *open_parquets(paths)))
+    raise SourceError(f"{location}: cannot tell what these {sorted(suffixes)} files are. A source is {ACCEPTED}")
+
+
+def _open_directory(location: str, folder: Path) -> Source:
+    """Open a folder of images, of tars or of Parquet files; it may not be several of these."""
+    names = [entry.name for entry in _entries(folder)]
+    archives = sorted(name for name in names if Path(name).suffix in (".tar", ".parquet"))
+    images = [name for name in names if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
+    if archives and images:
+        raise SourceError(f"{location}: holds both images ({min(images)}) and {archives[0]}: give each its own folder")
+    if archives:
+        return _open_files(location, [folder / name for name in archives])
+    return _checked(Source(location, "folder", *_open_folder(folder)))
+
+
+def _checked(source: Source) -> Source:
+    """Check what shard names must be: they become file names in the label set."""
+    for name, count in Counter(shard.name for shard in source.shards).items():
+        if not re.fullmatch("[A-Za-z0-9._-]+", name):
+            raise SourceError(
+                f"{source.location}: a file name may have only A-Z a-z 0-9 . _ -, got {name!r}. Rename it"
+            )
+        if count > 1:
+            raise SourceError(
+                f"{source.location}: {count} files are called {name!r}: names must be unique. Rename them"
+            )
+    return source
+
+
+def _images(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the image files directly in a folder; other files are not looked at."""
+    images = [entry for entry in _entries(folder) if Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS]
+    for entry in images:
+        if not entry.is_file():
+            raise SourceError(f"{entry.path}: named like an image, but not a file (a broken link, or a folder)")
+    return images
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what lies in a folder and is not hidden."""
+    with reading(folder), os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _folders(folder: Path) -> list[str]:
+    """Return the names of the folders directly in a folder, in order."""
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+
+
+@dataclass(frozen=True)
+class FolderShard(SourceShard[str]):
+    """A run of the images of a folder; it carries their paths, so that no process lists the folder again."""
+
+    name: str
+    root: Path
+    class_names: tuple[str, ...] | None
+    packed_paths: bytes  # paths below the root, a line each, deflated: ImageNet's take 10 MB in all
+
+    def build_index(self) -> ShardIndex[str]:
+        """Unpack the paths; a class label is the position of the folder's name."""
+        paths = tuple(zlib.decompress(self.packed_paths).decode().split("\n"))
+        labels = {name: label for label, name in enumerate(self.class_names or ())}
+        return ShardIndex(tuple(map(_key, paths)), tuple(labels.get(path.split("/")[0]) for path in paths), paths)
+
+    def read_image(self, place: str) -> bytes:
+        """Read one file."""
+        path = self.root / place
+        with reading(path):
+            return path.read_bytes()
+
+
+def _open_folder(root: Path) -> tuple[tuple[str, ...] | None, tuple[FolderShard, ...]]:
+    """Return the class names of an image folder (None: images without class folders) and its shards.
+
+    Images are taken in the order of a hash of their keys. Sorted by name, a thousand neighbours would be of one class,
+    and neighbours become partners in mixup and CutMix.
+    """
+    class_names = _class_folders(root)
+    paths = [path for folder in class_names or ("",) for path in _paths(root, folder)]
+    if not paths:
+        raise SourceError(f"{root}: no image in this folder. A source is {ACCEPTED}")
+    paths.sort(key=lambda path: (hashlib.blake2b(_key(path).encode(), digest_size=16).digest(), path))
+    shards = []
+    for number, start in enumerate(range(0, len(paths), SAMPLES_PER_SHARD)):
+        packed = zlib.compress("\n".join(paths[start : start + SAMPLES_PER_SHARD]).encode())
+        shards.append(FolderShard(f"images-{number:06}", root, class_names or None, packed))
+    return class_names or None, tuple(shards)
+
+
+def _paths(root: Path, folder: str) -> list[str]:
+    """Return the paths below the root of the images of one class folder ("" is the root itself)."""
+    found: dict[str, str] = {}
+    for entry in _images(root / folder):
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        key = check_name(_key(path), f"{root}: sample key")
+        if key in found:
+            raise SourceError(f"{root}: {found[key]} and {path} share the key {key!r}. Rename one")
+        found[key] = path
+    return list(found.values())
+
+
+def _key(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+def _class_folders(root: Path) -> tuple[str, ...]:
+    """Return the class folders in order of their names; they hold images only, and images stand only in them."""
+    names, images = _folders(root), _images(root)
+    if names and images:
+        raise SourceError(f"{root}: holds both images ({images[0].name}) and folders ({names[0]}): classes are folders")
+    for name in names:
+        check_name(name, f"{root}: class name")
+        for inner in _folders(root / name):
+            raise SourceError(f"{root}: images must lie in class/name.jpg, but {name}/{inner} is a folder")
+    return tuple(names)

@@ -1,0 +1,198 @@
+"""The one door to bytes: atomic writes, create-only publishing, hashing, strict JSON.
+
+A file of ours is written under a temporary name in its own folder, fsynced, and only then given its name, so
+a reader sees it whole or not at all, after SIGKILL and after power loss too. Nothing is deleted or overwritten
+except by `replace_file`, which swaps one complete file for another.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from pipeline.errors import StorageError
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+MAX_JSON_BYTES = 256 * 2**20  # an ImageNet manifest of 300 views is about 10 MB
+_TEMPORARY = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9.-]+)-(?P<pid>\d+)-[0-9a-f]{16}")
+# What link(2) answers where a file system has no hard links (exFAT, some network mounts).
+_NO_LINKS = frozenset({"EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK"})
+
+
+def publish_file(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+    """Create `path` with what `write` produces, whole or not at all, never replacing an existing file.
+
+    Args:
+        path: final name; its folder is created.
+        write: writes the content to a binary file; it must not close it.
+
+    Returns:
+        True if this call created the file, False if another writer had already created it (ours is dropped).
+
+    Raises:
+        StorageError: the operating system refused; nothing is left under the final name.
+    """
+    with _refusals_named(path), _temporary_file(path, write) as temporary:
+        try:
+            _link(temporary, path)
+        except FileExistsError:
+            return False
+        _fsync_folder(path.parent)
+        return True
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Swap `path` for what `write` produces, atomically: readers see the old file or the new one.
+
+    Raises:
+        StorageError: the operating system refused; the old file is untouched.
+    """
+    with _refusals_named(path), _temporary_file(path, write) as temporary:
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+
+
+def sweep_temporaries(folder: Path) -> int:
+    """Delete temporary files below `folder` whose writers on this host are dead; return how many."""
+    swept = 0
+    for path in folder.rglob(".tmp-*"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match["host"] == _host() and not _is_alive(int(match["pid"])):
+            path.unlink(missing_ok=True)
+            swept += 1
+    return swept
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as hex."""
+    with _refusals_named(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pretty_json(value: Any) -> bytes:
+    """Return JSON for files that people read too: same value, same bytes."""
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON strictly: UTF-8, no duplicate keys, no NaN, bounded size and depth.
+
+    Raises:
+        StorageError: the file is missing, too large, or not such JSON.
+    """
+    with _refusals_named(path):
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise StorageError(f"{path}: a JSON file may have at most {MAX_JSON_BYTES} bytes, this one has {size}")
+        data = path.read_bytes()
+    try:
+        return parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: not valid JSON: {error}") from error
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON strictly; raises ValueError (or RecursionError) with the reason."""
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+
+
+def local_path(text: str | os.PathLike[str], *, what: str) -> Path:
+    """Turn an argument into a local path; a URL is refused by name."""
+    if "://" in os.fspath(text):
+        raise StorageError(f"{what} {os.fspath(text)!r} is a URL; this version reads local paths: download it first")
+    return Path(text)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return result
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+@contextlib.contextmanager
+def _temporary_file(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".tmp-{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if _errno_name(error) not in _NO_LINKS:
+            raise
+        # Without hard links two writers can race here; both hold labels of one identity, and every reader checks.
+        if path.exists():
+            raise FileExistsError(path) from error
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"{error.filename or path}: no such file or folder") from error
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}{_remedy(error)}") from error
+
+
+def _remedy(error: OSError) -> str:
+    return {
+        "ENOSPC": ". Free some space and run the same command again: it continues",
+        "EDQUOT": ". Raise the quota and run the same command again: it continues",
+        "EROFS": ". Choose a folder that can be written",
+        "EACCES": ". Choose a folder that can be written and read",
+    }.get(_errno_name(error), "")
+
+
+def _errno_name(error: OSError) -> str:
+    import errno
+
+    return errno.errorcode.get(error.errno or 0, "")
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "-", socket.gethostname()) or "host"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

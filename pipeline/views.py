@@ -1,0 +1,196 @@
+"""Views: `draw_view` chooses every parameter of a view, `render` obeys and draws nothing.
+
+A view is a pure function of (recipe id, sample key, view number) and of the image's size; it does not depend on
+order, batch, worker, rank or machine.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from pipeline.draws import Draws, draws_for, noise_levels
+from pipeline.randaugment import INCREASING, PLAIN, Pixels, apply_op, op_argument
+from pipeline.recipe import Box, RandAugment, Recipe
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ATTEMPTS = 10  # timm's, for crops and for erasing boxes
+ERASE_AREA = (0.02, 1 / 3)  # share of the view (timm's RandomErasing)
+ERASE_ASPECT = (0.3, 1 / 0.3)
+
+
+@dataclass(frozen=True)
+class Erase:
+    """A box of pixel noise.
+
+    Attributes:
+        box: top, left, height, width in the view.
+        noise: name of the noise stream.
+    """
+
+    box: Box
+    noise: int
+
+
+@dataclass(frozen=True)
+class View:
+    """Every parameter of one rendering, before mixing.
+
+    Attributes:
+        crop: top, left, height, width in the image.
+        resize: height and width to which the crop is resized.
+        window: top and left of the view in the resized crop.
+        img_size: height and width of the view.
+        flip: mirrored left to right.
+        ops: RandAugment's operations with their arguments, in order.
+        erase: the erased box, if any.
+    """
+
+    crop: Box
+    resize: tuple[int, int]
+    window: tuple[int, int]
+    img_size: int
+    flip: bool = False
+    ops: tuple[tuple[str, float], ...] = ()
+    erase: Erase | None = None
+
+
+def draw_view(recipe: Recipe, key: str, view: int, *, height: int, width: int) -> View:
+    """Choose the parameters of one view of one sample.
+
+    Args:
+        recipe: the augmentation.
+        key: sample key.
+        view: view number, 0 or more.
+        height: of the image, pixels.
+        width: of the image, pixels.
+    """
+    recipe_id = recipe.id
+    if recipe.crop == "center":
+        crop, resize, window = _centre(recipe, height, width)
+    else:
+        crop = _random_crop(draws_for(recipe_id, key, view, "crop"), recipe, height, width)
+        resize, window = (recipe.img_size, recipe.img_size), (0, 0)
+    return View(
+        crop=crop,
+        resize=resize,
+        window=window,
+        img_size=recipe.img_size,
+        flip=draws_for(recipe_id, key, view, "flip").chance(recipe.hflip),
+        ops=_random_ops(draws_for(recipe_id, key, view, "randaug"), recipe.randaugment),
+        erase=_random_erase(draws_for(recipe_id, key, view, "erase"), recipe),
+    )
+
+
+def render(image: Pixels, view: View) -> Pixels:
+    """Make the pixels of a view.
+
+    Args:
+        image: uint8 [H, W, 3], the decoded image that the view was drawn for.
+        view: what to do.
+
+    Returns:
+        uint8 [img_size, img_size, 3], contiguous. (Channels last, so that a batch is a channels-last tensor as it lies.)
+    """
+    pixels = _crop_and_resize(image, view)
+    if view.flip:
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
+    for name, argument in view.ops:
+        pixels = apply_op(pixels, name, argument)
+    if view.erase:
+        pixels = _erase(pixels, view.erase)
+    return np.ascontiguousarray(pixels)
+
+
+def render_views(image: Pixels, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:
+    """Render several views of one decoded image, uint8 [V, img_size, img_size, 3]."""
+    height, width = image.shape[:2]
+    drawn = [draw_view(recipe, key, view, height=height, width=width) for view in views]
+    return np.stack([render(image, view) for view in drawn])
+
+
+def _random_crop(draws: Draws, recipe: Recipe, height: int, width: int) -> Box:
+    """Random resized crop, as torchvision and timm choose it: ten attempts, then a centre crop."""
+    log_ratio = (math.log(recipe.ratio[0]), math.log(recipe.ratio[1]))
+    for _ in range(ATTEMPTS):
+        area = draws.uniform(*recipe.scale) * height * width
+        ratio = math.exp(draws.uniform(*log_ratio))
+        wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= width and 0 < tall <= height:
+            return draws.integer(height - tall + 1), draws.integer(width - wide + 1), tall, wide
+    tall = min(height, max(1, round(width / recipe.ratio[0])))
+    wide = min(width, max(1, round(height * recipe.ratio[1])))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def _centre(recipe: Recipe, height: int, width: int) -> tuple[Box, tuple[int, int], tuple[int, int]]:
+    """Resize the shorter side to img_size / crop_pct and take the middle, as timm evaluates."""
+    # Of a strip, only the middle can show: resizing all of a 1 x 5000 image would take gigabytes.
+    tall, wide = min(height, 8 * width), min(width, 8 * height)
+    crop = ((height - tall) // 2, (width - wide) // 2, tall, wide)
+    short = math.floor(recipe.img_size / recipe.crop_pct)
+    scale = short / min(tall, wide)
+    resized = (short, int(scale * wide)) if tall <= wide else (int(scale * tall), short)
+    return crop, resized, (round((resized[0] - recipe.img_size) / 2), round((resized[1] - recipe.img_size) / 2))
+
+
+def _random_ops(draws: Draws, config: RandAugment | None) -> tuple[tuple[str, float], ...]:
+    if config is None:
+        return ()
+    names = INCREASING if config.increasing else PLAIN
+    ops: list[tuple[str, float]] = []
+    for _ in range(config.layers):
+        name = names[draws.integer(len(names))]
+        applied, level, negate = draws.chance(config.prob), _random_level(draws, config), draws.chance(0.5)
+        if applied:
+            ops.append((name, op_argument(name, level, negate=negate)))
+    return tuple(ops)
+
+
+def _random_level(draws: Draws, config: RandAugment) -> float:
+    if config.magnitude_std > 100:
+        level = draws.uniform(0, config.magnitude)
+    else:
+        level = draws.normal(config.magnitude, config.magnitude_std)
+    return max(0.0, min(level, config.magnitude_max))
+
+
+def _random_erase(draws: Draws, recipe: Recipe) -> Erase | None:
+    """One box of pixel noise with probability `reprob`, as timm's RandomErasing chooses it."""
+    if not draws.chance(recipe.reprob):
+        return None
+    size, log_aspect = recipe.img_size, (math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1]))
+    for _ in range(ATTEMPTS):
+        area = draws.uniform(*ERASE_AREA) * size * size
+        aspect = math.exp(draws.uniform(*log_aspect))
+        tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if tall < size and wide < size:
+            box = (draws.integer(size - tall + 1), draws.integer(size - wide + 1), tall, wide)
+            return Erase(box=box, noise=draws.bits())
+    return None
+
+
+def _crop_and_resize(image: Pixels, view: View) -> Pixels:
+    """Antialiased bicubic resize of the crop (Pillow's filter, within 0.1 of 255 of its pixels)."""
+    top, left, tall, wide = view.crop
+    region = np.ascontiguousarray(image[top : top + tall, left : left + wide])
+    tensor = torch.from_numpy(region).permute(2, 0, 1)[None]  # channels last in memory: torch's fast road
+    resized = F.interpolate(tensor, size=view.resize, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    top, left = view.window
+    return np.ascontiguousarray(resized[top : top + view.img_size, left : left + view.img_size])
+
+
+def _erase(pixels: Pixels, erase: Erase) -> Pixels:
+    """Fill a box with N(0, 1) per channel in ImageNet-normalised space, mapped back to uint8 and clipped."""
+    top, left, tall, wide = erase.box
+    table = noise_levels(IMAGENET_MEAN, IMAGENET_STD)
+    count = tall * wide * 3
+    words = Draws(erase.noise.to_bytes(8, "little")).raw(-(-count // 4))
+    quantile = words.astype("<u8", copy=False).view("<u2")[:count].reshape(3, tall, wide)
+    for channel in range(3):
+        pixels[top : top + tall, left : left + wide, channel] = table[channel][quantile[channel]]
+    return pixels

@@ -1,0 +1,150 @@
+"""Accuracy of the class head, the distillation head and their fusions; agreement with the teacher's stored answers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UsageError
+from pipeline.labelset import LabelSet
+from pipeline.mixing import MixBatch, apply_mix
+from pipeline.recipe import PRESETS, Recipe
+from pipeline.rendering import MappedRange, start_loader
+from pipeline.sources import Source
+from trainer.order import Order, count_units
+from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, checked
+from trainer.student import Heads, Student
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How networks are run: device, dtype of the forward pass, loader processes, views in a batch."""
+
+    device: torch.device
+    dtype: torch.dtype
+    workers: int
+    batch_size: int
+
+
+def fused_logits(heads: Heads) -> dict[str, Tensor]:
+    """Return what each way of reading the two heads answers, [B, C] each; the first is what a one-head model has.
+
+    `mean_logits` is the released code's fusion, `sum_softmax` the paper's (Touvron et al. 2021, section 5.2).
+    """
+    answers = {"class_head": heads.class_logits.float()}
+    if heads.distill_logits is not None:
+        distill = heads.distill_logits.float()
+        answers["distillation_head"] = distill
+        answers["mean_logits"] = (answers["class_head"] + distill) / 2
+        answers["sum_softmax"] = answers["class_head"].softmax(1) + distill.softmax(1)
+    return answers
+
+
+def normalise(images: Tensor, student: Student) -> Tensor:
+    """Turn float32 images [B, 3, H, W] of 0..255 into what the student was made for."""
+    mean, std = (torch.tensor(v, device=images.device)[None, :, None, None] * 255 for v in (student.mean, student.std))
+    return (images - mean) / std
+
+
+def evaluate(
+    student: Student, source: Source, running: Running, *, crop_pct: float | None = None
+) -> tuple[Scores, int]:
+    """Measure top-1 and top-5 in percent on centre crops of all labelled samples.
+
+    Args:
+        student: is set to evaluation and back.
+        source: labelled images.
+        running: how to run it.
+        crop_pct: share of the resized shorter side; None takes the model's configuration.
+
+    Returns:
+        scores by way of reading the heads, and the number of images.
+    """
+    labelled = [
+        (s, row)
+        for s, shard in enumerate(source.shards)
+        for row, label in enumerate(shard.class_labels)
+        if label is not None
+    ]
+    if not labelled:
+        raise UsageError(f"{source.location} has no class labels to evaluate on")
+    highest = max(label for shard in source.shards for label in shard.class_labels if label is not None)
+    if highest >= student.num_classes or source.num_classes not in (None, student.num_classes):
+        raise UsageError(
+            f"the student has {student.num_classes} classes, {source.location} has {source.num_classes or f'labels up to {highest}'}"
+        )
+    batches = CentreBatches(source, labelled, centre_recipe(student, crop_pct), running.batch_size)
+    right: dict[str, list[int]] = {}
+    for images, target in checked(start_loader(MappedRange(batches, len(batches)), workers=running.workers)):
+        pixels = images.to(running.device).permute(0, 3, 1, 2).float()
+        for name, logits in _answers(student, pixels, running).items():
+            counts = right.setdefault(name, [0, 0])
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == target[:, None]
+            counts[0] += int(ranked[:, 0].sum())
+            counts[1] += int(ranked.any(dim=1).sum())
+    scale = 100 / len(labelled)
+    return {name: {"top1": a * scale, "top5": b * scale} for name, (a, b) in right.items()}, len(labelled)
+
+
+def measure_agreement(
+    student: Student, label_set: LabelSet, source: Source, running: Running, *, limit: int
+) -> tuple[dict[str, float], int]:
+    """Measure how often each head's argmax is the teacher's stored one, on replayed views of the label set.
+
+    Args:
+        student: is set to evaluation and back.
+        label_set: whose first view is used.
+        source: its images.
+        running: how to run it.
+        limit: views to look at, at most (whole batches).
+
+    Returns:
+        percent by way of reading the heads, and the number of views.
+    """
+    recipe = label_set.recipe
+    units = tuple(count_units(recipe, label_set.samples(name).usable) for name in label_set.shards)
+    order = Order(
+        shard_units=units,
+        unit_size=2 if recipe.mixes else 1,
+        batch_size=max(2, min(running.batch_size, limit)),
+        repeated_aug=1,
+        views=label_set.views,
+        window=len(units),
+        seed=0,
+    )
+    steps = max(1, min(order.steps_per_epoch, limit // order.batch_size))
+    renderer = BatchRenderer(Catalogue(source, label_set), recipe, order)
+    same: dict[str, int] = {}
+    seen = 0
+    for batch in checked(start_loader(MappedRange(renderer, steps), workers=running.workers)):
+        for name, logits in _answers(student, mixed_images(batch, running.device), running).items():
+            same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.hard).sum())
+        seen += len(batch.keys)
+    return {name: 100 * count / seen for name, count in same.items()}, seen
+
+
+def mixed_images(batch: Batch, device: torch.device) -> Tensor:
+    """Return the views of a batch as the teacher saw them, float32 [B, 3, H, W] of 0..255."""
+    pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    mix: MixBatch = batch.mix.to(device)
+    return apply_mix(pixels, mix)
+
+
+def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:
+    """Return the recipe of evaluation: resize and centre crop, as the student's configuration says."""
+    pct = crop_pct or float(student.model.pretrained_cfg.get("crop_pct") or 0.875)
+    return Recipe.from_dict(PRESETS["none"].to_dict() | {"img_size": student.img_size, "crop_pct": pct})
+
+
+def _answers(student: Student, images: Tensor, running: Running) -> dict[str, Tensor]:
+    """Run the student in evaluation mode on float32 images of 0..255."""
+    was_training = student.training
+    student.eval()
+    try:
+        enabled = running.dtype != torch.float32
+        with torch.inference_mode(), torch.autocast(running.device.type, dtype=running.dtype, enabled=enabled):
+            return fused_logits(student(normalise(images, student)))
+    finally:
+        student.train(was_training)

@@ -1,0 +1,179 @@
+"""What the student is trained on: its class labels, and the teacher's stored answers. Pure.
+
+All losses are computed in float32, under autocast too, and no target of shape [B, C] is ever built: a stored
+soft label has K classes and a tail, and its loss is a sum over K terms and one closed form.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import UsageError
+
+DistillationType = Literal["none", "soft", "hard"]
+Tail = Literal["spread", "renormalise"]
+Reduction = Literal["batchmean", "deit"]
+
+
+@dataclass(frozen=True)
+class ClassTarget:
+    """The class labels of a batch of mixed images.
+
+    Attributes:
+        class_label: int64 [B]; any value where the sample is not labelled.
+        labelled: bool [B].
+        partner: int64 [B], the position in this batch of the sample mixed in; its own where unmixed.
+        lam: float32 [B] in 0..1, the weight of the sample's own label; 1 where unmixed.
+    """
+
+    class_label: Tensor
+    labelled: Tensor
+    partner: Tensor
+    lam: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherTarget:
+    """What the label set holds for a batch of views. K is 0 where it holds hard labels only.
+
+    Attributes:
+        hard: int64 [B], the teacher's argmax class.
+        topk_index: int64 [B, K], distinct classes.
+        topk_prob: float32 [B, K], probabilities at temperature 1.
+        tail_mass: float32 [B], the probability of all other classes together.
+    """
+
+    hard: Tensor
+    topk_index: Tensor
+    topk_prob: Tensor
+    tail_mass: Tensor
+
+
+def distillation_loss(
+    class_logits: Tensor,
+    distill_logits: Tensor | None,
+    class_target: ClassTarget,
+    teacher: TeacherTarget | None,
+    *,
+    distillation_type: DistillationType,
+    alpha: float,
+    tau: float,
+    tail: Tail,
+    reduction: Reduction,
+    smoothing: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return (1 - alpha) * class loss + alpha * distillation loss, and the two parts.
+
+    Args:
+        class_logits: float [B, C].
+        distill_logits: float [B, C]; None for a student with one head, which then learns from both.
+        class_target: the class labels.
+        teacher: the stored labels; None only without distillation.
+        distillation_type: `none` is the class loss alone, whatever alpha is.
+        alpha: weight of the distillation loss, 0..1.
+        tau, tail, reduction: see `soft_distillation_loss`.
+        smoothing: see `class_loss`.
+
+    Returns:
+        The loss, a scalar; its detached parts `class_loss` and, with distillation, `distill_loss`.
+    """
+    class_part = class_loss(class_logits, class_target, smoothing=smoothing)
+    if distillation_type == "none":
+        return class_part, {"class_loss": class_part.detach()}
+    if teacher is None:
+        raise UsageError(f"distillation type {distillation_type!r} needs stored teacher labels, and there are none")
+    logits = class_logits if distill_logits is None else distill_logits
+    if distillation_type == "hard":
+        distill_part = hard_distillation_loss(logits, teacher.hard)
+    else:
+        distill_part = soft_distillation_loss(logits, teacher, tau=tau, tail=tail, reduction=reduction)
+    loss = (1 - alpha) * class_part + alpha * distill_part
+    return loss, {"class_loss": class_part.detach(), "distill_loss": distill_part.detach()}
+
+
+def class_loss(class_logits: Tensor, target: ClassTarget, *, smoothing: float) -> Tensor:
+    """Return the cross-entropy to the mixed, smoothed class labels: timm's `mixup_target`, never built.
+
+    A sample counts if all of its image is labelled: its own part and, unless lam is 1, its partner's. Another
+    adds 0, and the sum is divided by B all the same, so every sample weighs what is known of it.
+
+    Args:
+        class_logits: float [B, C].
+        target: the class labels.
+        smoothing: probability mass spread evenly over all C classes, 0..1.
+
+    Returns:
+        A float32 scalar.
+    """
+    log_prob = F.log_softmax(class_logits.float(), dim=-1)
+    label = torch.where(target.labelled, target.class_label, 0)  # an unlabelled row must still gather something
+    own = log_prob.gather(1, label[:, None])[:, 0]
+    other = log_prob.gather(1, label[target.partner][:, None])[:, 0]
+    mixed = target.lam * own + (1 - target.lam) * other
+    loss = -((1 - smoothing) * mixed + smoothing * log_prob.mean(dim=-1))
+    known = target.labelled & (target.labelled[target.partner] | (target.lam == 1))
+    return torch.where(known, loss, 0.0).mean()
+
+
+def hard_distillation_loss(distill_logits: Tensor, hard: Tensor) -> Tensor:
+    """Return the mean cross-entropy to the teacher's argmax (DeiT, eq. 3).
+
+    Args:
+        distill_logits: float [B, C].
+        hard: int64 [B].
+    """
+    return F.cross_entropy(distill_logits.float(), hard)
+
+
+def soft_distillation_loss(
+    distill_logits: Tensor, target: TeacherTarget, *, tau: float, tail: Tail, reduction: Reduction
+) -> Tensor:
+    """Return tau² · KL(teacher || student), both at temperature tau, over stored top-k labels (DeiT, eq. 2).
+
+    Args:
+        distill_logits: float [B, C].
+        target: the stored labels, 1 <= K <= C.
+        tau: temperature, > 0. The stored p become p^(1/tau), normalised.
+        tail: `spread` gives the tail mass to the other C - K classes in equal parts, before the temperature;
+            `renormalise` drops it. With K = C there is no tail and the two agree.
+        reduction: `batchmean` divides by B (timm), `deit` by B · C (facebookresearch/deit, losses.py).
+
+    Returns:
+        A float32 scalar.
+    """
+    num_kept, num_classes = target.topk_index.shape[1], distill_logits.shape[1]
+    if num_kept == 0:
+        raise UsageError(
+            "soft distillation needs top-k labels (K >= 1), and this label set holds only hard labels (K = 0). "
+            "Train with hard distillation, or precompute labels with K >= 1."
+        )
+    num_rest = num_classes - num_kept if tail == "spread" else 0
+    student = F.log_softmax(distill_logits.float() / tau, dim=-1)
+    kept = student.gather(1, target.topk_index)
+    prob, rest_prob = _tempered_teacher(target, tau=tau, num_rest=num_rest)
+    divergence = (torch.xlogy(prob, prob) - prob * kept).sum(dim=-1)
+    if num_rest:
+        # Every class of the tail has the same probability, so its cross-entropy needs only their sum.
+        rest = student.sum(dim=-1) - kept.sum(dim=-1)
+        divergence = divergence + num_rest * torch.xlogy(rest_prob, rest_prob) - rest_prob * rest
+    divisor = distill_logits.shape[0] * (num_classes if reduction == "deit" else 1)
+    return divergence.sum() * (tau**2 / divisor)
+
+
+def _tempered_teacher(target: TeacherTarget, *, tau: float, num_rest: int) -> tuple[Tensor, Tensor]:
+    """Return the teacher at temperature tau: its kept classes float32 [B, K], and each other class float32 [B].
+
+    Probabilities of 0 (float16 underflow) stay 0. Kept and tail need not add up to 1: the result does, counting
+    the second `num_rest` times. In logarithms, so a small tau cannot underflow the whole row.
+    """
+    log_weight = target.topk_prob.float().log() / tau
+    if num_rest == 0:
+        return log_weight.softmax(dim=-1), torch.zeros_like(target.tail_mass)
+    tail_mass = target.tail_mass.float().clamp(min=0)  # 1 minus a rounded sum can fall below 0
+    log_rest = (tail_mass / num_rest).log() / tau
+    log_total = torch.logaddexp(log_weight.logsumexp(dim=-1), log_rest + math.log(num_rest))
+    return (log_weight - log_total[:, None]).exp(), (log_rest - log_total).exp()
