@@ -94,7 +94,7 @@ def shard_pairs(recipe: Recipe, keys: Sequence[str], usable: NDArray[np.int64], 
     """
     pairs = [np.empty((0, 2), np.int64)]
     for block in mix_blocks(recipe, usable):
-        positions = draw_pairs(recipe, [keys[row] for row in block.tolist()], view)
+        positions = draw_pairs(recipe, tuple(keys[int(row)] for row in block), view)
         pairs.append(np.where(positions < 0, -1, block[positions]))
     return np.concatenate(pairs)
 

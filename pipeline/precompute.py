@@ -1,5 +1,6 @@
 """Stage 1: render numbered views, let the teacher answer, store what it said. One label shard at a time."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode
 from pipeline.drafts import LabelDraft, publish_draft
-from pipeline.errors import LabelSetMismatch, NonFiniteTeacherError, TeacherError, UsageError
+from pipeline.errors import BadImageError, LabelSetMismatch, NonFiniteTeacherError, TeacherError, UsageError
 from pipeline.indexing import Progress, index_samples
 from pipeline.labels import SampleRows, read_all_views, read_labels_footer, read_samples
 from pipeline.labelset import LabelSet, check_labels_footer, record_of
@@ -35,7 +36,7 @@ from pipeline.mixing import MixBatch, apply_mix, mix_blocks
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.rendering import BlockRenderer, BlockTask, ViewBatch, plan_workers, start_loader
 from pipeline.replay import compare_probes
-from pipeline.sources import Source
+from pipeline.sources import Sample, Source
 from pipeline.storage import pretty_json, publish_file, replace_file, sha256_file, sweep_temporaries
 from pipeline.teacher import Teacher, check_classes
 from pipeline.views import draw_view, render
@@ -118,6 +119,7 @@ def precompute(
     samples = index_samples(
         config.out, work.plan, source, on_bad_image=config.on_bad_image, workers=workers, progress=progress
     )
+    _warn_of_sorted_classes(recipe, samples)
     _label_views(config, work, recipe, teacher, source, samples, workers, progress)
     _seal(config.out, work)
     return LabelSet.open(config.out)
@@ -126,28 +128,34 @@ def precompute(
 def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[float, int] | None:
     """Return the teacher's top-1 in percent on centre crops of labelled samples, and their number; None without any.
 
-    Samples are spread evenly over the source, so that sorted classes are all seen.
+    Samples are spread evenly over the source, so that sorted classes are all seen. Images that cannot be decoded are
+    passed over here: indexing is what stops at them, or leaves them out.
     """
     labelled = [
         (shard, row) for shard in source.shards for row, label in enumerate(shard.class_labels) if label is not None
     ]
     chosen = [labelled[i * len(labelled) // limit] for i in range(limit)] if len(labelled) > limit else labelled
-    if not chosen:
-        return None
     size = teacher.identity.img_size
     recipe = Recipe.from_dict(PRESETS["none"].to_dict() | {"img_size": size, "crop_pct": teacher.crop_pct})
-    right = 0
+    right = seen = 0
     for start in range(0, len(chosen), 64):
-        batch = [shard[row] for shard, row in chosen[start : start + 64]]
-        images = torch.from_numpy(np.stack([_centre_view(sample.image, sample.key, recipe) for sample in batch]))
-        answer = teacher.answer(images.permute(0, 3, 1, 2).to(teacher.device).float(), 0)
-        right += int((answer.hard == np.array([sample.class_label for sample in batch])).sum())
-    return 100 * right / len(chosen), len(chosen)
+        views = [view for shard, row in chosen[start : start + 64] if (view := _centre_view(shard[row], recipe))]
+        if not views:
+            continue
+        images = torch.from_numpy(np.stack([pixels for pixels, _ in views])).permute(0, 3, 1, 2)
+        answer = teacher.answer(images.to(teacher.device).float(), 0)
+        right += int((answer.hard == np.array([label for _, label in views])).sum())
+        seen += len(views)
+    return (100 * right / seen, seen) if seen else None
 
 
-def _centre_view(image: bytes, key: str, recipe: Recipe) -> NDArray[np.uint8]:
-    pixels = decode(image, key=key)
-    return render(pixels, draw_view(recipe, key, 0, height=pixels.shape[0], width=pixels.shape[1]))
+def _centre_view(sample: Sample, recipe: Recipe) -> tuple[NDArray[np.uint8], int | None] | None:
+    try:
+        image = decode(sample.image, key=sample.key)
+    except BadImageError:
+        return None
+    drawn = draw_view(recipe, sample.key, 0, height=image.shape[0], width=image.shape[1])
+    return render(image, drawn), sample.class_label
 
 
 def _check_accuracy(config: PrecomputeConfig, teacher: Teacher, source: Source) -> None:
@@ -162,6 +170,20 @@ def _check_accuracy(config: PrecomputeConfig, teacher: Teacher, source: Source) 
         raise TeacherError(
             f"teacher {teacher.identity.name} has top-1 {top1:.1f} % on {count} images, --min-teacher-accuracy asks for"
             f" {config.min_teacher_accuracy:g} %: check its classes, their order and its normalisation"
+        )
+
+
+def _warn_of_sorted_classes(recipe: Recipe, samples: dict[str, SampleRows]) -> None:
+    """Partners come from one mix block: where neighbours are of one class, mixup has nothing to mix."""
+    labels = [table.class_label for table in samples.values()]
+    pairs = [(a, b) for shard in labels for a, b in itertools.pairwise(shard) if a is not None and b is not None]
+    same = sum(a == b for a, b in pairs)
+    if recipe.mixes and len({label for shard in labels for label in shard}) > 1 and same > 0.5 * len(pairs):
+        log.warning(
+            "%.0f %% of neighbours are of one class: the source looks sorted, and mixup partners come from among %d"
+            " neighbours. Shuffle the samples into new shards for labels as good as DeiT's",
+            100 * same / len(pairs),
+            recipe.mix_block,
         )
 
 

@@ -7,12 +7,15 @@ The operations work on uint8 [H, W, 3] through OpenCV and 256-entry tables; poin
 
 import math
 from collections.abc import Callable
+from typing import Any
 
-import cv2
+import cv2 as _opencv
 import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]  # uint8 [H, W, 3], RGB
+cv2: Any = _opencv  # its stubs lose the dtype of every array
+
 FILL = (124, 116, 104)  # ImageNet mean, what timm fills uncovered corners with
 MAX_LEVEL = 10.0
 

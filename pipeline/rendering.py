@@ -85,7 +85,7 @@ class BlockRenderer(IterableDataset[ViewBatch]):
     def _render_views(self, task: BlockTask, views: range) -> Iterator[ViewBatch]:
         """Decode each image of the block once and render it for all `views`."""
         size = self._recipe.img_size
-        keys = [task.samples.key[row] for row in task.rows.tolist()]
+        keys = tuple(task.samples.key[row] for row in task.rows.tolist())
         pairs = [draw_pairs(self._recipe, keys, view) for view in views]
         orders = [flat[flat >= 0] for flat in (pair.ravel() for pair in pairs)]
         slots = [np.argsort(order) for order in orders]
@@ -103,7 +103,7 @@ class BlockRenderer(IterableDataset[ViewBatch]):
             rows = torch.from_numpy(task.rows[orders[i]])
             yield ViewBatch(task.shard, task.views, view, rows, torch.from_numpy(images[i]), mix)
 
-    def _mixes(self, keys: Sequence[str], pairs: NDArray[np.int64], view: int) -> MixBatch:
+    def _mixes(self, keys: tuple[str, ...], pairs: NDArray[np.int64], view: int) -> MixBatch:
         mixes = [draw_mix(self._recipe, keys[a], view) if b >= 0 else Mix() for a, b in pairs.tolist()]
         return mix_batch(paired_positions(pairs), mixes, len(keys))
 
@@ -122,11 +122,12 @@ def plan_workers(asked: int | None, device: torch.device) -> int:
     """Return how many loader processes to start, and leave the other cores to the threads of a network on the CPU.
 
     A thread that waits for a core that a loader holds makes the whole forward pass wait, so the two share the cores.
+    OMP_NUM_THREADS decides the threads where it is set: float32 results on the CPU depend on it in their last bits.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_cpu = device.type == "cpu"
     workers = max(1, cores // 2 if on_cpu else cores - 1) if asked is None else asked
-    if on_cpu:
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores - workers))
     return workers
 

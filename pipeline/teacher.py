@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import timm
+import timm.data
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -190,6 +191,7 @@ def _from_timm(name: str, *, checkpoint: Path | None, pretrained: bool, num_clas
         raise UsageError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     if checkpoint is not None:
         return _from_checkpoint(wanted, checkpoint)
+    module: Any = None
     with _named_failure(f"cannot load teacher {wanted}", "Pass --teacher-checkpoint, or --no-pretrained for a trial"):
         if pretrained:
             module = timm.create_model(wanted, pretrained=True)
@@ -210,8 +212,8 @@ def _from_checkpoint(name: str, checkpoint: Path) -> tuple[Any, str]:
         state = timm.models.load_state_dict(str(checkpoint), device="cpu", weights_only=True)
         classifier = (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).classifier
         weight = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
-        kwargs = {} if weight is None else {"num_classes": len(weight)}
-        module = timm.create_model(name, pretrained=False, **kwargs)
+        kwargs: dict[str, Any] = {} if weight is None else {"num_classes": len(weight)}
+        module: Any = timm.create_model(name, pretrained=False, **kwargs)
         module.load_state_dict(state, strict=True)
     return module, module.pretrained_cfg["architecture"]
 

@@ -65,13 +65,16 @@ def test_both_heads_are_those_of_timm_in_training_and_their_mean_that_of_evaluat
     assert not torch.equal(heads.class_logits, heads.distill_logits)
 
 
-def test_dropout_before_the_heads_is_kept():
+@pytest.mark.parametrize("head", ["class_logits", "distill_logits"])
+def test_dropout_before_the_heads_is_kept(head):
     student = tiny()
     student.model.head_drop = nn.Dropout(0.5)
     nn.init.normal_(student.model.head.weight)
-    assert not torch.equal(student(images()).class_logits, student(images()).class_logits)
-    student.eval()
-    assert torch.equal(student(images()).class_logits, student(images()).class_logits)
+    nn.init.normal_(student.model.head_dist.weight)
+    for training in (True, False):
+        student.train(training)
+        first, second = (getattr(student(images()), head) for _ in range(2))
+        assert torch.equal(first, second) is not training
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,24 @@
 """Accuracy of the class head, the distillation head and their fusions; agreement with the teacher's stored answers."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.devices import resolve_device
 from pipeline.errors import UsageError
 from pipeline.labelset import LabelSet
 from pipeline.mixing import MixBatch, apply_mix
 from pipeline.recipe import PRESETS, Recipe
-from pipeline.rendering import MappedRange, start_loader
-from pipeline.sources import Source
+from pipeline.rendering import MappedRange, plan_workers, start_loader
+from pipeline.replay import check_replay
+from pipeline.sources import Source, open_source
+from trainer.config import AmpDtype
 from trainer.order import Order, count_units
 from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, checked
-from trainer.student import Heads, Student
+from trainer.student import Heads, Student, open_student
 
 Scores = dict[str, dict[str, float]]
 
@@ -26,6 +31,61 @@ class Running:
     dtype: torch.dtype
     workers: int
     batch_size: int
+
+
+def evaluate_checkpoint(
+    *,
+    checkpoint: Path | None,
+    model: str | None,
+    pretrained: bool,
+    data: str | None,
+    labels: Path | None,
+    agreement_samples: int,
+    batch_size: int,
+    workers: int | None,
+    crop_pct: float | None,
+    device: str,
+    amp_dtype: AmpDtype,
+) -> dict[str, Any]:
+    """Open a student, measure what was asked, and return it as plain JSON values.
+
+    Args:
+        checkpoint: see `open_student`, as `model` and `pretrained`.
+        data: labelled images to measure accuracy on, or None.
+        labels: label set to measure agreement on, with the images that it was made from, or None.
+        agreement_samples: views to measure agreement on, at most.
+        batch_size: images in one forward pass.
+        workers: loader processes; None asks the machine.
+        crop_pct: of the centre crop; None takes the model's.
+        device: torch device, or `auto`.
+        amp_dtype: of the forward pass.
+    """
+    label_set = LabelSet.open(labels) if labels else None
+    source = open_source(data) if data else None
+    classes = (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
+    student = open_student(checkpoint, model=model, num_classes=classes, pretrained=pretrained)
+    where = resolve_device(device)
+    running = Running(
+        device=where, dtype=forward_dtype(amp_dtype, where), workers=plan_workers(workers, where), batch_size=batch_size
+    )
+    student.to(where)
+    result: dict[str, Any] = {"checkpoint": str(checkpoint or model)}
+    if source:
+        result["scores"], result["images"] = evaluate(student, source, running, crop_pct=crop_pct)
+    if label_set:
+        images = open_source(label_set.plan.source.location)
+        check_replay(label_set, images)
+        result["agreement"], result["agreement_views"] = measure_agreement(
+            student, label_set, images, running, limit=agreement_samples
+        )
+    return result
+
+
+def forward_dtype(name: AmpDtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of forward passes; `auto` is bfloat16 on CUDA, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def fused_logits(heads: Heads) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
+from pipeline.devices import resolve_device
 from pipeline.draws import stream_of
 from pipeline.errors import CheckpointError, LabelSetMismatch, TrainingError, UsageError
 from pipeline.labelset import LabelSet, record_of
@@ -23,7 +24,7 @@ from pipeline.sources import Source, open_source
 from pipeline.storage import pretty_json, replace_file
 from trainer.checkpoint import export_model, load_state, pack_training, save_state, unpack_training
 from trainer.config import TrainConfig
-from trainer.evaluate import Running, Scores, evaluate, mixed_images, normalise
+from trainer.evaluate import Running, Scores, evaluate, forward_dtype, mixed_images, normalise
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
 from trainer.metrics import MetricsLog, Rate
 from trainer.optim import create_ema, create_optimizer, learning_rate, linear_scaled_lr, set_learning_rate
@@ -71,7 +72,7 @@ def train(config: TrainConfig, recipe: Recipe | None = None) -> Path:
     device = resolve_device(config.device)
     running = Running(
         device=device,
-        dtype=_forward_dtype(config, device),
+        dtype=forward_dtype(config.amp_dtype, device),
         workers=plan_workers(config.workers, device),
         batch_size=config.batch_size,
     )
@@ -151,18 +152,6 @@ def make_order(config: TrainConfig, data: Data) -> Order:
         seed=config.seed,
         grad_accum_steps=config.grad_accum_steps,
     )
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the torch device of a name; `auto` is CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _build(config: TrainConfig, data: Data, device: torch.device) -> State:
@@ -421,12 +410,6 @@ def _tensors(state: State) -> dict[str, Tensor]:
 def _is_recovery_point(config: TrainConfig, update: int, in_update: int) -> bool:
     whole = in_update == config.grad_accum_steps - 1
     return bool(config.recovery_interval) and whole and (update + 1) % config.recovery_interval == 0
-
-
-def _forward_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if config.amp_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.amp_dtype == "bfloat16" else torch.float32
 
 
 def _write(file: Any, value: dict[str, Any]) -> None:

@@ -222,3 +222,41 @@ def _check_names(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def open_student(
+    checkpoint: Path | None, *, model: str | None = None, num_classes: int | None = None, pretrained: bool = False
+) -> Student:
+    """Open a trained student for evaluation.
+
+    Args:
+        checkpoint: a folder with `config.json` and `model.safetensors`, as a run exports it, or a file of weights.
+        model: timm name; needed for a file, ignored for a folder.
+        num_classes: C of a file of weights; None takes the model's own.
+        pretrained: timm's published weights instead of a checkpoint.
+    """
+    if checkpoint is not None and checkpoint.is_dir():
+        return _open_folder(checkpoint)
+    if model is None:
+        raise UsageError(
+            "a file of weights does not say its architecture: pass --model NAME, or a folder with config.json"
+        )
+    if checkpoint is None and not pretrained:
+        raise UsageError("pass --checkpoint, or --pretrained for timm's published weights")
+    name = _known_name(model)
+    known = timm.get_pretrained_cfg(name)
+    classes = num_classes or (known.num_classes if known is not None else 1000)
+    return create_student(model, num_classes=classes, init_checkpoint=checkpoint, pretrained=pretrained)
+
+
+def _open_folder(folder: Path) -> Student:
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{folder} is no exported model: it has no config.json and model.safetensors. A run keeps them in last/ and best/"
+        )
+    try:
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # a damaged configuration or file fails in many ways below timm
+        raise CheckpointError(f"{folder} cannot be loaded ({type(error).__name__}): {_one_line(error)}") from error
+    config = model.pretrained_cfg
+    return Student(model, img_size=config["input_size"][-1], class_names=config.get("label_names"))

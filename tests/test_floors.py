@@ -1,0 +1,90 @@
+"""The house: a module imports only what stands before it in this list, and third parties only where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the ground up. `trainer` never imports the names in TEACHER_SIDE.
+ORDER = [
+    "pipeline.errors", "pipeline.ids", "pipeline.draws", "pipeline.recipe", "pipeline.config",
+    "pipeline.storage", "pipeline.decode", "pipeline.labels", "pipeline.manifest", "pipeline.randaugment",
+    "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
+    "pipeline.devices", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay", "pipeline.rendering",
+    "pipeline.teacher", "pipeline.drafts", "pipeline.indexing", "pipeline.precompute", "pipeline.inspection", "pipeline",
+    "trainer.config", "trainer.order", "trainer.stream", "trainer.student", "trainer.losses", "trainer.optim",
+    "trainer.checkpoint", "trainer.metrics", "trainer.evaluate", "trainer.loop", "trainer.demo", "trainer",
+    "cli",
+]  # fmt: skip
+TEACHER_SIDE = {"pipeline.teacher", "pipeline.precompute", "pipeline.drafts", "pipeline.indexing", "pipeline.inspection"}
+
+# Third parties, and the only modules that may import them.
+KEEPERS = {
+    "click": {"cli"},
+    "rich": {"cli"},
+    "timm": {"pipeline.teacher", "trainer.student", "trainer.optim", "trainer.loop"},
+    "pyarrow": {"pipeline.labels", "pipeline.parquet_source"},
+    "pydantic": {"pipeline.manifest"},
+    "yaml": {"pipeline.recipe"},
+    "matplotlib": {"pipeline.inspection", "trainer.demo"},
+    "PIL": {"pipeline.decode", "trainer.demo"},
+    "cv2": {"pipeline.randaugment", "pipeline.rendering"},
+    "webdataset": {"trainer.demo"},
+    "sklearn": {"trainer.demo"},
+}
+NO_TORCH = set(ORDER[: ORDER.index("pipeline.devices")]) | {"trainer.config", "trainer.order", "cli"}
+
+
+def modules() -> dict[str, Path]:
+    paths = [*ROOT.glob("pipeline/*.py"), *ROOT.glob("trainer/*.py"), ROOT / "cli.py"]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+
+
+def imports(path: Path) -> set[str]:
+    """Return every dotted name that a module imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_what_stands_before_it(name):
+    ours = imports(modules()[name]) & set(ORDER) - {"pipeline", "trainer"}
+    assert {other for other in ours if ORDER.index(other) >= ORDER.index(name)} == set()
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name.startswith("trainer")])
+def test_the_trainer_never_imports_the_teachers_side(name):
+    assert imports(modules()[name]) & TEACHER_SIDE == set()
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name.startswith("pipeline")])
+def test_the_pipeline_never_imports_the_trainer(name):
+    assert not any(other.split(".")[0] == "trainer" for other in imports(modules()[name]))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_third_parties_stand_only_where_they_belong(name):
+    roots = {other.split(".")[0] for other in imports(modules()[name])}
+    assert {party for party in roots & set(KEEPERS) if name not in KEEPERS[party]} == set()
+    assert not (name in NO_TORCH and roots & {"torch", "torchvision"})
+
+
+def test_no_module_draws_from_a_global_random_state():
+    allowed = {"trainer.loop", "pipeline.teacher"}  # torch.manual_seed: initial weights and stochastic depth
+    for name, path in modules().items():
+        assert "random" not in imports(path), name
+        text = path.read_text()
+        assert "np.random.default_rng" not in text, name
+        assert "np.random.seed" not in text, name
+        assert name in allowed or "manual_seed" not in text, name

@@ -1,0 +1,219 @@
+"""The committed label set of format v1: every later version must read it, to these very values."""
+
+import base64
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.decode import decode
+from pipeline.draws import stream_of
+from pipeline.labels import read_labels_footer, read_samples_footer
+from pipeline.labelset import LabelSet
+from pipeline.mixing import Mix, draw_mix, shard_pairs
+from pipeline.replay import SAMPLED_BYTES, TOLERANCE, check_replay
+from pipeline.sources import open_source
+from pipeline.views import draw_view, render
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden/v1"
+SHARD = "golden-000000"
+PAGE = ROOT / "docs/format-v1.md"
+
+SHA256 = {
+    "images/classes.txt": "9fec8b87d457cdab76088586670cbcc3b6f5f39ef95b320c07f4ec2b539c2be4",
+    "images/golden-000000.tar": "5049dd1385c45794d5d962ca0138d0050e420fc5dba0b27186712a4c2234ee3c",
+    "shards/plan.json": "8b2fcb41168bebb38094c54a58a0ba1af6b2e062eec96e1635ea95ca38cfd5ae",
+    "shards/manifest.json": "f143e2ec5798b6ead7b0ab2b74d10ea6e33d9edc87e352c4c897195e03719bde",
+    "shards/samples/golden-000000.parquet": "88cc65e3ba9d9d6f799208de48530c97b05fd11a2250fd3b8e784cd532652328",
+    "shards/labels/views-00000-00002/golden-000000.parquet": "45a5c6877b164de2604a5a0d518dffe40e3df6b15daa53b6954cdc2c1967aa05",
+}
+IDS = {
+    "labelset_id": "85cc453c83ef30a1e9d1d54b30731e715b7d1aaca9d6c06b2c99375351421c8f",
+    "recipe_id": "b3259b0141dffeddbc7071c18ac43818f705aa171e2071673c83e06428729242",
+    "teacher_id": "6e998383f87b7272bb611e56fe564235444c270a1973b3e07362da403f5b9b56",
+    "source_id": "e8db99edcce95a2217fb5805340ad5f362f7a6205f67a2bea38ab3c5fa1b4b31",
+}
+KEYS = ("g0", "g1", "g2", "g3", "g4", "g5", "g6")
+CLASS_LABELS = (0, 1, 2, 0, 1, None, 0)
+ROWS = [0, 1, 3, 4, 5, 6]  # row 2 is a bad image
+# For each view: K = 2 classes, their probabilities and the tail mass of every row, as stored in float16.
+INDEX = [
+    [[0, 2], [1, 0], [0, 2], [1, 0], [2, 0], [0, 1]],
+    [[0, 1], [1, 0], [0, 1], [1, 0], [2, 0], [0, 2]],
+    [[0, 2], [1, 2], [0, 2], [0, 1], [2, 0], [0, 1]],
+]
+SECOND = [
+    [2.753734588623047e-05, 0.061798095703125, 6.312131881713867e-05]
+    + [0.0288543701171875, 0.00017774105072021484, 0.0004134178161621094],
+    [1.4424324035644531e-05, 3.504753112792969e-05, 7.396936416625977e-05]
+    + [0.007099151611328125, 8.171796798706055e-05, 0.0027599334716796875],
+    [0.00023615360260009766, 1.990795135498047e-05, 5.942583084106445e-05]
+    + [0.00551605224609375, 0.142822265625, 0.049560546875],
+]
+FIRST = [
+    [1.0, 0.9013671875, 1.0, 0.96826171875, 1.0, 0.9990234375],
+    [1.0, 1.0, 1.0, 0.98828125, 1.0, 0.99658203125],
+    [0.99951171875, 1.0, 1.0, 0.9921875, 0.734375, 0.93603515625],
+]
+TAIL = [
+    [1.5139579772949219e-05, 0.03704833984375, 7.092952728271484e-06]
+    + [0.0030422210693359375, 2.9921531677246094e-05, 0.00033664703369140625],
+    [1.0251998901367188e-05, 2.4080276489257812e-05, 2.8789043426513672e-05]
+    + [0.00466156005859375, 7.802248001098633e-05, 0.000545501708984375],
+    [8.106231689453125e-05, 1.6450881958007812e-05, 7.68899917602539e-06]
+    + [0.002391815185546875, 0.1226806640625, 0.0145111083984375],
+]
+PROBES = [  # row, view, partner, lam, box, SHA-256 of the pixels
+    (0, 0, 3, 0.859375, (10, 2, 6, 6), "d456e63891bf84f45392f59cea653ff92d3abb0fb3d88338989a50793f5f94f0"),
+    (6, 2, 4, 0.40474975453472284, None, "9d34246ba67ffff19fe0ba0b59dc2369b6e883f222c65abf3dfaa00cbd52e5fe"),
+]
+
+
+def label_set() -> LabelSet:
+    return LabelSet.open(GOLDEN / "shards")
+
+
+def source():
+    return open_source(GOLDEN / "images")
+
+
+def test_the_folder_holds_exactly_the_committed_files():
+    files = [path for path in GOLDEN.rglob("*") if path.is_file()]
+    assert {str(p.relative_to(GOLDEN)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files} == SHA256
+
+
+def test_it_opens_and_verifies():
+    opened = label_set()
+    assert opened.verify() == []
+    assert (opened.shards, opened.views, opened.num_classes) == ((SHARD,), range(3), 3)
+    assert opened.class_names == ("red", "green", "blue")
+
+
+def test_samples_are_the_pinned_ones():
+    samples = label_set().samples(SHARD)
+    assert samples.key == KEYS
+    assert samples.class_label == CLASS_LABELS
+    assert samples.image_bytes.tolist() == [512, 512, 60, 512, 512, 512, 512]
+    assert samples.height.tolist() == samples.width.tolist() == [12, 12, 0, 12, 12, 12, 12]
+    assert [reason is None for reason in samples.bad] == [row in ROWS for row in range(7)]
+    assert samples.image_xxh3[0].hex() == "d103d3d454b416e98b0bdba46a4046f9"
+    assert samples.usable.tolist() == ROWS
+
+
+@pytest.mark.parametrize("view", range(3))
+def test_labels_are_the_pinned_ones_to_the_last_bit(view):
+    rows = label_set().read(SHARD, view)
+    assert rows.row.tolist() == ROWS
+    assert rows.hard.tolist() == [pair[0] for pair in INDEX[view]]
+    assert rows.topk_index.tolist() == INDEX[view]
+    assert rows.topk_prob.tolist() == [[a, b] for a, b in zip(FIRST[view], SECOND[view], strict=True)]
+    assert rows.tail_mass.tolist() == TAIL[view]
+    kinds = (rows.row, rows.hard, rows.topk_index, rows.topk_prob, rows.tail_mass)
+    assert [array.dtype.name for array in kinds] == ["uint32", "uint16", "uint16", "float16", "float16"]
+
+
+def test_footers_are_the_pinned_ones():
+    shard = read_labels_footer(GOLDEN / "shards/labels/views-00000-00002" / f"{SHARD}.parquet")
+    assert {name: getattr(shard, name) for name in IDS} == IDS
+    assert (shard.shard, shard.view_start, shard.view_stop, shard.rows_per_view) == (SHARD, 0, 3, 6)
+    assert (shard.num_classes, shard.topk, shard.precision, shard.version) == (3, 2, "float16", 1)
+    samples = read_samples_footer(GOLDEN / "shards/samples" / f"{SHARD}.parquet")
+    assert (samples.labelset_id, samples.source_id) == (IDS["labelset_id"], IDS["source_id"])
+    assert (samples.shard, samples.rows, samples.version) == (SHARD, 7, 1)
+
+
+def test_ids_follow_from_the_plan_by_the_rules_of_the_format_page():
+    """Worked out from plan.json and the standard library alone."""
+
+    def digest(value) -> str:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    plan = json.loads((GOLDEN / "shards/plan.json").read_text())
+    named = {name: plan["source"][name] for name in ("class_names", "shards")}
+    ids = {"recipe_id": digest(plan["recipe"]), "teacher_id": digest(plan["teacher"]), "source_id": digest(named)}
+    whole = ids | {name: plan[name] for name in ("format", "version", "topk", "precision")}
+    assert ids | {"labelset_id": digest(whole)} == {name: plan[name] for name in IDS} == IDS
+    lines = "".join(
+        f"[{json.dumps(key)},{json.dumps(label)}]\n" for key, label in zip(KEYS, CLASS_LABELS, strict=True)
+    )
+    assert plan["source"]["shards"][0]["keys_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_today_s_source_has_the_pinned_id():
+    label_set().check_source(source())
+    assert source().source_id == IDS["source_id"]
+
+
+def test_draws_and_pairs_are_the_pinned_ones():
+    """Integers and exact arithmetic only: these may not move on any machine."""
+    opened = label_set()
+    samples = opened.samples(SHARD)
+    for view in opened.views:
+        pairs = shard_pairs(opened.recipe, samples.key, samples.usable, view)
+        assert pairs.tolist() == [[0, 3], [1, -1], [6, 4], [5, -1]]
+    assert stream_of("a", "b").bits() == 0x4F5F52C470219B2D
+    assert stream_of(IDS["recipe_id"], "g0", "0", "crop").bits() == 0xDC72651C612A4D87
+    drawn = draw_view(opened.recipe, "g0", 0, height=12, width=12)
+    assert (drawn.crop, drawn.flip, drawn.ops, drawn.erase) == ((1, 0, 11, 12), False, (), None)
+
+
+def test_probes_are_the_pinned_ones_and_render_within_rounding():
+    opened = label_set()
+    found = [(p.row, p.view, p.partner, p.lam, p.box, p.pixels_sha256) for p in opened.manifest.probes]
+    assert found == PROBES
+    assert check_replay(opened, source()) <= TOLERANCE
+
+
+def test_stored_labels_are_the_closed_form_of_the_replayed_views():
+    """The teacher again in NumPy, over views mixed by hand: catches a label of another row, view or partner."""
+    opened, shard = label_set(), source().shard(SHARD)
+    samples = opened.samples(SHARD)
+
+    def view_of(row: int, view: int) -> np.ndarray:
+        image = decode(shard[row].image, key=KEYS[row])
+        drawn = draw_view(opened.recipe, KEYS[row], view, height=12, width=12)
+        return render(image, drawn).astype(np.float64)
+
+    for view in opened.views:
+        rows = opened.read(SHARD, view)
+        for first, second in shard_pairs(opened.recipe, samples.key, samples.usable, view).tolist():
+            mix = draw_mix(opened.recipe, KEYS[first], view) if second >= 0 else Mix()
+            for own, other in ((first, second), (second, first)):
+                if own < 0:
+                    continue
+                pixels = view_of(own, view)
+                if mix.box is not None:
+                    top, left, height, width = mix.box
+                    box = slice(top, top + height), slice(left, left + width)
+                    pixels[box] = view_of(other, view)[box]
+                elif mix.lam < 1:
+                    pixels = mix.lam * pixels + (1 - mix.lam) * view_of(other, view)
+                power = np.exp(24 * pixels.mean(axis=(0, 1)) / 255)
+                prob = power / power.sum()
+                at = ROWS.index(own)
+                assert rows.topk_index[at].tolist() == np.argsort(-prob)[:2].tolist()
+                np.testing.assert_allclose(rows.topk_prob[at], np.sort(prob)[:0:-1], rtol=0.02, atol=2e-7)
+                np.testing.assert_allclose(rows.tail_mass[at], prob.min(), rtol=0.02, atol=2e-7)
+
+
+def test_the_sampled_bytes_of_a_probe_are_evenly_spaced_over_the_pixels():
+    opened, shard = label_set(), source().shard(SHARD)
+    probe = opened.manifest.probes[0]
+    image = decode(shard[probe.row].image, key=KEYS[probe.row])
+    drawn = draw_view(opened.recipe, KEYS[probe.row], probe.view, height=12, width=12)
+    flat = render(image, drawn).reshape(-1)
+    count = min(SAMPLED_BYTES, len(flat))
+    places = [i * (len(flat) - 1) // (count - 1) for i in range(count)]
+    stored = np.frombuffer(base64.b64decode(probe.sample), np.uint8).astype(int)
+    assert np.abs(flat[places].astype(int) - stored).mean() <= TOLERANCE
+
+
+def test_the_format_page_shows_the_ids_of_this_set():
+    page = PAGE.read_text()
+    shown = set(re.findall(r"\b[0-9a-f]{64}\b", page))
+    assert set(IDS.values()) <= shown, "the page must quote the ids of the golden set as its worked example"

@@ -1,0 +1,328 @@
+"""Partners and mixes: independent of the batch, equal to a slow loop, and exact where nothing is mixed."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.mixing import Mix, MixBatch, apply_mix, draw_mix, draw_pairs, mix_batch, mix_blocks, shard_pairs
+from pipeline.recipe import PRESETS, Recipe
+
+SMALL = Recipe(img_size=32, mix_block=8)
+
+
+def names(count: int) -> list[str]:
+    return [f"n{i:05d}" for i in range(count)]
+
+
+# --- partners -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 8, 255, 256])
+def test_everyone_has_exactly_one_partner_and_an_odd_one_is_left(count):
+    pairs = draw_pairs(SMALL, names(count), 0)
+    assert (pairs.shape, pairs.dtype) == (((count + 1) // 2, 2), np.int64)
+    assert sorted(pairs.ravel().tolist()) == ([-1] if count % 2 else []) + list(range(count))
+    assert (pairs[:, 0] >= 0).all(), "the single stands first"
+
+
+def test_a_single_sample_and_an_empty_block_have_no_pairs():
+    np.testing.assert_array_equal(draw_pairs(SMALL, ["only"], 0), [[0, -1]])
+    assert draw_pairs(SMALL, [], 0).shape == (0, 2)
+    assert shard_pairs(SMALL, names(4), np.array([], np.int64), 0).shape == (0, 2)
+
+
+@pytest.mark.parametrize("share", [1, 2, 3, 5])
+def test_partners_stay_for_views_per_pairing_views_and_change_then(share):
+    recipe = Recipe(views_per_pairing=share)
+    drawn = [draw_pairs(recipe, names(64), view).tolist() for view in range(4 * share)]
+    groups = [drawn[start : start + share] for start in range(0, 4 * share, share)]
+    assert all(pairs == group[0] for group in groups for pairs in group)
+    assert all(one[0] != other[0] for one, other in itertools.combinations(groups, 2))
+
+
+def test_every_partner_is_as_likely_and_every_sample_as_often_single():
+    partners, singles = np.zeros((5, 5), int), np.zeros(5, int)
+    for view in range(3000):
+        for first, second in draw_pairs(Recipe(views_per_pairing=1), names(5), view).tolist():
+            if second < 0:
+                singles[first] += 1
+            else:
+                partners[first, second] += 1
+                partners[second, first] += 1
+    # 3000 views, each of 4 partners and "none" with probability 1/5: 600, standard deviation 22
+    assert np.abs(partners[~np.eye(5, dtype=bool)] - 600).max() < 100
+    assert np.abs(singles - 600).max() < 100
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [PRESETS["none"], PRESETS["crop-flip"], Recipe(mixup_prob=0.0), Recipe(mixup=0.0, cutmix=0.0)],
+    ids=["none", "crop-flip", "probability 0", "alphas 0"],
+)
+def test_a_recipe_that_does_not_mix_pairs_nobody(recipe):
+    expected = [[i, -1] for i in range(5)]
+    assert draw_pairs(recipe, names(5), 0).tolist() == expected
+    assert shard_pairs(recipe, names(5), np.arange(5), 3).tolist() == expected
+    assert draw_mix(recipe, "key", 0) == Mix()
+
+
+BLOCKS = [
+    # usable rows of a shard of 24 with blocks of 8, the blocks
+    (range(24), [range(8), range(8, 16), range(16, 24)]),
+    (range(20), [range(8), range(8, 16), range(16, 20)]),  # the last is short
+    ([0, 1, 3, 7, 8, 9], [[0, 1, 3, 7], [8, 9]]),
+    ([5, 17], [[5], [17]]),  # a whole block is bad
+    ([8], [[8]]),
+    ([], []),
+]
+
+
+@pytest.mark.parametrize(("usable", "blocks"), BLOCKS)
+def test_bad_rows_leave_gaps_and_move_no_row_to_another_block(usable, blocks):
+    cut = mix_blocks(SMALL, np.array(usable, np.int64))
+    assert [block.tolist() for block in cut] == [list(block) for block in blocks]
+
+
+def test_pairs_of_a_shard_stay_within_their_blocks():
+    pairs = shard_pairs(SMALL, names(27), np.arange(27), 0)
+    assert sorted(pairs.ravel().tolist()) == [-1, *range(27)]
+    paired = pairs[pairs[:, 1] >= 0]
+    np.testing.assert_array_equal(paired[:, 0] // 8, paired[:, 1] // 8)
+    np.testing.assert_array_equal(pairs[:, 0] // 8, np.repeat(np.arange(4), [4, 4, 4, 2]))
+
+
+def test_a_bad_row_does_not_change_the_pairs_of_other_blocks():
+    whole = shard_pairs(SMALL, names(32), np.arange(32), 0)
+    holed = shard_pairs(SMALL, names(32), np.delete(np.arange(32), [9, 10, 13]), 0)
+    for block in (0, 2, 3):
+        np.testing.assert_array_equal(whole[whole[:, 0] // 8 == block], holed[holed[:, 0] // 8 == block])
+    assert sorted(holed[holed[:, 0] // 8 == 1].ravel().tolist()) == [-1, 8, 11, 12, 14, 15]
+
+
+def test_pairs_of_a_shard_are_those_of_its_blocks_whatever_follows():
+    long, short = (shard_pairs(SMALL, names(count), np.arange(count), 5) for count in (64, 16))
+    np.testing.assert_array_equal(long[:8], short)
+    np.testing.assert_array_equal(draw_pairs(SMALL, names(64)[8:16], 5) + 8, short[4:])
+
+
+def test_blocks_of_one_shard_are_paired_differently():
+    pairs = shard_pairs(Recipe(mix_block=64), names(128), np.arange(128), 0)
+    assert (pairs[:32] + 64).tolist() != pairs[32:].tolist()
+
+
+def test_pairs_are_pinned():
+    message = "other partners break every label set; raise RENDERER if it must be"
+    assert draw_pairs(PRESETS["deit"], names(9), 4).tolist() == [[8, 0], [6, 2], [1, 3], [5, 4], [7, -1]], message
+
+
+# --- drawing a mix --------------------------------------------------------------------------------------------
+
+
+def test_mixes_are_pinned():
+    message = "other mixes break every label set; raise RENDERER if it must be"
+    assert [draw_mix(PRESETS["deit"], "n00000", view) for view in (0, 1, 2)] == [
+        Mix(lam=0.9835179038459195, box=None),
+        Mix(lam=0.5214445153061225, box=(50, 86, 174, 138)),
+        Mix(lam=0.011792827625516302, box=None),
+    ], message
+
+
+def test_a_mix_depends_on_recipe_key_and_view_alone():
+    again = [draw_mix(Recipe(), "key", view) for view in (3, 1, 2, 1, 3)]
+    assert again[0] == again[4]
+    assert again[1] == again[3]
+    others = [draw_mix(Recipe(seed=1), "key", 1), draw_mix(Recipe(), "kez", 1), draw_mix(Recipe(), "key", 2)]
+    assert again[1] not in others
+
+
+KINDS = [
+    # fields, which kinds of mix appear among many
+    ({}, {"mixup", "cutmix"}),
+    ({"cutmix": 0.0}, {"mixup"}),
+    ({"mixup": 0.0}, {"cutmix"}),
+    ({"mixup_switch_prob": 1.0}, {"cutmix"}),
+    ({"mixup_switch_prob": 0.0}, {"mixup"}),
+    # with one kind only there is nothing to switch
+    ({"cutmix": 0.0, "mixup_switch_prob": 1.0}, {"mixup"}),
+    ({"mixup": 0.0, "mixup_switch_prob": 0.0}, {"cutmix"}),
+    ({"mixup_prob": 0.0}, {"none"}),
+    ({"mixup_prob": 0.5}, {"none", "mixup", "cutmix"}),
+    ({"mixup": 0.0, "cutmix": 0.0}, {"none"}),
+]
+
+
+def kind(mix: Mix) -> str:
+    return "none" if mix == Mix() else "mixup" if mix.box is None else "cutmix"
+
+
+@pytest.mark.parametrize(("fields", "kinds"), KINDS)
+def test_the_recipe_says_which_kinds_of_mix_there_are(fields, kinds):
+    recipe = Recipe(img_size=224, **fields)
+    drawn = [kind(draw_mix(recipe, f"key{i}", 0)) for i in range(300)]
+    # A CutMix box of no pixels is no mix: one in some thousand.
+    assert {name for name in drawn if drawn.count(name) > 3} == kinds
+
+
+def test_mixup_prob_is_the_share_of_pairs_that_are_mixed():
+    drawn = [draw_mix(Recipe(mixup_prob=0.3), f"key{i}", 0) != Mix() for i in range(2000)]
+    assert np.mean(drawn) == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 32, 224])
+def test_lambda_is_the_share_of_the_pixels_that_stay(size):
+    recipe = Recipe(img_size=size, mixup=0.0)
+    clipped = 0
+    for i in range(500):
+        mix = draw_mix(recipe, f"key{i}", 0)
+        assert 0 <= mix.lam <= 1
+        if mix.box is None:
+            assert mix == Mix()
+            continue
+        top, left, tall, wide = mix.box
+        assert 0 <= top < top + tall <= size
+        assert 0 <= left < left + wide <= size
+        own = np.ones((size, size))
+        own[top : top + tall, left : left + wide] = 0
+        assert mix.lam == pytest.approx(own.mean(), abs=1e-12)
+        clipped += tall != wide
+    if size > 5:
+        assert clipped > 50, "boxes are square until the border clips them, and it must clip some"
+
+
+def test_mixup_lambdas_are_between_zero_and_one():
+    lams = [draw_mix(Recipe(cutmix=0.0), f"key{i}", 0).lam for i in range(1000)]
+    assert min(lams) >= 0
+    assert max(lams) <= 1
+    assert np.mean(lams) == pytest.approx(0.5, abs=0.04)
+
+
+# --- batches --------------------------------------------------------------------------------------------------
+
+PAIRS = [(4, 1), (0, -1), (2, 6), (3, 5)]
+MIXES = [Mix(lam=0.75), Mix(lam=0.3), Mix(lam=1 - 12 / 80, box=(5, 2, 3, 4)), Mix()]
+
+
+def slow_mix(images: np.ndarray, pairs: list[tuple[int, int]], mixes: list[Mix]) -> np.ndarray:
+    """Mix pixel by pixel in float64."""
+    out = images.astype(np.float64)
+    for (first, second), mix in zip(pairs, mixes, strict=True):
+        if second < 0:
+            continue
+        for own, other in ((first, second), (second, first)):
+            for channel, y, x in np.ndindex(images.shape[1:]):
+                if mix.box is None:
+                    share = mix.lam
+                else:
+                    top, left, tall, wide = mix.box
+                    share = 0.0 if top <= y < top + tall and left <= x < left + wide else 1.0
+                a, b = float(images[own, channel, y, x]), float(images[other, channel, y, x])
+                out[own, channel, y, x] = share * a + (1 - share) * b
+    return out
+
+
+def random_images(count: int, height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, height, width), dtype=np.uint8))
+
+
+def test_both_partners_see_each_other_and_share_one_mix():
+    batch = mix_batch(PAIRS, MIXES, 7)
+    assert batch.partner.tolist() == [0, 4, 6, 3, 1, 5, 2]  # 3 and 5 are a pair that is not mixed
+    torch.testing.assert_close(batch.lam, torch.tensor([1, 0.75, 0.85, 1, 0.75, 1, 0.85]))
+    assert batch.box.tolist() == [[0] * 4, [0] * 4, [5, 2, 3, 4], [0] * 4, [0] * 4, [0] * 4, [5, 2, 3, 4]]
+    assert (batch.partner.dtype, batch.lam.dtype, batch.box.dtype) == (torch.int64, torch.float32, torch.int64)
+    assert torch.equal(batch.partner[batch.partner], torch.arange(7))
+
+
+def test_an_empty_batch_has_empty_arrays():
+    batch = mix_batch([], [], 0)
+    assert (batch.partner.shape, batch.lam.shape, batch.box.shape) == ((0,), (0,), (0, 4))
+
+
+def test_as_many_mixes_as_pairs():
+    with pytest.raises(ValueError, match="zip"):
+        mix_batch(PAIRS, MIXES[:-1], 7)
+
+
+def test_mixed_images_are_those_of_a_slow_loop():
+    images = random_images(7, 8, 10)
+    mixed = apply_mix(images, mix_batch(PAIRS, MIXES, 7))
+    assert (mixed.dtype, mixed.shape) == (torch.float32, images.shape)
+    np.testing.assert_allclose(mixed.numpy(), slow_mix(images.numpy(), PAIRS, MIXES), atol=1e-4)
+
+
+def test_drawn_mixes_of_a_drawn_block_are_those_of_a_slow_loop():
+    recipe, keys, images = Recipe(img_size=12), names(15), random_images(15, 12, 12)
+    for view in range(4):
+        pairs = [(first, second) for first, second in draw_pairs(recipe, keys, view).tolist()]
+        mixes = [draw_mix(recipe, keys[first], view) for first, _ in pairs]
+        mixed = apply_mix(images, mix_batch(pairs, mixes, 15))
+        np.testing.assert_allclose(mixed.numpy(), slow_mix(images.numpy(), pairs, mixes), atol=1e-4)
+
+
+def test_unmixed_images_are_exact():
+    """Where lambda is 1, outside of a CutMix box and inside of it, every value is a byte's, unrounded."""
+    images = random_images(7, 8, 10)
+    mixed = apply_mix(images, mix_batch(PAIRS, MIXES, 7))
+    for position in (0, 3, 5):
+        assert torch.equal(mixed[position], images[position].float())
+    inside = torch.zeros(8, 10, dtype=torch.bool)
+    inside[5:8, 2:6] = True
+    for own, other in ((2, 6), (6, 2)):
+        assert torch.equal(mixed[own], torch.where(inside, images[other].float(), images[own].float()))
+
+
+def test_a_cutmix_box_of_the_whole_image_swaps_the_partners():
+    images = random_images(2, 6, 6)
+    mixed = apply_mix(images, mix_batch([(0, 1)], [Mix(lam=0.0, box=(0, 0, 6, 6))], 2))
+    assert torch.equal(mixed, images.flip(0).float())
+
+
+def test_mixing_is_linear():
+    """Mixing half the pixels and half the others, and adding: the same as mixing the sum."""
+    batch = mix_batch(PAIRS, MIXES, 7)
+    one, other = random_images(7, 8, 10) // 2, random_images(7, 8, 10).flip(3) // 2
+    torch.testing.assert_close(apply_mix(one, batch) + apply_mix(other, batch), apply_mix(one + other, batch))
+
+
+def test_a_pair_keeps_its_mean_under_mixup():
+    images = random_images(2, 8, 8)
+    mixed = apply_mix(images, mix_batch([(0, 1)], [Mix(lam=0.3)], 2))
+    torch.testing.assert_close(mixed.sum(0), images.float().sum(0))
+
+
+def test_mixing_does_not_depend_on_where_the_pair_stands_in_the_batch():
+    images = random_images(7, 8, 10)
+    order = torch.tensor([6, 2, 0, 4, 1, 5, 3])
+    place = order.argsort().tolist()
+    moved = [(place[first], place[second] if second >= 0 else -1) for first, second in PAIRS]
+    mixed = apply_mix(images, mix_batch(PAIRS, MIXES, 7))
+    assert torch.equal(apply_mix(images[order], mix_batch(moved, MIXES, 7)), mixed[order])
+    alone = apply_mix(images[[2, 6]], mix_batch([(0, 1)], [MIXES[2]], 2))
+    assert torch.equal(alone, mixed[[2, 6]])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_memory_format_of_the_images_is_kept_and_does_not_change_the_values(memory_format):
+    images = random_images(7, 8, 10)
+    batch = mix_batch(PAIRS, MIXES, 7)
+    mixed = apply_mix(images.contiguous(memory_format=memory_format), batch)
+    assert mixed.is_contiguous(memory_format=memory_format)
+    assert torch.equal(mixed, apply_mix(images, batch))
+
+
+def test_mixing_writes_to_nothing():
+    images, batch = random_images(7, 8, 10), mix_batch(PAIRS, MIXES, 7)
+    before = images.clone(), batch.partner.clone(), batch.lam.clone(), batch.box.clone()
+    apply_mix(images, batch)
+    assert all(torch.equal(a, b) for a, b in zip((images, batch.partner, batch.lam, batch.box), before, strict=True))
+
+
+def test_a_batch_moves_to_a_device_as_a_whole():
+    batch = mix_batch(PAIRS, MIXES, 7)
+    moved = batch.to("cpu")
+    assert isinstance(moved, MixBatch)
+    assert torch.equal(moved.box, batch.box)
+    meta = batch.to("meta")
+    assert {tensor.device.type for tensor in (meta.partner, meta.lam, meta.box)} == {"meta"}

@@ -1,0 +1,143 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.recipe import load_recipe
+from trainer.order import Order, check_repeats, count_units, default_repeats
+
+
+def order(**changes) -> Order:
+    return Order(
+        **{
+            "shard_units": (50, 30, 41),
+            "unit_size": 2,
+            "batch_size": 8,
+            "repeated_aug": 1,
+            "views": range(6),
+            "window": 2,
+            "seed": 0,
+        }
+        | changes
+    )
+
+
+def units_of_epoch(o: Order, epoch: int) -> list[tuple[int, int]]:
+    return [tuple(unit) for step in range(o.steps_per_epoch) for unit in o.step_units(epoch, step).tolist()]
+
+
+def test_an_epoch_takes_no_unit_twice_and_leaves_out_less_than_a_batch():
+    o = order()
+    units = units_of_epoch(o, 0)
+    assert len(set(units)) == len(units) == 120  # 30 batches of 4 pairs; one pair of 121 is left out
+    assert set(units) <= {(s, u) for s, size in enumerate(o.shard_units) for u in range(size)}
+
+
+def test_a_step_is_a_function_of_seed_epoch_and_step_alone():
+    forward = [order().step_units(epoch, step).tolist() for epoch in range(3) for step in range(5)]
+    backward = [order().step_units(epoch, step).tolist() for epoch in (2, 1, 0) for step in (4, 3, 2, 1, 0)]
+    assert forward == backward[::-1]
+    assert order().step_units(0, 0).tolist() != order(seed=1).step_units(0, 0).tolist()
+    assert order().step_units(0, 0).tolist() != order().step_units(1, 0).tolist()
+
+
+def test_repeated_augmentation_uses_every_view_of_every_pair_once_in_r_epochs():
+    o = order(repeated_aug=3, batch_size=12)
+    used = [(unit, view) for e in range(6) for unit in _all_units(o, e) for view in o.views_of_epoch(e)]
+    assert len(set(used)) == len(used) == 121 * 6
+    assert [list(o.views_of_epoch(e)) for e in range(7)] == [[0, 1, 2]] * 3 + [[3, 4, 5]] * 3 + [[0, 1, 2]]
+
+
+def _all_units(o: Order, epoch: int) -> list[tuple[int, int]]:
+    """All units of an epoch, those of the last partial batch too."""
+    return [tuple(u) for step in range(o.steps_per_epoch + 1) for u in o.step_units(epoch, step).tolist()]
+
+
+def test_views_come_in_turn_and_then_again():
+    o = order(views=range(4, 7))
+    assert [o.views_of_epoch(e)[0] for e in range(5)] == [4, 5, 6, 4, 5]
+    assert o.repeats_after() == 3
+    endless = order(views=None)
+    assert [endless.views_of_epoch(e)[0] for e in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_a_window_keeps_its_shards_together():
+    o = order(shard_units=(40,) * 6, window=2)
+    shards = [shard for shard, _ in units_of_epoch(o, 0)]
+    spans = [set(shards[i : i + 80]) for i in range(0, 240, 80)]
+    assert [len(span) for span in spans] == [2, 2, 2]
+    assert set().union(*spans) == set(range(6))
+
+
+def test_a_batch_mixes_the_shards_of_its_window():
+    o = order(shard_units=(500,) * 4, window=4, batch_size=64)
+    shards = np.concatenate([o.step_units(0, step)[:, 0] for step in range(o.steps_per_epoch)])
+    assert abs(np.corrcoef(shards[:-1], shards[1:])[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, 30),  # 121 pairs, 4 a batch
+        ({"unit_size": 1}, 15),  # 121 single samples, 8 a batch
+        ({"grad_accum_steps": 4}, 28),  # whole updates only
+        ({"batch_size": 1000}, 1),  # less than one batch makes one
+        ({"repeated_aug": 3, "batch_size": 12}, 20),  # a third of the pairs, 2 a batch
+    ],
+)
+def test_steps_of_an_epoch(changes, steps):
+    assert order(**changes).steps_per_epoch == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 1}, "--batch-size must be at least 2"),
+        ({"repeated_aug": 4, "batch_size": 64}, "--repeated-aug 4 takes the views in groups of 4, the label set has 6"),
+        ({"repeated_aug": 3}, None),
+        ({"shard_units": (0, 0)}, "no usable image"),
+        ({"grad_accum_steps": 31}, "--grad-accum-steps 31 is more than the batches of an epoch"),
+    ],
+)
+def test_orders_that_cannot_be(changes, message):
+    if message is None:
+        assert order(**changes).units_per_step == 1
+        return
+    with pytest.raises(UsageError, match=message):
+        order(**changes)
+
+
+def test_positions_run_through_the_epochs():
+    o = order()
+    assert [o.position(i) for i in (0, 29, 30, 61)] == [(0, 0), (0, 29), (1, 0), (2, 1)]
+
+
+def test_units_are_the_pairs_of_the_blocks():
+    recipe = load_recipe("deit", {"mix_block": 4})
+    assert count_units(recipe, np.arange(9)) == 5  # 2 + 2 + a single
+    assert count_units(recipe, np.array([0, 2, 3, 4, 8])) == 4  # blocks of 3, 1 and 1 usable rows
+    assert count_units(load_recipe("crop-flip"), np.arange(9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("per_pairing", "views", "default"),
+    [
+        (3, range(6), 3),
+        (3, range(4), 1),  # not a multiple
+        (3, range(1, 7), 1),  # groups would straddle two pairings
+        (1, range(6), 1),  # partners change with every view
+        (3, None, 3),
+    ],
+)
+def test_three_repeats_where_the_views_allow_it(per_pairing, views, default):
+    assert default_repeats(load_recipe("deit", {"views_per_pairing": per_pairing}), views) == default
+
+
+def test_repeats_across_a_change_of_partners_are_refused():
+    recipe = load_recipe("deit")
+    for repeats, views in itertools.product((1, 3), (range(6), None)):
+        check_repeats(recipe, repeats, views)
+    with pytest.raises(UsageError, match="--repeated-aug 2 needs views whose partners stay for 2 views"):
+        check_repeats(recipe, 2, range(6))
+    check_repeats(load_recipe("crop-flip"), 2, range(6))  # nothing is mixed
