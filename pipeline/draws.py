@@ -49,7 +49,8 @@ class Draws:
 
     def normal(self, mean: float = 0.0, std: float = 1.0) -> float:
         """Return a normally distributed number, by inversion."""
-        return mean + std * _NORMAL.inv_cdf(((self.bits() >> 11) + 0.5) * 2.0**-53)
+        middle = min(((self.bits() >> 11) + 0.5) * 2.0**-53, 1 - 2.0**-53)  # the topmost would round to 1
+        return mean + std * _NORMAL.inv_cdf(middle)
 
     def beta(self, alpha: float) -> float:
         """Return a number from Beta(alpha, alpha), as the ratio of two gamma draws."""
@@ -116,4 +117,6 @@ def noise_levels(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint
     """
     quantiles = np.array([_NORMAL.inv_cdf((i + 0.5) / 65536) for i in range(65536)])
     levels = np.asarray(mean)[:, None] + np.asarray(std)[:, None] * quantiles[None]
-    return np.clip(np.rint(levels * 255), 0, 255).astype(np.uint8)
+    table = np.clip(np.rint(levels * 255), 0, 255).astype(np.uint8)
+    table.setflags(write=False)  # it is shared by all callers
+    return table

@@ -6,7 +6,6 @@ the code that obeys the recipe.
 """
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,17 +52,19 @@ class RandAugment:
         head, *sections = text.split("-")
         names = {"m": "magnitude", "n": "layers", "p": "prob", "mstd": "magnitude_std", "mmax": "magnitude_max"}
         values: dict[str, Any] = {}
-        for section in sections:
-            match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section)
-            name = match and ({"inc": "increasing"} | names).get(match[1])
-            if not match or not name or name in values:
-                raise RecipeError(f"aa: section {section!r} of {text!r} must be one of m n p mstd mmax inc, once each")
-            number = float(match[2])
-            values[name] = {"layers": int, "increasing": bool}.get(name, float)(number)
         if head != "rand":
             raise RecipeError(f"aa must begin with 'rand' (RandAugment), got {text!r}")
+        for section in sections:
+            match = re.fullmatch(r"([a-z]+)([0-9]+)(\.[0-9]+)?", section)
+            name = match and ({"inc": "increasing"} | names).get(match[1])
+            if not match or not name or name in values or (match[3] and name in ("layers", "increasing")):
+                raise RecipeError(f"aa: section {section!r} of {text!r} must be one of m n p mstd mmax inc, once each")
+            number = float(match[2] + (match[3] or ""))
+            values[name] = {"layers": int, "increasing": bool}.get(name, float)(number)
         if values.get("prob", 0.5) > 1:
             raise RecipeError(f"aa: p is a probability, 0..1, got {text!r}")
+        if values.get("layers", 2) > 15:
+            raise RecipeError(f"aa: n is at most 15, the number of operations, got {text!r}")
         return cls(**values)
 
 
@@ -89,6 +90,8 @@ class Recipe:
     renderer: int = RENDERER
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # 1 and 1.0 are one recipe, so they must be one text
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.default))
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
         _check_interval("scale", self.scale, 0.0, 1.0)
@@ -123,11 +126,11 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build a recipe from plain values; unknown fields and wrong types are refused."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        fields = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(fields))
         if unknown:
             raise RecipeError(f"a recipe has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
-        return cls(**{name: _typed(name, value, fields[name].default) for name, value in values.items()})
+        return cls(**values)
 
 
 def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -137,7 +140,7 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> R
     """
     values = {} if name_or_path in PRESETS else _read_yaml(Path(name_or_path))
     preset = values.pop("preset", name_or_path if name_or_path in PRESETS else "deit")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     return Recipe.from_dict(PRESETS[preset].to_dict() | values | (overrides or {}))
 
@@ -164,8 +167,8 @@ def _parse_yaml(text: str, *, where: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
@@ -189,7 +192,7 @@ def _typed(name: str, value: Any, default: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

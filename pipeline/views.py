@@ -133,8 +133,7 @@ def _centre(recipe: Recipe, height: int, width: int) -> tuple[Box, tuple[int, in
     tall, wide = min(height, 8 * width), min(width, 8 * height)
     crop = ((height - tall) // 2, (width - wide) // 2, tall, wide)
     short = math.floor(recipe.img_size / recipe.crop_pct)
-    scale = short / min(tall, wide)
-    resized = (short, int(scale * wide)) if tall <= wide else (int(scale * tall), short)
+    resized = (short, short * wide // tall) if tall <= wide else (short * tall // wide, short)
     return crop, resized, (round((resized[0] - recipe.img_size) / 2), round((resized[1] - recipe.img_size) / 2))
 
 
@@ -175,9 +174,9 @@ def _random_erase(draws: Draws, recipe: Recipe) -> Erase | None:
 
 
 def _crop_and_resize(image: Pixels, view: View) -> Pixels:
-    """Antialiased bicubic resize of the crop (Pillow's filter, within 0.1 of 255 of its pixels)."""
+    """Antialiased bicubic resize of the crop, rows first, with Pillow's filter: 0.03 of 255 from its pixels on average."""
     top, left, tall, wide = view.crop
-    region = np.ascontiguousarray(image[top : top + tall, left : left + wide])
+    region = np.require(image[top : top + tall, left : left + wide], requirements=["C", "W"])
     tensor = torch.from_numpy(region).permute(2, 0, 1)[None]  # channels last in memory: torch's fast road
     resized = F.interpolate(tensor, size=view.resize, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
     top, left = view.window

@@ -1,9 +1,12 @@
 """Small real label sets for the tests of everything that reads them: tars of coloured noise, and a teacher in closed form."""
 
+import hashlib
 import io
+import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,3 +115,21 @@ def read_everything(label_set: LabelSet) -> Iterator[tuple]:
             rows = label_set.read(shard, view)
             arrays = (rows.row, rows.hard, rows.topk_index, rows.topk_prob, rows.tail_mass)
             yield (shard, view, *((a.dtype.str, a.shape, a.tobytes()) for a in arrays))
+
+
+def seal_again(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
+    """Do what an attacker or a bad copy tool would: make the manifest agree with the files as they are now."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for entry in manifest["files"]:
+        views = f"labels/views-{entry['view_start']:05d}-{entry['view_stop'] - 1:05d}"
+        file = folder / ("samples" if entry["kind"] == "samples" else views) / f"{entry['shard']}.parquet"
+        if file.is_file():
+            entry["bytes"], entry["sha256"] = file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return every file of a folder, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.draws import stream_of
-from pipeline.labels import SAMPLES_SCHEMA, LabelsFooter, SamplesFooter, labels_schema
+from pipeline.labels import MAX_TOPK, SAMPLES_SCHEMA, LabelsFooter, SamplesFooter, labels_schema
 from pipeline.manifest import FileEntry, Manifest, Plan, Probe, ShardRecord, SourceRecord, TeacherIdentity
 from pipeline.precompute import MANIFEST_PROBES
 from pipeline.recipe import Recipe
@@ -45,7 +45,9 @@ def test_the_example_is_short_and_needs_pyarrow_alone():
 FIELDS = {
     **{model.__name__: tuple(model.model_fields) for model in (Plan, Manifest, FileEntry, Probe, TeacherIdentity)},
     **{model.__name__: tuple(model.model_fields) for model in (SourceRecord, ShardRecord)},
-    **{kind.__name__: tuple(f.name for f in dataclasses.fields(kind)) for kind in (SamplesFooter, LabelsFooter, Recipe)},
+    **{
+        kind.__name__: tuple(f.name for f in dataclasses.fields(kind)) for kind in (SamplesFooter, LabelsFooter, Recipe)
+    },
     "samples table": tuple(SAMPLES_SCHEMA.names),
     "labels table": tuple(labels_schema(10, 2, "float16").names),
 }
@@ -70,7 +72,7 @@ def test_no_field_is_named_that_does_not_exist():
         f"min({SAMPLED_BYTES}, H·W·3)",
         f"up to {TOLERANCE} of 255",
         f"(at most {MANIFEST_PROBES})",
-        f"0..{4096}",
+        f"0..{MAX_TOPK}",
         f"`{stream_of('a', 'b').bits():#x}`",
         "renderer 1",
     ],

@@ -40,19 +40,30 @@ IDS = {
 KEYS = ("g0", "g1", "g2", "g3", "g4", "g5", "g6")
 CLASS_LABELS = (0, 1, 2, 0, 1, None, 0)
 ROWS = [0, 1, 3, 4, 5, 6]  # row 2 is a bad image
-# For each view: K = 2 classes, their probabilities and the tail mass of every row, as stored in float16.
+# For each view: K = 2 classes, their probabilities and the tail mass of every row. A float16 has four digits: these name it.
 INDEX = [
     [[0, 2], [1, 0], [0, 2], [1, 0], [2, 0], [0, 1]],
     [[0, 1], [1, 0], [0, 1], [1, 0], [2, 0], [0, 2]],
     [[0, 2], [1, 2], [0, 2], [0, 1], [2, 0], [0, 1]],
 ]
 SECOND = [
-    [2.753734588623047e-05, 0.061798095703125, 6.312131881713867e-05]
-    + [0.0288543701171875, 0.00017774105072021484, 0.0004134178161621094],
-    [1.4424324035644531e-05, 3.504753112792969e-05, 7.396936416625977e-05]
-    + [0.007099151611328125, 8.171796798706055e-05, 0.0027599334716796875],
-    [0.00023615360260009766, 1.990795135498047e-05, 5.942583084106445e-05]
-    + [0.00551605224609375, 0.142822265625, 0.049560546875],
+    [
+        2.753734588623e-05,
+        0.061798095703125,
+        6.312131881714e-05,
+        0.0288543701171875,
+        0.000177741050720,
+        0.000413417816162,
+    ],
+    [
+        1.442432403564e-05,
+        3.504753112793e-05,
+        7.396936416626e-05,
+        0.007099151611328,
+        8.171796798706e-05,
+        0.002759933471680,
+    ],
+    [0.000236153602600, 1.990795135498e-05, 5.942583084106e-05, 0.005516052246094, 0.142822265625, 0.049560546875],
 ]
 FIRST = [
     [1.0, 0.9013671875, 1.0, 0.96826171875, 1.0, 0.9990234375],
@@ -60,12 +71,30 @@ FIRST = [
     [0.99951171875, 1.0, 1.0, 0.9921875, 0.734375, 0.93603515625],
 ]
 TAIL = [
-    [1.5139579772949219e-05, 0.03704833984375, 7.092952728271484e-06]
-    + [0.0030422210693359375, 2.9921531677246094e-05, 0.00033664703369140625],
-    [1.0251998901367188e-05, 2.4080276489257812e-05, 2.8789043426513672e-05]
-    + [0.00466156005859375, 7.802248001098633e-05, 0.000545501708984375],
-    [8.106231689453125e-05, 1.6450881958007812e-05, 7.68899917602539e-06]
-    + [0.002391815185546875, 0.1226806640625, 0.0145111083984375],
+    [
+        1.513957977295e-05,
+        0.03704833984375,
+        7.092952728271e-06,
+        0.003042221069336,
+        2.992153167725e-05,
+        0.000336647033691,
+    ],
+    [
+        1.025199890137e-05,
+        2.408027648926e-05,
+        2.878904342651e-05,
+        0.004661560058594,
+        7.802248001099e-05,
+        0.000545501708984,
+    ],
+    [
+        8.106231689453e-05,
+        1.645088195801e-05,
+        7.688999176025e-06,
+        0.002391815185547,
+        0.12268066406250,
+        0.014511108398438,
+    ],
 ]
 PROBES = [  # row, view, partner, lam, box, SHA-256 of the pixels
     (0, 0, 3, 0.859375, (10, 2, 6, 6), "d456e63891bf84f45392f59cea653ff92d3abb0fb3d88338989a50793f5f94f0"),
@@ -110,8 +139,9 @@ def test_labels_are_the_pinned_ones_to_the_last_bit(view):
     assert rows.row.tolist() == ROWS
     assert rows.hard.tolist() == [pair[0] for pair in INDEX[view]]
     assert rows.topk_index.tolist() == INDEX[view]
-    assert rows.topk_prob.tolist() == [[a, b] for a, b in zip(FIRST[view], SECOND[view], strict=True)]
-    assert rows.tail_mass.tolist() == TAIL[view]
+    prob = np.array([FIRST[view], SECOND[view]], np.float16).T
+    assert rows.topk_prob.tolist() == prob.tolist()
+    assert rows.tail_mass.tolist() == np.array(TAIL[view], np.float16).tolist()
     kinds = (rows.row, rows.hard, rows.topk_index, rows.topk_prob, rows.tail_mass)
     assert [array.dtype.name for array in kinds] == ["uint32", "uint16", "uint16", "float16", "float16"]
 
@@ -138,9 +168,7 @@ def test_ids_follow_from_the_plan_by_the_rules_of_the_format_page():
     ids = {"recipe_id": digest(plan["recipe"]), "teacher_id": digest(plan["teacher"]), "source_id": digest(named)}
     whole = ids | {name: plan[name] for name in ("format", "version", "topk", "precision")}
     assert ids | {"labelset_id": digest(whole)} == {name: plan[name] for name in IDS} == IDS
-    lines = "".join(
-        f"[{json.dumps(key)},{json.dumps(label)}]\n" for key, label in zip(KEYS, CLASS_LABELS, strict=True)
-    )
+    lines = "".join(f"[{json.dumps(key)},{json.dumps(label)}]\n" for key, label in zip(KEYS, CLASS_LABELS, strict=True))
     assert plan["source"]["shards"][0]["keys_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -5,7 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from timm.data.mixup import cutmix_bbox_and_lam
 
+from pipeline import mixing
+from pipeline.draws import Draws
 from pipeline.mixing import Mix, MixBatch, apply_mix, draw_mix, draw_pairs, mix_batch, mix_blocks, shard_pairs
 from pipeline.recipe import PRESETS, Recipe
 
@@ -189,6 +192,30 @@ def test_lambda_is_the_share_of_the_pixels_that_stay(size):
         clipped += tall != wide
     if size > 5:
         assert clipped > 50, "boxes are square until the border clips them, and it must clip some"
+
+
+class Centre(Draws):
+    """Draws that put the middle of a CutMix box at a given place: y, then x."""
+
+    def __init__(self, *place: int) -> None:
+        super().__init__(b"")
+        self.place = iter(place)
+
+    def integer(self, stop: int) -> int:
+        return next(self.place)
+
+
+@pytest.mark.parametrize("size", [9, 32])
+def test_the_box_of_a_centre_and_a_lambda_is_timms(size, monkeypatch):
+    for y, x, lam in itertools.product(
+        (0, 1, size // 2, size - 1), (0, size // 3, size - 1), (0.0, 0.2, 0.51, 0.9, 1.0)
+    ):
+        centre = iter((y, x))
+        monkeypatch.setattr(np.random, "randint", lambda *_, centre=centre, **__: next(centre))
+        (yl, yh, xl, xh), corrected = cutmix_bbox_and_lam((3, size, size), lam)
+        mix = mixing._cut(Centre(y, x), lam, size)
+        assert mix.lam == pytest.approx(corrected, abs=1e-12)
+        assert mix.box == (None if corrected == 1 else (yl, xl, yh - yl, xh - xl))
 
 
 def test_mixup_lambdas_are_between_zero_and_one():

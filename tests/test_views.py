@@ -311,7 +311,6 @@ def test_rendering_does_not_write_to_the_image():
         np.testing.assert_array_equal(image, before)
 
 
-@pytest.mark.xfail(strict=True, raises=UserWarning, reason="torch.from_numpy warns where the crop is the whole image")
 def test_an_image_that_may_not_be_written_to_renders_without_a_warning():
     image = photo(64, 64)
     expected = render(image, whole(image, 32))
@@ -487,7 +486,6 @@ ROUNDED = [
 
 
 @pytest.mark.parametrize(("height", "width", "img_size", "crop_pct"), ROUNDED)
-@pytest.mark.xfail(strict=True, reason="int(scale * wide) in views._centre: 224 / 55 * 55 is less than 224")
 def test_the_resized_size_is_timms_whatever_the_rounding(height, width, img_size, crop_pct):
     recipe = Recipe(crop="center", img_size=img_size, crop_pct=crop_pct, hflip=0.0, aa=None, reprob=0.0)
     drawn = draw_view(recipe, "key", 0, height=height, width=width)

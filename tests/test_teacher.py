@@ -1,0 +1,190 @@
+import importlib
+import logging
+
+import numpy as np
+import pytest
+import timm
+import torch
+from builders import CLASSES, small_teacher, write_tars
+from safetensors.torch import save_file
+from torch import nn
+
+from pipeline.errors import NonFiniteTeacherError, TeacherError, UsageError
+from pipeline.sources import open_source
+from pipeline.teacher import DEIT_TEACHERS, check_classes, load_teacher, weights_sha256
+
+
+def network(num_classes: int = 3, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("test_resnet", num_classes=num_classes)
+
+
+def test_deits_short_name_means_deits_weights():
+    """timm's own untagged default is another network, trained on other data."""
+    assert DEIT_TEACHERS["regnety_160"] == "regnety_160.deit_in1k"
+    assert timm.get_pretrained_cfg("regnety_160").tag != "deit_in1k"
+    config = timm.get_pretrained_cfg("regnety_160.deit_in1k")
+    assert config is not None
+    assert (config.num_classes, config.input_size) == (1000, (3, 224, 224))
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_random_state_alone():
+    before = torch.get_rng_state()
+    ids = {load_teacher("test_resnet", pretrained=False, num_classes=5, img_size=16).identity.id for _ in range(2)}
+    assert len(ids) == 1
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_identity_changes_with_weights_normalisation_size_and_classes():
+    base = load_teacher("test_resnet", pretrained=False, num_classes=5, img_size=16).identity
+    changed = [
+        load_teacher("test_resnet", pretrained=False, num_classes=6, img_size=16).identity,
+        load_teacher("test_resnet", pretrained=False, num_classes=5, img_size=24).identity,
+        base.model_copy(update={"mean": (0.4, 0.5, 0.5)}),
+        base.model_copy(update={"class_names": ("a", "b", "c", "d", "e")}),
+        base.model_copy(update={"weights_sha256": "0" * 64}),
+    ]
+    assert len({base.id, *(identity.id for identity in changed)}) == 6
+
+
+def test_one_changed_weight_is_another_teacher():
+    one, other = network(), network()
+    assert weights_sha256(one) == weights_sha256(other)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-6
+    assert weights_sha256(one) != weights_sha256(other)
+
+
+CHECKPOINTS = [
+    # how it is saved
+    lambda state, path: save_file(state, path.with_suffix(".safetensors")),
+    lambda state, path: torch.save(state, path),
+    lambda state, path: torch.save({"state_dict": state, "epoch": 3}, path),  # timm
+    lambda state, path: torch.save({"model": state}, path),  # DeiT
+    lambda state, path: torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path),  # DDP
+]
+
+
+@pytest.mark.parametrize("save", CHECKPOINTS, ids=range(len(CHECKPOINTS)))
+def test_a_checkpoint_brings_its_weights_and_its_number_of_classes(tmp_path, save):
+    trained = network(num_classes=7).eval()
+    save(trained.state_dict(), tmp_path / "weights.pth")
+    path = next(tmp_path.iterdir())
+    teacher = load_teacher("test_resnet", checkpoint=path, img_size=16)
+    assert teacher.identity.num_classes == 7
+    assert teacher.identity.weights_sha256 == weights_sha256(trained)
+    assert teacher.identity.name == "test_resnet"
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (importlib.import_module, ("this",))
+
+    torch.save({"state_dict": Hostile()}, tmp_path / "weights.pth")
+    with pytest.raises(TeacherError, match=r"cannot load .*weights.pth into teacher test_resnet"):
+        load_teacher("test_resnet", checkpoint=tmp_path / "weights.pth", img_size=16)
+
+
+BAD_TEACHERS = [
+    # name, options, error, text
+    ("regnety_16", {}, UsageError, "timm has no model 'regnety_16'; did you mean regnety_1"),
+    ("builders:nothing", {}, UsageError, "is no function that can be imported"),
+    ("no_such_module:f", {}, UsageError, "is no function that can be imported"),
+    ("builders:photo_count", {}, UsageError, "is no function that can be imported"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "error", "text"), BAD_TEACHERS, ids=range(len(BAD_TEACHERS)))
+def test_teachers_that_do_not_exist(name, options, error, text):
+    with pytest.raises(error, match=text):
+        load_teacher(name, **options)
+
+
+def test_a_missing_checkpoint_and_one_of_another_network_are_named(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        load_teacher("test_resnet", checkpoint=tmp_path / "nothing.pth")
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(TeacherError, match="Pass the --teacher that it was saved from"):
+        load_teacher("test_resnet", checkpoint=tmp_path / "other.safetensors")
+
+
+def test_weights_that_cannot_be_fetched_are_one_line_with_a_way_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(TeacherError, match=r"cannot load teacher test_resnet.*--teacher-checkpoint") as caught:
+        load_teacher("test_resnet")
+    assert "\n" not in str(caught.value)
+
+
+def test_any_function_can_give_a_teacher(tmp_path):
+    teacher = small_teacher(open_source(write_tars(tmp_path / "data")))
+    assert teacher.identity.name == "builders:confident_cnn"
+    assert (teacher.identity.num_classes, teacher.identity.mean) == (3, (0.5, 0.5, 0.5))
+
+
+def test_the_teacher_sees_its_own_size_and_normalisation():
+    teacher = load_teacher("test_resnet", pretrained=False, num_classes=4, img_size=24)
+    images = torch.randint(0, 256, (2, 3, 16, 16)).float()
+    identity = teacher.identity
+    larger = torch.nn.functional.interpolate(images, size=24, mode="bicubic", antialias=True).clamp(0, 255) / 255
+    mean, std = (torch.tensor(v)[None, :, None, None] for v in (identity.mean, identity.std))
+    with torch.no_grad():
+        expected = teacher._module((larger - mean) / std)
+    torch.testing.assert_close(teacher.logits(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_answers_are_the_probabilities_at_temperature_1_most_probable_first():
+    teacher = load_teacher("test_resnet", pretrained=False, num_classes=6, img_size=16)
+    images = torch.randint(0, 256, (5, 3, 16, 16)).float()
+    prob = teacher.logits(images).softmax(1).detach().numpy()
+    answer = teacher.answer(images, 4)
+    np.testing.assert_array_equal(answer.hard, prob.argmax(1))
+    np.testing.assert_array_equal(answer.topk_index, np.argsort(-prob, axis=1)[:, :4])
+    np.testing.assert_allclose(answer.topk_prob, -np.sort(-prob, axis=1)[:, :4], atol=1e-7)
+    assert teacher.answer(images, 0).topk_prob.shape == (5, 0)
+
+
+class Overflows(nn.Module):
+    """Infinite where it is asked in less than float32, or where a pixel is black."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        low = torch.is_autocast_enabled("cpu")
+        logits = images.flatten(1)[:, :3].float()
+        infinite = (logits[:, :1] > 0) if low else (logits[:, :1] < -2)
+        return torch.where(infinite, torch.inf, logits)
+
+
+def make_overflowing():
+    return Overflows(), {"input_size": (3, 2, 2), "mean": (0.5,) * 3, "std": (0.1,) * 3}
+
+
+def test_rows_that_overflow_are_asked_again_in_float32(caplog):
+    teacher = load_teacher("test_teacher:make_overflowing", img_size=2, dtype="bfloat16")
+    images = torch.full((2, 3, 2, 2), 120.0)
+    images[1] = 200.0
+    with caplog.at_level(logging.WARNING, logger="deit_cli"):
+        answer = teacher.answer(images, 1)
+    assert np.isfinite(answer.topk_prob).all()
+    assert "1 views gave non-finite outputs" in caplog.text
+
+
+def test_rows_that_overflow_in_float32_too_are_an_error():
+    teacher = load_teacher("test_teacher:make_overflowing", img_size=2, dtype="float32")
+    with pytest.raises(NonFiniteTeacherError, match=r"batch positions \[1\]"):
+        teacher.answer(torch.stack([torch.full((3, 2, 2), 120.0), torch.zeros(3, 2, 2)]), 1)
+
+
+def test_classes_must_fit():
+    identity = load_teacher("test_resnet", pretrained=False, num_classes=3, img_size=16).identity
+    check_classes(identity, CLASSES, 2)
+    check_classes(identity, None, None)
+    named = identity.model_copy(update={"class_names": ("ant", "cat", "bee")})
+    for names, highest, teacher, text in [
+        (CLASSES[:2], None, identity, "has 3 classes, the source has 2"),
+        (None, 3, identity, "has 3 classes, the source has class labels up to 3"),
+        (CLASSES, 2, named, "class 1 is 'bee' in the source and 'cat' for teacher test_resnet"),
+    ]:
+        with pytest.raises(TeacherError, match=text):
+            check_classes(teacher, names, highest)

@@ -1,0 +1,272 @@
+"""Stage 2: the loop, its checkpoints and its refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from builders import CLASSES, files_of, make_labels, small_recipe, write_tars
+
+from pipeline.errors import CheckpointError, LabelSetIncomplete, LabelSetMismatch, TrainingError, UsageError
+from pipeline.labelset import LabelSet
+from trainer.checkpoint import load_state
+from trainer.config import TrainConfig
+from trainer.loop import train
+from trainer.metrics import read_metrics
+from trainer.student import open_student
+
+TINY = {"model": "deit-ti", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return write_tars(tmp_path_factory.mktemp("data"), (24, 16), unlabelled=5)
+
+
+@pytest.fixture(scope="module")
+def label_set(data, tmp_path_factory) -> LabelSet:
+    return make_labels(tmp_path_factory.mktemp("labels") / "set", data, topk=2)
+
+
+def config(label_set: LabelSet | None, output: Path, **changes) -> TrainConfig:
+    values = {
+        "output": output,
+        "batch_size": 12,
+        "epochs": 3,
+        "warmup_epochs": 1,
+        "lr": 1e-3,
+        "workers": 0,
+        "log_interval": 1,
+    }
+    return TrainConfig(**(values | TINY | ({"labels": label_set.folder} if label_set else {}) | changes))
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_state(run / "state.safetensors")[0]
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    mine, theirs = state_of(one), state_of(other)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_loss_falls(label_set, tmp_path, kind):
+    train(config(label_set, tmp_path / "run", distillation_type=kind, epochs=30, drop_path=0.0, lr=3e-3))
+    losses = [line["distill_loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+def test_the_same_command_gives_the_same_run_to_the_bit(label_set, tmp_path):
+    for name, workers in (("a", 0), ("b", 0), ("c", 1)):
+        train(config(label_set, tmp_path / name, workers=workers))
+    assert_same_state(tmp_path / "a", tmp_path / "b")
+    assert_same_state(tmp_path / "a", tmp_path / "c")
+    assert files_of(tmp_path / "a" / "last") == files_of(tmp_path / "c" / "last")
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one_at_any_step(label_set, tmp_path, monkeypatch, stop_after):
+    settings = {"recovery_interval": 1, "repeated_aug": 1, "drop_path": 0.2, "clip_grad": 1.0}
+    train(config(label_set, tmp_path / "whole", **settings))
+
+    import trainer.loop as loop
+
+    real, calls = loop._update, []
+
+    def stops(*args):
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "_update", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(label_set, tmp_path / "cut", **settings))
+    monkeypatch.setattr(loop, "_update", real)
+    train(config(label_set, tmp_path / "cut", resume=True, **settings))
+    assert_same_state(tmp_path / "whole", tmp_path / "cut")
+
+    def comparable(folder):
+        drop = {"images_per_s", "data_wait"}
+        return [{k: v for k, v in line.items() if k not in drop} for line in read_metrics(folder)]
+
+    assert comparable(tmp_path / "whole") == comparable(tmp_path / "cut")
+
+
+def test_gradient_accumulation_is_the_larger_batch(label_set, tmp_path):
+    """Two batches of half the size, accumulated, move the weights as one batch of the full size does."""
+    settings = {"drop_path": 0.0, "epochs": 2, "repeated_aug": 1, "model_ema": False, "warmup_epochs": 0}
+    train(config(label_set, tmp_path / "one", batch_size=20, **settings))
+    train(config(label_set, tmp_path / "two", batch_size=10, grad_accum_steps=2, **settings))
+    one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
+    worst = max(float((one[name] - two[name]).abs().max()) for name in one if name.startswith("model."))
+    assert worst < 2e-4  # AdamW turns rounding of tiny gradients into parts of a step of 1e-3
+
+
+def test_the_ema_is_evaluated_and_exported(label_set, data, tmp_path):
+    train(config(label_set, tmp_path / "run", eval_data=data, model_ema_decay=0.5))
+    kinds = {line["weights"] for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"}
+    assert kinds == {"student", "ema"}
+    plain, averaged = (open_student(tmp_path / "run" / name) for name in ("last", "last-ema"))
+    assert not torch.equal(plain.model.head.weight, averaged.model.head.weight)
+
+
+def test_an_export_loads_in_timm_and_answers_alike(label_set, tmp_path):
+    run = train(config(label_set, tmp_path / "run", epochs=1))
+    student = open_student(run / "last").eval()
+    x = torch.randn(2, 3, 16, 16)
+    hub = timm.create_model(f"local-dir:{run / 'last'}", pretrained=True).eval()
+    sizes = {name: TINY[name] for name in ("patch_size", "embed_dim", "depth", "num_heads")}
+    by_name = timm.create_model(
+        "deit_tiny_distilled_patch16_224",
+        img_size=16,
+        num_classes=3,
+        checkpoint_path=str(run / "last/model.safetensors"),
+        **sizes,
+    ).eval()
+    heads = student(x)
+    assert heads.distill_logits is not None
+    mean = (heads.class_logits + heads.distill_logits) / 2
+    assert torch.equal(hub(x), mean)
+    assert torch.equal(by_name(x), mean)
+    assert student.class_names == CLASSES
+
+
+def test_a_run_starts_from_another_runs_weights(label_set, tmp_path):
+    first = train(config(label_set, tmp_path / "first", epochs=1))
+    train(
+        config(
+            label_set,
+            tmp_path / "second",
+            epochs=1,
+            lr=0.0,
+            warmup_lr=0.0,
+            min_lr=0.0,
+            init=first / "last/model.safetensors",
+        )
+    )
+    assert files_of(first / "last")["model.safetensors"] == files_of(tmp_path / "second" / "last")["model.safetensors"]
+
+
+def test_class_labels_alone_train_any_classifier(data, tmp_path):
+    run = train(
+        config(
+            None,
+            tmp_path / "run",
+            data=data,
+            distillation_type="none",
+            epochs=2,
+            **dict.fromkeys(TINY) | {"model": "test_resnet"},
+            drop_path=0.0,
+        ),
+        small_recipe(),
+    )
+    assert open_student(run / "last").has_distillation_head is False
+    assert all("distill_loss" not in line for line in read_metrics(run))
+
+
+def test_a_student_without_token_learns_from_the_labels_too(label_set, tmp_path):
+    train(config(label_set, tmp_path / "run", model="deit_tiny_patch16_224", epochs=1))
+    assert "distill_loss" in read_metrics(tmp_path / "run")[0]
+
+
+def test_stage_2_runs_with_the_teachers_modules_unimportable(label_set, tmp_path):
+    script = f"""
+import sys
+for name in ("pipeline.teacher", "pipeline.precompute", "pipeline.drafts", "pipeline.indexing"):
+    sys.modules[name] = None      # importing it raises ImportError
+from pathlib import Path
+from trainer.config import TrainConfig
+from trainer.loop import train
+train(TrainConfig(labels=Path({str(label_set.folder)!r}), output=Path({str(tmp_path / "run")!r}), epochs=1, batch_size=12,
+                  warmup_epochs=0, workers=0, **{TINY!r}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/last/model.safetensors").is_file()
+
+
+def test_views_that_repeat_are_said(label_set, tmp_path, caplog):
+    train(config(label_set, tmp_path / "run", epochs=4))
+    assert "the label set has 3 views: from epoch 3 on they repeat" in caplog.text
+
+
+def test_the_config_and_what_it_came_to_are_saved(label_set, tmp_path):
+    train(config(label_set, tmp_path / "run", epochs=1))
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved["config"]["lr"] == 1e-3
+    assert saved["labelset_id"] == label_set.plan.labelset_id
+    assert saved["teacher"]["name"] == "builders:confident_cnn"
+
+
+def test_a_run_is_never_overwritten_unasked(label_set, tmp_path):
+    train(config(label_set, tmp_path / "run", epochs=1))
+    with pytest.raises(UsageError, match=r"already holds a run: continue it with --resume"):
+        train(config(label_set, tmp_path / "run", epochs=1))
+
+
+def test_a_continuation_with_other_settings_is_refused_with_the_difference(label_set, tmp_path):
+    train(config(label_set, tmp_path / "run", epochs=1))
+    with pytest.raises(CheckpointError, match=r"other settings \(config.weight_decay: 0.05, not 0.3\)"):
+        train(config(label_set, tmp_path / "run", epochs=1, weight_decay=0.3, resume=True))
+
+
+def test_another_recipe_is_refused(label_set, tmp_path):
+    with pytest.raises(LabelSetMismatch, match=r"made with another recipe \(reprob: 0.25, not 0.5\)"):
+        train(config(label_set, tmp_path / "run"), small_recipe(reprob=0.5))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_another_size_than_the_views_is_refused(label_set, tmp_path):
+    with pytest.raises(UsageError, match="--img-size 24 is not that of the views, 16"):
+        train(config(label_set, tmp_path / "run", img_size=24))
+
+
+def test_labels_of_other_images_are_refused(label_set, tmp_path):
+    other = write_tars(tmp_path / "other", (24, 15), unlabelled=5)
+    with pytest.raises(LabelSetMismatch, match=r"shards.1.keys_sha256"):
+        train(config(label_set, tmp_path / "run", data=other))
+
+
+def test_an_unsealed_set_is_refused(data, tmp_path):
+    label_set = make_labels(tmp_path / "set", data)
+    text = (label_set.folder / "manifest.json").read_text()
+    (label_set.folder / "manifest.json").write_text(text.replace('"sealed": true', '"sealed": false'))
+    with pytest.raises(LabelSetIncomplete, match="is not sealed"):
+        train(config(label_set, tmp_path / "run"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_samples(label_set, tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss of batch \d+ is (nan|inf)"):
+        train(config(label_set, tmp_path / "run", lr=1e3, epochs=50, warmup_epochs=0, min_lr=1e3, smoothing=0.0))
+    record = json.loads((tmp_path / "run/nonfinite.json").read_text())
+    assert len(record["keys"]) == 12
+
+
+def test_soft_labels_from_a_hard_set_are_refused(data, tmp_path):
+    label_set = make_labels(tmp_path / "set", data, topk=0)
+    with pytest.raises(UsageError, match="hard"):
+        train(config(label_set, tmp_path / "run", distillation_type="soft"))
+
+
+BAD_SETTINGS = [
+    ({"batch_size": 0}, "--batch-size must be in 1"),
+    ({"distillation_alpha": 1.5}, "--distillation-alpha must be in 0..1, got 1.5"),
+    ({"epochs": 2, "warmup_epochs": 3}, r"--warmup-epochs must be at most --epochs \(2\), got 3"),
+    ({"labels": None}, "--distillation-type hard needs --labels"),
+    ({"labels": None, "distillation_type": "none"}, "--distillation-type none needs --data"),
+    ({"distillation_type": "loud"}, "--distillation-type must be one of none, soft, hard, got 'loud'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_SETTINGS, ids=range(len(BAD_SETTINGS)))
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**({"labels": Path("x")} | changes))
