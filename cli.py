@@ -75,17 +75,16 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Any], Any]:
     flag = field.name.replace("_", "-")
     kind = _plain_type(hint)
     declaration = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    required = field.default is dataclasses.MISSING
-    default = None if required else field.default
+    default = ":".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    known: dict[str, Any] = {"required": True} if default is dataclasses.MISSING else {"default": default}
     return click.option(
         declaration,
         *field.metadata.get("flags", ()),
         field.name,
         type=None if kind is bool else _click_type(kind),
-        default=default if not isinstance(default, tuple) else ":".join(map(str, default)),
-        required=required,
         help=field.metadata["help"],
-        show_default=default is not None and default is not False,
+        show_default=default is not dataclasses.MISSING and default is not None and default is not False,
+        **known,
     )
 
 

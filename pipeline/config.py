@@ -24,7 +24,7 @@ class PrecomputeConfig:
     )
     out: Path = field(metadata={"help": "Folder of the label set; run the same command again to continue it."})
     views: tuple[int, int] = option((0, 30), "View numbers START:STOP; one view for each epoch of training.")
-    topk: int = option(10, "Most probable classes to store; 0 stores the hard label only.")
+    topk: int | None = option(None, "Most probable classes to store, by default 10 or all; 0: the hard label alone.")
     precision: Precision = option("float16", "Of the stored probabilities.")
     views_per_shard: int = option(30, "Views in one file: the unit of work, and of loss at a crash.")
     batch_size: int = option(256, "Views in one forward pass of the teacher.", "-b")

@@ -44,6 +44,7 @@ from pipeline.views import draw_view, render
 log = logging.getLogger("deit_cli.precompute")
 
 MANIFEST_PROBES = 8
+DEFAULT_TOPK = 10
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,12 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     """
     labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
     check_classes(teacher.identity, source.class_names, max(labels, default=None))
-    if config.topk > teacher.identity.num_classes:
-        raise UsageError(
-            f"--topk must be in 0..{teacher.identity.num_classes} (the teacher's classes), got {config.topk}"
-        )
+    num_classes = teacher.identity.num_classes
+    topk = min(DEFAULT_TOPK, num_classes) if config.topk is None else config.topk
+    if topk > num_classes:
+        raise UsageError(f"--topk must be in 0..{num_classes} (the teacher's classes), got {topk}")
     plan = Plan.make(
-        recipe=recipe, teacher=teacher.identity, source=record_of(source), topk=config.topk, precision=config.precision
+        recipe=recipe, teacher=teacher.identity, source=record_of(source), topk=topk, precision=config.precision
     )
     if (config.out / PLAN_NAME).is_file():
         existing = read_plan(config.out)

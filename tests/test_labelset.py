@@ -6,6 +6,7 @@ checked when the first row of it is asked for. `verify` does all of it at once.
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import shutil
@@ -27,7 +28,14 @@ from label_sets import (
     write_tar,
 )
 
-from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetIncomplete, LabelSetMismatch, TeacherError
+from pipeline.errors import (
+    DeitCliError,
+    LabelSetCorrupt,
+    LabelSetError,
+    LabelSetIncomplete,
+    LabelSetMismatch,
+    TeacherError,
+)
 from pipeline.labels import (
     LabelRows,
     LabelsFooter,
@@ -40,7 +48,7 @@ from pipeline.labels import (
     write_labels,
     write_samples,
 )
-from pipeline.labelset import LabelSet
+from pipeline.labelset import LabelSet, record_of
 from pipeline.precompute import plan_work
 from pipeline.recipe import Recipe
 from pipeline.sources import open_source
@@ -505,6 +513,22 @@ def test_another_source_is_refused_with_the_first_difference(made, tmp_path, cha
 
 def test_the_same_source_elsewhere_is_accepted(made, tmp_path):
     LabelSet.open(made).check_source(open_source(other_source(tmp_path / "copy", "nothing")))
+
+
+@pytest.mark.xfail(strict=True, reason="record_of lets pydantic's error through")
+def test_a_shard_name_that_the_format_cannot_hold_is_an_error_of_ours(tmp_path):
+    write_tar(tmp_path / ("a" * 210 + ".tar"), [("k.png", coloured_png(0)), ("k.cls", b"0")])
+    with pytest.raises(DeitCliError):
+        record_of(open_source(tmp_path))
+
+
+@pytest.mark.xfail(strict=True, reason="record_of lets UnicodeEncodeError through")
+def test_a_location_that_is_not_utf8_is_an_error_of_ours(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    (folder / "a.png").write_bytes(coloured_png(0))
+    with pytest.raises(DeitCliError):
+        record_of(open_source(folder))
 
 
 # Another run on the same folder.

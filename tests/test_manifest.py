@@ -265,7 +265,7 @@ UNREADABLE = [
     unmended('"location": "\\ud800"', '"location": "/data/train"', reason="UnicodeEncodeError"),
     unmended('"topk": 1e400', '"topk": 2', reason="ValueError: out of range"),
     unmended('"hflip": 1e400', '"hflip": 0.5', reason="ValueError: out of range"),
-    unmended('"hflip": 1' + 400 * "0", '"hflip": 0.5', reason="OverflowError in isfinite"),
+    ('"hflip": 1' + 400 * "0", '"hflip": 0.5'),
     unmended('"aa": "rand-n' + 400 * "9" + '"', '"aa": "rand-m9-mstd0.5-inc1"', reason="OverflowError in int"),
     ('"aa": "rand-m' + 400 * "9" + '"', '"aa": "rand-m9-mstd0.5-inc1"'),
 ]
@@ -432,7 +432,7 @@ def test_probes_of_a_footer_are_checked_like_those_of_the_manifest(tmp_path):
     assert read_probes([good], tmp_path) == [probe]
     for bad in ({**good, "lam": 2.0}, {**good, "x": 1}, {k: v for k, v in good.items() if k != "row"}, [], None, "x"):
         with pytest.raises(LabelSetCorrupt, match="a probe in its footer"):
-            read_probes([bad], tmp_path)  # pyright: ignore[reportArgumentType]
+            read_probes([bad], tmp_path)
 
 
 def test_the_environment_names_what_pixels_depend_on():
