@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pipeline.errors import UsageError
 
 Precision = Literal["float16", "float32"]
+MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of views
 BadImagePolicy = Literal["fail", "skip"]
 
 
@@ -35,8 +36,8 @@ class PrecomputeConfig:
 
     def __post_init__(self) -> None:
         start, stop = self.views
-        if not 0 <= start < stop:
-            raise UsageError(f"--views must be START:STOP with 0 <= START < STOP, got {start}:{stop}")
+        if not 0 <= start < stop <= MAX_VIEW:
+            raise UsageError(f"--views must be START:STOP with 0 <= START < STOP <= {MAX_VIEW}, got {start}:{stop}")
         for name, low in (
             ("topk", 0),
             ("batch_size", 2),

@@ -11,7 +11,8 @@ import xxhash
 from pipeline.config import BadImagePolicy
 from pipeline.decode import decode
 from pipeline.errors import BadImageError, SourceError
-from pipeline.labels import SampleRows, SamplesFooter, read_samples, write_samples
+from pipeline.labels import SampleRows, SamplesFooter, write_samples
+from pipeline.labelset import checked_samples
 from pipeline.manifest import Plan, samples_path
 from pipeline.rendering import MappedRange, start_loader
 from pipeline.sources import Source
@@ -30,7 +31,7 @@ def index_samples(
     Raises:
         SourceError: an image cannot be decoded and `on_bad_image` is `fail`; or no image can.
     """
-    missing = [shard.name for shard in source.shards if not (out / samples_path(shard.name)).is_file()]
+    missing = [record.name for record in plan.source.shards if not (out / samples_path(record.name)).is_file()]
     scan = partial(scan_shard, source, missing, on_bad_image)
     loader = start_loader(MappedRange(scan, len(missing)), workers=min(workers, len(missing)))
     for done, (name, samples) in enumerate(zip(missing, loader, strict=True)):
@@ -39,7 +40,9 @@ def index_samples(
         footer = SamplesFooter(labelset_id=plan.labelset_id, source_id=plan.source_id, shard=name, rows=len(samples))
         publish_file(out / samples_path(name), partial(write_samples, samples=samples, footer=footer))
         progress("index", done + 1, len(missing))
-    tables = {shard.name: read_samples(out / samples_path(shard.name)) for shard in source.shards}
+    tables = {
+        record.name: checked_samples(out / samples_path(record.name), plan, record) for record in plan.source.shards
+    }
     bad = sum(len(samples) - len(samples.usable) for samples in tables.values())
     if bad:
         log.warning(

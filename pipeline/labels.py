@@ -5,20 +5,24 @@ answers for one source shard and one block of views: row group i is view `view_s
 `row` of a label is the row of its sample. Each footer says what the file is, so a file found alone explains itself.
 """
 
-import json
+import base64
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
 from pipeline.config import Precision
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
+from pipeline.ids import canonical_json
+from pipeline.records import Count, Name, Record, Sha256, View, Xxh3, is_version
 from pipeline.storage import parse_json
 
 FORMAT = "deit-cli-labels"
@@ -81,38 +85,36 @@ class SampleRows:
         return np.flatnonzero([reason is None for reason in self.bad])
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplesFooter:
+class SamplesFooter(Record):
     """What a samples file says of itself."""
 
-    format: str = FORMAT
-    version: int = VERSION
-    kind: str = "samples"
-    labelset_id: str
-    source_id: str
-    shard: str
-    rows: int
+    format: Literal["deit-cli-labels"] = FORMAT
+    version: Literal[1] = VERSION
+    kind: Literal["samples"] = "samples"
+    labelset_id: Sha256
+    source_id: Sha256
+    shard: Name
+    rows: Count
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelsFooter:
+class LabelsFooter(Record):
     """What a label shard says of itself. `content_xxh3` covers every value in it, `probes` the pixels behind it."""
 
-    format: str = FORMAT
-    version: int = VERSION
-    kind: str = "labels"
-    labelset_id: str
-    recipe_id: str
-    teacher_id: str
-    source_id: str
-    shard: str
-    view_start: int
-    view_stop: int
-    rows_per_view: int
-    num_classes: int
-    topk: int
+    format: Literal["deit-cli-labels"] = FORMAT
+    version: Literal[1] = VERSION
+    kind: Literal["labels"] = "labels"
+    labelset_id: Sha256
+    recipe_id: Sha256
+    teacher_id: Sha256
+    source_id: Sha256
+    shard: Name
+    view_start: View
+    view_stop: View
+    rows_per_view: Count
+    num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
     precision: Precision
-    content_xxh3: str
+    content_xxh3: Xxh3
     probes: list[dict[str, Any]]
     environment: dict[str, str]
 
@@ -226,6 +228,8 @@ def read_samples(path: Path) -> SampleRows:
     file = _open(path)
     footer = _footer(file, path, SamplesFooter)
     _check_schema(file, SAMPLES_SCHEMA, path)
+    if file.metadata.num_rows != footer.rows:
+        raise LabelSetCorrupt(f"{path} has {file.metadata.num_rows} rows, its footer says {footer.rows}")
     columns = _guarded(path, lambda: file.read().to_pydict())
     if columns["row"] != list(range(footer.rows)):
         raise LabelSetCorrupt(f"{path}: rows must be 0..{footer.rows - 1} in order")
@@ -245,7 +249,7 @@ def _element(kind: pa.DataType) -> pa.Field:
 
 
 def _metadata(footer: SamplesFooter | LabelsFooter) -> dict[bytes, bytes]:
-    return {FOOTER_KEY: json.dumps(asdict(footer), sort_keys=True, allow_nan=False).encode()}
+    return {FOOTER_KEY: canonical_json(footer.model_dump(mode="json"))}
 
 
 def _labels_table(rows: LabelRows, view: int, schema: pa.Schema) -> pa.Table:
@@ -260,7 +264,28 @@ def _labels_table(rows: LabelRows, view: int, schema: pa.Schema) -> pa.Table:
 
 
 def _open(path: Path) -> pq.ParquetFile:
+    refuse_extension_types(path)
     return _guarded(path, lambda: pq.ParquetFile(path, page_checksum_verification=True))
+
+
+def refuse_extension_types(path: Path) -> None:
+    """Raise LabelSetCorrupt for a file with Arrow extension types, before pyarrow sees it.
+
+    A registered extension type brings a deserialiser that runs as soon as the file is opened, and there are some that
+    unpickle. So the stored Arrow schema, base64 in the Parquet footer, is searched first.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 8))
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(max(0, size - 8 - min(length, size)))
+            footer = file.read(min(length, size))
+    except OSError as error:
+        raise LabelSetCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
+    for schema in re.findall(rb"ARROW:schema[^A-Za-z0-9+/]{1,16}([A-Za-z0-9+/]+=*)", footer):
+        if b"ARROW:extension" in base64.b64decode(schema[: len(schema) // 4 * 4]):
+            raise LabelSetCorrupt(f"{path} has Arrow extension types, which may run code: no label set has any")
 
 
 def _guarded(path: Path, read: Any) -> Any:
@@ -283,26 +308,33 @@ def _footer(file: pq.ParquetFile, path: Path, kind: type[Footer]) -> Footer:
         values = parse_json(metadata[FOOTER_KEY])
     except (ValueError, RecursionError) as error:
         raise LabelSetCorrupt(f"{path}: its footer is not valid JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
+    if not is_version(values, FORMAT, VERSION):
         found = (values.get("format"), values.get("version")) if isinstance(values, dict) else values
         raise LabelSetMismatch(f"{path} is {found}; this version reads ({FORMAT!r}, {VERSION})")
-    if set(values) != {field.name for field in fields(kind)} or values["kind"] != kind.kind:
-        raise LabelSetCorrupt(f"{path}: its footer does not have the fields of a {kind.kind} file")
-    return kind(**values)
+    try:
+        return kind.model_validate_json(canonical_json(values))
+    except ValidationError as error:
+        expected = "labels" if kind is LabelsFooter else "samples"
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise LabelSetCorrupt(
+            f"{path}: its footer does not have the fields of a {expected} file: {where}: {first['msg']}"
+        ) from error
 
 
 def _checked_labels(file: pq.ParquetFile, path: Path) -> LabelsFooter:
     footer = _footer(file, path, LabelsFooter)
     _check_schema(file, labels_schema(footer.num_classes, footer.topk, footer.precision), path)
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-    if groups != [footer.rows_per_view] * (footer.view_stop - footer.view_start):
+    if len(groups) != footer.view_stop - footer.view_start or set(groups) - {footer.rows_per_view}:
         raise LabelSetCorrupt(f"{path}: row groups {groups[:4]}… are not {footer.rows_per_view} rows for each view")
     return footer
 
 
 def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: Path) -> None:
     found = _guarded(path, lambda: file.schema_arrow).remove_metadata()
-    if not found.equals(expected):
+    marked = any(b"ARROW:extension:name" in (field.metadata or {}) for field in found)
+    if marked or not found.equals(expected):
         raise LabelSetCorrupt(
             f"{path}: its columns are {found.names}, format v{VERSION} has {expected.names} in exact types"
         )
@@ -340,6 +372,7 @@ def _check_values(rows: LabelRows, path: Path, view: int, num_classes: int) -> N
     prob, tail = rows.topk_prob.astype(np.float32), rows.tail_mass.astype(np.float32)
     problems = [
         (bool((np.diff(rows.row.astype(np.int64)) <= 0).any()), "rows do not rise"),
+        (bool((np.diff(np.sort(rows.topk_index, axis=1), axis=1) == 0).any()), "a class stands twice in top-k"),
         (
             bool((rows.hard >= num_classes).any() or (rows.topk_index >= num_classes).any()),
             f"a class is not below {num_classes}",

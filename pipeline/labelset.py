@@ -1,17 +1,25 @@
 """LabelSet: open a label set, refuse what does not fit, read its rows in order."""
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
-from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetIncomplete, LabelSetMismatch, StorageError
+from pipeline.errors import (
+    LabelSetCorrupt,
+    LabelSetError,
+    LabelSetIncomplete,
+    LabelSetMismatch,
+    SourceError,
+    StorageError,
+)
 from pipeline.ids import canonical_json
 from pipeline.labels import (
     LabelRows,
     LabelsFooter,
     SampleRows,
-    SamplesFooter,
     read_all_views,
     read_labels_footer,
     read_samples,
@@ -22,6 +30,8 @@ from pipeline.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     FileEntry,
+    Plan,
+    ShardRecord,
     SourceRecord,
     first_difference,
     read_manifest,
@@ -29,6 +39,7 @@ from pipeline.manifest import (
     short,
 )
 from pipeline.recipe import Recipe
+from pipeline.samples import keys_sha256
 from pipeline.sources import Source
 from pipeline.storage import sha256_file
 
@@ -41,11 +52,11 @@ class LabelSet:
 
     def __init__(self, folder: Path) -> None:
         """Open a folder; use `LabelSet.open`, which refuses sets that are not complete."""
-        if not (folder / PLAN_NAME).is_file():
+        if not os.path.isfile(folder / PLAN_NAME):
             raise LabelSetError(
                 f"{folder} is not a label set: it has no {PLAN_NAME}. Make one with: deit-cli precompute"
             )
-        if not (folder / MANIFEST_NAME).is_file():
+        if not os.path.isfile(folder / MANIFEST_NAME):
             raise LabelSetIncomplete(
                 f"{folder} has no {MANIFEST_NAME}: run the same deit-cli precompute again to complete it"
             )
@@ -104,19 +115,20 @@ class LabelSet:
         return range(blocks[0][0], blocks[-1][1]) if blocks else range(0)
 
     def samples(self, shard: str) -> SampleRows:
-        """Read the samples of a source shard, and check them against plan and footer."""
+        """Read the samples of a source shard, and check them against the plan's hash of keys and class labels."""
         entry = self._entry("samples", shard, 0)
         path = self.checked_path(entry)
-        self._check_samples_footer(read_samples_footer(path), shard, path)
-        samples = read_samples(path)
+        record = next(record for record in self.plan.source.shards if record.name == shard)
+        samples = checked_samples(path, self.plan, record)
         if len(samples) != entry.rows:
             raise LabelSetCorrupt(f"{path} has {len(samples)} rows, the manifest says {entry.rows}")
         return samples
 
     def read(self, shard: str, view: int) -> LabelRows:
         """Read the labels of one view of a source shard, in row order."""
-        path = self._labels_path(shard, view)
-        self._check_labels_footer(read_labels_footer(path), shard, path)
+        entry = self._labels_entry(shard, view)
+        path = self.checked_path(entry)
+        self._check_footer(entry, path)
         return read_view(path, view)
 
     def check_source(self, source: Source) -> None:
@@ -171,11 +183,11 @@ class LabelSet:
                 f"{self.folder}: the manifest lists no {kind} of {shard!r} from view {view_start}"
             ) from None
 
-    def _labels_path(self, shard: str, view: int) -> Path:
+    def _labels_entry(self, shard: str, view: int) -> FileEntry:
         block = next((b for b in self.manifest.view_blocks if b[0] <= view < b[1]), None)
         if block is None:
             raise LabelSetMismatch(f"{self.folder} holds views {self.views.start}..{self.views.stop - 1}, not {view}")
-        return self.checked_path(self._entry("labels", shard, block[0]))
+        return self._entry("labels", shard, block[0])
 
     def _check_length(self, entry: FileEntry) -> Path:
         path = self.folder / entry.path
@@ -210,41 +222,72 @@ class LabelSet:
                 kind, shard, *_ = sorted(difference)[0]
                 raise LabelSetCorrupt(f"{self.folder}: the sealed manifest {what} {kind} file of {shard!r}")
 
-    def _check_samples_footer(self, footer: SamplesFooter, shard: str, path: Path) -> None:
-        if (footer.labelset_id, footer.shard) != (self.plan.labelset_id, shard):
-            raise LabelSetMismatch(
-                f"{path} says it is {footer.shard!r} of label set {short(footer.labelset_id)},"
-                f" not {shard!r} of {short(self.plan.labelset_id)}"
+    def _check_footer(self, entry: FileEntry, path: Path) -> None:
+        views = range(entry.view_start, entry.view_stop)
+        footer = checked_labels_footer(path, self.plan, entry.shard, views)
+        if footer.rows_per_view * len(views) != entry.rows:
+            raise LabelSetCorrupt(
+                f"{path} has {footer.rows_per_view} rows a view, the manifest says {entry.rows} in all"
             )
 
-    def _check_labels_footer(self, footer: LabelsFooter, shard: str, path: Path) -> None:
-        check_labels_footer(footer, labelset_id=self.plan.labelset_id, shard=shard, path=path)
-
     def _verify_rows(self, entry: FileEntry, path: Path) -> None:
-        footer = read_labels_footer(path)
-        self._check_labels_footer(footer, entry.shard, path)
+        self._check_footer(entry, path)
         usable = self.samples(entry.shard).usable
-        views = read_all_views(path)
-        for view, rows in enumerate(views, footer.view_start):
+        for view, rows in enumerate(read_all_views(path), entry.view_start):
             if not np.array_equal(rows.row, usable):
                 raise LabelSetCorrupt(
                     f"{path}: view {view} must have the {len(usable)} usable rows of its samples file"
                 )
-        if sum(len(rows) for rows in views) != entry.rows:
-            raise LabelSetCorrupt(f"{path}: the manifest says {entry.rows} rows")
 
 
 def record_of(source: Source) -> SourceRecord:
     """Return what plan and manifest say of a source."""
-    identity = {"class_names": source.class_names, "shards": source.identity()["shards"]}
-    return SourceRecord.model_validate_json(
-        canonical_json(identity | {"kind": source.kind, "location": source.location})
-    )
+    record = source.identity() | {"kind": source.kind, "location": os.path.abspath(source.location)}
+    try:
+        return SourceRecord.model_validate_json(canonical_json(record))
+    except (ValidationError, UnicodeEncodeError) as error:
+        raise SourceError(
+            f"{source.location!r} cannot be named in a label set: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
-def check_labels_footer(footer: LabelsFooter, *, labelset_id: str, shard: str, path: Path) -> None:
-    """Raise LabelSetMismatch unless a label shard belongs to this label set and source shard."""
-    if (footer.labelset_id, footer.shard) != (labelset_id, shard):
+def checked_samples(path: Path, plan: Plan, record: ShardRecord) -> SampleRows:
+    """Read a samples file of this label set.
+
+    Raises:
+        LabelSetMismatch: it is of another label set or source shard, or its keys or class labels are not the plan's.
+    """
+    footer = read_samples_footer(path)
+    mine = (plan.labelset_id, plan.source_id, record.name)
+    _check_identity(path, mine, (footer.labelset_id, footer.source_id, footer.shard))
+    samples = read_samples(path)
+    if keys_sha256(samples.key, samples.class_label) != record.keys_sha256 or len(samples) != record.num_samples:
         raise LabelSetMismatch(
-            f"{path} says it is {footer.shard!r} of label set {short(footer.labelset_id)}, not {shard!r} of {short(labelset_id)}"
+            f"{path}: its keys and class labels are not those that the plan names for {record.name!r}"
+        )
+    return samples
+
+
+def checked_labels_footer(path: Path, plan: Plan, shard: str, views: range) -> LabelsFooter:
+    """Read what a label shard says of itself, and refuse it unless all of that is what its place in the set says."""
+    footer = read_labels_footer(path)
+    mine = (plan.labelset_id, plan.recipe_id, plan.teacher_id, plan.source_id, shard)
+    _check_identity(
+        path, mine, (footer.labelset_id, footer.recipe_id, footer.teacher_id, footer.source_id, footer.shard)
+    )
+    found = (footer.view_start, footer.view_stop, footer.num_classes, footer.topk, footer.precision)
+    expected = (views.start, views.stop, plan.teacher.num_classes, plan.topk, plan.precision)
+    if found != expected:
+        raise LabelSetMismatch(
+            f"{path} says (views, classes, K, precision) {found}, its place in the set says {expected}"
+        )
+    return footer
+
+
+def _check_identity(path: Path, mine: tuple[str, ...], found: tuple[str, ...]) -> None:
+    """Compare label set id, further ids, and the name of the source shard, which comes last."""
+    if mine != found:
+        raise LabelSetMismatch(
+            f"{path} says it is {found[-1]!r} of label set {short(found[0])}, not {mine[-1]!r} of {short(mine[0])}"
+            + ("" if (mine[0], mine[-1]) != (found[0], found[-1]) else ": its recipe, teacher or source id differs")
         )

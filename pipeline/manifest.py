@@ -9,32 +9,24 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.config import Precision
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
 from pipeline.ids import canonical_json, sha256_json
 from pipeline.labels import FORMAT, MAX_TOPK, VERSION
 from pipeline.recipe import Recipe
-from pipeline.storage import SAFE_NAME, read_json
+from pipeline.records import Count, Name, Record, Sha256, View, is_version
+from pipeline.storage import read_json, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$", max_length=200)]
-Count = Annotated[int, Field(ge=0, lt=2**48)]
 Channels = tuple[float, float, float]
+_RecordT = TypeVar("_RecordT", bound=Record)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-_RecordT = TypeVar("_RecordT", bound=_Record)
-
-
-class TeacherIdentity(_Record):
+class TeacherIdentity(Record):
     """Everything that decides what a teacher answers.
 
     Attributes:
@@ -55,13 +47,19 @@ class TeacherIdentity(_Record):
     num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
     class_names: tuple[str, ...] | None
 
+    @model_validator(mode="after")
+    def _names_are_classes(self) -> Self:
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        return self
+
     @property
     def id(self) -> str:
         """SHA-256 of the canonical JSON."""
         return sha256_json(self.model_dump(mode="json"))
 
 
-class ShardRecord(_Record):
+class ShardRecord(Record):
     """One source shard: its name, its number of samples, and a hash over their keys and class labels."""
 
     name: Name
@@ -69,7 +67,7 @@ class ShardRecord(_Record):
     keys_sha256: Sha256
 
 
-class SourceRecord(_Record):
+class SourceRecord(Record):
     """Where the images came from. The location is where they lay; it is no part of the identity."""
 
     kind: Literal["folder", "tar", "parquet"]
@@ -83,7 +81,7 @@ class SourceRecord(_Record):
         return sha256_json(self.model_dump(mode="json", include={"class_names", "shards"}))
 
 
-class Plan(_Record):
+class Plan(Record):
     """What a label set is. Written first, create-only, and never changed."""
 
     format: Literal["deit-cli-labels"] = FORMAT
@@ -118,7 +116,10 @@ class Plan(_Record):
 
     @model_validator(mode="after")
     def _ids_follow_from_parts(self) -> Self:
-        ids = {"recipe_id": self.make_recipe().id, "teacher_id": self.teacher.id, "source_id": self.source.id}
+        recipe = self.make_recipe()
+        if canonical_json(recipe.to_dict()) != canonical_json(self.recipe):
+            raise ValueError("the recipe must be complete: every field, as it is hashed")
+        ids = {"recipe_id": recipe.id, "teacher_id": self.teacher.id, "source_id": self.source.id}
         for name, value in (ids | {"labelset_id": _labelset_id(ids, self.topk, self.precision)}).items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is {short(getattr(self, name))}, but its parts hash to {short(value)}")
@@ -149,13 +150,13 @@ class Plan(_Record):
                 )
 
 
-class FileEntry(_Record):
+class FileEntry(Record):
     """One complete file of the set. Its path follows from kind, shard and views."""
 
     kind: Literal["samples", "labels"]
     shard: Name
-    view_start: Count = 0
-    view_stop: Count = 0
+    view_start: View = 0
+    view_stop: View = 0
     rows: Count
     bytes: Count
     sha256: Sha256
@@ -168,7 +169,7 @@ class FileEntry(_Record):
         return labels_path(self.shard, range(self.view_start, self.view_stop))
 
 
-class Probe(_Record):
+class Probe(Record):
     """Pixels of one view as the teacher saw them, before mixing, and the mix that followed.
 
     Attributes:
@@ -184,7 +185,7 @@ class Probe(_Record):
 
     shard: Name
     row: Count
-    view: Count
+    view: View
     pixels_sha256: Sha256
     sample: Annotated[str, Field(max_length=4096)]
     partner: Count | None
@@ -192,17 +193,35 @@ class Probe(_Record):
     box: tuple[int, int, int, int] | None
 
 
-class Manifest(_Record):
-    """What of a label set is complete. Replaced atomically, and last: it is the commit."""
+class Manifest(Record):
+    """What of a label set is complete. Replaced atomically, and last: it is the commit.
+
+    Attributes:
+        labelset_id: of the plan.
+        plan_sha256: of the bytes of plan.json.
+        sealed: whether everything that the plan and the blocks promise is there.
+        view_blocks: start and stop of each block of views.
+        files: complete files; none before sealing.
+        probes: replay probes from among the files' footers.
+        environments: library versions, device and dtype that made the labels, each once.
+        content_sha256: of the canonical JSON of all other fields, so that no flipped bit goes unseen.
+    """
 
     format: Literal["deit-cli-labels"] = FORMAT
     version: Literal[1] = VERSION
     labelset_id: Sha256
+    plan_sha256: Sha256
     sealed: bool
-    view_blocks: tuple[tuple[Count, Count], ...]
+    view_blocks: tuple[tuple[View, View], ...]
     files: tuple[FileEntry, ...]
     probes: tuple[Probe, ...]
     environments: tuple[dict[str, str], ...]
+    content_sha256: Sha256 | None = None  # None while it is being made
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields with the hash over the others filled in, as they are stored."""
+        content = self.model_dump(mode="json", exclude={"content_sha256"})
+        return content | {"content_sha256": sha256_json(content)}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -233,8 +252,17 @@ def read_plan(folder: Path) -> Plan:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `manifest.json`."""
-    return _read_record(folder / MANIFEST_NAME, Manifest)
+    """Read `manifest.json`, and check that it is the one that was written, for the plan that lies beside it."""
+    path = folder / MANIFEST_NAME
+    manifest = _read_record(path, Manifest)
+    if manifest.content_sha256 != manifest.to_json()["content_sha256"]:
+        raise LabelSetCorrupt(f"{path}: its content does not have the hash that it states: it was changed")
+    found = sha256_file(folder / PLAN_NAME)
+    if found != manifest.plan_sha256:
+        raise LabelSetMismatch(
+            f"{path} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has {short(found)}…"
+        )
+    return manifest
 
 
 def read_probes(values: list[dict[str, Any]], path: Path) -> list[Probe]:
@@ -287,8 +315,8 @@ def _labelset_id(ids: dict[str, str], topk: int, precision: str) -> str:
 
 def _read_record(path: Path, kind: type[_RecordT]) -> _RecordT:
     values = read_json(path)
-    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
-    if found != (FORMAT, VERSION):
+    if not is_version(values, FORMAT, VERSION):
+        found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
         raise LabelSetMismatch(f"{path} says {found}; this version reads {(FORMAT, VERSION)}")
     try:
         # As text, because JSON has no tuples: there, strict mode takes lists for them.

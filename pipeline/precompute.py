@@ -14,10 +14,17 @@ from numpy.typing import NDArray
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode
 from pipeline.drafts import LabelDraft, publish_draft
-from pipeline.errors import BadImageError, LabelSetMismatch, NonFiniteTeacherError, TeacherError, UsageError
+from pipeline.errors import (
+    BadImageError,
+    LabelSetCorrupt,
+    LabelSetMismatch,
+    NonFiniteTeacherError,
+    TeacherError,
+    UsageError,
+)
 from pipeline.indexing import Progress, index_samples
-from pipeline.labels import SampleRows, read_all_views, read_labels_footer, read_samples
-from pipeline.labelset import LabelSet, check_labels_footer, record_of
+from pipeline.labels import MAX_TOPK, LabelsFooter, SampleRows, read_all_views
+from pipeline.labelset import LabelSet, checked_labels_footer, record_of
 from pipeline.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -25,6 +32,7 @@ from pipeline.manifest import (
     Manifest,
     Plan,
     Probe,
+    ShardRecord,
     labels_path,
     pixel_environment,
     read_manifest,
@@ -37,7 +45,7 @@ from pipeline.recipe import PRESETS, Recipe
 from pipeline.rendering import BlockRenderer, BlockTask, ViewBatch, plan_workers, start_loader
 from pipeline.replay import compare_probes
 from pipeline.sources import Sample, Source
-from pipeline.storage import pretty_json, publish_file, replace_file, sha256_file, sweep_temporaries
+from pipeline.storage import TEMPORARY_PREFIX, pretty_json, publish_file, replace_file, sha256_file, sweep_temporaries
 from pipeline.teacher import Teacher, check_classes
 from pipeline.views import draw_view, render
 
@@ -88,8 +96,9 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     check_classes(teacher.identity, source.class_names, max(labels, default=None))
     num_classes = teacher.identity.num_classes
     topk = min(DEFAULT_TOPK, num_classes) if config.topk is None else config.topk
-    if topk > num_classes:
-        raise UsageError(f"--topk must be in 0..{num_classes} (the teacher's classes), got {topk}")
+    if topk > min(num_classes, MAX_TOPK):
+        most = f"{num_classes} (the teacher's classes)" if num_classes <= MAX_TOPK else f"{MAX_TOPK}"
+        raise UsageError(f"--topk must be in 0..{most}, got {topk}")
     plan = Plan.make(
         recipe=recipe, teacher=teacher.identity, source=record_of(source), topk=topk, precision=config.precision
     )
@@ -97,12 +106,24 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
         existing = read_plan(config.out)
         existing.check_same(plan, folder=config.out)
         plan = existing
-    elif config.out.exists() and any(config.out.iterdir()):
+    elif config.out.exists() and not config.out.is_dir():
+        raise UsageError(f"--out {config.out} is a file: choose a folder")
+    elif config.out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in config.out.iterdir()):
         raise LabelSetMismatch(f"{config.out} is not empty and holds no label set: choose another --out")
-    sealed = [range(*block) for block in _sealed_blocks(config.out)]
+    manifest = _sealed_manifest(config.out)
+    sealed = sorted((range(*block) for block in manifest.view_blocks), key=lambda b: b.start) if manifest else []
     asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
+    _check_no_gap(sealed, asked, config.views)
     again = [block for block in sealed if block.start < config.views[1] and block.stop > config.views[0]]
     return Work(plan, (*again, *_cut(asked, config.views_per_shard)), source.num_samples, len(asked))
+
+
+def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int]) -> None:
+    """A sealed set has no gap in its views, so new ones must begin or end where it does."""
+    known = sorted({view for block in sealed for view in block} | set(asked))
+    if known[-1] - known[0] + 1 != len(known):
+        held = f"{sealed[0].start}:{sealed[-1].stop}"
+        raise UsageError(f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}. Append to those")
 
 
 def precompute(
@@ -194,13 +215,14 @@ def _claim(out: Path, work: Work) -> None:
     read_plan(out).check_same(work.plan, folder=out)  # another writer may have been first
     opened = Manifest(
         labelset_id=work.plan.labelset_id,
+        plan_sha256=sha256_file(out / PLAN_NAME),
         sealed=False,
         view_blocks=tuple((block.start, block.stop) for block in work.blocks),
         files=(),
         probes=(),
         environments=(),
     )
-    publish_file(out / MANIFEST_NAME, lambda file: _write(file, opened.model_dump(mode="json")))
+    publish_file(out / MANIFEST_NAME, lambda file: _write(file, opened.to_json()))
 
 
 def _label_views(
@@ -274,46 +296,65 @@ def _is_done(
     path = out / labels_path(shard, views)
     if not path.is_file():
         return False
-    footer = read_labels_footer(path)
-    check_labels_footer(footer, labelset_id=plan.labelset_id, shard=shard, path=path)
-    read_all_views(path)
+    footer = checked_labels_footer(path, plan, shard, views)
+    if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
+        raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file: delete it and run again")
     compare_probes(read_probes(footer.probes, path), recipe, source, {shard: samples}.__getitem__)
     return True
 
 
 def _seal(out: Path, work: Work) -> None:
     """List every complete file with its hash, and replace the manifest: the commit."""
-    blocks = sorted({*_sealed_blocks(out), *((block.start, block.stop) for block in work.blocks)})
+    sealed = _sealed_manifest(out)
+    blocks = sorted({*(sealed.view_blocks if sealed else ()), *((block.start, block.stop) for block in work.blocks)})
     shards = [shard.name for shard in work.plan.source.shards]
-    files = [_entry(out, "samples", name, range(0)) for name in shards]
+    files = [_samples_entry(out, record) for record in work.plan.source.shards]
     probes: list[Probe] = []
     environments: list[dict[str, str]] = []
     for start, stop in blocks:
         for name in shards:
-            files.append(_entry(out, "labels", name, range(start, stop)))
             path = out / labels_path(name, range(start, stop))
-            footer = read_labels_footer(path)
+            footer = checked_labels_footer(path, work.plan, name, range(start, stop))
+            files.append(_labels_entry(out, footer))
             probes += read_probes(footer.probes, path)
             environments += [footer.environment] if footer.environment not in environments else []
+    if sealed:
+        _check_untouched(out, sealed, files, work)
     step = max(1, -(-len(probes) // MANIFEST_PROBES))
     manifest = Manifest(
         labelset_id=work.plan.labelset_id,
+        plan_sha256=sha256_file(out / PLAN_NAME),
         sealed=True,
         view_blocks=tuple(blocks),
         files=tuple(files),
         probes=tuple(probes[::step]),
         environments=tuple(environments),
     )
-    replace_file(out / MANIFEST_NAME, lambda file: _write(file, manifest.model_dump(mode="json")))
+    replace_file(out / MANIFEST_NAME, lambda file: _write(file, manifest.to_json()))
 
 
-def _entry(out: Path, kind: Literal["samples", "labels"], shard: str, views: range) -> FileEntry:
+def _check_untouched(out: Path, sealed: Manifest, files: list[FileEntry], work: Work) -> None:
+    """A new manifest must not vouch for a file that changed since it was sealed; what this run looked at is known whole."""
+    found = {entry.path: entry for entry in files}
+    looked_at = {(block.start, block.stop) for block in work.blocks}
+    for old in sealed.files:
+        if old.kind == "labels" and (old.view_start, old.view_stop) in looked_at:
+            continue
+        if old.kind == "labels" and found[old.path] != old:
+            raise LabelSetCorrupt(f"{out / old.path} is not as it was sealed: delete it and run with its --views again")
+
+
+def _samples_entry(out: Path, record: ShardRecord) -> FileEntry:
+    return _entry(out, kind="samples", shard=record.name, views=range(0), rows=record.num_samples)
+
+
+def _labels_entry(out: Path, footer: LabelsFooter) -> FileEntry:
+    views = range(footer.view_start, footer.view_stop)
+    return _entry(out, kind="labels", shard=footer.shard, views=views, rows=footer.rows_per_view * len(views))
+
+
+def _entry(out: Path, *, kind: Literal["samples", "labels"], shard: str, views: range, rows: int) -> FileEntry:
     path = out / (samples_path(shard) if kind == "samples" else labels_path(shard, views))
-    if kind == "samples":
-        rows = len(read_samples(path))
-    else:
-        footer = read_labels_footer(path)
-        rows = footer.rows_per_view * len(views)
     return FileEntry(
         kind=kind,
         shard=shard,
@@ -325,11 +366,11 @@ def _entry(out: Path, kind: Literal["samples", "labels"], shard: str, views: ran
     )
 
 
-def _sealed_blocks(out: Path) -> list[tuple[int, int]]:
+def _sealed_manifest(out: Path) -> Manifest | None:
     if not (out / MANIFEST_NAME).is_file():
-        return []
+        return None
     manifest = read_manifest(out)
-    return list(manifest.view_blocks) if manifest.sealed else []
+    return manifest if manifest.sealed else None
 
 
 def _cut(views: list[int], size: int) -> tuple[range, ...]:

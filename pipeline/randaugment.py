@@ -62,7 +62,7 @@ def op_argument(name: str, level: float, *, negate: bool) -> float:
         case "Posterize":
             return int(share * 4)
         case "PosterizeIncreasing":
-            return 4 - int(share * 4)
+            return max(0, 4 - int(share * 4))
         case "Solarize":
             return min(256, int(share * 256))
         case "SolarizeIncreasing":

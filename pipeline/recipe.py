@@ -55,7 +55,7 @@ class RandAugment:
         if head != "rand":
             raise RecipeError(f"aa must begin with 'rand' (RandAugment), got {text!r}")
         for section in sections:
-            match = re.fullmatch(r"([a-z]+)([0-9]+)(\.[0-9]+)?", section)
+            match = re.fullmatch(r"([a-z]+)([0-9]{1,9})(\.[0-9]{1,18})?", section)
             name = match and ({"inc": "increasing"} | names).get(match[1])
             if not match or not name or name in values or (match[3] and name in ("layers", "increasing")):
                 raise RecipeError(f"aa: section {section!r} of {text!r} must be one of m n p mstd mmax inc, once each")

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.decode import decode
-from pipeline.errors import LabelSetMismatch, ReplayError
+from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.manifest import Probe
@@ -69,6 +69,10 @@ def check_replay(label_set: LabelSet, source: Source) -> float:
         LabelSetMismatch: an image has other bytes than the one that was labelled.
     """
     label_set.check_source(source)
+    if not label_set.manifest.probes:
+        raise LabelSetCorrupt(
+            f"{label_set.folder} has no replay probes: nothing shows that its labels fit these pixels"
+        )
     return compare_probes(label_set.manifest.probes, label_set.recipe, source, label_set.samples)
 
 
@@ -77,6 +81,10 @@ def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samp
     worst = 0.0
     for probe in probes:
         samples = samples_of(probe.shard)
+        if probe.row >= len(samples):
+            raise LabelSetCorrupt(
+                f"a replay probe names row {probe.row} of {probe.shard}, which has {len(samples)} rows"
+            )
         sample = source.shard(probe.shard)[probe.row]
         check_image(sample, samples, probe.row, shard=probe.shard)
         _check_mix(probe, recipe, samples)
@@ -112,7 +120,7 @@ def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
     pixels = render(image, draw_view(recipe, sample.key, probe.view, height=image.shape[0], width=image.shape[1]))
     if _sha256(pixels) == probe.pixels_sha256:
         return 0.0
-    then = np.frombuffer(base64.b64decode(probe.sample), np.uint8)
+    then = _probe_sample(probe)
     now = _sampled(pixels)
     difference = float(np.abs(now.astype(int) - then).mean()) if now.shape == then.shape else 255.0
     if difference > TOLERANCE:
@@ -121,6 +129,13 @@ def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
             f" (at most {TOLERANCE} is rounding): the labels do not fit. Compare the versions in `deit-cli labels info`"
         )
     return max(difference, 1e-3)  # the hash differs, so something moved, sampled or not
+
+
+def _probe_sample(probe: Probe) -> NDArray[np.uint8]:
+    try:
+        return np.frombuffer(base64.b64decode(probe.sample, validate=True), np.uint8)
+    except ValueError as error:
+        raise LabelSetCorrupt(f"the replay probe of row {probe.row} of {probe.shard} is no base64: {error}") from error
 
 
 def _sampled(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

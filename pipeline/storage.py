@@ -8,6 +8,7 @@ except by `replace_file`, which swaps one complete file for another.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -20,6 +21,7 @@ from pipeline.errors import StorageError
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 MAX_JSON_BYTES = 256 * 2**20  # an ImageNet manifest of 300 views is about 10 MB
+TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9.-]+)-(?P<pid>\d+)-[0-9a-f]{16}")
 # What link(2) answers where a file system has no hard links (exFAT, some network mounts).
 _NO_LINKS = frozenset({"EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK"})
@@ -63,7 +65,7 @@ def sweep_temporaries(folder: Path) -> int:
     swept = 0
     for path in folder.rglob(".tmp-*"):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and match["host"] == _host() and not _is_alive(int(match["pid"])):
+        if match and path.is_file() and match["host"] == _host() and not _is_alive(int(match["pid"])):
             path.unlink(missing_ok=True)
             swept += 1
     return swept
@@ -100,7 +102,11 @@ def read_json(path: Path) -> Any:
 
 def parse_json(data: bytes) -> Any:
     """Parse JSON strictly; raises ValueError (or RecursionError) with the reason."""
-    return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    value = json.loads(
+        data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
+    )
+    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate escape is no text: raises UnicodeEncodeError
+    return value
 
 
 def local_path(text: str | os.PathLike[str], *, what: str) -> Path:
@@ -119,13 +125,20 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large for a number")
+    return number
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
 @contextlib.contextmanager
 def _temporary_file(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.parent / f".tmp-{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
     try:
         with temporary.open("xb") as file:
@@ -135,6 +148,15 @@ def _temporary_file(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[P
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder and those above it, durably: each new name is fsynced in the folder that holds it."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _fsync_folder(folder.parent)
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -193,6 +215,6 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     return True

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config import PrecomputeConfig
+from pipeline.ids import sha256_json
 from pipeline.labelset import LabelSet
 from pipeline.manifest import TeacherIdentity
 from pipeline.precompute import precompute
@@ -118,7 +119,7 @@ def read_everything(label_set: LabelSet) -> Iterator[tuple]:
 
 
 def seal_again(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
-    """Do what an attacker or a bad copy tool would: make the manifest agree with the files as they are now."""
+    """Do what an attacker would: make every hash of the manifest agree with the folder as it is now."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for entry in manifest["files"]:
@@ -126,7 +127,9 @@ def seal_again(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda ma
         file = folder / ("samples" if entry["kind"] == "samples" else views) / f"{entry['shard']}.parquet"
         if file.is_file():
             entry["bytes"], entry["sha256"] = file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest["plan_sha256"] = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
     change(manifest)
+    manifest["content_sha256"] = sha256_json({k: v for k, v in manifest.items() if k != "content_sha256"})
     path.write_text(json.dumps(manifest))
 
 

@@ -16,10 +16,11 @@ from label_sets import CLASSES, MeanColour, config_of, write_tar
 
 from pipeline.labels import LabelRows
 from pipeline.labelset import LabelSet
-from pipeline.manifest import TeacherIdentity
+from pipeline.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe
 from pipeline.sources import open_source
+from pipeline.storage import pretty_json, replace_file, sha256_file
 from pipeline.teacher import Teacher, weights_sha256
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +78,15 @@ def golden_teacher() -> Teacher:
     return Teacher(module, identity, crop_pct=1.0, device="cpu", dtype="float32")
 
 
+def forget_the_machine(folder: Path) -> None:
+    """Write the location of the images as seen from the repository: no id covers it, and nobody has ours."""
+    plan, manifest = read_plan(folder), read_manifest(folder)
+    plan = plan.model_copy(update={"source": plan.source.model_copy(update={"location": str(DATA)})})
+    replace_file(folder / PLAN_NAME, lambda file: file.write(pretty_json(plan.model_dump(mode="json"))))
+    manifest = manifest.model_copy(update={"plan_sha256": sha256_file(folder / PLAN_NAME)})
+    replace_file(folder / MANIFEST_NAME, lambda file: file.write(pretty_json(manifest.to_json())))
+
+
 def least_margin(label_set: LabelSet) -> float:
     """Return the smallest difference between the two most probable classes of any stored label."""
 
@@ -87,9 +97,11 @@ def least_margin(label_set: LabelSet) -> float:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)  # the location of the images is stored as it was given
+    os.chdir(ROOT)
     torch.set_num_threads(1)
     write_images()
     config = config_of(DATA, LABELS, views=(0, 3), views_per_shard=3, on_bad_image="skip")
-    made = precompute(config, RECIPE, golden_teacher(), open_source(str(DATA)))
+    precompute(config, RECIPE, golden_teacher(), open_source(str(DATA)))
+    forget_the_machine(LABELS)
+    made = LabelSet.open(LABELS)
     print(f"{made.folder}: label set {made.plan.labelset_id}, least margin {least_margin(made):.3f}")

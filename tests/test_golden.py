@@ -27,10 +27,11 @@ SHA256 = {
     "images/classes.txt": "9fec8b87d457cdab76088586670cbcc3b6f5f39ef95b320c07f4ec2b539c2be4",
     "images/golden-000000.tar": "5049dd1385c45794d5d962ca0138d0050e420fc5dba0b27186712a4c2234ee3c",
     "shards/plan.json": "8b2fcb41168bebb38094c54a58a0ba1af6b2e062eec96e1635ea95ca38cfd5ae",
-    "shards/manifest.json": "f143e2ec5798b6ead7b0ab2b74d10ea6e33d9edc87e352c4c897195e03719bde",
-    "shards/samples/golden-000000.parquet": "88cc65e3ba9d9d6f799208de48530c97b05fd11a2250fd3b8e784cd532652328",
-    "shards/labels/views-00000-00002/golden-000000.parquet": "45a5c6877b164de2604a5a0d518dffe40e3df6b15daa53b6954cdc2c1967aa05",
+    "shards/manifest.json": "dfa70dbc941d9b649810474e18eeaf8a4edb81a55d8e5f29633ff04577eb9ce9",
+    "shards/samples/golden-000000.parquet": "698bad1ac0ec564da5e112af2ca4c5e19fb7b239e14c3284a41316c1137a32d3",
+    "shards/labels/views-00000-00002/golden-000000.parquet": "15f7cc07f73f62b4bb5c9742d0c38652f11e21731f44615c5420206d5ee60658",
 }
+FILES = (f"samples/{SHARD}.parquet", f"labels/views-00000-00002/{SHARD}.parquet")
 IDS = {
     "labelset_id": "85cc453c83ef30a1e9d1d54b30731e715b7d1aaca9d6c06b2c99375351421c8f",
     "recipe_id": "b3259b0141dffeddbc7071c18ac43818f705aa171e2071673c83e06428729242",
@@ -156,13 +157,13 @@ def test_footers_are_the_pinned_ones():
     assert (samples.shard, samples.rows, samples.version) == (SHARD, 7, 1)
 
 
+def digest(value) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_ids_follow_from_the_plan_by_the_rules_of_the_format_page():
     """Worked out from plan.json and the standard library alone."""
-
-    def digest(value) -> str:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
-
     plan = json.loads((GOLDEN / "shards/plan.json").read_text())
     named = {name: plan["source"][name] for name in ("class_names", "shards")}
     ids = {"recipe_id": digest(plan["recipe"]), "teacher_id": digest(plan["teacher"]), "source_id": digest(named)}
@@ -170,6 +171,13 @@ def test_ids_follow_from_the_plan_by_the_rules_of_the_format_page():
     assert ids | {"labelset_id": digest(whole)} == {name: plan[name] for name in IDS} == IDS
     lines = "".join(f"[{json.dumps(key)},{json.dumps(label)}]\n" for key, label in zip(KEYS, CLASS_LABELS, strict=True))
     assert plan["source"]["shards"][0]["keys_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_the_manifest_s_hashes_follow_by_the_rules_of_the_format_page():
+    manifest = json.loads((GOLDEN / "shards/manifest.json").read_text())
+    assert manifest.pop("content_sha256") == digest(manifest)
+    assert manifest["plan_sha256"] == SHA256["shards/plan.json"]
+    assert [entry["sha256"] for entry in manifest["files"]] == [SHA256[f"shards/{name}"] for name in FILES]
 
 
 def test_today_s_source_has_the_pinned_id():

@@ -1,8 +1,11 @@
 """Label and sample tables: exact types on the way in, exact checks on the way out."""
 
+import contextlib
 import dataclasses
 import io
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +77,7 @@ def footer_of(views: list[LabelRows], classes=10, precision: Any = "float16", vi
         probes=[],
         environment={"device": "cpu"},
     )
-    return dataclasses.replace(footer, **changes)
+    return footer.model_copy(update=changes)  # unchecked, so that wrong footers can be written
 
 
 def write(path: Path, views: list[LabelRows], footer: LabelsFooter) -> Path:
@@ -273,7 +276,6 @@ def test_values_that_no_teacher_can_have_answered_are_refused(tmp_path, name, at
         assert str(caught.value) == f"{path}: view 1: {problem}"
 
 
-@pytest.mark.xfail(strict=True, reason="_check_values does not look for a class that stands twice")
 def test_a_class_that_stands_twice_is_refused(tmp_path):
     views = [changed(plain_rows(), "topk_index", (0, 2), 1)]
     path = write(tmp_path / "a.parquet", views, footer_of(views))
@@ -294,7 +296,7 @@ def test_rows_that_are_not_those_of_the_footer_s_hash_are_refused(tmp_path):
 def bent(path: Path, *, table=None, groups=None, footer=None, raw: bytes | None = None) -> Path:
     """Write a label shard of two views with another table, other row groups or another footer."""
     views = [plain_rows(), plain_rows()]
-    values = dataclasses.asdict(footer_of(views)) | (footer or {})
+    values = footer_of(views).model_dump(mode="json") | (footer or {})
     good = io.BytesIO()
     write_labels(good, views, footer_of(views))
     whole = pq.ParquetFile(good).read()
@@ -365,6 +367,17 @@ def test_a_file_of_another_shape_is_refused(tmp_path, name, change, text):
     assert text in str(caught.value)
 
 
+@pytest.mark.xfail(strict=True, reason="the footer's `kind` has a default")
+@pytest.mark.parametrize("read", [read_labels_footer, read_samples_footer])
+def test_a_footer_without_its_kind_is_refused(tmp_path, read):
+    kind = LabelsFooter if read is read_labels_footer else SamplesFooter
+    views = [plain_rows()]
+    values = footer_of(views).model_dump(mode="json") | {"rows": 5}
+    raw = json.dumps({name: values[name] for name in kind.model_fields if name != "kind"}).encode()
+    with pytest.raises(LabelSetCorrupt, match="kind"):
+        read(bent(tmp_path / "a.parquet", raw=raw))
+
+
 def test_the_unbent_file_is_fine(tmp_path):
     assert len(read_all_views(bent(tmp_path / "a.parquet"))) == 2
 
@@ -376,8 +389,8 @@ def test_the_unbent_file_is_fine(tmp_path):
         ({"format": "other"}, "('other', 1); this version reads"),
         ({"version": "1"}, "('deit-cli-labels', '1'); this version reads"),
         ({"version": None}, "('deit-cli-labels', None); this version reads"),
-        pytest.param({"version": True}, "this version reads", marks=pytest.mark.xfail(strict=True, reason="True == 1")),
-        pytest.param({"version": 1.0}, "this version reads", marks=pytest.mark.xfail(strict=True, reason="1.0 == 1")),
+        ({"version": True}, "('deit-cli-labels', True); this version reads"),  # equal to 1 in Python
+        ({"version": 1.0}, "('deit-cli-labels', 1.0); this version reads"),
     ],
 )
 def test_another_version_is_refused_by_name(tmp_path, change, text):
@@ -406,7 +419,6 @@ WRONG_TYPES = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="footer values are not checked for their types")
 @pytest.mark.parametrize(("field", "value"), WRONG_TYPES, ids=[f"{field}={value}" for field, value in WRONG_TYPES])
 def test_a_footer_value_of_another_type_is_refused_by_name(tmp_path, field, value):
     path = bent(tmp_path / "a.parquet", footer={field: value})
@@ -414,13 +426,32 @@ def test_a_footer_value_of_another_type_is_refused_by_name(tmp_path, field, valu
         read_labels_footer(path)
 
 
-@pytest.mark.xfail(strict=True, reason="a list of that many row groups is made to compare with")
-def test_a_footer_that_claims_a_trillion_views_is_refused_without_allocating_them(tmp_path):
-    with pytest.raises(LabelSetCorrupt, match="view"):
-        read_all_views(bent(tmp_path / "a.parquet", footer={"view_stop": 2**62}))
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"view_stop": 2**31},  # the most that the field takes: a list of them would need 16 GiB
+        {"view_stop": 2**62},
+        {"rows_per_view": 2**47},
+        {"rows_per_view": 2**62},
+    ],
+)
+@pytest.mark.usefixtures("one_more_gibibyte")
+def test_a_footer_that_claims_too_much_is_refused_without_allocating_it(tmp_path, claim):
+    path = bent(tmp_path / "a.parquet", footer=claim)
+    with pytest.raises(LabelSetCorrupt, match=r"are not \d+ rows for each view|Input should be less than"):
+        read_all_views(path)
 
 
-@pytest.mark.xfail(strict=True, reason="schemas are compared without field metadata")
+@pytest.fixture
+def one_more_gibibyte():
+    """Allow this process 1 GiB more than it has: what asks for more gets a MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def test_an_extension_type_that_nobody_registered_is_refused(tmp_path):
     path = bent(tmp_path / "a.parquet", table=tagged)
     with pytest.raises(LabelSetCorrupt, match="extension"):
@@ -431,12 +462,13 @@ class Trap(pa.ExtensionType):
     """An extension type whose reading runs code, as Ray Data's pickled objects did."""
 
     sprung: list[bytes] = []  # noqa: RUF012
+    payload = b"payload"
 
     def __init__(self) -> None:
         super().__init__(pa.uint16(), "test.trap")
 
     def __arrow_ext_serialize__(self) -> bytes:
-        return b"payload"
+        return type(self).payload
 
     @classmethod
     def __arrow_ext_deserialize__(cls, storage_type, serialized):
@@ -444,30 +476,51 @@ class Trap(pa.ExtensionType):
         return cls()
 
 
-@pytest.fixture
-def trapped(tmp_path):
-    """A label shard whose `hard` has a registered extension type."""
-    pa.register_extension_type(Trap())
+@contextlib.contextmanager
+def trap_of(path: Path, payload: bytes) -> Iterator[Path]:
+    """Write a label shard whose `hard` has an extension type, registered as long as the context lasts."""
 
     def trap(table: pa.Table) -> pa.Table:
         values = pa.ExtensionArray.from_storage(Trap(), table["hard"].combine_chunks())
         return table.set_column(2, pa.field("hard", Trap(), nullable=False), values)
 
-    yield bent(tmp_path / "a.parquet", table=trap)
-    pa.unregister_extension_type("test.trap")
+    Trap.payload = payload
+    pa.register_extension_type(Trap())
+    try:
+        yield bent(path, table=trap)
+    finally:
+        pa.unregister_extension_type("test.trap")
+
+
+@pytest.fixture
+def trapped(tmp_path):
+    with trap_of(tmp_path / "a.parquet", b"payload") as path:
+        yield path
 
 
 def test_a_registered_extension_type_is_refused(trapped):
-    with pytest.raises(LabelSetCorrupt, match="in exact types"):
-        read_view(trapped, 0)
+    for read in (read_labels_footer, read_samples_footer, read_samples, read_all_views):
+        with pytest.raises(LabelSetCorrupt, match="has Arrow extension types, which may run code"):
+            read(trapped)
 
 
-@pytest.mark.xfail(strict=True, reason="pyarrow builds the extension type while the file is opened")
 def test_a_registered_extension_type_runs_no_code(trapped):
     Trap.sprung.clear()
     with pytest.raises(DeitCliError):
         read_view(trapped, 0)
     assert Trap.sprung == []
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the second byte of a length from 6,144 on looks like base64, and moves the rest"
+)
+def test_a_registered_extension_type_runs_no_code_however_long_the_schema_is(tmp_path):
+    for size in (0, 4000, 8000, 20_000):
+        with trap_of(tmp_path / "a.parquet", payload=bytes(size)) as path:
+            Trap.sprung.clear()
+            with pytest.raises(DeitCliError, match="Arrow extension types"):
+                read_view(path, 0)
+            assert Trap.sprung == []
 
 
 def test_foreign_parquet_is_refused_by_name(tmp_path):
@@ -486,7 +539,7 @@ def test_what_is_not_parquet_is_refused_by_name(tmp_path, content):
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
-    with pytest.raises(LabelSetCorrupt, match=r"a\.parquet is missing"):
+    with pytest.raises(LabelSetCorrupt, match=r"a\.parquet (is missing|cannot be read: No such file)"):
         read_view(tmp_path / "a.parquet", 0)
 
 
@@ -560,16 +613,17 @@ def test_rows_that_do_not_count_from_zero_are_refused(tmp_path):
 
 def test_fewer_rows_than_the_footer_says_are_refused(tmp_path):
     rows, footer = samples()
-    path = write_samples_file(tmp_path / "a.parquet", rows, dataclasses.replace(footer, rows=4))
-    with pytest.raises(LabelSetCorrupt, match=r"rows must be 0\.\.3 in order"):
+    path = write_samples_file(tmp_path / "a.parquet", rows, footer.model_copy(update={"rows": 4}))
+    with pytest.raises(LabelSetCorrupt, match="has 3 rows, its footer says 4"):
         read_samples(path)
 
 
-@pytest.mark.xfail(strict=True, reason="a list of that many rows is made to compare with")
-def test_a_footer_that_claims_a_trillion_rows_is_refused_without_allocating_them(tmp_path):
+@pytest.mark.parametrize("claim", [2**47, 2**62])
+@pytest.mark.usefixtures("one_more_gibibyte")
+def test_a_footer_that_claims_a_trillion_rows_is_refused_without_allocating_them(tmp_path, claim):
     rows, footer = samples()
-    path = write_samples_file(tmp_path / "a.parquet", rows, dataclasses.replace(footer, rows=2**62))
-    with pytest.raises(LabelSetCorrupt):
+    path = write_samples_file(tmp_path / "a.parquet", rows, footer.model_copy(update={"rows": claim}))
+    with pytest.raises(LabelSetCorrupt, match=r"has 3 rows, its footer says|rows: Input should be less than"):
         read_samples(path)
 
 

@@ -12,10 +12,10 @@ from pipeline.sources import open_source
 from pipeline.teacher import Teacher
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images, normalise
-from trainer.loop import make_order, open_data
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
 from trainer.metrics import read_metrics
 from trainer.optim import create_optimizer
+from trainer.setup import make_order, open_data
 from trainer.stream import Batch, BatchRenderer, Catalogue
 from trainer.student import Student, create_student
 

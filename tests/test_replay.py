@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from label_sets import RECIPE, coloured_png, make_label_set, seal_again, write_s
 
 from pipeline import replay, views
 from pipeline.decode import decode
-from pipeline.errors import DeitCliError, LabelSetMismatch, ReplayError
+from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
 from pipeline.labels import read_labels_footer
 from pipeline.labelset import LabelSet
 from pipeline.manifest import read_probes
@@ -266,41 +267,48 @@ def test_pair_of_agrees_with_the_pairs_of_the_shard(made):
 # Hostile probes.
 
 
-def put(**values):
-    return lambda manifest: manifest["probes"][0].update(values)
-
-
 HOSTILE = [
-    put(shard="nowhere"),
-    put(view=77),
-    put(partner=3),
-    put(lam=0.5),
-    put(box=[0, 0, 0, 0]),
-    put(sample="", pixels_sha256="0" * 64),
-    put(sample="????", pixels_sha256="0" * 64),
-    pytest.param(put(row=77), marks=pytest.mark.xfail(strict=True, reason="IndexError")),
-    pytest.param(put(row=2**47), marks=pytest.mark.xfail(strict=True, reason="IndexError")),
-    pytest.param(put(sample="é", pixels_sha256="0" * 64), marks=pytest.mark.xfail(strict=True, reason="ValueError")),
-    pytest.param(put(view=2**47), id="view beyond any"),
+    # what the first probe says, error, text
+    ({"shard": "nowhere"}, LabelSetCorrupt, "the manifest lists no samples of 'nowhere'"),
+    ({"row": 77}, LabelSetCorrupt, "a replay probe names row 77 of train-0, which has 5 rows"),
+    ({"row": 2**47}, LabelSetCorrupt, f"a replay probe names row {2**47} of train-0"),
+    ({"row": 2**48}, LabelSetCorrupt, "probes.0.row: Input should be less than"),
+    ({"view": 77}, ReplayError, "view 77 of "),
+    ({"view": 2**31}, ReplayError, f"view {2**31} of "),
+    ({"view": 2**47}, LabelSetCorrupt, "probes.0.view: Input should be less than"),
+    ({"partner": 3}, ReplayError, "was mixed as (partner 3, "),
+    ({"lam": 0.5}, ReplayError, "was mixed as (partner 2, 0.5, "),
+    ({"box": [0, 0, 0, 0]}, ReplayError, "(0, 0, 0, 0)), this version mixes it as"),
+    ({"sample": "", "pixels_sha256": "0" * 64}, ReplayError, "by 255.00 of 255 on average"),
+    (
+        {"sample": "????", "pixels_sha256": "0" * 64},
+        LabelSetCorrupt,
+        "the replay probe of row 0 of train-0 is no base64",
+    ),
+    (
+        {"sample": "AAA", "pixels_sha256": "0" * 64},
+        LabelSetCorrupt,
+        "the replay probe of row 0 of train-0 is no base64",
+    ),
+    ({"sample": "é", "pixels_sha256": "0" * 64}, LabelSetCorrupt, "the replay probe of row 0 of train-0 is no base64"),
 ]
 
 
-@pytest.mark.parametrize("change", HOSTILE)
-def test_a_probe_that_cannot_be_is_refused_by_name(copied, images, change):
-    seal_again(copied, change)
-    with pytest.raises(DeitCliError):
+@pytest.mark.parametrize(("values", "error", "text"), HOSTILE, ids=[str(values)[:30] for values, *_ in HOSTILE])
+def test_a_probe_that_cannot_be_is_refused_by_name(copied, images, values, error, text):
+    seal_again(copied, lambda manifest: manifest["probes"][0].update(values))
+    with pytest.raises(error, match=re.escape(text)):
         check_replay(LabelSet.open(copied), open_source(images))
 
 
-@pytest.mark.xfail(strict=True, reason="no probes, no check")
 def test_a_set_without_probes_proves_nothing_and_is_refused(copied, images):
     seal_again(copied, lambda manifest: manifest.update(probes=[]))
-    with pytest.raises(DeitCliError, match="probe"):
+    with pytest.raises(LabelSetCorrupt, match="has no replay probes: nothing shows that its labels fit these pixels"):
         check_replay(LabelSet.open(copied), open_source(images))
 
 
 def test_a_probe_with_another_hash_but_the_same_sample_only_warns(copied, images):
     """The hash alone cannot tell rounding from damage; the sampled pixels are what refuses."""
-    seal_again(copied, put(pixels_sha256="0" * 64))
+    seal_again(copied, lambda manifest: manifest["probes"][0].update(pixels_sha256="0" * 64))
     assert check_replay(LabelSet.open(copied), open_source(images)) == 1e-3
     assert json.loads((copied / "manifest.json").read_text())["probes"][0]["pixels_sha256"] == "0" * 64

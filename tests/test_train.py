@@ -12,6 +12,7 @@ from builders import CLASSES, files_of, make_labels, small_recipe, write_tars
 
 from pipeline.errors import CheckpointError, LabelSetIncomplete, LabelSetMismatch, TrainingError, UsageError
 from pipeline.labelset import LabelSet
+from pipeline.storage import pretty_json
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.loop import train
@@ -237,8 +238,8 @@ def test_labels_of_other_images_are_refused(label_set, tmp_path):
 
 def test_an_unsealed_set_is_refused(data, tmp_path):
     label_set = make_labels(tmp_path / "set", data)
-    text = (label_set.folder / "manifest.json").read_text()
-    (label_set.folder / "manifest.json").write_text(text.replace('"sealed": true', '"sealed": false'))
+    opened = label_set.manifest.model_copy(update={"sealed": False})
+    (label_set.folder / "manifest.json").write_bytes(pretty_json(opened.to_json()))
     with pytest.raises(LabelSetIncomplete, match="is not sealed"):
         train(config(label_set, tmp_path / "run"))
 

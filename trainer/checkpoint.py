@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
+from pipeline.ids import canonical_json
 from pipeline.storage import parse_json, pretty_json, replace_file
 
 _METADATA_KEY = "deit_cli"
@@ -30,8 +31,8 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
         tensors: any dtype, device and layout; no two may share memory.
         meta: JSON values; NaN and infinity are refused (ValueError).
     """
-    plain, meta = _on_cpu(tensors), json.loads(_canonical_json(meta))  # what a reader will see: lists, keys of text
-    header = _canonical_json({"meta": meta, "sha256": _digest(plain, meta)})
+    plain, meta = _on_cpu(tensors), json.loads(canonical_json(meta))  # what a reader will see: lists, keys of text
+    header = canonical_json({"meta": meta, "sha256": _digest(plain, meta)}).decode()
     # One metadata key: safetensors writes several in an order that changes from call to call.
     data = safetensors.torch.save(plain, {_METADATA_KEY: header})
     replace_file(path, lambda file: _write_all(file, data))
@@ -160,15 +161,11 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _digest(tensors: Mapping[str, Tensor], meta: Any) -> str:
     """Return the SHA-256 over the metadata and, by name, every tensor's name, dtype, shape and bytes."""
-    sha256 = hashlib.sha256(_canonical_json(meta).encode())
+    sha256 = hashlib.sha256(canonical_json(meta))
     for name, tensor in sorted(tensors.items()):
         sha256.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
-
-
-def _canonical_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:

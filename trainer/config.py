@@ -28,6 +28,7 @@ FREE_ON_RESUME = frozenset(
         "device",
         "log_interval",
         "eval_interval",
+        "checkpoint_interval",
         "recovery_interval",
         "init",
     }
@@ -85,7 +86,8 @@ class TrainConfig:
     )
     eval_interval: int = option(1, "Epochs between evaluations.")
     resume: bool = option(False, "Continue the run in --output; starts it where there is none.")
-    recovery_interval: int = option(0, "Updates between checkpoints within an epoch; 0: one for each epoch.")
+    checkpoint_interval: int = option(1, "Epochs between checkpoints; the last epoch always has one.")
+    recovery_interval: int = option(0, "Updates between further checkpoints; 0: none within an epoch.")
     log_interval: int = option(50, "Updates between log lines.")
     workers: int | None = option(None, "Loader processes; by default from the number of cores.", "-j", "--num-workers")
     device: str = option("auto", "cpu, cuda, cuda:1; by default cuda where there is one.")
@@ -146,6 +148,7 @@ _RANGES: list[tuple[str, float, float]] = [
     ("model_ema_decay", 0, 1),
     ("seed", 0, 2**63 - 1),
     ("eval_interval", 1, 10**6),
+    ("checkpoint_interval", 1, 10**6),
     ("recovery_interval", 0, 10**9),
     ("crop_pct", 0.01, 1),
     ("log_interval", 1, 10**9),

@@ -29,16 +29,20 @@ from trainer.metrics import read_metrics
 log = logging.getLogger("deit_cli.demo")
 
 LABELLED, TRAINING = 100, 1000  # of the 1,797 digits; the others are for evaluation
-VIEWS = 30
-STUDENT = {"model": "deit-ti", "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "drop_path": 0.0}
-# Digits are 8 x 8 pixels, drawn twice as large; mirrored digits are other digits, and a fifth of one is none.
+VIEWS = 36
+STUDENT = {"patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "drop_path": 0.0, "batch_size": 24, "lr": 2e-3}
+TEACHER = {"model": "test_resnet", "drop_path": 0.0, "batch_size": 50, "lr": 3e-3, "epochs": 100, "warmup_epochs": 5}
+# Digits are 8 x 8 pixels, drawn twice as large. A mirrored digit is another digit, and half of one is none: DeiT's view
+# with every part of it in small measure.
 RECIPE = {
     "img_size": 16,
-    "scale": [0.6, 1.0],
+    "scale": [0.8, 1.0],
+    "ratio": [0.9, 1.1],
     "hflip": 0.0,
-    "reprob": 0.1,
-    "aa": "rand-m5-mstd0.5-inc1",
-    "mixup_prob": 0.5,
+    "aa": "rand-m3-n1-p0.3-mstd0.5-inc1",
+    "reprob": 0.05,
+    "mixup": 0.2,
+    "mixup_prob": 0.1,
 }
 
 
@@ -66,31 +70,21 @@ def run_demo(
     data = write_digits(out / "data")
     recipe = load_recipe("deit", RECIPE)
 
+    alone = {"data": str(data["labelled"]), "distillation_type": "none"}
     log.info("1. a CNN teacher learns from %d labelled digits", LABELLED)
-    _train(
-        out / "teacher",
-        seed,
-        recipe,
-        data=str(data["labelled"]),
-        distillation_type="none",
-        model="test_resnet",
-        epochs=60,
-        lr=2e-3,
-    )
+    teacher = _train(out / "teacher", seed, recipe, **alone, **TEACHER)
     log.info("2. it answers once for %d views of %d digits", VIEWS, TRAINING)
     label_set = _label(out, data["training"], recipe, load_teacher, precompute, progress)
     contact_sheet(label_set, open_source(label_set.plan.source.location), out / "labels.png")
-
-    runs: dict[str, Path] = {"teacher": out / "teacher"}
-    log.info("3. a DeiT learns from the %d class labels alone", LABELLED)
-    runs["alone"] = _train(
-        out / "alone", seed, recipe, data=str(data["labelled"]), distillation_type="none", epochs=300, **STUDENT
-    )
+    runs = {"teacher": teacher}
     for kind in ("hard", "soft"):
-        log.info("4. the same DeiT learns from the teacher's %s labels, without the teacher", kind)
-        runs[kind] = _train(
-            out / kind, seed, recipe, labels=label_set.folder, distillation_type=kind, epochs=VIEWS, **STUDENT
-        )
+        log.info("3. a DeiT learns from the teacher's %s labels, without the teacher", kind)
+        labelled = {"labels": label_set.folder, "distillation_type": kind, "model": "deit-ti"}
+        runs[kind] = _train(out / kind, seed, recipe, **labelled, **STUDENT, epochs=VIEWS, warmup_epochs=3)
+    log.info("4. the same DeiT learns from the %d class labels alone, for as many updates", LABELLED)
+    epochs = VIEWS * TRAINING // LABELLED
+    plain = {"model": "deit_tiny_patch16_224", "epochs": epochs, "warmup_epochs": epochs / 12}
+    runs["alone"] = _train(out / "alone", seed, recipe, **alone, **STUDENT, **plain)
     results = {name: _evaluate(run, data["evaluation"]) for name, run in runs.items()}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_curves(runs, out / "curves.png")
@@ -145,6 +139,7 @@ def draw_curves(runs: dict[str, Path], path: Path) -> None:
                 "--",
                 label=f"{name}, teacher",
             )
+    axis.set_yscale("log")
     axis.set(xlabel="share of the training", ylabel="loss", title="The demo's runs")
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -153,18 +148,9 @@ def draw_curves(runs: dict[str, Path], path: Path) -> None:
 
 
 def _train(output: Path, seed: int, recipe: Recipe, **settings: Any) -> Path:
-    labels = settings.get("labels")
-    # The EMA of DeiT averages 25,000 updates, more than the demo has.
-    config = TrainConfig(
-        output=output,
-        seed=seed,
-        batch_size=100,
-        warmup_epochs=settings["epochs"] / 10,
-        model_ema=False,
-        log_interval=10**6,
-        **settings,
-    )
-    return train(config, None if labels else recipe)
+    # DeiT's EMA averages over 25,000 updates, more than the demo has.
+    config = TrainConfig(output=output, seed=seed, model_ema=False, log_interval=10**6, checkpoint_interval=50, **settings)
+    return train(config, recipe if config.labels is None else None)
 
 
 def _label(
@@ -199,9 +185,9 @@ def _evaluate(run: Path, data: Path) -> dict[str, Any]:
 def _table(results: dict[str, dict[str, dict[str, float]]], out: Path) -> str:
     titles = {
         "teacher": f"teacher CNN, {LABELLED} class labels",
-        "alone": f"DeiT alone, {LABELLED} class labels",
         "hard": "DeiT from the teacher's hard labels",
         "soft": "DeiT from the teacher's soft labels",
+        "alone": f"DeiT alone, {LABELLED} class labels",
     }
     heads: Sequence[str] = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
     lines = [f"{'top-1, %':38}" + "".join(f"{head:>19}" for head in heads)]

@@ -6,17 +6,13 @@ soft label has K classes and a tail, and its loss is a sum over K terms and one 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import UsageError
-
-DistillationType = Literal["none", "soft", "hard"]
-Tail = Literal["spread", "renormalise"]
-Reduction = Literal["batchmean", "deit"]
+from trainer.config import DistillationType, Reduction, Tail
 
 
 @dataclass(frozen=True)

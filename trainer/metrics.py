@@ -1,6 +1,8 @@
 """The record of a run: one JSON object a line, and the same numbers for the console."""
 
 import json
+import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,9 @@ from pipeline.errors import StorageError
 from pipeline.storage import replace_file
 
 METRICS_NAME = "metrics.jsonl"
+SAY_EVERY_S = 2.0
+
+log = logging.getLogger("deit_cli.train")
 
 
 class MetricsLog:
@@ -35,23 +40,47 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-class Rate:
-    """Images a second, and the share of time spent waiting for data, since the last look."""
+class Console:
+    """One line now and then: losses, rate, the share of time spent waiting for data, and the time left."""
 
-    def __init__(self) -> None:
-        self._started, self._waited, self._images = time.monotonic(), 0.0, 0
+    def __init__(self, total: int, steps_per_epoch: int) -> None:
+        self._total, self._steps = total, steps_per_epoch
+        self._said = -math.inf
+        self.restart()
 
-    def add(self, images: int, *, waited_s: float) -> None:
+    def restart(self) -> None:
+        """Start measuring anew, after a pause that was not training."""
+        self._started, self._waited, self._images, self._batches = time.monotonic(), 0.0, 0, 0
+
+    def count(self, images: int, *, waited_s: float) -> None:
         """Count a batch and the seconds that it was waited for."""
         self._images += images
+        self._batches += 1
         self._waited += waited_s
 
-    def take(self) -> tuple[float, float]:
-        """Return images a second and the waiting share, and start again."""
-        elapsed = max(time.monotonic() - self._started, 1e-9)
-        result = self._images / elapsed, self._waited / elapsed
-        self._started, self._waited, self._images = time.monotonic(), 0.0, 0
-        return result
+    def say(self, index: int, numbers: dict[str, float], lr: float) -> dict[str, float]:
+        """Log a line after batch `index`, at most one in SAY_EVERY_S but for the last; return rate and waiting share."""
+        now = time.monotonic()
+        elapsed = max(now - self._started, 1e-9)
+        speed = {"images_per_s": self._images / elapsed, "data_wait": self._waited / elapsed}
+        left_s = (self._total - index - 1) * elapsed / max(self._batches, 1)
+        self.restart()
+        if now - self._said < SAY_EVERY_S and index + 1 < self._total:
+            return speed
+        self._said = now
+        epoch, step = divmod(index, self._steps)
+        log.info(
+            "epoch %d %d/%d  %s  lr %.2e  %.0f images/s  waiting %.0f %%  %s left",
+            epoch,
+            step + 1,
+            self._steps,
+            "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()),
+            lr,
+            speed["images_per_s"],
+            100 * speed["data_wait"],
+            time.strftime("%H:%M:%S", time.gmtime(left_s)) if left_s < 86400 else f"{left_s / 86400:.1f} days",
+        )
+        return speed
 
 
 def _line(values: dict[str, Any]) -> str:

@@ -1,0 +1,29 @@
+"""The strict base of everything that is read from JSON: exact types, no unknown fields, no NaN."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.storage import SAFE_NAME
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$", max_length=200)]
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+View = Annotated[int, Field(ge=0, le=2**31)]
+
+
+class Record(BaseModel):
+    """A frozen value that JSON holds; an unknown field or another type is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def is_version(values: Any, name: str, version: int) -> bool:
+    """Return whether a JSON object says that it is of this format and version; `true` and `1.0` are no version 1."""
+    return (
+        isinstance(values, dict)
+        and values.get("format") == name
+        and type(values.get("version")) is int
+        and values["version"] == version
+    )

@@ -1,0 +1,201 @@
+"""A training run before its first step: what it trains on, what is trained, and whether it may go on."""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils.model_ema import ModelEmaV3
+
+from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
+from pipeline.labelset import LabelSet, record_of
+from pipeline.manifest import first_difference
+from pipeline.recipe import PRESETS, Recipe
+from pipeline.replay import check_replay
+from pipeline.sources import Source, open_source
+from pipeline.storage import pretty_json, replace_file
+from trainer.checkpoint import load_state, unpack_training
+from trainer.config import TrainConfig
+from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
+from trainer.order import Order, check_repeats, count_units, default_repeats
+from trainer.stream import Catalogue
+from trainer.student import Student, create_student
+
+log = logging.getLogger("deit_cli.train")
+
+STATE_NAME = "state.safetensors"
+CONFIG_NAME = "config.json"
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on."""
+
+    source: Source
+    label_set: LabelSet | None
+    recipe: Recipe
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+
+@dataclass
+class State:
+    """What changes while training, and can be saved."""
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    ema: ModelEmaV3 | None
+    next_index: int = 0
+    best_top1: float = -1.0
+
+
+def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
+    """Open label set and source, and prove that this machine renders the labelled pixels.
+
+    Raises:
+        LabelSetError: the label set is incomplete, damaged, or of other images, recipe or pixels.
+    """
+    if config.labels is None:
+        source = open_source(config.data or "")
+        labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
+        if not labels:
+            raise UsageError(f"{source.location} has no class labels to train on")
+        return Data(source, None, recipe or PRESETS["deit"], source.num_classes or max(labels) + 1, source.class_names)
+    label_set = LabelSet.open(config.labels)
+    if recipe is not None and recipe.id != label_set.recipe.id:
+        difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
+        raise LabelSetMismatch(f"{config.labels} was made with another recipe{difference}. Leave --recipe out")
+    source = open_source(config.data or label_set.plan.source.location)
+    difference = check_replay(label_set, source)
+    if not difference:
+        log.info("%d replay probes: every pixel as the teacher saw it", len(label_set.manifest.probes))
+    return Data(source, label_set, label_set.recipe, label_set.num_classes, label_set.class_names)
+
+
+def make_order(config: TrainConfig, data: Data) -> Order:
+    """Return the order of all batches of the run."""
+    catalogue = Catalogue(data.source, data.label_set)
+    views = data.label_set.views if data.label_set else None
+    repeats = config.repeated_aug or default_repeats(data.recipe, views)
+    check_repeats(data.recipe, repeats, views)
+    return Order(
+        shard_units=tuple(count_units(data.recipe, catalogue.table(i).usable) for i in range(len(catalogue.names))),
+        unit_size=2 if data.recipe.mixes else 1,
+        batch_size=config.batch_size,
+        repeated_aug=repeats,
+        views=views,
+        window=config.shuffle_window,
+        seed=config.seed,
+        grad_accum_steps=config.grad_accum_steps,
+    )
+
+
+def build_state(config: TrainConfig, data: Data, device: torch.device) -> State:
+    """Build student, optimizer and EMA from the configuration and its seed."""
+    torch.manual_seed(config.seed)
+    student = create_student(
+        config.model,
+        num_classes=data.num_classes,
+        img_size=config.img_size or data.recipe.img_size,
+        patch_size=config.patch_size,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        drop_path=config.drop_path,
+        init_checkpoint=config.init,
+        pretrained=config.pretrained,
+        class_names=data.class_names,
+    ).to(device)
+    if student.img_size != data.recipe.img_size:
+        raise UsageError(
+            f"--img-size {student.img_size} is not that of the views, {data.recipe.img_size}: the student sees what the teacher saw"
+        )
+    if config.crop_pct is not None:
+        student.model.pretrained_cfg["crop_pct"] = config.crop_pct
+    optimizer = create_optimizer(
+        student, lr=top_rate(config), weight_decay=config.weight_decay, fused=device.type == "cuda"
+    )
+    ema = create_ema(student, config.model_ema_decay, config.model_ema_warmup) if config.model_ema else None
+    student.train()
+    return State(student, optimizer, ema)
+
+
+def run_identity(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """Return what a continuation must agree with."""
+    return {
+        "version": STATE_VERSION,
+        "config": config.identity(),
+        "recipe_id": data.recipe.id,
+        "labelset_id": data.label_set.plan.labelset_id if data.label_set else None,
+        "views": [data.label_set.views.start, data.label_set.views.stop] if data.label_set else None,
+        "source_id": record_of(data.source).id,
+    }
+
+
+def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
+    """Bring the state to where the run in --output stopped; refuse a run of other settings, or one not asked for."""
+    path = config.output / STATE_NAME
+    if not path.is_file():
+        return
+    if not config.resume:
+        raise UsageError(f"{config.output} already holds a run: continue it with --resume, or choose another --output")
+    tensors, saved = load_state(path)
+    found = {name: saved.get(name) for name in meta}
+    if found != meta:
+        raise CheckpointError(
+            f"{path} belongs to a run with other settings{first_difference(found, meta)}. Use those, or another --output"
+        )
+    unpack_training(tensors, state.student, state.optimizer, state.ema)
+    state.next_index, state.best_top1 = saved["next_index"], saved["best_top1"]
+    log.info("continuing at batch %d", state.next_index)
+
+
+def save_config(config: TrainConfig, data: Data) -> None:
+    """Write what the run was asked and what that came to."""
+    resolved = {"config": config.to_dict(), "recipe": data.recipe.to_dict(), "recipe_id": data.recipe.id}
+    if data.label_set:
+        resolved |= {
+            "labelset_id": data.label_set.plan.labelset_id,
+            "teacher": data.label_set.plan.teacher.model_dump(mode="json"),
+        }
+    replace_file(config.output / CONFIG_NAME, lambda file: write_json(file, resolved))
+
+
+def announce(config: TrainConfig, data: Data, order: Order, state: State) -> None:
+    """Say what is about to happen, and what in it a user may not expect."""
+    parameters = sum(p.numel() for p in state.student.parameters())
+    log.info(
+        "student %s: %.1f M parameters, %d px, %d classes",
+        config.model,
+        parameters / 1e6,
+        state.student.img_size,
+        data.num_classes,
+    )
+    log.info(
+        "%d epochs of %d batches, %d views each, lr %.3g%s",
+        config.epochs,
+        order.steps_per_epoch,
+        order.units_per_step * order.unit_size * order.repeated_aug,
+        top_rate(config),
+        f", {order.repeated_aug} views of an image together" if order.repeated_aug > 1 else "",
+    )
+    repeats = order.repeats_after()
+    if repeats is not None and repeats < config.epochs:
+        log.warning("the label set has %d views: from epoch %d on they repeat", repeats, repeats)
+    if config.distillation_type != "none" and not state.student.has_distillation_head:
+        log.warning("%s has no distillation token: its one head learns class labels and teacher", config.model)
+    if config.distillation_type == "none" and state.student.has_distillation_head:
+        log.warning("%s has a distillation head, which class labels alone leave untrained", config.model)
+
+
+def top_rate(config: TrainConfig) -> float:
+    """Return the learning rate at the top of the cosine."""
+    scaled = linear_scaled_lr(config.lr_base, config.batch_size * config.grad_accum_steps)
+    return scaled if config.lr is None else config.lr
+
+
+def write_json(file: Any, value: dict[str, Any]) -> None:
+    """Write plain values for people."""
+    file.write(pretty_json(json.loads(json.dumps(value))))
