@@ -17,7 +17,7 @@ from pipeline.sources import Source
 from pipeline.views import draw_view, render
 
 MAX_ROWS = 200_000  # labels that a summary reads; a sample that large has an error below 0.3 percentage points
-TILE_INCHES = (2.1, 2.75)
+TILE_INCHES = (2.1, 3.1)
 
 
 def summarise(label_set: LabelSet) -> dict[str, Any]:
@@ -127,7 +127,11 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
     columns = list(label_set.views)[:views]
     width, height = TILE_INCHES
     figure, axes = plt.subplots(
-        len(chosen), len(columns), figsize=(width * len(columns), height * len(chosen)), squeeze=False
+        len(chosen),
+        len(columns),
+        figsize=(width * len(columns), height * len(chosen)),
+        squeeze=False,
+        layout="constrained",
     )
     for line, (name, row) in zip(axes, chosen, strict=True):
         for axis, view in zip(line, columns, strict=True):
@@ -137,7 +141,6 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
             axis.axis("off")
     plan = label_set.plan
     figure.suptitle(f"{plan.teacher.name} on {len(label_set.views)} views, recipe {plan.recipe_id[:12]}", fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.98))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

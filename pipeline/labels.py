@@ -6,7 +6,6 @@ answers for one source shard and one block of views: row group i is view `view_s
 """
 
 import base64
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -268,11 +267,21 @@ def _open(path: Path) -> pq.ParquetFile:
     return _guarded(path, lambda: pq.ParquetFile(path, page_checksum_verification=True))
 
 
+def _base64_marks(text: bytes) -> tuple[bytes, ...]:
+    """Return what a base64 text with `text` in it must hold, for each place that it can have in a group of 3 bytes."""
+    whole = [base64.b64encode(bytes(lead) + text + bytes(2)) for lead in range(3)]
+    return tuple(code[-(-lead * 8 // 6) : (lead + len(text)) * 8 // 6] for lead, code in enumerate(whole))
+
+
+_EXTENSION_MARKS = _base64_marks(b"ARROW:extension")
+
+
 def refuse_extension_types(path: Path) -> None:
     """Raise LabelSetCorrupt for a file with Arrow extension types, before pyarrow sees it.
 
     A registered extension type brings a deserialiser that runs as soon as the file is opened, and there are some that
-    unpickle. So the stored Arrow schema, base64 in the Parquet footer, is searched first.
+    unpickle. So the Parquet footer, which holds the Arrow schema in base64, is searched first; its structure is not
+    followed, because a hostile one could lead us past what pyarrow finds.
     """
     try:
         with path.open("rb") as file:
@@ -281,19 +290,18 @@ def refuse_extension_types(path: Path) -> None:
             length = int.from_bytes(file.read(4), "little")
             file.seek(max(0, size - 8 - min(length, size)))
             footer = file.read(min(length, size))
+    except FileNotFoundError as error:
+        raise LabelSetCorrupt(f"{path} is missing") from error
     except OSError as error:
         raise LabelSetCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
-    for schema in re.findall(rb"ARROW:schema[^A-Za-z0-9+/]{1,16}([A-Za-z0-9+/]+=*)", footer):
-        if b"ARROW:extension" in base64.b64decode(schema[: len(schema) // 4 * 4]):
-            raise LabelSetCorrupt(f"{path} has Arrow extension types, which may run code: no label set has any")
+    if any(mark in footer for mark in _EXTENSION_MARKS):
+        raise LabelSetCorrupt(f"{path} has Arrow extension types, which may run code: no label set has any")
 
 
 def _guarded(path: Path, read: Any) -> Any:
     """Run a pyarrow call; whatever a damaged file makes it raise becomes one named error."""
     try:
         return read()
-    except FileNotFoundError as error:
-        raise LabelSetCorrupt(f"{path} is missing") from error
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise LabelSetCorrupt(
             f"{path}: damaged Parquet: {str(error).splitlines()[0] if str(error) else error}"
@@ -311,15 +319,20 @@ def _footer(file: pq.ParquetFile, path: Path, kind: type[Footer]) -> Footer:
     if not is_version(values, FORMAT, VERSION):
         found = (values.get("format"), values.get("version")) if isinstance(values, dict) else values
         raise LabelSetMismatch(f"{path} is {found}; this version reads ({FORMAT!r}, {VERSION})")
+    expected = "labels" if kind is LabelsFooter else "samples"
     try:
-        return kind.model_validate_json(canonical_json(values))
+        footer = kind.model_validate_json(canonical_json(values))
     except ValidationError as error:
-        expected = "labels" if kind is LabelsFooter else "samples"
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise LabelSetCorrupt(
             f"{path}: its footer does not have the fields of a {expected} file: {where}: {first['msg']}"
         ) from error
+    if absent := sorted(kind.model_fields.keys() - footer.model_fields_set):
+        raise LabelSetCorrupt(
+            f"{path}: its footer does not have the fields of a {expected} file: {absent[0]}: Field required"
+        )
+    return footer
 
 
 def _checked_labels(file: pq.ParquetFile, path: Path) -> LabelsFooter:

@@ -36,6 +36,7 @@ from pipeline.manifest import (
     first_difference,
     read_manifest,
     read_plan,
+    read_probes,
     short,
 )
 from pipeline.recipe import Recipe
@@ -281,6 +282,7 @@ def checked_labels_footer(path: Path, plan: Plan, shard: str, views: range) -> L
         raise LabelSetMismatch(
             f"{path} says (views, classes, K, precision) {found}, its place in the set says {expected}"
         )
+    read_probes(footer.probes, path)
     return footer
 
 

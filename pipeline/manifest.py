@@ -155,8 +155,8 @@ class FileEntry(Record):
 
     kind: Literal["samples", "labels"]
     shard: Name
-    view_start: View = 0
-    view_stop: View = 0
+    view_start: View  # 0 and 0 for samples
+    view_stop: View
     rows: Count
     bytes: Count
     sha256: Sha256

@@ -136,6 +136,7 @@ def precompute(
     work = plan_work(config, recipe, teacher, source)
     _check_accuracy(config, teacher, source)
     _claim(config.out, work)
+    _check_untouched(config.out, work)
     sweep_temporaries(config.out)
     workers = plan_workers(config.workers, teacher.device)
     samples = index_samples(
@@ -319,7 +320,7 @@ def _seal(out: Path, work: Work) -> None:
             probes += read_probes(footer.probes, path)
             environments += [footer.environment] if footer.environment not in environments else []
     if sealed:
-        _check_untouched(out, sealed, files, work)
+        _check_same_samples(sealed, files, out)
     step = max(1, -(-len(probes) // MANIFEST_PROBES))
     manifest = Manifest(
         labelset_id=work.plan.labelset_id,
@@ -333,15 +334,30 @@ def _seal(out: Path, work: Work) -> None:
     replace_file(out / MANIFEST_NAME, lambda file: _write(file, manifest.to_json()))
 
 
-def _check_untouched(out: Path, sealed: Manifest, files: list[FileEntry], work: Work) -> None:
-    """A new manifest must not vouch for a file that changed since it was sealed; what this run looked at is known whole."""
-    found = {entry.path: entry for entry in files}
+def _check_untouched(out: Path, work: Work) -> None:
+    """A new manifest must not vouch for a file that changed since it was sealed. A missing one is made again."""
+    sealed = _sealed_manifest(out)
     looked_at = {(block.start, block.stop) for block in work.blocks}
+    for entry in sealed.files if sealed else ():
+        path, views = out / entry.path, (entry.view_start, entry.view_stop)
+        if path.is_file() and sha256_file(path) != entry.sha256:
+            again = "run again" if entry.kind == "samples" else f"run with --views {views[0]}:{views[1]}"
+            raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and {again}")
+        if not path.is_file() and entry.kind == "labels" and views not in looked_at:
+            raise LabelSetCorrupt(
+                f"{path} is missing: run with --views {views[0]}:{views[1]} first, which makes it again"
+            )
+
+
+def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> None:
+    """The older labels are those of the images that the sealed samples files name, so these cannot change."""
+    found = {entry.path: entry for entry in files}
     for old in sealed.files:
-        if old.kind == "labels" and (old.view_start, old.view_stop) in looked_at:
-            continue
-        if old.kind == "labels" and found[old.path] != old:
-            raise LabelSetCorrupt(f"{out / old.path} is not as it was sealed: delete it and run with its --views again")
+        if old.kind == "samples" and found[old.path] != old:
+            raise LabelSetMismatch(
+                f"{out / old.path} was made again, and is not the one that was sealed: the images are others than those that"
+                " were labelled, or another pyarrow wrote it. Choose another --out"
+            )
 
 
 def _samples_entry(out: Path, record: ShardRecord) -> FileEntry:

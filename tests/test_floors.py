@@ -18,7 +18,13 @@ ORDER = [
     "trainer.checkpoint", "trainer.metrics", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip
-TEACHER_SIDE = {"pipeline.teacher", "pipeline.precompute", "pipeline.drafts", "pipeline.indexing", "pipeline.inspection"}
+TEACHER_SIDE = {
+    "pipeline.teacher",
+    "pipeline.precompute",
+    "pipeline.drafts",
+    "pipeline.indexing",
+    "pipeline.inspection",
+}
 
 # Third parties, and the only modules that may import them.
 KEEPERS = {
@@ -81,7 +87,11 @@ def test_third_parties_stand_only_where_they_belong(name):
 
 
 def test_no_module_draws_from_a_global_random_state():
-    allowed = {"trainer.setup", "trainer.loop", "pipeline.teacher"}  # torch.manual_seed: initial weights and stochastic depth
+    allowed = {
+        "trainer.setup",
+        "trainer.loop",
+        "pipeline.teacher",
+    }  # torch.manual_seed: initial weights and stochastic depth
     for name, path in modules().items():
         assert "random" not in imports(path), name
         text = path.read_text()

@@ -448,7 +448,6 @@ def test_labels_of_other_rows_are_found_by_verify(copied, change, count, text):
     assert problem == f"{copied / FIRST}: {text}" or problem == f"{copied / FIRST} {text}"
 
 
-@pytest.mark.xfail(strict=True, reason="the probes of a footer are looked at only where a run continues")
 def test_a_footer_whose_probes_are_none_is_refused(copied):
     rewrite(copied / FIRST, lambda rows: rows, probes=[{"row": 1}])
     seal_again(copied)

@@ -258,7 +258,6 @@ def test_the_manifest_is_held_against_the_bytes_of_its_plan(tmp_path):
         assert str(caught.value) == f"{tmp_path / 'manifest.json'} {text}"
 
 
-@pytest.mark.xfail(strict=True, reason="FileEntry has defaults for its views: 0 and 0")
 @pytest.mark.parametrize("name", ["view_start", "view_stop"])
 def test_a_file_entry_without_its_views_is_refused(tmp_path, name):
     """Another reader would take the content's hash without the field, and find another."""

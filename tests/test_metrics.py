@@ -1,13 +1,14 @@
 """metrics.jsonl: what is written is read back, after a crash and a continuation too."""
 
 import json
+import logging
 import math
 import time
 
 import pytest
 
 from pipeline.errors import StorageError
-from trainer.metrics import METRICS_NAME, MetricsLog, Rate, read_metrics
+from trainer.metrics import METRICS_NAME, SAY_EVERY_S, Console, MetricsLog, read_metrics
 
 
 def test_lines_come_back_as_they_were_added(tmp_path):
@@ -95,6 +96,9 @@ def test_a_number_that_json_has_not_is_refused_and_leaves_the_file_whole(tmp_pat
     assert [line["index"] for line in read_metrics(tmp_path)] == [4]
 
 
+# --- the console ----------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     """A clock that shows what the test puts into its only place."""
@@ -104,22 +108,68 @@ def clock(monkeypatch) -> list[float]:
 
 
 def test_the_rate_is_images_and_waiting_over_the_time_since_the_last_look(clock):
-    rate = Rate()
+    console = Console(100, 10)
     clock[0] += 3
-    rate.add(128, waited_s=0.5)
+    console.count(128, waited_s=0.5)
     clock[0] += 5
-    rate.add(64, waited_s=1.5)
-    assert rate.take() == (192 / 8, 2.0 / 8)
+    console.count(64, waited_s=1.5)
+    assert console.say(1, {}, 0.1) == {"images_per_s": 192 / 8, "data_wait": 2.0 / 8}
     clock[0] += 4
-    rate.add(100, waited_s=4.0)
-    assert rate.take() == (25.0, 1.0)  # nothing of the first look is left
+    console.count(100, waited_s=4.0)
+    assert console.say(2, {}, 0.1) == {"images_per_s": 25.0, "data_wait": 1.0}  # nothing of the first look is left
+
+
+def test_a_pause_that_was_not_training_does_not_count(clock):
+    console = Console(100, 10)
+    console.count(50, waited_s=1.0)
+    clock[0] += 3600  # an evaluation
+    console.restart()
+    clock[0] += 2
+    console.count(10, waited_s=0.5)
+    assert console.say(1, {}, 0.1) == {"images_per_s": 5.0, "data_wait": 0.25}
 
 
 def test_a_look_at_nothing_is_zero_and_a_look_at_no_time_is_a_number(clock):
-    rate = Rate()
+    console = Console(100, 10)
     clock[0] += 2
-    assert rate.take() == (0.0, 0.0)
-    rate.add(7, waited_s=0.0)
-    images_per_s, waiting = rate.take()  # a clock need not have moved between two looks
-    assert math.isfinite(images_per_s)
-    assert waiting == 0.0
+    assert console.say(0, {}, 0.1) == {"images_per_s": 0.0, "data_wait": 0.0}
+    console.count(7, waited_s=0.0)  # a clock need not have moved between two looks
+    assert all(math.isfinite(value) for value in console.say(1, {}, 0.1).values())
+
+
+LINES = [
+    # seconds for each of two batches, batches of the run, what is left
+    (1.5, 102, "00:02:30 left"),  # a hundred batches more
+    (60.0, 62, "01:00:00 left"),
+    (1.5, 2, "00:00:00 left"),  # none more
+    (864.0, 252, "2.5 days left"),
+    (86.4, 1001, "23:58:33 left"),  # just below a day
+]
+
+
+@pytest.mark.parametrize(("seconds", "total", "left"), LINES)
+def test_a_line_says_place_numbers_rate_and_time_left(clock, caplog, seconds, total, left):
+    caplog.set_level(logging.INFO, logger="deit_cli.train")
+    console = Console(total, 1)
+    for _ in range(2):
+        clock[0] += seconds
+        console.count(30, waited_s=seconds / 4)
+    console.say(1, {"loss": 1.25, "class_loss": 2.0}, 5e-4)
+    start = "epoch 1 1/1  loss 1.2500  class_loss 2.0000  lr 5.00e-04"
+    assert caplog.messages == [f"{start}  {30 / seconds:.0f} images/s  waiting 25 %  {left}"]
+
+
+def test_epoch_and_step_are_those_of_the_batch(clock, caplog):
+    caplog.set_level(logging.INFO, logger="deit_cli.train")
+    Console(40, 8).say(19, {}, 0.1)  # 8 + 8 + 4: the fourth step of the third epoch
+    assert caplog.messages[0].startswith("epoch 2 4/8  ")
+
+
+def test_lines_come_no_faster_than_they_can_be_read_and_the_last_one_always(clock, caplog):
+    caplog.set_level(logging.INFO, logger="deit_cli.train")
+    console = Console(6, 6)
+    for index, pause in enumerate((0.1, 0.9 * SAY_EVERY_S, 0.2 * SAY_EVERY_S, 0.5 * SAY_EVERY_S, SAY_EVERY_S, 0.0)):
+        clock[0] += pause
+        console.say(index, {}, 0.1)
+    # 1: too soon; 2: 1.1 times the pause after the first; 3: too soon; 4: long enough; 5: the last
+    assert [message.split()[2] for message in caplog.messages] == ["1/6", "3/6", "5/6", "6/6"]

@@ -149,7 +149,9 @@ def draw_curves(runs: dict[str, Path], path: Path) -> None:
 
 def _train(output: Path, seed: int, recipe: Recipe, **settings: Any) -> Path:
     # DeiT's EMA averages over 25,000 updates, more than the demo has.
-    config = TrainConfig(output=output, seed=seed, model_ema=False, log_interval=10**6, checkpoint_interval=50, **settings)
+    config = TrainConfig(
+        output=output, seed=seed, model_ema=False, log_interval=10**6, checkpoint_interval=50, **settings
+    )
     return train(config, recipe if config.labels is None else None)
 
 
