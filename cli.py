@@ -262,6 +262,12 @@ def train(recipe: str | None, overrides: tuple[str, ...], **values: Any) -> None
     type=click.Path(path_type=Path),
     help="Label set: also measure agreement with the teacher on its first view.",
 )
+@click.option("--labels-data", help="Images of the label set; by default where it found them.")
+@click.option(
+    "--num-classes",
+    type=click.IntRange(1),
+    help="Classes of a file of weights; by default those of --data or --labels.",
+)
 @click.option(
     "--agreement-samples", type=click.IntRange(2), default=10_000, help="Views on which agreement is measured, at most."
 )

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.decode import decode
+from pipeline.errors import LabelSetError
 from pipeline.labels import LabelRows, SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
@@ -16,14 +17,16 @@ from pipeline.replay import check_image, pair_of
 from pipeline.sources import Source
 from pipeline.views import draw_view, render
 
-MAX_ROWS = 200_000  # labels that a summary reads; a sample that large has an error below 0.3 percentage points
+MAX_ROWS = (
+    200_000  # labels after which a summary stops reading; a sample that large has an error below 0.3 percentage points
+)
 TILE_INCHES = (2.1, 3.1)
 
 
 def summarise(label_set: LabelSet) -> dict[str, Any]:
     """Return what a label set holds and how its labels look, as plain JSON values.
 
-    Agreement, entropy and kept mass are means over at most MAX_ROWS labels of the first views.
+    Agreement, entropy and kept mass are means over the first views, read until there are MAX_ROWS labels.
     """
     plan, manifest = label_set.plan, label_set.manifest
     tables = {name: label_set.samples(name) for name in label_set.shards}
@@ -102,7 +105,7 @@ def _entropy(rows: LabelRows, num_classes: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a contact sheet, uint8 [H, W, 3], and what stands below it."""
+    """One picture of a contact sheet, uint8 [H, W, 3], and what stands above it."""
 
     pixels: NDArray[np.uint8]
     caption: str
@@ -118,37 +121,36 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
         samples: rows of the sheet, spread over the source.
         views: columns of the sheet, the first views of the set.
     """
-    import matplotlib
+    import warnings
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     chosen = _spread(label_set, samples)
     columns = list(label_set.views)[:views]
     width, height = TILE_INCHES
-    figure, axes = plt.subplots(
-        len(chosen),
-        len(columns),
-        figsize=(width * len(columns), height * len(chosen)),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(width * len(columns), height * len(chosen) + 0.5), layout="constrained")
+    axes = figure.subplots(len(chosen), len(columns), squeeze=False)
     for line, (name, row) in zip(axes, chosen, strict=True):
         for axis, view in zip(line, columns, strict=True):
             tile = _tile(label_set, source, name, row, view)
             axis.imshow(tile.pixels, interpolation="nearest")
-            axis.set_title(tile.caption, fontsize=6, loc="left", family="monospace")
+            axis.set_title(tile.caption, fontsize=6, loc="left", family="monospace", parse_math=False)
             axis.axis("off")
     plan = label_set.plan
-    figure.suptitle(f"{plan.teacher.name} on {len(label_set.views)} views, recipe {plan.recipe_id[:12]}", fontsize=9)
+    title = f"{plan.teacher.name}\n{len(label_set.views)} views, recipe {plan.recipe_id[:12]}"
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left", parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with warnings.catch_warnings():  # class names in a script that the font lacks show as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(path, dpi=110)
 
 
 def _spread(label_set: LabelSet, count: int) -> list[tuple[str, int]]:
     places = [(name, row) for name in label_set.shards for row in label_set.samples(name).usable.tolist()]
-    return [places[i * len(places) // count] for i in range(min(count, len(places)))]
+    if not places:
+        raise LabelSetError(f"{label_set.folder} has no usable image to show")
+    count = min(count, len(places))
+    return [places[i * len(places) // count] for i in range(count)]
 
 
 def _tile(label_set: LabelSet, source: Source, name: str, row: int, view: int) -> Tile:
@@ -175,6 +177,10 @@ def _rendered(
     return render(image, drawn)
 
 
+def _cut(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:17]}…"
+
+
 def _caption(
     label_set: LabelSet,
     samples: SampleRows,
@@ -187,7 +193,7 @@ def _caption(
 ) -> str:
     def named(index: int | None) -> str:
         names = label_set.class_names
-        return "unlabelled" if index is None else names[index][:18] if names else f"class {index}"
+        return "unlabelled" if index is None else _cut(names[index]) if names else f"class {index}"
 
     lines = [f"view {view}  {samples.key[row][-18:]}", f"{mix.lam:4.0%} {named(samples.class_label[row])}"]
     lines.append("" if partner is None else f"{1 - mix.lam:4.0%} {named(samples.class_label[partner])}")

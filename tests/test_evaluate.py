@@ -392,17 +392,11 @@ def test_agreement_looks_at_no_more_views_than_asked(label_set, tars, limit, bat
     assert all(abs(percent * views / 100 - round(percent * views / 100)) < 1e-9 for percent in got.values())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="measure_agreement compares the answers of a student with other classes",
-)
 def test_agreement_with_labels_of_other_classes_is_refused_with_both_numbers(label_set, tars):
     with pytest.raises(UsageError, match=r"the student has 8 classes, .* has 3"):
         measure_agreement(make_student(num_classes=8), label_set, open_source(tars), running(), limit=8)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="timm's own AssertionError comes through")
 def test_agreement_of_a_student_of_another_size_than_the_views_is_refused_with_both_numbers(label_set, tars):
     student = create_student("deit-ti", num_classes=3, **(TINY | {"img_size": 32}))
     with pytest.raises(UsageError, match=r"32.*16"):
@@ -526,11 +520,6 @@ def test_a_file_of_weights_of_other_classes_than_the_images_is_refused(data, tmp
         ask(checkpoint=path, model="test_resnet", data=data)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="the published head is replaced by a random one where the classes differ",
-)
 def test_published_weights_are_measured_with_their_own_head(data, monkeypatch):
     """Images of other classes than the published ones are refused, and never answered by a head of random weights."""
     create = student_module.create_student

@@ -180,9 +180,9 @@ DAMAGED_WEIGHTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("longer", lambda path: path.write_bytes(path.read_bytes() + b"\0"), "SafetensorError"),
     ("header", lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "SafetensorError"),
     ("a pickle under its name", pickled, "SafetensorError"),
-    ("deeper", other_depth, "RuntimeError"),
-    ("wider", other_width, "RuntimeError"),
-    ("five classes", other_classes, "RuntimeError"),
+    ("deeper", other_depth, "another architecture"),
+    ("wider", other_width, "this model needs"),
+    ("five classes", other_classes, "knows 5 classes, this run needs 3"),
 ]
 
 
@@ -191,7 +191,7 @@ DAMAGED_WEIGHTS: list[tuple[str, Callable[[Path], Any], str]] = [
 )
 def test_damaged_weights_are_refused_by_name_in_one_line(folder, damage, kind):
     damage(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(folder))} cannot be loaded \({kind}\): .") as caught:
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(folder))}/model.safetensors.*{kind}") as caught:
         open_student(folder)
     assert "\n" not in str(caught.value)
 
@@ -208,10 +208,6 @@ def with_args(**changes) -> Callable[[dict[str, Any]], Any]:
     return lambda config: config | {"model_args": config["model_args"] | changes}
 
 
-UNGUARDED = pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="read outside of the guard: a KeyError comes through"
-)
-BENT = pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="timm bends the weights until they fit")
 DAMAGED_CONFIGS = [
     # what, how, what is said
     ("a list", lambda config: [config], r" cannot be loaded \(TypeError\): ."),
@@ -222,13 +218,13 @@ DAMAGED_CONFIGS = [
         lambda config: config | {"architecture": "deit_huge"},
         r" cannot be loaded .*Unknown model \(deit_huge\)",
     ),
-    ("no sizes", without("model_args"), r" cannot be loaded \(RuntimeError\): "),
-    ("other sizes", with_args(embed_dim=64), r" cannot be loaded \(RuntimeError\): .*size mismatch"),
+    ("no sizes", without("model_args"), r".* lacks blocks.*another architecture"),
+    ("other sizes", with_args(embed_dim=64), r".*: cls_token has shape \[1, 1, 32\], this model needs \[1, 1, 64\]"),
     ("no input size", with_cfg(input_size=None), r" cannot be loaded \(TypeError\): "),
-    pytest.param("no mean", with_cfg(mean=None), "", marks=UNGUARDED),
-    pytest.param("no std", with_cfg(std=None), "", marks=UNGUARDED),
-    pytest.param("more classes than the weights", with_args(num_classes=5), "", marks=BENT),  # heads of random weights
-    pytest.param("smaller patches than the weights", with_args(patch_size=4), "", marks=BENT),  # resampled
+    ("no mean", with_cfg(mean=None), r" cannot be loaded \((KeyError|TypeError)\): "),
+    ("no std", with_cfg(std=None), r" cannot be loaded \((KeyError|TypeError)\): "),
+    ("more classes than the weights", with_args(num_classes=5), ".* classes"),
+    ("smaller patches than the weights", with_args(patch_size=4), ".* has shape .*, this model needs"),
 ]
 
 
@@ -281,7 +277,7 @@ REFUSED = [
     ("weights", {"model": "test_resnt"}, UsageError, r"got 'test_resnt'. Did you mean test_resnet"),
     ("weights", {"model": "test_resnet"}, CheckpointError, r"weights: its fc knows 3 classes, this run needs 1000"),
     ("weights", {"model": "test_vit", "num_classes": 3}, CheckpointError, r"weights lacks .*another architecture"),
-    ("none", {"model": "test_resnet"}, CheckpointError, r"none: there is no such checkpoint file"),
+    ("none", {"model": "test_resnet"}, CheckpointError, r"none: there is no such checkpoint"),
     (
         "weights",
         {"model": "test_resnet", "pretrained": True},
@@ -298,7 +294,6 @@ def test_a_file_that_cannot_be_opened_is_refused_with_the_way_out(tmp_path, name
         open_student(tmp_path / name if name else None, **arguments)
 
 
-@pytest.mark.xfail(strict=True, raises=UsageError, reason="the missing folder is taken for a file of weights")
 def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
     with pytest.raises(CheckpointError, match=r"run/lost: there is no such"):
         open_student(tmp_path / "run/lost")

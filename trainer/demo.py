@@ -118,12 +118,10 @@ def write_digits(folder: Path) -> dict[str, Path]:
 
 def draw_curves(runs: dict[str, Path], path: Path) -> None:
     """Draw loss over epochs of every run, from its metrics.jsonl."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for name, run in runs.items():
         lines = [line for line in read_metrics(run) if line["kind"] == "train"]
         last = max(line["epoch"] for line in lines) + 1
@@ -142,9 +140,7 @@ def draw_curves(runs: dict[str, Path], path: Path) -> None:
     axis.set_yscale("log")
     axis.set(xlabel="share of the training", ylabel="loss", title="The demo's runs")
     axis.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _train(output: Path, seed: int, recipe: Recipe, **settings: Any) -> Path:

@@ -40,6 +40,8 @@ def evaluate_checkpoint(
     pretrained: bool,
     data: str | None,
     labels: Path | None,
+    labels_data: str | None = None,
+    num_classes: int | None = None,
     agreement_samples: int,
     batch_size: int,
     workers: int | None,
@@ -52,7 +54,9 @@ def evaluate_checkpoint(
     Args:
         checkpoint: see `open_student`, as `model` and `pretrained`.
         data: labelled images to measure accuracy on, or None.
-        labels: label set to measure agreement on, with the images that it was made from, or None.
+        labels: label set to measure agreement on, or None.
+        labels_data: its images; None takes them from where it found them.
+        num_classes: C of a file of weights; None takes that of `data` or `labels`.
         agreement_samples: views to measure agreement on, at most.
         batch_size: images in one forward pass.
         workers: loader processes; None asks the machine.
@@ -62,7 +66,7 @@ def evaluate_checkpoint(
     """
     label_set = LabelSet.open(labels) if labels else None
     source = open_source(data) if data else None
-    classes = (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
+    classes = num_classes or (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
     student = open_student(checkpoint, model=model, num_classes=classes, pretrained=pretrained)
     where = resolve_device(device)
     running = Running(
@@ -73,7 +77,7 @@ def evaluate_checkpoint(
     if source:
         result["scores"], result["images"] = evaluate(student, source, running, crop_pct=crop_pct)
     if label_set:
-        images = open_source(label_set.plan.source.location)
+        images = open_source(labels_data or label_set.plan.source.location)
         check_replay(label_set, images)
         result["agreement"], result["agreement_views"] = measure_agreement(
             student, label_set, images, running, limit=agreement_samples
@@ -164,6 +168,12 @@ def measure_agreement(
         percent by way of reading the heads, and the number of views.
     """
     recipe = label_set.recipe
+    for what, mine, theirs in (
+        ("classes", student.num_classes, label_set.num_classes),
+        ("pixels", student.img_size, recipe.img_size),
+    ):
+        if mine != theirs:
+            raise UsageError(f"the student has {mine} {what}, {label_set.folder} has {theirs}")
     units = tuple(count_units(recipe, label_set.samples(name).usable) for name in label_set.shards)
     order = Order(
         shard_units=units,

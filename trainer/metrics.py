@@ -28,16 +28,23 @@ class MetricsLog:
     def add(self, kind: str, index: int, **values: Any) -> None:
         """Append one line; `index` is the batch after which it holds."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line({"kind": kind, "index": index, **values}))
+            file.write(_line({"kind": kind, "index": index, **_finite(values)}))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the lines of a run; a last line that was cut by a crash is left out."""
+    path = folder / METRICS_NAME
     try:
-        lines = (folder / METRICS_NAME).read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise StorageError(f"{folder / METRICS_NAME}: {error.strerror}") from error
-    return [json.loads(line) for line in lines[:-1]]
+        raise StorageError(f"{path}: {error.strerror}") from error
+    values: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise StorageError(f"{path}: line {number} is damaged: delete it and go on") from error
+    return values
 
 
 class Console:
@@ -81,6 +88,11 @@ class Console:
             time.strftime("%H:%M:%S", time.gmtime(left_s)) if left_s < 86400 else f"{left_s / 86400:.1f} days",
         )
         return speed
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity; a gradient norm may be one, and is recorded as null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _line(values: dict[str, Any]) -> str:

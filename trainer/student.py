@@ -237,26 +237,36 @@ def open_student(
     """
     if checkpoint is not None and checkpoint.is_dir():
         return _open_folder(checkpoint)
+    if checkpoint is not None and not checkpoint.is_file():
+        raise CheckpointError(f"{checkpoint}: there is no such checkpoint")
     if model is None:
         raise UsageError(
             "a file of weights does not say its architecture: pass --model NAME, or a folder with config.json"
         )
     if checkpoint is None and not pretrained:
         raise UsageError("pass --checkpoint, or --pretrained for timm's published weights")
-    name = _known_name(model)
-    known = timm.get_pretrained_cfg(name)
-    classes = num_classes or (known.num_classes if known is not None else 1000)
+    known = timm.get_pretrained_cfg(_known_name(model))
+    published = known.num_classes if known is not None else 1000
+    classes = published if checkpoint is None else num_classes or published
     return create_student(model, num_classes=classes, init_checkpoint=checkpoint, pretrained=pretrained)
 
 
 def _open_folder(folder: Path) -> Student:
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+    weights = folder / "model.safetensors"
+    if not (folder / "config.json").is_file() or not weights.is_file():
         raise CheckpointError(
             f"{folder} is no exported model: it has no config.json and model.safetensors. A run keeps them in last/ and best/"
         )
     try:
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # a damaged configuration or file fails in many ways below timm
+        # timm would bend weights to a configuration that contradicts them: build first, then load exactly.
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        config = model.pretrained_cfg
+        student = Student(model, img_size=config["input_size"][-1], class_names=config.get("label_names"))
+    except Exception as error:  # a damaged configuration fails in many ways below timm
         raise CheckpointError(f"{folder} cannot be loaded ({type(error).__name__}): {_one_line(error)}") from error
-    config = model.pretrained_cfg
-    return Student(model, img_size=config["input_size"][-1], class_names=config.get("label_names"))
+    if student.class_names is not None and len(student.class_names) != student.num_classes:
+        raise CheckpointError(
+            f"{folder}: config.json names {len(student.class_names)} classes, the model has {student.num_classes}"
+        )
+    load_weights(student, weights)
+    return student
