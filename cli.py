@@ -439,7 +439,7 @@ def show(folder: Path, data: str | None, out: Path, samples: int, views: int) ->
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, order and stochastic depth.")
 def demo(out: Path, seed: int) -> None:
-    """Run the whole main job on scikit-learn's digits: about two minutes on two cores, no download.
+    """Run the whole main job on scikit-learn's digits: about three minutes on two cores, no download.
 
     \b
     Example:

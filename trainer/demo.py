@@ -1,4 +1,4 @@
-"""The demo: the whole main job, offline, on scikit-learn's digits, in about two minutes on two cores.
+"""The demo: the whole main job, offline, on scikit-learn's digits, in about three minutes on two cores.
 
 A few labelled images and many unlabelled ones, where a teacher has something to give: a small CNN learns from 100
 class labels, answers once for all 1,000 training images, and a small DeiT learns from its answers. The same DeiT on
