@@ -196,7 +196,7 @@ def _caption(
         return "unlabelled" if index is None else _cut(names[index]) if names else f"class {index}"
 
     lines = [f"view {view}  {samples.key[row][-18:]}", f"{mix.lam:4.0%} {named(samples.class_label[row])}"]
-    lines.append("" if partner is None else f"{1 - mix.lam:4.0%} {named(samples.class_label[partner])}")
+    lines.append("" if partner is None or mix.lam == 1 else f"{1 - mix.lam:4.0%} {named(samples.class_label[partner])}")
     if labels.topk_prob.shape[1]:
         pairs = list(zip(labels.topk_index[at].tolist(), labels.topk_prob[at].tolist(), strict=True))[:5]
         lines += [f"  {prob:6.1%} {named(index)}" for index, prob in pairs]

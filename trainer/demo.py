@@ -131,18 +131,9 @@ def draw_curves(runs: dict[str, Path], path: Path) -> None:
     for name, run in runs.items():
         lines = [line for line in read_metrics(run) if line["kind"] == "train"]
         last = max(line["epoch"] for line in lines) + 1
-        axis.plot(
-            [(line["epoch"] + 1) / last for line in lines],
-            [line["class_loss"] for line in lines],
-            label=f"{name}, class labels",
-        )
-        if "distill_loss" in lines[0]:
-            axis.plot(
-                [(line["epoch"] + 1) / last for line in lines],
-                [line["distill_loss"] for line in lines],
-                "--",
-                label=f"{name}, teacher",
-            )
+        part = "distill_loss" if "distill_loss" in lines[0] else "class_loss"
+        share = [(line["epoch"] + 1) / last for line in lines]
+        axis.plot(share, [line[part] for line in lines], label=f"{name}: {part.replace('_', ' ')}", linewidth=1)
     axis.set_yscale("log")
     axis.set(xlabel="share of the training", ylabel="loss", title="The demo's runs")
     axis.legend(fontsize=8)
