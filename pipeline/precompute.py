@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -23,35 +22,28 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.indexing import Progress, index_samples
-from pipeline.labels import MAX_TOPK, LabelsFooter, SampleRows, read_all_views
+from pipeline.labels import MAX_TOPK, SampleRows, read_all_views
 from pipeline.labelset import LabelSet, checked_labels_footer, record_of
 from pipeline.manifest import (
-    MANIFEST_NAME,
     PLAN_NAME,
-    FileEntry,
-    Manifest,
     Plan,
-    Probe,
-    ShardRecord,
     labels_path,
     pixel_environment,
-    read_manifest,
     read_plan,
     read_probes,
-    samples_path,
 )
 from pipeline.mixing import MixBatch, apply_mix, mix_blocks
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.rendering import BlockRenderer, BlockTask, ViewBatch, plan_workers, start_loader
 from pipeline.replay import compare_probes
+from pipeline.sealing import check_untouched, claim, seal, sealed_manifest
 from pipeline.sources import Sample, Source
-from pipeline.storage import TEMPORARY_PREFIX, pretty_json, publish_file, replace_file, sha256_file, sweep_temporaries
+from pipeline.storage import TEMPORARY_PREFIX, sweep_temporaries
 from pipeline.teacher import Teacher, check_classes
 from pipeline.views import draw_view, render
 
 log = logging.getLogger("deit_cli.precompute")
 
-MANIFEST_PROBES = 8
 DEFAULT_TOPK = 10
 
 
@@ -110,7 +102,7 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
         raise UsageError(f"--out {config.out} is a file: choose a folder")
     elif config.out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in config.out.iterdir()):
         raise LabelSetMismatch(f"{config.out} is not empty and holds no label set: choose another --out")
-    manifest = _sealed_manifest(config.out)
+    manifest = sealed_manifest(config.out)
     sealed = sorted((range(*block) for block in manifest.view_blocks), key=lambda b: b.start) if manifest else []
     asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
     _check_no_gap(sealed, asked, config.views)
@@ -135,8 +127,8 @@ def precompute(
     """
     work = plan_work(config, recipe, teacher, source)
     _check_accuracy(config, teacher, source)
-    _claim(config.out, work)
-    _check_untouched(config.out, work)
+    claim(config.out, work.plan, work.blocks)
+    check_untouched(config.out, work.blocks)
     sweep_temporaries(config.out)
     workers = plan_workers(config.workers, teacher.device)
     samples = index_samples(
@@ -144,7 +136,7 @@ def precompute(
     )
     _warn_of_sorted_classes(recipe, samples)
     _label_views(config, work, recipe, teacher, source, samples, workers, progress)
-    _seal(config.out, work)
+    seal(config.out, work.plan, work.blocks)
     return LabelSet.open(config.out)
 
 
@@ -208,22 +200,6 @@ def _warn_of_sorted_classes(recipe: Recipe, samples: dict[str, SampleRows]) -> N
             100 * same / len(pairs),
             recipe.mix_block,
         )
-
-
-def _claim(out: Path, work: Work) -> None:
-    """Write the plan first, create-only, and an open manifest that says which views are on the way."""
-    publish_file(out / PLAN_NAME, lambda file: _write(file, work.plan.model_dump(mode="json")))
-    read_plan(out).check_same(work.plan, folder=out)  # another writer may have been first
-    opened = Manifest(
-        labelset_id=work.plan.labelset_id,
-        plan_sha256=sha256_file(out / PLAN_NAME),
-        sealed=False,
-        view_blocks=tuple((block.start, block.stop) for block in work.blocks),
-        files=(),
-        probes=(),
-        environments=(),
-    )
-    publish_file(out / MANIFEST_NAME, lambda file: _write(file, opened.to_json()))
 
 
 def _label_views(
@@ -290,105 +266,6 @@ def _teacher_batches(batch: ViewBatch, size: int) -> Iterator[tuple[NDArray[np.i
         yield batch.rows[piece].numpy(), batch.images[piece], mix
 
 
-def _is_done(
-    out: Path, plan: Plan, shard: str, views: range, samples: SampleRows, recipe: Recipe, source: Source
-) -> bool:
-    """Whether a label shard exists, is whole, and was rendered from the pixels that this machine renders."""
-    path = out / labels_path(shard, views)
-    if not path.is_file():
-        return False
-    footer = checked_labels_footer(path, plan, shard, views)
-    if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
-        raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file: delete it and run again")
-    compare_probes(read_probes(footer.probes, path), recipe, source, {shard: samples}.__getitem__)
-    return True
-
-
-def _seal(out: Path, work: Work) -> None:
-    """List every complete file with its hash, and replace the manifest: the commit."""
-    sealed = _sealed_manifest(out)
-    blocks = sorted({*(sealed.view_blocks if sealed else ()), *((block.start, block.stop) for block in work.blocks)})
-    shards = [shard.name for shard in work.plan.source.shards]
-    files = [_samples_entry(out, record) for record in work.plan.source.shards]
-    probes: list[Probe] = []
-    environments: list[dict[str, str]] = []
-    for start, stop in blocks:
-        for name in shards:
-            path = out / labels_path(name, range(start, stop))
-            footer = checked_labels_footer(path, work.plan, name, range(start, stop))
-            files.append(_labels_entry(out, footer))
-            probes += read_probes(footer.probes, path)
-            environments += [footer.environment] if footer.environment not in environments else []
-    if sealed:
-        _check_same_samples(sealed, files, out)
-    step = max(1, -(-len(probes) // MANIFEST_PROBES))
-    manifest = Manifest(
-        labelset_id=work.plan.labelset_id,
-        plan_sha256=sha256_file(out / PLAN_NAME),
-        sealed=True,
-        view_blocks=tuple(blocks),
-        files=tuple(files),
-        probes=tuple(probes[::step]),
-        environments=tuple(environments),
-    )
-    replace_file(out / MANIFEST_NAME, lambda file: _write(file, manifest.to_json()))
-
-
-def _check_untouched(out: Path, work: Work) -> None:
-    """A new manifest must not vouch for a file that changed since it was sealed. A missing one is made again."""
-    sealed = _sealed_manifest(out)
-    looked_at = {(block.start, block.stop) for block in work.blocks}
-    for entry in sealed.files if sealed else ():
-        path, views = out / entry.path, (entry.view_start, entry.view_stop)
-        if path.is_file() and sha256_file(path) != entry.sha256:
-            again = "run again" if entry.kind == "samples" else f"run with --views {views[0]}:{views[1]}"
-            raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and {again}")
-        if not path.is_file() and entry.kind == "labels" and views not in looked_at:
-            raise LabelSetCorrupt(
-                f"{path} is missing: run with --views {views[0]}:{views[1]} first, which makes it again"
-            )
-
-
-def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> None:
-    """The older labels are those of the images that the sealed samples files name, so these cannot change."""
-    found = {entry.path: entry for entry in files}
-    for old in sealed.files:
-        if old.kind == "samples" and found[old.path] != old:
-            raise LabelSetMismatch(
-                f"{out / old.path} was made again, and is not the one that was sealed: the images are others than those that"
-                " were labelled, or another pyarrow wrote it. Choose another --out"
-            )
-
-
-def _samples_entry(out: Path, record: ShardRecord) -> FileEntry:
-    return _entry(out, kind="samples", shard=record.name, views=range(0), rows=record.num_samples)
-
-
-def _labels_entry(out: Path, footer: LabelsFooter) -> FileEntry:
-    views = range(footer.view_start, footer.view_stop)
-    return _entry(out, kind="labels", shard=footer.shard, views=views, rows=footer.rows_per_view * len(views))
-
-
-def _entry(out: Path, *, kind: Literal["samples", "labels"], shard: str, views: range, rows: int) -> FileEntry:
-    path = out / (samples_path(shard) if kind == "samples" else labels_path(shard, views))
-    return FileEntry(
-        kind=kind,
-        shard=shard,
-        view_start=views.start,
-        view_stop=views.stop,
-        rows=rows,
-        bytes=path.stat().st_size,
-        sha256=sha256_file(path),
-    )
-
-
-def _sealed_manifest(out: Path) -> Manifest | None:
-    if not (out / MANIFEST_NAME).is_file():
-        return None
-    manifest = read_manifest(out)
-    return manifest if manifest.sealed else None
-
-
 def _cut(views: list[int], size: int) -> tuple[range, ...]:
     """Cut view numbers into consecutive runs of at most `size`."""
     blocks: list[range] = []
@@ -404,5 +281,15 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _write(file: BinaryIO, value: object) -> None:
-    file.write(pretty_json(value))
+def _is_done(
+    out: Path, plan: Plan, shard: str, views: range, samples: SampleRows, recipe: Recipe, source: Source
+) -> bool:
+    """Whether a label shard exists, is whole, and was rendered from the pixels that this machine renders."""
+    path = out / labels_path(shard, views)
+    if not path.is_file():
+        return False
+    footer = checked_labels_footer(path, plan, shard, views)
+    if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
+        raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file: delete it and run again")
+    compare_probes(read_probes(footer.probes, path), recipe, source, {shard: samples}.__getitem__)
+    return True

@@ -1,0 +1,132 @@
+"""Plan first, manifest last: how a label set is claimed, and how what is complete of it is committed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
+from pipeline.labels import LabelsFooter
+from pipeline.labelset import checked_labels_footer
+from pipeline.manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    FileEntry,
+    Manifest,
+    Plan,
+    Probe,
+    ShardRecord,
+    labels_path,
+    read_manifest,
+    read_plan,
+    read_probes,
+    samples_path,
+)
+from pipeline.storage import pretty_json, publish_file, replace_file, sha256_file
+
+MANIFEST_PROBES = 8
+
+
+def claim(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
+    """Write the plan first, create-only, and an open manifest that says which views are on the way."""
+    publish_file(out / PLAN_NAME, lambda file: _write(file, plan.model_dump(mode="json")))
+    read_plan(out).check_same(plan, folder=out)  # another writer may have been first
+    opened = Manifest(
+        labelset_id=plan.labelset_id,
+        plan_sha256=sha256_file(out / PLAN_NAME),
+        sealed=False,
+        view_blocks=tuple((block.start, block.stop) for block in blocks),
+        files=(),
+        probes=(),
+        environments=(),
+    )
+    publish_file(out / MANIFEST_NAME, lambda file: _write(file, opened.to_json()))
+
+
+def seal(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
+    """List every complete file with its hash, and replace the manifest: the commit."""
+    sealed = sealed_manifest(out)
+    bounds = sorted({*(sealed.view_blocks if sealed else ()), *((block.start, block.stop) for block in blocks)})
+    shards = [shard.name for shard in plan.source.shards]
+    files = [_samples_entry(out, record) for record in plan.source.shards]
+    probes: list[Probe] = []
+    environments: list[dict[str, str]] = []
+    for start, stop in bounds:
+        for name in shards:
+            path = out / labels_path(name, range(start, stop))
+            footer = checked_labels_footer(path, plan, name, range(start, stop))
+            files.append(_labels_entry(out, footer))
+            probes += read_probes(footer.probes, path)
+            environments += [footer.environment] if footer.environment not in environments else []
+    if sealed:
+        _check_same_samples(sealed, files, out)
+    step = max(1, -(-len(probes) // MANIFEST_PROBES))
+    manifest = Manifest(
+        labelset_id=plan.labelset_id,
+        plan_sha256=sha256_file(out / PLAN_NAME),
+        sealed=True,
+        view_blocks=tuple(bounds),
+        files=tuple(files),
+        probes=tuple(probes[::step]),
+        environments=tuple(environments),
+    )
+    replace_file(out / MANIFEST_NAME, lambda file: _write(file, manifest.to_json()))
+
+
+def check_untouched(out: Path, blocks: Sequence[range]) -> None:
+    """A new manifest must not vouch for a file that changed since it was sealed. A missing one is made again."""
+    sealed = sealed_manifest(out)
+    looked_at = {(block.start, block.stop) for block in blocks}
+    for entry in sealed.files if sealed else ():
+        path, views = out / entry.path, (entry.view_start, entry.view_stop)
+        if path.is_file() and sha256_file(path) != entry.sha256:
+            again = "run again" if entry.kind == "samples" else f"run with --views {views[0]}:{views[1]}"
+            raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and {again}")
+        if not path.is_file() and entry.kind == "labels" and views not in looked_at:
+            raise LabelSetCorrupt(
+                f"{path} is missing: run with --views {views[0]}:{views[1]} first, which makes it again"
+            )
+
+
+def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> None:
+    """The older labels are those of the images that the sealed samples files name, so these cannot change."""
+    found = {entry.path: entry for entry in files}
+    for old in sealed.files:
+        if old.kind == "samples" and found[old.path] != old:
+            raise LabelSetMismatch(
+                f"{out / old.path} was made again, and is not the one that was sealed: the images are others than those that"
+                " were labelled, or another pyarrow wrote it. Choose another --out"
+            )
+
+
+def _samples_entry(out: Path, record: ShardRecord) -> FileEntry:
+    return _entry(out, kind="samples", shard=record.name, views=range(0), rows=record.num_samples)
+
+
+def _labels_entry(out: Path, footer: LabelsFooter) -> FileEntry:
+    views = range(footer.view_start, footer.view_stop)
+    return _entry(out, kind="labels", shard=footer.shard, views=views, rows=footer.rows_per_view * len(views))
+
+
+def _entry(out: Path, *, kind: Literal["samples", "labels"], shard: str, views: range, rows: int) -> FileEntry:
+    path = out / (samples_path(shard) if kind == "samples" else labels_path(shard, views))
+    return FileEntry(
+        kind=kind,
+        shard=shard,
+        view_start=views.start,
+        view_stop=views.stop,
+        rows=rows,
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+    )
+
+
+def sealed_manifest(out: Path) -> Manifest | None:
+    """Return the manifest of a folder if it is there and sealed."""
+    if not (out / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(out)
+    return manifest if manifest.sealed else None
+
+
+def _write(file: BinaryIO, value: object) -> None:
+    file.write(pretty_json(value))
