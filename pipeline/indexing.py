@@ -14,7 +14,7 @@ from pipeline.errors import BadImageError, SourceError
 from pipeline.labels import SampleRows, SamplesFooter, write_samples
 from pipeline.labelset import checked_samples
 from pipeline.manifest import Plan, samples_path
-from pipeline.rendering import MappedRange, start_loader
+from pipeline.rendering import MappedRange, checked, start_loader
 from pipeline.sources import Source
 from pipeline.storage import publish_file
 
@@ -34,9 +34,7 @@ def index_samples(
     missing = [record.name for record in plan.source.shards if not (out / samples_path(record.name)).is_file()]
     scan = partial(scan_shard, source, missing, on_bad_image)
     loader = start_loader(MappedRange(scan, len(missing)), workers=min(workers, len(missing)))
-    for done, (name, samples) in enumerate(zip(missing, loader, strict=True)):
-        if isinstance(samples, Exception):
-            raise samples
+    for done, (name, samples) in enumerate(zip(missing, checked(loader), strict=True)):
         footer = SamplesFooter(labelset_id=plan.labelset_id, source_id=plan.source_id, shard=name, rows=len(samples))
         publish_file(out / samples_path(name), partial(write_samples, samples=samples, footer=footer))
         progress("index", done + 1, len(missing))

@@ -34,7 +34,7 @@ from pipeline.manifest import (
 )
 from pipeline.mixing import MixBatch, apply_mix, mix_blocks
 from pipeline.recipe import PRESETS, Recipe
-from pipeline.rendering import BlockRenderer, BlockTask, ViewBatch, plan_workers, start_loader
+from pipeline.rendering import BlockRenderer, BlockTask, ViewBatch, checked, plan_workers, start_loader
 from pipeline.replay import compare_probes
 from pipeline.sealing import check_untouched, claim, seal, sealed_manifest
 from pipeline.sources import Sample, Source
@@ -233,7 +233,7 @@ def _label_views(
     loader = start_loader(
         BlockRenderer(source, recipe, tasks), workers=workers, pin_memory=teacher.device.type == "cuda"
     )
-    for batch in loader:
+    for batch in checked(loader):
         draft = drafts[batch.shard, batch.views]
         draft.add_probe(batch, recipe)
         for rows, images, mix in _teacher_batches(batch, config.batch_size):

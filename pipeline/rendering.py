@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from pipeline.decode import decode
+from pipeline.errors import DeitCliError
 from pipeline.labels import SampleRows
 from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch
 from pipeline.recipe import Recipe
@@ -64,17 +65,20 @@ class ViewBatch:
     mix: MixBatch
 
 
-class BlockRenderer(IterableDataset[ViewBatch]):
-    """Renders the blocks of a list of tasks; worker w of W takes every W-th."""
+class BlockRenderer(IterableDataset[ViewBatch | Exception]):
+    """Renders the blocks of a list of tasks; worker w of W takes every W-th, and ends with the error that stops it."""
 
     def __init__(self, source: Source, recipe: Recipe, tasks: Sequence[BlockTask]) -> None:
         self._source, self._recipe, self._tasks = source, recipe, tasks
 
-    def __iter__(self) -> Iterator[ViewBatch]:
+    def __iter__(self) -> Iterator[ViewBatch | Exception]:
         worker = get_worker_info()
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for task in self._tasks[start::step]:
-            yield from self._render_task(task)
+        try:
+            for task in self._tasks[start::step]:
+                yield from self._render_task(task)
+        except DeitCliError as error:
+            yield error
 
     def _render_task(self, task: BlockTask) -> Iterator[ViewBatch]:
         per_view = len(task.rows) * self._recipe.img_size**2 * 3
@@ -154,6 +158,17 @@ def start_loader(
         generator=torch.Generator(),  # its own, so that loading never moves the global random state
         **options,
     )
+
+
+def checked(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield what a loader brings, and raise the errors that its processes sent instead.
+
+    Errors cross processes as values: a DataLoader would wrap a raised one in its worker's traceback.
+    """
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def _start_worker(_: int) -> None:

@@ -315,3 +315,18 @@ def test_the_teacher_is_measured_and_its_accuracy_is_said(data, tmp_path, caplog
     with caplog.at_level(logging.INFO, logger="deit_cli"):
         make_labels(tmp_path / "set", data)
     assert "teacher builders:confident_cnn: top-1" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_changed_after_indexing_is_refused_in_one_line(tmp_path, workers):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(6):
+        (images / f"{number}.jpg").write_bytes(encoded(photo(number)))
+    label_set = make_labels(tmp_path / "set", str(images), views=(0, 1))
+    for path in label_set.folder.glob("labels/**/*.parquet"):
+        path.unlink()
+    (images / "4.jpg").write_bytes(encoded(photo(40)))
+    with pytest.raises(LabelSetMismatch, match=r"image '4' of images-000000 has other bytes") as caught:
+        make_labels(tmp_path / "set", str(images), views=(0, 1), workers=workers)
+    assert "\n" not in str(caught.value)

@@ -22,6 +22,7 @@ from pipeline.rendering import (
     BlockTask,
     MappedRange,
     ViewBatch,
+    checked,
     paired_positions,
     plan_workers,
     start_loader,
@@ -180,7 +181,7 @@ def test_an_image_that_is_not_the_indexed_one_stops_the_block_with_its_key(sourc
     with pytest.raises(
         LabelSetMismatch, match="image 'img-0004' of train-000000 has other bytes than the one that was"
     ):
-        list(BlockRenderer(open_source(str(folder)), recipe, tasks))
+        list(checked(BlockRenderer(open_source(str(folder)), recipe, tasks)))
 
 
 # --- processes ------------------------------------------------------------------------------------------------

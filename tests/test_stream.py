@@ -13,12 +13,12 @@ from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, So
 from pipeline.labelset import LabelSet
 from pipeline.mixing import Mix, draw_mix, mix_blocks, shard_pairs
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.rendering import BlockRenderer, BlockTask, MappedRange, start_loader
+from pipeline.rendering import BlockRenderer, BlockTask, MappedRange, checked, start_loader
 from pipeline.sources import Source, open_source
 from pipeline.views import draw_view, render
 from trainer import stream
 from trainer.order import Order, count_units
-from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, _Recent, checked
+from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, _Recent
 
 SIZES = (13, 10)  # blocks of 8, 5, 8 and 2: an odd one, so that one sample of each view has no partner
 

@@ -12,12 +12,12 @@ from pipeline.errors import UsageError
 from pipeline.labelset import LabelSet
 from pipeline.mixing import MixBatch, apply_mix
 from pipeline.recipe import PRESETS, Recipe
-from pipeline.rendering import MappedRange, plan_workers, start_loader
+from pipeline.rendering import MappedRange, checked, plan_workers, start_loader
 from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
 from trainer.config import AmpDtype
 from trainer.order import Order, count_units
-from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, checked
+from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches
 from trainer.student import Heads, Student, open_student
 
 Scores = dict[str, dict[str, float]]

@@ -13,7 +13,7 @@ from pipeline.devices import resolve_device
 from pipeline.draws import stream_of
 from pipeline.errors import TrainingError
 from pipeline.recipe import Recipe
-from pipeline.rendering import MappedRange, plan_workers, start_loader
+from pipeline.rendering import MappedRange, checked, plan_workers, start_loader
 from pipeline.sources import Source, open_source
 from pipeline.storage import replace_file
 from trainer.checkpoint import export_model, pack_training, save_state
@@ -37,7 +37,7 @@ from trainer.setup import (
     top_rate,
     write_json,
 )
-from trainer.stream import Batch, BatchRenderer, Catalogue, checked
+from trainer.stream import Batch, BatchRenderer, Catalogue
 from trainer.student import Student, hub_config
 
 log = logging.getLogger("deit_cli.train")

@@ -5,7 +5,7 @@ are left and repeats nothing.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -169,14 +169,6 @@ class CentreBatches:
         image = decode(sample.image, key=sample.key)
         drawn = draw_view(self._recipe, sample.key, 0, height=image.shape[0], width=image.shape[1])
         return render(image, drawn), sample.class_label
-
-
-def checked(loader: Iterable[Any]) -> Iterator[Any]:
-    """Yield what a loader brings, and raise the errors that its processes sent instead of a batch."""
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
 
 
 def _read_labels(label_set: LabelSet, name: str, view: int, usable: NDArray[np.int64]) -> LabelRows:
