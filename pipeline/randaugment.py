@@ -62,7 +62,7 @@ def op_argument(name: str, level: float, *, negate: bool) -> float:
         case "Posterize":
             return int(share * 4)
         case "PosterizeIncreasing":
-            return max(0, 4 - int(share * 4))
+            return 4 - int(share * 4)
         case "Solarize":
             return min(256, int(share * 256))
         case "SolarizeIncreasing":
@@ -116,7 +116,7 @@ def _invert(image: Pixels, _: float) -> Pixels:
 def _posterize(image: Pixels, bits: float) -> Pixels:
     if bits >= 8:
         return image.copy()
-    return image & np.uint8(256 - 2 ** (8 - int(bits)))
+    return image & np.uint8(256 - 2 ** (8 - max(0, int(bits))))  # magnitudes above 10 ask for less than no bit
 
 
 def _solarize(image: Pixels, threshold: float) -> Pixels:

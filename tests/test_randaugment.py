@@ -332,3 +332,10 @@ def test_grey_is_pillows_luma():
         image = np.full((4, 4, 3), colour, np.uint8)
         mean = int(ImageStat.Stat(Image.fromarray(image).convert("L")).mean[0] + 0.5)
         np.testing.assert_array_equal(apply_op(image, "Contrast", 0.0), np.full_like(image, mean))
+
+
+def test_posterize_beyond_its_last_bit_is_black():
+    """`mmax` above 10 lets the argument fall below zero, where there is nothing left to keep."""
+    image = np.full((4, 4, 3), 200, np.uint8)
+    for bits in (0, -1, -5):
+        assert apply_op(image, "PosterizeIncreasing", bits).max() == 0
