@@ -12,9 +12,9 @@ import pytest
 from pipeline.draws import stream_of
 from pipeline.labels import MAX_TOPK, SAMPLES_SCHEMA, LabelsFooter, SamplesFooter, labels_schema
 from pipeline.manifest import FileEntry, Manifest, Plan, Probe, ShardRecord, SourceRecord, TeacherIdentity
-from pipeline.precompute import MANIFEST_PROBES
 from pipeline.recipe import Recipe
 from pipeline.replay import SAMPLED_BYTES, TOLERANCE
+from pipeline.sealing import MANIFEST_PROBES
 
 PAGE = (Path(__file__).parent.parent / "docs/format-v1.md").read_text()
 GOLDEN = Path(__file__).parent / "golden/v1"

@@ -21,8 +21,8 @@ from pipeline.labels import read_labels_footer
 from pipeline.labelset import LabelSet
 from pipeline.manifest import read_probes
 from pipeline.mixing import Mix, draw_mix, shard_pairs
-from pipeline.precompute import MANIFEST_PROBES
 from pipeline.replay import SAMPLED_BYTES, TOLERANCE, check_image, check_replay, make_probe, pair_of
+from pipeline.sealing import MANIFEST_PROBES
 from pipeline.sources import open_source
 from pipeline.views import draw_view, render
 
