@@ -42,7 +42,7 @@ def losses_of(label_set: LabelSet, teacher: Teacher, target_of, **settings) -> l
     order = make_order(config, data)
     renderer = BatchRenderer(Catalogue(data.source, label_set), data.recipe, order)
     torch.manual_seed(0)
-    student = create_student("deit-ti", num_classes=3, img_size=16, **TINY).train()
+    student = create_student("deit-ti", num_classes=label_set.num_classes, img_size=16, **TINY).train()
     _spread_heads(student)
     optimizer = create_optimizer(student, lr=1e-3, weight_decay=0.05, fused=False)
     losses: list[float] = []
@@ -135,6 +135,27 @@ def test_a_cut_tail_costs_no_more_than_the_tail_policy_says(data, teacher, tmp_p
         assert mine != pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.parametrize("tail", ["spread", "renormalise"])
+def test_ten_of_thirty_classes_cost_no_more_than_the_tail_policy_says(tmp_path, tail):
+    """The same bound where the tail has many classes: K = 10 as it is stored by default, float16 too."""
+    data = write_tars(tmp_path / "data", (24, 16))
+    (tmp_path / "data/classes.txt").unlink()  # the source no longer says that there are three
+    teacher = small_teacher(open_source(data), num_classes=30)
+    label_set = labels(tmp_path, data, teacher=teacher, topk=10)
+    settings = {"distillation_type": "soft", "tail": tail, "distillation_alpha": 1.0}
+    mine, theirs = (losses_of(label_set, teacher, t, **settings)[0] for t in (stored, online))
+    batch, logs = first_batch(label_set)
+    full = online(batch, teacher)
+    p = torch.zeros_like(logs).scatter_(1, full.topk_index, full.topk_prob)
+    rest = batch.tail_mass[:, None] / 20 if tail == "spread" else torch.zeros(len(logs), 1)
+    q = rest.expand_as(logs).scatter(1, batch.topk_index, batch.topk_prob)
+    q = q / q.sum(1, keepdim=True)
+    entropy = [-(x * x.clamp_min(1e-30).log()).sum(1) for x in (p, q)]
+    allowed = (entropy[0] - entropy[1]).abs() + (p - q).abs().sum(1) * logs.abs().max(1).values
+    assert abs(mine - theirs) <= allowed.mean().item() + 1e-5
+    assert mine != theirs
+
+
 def first_batch(label_set: LabelSet) -> tuple[Batch, torch.Tensor]:
     """Return the first batch, and the untrained student's log-probabilities of its distillation head."""
     config = TrainConfig(labels=label_set.folder, batch_size=8, epochs=STEPS, warmup_epochs=0)
@@ -142,7 +163,7 @@ def first_batch(label_set: LabelSet) -> tuple[Batch, torch.Tensor]:
     batch = BatchRenderer(Catalogue(data.source, label_set), data.recipe, make_order(config, data))(0)
     assert isinstance(batch, Batch)
     torch.manual_seed(0)
-    student = create_student("deit-ti", num_classes=3, img_size=16, **TINY).train()
+    student = create_student("deit-ti", num_classes=label_set.num_classes, img_size=16, **TINY).train()
     _spread_heads(student)
     with torch.no_grad():
         heads = student(normalise(mixed_images(batch, CPU), student))
