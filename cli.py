@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import logging
+import os
+import signal
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -13,8 +16,8 @@ from typing import Any
 
 import click
 
-from pipeline.config import PrecomputeConfig
-from pipeline.errors import DeitCliError, UsageError
+from pipeline.config import PrecomputeConfig, TeacherConfig
+from pipeline.errors import DeitCliError, StorageError, UsageError
 from trainer.config import TrainConfig
 
 CONTEXT = {
@@ -26,10 +29,22 @@ CONTEXT = {
 log = logging.getLogger("deit_cli")
 
 
+class Terminated(BaseException):
+    """SIGTERM: what a scheduler sends before it takes the machine away."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def main() -> None:
     """Run the command line; every expected error is one line on stderr and an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = commands.main(standalone_mode=False)
+    except Terminated:
+        click.echo("terminated; the same command continues (train: with --resume)", err=True)
+        code = 128 + signal.SIGTERM
     except DeitCliError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
@@ -42,10 +57,23 @@ def main() -> None:
     sys.exit(code)
 
 
+class ToStderr(logging.Handler):
+    """Messages to whatever stderr is at the time: a progress bar takes its place for as long as it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        click.echo(self.format(record), err=True)
+
+
 class ViewsType(click.ParamType):
     """START:STOP, or a number of views from 0."""
 
     name = "START:STOP"
+
+    @staticmethod
+    def text(views: tuple[int, int]) -> str:
+        """Return how a user would write it."""
+        return f"{views[0]}:{views[1]}"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         """Turn the text into two numbers."""
@@ -56,6 +84,20 @@ class ViewsType(click.ParamType):
             return (int(start or 0), int(stop)) if colon else (0, int(start))
         except ValueError:
             self.fail(f"{value!r} is not START:STOP, such as 0:30", param, ctx)
+
+
+class NumberOrAuto(click.ParamType):
+    """A whole number, or `auto`."""
+
+    name = "INTEGER|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Turn the text into a number, unless it is `auto`."""
+        text = str(value).lower()
+        try:
+            return text if text == "auto" else int(text)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor auto", param, ctx)
 
 
 def options_of(config: type, *, skip: frozenset[str] = frozenset()) -> Callable[[Any], Any]:
@@ -73,26 +115,33 @@ def options_of(config: type, *, skip: frozenset[str] = frozenset()) -> Callable[
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Any], Any]:
     flag = field.name.replace("_", "-")
-    kind = _plain_type(hint)
+    kind, repeats = _plain_type(hint)
     declaration = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    default = ":".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    default: Any = field.default
+    if _click_type(kind).__class__ is ViewsType and default is not dataclasses.MISSING:
+        default = ViewsType.text(default)
     known: dict[str, Any] = {"required": True} if default is dataclasses.MISSING else {"default": default}
+    shown = default is not dataclasses.MISSING and default not in (None, False, ())
     return click.option(
         declaration,
         *field.metadata.get("flags", ()),
         field.name,
         type=None if kind is bool else _click_type(kind),
         help=field.metadata["help"],
-        show_default=default is not dataclasses.MISSING and default is not None and default is not False,
+        show_default=shown,
+        multiple=repeats,
         **known,
     )
 
 
-def _plain_type(hint: Any) -> Any:
-    """Return the type of an optional field."""
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return hint
+def _plain_type(hint: Any) -> tuple[Any, bool]:
+    """Return the type of one value of a field, without its None, and whether the option repeats."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return (kinds[0] if len(kinds) == 1 else NumberOrAuto()), False
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
+        return typing.get_args(hint)[0], True
+    return hint, False
 
 
 def _click_type(kind: Any) -> Any:
@@ -117,6 +166,13 @@ def recipe_options(command: Any) -> Any:
     )(command)
 
 
+LOG_JSON = click.option(
+    "--log-json",
+    type=click.Path(path_type=Path),
+    help="Append messages and progress to this file, a JSON object a line.",
+)
+
+
 def _recipe(name: str | None, overrides: tuple[str, ...]) -> Any:
     from pipeline.recipe import load_recipe, parse_override
 
@@ -128,102 +184,78 @@ def _recipe(name: str | None, overrides: tuple[str, ...]) -> Any:
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 def commands(verbose: bool) -> None:
     """Distil a CNN into a vision transformer: run the teacher once, train DeiT students from its stored labels."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStderr()])
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 @commands.command()
 @options_of(PrecomputeConfig)
 @recipe_options
-@click.option(
-    "--teacher",
-    "--teacher-model",
-    default="regnety_160",
-    help="timm or hf-hub: name, exported folder, or module:function.",
-)
-@click.option(
-    "--teacher-checkpoint",
-    "--teacher-path",
-    type=click.Path(path_type=Path),
-    help="Weights of the teacher: safetensors or a state dict.",
-)
-@click.option("--pretrained/--no-pretrained", default=True, help="Published weights, or random ones for a trial.")
-@click.option(
-    "--teacher-img-size",
-    type=click.IntRange(1, 4096),
-    help="Pixels that the teacher sees; by default its configuration's.",
-)
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is cuda where there is one.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    help="Of the teacher's forward pass; auto is bfloat16 on CUDA.",
-)
+@options_of(TeacherConfig)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
+@LOG_JSON
 def precompute(
-    recipe: str | None,
-    overrides: tuple[str, ...],
-    teacher: str,
-    teacher_checkpoint: Path | None,
-    pretrained: bool,
-    teacher_img_size: int | None,
-    device: str,
-    dtype: typing.Any,
-    dry_run: bool,
-    **values: Any,
+    recipe: str | None, overrides: tuple[str, ...], dry_run: bool, log_json: Path | None, **values: Any
 ) -> None:
     """Run the teacher once: render numbered views, store its answers.
 
     \b
-    Example:
+    Examples:
       deit-cli precompute --data imagenet/train --teacher regnety_160 --out shards --views 0:300
+      torchrun --nproc-per-node 8 --no-python deit-cli precompute --data imagenet/train --out shards
     """
-    config = PrecomputeConfig(**values)
+    config, asked = _split(values, PrecomputeConfig, TeacherConfig)
     chosen = _recipe(recipe, overrides)
     from pipeline import precompute as stage1
-    from pipeline.devices import resolve_device
-    from pipeline.sources import open_source
-    from pipeline.teacher import load_teacher
 
-    source = open_source(config.data)
-    log.info("source %s", source.describe())
-    loaded = load_teacher(
-        teacher,
-        checkpoint=teacher_checkpoint,
-        pretrained=pretrained,
-        num_classes=source.num_classes,
-        img_size=teacher_img_size,
-        device=str(resolve_device(device)),
-        dtype=dtype,
-    )
-    identity = loaded.identity
-    log.info(
-        "teacher %s: %d classes, sees %d px, weights %s",
-        identity.name,
-        identity.num_classes,
-        identity.img_size,
-        identity.weights_sha256[:12],
-    )
-    if dry_run:
-        work = stage1.plan_work(config, chosen, loaded, source)
-        _print_plan(work)
-        return
-    with _progress() as progress:
+    with _progress(log_json) as progress:
+        loaded, source = _load(config, asked)
+        if dry_run:
+            _print_plan(stage1.plan_work(config, chosen, loaded, source))
+            return
         label_set = stage1.precompute(config, chosen, loaded, source, progress=progress)
+    if label_set is None:
+        click.echo(f"{config.out}: this rank's label shards are complete; the rank that ends last seals the set")
+        return
     views = label_set.views
     click.echo(
         f"{label_set.folder}: views {views.start}:{views.stop} of {source.num_samples:,} images, sealed. Look: deit-cli labels show {label_set.folder}"
     )
 
 
+def _split(values: dict[str, Any], *kinds: type) -> Any:
+    """Make one config of each kind from the values of its own options."""
+    return tuple(
+        kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}) for kind in kinds
+    )
+
+
+def _load(config: PrecomputeConfig, asked: TeacherConfig) -> Any:
+    """Open the source and load its teacher, and say what they are."""
+    from pipeline.engines import limit
+    from pipeline.sources import open_source
+    from pipeline.teacher_loading import load_teacher
+
+    source = open_source(config.data)
+    log.info("source %s", source.describe())
+    devices, cores = _devices(config, asked)
+    loaded = load_teacher(asked, num_classes=source.num_classes, device=devices[0])
+    limit(loaded, config, cores)
+    for member in loaded.identity.members:
+        log.info(
+            "teacher %s: %d classes, sees %d px, weights %s",
+            *(member.name, member.num_classes, member.img_size, member.weights_sha256[:12]),
+        )
+    return loaded, source
+
+
 def _print_plan(work: Any) -> None:
     plan = work.plan
     click.echo(f"label set      {plan.labelset_id[:12]} (recipe {plan.recipe_id[:12]}, teacher {plan.teacher.name})")
-    click.echo(f"source         {len(plan.source.shards):,} shards, {work.num_samples:,} images")
-    click.echo(f"views          {work.views_to_label:,} to label, in {len(work.blocks)} blocks")
+    click.echo(f"source         {_count(len(plan.source.shards), 'shard')}, {_count(work.num_samples, 'image')}")
+    click.echo(f"views          {work.views_to_label:,} to label, in {_count(len(work.blocks), 'block')}")
     click.echo(f"teacher passes {work.teacher_passes:,}")
-    click.echo(f"label bytes    at most {work.bytes_before_compression:,} before compression")
+    click.echo(f"label bytes    {_size(work.bytes_before_compression)} before compression")
 
 
 @commands.command()
@@ -319,6 +351,267 @@ def _score_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+OF_PRECOMPUTE = frozenset({"out", "engine", "address", "on_bad_image", "min_teacher_accuracy", "accuracy_samples"})
+SECONDS = click.option(
+    "--seconds",
+    type=click.FloatRange(0.1, 600),
+    default=2.0,
+    help="Spent on each measurement, about, however slow the teacher is.",
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+@commands.command()
+@options_of(PrecomputeConfig, skip=OF_PRECOMPUTE)
+@recipe_options
+@options_of(TeacherConfig)
+@click.option(
+    "--images",
+    type=click.IntRange(1),
+    help="Of the whole set, where --data is a part of it; by default those of --data.",
+)
+@click.option("--students", type=click.IntRange(1), default=1, help="How many will learn from the labels.")
+@click.option("--epochs", type=click.IntRange(1), default=300, help="Of each student.")
+@click.option(
+    "--model", default="deit_small_distilled_patch16_224", help="The students: timm name, or deit-ti, deit-s, deit-b."
+)
+@SECONDS
+@AS_JSON
+def estimate(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    images: int | None,
+    students: int,
+    epochs: int,
+    model: str,
+    seconds: float,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Say what labelling will cost here, and from how many students on it is cheaper than asking in every step.
+
+    Teacher and rendering are timed on the first images: seven parts, about --seconds each, and on a GPU the student too.
+    A slow teacher is asked for a few views only, so that this takes a minute at most on a free machine. Nothing is written.
+
+    \b
+    Example:
+      deit-cli estimate --data imagenet/train --teacher regnety_160 --views 0:300 --students 5 --epochs 300
+    """
+    config, asked = _split(values | {"out": Path()}, PrecomputeConfig, TeacherConfig)
+    chosen = _recipe(recipe, overrides)
+    from pipeline import estimate as estimating
+    from pipeline.labels import label_bytes
+    from pipeline.measuring import forward_flops, measure_rates, training_step_s
+    from pipeline.precompute import choose_topk
+    from trainer.student import create_student
+
+    teacher, source = _load(config, asked)
+    classes = teacher.identity.num_classes
+    topk = choose_topk(config.topk, classes)
+    student = create_student(model, num_classes=classes, img_size=chosen.img_size).model
+    rates = measure_rates(source, chosen, teacher, topk=topk, precision=config.precision, least_s=seconds)
+    by_time = teacher.device.type == "cuda"
+    if by_time:
+        teacher_cost, student_cost = rates.answer_s, training_step_s(student, chosen.img_size, teacher.device)
+    else:  # forward and backward are three times the forward pass
+        teacher_cost = sum(forward_flops(network.module, network.img_size) for network in teacher.networks)
+        student_cost = 3.0 * forward_flops(student, chosen.img_size)
+    here, reachable = _pace(config, asked, teacher, rates)
+    asked_for = {
+        "num_images": images or source.num_samples,
+        "num_views": config.views[1] - config.views[0],
+        "students": students,
+        "epochs": epochs,
+    }
+    result = estimating.estimate(
+        rates,
+        reachable,
+        **asked_for,
+        views_per_decode=here["views_per_decode"],
+        bytes_per_label=label_bytes(classes, topk, config.precision),
+        teacher_s=teacher_cost,
+        student_s=student_cost,
+    )
+    if as_json:
+        measured = {"rates": dataclasses.asdict(rates), "compared_by": "time" if by_time else "FLOPs"}
+        click.echo(json.dumps(asked_for | dataclasses.asdict(result) | here | measured, indent=1))
+    else:
+        click.echo(_estimate_text(result, asked_for, here, rates, reachable, model))
+
+
+def _devices(config: PrecomputeConfig, asked: TeacherConfig) -> tuple[list[str], int]:
+    """Return the device of each teacher process, and the cores that each has."""
+    from pipeline.engines import plan_cores, plan_devices, rank_from
+
+    rank = rank_from(os.environ)
+    devices = plan_devices(asked.device, config.processes, rank)
+    return devices, plan_cores(devices, rank)
+
+
+def _pace(config: PrecomputeConfig, asked: TeacherConfig, teacher: Any, rates: Any) -> tuple[dict[str, Any], Any]:
+    """Return what this machine labels with, and how fast it can."""
+    from pipeline.engines import plan_loaders
+    from pipeline.estimate import pace
+    from pipeline.loading import usable_cores
+
+    devices, cores = _devices(config, asked)
+    kind = teacher.device.type
+    here = {
+        "device": kind,
+        "devices": len(devices),
+        "threads": teacher.threads if kind == "cpu" else None,
+        "loaders": len(devices) * max(1, plan_loaders(config.workers, cores, kind)),
+        "cores": usable_cores(),
+        "views_per_decode": min(config.views[1] - config.views[0], config.views_per_shard),
+    }
+    return here, pace(rates, **{name: value for name, value in here.items() if name != "device"})
+
+
+LIMITS = {
+    "teacher": "the teacher is the limit: another device would help",
+    "rendering": "rendering is the limit: more cores would help",
+    "cores": "the cores, which run teacher and rendering, are the limit: a GPU or more cores would help",
+}
+
+
+def _machine(here: dict[str, Any]) -> str:
+    """Return which processes label, such as `1 x cuda and 15 loader processes`."""
+    threads = f" of {_count(here['threads'], 'thread')}" if here["threads"] else ""
+    return f"{here['devices']} x {here['device']}{threads} and {_count(here['loaders'], 'loader process', 'es')}"
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number:,} {what}{'' if number == 1 else plural}"
+
+
+def _duration(hours: float) -> str:
+    """Return hours in the unit that a person would choose."""
+    if hours < 1 / 30:
+        return f"{3600 * hours:.3g} s"
+    return f"{60 * hours:.3g} min" if hours < 2 else f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h"
+
+
+def _size(number: float) -> str:
+    """Return bytes in decimal units."""
+    unit = next(
+        (unit for unit in ("B", "kB", "MB", "GB") if abs(number) < 1000 or (number := number / 1000) is None), "TB"
+    )
+    return f"{number:,.0f} B" if unit == "B" else f"{number:,.1f} {unit}"
+
+
+def _estimate_text(
+    result: Any, asked_for: dict[str, int], here: dict[str, Any], rates: Any, reachable: Any, model: str
+) -> str:
+    images, views, students, epochs = (asked_for[name] for name in ("num_images", "num_views", "students", "epochs"))
+    device, threads, shared = here["device"], here["threads"], here["views_per_decode"]
+    on = f"one {device}" + (f" process of {_count(threads, 'thread')}" if threads else "")
+    alone = "" if threads else f"; {result.cores_per_device:.1f} cores keep one {device} busy"
+    how = (
+        "by floating-point operations, a student's step as three forward passes" if threads else f"measured on {device}"
+    )
+    each = result.label_bytes // result.passes
+    ratio = f"{result.online_ratio:,.2f} times as long with the teacher in it ({model}, {how})"
+    rows = [
+        ("teacher passes", f"{result.passes:,}: {images:,} images x {views:,} views"),
+        ("teacher", f"{1 / rates.answer_s:,.1f} views/s on {on}: {_duration(result.teacher_hours)}"),
+        (
+            "rendering",
+            f"{1 / rates.view_s(shared):,.0f} views/s on one core, {_count(shared, 'view')} from each decode:"
+            f" {_duration(result.render_core_hours)}{alone}",
+        ),
+        ("labelling", f"{_duration(result.hours)} here, {reachable.together:,.1f} views/s with {_machine(here)}"),
+        ("", LIMITS[result.limit]),
+        ("label bytes", f"{_size(result.label_bytes)}, {_count(each, 'byte')} a label, before compression"),
+        ("training step", ratio),
+        (_count(students, "student"), f"of {_count(epochs, 'epoch')} each, time of one {device}:"),
+        ("", f"{_duration(result.offline_hours)} from stored labels, labelling included"),
+        ("", f"{_duration(result.online_hours)} with the teacher in every step"),
+        (
+            "labels pay off",
+            f"from {_count(result.offline_from, 'student')} on: {views:,} passes an image, once, against",
+        ),
+        ("", f"{_count(epochs, 'pass', 'es')} for each student"),
+    ]
+    return "\n".join(f"{name:15}{text}" for name, text in rows)
+
+
+@commands.group()
+def bench() -> None:
+    """Measure where the time goes on this machine."""
+
+
+@bench.command()
+@options_of(PrecomputeConfig, skip=OF_PRECOMPUTE)
+@recipe_options
+@options_of(TeacherConfig)
+@click.option("--images", type=click.IntRange(2), default=512, help="Of the source, at most, for the run of all parts.")
+@SECONDS
+@AS_JSON
+def stage1(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    images: int,
+    seconds: float,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Time each part of precompute alone, then all of them together.
+
+    Seven parts take about --seconds each; then all run together for five times as long, into a temporary folder. With a
+    slow teacher fewer images at a time are taken, so that it does not take much longer.
+
+    \b
+    Example:
+      deit-cli bench stage1 --data imagenet/train --teacher regnety_160
+    """
+    config, asked = _split(values | {"out": Path()}, PrecomputeConfig, TeacherConfig)
+    chosen = _recipe(recipe, overrides)
+    from pipeline.measuring import measure_rates, measure_together
+    from pipeline.precompute import choose_topk
+
+    teacher, source = _load(config, asked)
+    topk = choose_topk(config.topk, teacher.identity.num_classes)
+    rates = measure_rates(source, chosen, teacher, topk=topk, precision=config.precision, least_s=seconds)
+    images = min(images, max(2, int(0.5 / rates.answer_s)))  # so that an answer comes at least twice a second
+    together = measure_together(source, chosen, teacher, config, num_images=images, seconds=5 * seconds)
+    here, reachable = _pace(config, asked, teacher, rates)
+    if as_json:
+        both = {"parts": dataclasses.asdict(rates), "together": dataclasses.asdict(together)}
+        both["together"]["per_second"] = together.per_second
+        best = {"teacher": reachable.teacher, "rendering": reachable.rendering, "cores": reachable.cores}
+        click.echo(json.dumps(both | {"reachable": best, "limit": reachable.limit} | here, indent=1))
+    else:
+        click.echo(_parts_table(rates, together, here, reachable))
+
+
+def _parts_table(rates: Any, together: Any, here: dict[str, Any], reachable: Any) -> str:
+    shared, device, threads = here["views_per_decode"], here["device"], here["threads"]
+    parts = [
+        ("read", rates.read_s / shared, "one core"),
+        ("decode", rates.decode_s / shared, "one core"),
+        ("render", rates.render_s, "one core"),
+        ("copy", rates.copy_s, "in memory; not needed here" if threads else f"to one {device}, while it computes"),
+        ("teacher", rates.teacher_s, f"one {device}" + (f", {_count(threads, 'thread')}" if threads else "")),
+        ("top-k", rates.topk_s, f"one {device}"),
+        ("write", rates.write_s, "one core"),
+    ]
+    lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
+    lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s if s else 0:12,.1f}  {where}" for name, s, where in parts]
+    of_best = together.per_second / reachable.together
+    busy = "" if together.teacher_busy is None else f", teacher busy {100 * together.teacher_busy:.0f} % of the time"
+    lines += [
+        f"read and decode are shared by the {shared} views of an image" if shared > 1 else "",
+        f"{'teacher alone':29}{reachable.teacher:12,.1f}  {here['devices']} x {device}",
+        f"{'rendering alone':29}{reachable.rendering:12,.1f}  {_count(here['loaders'], 'loader process', 'es')}",
+        f"{'both on these cores':29}{reachable.cores:12,.1f}  {_count(here['cores'], 'core')}" if threads else "",
+        f"{'together, measured':29}{together.per_second:12,.1f}  {100 * of_best:.0f} % of the slowest of these{busy}",
+        LIMITS[reachable.limit],
+    ]
+    if not 0.5 <= of_best <= 1.2:
+        lines.append("measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds")
+    return "\n".join(line for line in lines if line)
+
+
 @commands.group()
 def labels() -> None:
     """Look into a label set: info, verify, show."""
@@ -350,9 +643,12 @@ def _info_table(summary: dict[str, Any]) -> str:
     first, stop = summary["views"]
     rows = [
         ("label set", f"{summary['labelset_id'][:12]}, {'sealed' if summary['sealed'] else 'not sealed'}"),
-        (
-            "teacher",
-            f"{teacher['name']}, weights {teacher['weights_sha256'][:12]}, {teacher['num_classes']} classes, {teacher['img_size']} px",
+        *(
+            (
+                "teacher",
+                f"{each['name']}, weights {each['weights_sha256'][:12]}, {each['num_classes']} classes, {each['img_size']} px",
+            )
+            for each in teacher.get("members", [teacher])
         ),
         ("recipe", f"{summary['recipe_id'][:12]}: " + ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))),
         (
@@ -447,7 +743,7 @@ def demo(out: Path, seed: int) -> None:
     """
     from pipeline.inspection import contact_sheet
     from pipeline.precompute import precompute as stage1
-    from pipeline.teacher import load_teacher
+    from pipeline.teacher_loading import load_teacher
     from trainer.demo import run_demo
 
     with _progress() as progress:
@@ -464,15 +760,49 @@ def demo(out: Path, seed: int) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar with rate and time left on a terminal; elsewhere a log line now and then."""
-    if sys.stderr.isatty():
-        yield from _bar()
-    else:
-        yield _lines()
+def _progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
+    """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
+    shown = _bar() if sys.stderr.isatty() else _now_and_then(_say, every_s=60)
+    with shown as show, _json_log(log_json) as write:
+
+        def update(tick: Any) -> None:
+            show(tick)
+            write(tick)
+
+        yield update
 
 
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
+@contextmanager
+def _now_and_then(say: Callable[[Any], None], every_s: float) -> Iterator[Callable[[Any], None]]:
+    """Pass a tick on every so many seconds, and the last one of each phase, however it ends."""
+    began: dict[str, float] = {}
+    kept: list[Any] = []
+
+    def flush() -> None:
+        while kept:
+            say(kept.pop())
+
+    def update(tick: Any) -> None:
+        if kept and kept[0].phase != tick.phase:
+            flush()
+        kept[:] = [tick]
+        now = time.monotonic()
+        if now - began.setdefault(tick.phase, now) >= every_s:
+            began[tick.phase] = now
+            flush()
+
+    try:
+        yield update
+    finally:
+        flush()
+
+
+def _say(tick: Any) -> None:
+    log.info("%s %s of %s  %s", tick.phase, f"{tick.done:,}", f"{tick.total:,}", _state(tick))
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Any], None]]:
     from rich import progress as bars
     from rich.console import Console
 
@@ -480,41 +810,74 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[rate]}"),
-        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[state]}"),
     )
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         tasks: dict[str, bars.TaskID] = {}
 
-        def update(phase: str, done: int, total: int) -> None:
-            task = (
-                tasks.setdefault(phase, shown.add_task(phase, total=total, rate=""))
-                if phase not in tasks
-                else tasks[phase]
-            )
-            speed = shown.tasks[task].speed
-            shown.update(task, completed=done, total=total, rate=f"{speed:,.0f}/s" if speed else "")
+        def update(tick: Any) -> None:
+            if tick.phase not in tasks:
+                tasks[tick.phase] = shown.add_task(tick.phase, total=tick.total, state="")
+            shown.update(tasks[tick.phase], completed=tick.done, total=tick.total, state=_state(tick))
 
         yield update
 
 
-def _lines(every_s: float = 10.0) -> Callable[[str, int, int], None]:
-    import time
+def _state(tick: Any) -> str:
+    """Return rate, time left, how busy the teacher is, and bytes written, as far as they are known."""
+    parts = []
+    if found := tick.done - tick.made:
+        parts.append(f"{found:,} of them made before")
+    if tick.made:
+        unit = {"index": "source shards", "label": "views"}.get(tick.phase, tick.phase)
+        parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {unit}/s")
+    if tick.made and tick.left_s:
+        hours, rest = divmod(int(tick.left_s), 3600)
+        parts.append(f"{hours}:{rest // 60:02}:{rest % 60:02} left")
+    if tick.made and tick.teacher_busy is not None:
+        parts.append(f"teacher busy {100 * tick.teacher_busy:.0f} %")
+    if tick.bytes_written:
+        parts.append(f"{_size(tick.bytes_written)} written")
+    return ", ".join(parts)
 
-    started: dict[str, float] = {}
-    said: dict[str, float] = {}
 
-    def update(phase: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        begun = started.setdefault(phase, now)
-        if done < total and now - said.setdefault(phase, now) < every_s:
-            return
-        said[phase] = now
-        rate = done / max(now - begun, 1e-9)
-        left = f", {(total - done) / rate:,.0f} s left" if done < total else ""
-        log.info("%s %s of %s%s", phase, f"{done:,}", f"{total:,}", f", {rate:,.0f}/s{left}" if now > begun else "")
+@contextmanager
+def _json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Callable[[Any], None]]:
+    """Append progress (every so many seconds, and the last of each phase) and log messages to a file, an object a line."""
+    if path is None:
+        yield lambda _: None
+        return
+    try:
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--log-json {path}: {error.strerror}") from error
 
-    return update
+    def write(event: str, values: dict[str, Any]) -> None:
+        try:
+            file.write(json.dumps({"time": round(time.time(), 3), "event": event} | values) + "\n")
+            file.flush()
+        except OSError as error:
+            raise StorageError(f"--log-json {path}: {error.strerror}") from error
+
+    class Messages(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            write("message", {"level": record.levelname, "from": record.name, "text": record.getMessage()})
+
+    def tell(tick: Any) -> None:
+        write("progress", dataclasses.asdict(tick) | {"per_second": tick.per_second, "left_s": tick.left_s})
+
+    messages = Messages()
+    log.addHandler(messages)
+    try:
+        with _now_and_then(tell, every_s) as update:
+            yield update
+        write("ended", {})
+    except BaseException as error:
+        write("stopped", {"error": type(error).__name__, "text": str(error)})
+        raise
+    finally:
+        log.removeHandler(messages)
+        file.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""PrecomputeConfig: every setting of stage 1 but recipe and teacher. The command line takes its options from here."""
+"""Every setting of stage 1 but the recipe. The command line takes its options from here."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +9,44 @@ from pipeline.errors import UsageError
 Precision = Literal["float16", "float32"]
 MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of views
 BadImagePolicy = Literal["fail", "skip"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Engine = Literal["local", "ray"]
 
 
 def option(default: Any, text: str, *flags: str) -> Any:
     """Return a config field with its help text and further flags for the command line."""
     return field(default=default, metadata={"help": text, "flags": flags})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Which networks answer, and how they run."""
+
+    teacher: tuple[str, ...] = option(
+        ("regnety_160",),
+        "timm or hf-hub: name, exported folder, or module:function; repeat for several: their probabilities are averaged.",
+        "--teacher-model",
+    )
+    teacher_checkpoint: tuple[Path, ...] = option(
+        (), "Weights: safetensors or a state dict; one for each --teacher, or none.", "--teacher-path"
+    )
+    pretrained: bool = option(True, "Published weights, or random ones for a trial.")
+    teacher_img_size: int | None = option(None, "Pixels that the teacher sees; by default its configuration's.")
+    device: str = option("auto", "cpu, cuda, cuda:1; auto is every visible GPU, or the CPU where there is none.")
+    dtype: Dtype = option("auto", "Of the teacher's forward pass; auto is bfloat16 on CUDA, else float32.")
+    compile: bool = option(False, "Compile the teacher (torch.compile): faster on a GPU after a minute.")
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise UsageError("--teacher must be passed at least once")
+        if self.teacher_checkpoint and len(self.teacher_checkpoint) != len(self.teacher):
+            raise UsageError(
+                f"--teacher-checkpoint must be passed once for each of the {len(self.teacher)} --teacher,"
+                f" or not at all; got {len(self.teacher_checkpoint)}"
+            )
+        size = self.teacher_img_size
+        if size is not None and not 1 <= size <= 4096:
+            raise UsageError(f"--teacher-img-size must be in 1..4096, got {size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +61,19 @@ class PrecomputeConfig:
     topk: int | None = option(None, "Most probable classes to store, by default 10 or all; 0: the hard label alone.")
     precision: Precision = option("float16", "Of the stored probabilities.")
     views_per_shard: int = option(30, "Views in one file: the unit of work, and of loss at a crash.")
-    batch_size: int = option(256, "Views in one forward pass of the teacher.", "-b")
-    workers: int | None = option(None, "Loader processes; by default from the number of cores.", "-j", "--num-workers")
+    batch_size: int | Literal["auto"] = option(
+        "auto",
+        "Views in one forward pass on a GPU, at most; auto: a mix block. What does not fit is halved. On a CPU always 32.",
+        "-b",
+    )
+    workers: int | None = option(
+        None, "Loader processes for each teacher process; by default from the number of cores.", "-j", "--num-workers"
+    )
+    engine: Engine = option("local", "Who runs the label shards: processes on this machine, or a Ray cluster.")
+    processes: int | None = option(
+        None, "Teacher processes; by default one for each GPU, else one, which uses all cores."
+    )
+    address: str = option("auto", "Of the Ray cluster (--engine ray).")
     on_bad_image: BadImagePolicy = option("fail", "An image that cannot be decoded stops the run, or is left out.")
     min_teacher_accuracy: float = option(0.0, "Refuse a teacher below this top-1 on centre crops, percent.")
     accuracy_samples: int = option(256, "Labelled images on which the teacher is measured first; 0: none.")
@@ -44,9 +88,10 @@ class PrecomputeConfig:
             ("views_per_shard", 1),
             ("accuracy_samples", 0),
             ("workers", 0),
+            ("processes", 1),
         ):
             value = getattr(self, name)
-            if value is not None and value < low:
+            if isinstance(value, int) and value < low:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
         if not 0 <= self.min_teacher_accuracy <= 100:
             raise UsageError(f"--min-teacher-accuracy is a percentage, 0..100, got {self.min_teacher_accuracy}")

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.labels import LabelRows, LabelsFooter, SampleRows, content_xxh3, encode_rows, write_labels
+from pipeline.labels import (
+    LabelRows,
+    LabelsFooter,
+    SampleRows,
+    content_xxh3,
+    encode_rows,
+    index_dtype,
+    write_labels,
+)
 from pipeline.manifest import Plan, Probe, labels_path
 from pipeline.recipe import Recipe
 from pipeline.rendering import ViewBatch
@@ -16,19 +24,26 @@ from pipeline.storage import publish_file
 
 log = logging.getLogger("deit_cli.drafts")
 
+SUSPICIOUS = 256  # that many labels of one and the same class are worth a warning
+
 
 class LabelDraft:
-    """The rows of one label shard, filled in any order."""
+    """The rows of one label shard, filled in any order, and held as they will be stored (46 bytes each for K = 10)."""
 
     def __init__(self, samples: SampleRows, shard: str, views: range, plan: Plan) -> None:
         self.shard, self.views, self._samples, self._plan = shard, views, samples, plan
-        self._row = samples.usable
+        self._row = samples.usable.astype(np.uint32)
         shape = (len(views), len(self._row))
-        self._hard = np.zeros(shape, np.int64)
-        self._index = np.zeros((*shape, plan.topk), np.int64)
-        self._prob = np.zeros((*shape, plan.topk), np.float32)
+        index, prob = index_dtype(plan.teacher.num_classes), np.dtype(plan.precision)
+        self._hard = np.zeros(shape, index)
+        self._index = np.zeros((*shape, plan.topk), index)
+        self._prob = np.zeros((*shape, plan.topk), prob)
+        self._tail = np.zeros(shape if plan.topk else (len(views), 0), prob)
         self._left = shape[0] * shape[1]
         self.probes: list[Probe] = []
+
+    def __len__(self) -> int:
+        return self._hard.size
 
     @property
     def is_complete(self) -> bool:
@@ -44,8 +59,12 @@ class LabelDraft:
         prob: NDArray[np.float32],
     ) -> None:
         """Store the answers for some rows of one view."""
-        at = view - self.views.start, np.searchsorted(self._row, rows)
-        self._hard[at], self._index[at], self._prob[at] = hard, index, prob
+        plan = self._plan
+        stored = encode_rows(rows, hard, index, prob, num_classes=plan.teacher.num_classes, precision=plan.precision)
+        at = view - self.views.start, np.searchsorted(self._row, stored.row)
+        self._hard[at], self._index[at], self._prob[at] = stored.hard, stored.topk_index, stored.topk_prob
+        if plan.topk:
+            self._tail[at] = stored.tail_mass
         self._left -= len(rows)
 
     def add_probe(self, batch: ViewBatch, recipe: Recipe) -> None:
@@ -59,16 +78,22 @@ class LabelDraft:
 
     def rows_of_views(self) -> list[LabelRows]:
         """Return the rows as they are stored, view by view."""
-        classes, precision = self._plan.teacher.num_classes, self._plan.precision
-        return [
-            encode_rows(self._row, hard, index, prob, num_classes=classes, precision=precision)
-            for hard, index, prob in zip(self._hard, self._index, self._prob, strict=True)
-        ]
+        columns = zip(self._hard, self._index, self._prob, self._tail, strict=True)
+        return [LabelRows(self._row, *column) for column in columns]
+
+    def warn_of_one_class(self) -> None:
+        """A teacher that says the same of everything is broken, though its answers are finite."""
+        if len(self) >= SUSPICIOUS and (self._hard == self._hard.flat[0]).all() and self._plan.teacher.num_classes > 1:
+            log.warning(
+                "%s, views %d:%d: the teacher gave class %d to all of %d views. Is it trained, and its input normalised?",
+                *(self.shard, self.views.start, self.views.stop, int(self._hard.flat[0]), len(self)),
+            )
 
 
-def publish_draft(out: Path, plan: Plan, draft: LabelDraft, environment: dict[str, str]) -> None:
-    """Write a complete draft as the label shard that it is; another writer's finished file stays."""
+def publish_draft(out: Path, plan: Plan, draft: LabelDraft, environment: dict[str, str]) -> int:
+    """Write a complete draft as the label shard that it is, and return its bytes; another writer's file stays."""
     views = draft.rows_of_views()
+    draft.warn_of_one_class()
     footer = LabelsFooter(
         labelset_id=plan.labelset_id,
         recipe_id=plan.recipe_id,
@@ -88,3 +113,4 @@ def publish_draft(out: Path, plan: Plan, draft: LabelDraft, environment: dict[st
     path = out / labels_path(draft.shard, draft.views)
     created = publish_file(path, partial(write_labels, views=views, footer=footer))
     log.debug("%s %s", "wrote" if created else "another writer had already written", path)
+    return path.stat().st_size

@@ -8,14 +8,15 @@ below, because NumPy gives no such promise for its distributions.
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-_WORDS = 8  # 64-bit words in one BLAKE2b digest
+_WORDS = struct.Struct("<8Q")  # of one BLAKE2b digest
 _NORMAL = NormalDist()
 
 
@@ -31,7 +32,7 @@ class Draws:
         """Return the next 64 random bits, an integer in [0, 2**64)."""
         if not self._words:
             digest = hashlib.blake2b(self._seed + self._block.to_bytes(8, "little")).digest()
-            self._words = [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 8 * _WORDS, 8)][::-1]
+            self._words = list(_WORDS.unpack(digest))[::-1]
             self._block += 1
         return self._words.pop()
 
@@ -97,6 +98,7 @@ def stream_of(*parts: str) -> Draws:
     return Draws(b"".join(_prefixed(part) for part in parts))
 
 
+@lru_cache(2**10)  # the streams of one view share all names but the last
 def _prefixed(part: str) -> bytes:
     data = part.encode()
     return len(data).to_bytes(4, "little") + data

@@ -7,7 +7,8 @@ DeitCliError                    exit code 1: cannot
 ├── SourceError                 the original images: missing, ambiguous, damaged archive
 │   └── BadImageError           one image that cannot be decoded; carries its key
 ├── TeacherError                wrong classes, wrong weights, not accurate enough
-│   └── NonFiniteTeacherError   NaN or infinity in the teacher's outputs; carries the views
+│   └── NonFiniteTeacherError   NaN or infinity in the teacher's outputs; carries their positions in the batch
+├── WorkerError                 a process was lost: killed, out of memory, hanging
 ├── LabelSetError               anything wrong with a label set
 │   ├── LabelSetCorrupt         bytes that are not what the manifest promises
 │   ├── LabelSetMismatch        sound, but made from another recipe, teacher, source or format
@@ -63,7 +64,23 @@ class TeacherError(DeitCliError):
 
 
 class NonFiniteTeacherError(TeacherError):
-    """The teacher answered NaN or infinity; the argmax of that is a valid class, so it must never be stored."""
+    """The teacher answered NaN or infinity; the argmax of that is a valid class, so it must never be stored.
+
+    Attributes:
+        what: which teacher, and in which precision.
+        positions: of the views in the batch.
+    """
+
+    def __init__(self, what: str, positions: tuple[int, ...]) -> None:
+        super().__init__(what, positions)
+        self.what, self.positions = what, positions
+
+    def __str__(self) -> str:
+        return self.what
+
+
+class WorkerError(DeitCliError):
+    """A process of ours was lost: killed, out of memory, or hanging."""
 
 
 class LabelSetError(DeitCliError):

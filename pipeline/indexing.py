@@ -1,7 +1,8 @@
 """The samples files: every image read, decoded once and hashed, before the teacher sees any."""
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,58 +14,68 @@ from pipeline.decode import decode
 from pipeline.errors import BadImageError, SourceError
 from pipeline.labels import SampleRows, SamplesFooter, write_samples
 from pipeline.labelset import checked_samples
+from pipeline.loading import Mapped, Whereabouts, checked, start_loader
 from pipeline.manifest import Plan, samples_path
-from pipeline.rendering import MappedRange, checked, start_loader
+from pipeline.progress import Progress, Tick
 from pipeline.sources import Source
 from pipeline.storage import publish_file
 
 log = logging.getLogger("deit_cli.indexing")
 
-Progress = Callable[[str, int, int], None]  # phase, done, total
-
 
 def index_samples(
-    out: Path, plan: Plan, source: Source, *, on_bad_image: BadImagePolicy, workers: int, progress: Progress
+    out: Path,
+    plan: Plan,
+    source: Source,
+    *,
+    shards: Sequence[str],
+    on_bad_image: BadImagePolicy,
+    workers: int,
+    progress: Progress,
 ) -> dict[str, SampleRows]:
-    """Write each source shard's samples file where there is none, and return the samples of all.
+    """Write these source shards' samples files where there are none, and return their samples.
 
     Raises:
         SourceError: an image cannot be decoded and `on_bad_image` is `fail`; or no image can.
     """
-    missing = [record.name for record in plan.source.shards if not (out / samples_path(record.name)).is_file()]
-    scan = partial(scan_shard, source, missing, on_bad_image)
-    loader = start_loader(MappedRange(scan, len(missing)), workers=min(workers, len(missing)))
-    for done, (name, samples) in enumerate(zip(missing, checked(loader), strict=True)):
+    records = {record.name: record for record in plan.source.shards}
+    missing = [name for name in shards if not (out / samples_path(name)).is_file()]
+    began = time.monotonic()
+    whereabouts = Whereabouts(workers)
+    scan = partial(scan_shard, source, missing, on_bad_image, whereabouts)
+    loader = start_loader(Mapped(scan, len(missing)), workers=min(workers, len(missing)))
+    for done, (name, samples) in enumerate(zip(missing, checked(loader, whereabouts), strict=True)):
         footer = SamplesFooter(labelset_id=plan.labelset_id, source_id=plan.source_id, shard=name, rows=len(samples))
         publish_file(out / samples_path(name), partial(write_samples, samples=samples, footer=footer))
-        progress("index", done + 1, len(missing))
-    tables = {
-        record.name: checked_samples(out / samples_path(record.name), plan, record) for record in plan.source.shards
-    }
+        progress(Tick("index", done + 1, len(missing), time.monotonic() - began, done + 1))
+    tables = {name: checked_samples(out / samples_path(name), plan, records[name]) for name in shards}
     bad = sum(len(samples) - len(samples.usable) for samples in tables.values())
     if bad:
         log.warning(
             "%d of %d images cannot be decoded and are left out; `deit-cli labels info` names them",
             bad,
-            source.num_samples,
+            sum(map(len, tables.values())),
         )
-    if bad == source.num_samples:
+    if tables and bad == sum(map(len, tables.values())):
         raise SourceError(f"{source.location}: no image can be decoded")
     return tables
 
 
-def scan_shard(source: Source, names: list[str], on_bad_image: BadImagePolicy, index: int) -> SampleRows | Exception:
+def scan_shard(
+    source: Source, names: list[str], on_bad_image: BadImagePolicy, whereabouts: Whereabouts, index: int
+) -> SampleRows | Exception:
     """Read, hash and decode all images of a source shard. Errors are returned, so that they cross processes whole."""
     try:
-        return _scan(source, names[index], on_bad_image)
+        return _scan(source, names[index], on_bad_image, whereabouts)
     except SourceError as error:
         return error
 
 
-def _scan(source: Source, name: str, on_bad_image: BadImagePolicy) -> SampleRows:
+def _scan(source: Source, name: str, on_bad_image: BadImagePolicy, whereabouts: Whereabouts) -> SampleRows:
     shard = source.shard(name)
     sizes, hashes, shapes, bad = [], [], [], []
     for row in range(len(shard)):
+        whereabouts.note(f"image {shard.keys[row]!r} of {name}")
         sample = shard[row]
         sizes.append(len(sample.image))
         hashes.append(xxhash.xxh3_128_digest(sample.image))

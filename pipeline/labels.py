@@ -83,6 +83,14 @@ class SampleRows:
         """Rows whose image is good, int64, rising."""
         return np.flatnonzero([reason is None for reason in self.bad])
 
+    def take(self, rows: NDArray[np.int64]) -> "SampleRows":
+        """Return some rows alone, in this order."""
+        chosen = rows.tolist()
+        key, label, xxh3, bad = (
+            tuple(column[row] for row in chosen) for column in (self.key, self.class_label, self.image_xxh3, self.bad)
+        )
+        return SampleRows(key, label, self.image_bytes[rows], xxh3, self.height[rows], self.width[rows], bad)
+
 
 class SamplesFooter(Record):
     """What a samples file says of itself."""
@@ -124,6 +132,12 @@ Footer = TypeVar("Footer", SamplesFooter, LabelsFooter)
 def index_dtype(num_classes: int) -> np.dtype[np.unsignedinteger]:
     """Return uint16, or uint32 where there are more than 65,536 classes."""
     return np.dtype(np.uint16 if num_classes <= 65536 else np.uint32)
+
+
+def label_bytes(num_classes: int, topk: int, precision: Precision) -> int:
+    """Return the bytes of one label before compression: class, K indices and probabilities, tail."""
+    index, prob = index_dtype(num_classes).itemsize, np.dtype(precision).itemsize
+    return index + topk * (index + prob) + (prob if topk else 0)
 
 
 def labels_schema(num_classes: int, topk: int, precision: Precision) -> pa.Schema:

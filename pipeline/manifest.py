@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.config import Precision
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
@@ -58,6 +58,61 @@ class TeacherIdentity(Record):
         """SHA-256 of the canonical JSON."""
         return sha256_json(self.model_dump(mode="json"))
 
+    @property
+    def members(self) -> tuple["TeacherIdentity", ...]:
+        """Itself: a teacher is an ensemble of one."""
+        return (self,)
+
+
+class EnsembleIdentity(Record):
+    """Several teachers whose probabilities are averaged.
+
+    Attributes:
+        members: in the order in which they were asked for; of one number of classes.
+    """
+
+    members: Annotated[tuple[TeacherIdentity, ...], Field(min_length=2, max_length=64)]
+
+    @model_validator(mode="after")
+    def _classes_agree(self) -> Self:
+        if len({member.num_classes for member in self.members}) > 1:
+            counts = ", ".join(f"{member.name} {member.num_classes}" for member in self.members)
+            raise ValueError(f"teachers must have one number of classes, got {counts}")
+        return self
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return sha256_json(self.model_dump(mode="json"))
+
+    @property
+    def name(self) -> str:
+        """The members' names."""
+        return " + ".join(member.name for member in self.members)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.members[0].num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Of the first member that knows them."""
+        return next((member.class_names for member in self.members if member.class_names), None)
+
+
+def _teacher_tag(value: Any) -> str:
+    several = "members" in value if isinstance(value, dict) else isinstance(value, EnsembleIdentity)
+    return _TEACHER_TAGS[several]
+
+
+_TEACHER_TAGS = ("one", "several")
+AnyTeacher = TeacherIdentity | EnsembleIdentity
+_TaggedTeacher = Annotated[
+    Annotated[TeacherIdentity, Tag(_TEACHER_TAGS[0])] | Annotated[EnsembleIdentity, Tag(_TEACHER_TAGS[1])],
+    Discriminator(_teacher_tag),
+]
+
 
 class ShardRecord(Record):
     """One source shard: its name, its number of samples, and a hash over their keys and class labels."""
@@ -91,14 +146,14 @@ class Plan(Record):
     teacher_id: Sha256
     source_id: Sha256
     recipe: dict[str, Any]
-    teacher: TeacherIdentity
+    teacher: _TaggedTeacher
     source: SourceRecord
     topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
     precision: Precision
 
     @classmethod
     def make(
-        cls, *, recipe: Recipe, teacher: TeacherIdentity, source: SourceRecord, topk: int, precision: Precision
+        cls, *, recipe: Recipe, teacher: AnyTeacher, source: SourceRecord, topk: int, precision: Precision
     ) -> Self:
         """Build a plan; its ids follow from its parts."""
         ids = {"recipe_id": recipe.id, "teacher_id": teacher.id, "source_id": source.id}
@@ -273,10 +328,11 @@ def read_probes(values: list[dict[str, Any]], path: Path) -> list[Probe]:
         raise LabelSetCorrupt(f"{path}: a probe in its footer: {error.errors()[0]['msg']}") from error
 
 
-def pixel_environment(device: str, dtype: str) -> dict[str, str]:
+def pixel_environment(*, device: str, dtype: str, compiled: bool) -> dict[str, str]:
     """Return what pixels and teacher outputs depend on beside the recipe: library versions, device and dtype."""
     packages = ("numpy", "opencv-python-headless", "pillow", "simplejpeg", "timm", "torch")
-    return {name: metadata.version(name) for name in packages} | {"device": device, "dtype": dtype}
+    how = f"{dtype} compiled" if compiled else dtype
+    return {name: metadata.version(name) for name in packages} | {"device": device, "dtype": how}
 
 
 def short(digest: str) -> str:
@@ -323,7 +379,7 @@ def _read_record(path: Path, kind: type[_RecordT]) -> _RecordT:
         return kind.model_validate_json(canonical_json(values))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"] if part not in _TEACHER_TAGS)
         raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}") from error
     except DeitCliError as error:
         raise LabelSetMismatch(f"{path}: {error}") from error

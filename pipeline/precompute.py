@@ -1,10 +1,9 @@
-"""Stage 1: render numbered views, let the teacher answer, store what it said. One label shard at a time."""
+"""Stage 1 from plan to seal: what is to be labelled, by whom, and when it is complete."""
 
 import itertools
 import logging
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,30 +11,26 @@ from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode
-from pipeline.drafts import LabelDraft, publish_draft
-from pipeline.errors import (
-    BadImageError,
-    LabelSetCorrupt,
-    LabelSetMismatch,
-    NonFiniteTeacherError,
-    TeacherError,
-    UsageError,
+from pipeline.engines import (
+    connect_ray,
+    limit,
+    plan_cores,
+    plan_devices,
+    plan_loaders,
+    rank_from,
+    run_here,
+    run_processes,
+    run_ray,
 )
-from pipeline.indexing import Progress, index_samples
-from pipeline.labels import MAX_TOPK, SampleRows, read_all_views
-from pipeline.labelset import LabelSet, checked_labels_footer, record_of
-from pipeline.manifest import (
-    PLAN_NAME,
-    Plan,
-    labels_path,
-    pixel_environment,
-    read_plan,
-    read_probes,
-)
-from pipeline.mixing import MixBatch, apply_mix, mix_blocks
+from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, UsageError
+from pipeline.indexing import index_samples
+from pipeline.labelling import Job, LabelTask, paths_of
+from pipeline.labels import MAX_TOPK, SampleRows, label_bytes
+from pipeline.labelset import LabelSet, record_of
+from pipeline.manifest import PLAN_NAME, Plan, read_plan
+from pipeline.mixing import mix_batch
+from pipeline.progress import Progress, Tally
 from pipeline.recipe import PRESETS, Recipe
-from pipeline.rendering import BlockRenderer, BlockTask, ViewBatch, checked, plan_workers, start_loader
-from pipeline.replay import compare_probes
 from pipeline.sealing import check_untouched, claim, seal, sealed_manifest
 from pipeline.sources import Sample, Source
 from pipeline.storage import TEMPORARY_PREFIX, sweep_temporaries
@@ -71,10 +66,8 @@ class Work:
     @property
     def bytes_before_compression(self) -> int:
         """Size of all labels before compression: class, K indices and probabilities, tail."""
-        index = 2 if self.plan.teacher.num_classes <= 65536 else 4
-        prob = 2 if self.plan.precision == "float16" else 4
-        topk = self.plan.topk
-        return self.teacher_passes * (index + topk * (index + prob) + (prob if topk else 0))
+        plan = self.plan
+        return self.teacher_passes * label_bytes(plan.teacher.num_classes, plan.topk, plan.precision)
 
 
 def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
@@ -86,21 +79,19 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     """
     labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
     check_classes(teacher.identity, source.class_names, max(labels, default=None))
-    num_classes = teacher.identity.num_classes
-    topk = min(DEFAULT_TOPK, num_classes) if config.topk is None else config.topk
-    if topk > min(num_classes, MAX_TOPK):
-        most = f"{num_classes} (the teacher's classes)" if num_classes <= MAX_TOPK else f"{MAX_TOPK}"
-        raise UsageError(f"--topk must be in 0..{most}, got {topk}")
+    topk = choose_topk(config.topk, teacher.identity.num_classes)
     plan = Plan.make(
         recipe=recipe, teacher=teacher.identity, source=record_of(source), topk=topk, precision=config.precision
     )
+    # Listed before the plan is looked for: another run that begins just now writes its plan before anything else.
+    present = [path.name for path in config.out.iterdir()] if config.out.is_dir() else []
     if (config.out / PLAN_NAME).is_file():
         existing = read_plan(config.out)
         existing.check_same(plan, folder=config.out)
         plan = existing
     elif config.out.exists() and not config.out.is_dir():
         raise UsageError(f"--out {config.out} is a file: choose a folder")
-    elif config.out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in config.out.iterdir()):
+    elif any(not name.startswith(TEMPORARY_PREFIX) for name in present):
         raise LabelSetMismatch(f"{config.out} is not empty and holds no label set: choose another --out")
     manifest = sealed_manifest(config.out)
     sealed = sorted((range(*block) for block in manifest.view_blocks), key=lambda b: b.start) if manifest else []
@@ -108,6 +99,15 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     _check_no_gap(sealed, asked, config.views)
     again = [block for block in sealed if block.start < config.views[1] and block.stop > config.views[0]]
     return Work(plan, (*again, *_cut(asked, config.views_per_shard)), source.num_samples, len(asked))
+
+
+def choose_topk(asked: int | None, num_classes: int) -> int:
+    """Return K, by default 10 or all classes."""
+    topk = min(DEFAULT_TOPK, num_classes) if asked is None else asked
+    if topk > min(num_classes, MAX_TOPK):
+        most = f"{num_classes} (the teacher's classes)" if num_classes <= MAX_TOPK else f"{MAX_TOPK}"
+        raise UsageError(f"--topk must be in 0..{most}, got {topk}")
+    return topk
 
 
 def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int]) -> None:
@@ -119,25 +119,67 @@ def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int])
 
 
 def precompute(
-    config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source, *, progress: Progress = lambda *_: None
-) -> LabelSet:
-    """Make, continue or extend a label set; return it, sealed.
+    config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source, *, progress: Progress = lambda _: None
+) -> LabelSet | None:
+    """Make, continue or extend a label set.
 
     Every file is published whole under its final name; a run that was killed continues where it was.
+
+    Returns:
+        the label set, sealed; None where other ranks still have label shards to make.
     """
     work = plan_work(config, recipe, teacher, source)
+    rank = rank_from(os.environ)
+    devices = plan_devices(teacher.config.device, config.processes, rank)
+    cores = 1 if config.engine == "ray" else plan_cores(devices, rank)  # an actor of Ray has one core
+    limit(teacher, config, cores)
+    if config.engine == "ray":
+        connect_ray(config.address)  # before hours of indexing
     _check_accuracy(config, teacher, source)
     claim(config.out, work.plan, work.blocks)
     check_untouched(config.out, work.blocks)
     sweep_temporaries(config.out)
-    workers = plan_workers(config.workers, teacher.device)
+    tasks = [LabelTask(shard.name, views) for views in work.blocks for shard in source.shards]
+    mine = rank.share(tasks)
+    if rank.world_size > 1:
+        log.info("rank %d of %d: %d of %d label shards", rank.rank, rank.world_size, len(mine), len(tasks))
+    job = Job(config, work.plan, recipe, source, plan_loaders(config.workers, cores, devices[0]), cores)
     samples = index_samples(
-        config.out, work.plan, source, on_bad_image=config.on_bad_image, workers=workers, progress=progress
+        config.out,
+        work.plan,
+        source,
+        shards=list(dict.fromkeys(task.shard for task in mine)),
+        on_bad_image=config.on_bad_image,
+        workers=job.workers * len(devices),
+        progress=progress,
     )
     _warn_of_sorted_classes(recipe, samples)
-    _label_views(config, work, recipe, teacher, source, samples, workers, progress)
+    _label(job, teacher, devices, mine, samples, progress)
+    if missing := sum(not path.is_file() for path in paths_of(config.out, tasks)):
+        log.info("%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks))
+        return None
+    sweep_temporaries(config.out)  # of processes that were lost meanwhile
     seal(config.out, work.plan, work.blocks)
     return LabelSet.open(config.out)
+
+
+def _label(
+    job: Job,
+    teacher: Teacher,
+    devices: list[str],
+    tasks: list[LabelTask],
+    samples: dict[str, SampleRows],
+    progress: Progress,
+) -> None:
+    """Let the engine run the label shards."""
+    total = sum(len(samples[task.shard].usable) * len(task.views) for task in tasks)
+    tally = Tally(total, processes=max(1, min(len(devices), len(tasks))), progress=progress)
+    if job.config.engine == "ray":
+        run_ray(job, teacher, job.config.processes, tasks, tally)
+    elif len(devices) == 1:
+        run_here(job, teacher, tasks, tally)
+    else:
+        run_processes(job, teacher, devices[: len(tasks)], tasks, tally)
 
 
 def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[float, int] | None:
@@ -150,15 +192,15 @@ def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[floa
         (shard, row) for shard in source.shards for row, label in enumerate(shard.class_labels) if label is not None
     ]
     chosen = [labelled[i * len(labelled) // limit] for i in range(limit)] if len(labelled) > limit else labelled
-    size = teacher.identity.img_size
+    size = teacher.img_size
     recipe = Recipe.from_dict(PRESETS["none"].to_dict() | {"img_size": size, "crop_pct": teacher.crop_pct})
     right = seen = 0
     for start in range(0, len(chosen), 64):
         views = [view for shard, row in chosen[start : start + 64] if (view := _centre_view(shard[row], recipe))]
         if not views:
             continue
-        images = torch.from_numpy(np.stack([pixels for pixels, _ in views])).permute(0, 3, 1, 2)
-        answer = teacher.answer(images.to(teacher.device).float(), 0)
+        images = torch.from_numpy(np.stack([pixels for pixels, _ in views]))
+        answer = teacher.ask(images, mix_batch([], [], len(images)), 0).result()
         right += int((answer.hard == np.array([label for _, label in views])).sum())
         seen += len(views)
     return (100 * right / seen, seen) if seen else None
@@ -202,70 +244,6 @@ def _warn_of_sorted_classes(recipe: Recipe, samples: dict[str, SampleRows]) -> N
         )
 
 
-def _label_views(
-    config: PrecomputeConfig,
-    work: Work,
-    recipe: Recipe,
-    teacher: Teacher,
-    source: Source,
-    samples: dict[str, SampleRows],
-    workers: int,
-    progress: Progress,
-) -> None:
-    """The loop: rendered batches in, complete label shards out."""
-    missing = [
-        (shard.name, views)
-        for views in work.blocks
-        for shard in source.shards
-        if not _is_done(config.out, work.plan, shard.name, views, samples[shard.name], recipe, source)
-    ]
-    tasks = [
-        BlockTask(name, views, rows, samples[name])
-        for name, views in missing
-        for rows in mix_blocks(recipe, samples[name].usable)
-    ]
-    total = sum(len(task.rows) * len(task.views) for task in tasks)
-    environment = pixel_environment(_device_name(teacher.device), str(teacher.dtype).removeprefix("torch."))
-    drafts = {(name, views): LabelDraft(samples[name], name, views, work.plan) for name, views in missing}
-    for name, views in [key for key, draft in drafts.items() if draft.is_complete]:  # nothing usable in it
-        publish_draft(config.out, work.plan, drafts.pop((name, views)), environment)
-    done = 0
-    loader = start_loader(
-        BlockRenderer(source, recipe, tasks), workers=workers, pin_memory=teacher.device.type == "cuda"
-    )
-    for batch in checked(loader):
-        draft = drafts[batch.shard, batch.views]
-        draft.add_probe(batch, recipe)
-        for rows, images, mix in _teacher_batches(batch, config.batch_size):
-            draft.add(batch.view, rows, *_ask(teacher, images, mix, work.plan.topk, batch, rows))
-            done += len(rows)
-            progress("label", done, total)
-        if draft.is_complete:
-            publish_draft(config.out, work.plan, drafts.pop((batch.shard, batch.views)), environment)
-
-
-def _ask(
-    teacher: Teacher, images: torch.Tensor, mix: MixBatch, topk: int, batch: ViewBatch, rows: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    pixels = images.to(teacher.device, non_blocking=True).permute(0, 3, 1, 2)
-    try:
-        answer = teacher.answer(apply_mix(pixels, mix.to(teacher.device)), topk)
-    except NonFiniteTeacherError as error:
-        raise NonFiniteTeacherError(
-            f"{error} (view {batch.view} of {batch.shard}, rows {rows[:8].tolist()}…)"
-        ) from error
-    return answer.hard, answer.topk_index, answer.topk_prob
-
-
-def _teacher_batches(batch: ViewBatch, size: int) -> Iterator[tuple[NDArray[np.int64], torch.Tensor, MixBatch]]:
-    """Cut a batch into pieces of at most `size`, never between partners: pairs lie at even positions."""
-    size -= size % 2
-    for start in range(0, len(batch.rows), size):
-        piece = slice(start, start + size)
-        mix = MixBatch(batch.mix.partner[piece] - start, batch.mix.lam[piece], batch.mix.box[piece])
-        yield batch.rows[piece].numpy(), batch.images[piece], mix
-
-
 def _cut(views: list[int], size: int) -> tuple[range, ...]:
     """Cut view numbers into consecutive runs of at most `size`."""
     blocks: list[range] = []
@@ -275,21 +253,3 @@ def _cut(views: list[int], size: int) -> tuple[range, ...]:
         else:
             blocks.append(range(view, view + 1))
     return tuple(blocks)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _is_done(
-    out: Path, plan: Plan, shard: str, views: range, samples: SampleRows, recipe: Recipe, source: Source
-) -> bool:
-    """Whether a label shard exists, is whole, and was rendered from the pixels that this machine renders."""
-    path = out / labels_path(shard, views)
-    if not path.is_file():
-        return False
-    footer = checked_labels_footer(path, plan, shard, views)
-    if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
-        raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file: delete it and run again")
-    compare_probes(read_probes(footer.probes, path), recipe, source, {shard: samples}.__getitem__)
-    return True

@@ -1,47 +1,54 @@
-"""Loader processes: they read a mix block, decode it once for several views, and hand over batches of views."""
+"""Mix blocks to views: each image is decoded once, and one batch after the other is one view of the whole block."""
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from pipeline.decode import decode
 from pipeline.errors import DeitCliError
 from pipeline.labels import SampleRows
-from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch
+from pipeline.loading import Whereabouts
+from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
 from pipeline.sources import Source
-from pipeline.views import draw_view, render
+from pipeline.views import draw_view, render, render_views
 
-# Views of a mix block that wait rendered in a worker. Eight DeiT views of 256 images are 308 MB; more views at once
-# would save decodes (already an eighth of one per view) and cost memory.
-RENDER_BYTES = 320 * 2**20
+# What one process holds of a block between its views: decoded images, or their views where these are smaller. A block
+# of 256 images of ImageNet decodes to about 150 MB; one of 12-megapixel photographs becomes eight views at a time.
+HELD_BYTES = 320 * 2**20
 
 
 @dataclass(frozen=True)
-class BlockTask:
-    """One mix block of one label shard.
+class Block:
+    """One mix block of one label shard, and views of it that are made from one decode.
 
     Attributes:
         shard: name of the source shard.
         views: the label shard's block of views.
+        chunk: the views to make, part of `views`.
         rows: int64 [N], usable rows of the mix block.
-        samples: the source shard's samples.
+        samples: those rows of the source shard's samples, N of them.
     """
 
     shard: str
     views: range
+    chunk: range
     rows: NDArray[np.int64]
     samples: SampleRows
+
+    @property
+    def name(self) -> tuple[str, int, int]:
+        """What tells it from every other block of a label set."""
+        return self.shard, int(self.rows[0]), self.chunk.start
+
+
+Unit = tuple[Block, int]  # one view of a block: what a loader process makes at a time
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class ViewBatch:
         shard: name of the source shard.
         views: the label shard's block of views.
         view: which view this is.
-        rows: int64 [B], samples' rows; the two of a pair stand together.
+        rows: int64 [B], samples' rows; the two of a pair stand together, pairs at even positions.
         images: uint8 [B, H, W, 3].
         mix: partners and mixes, by position in the batch.
     """
@@ -64,52 +71,111 @@ class ViewBatch:
     images: Tensor
     mix: MixBatch
 
+    def pin_memory(self) -> "ViewBatch":
+        """Return the same batch with its images in page-locked memory (a DataLoader calls this)."""
+        return ViewBatch(self.shard, self.views, self.view, self.rows, self.images.pin_memory(), self.mix)
 
-class BlockRenderer(IterableDataset[ViewBatch | Exception]):
-    """Renders the blocks of a list of tasks; worker w of W takes every W-th, and ends with the error that stops it."""
 
-    def __init__(self, source: Source, recipe: Recipe, tasks: Sequence[BlockTask]) -> None:
-        self._source, self._recipe, self._tasks = source, recipe, tasks
+class BlockRenderer:
+    """`renderer((block, view))` is one view of a block, or the error that stops it: called in loader processes.
 
-    def __iter__(self) -> Iterator[ViewBatch | Exception]:
-        worker = get_worker_info()
-        start, step = (worker.id, worker.num_workers) if worker else (0, 1)
+    It holds the images of the block that it was asked for last, so whoever asks for all views of a block in a row
+    (see `deal`) pays for one decode.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, whereabouts: Whereabouts | None = None) -> None:
+        self._source, self._recipe, self._whereabouts = source, recipe, whereabouts
+        self._name: tuple[str, int, int] | None = None
+        self._held: list[NDArray[np.uint8]] = []
+
+    def __call__(self, unit: Unit | None) -> ViewBatch | Exception | None:
+        """Render one view of a block; None has no work in it."""
         try:
-            for task in self._tasks[start::step]:
-                yield from self._render_task(task)
+            return self._render(*unit) if unit else None
         except DeitCliError as error:
-            yield error
+            return error
 
-    def _render_task(self, task: BlockTask) -> Iterator[ViewBatch]:
-        per_view = len(task.rows) * self._recipe.img_size**2 * 3
-        chunk = max(1, RENDER_BYTES // max(1, per_view))
-        for start in range(task.views.start, task.views.stop, chunk):
-            yield from self._render_views(task, range(start, min(start + chunk, task.views.stop)))
+    def _render(self, block: Block, view: int) -> ViewBatch:
+        if self._name != block.name:
+            self._name, self._held = None, []  # the old images go before the new ones come
+            self._held = [self._hold(block, position) for position in range(len(block.rows))]
+            self._name = block.name
+        recipe, size, keys = self._recipe, self._recipe.img_size, block.samples.key
+        pairs = draw_pairs(recipe, keys, view)
+        order = pairs.ravel()[pairs.ravel() >= 0]
+        images = new_batch(len(order), size)
+        pixels = images.numpy()
+        for at, position in enumerate(order.tolist()):
+            held = self._held[position]
+            if held.ndim == 4:
+                pixels[at] = held[view - block.chunk.start]
+            else:
+                drawn = draw_view(recipe, keys[position], view, height=held.shape[0], width=held.shape[1])
+                pixels[at] = render(held, drawn)
+        mixes = [draw_mix(recipe, keys[a], view) if b >= 0 else Mix() for a, b in pairs.tolist()]
+        mix = mix_batch(paired_positions(pairs), mixes, len(order))
+        return ViewBatch(block.shard, block.views, view, torch.from_numpy(block.rows[order]), images, mix)
 
-    def _render_views(self, task: BlockTask, views: range) -> Iterator[ViewBatch]:
-        """Decode each image of the block once and render it for all `views`."""
-        size = self._recipe.img_size
-        keys = tuple(task.samples.key[row] for row in task.rows.tolist())
-        pairs = [draw_pairs(self._recipe, keys, view) for view in views]
-        orders = [flat[flat >= 0] for flat in (pair.ravel() for pair in pairs)]
-        slots = [np.argsort(order) for order in orders]
-        images = [np.empty((len(keys), size, size, 3), np.uint8) for _ in views]
-        shard = self._source.shard(task.shard)
-        for position, row in enumerate(task.rows.tolist()):
-            sample = shard[row]
-            check_image(sample, task.samples, row, shard=task.shard)
-            image = decode(sample.image, key=sample.key)
-            for i, view in enumerate(views):
-                drawn = draw_view(self._recipe, sample.key, view, height=image.shape[0], width=image.shape[1])
-                images[i][slots[i][position]] = render(image, drawn)
-        for i, view in enumerate(views):
-            mix = self._mixes(keys, pairs[i], view)
-            rows = torch.from_numpy(task.rows[orders[i]])
-            yield ViewBatch(task.shard, task.views, view, rows, torch.from_numpy(images[i]), mix)
+    def _hold(self, block: Block, position: int) -> NDArray[np.uint8]:
+        """Return the decoded image [H, W, 3], or all its views [V, size, size, 3] where they take less memory."""
+        if self._whereabouts:
+            self._whereabouts.note(f"image {block.samples.key[position]!r} of {block.shard}")
+        sample = self._source.shard(block.shard)[int(block.rows[position])]
+        check_image(sample, block.samples, position, shard=block.shard)
+        image = decode(sample.image, key=sample.key)
+        if image.nbytes <= len(block.chunk) * self._recipe.img_size**2 * 3:
+            return image
+        return render_views(image, self._recipe, sample.key, block.chunk)
 
-    def _mixes(self, keys: tuple[str, ...], pairs: NDArray[np.int64], view: int) -> MixBatch:
-        mixes = [draw_mix(self._recipe, keys[a], view) if b >= 0 else Mix() for a, b in pairs.tolist()]
-        return mix_batch(paired_positions(pairs), mixes, len(keys))
+
+def new_batch(size: int, img_size: int) -> Tensor:
+    """Return an uninitialised uint8 tensor [size, img_size, img_size, 3]; in a loader process in shared memory.
+
+    Sent to the main process, it then travels as a handle; a tensor of ordinary memory would be copied once more.
+    """
+    shape = (size, img_size, img_size, 3)
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(size * img_size**2 * 3, device="cpu")  # as torch's default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def blocks_of(shard: str, views: range, samples: SampleRows, recipe: Recipe) -> Iterator[Block]:
+    """Yield the mix blocks of one label shard, with as many views at a time as HELD_BYTES allows."""
+    for rows in mix_blocks(recipe, samples.usable):
+        part = samples.take(rows)
+        step = views_at_once(part, recipe.img_size, len(views))
+        for start in range(views.start, views.stop, step):
+            yield Block(shard, views, range(start, min(start + step, views.stop)), rows, part)
+
+
+def views_at_once(samples: SampleRows, img_size: int, num_views: int) -> int:
+    """Return how many views of these samples, 1 to num_views, can be made from what HELD_BYTES holds of them."""
+    decoded = samples.height.astype(np.int64) * samples.width * 3
+    for views in range(num_views, 1, -1):
+        if np.minimum(decoded, views * img_size**2 * 3).sum() <= HELD_BYTES:
+            return views
+    return 1
+
+
+def deal(blocks: Iterable[Block], workers: int) -> Iterator[Unit | None]:
+    """Yield the views of as many blocks as there are workers, in turn.
+
+    A loader gives its items to its workers in turn, so each worker gets all views of a block, and decodes it once.
+    None keeps the turn of a worker for whom no block is left. Blocks are taken when they are needed, not before.
+    """
+    blocks = iter(blocks)
+    lanes: list[Iterator[Unit]] = [iter(()) for _ in range(max(1, workers))]
+    more = True
+    while more:
+        more = False
+        for i, lane in enumerate(lanes):
+            unit = next(lane, None)
+            if unit is None and (block := next(blocks, None)) is not None:
+                lanes[i] = lane = zip(itertools.repeat(block), block.chunk)
+                unit = next(lane)
+            more = more or unit is not None
+            yield unit
 
 
 def paired_positions(pairs: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -120,77 +186,3 @@ def paired_positions(pairs: NDArray[np.int64]) -> list[tuple[int, int]]:
         positions.append((at, at + 1 if second >= 0 else -1))
         at += 2 if second >= 0 else 1
     return positions
-
-
-def plan_workers(asked: int | None, device: torch.device) -> int:
-    """Return how many loader processes to start, and leave the other cores to the threads of a network on the CPU.
-
-    A thread that waits for a core that a loader holds makes the whole forward pass wait, so the two share the cores.
-    OMP_NUM_THREADS decides the threads where it is set: float32 results on the CPU depend on it in their last bits.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    on_cpu = device.type == "cpu"
-    workers = max(1, cores // 2 if on_cpu else cores - 1) if asked is None else asked
-    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores - workers))
-    return workers
-
-
-def start_loader(
-    dataset: Dataset[Any], *, workers: int, sampler: Any = None, pin_memory: bool = False
-) -> DataLoader[Any]:
-    """Return a loader of ready batches over worker processes; 0 workers renders in this process.
-
-    Workers start from a clean server process (no fork of a process that runs threads), and each uses one thread.
-    """
-    options: dict[str, Any] = {}
-    if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "cv2", "pipeline.rendering"])
-        options = {"multiprocessing_context": context, "worker_init_fn": _start_worker, "prefetch_factor": 2}
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # its own, so that loading never moves the global random state
-        **options,
-    )
-
-
-def checked(loader: Iterable[Any]) -> Iterator[Any]:
-    """Yield what a loader brings, and raise the errors that its processes sent instead.
-
-    Errors cross processes as values: a DataLoader would wrap a raised one in its worker's traceback.
-    """
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-MapFunction = Callable[[int], Any]
-
-
-class MappedRange(Dataset[Any]):
-    """Position i is `function(i)`: lets worker processes call any picklable function."""
-
-    def __init__(self, function: MapFunction, size: int) -> None:
-        self._function, self._size = function, size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, index: int) -> Any:
-        return self._function(index)

@@ -46,11 +46,9 @@ def make_probe(pixels: NDArray[np.uint8], *, shard: str, row: int, view: int, pa
 
 
 def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) -> None:
-    """Raise LabelSetMismatch unless this is the very image, by key and bytes, that the teacher saw."""
+    """Raise LabelSetMismatch unless this is the very image, by key and bytes, that row `row` of `samples` names."""
     if sample.key != samples.key[row]:
-        raise LabelSetMismatch(
-            f"row {row} of {shard} is labelled as {samples.key[row]!r}, the source has {sample.key!r}"
-        )
+        raise LabelSetMismatch(f"{shard}: the label is of {samples.key[row]!r}, the source has {sample.key!r} there")
     if xxhash.xxh3_128_digest(sample.image) != samples.image_xxh3[row]:
         raise LabelSetMismatch(
             f"image {sample.key!r} of {shard} has other bytes than the one that was labelled"

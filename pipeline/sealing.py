@@ -1,5 +1,6 @@
 """Plan first, manifest last: how a label set is claimed, and how what is complete of it is committed."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -21,7 +22,7 @@ from pipeline.manifest import (
     read_probes,
     samples_path,
 )
-from pipeline.storage import pretty_json, publish_file, replace_file, sha256_file
+from pipeline.storage import pretty_json, publish_file, replace_file, sha256_file, sync_folder
 
 MANIFEST_PROBES = 8
 
@@ -44,8 +45,31 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
 
 def seal(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
     """List every complete file with its hash, and replace the manifest: the commit."""
+    bounds = {(block.start, block.stop) for block in blocks}
+    manifest = None
+    # Hashing takes minutes, in which another run may seal other views: it is looked again, so that they are not lost.
+    while manifest is None or not bounds.issuperset(_sealed_blocks(out)):
+        bounds |= _sealed_blocks(out)
+        manifest = _list_files(out, plan, sorted(bounds))
+    listed = {folder for entry in manifest.files for folder in (out / entry.path).parents}
+    for folder in sorted(folder for folder in listed if folder.is_relative_to(out)):
+        sync_folder(folder)  # a killed run may have named its last file without doing so
+    replace_file(out / MANIFEST_NAME, lambda file: _write(file, manifest.to_json()))
+
+
+def _sealed_blocks(out: Path) -> set[tuple[int, int]]:
     sealed = sealed_manifest(out)
-    bounds = sorted({*(sealed.view_blocks if sealed else ()), *((block.start, block.stop) for block in blocks)})
+    return set(sealed.view_blocks) if sealed else set()
+
+
+def _list_files(out: Path, plan: Plan, bounds: Sequence[tuple[int, int]]) -> Manifest:
+    """Return the manifest of these blocks of views, after looking at every file of theirs."""
+    for (start, stop), (following, _) in itertools.pairwise(bounds):
+        if following < stop:
+            raise LabelSetMismatch(
+                f"{out}: another run has meanwhile sealed views {start}:{stop} in blocks of another size."
+                " Run the same command again: it takes those"
+            )
     shards = [shard.name for shard in plan.source.shards]
     files = [_samples_entry(out, record) for record in plan.source.shards]
     probes: list[Probe] = []
@@ -57,10 +81,10 @@ def seal(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
             files.append(_labels_entry(out, footer))
             probes += read_probes(footer.probes, path)
             environments += [footer.environment] if footer.environment not in environments else []
-    if sealed:
+    if sealed := sealed_manifest(out):
         _check_same_samples(sealed, files, out)
     step = max(1, -(-len(probes) // MANIFEST_PROBES))
-    manifest = Manifest(
+    return Manifest(
         labelset_id=plan.labelset_id,
         plan_sha256=sha256_file(out / PLAN_NAME),
         sealed=True,
@@ -69,7 +93,6 @@ def seal(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
         probes=tuple(probes[::step]),
         environments=tuple(environments),
     )
-    replace_file(out / MANIFEST_NAME, lambda file: _write(file, manifest.to_json()))
 
 
 def check_untouched(out: Path, blocks: Sequence[range]) -> None:

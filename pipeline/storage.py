@@ -61,14 +61,24 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def sweep_temporaries(folder: Path) -> int:
-    """Delete temporary files below `folder` whose writers on this host are dead; return how many."""
+    """Delete temporary files below `folder` whose writers on this host are dead; return how many.
+
+    Those that may not be deleted, because they are another user's, are left to him.
+    """
     swept = 0
     for path in folder.rglob(".tmp-*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and path.is_file() and match["host"] == _host() and not _is_alive(int(match["pid"])):
-            path.unlink(missing_ok=True)
-            swept += 1
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                swept += 1
     return swept
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: a writer that was killed may have given them and not lived to do it."""
+    with _refusals_named(folder):
+        _fsync_folder(folder)
 
 
 def sha256_file(path: Path) -> str:

@@ -1,38 +1,28 @@
-"""The frozen teacher: how it is found, what identifies it, and what it answers for a batch of views."""
+"""The frozen teacher: what it answers for a batch of views, without ever making its device wait for the host."""
 
-import contextlib
-import difflib
-import hashlib
-import importlib
 import logging
-import math
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
-import timm
-import timm.data
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.errors import DeitCliError, NonFiniteTeacherError, TeacherError, UsageError
-from pipeline.manifest import TeacherIdentity
-from pipeline.views import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.config import Dtype, TeacherConfig
+from pipeline.errors import NonFiniteTeacherError, TeacherError
+from pipeline.manifest import AnyTeacher, TeacherIdentity
+from pipeline.mixing import MixBatch, apply_mix
 
 log = logging.getLogger("deit_cli.teacher")
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-# timm's untagged `regnety_160` is another network, trained on ImageNet-12k; DeiT's teacher is this one.
-DEIT_TEACHERS = {"regnety_160": "regnety_160.deit_in1k"}
-LOCAL, HUB = "local-dir:", "hf-hub:"
+# On a CPU, float32 answers depend in their last bit on the shape of the batch and on the number of threads. So there a
+# forward pass is always of 32 views and one thread, and as many of them run at a time as there are cores.
+CPU_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -50,105 +40,228 @@ class Answer:
     topk_prob: NDArray[np.float32]
 
 
-class Teacher:
-    """A frozen network that turns views into hard labels and top-k probabilities."""
+@dataclass(frozen=True)
+class Network:
+    """One frozen network.
 
-    def __init__(
-        self, module: nn.Module, identity: TeacherIdentity, *, crop_pct: float, device: str, dtype: Dtype
-    ) -> None:
-        self.identity = identity
-        self.crop_pct = crop_pct
-        self.device = torch.device(device)
-        self.dtype = _resolve_dtype(dtype, self.device)
-        self._module = module.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
-        scale = torch.tensor([identity.mean, identity.std], device=self.device)[:, None, :, None, None] * 255
-        self._mean, self._std = scale
+    Attributes:
+        module: float images [B, 3, H, W], normalised, to logits [B, C].
+        identity: its name, weights, size, normalisation and classes.
+        crop_pct: share of the shorter side that its centre crop keeps.
+    """
 
-    def answer(self, images: Tensor, topk: int) -> Answer:
-        """Label a batch of mixed views.
+    module: nn.Module
+    identity: TeacherIdentity
+    crop_pct: float
 
-        Args:
-            images: float32 [B, 3, H, W], 0..255, on the teacher's device.
-            topk: K, 0..C.
+
+@dataclass(frozen=True)
+class _Part:
+    """One forward pass on its way: what it was asked, on the device, and host tensors that fill when `done` has passed.
+
+    `hard`, `index` and `prob` are those of Answer, `finite` is bool [B], `busy_s` is the share of the device's time.
+    """
+
+    images: Tensor
+    mix: MixBatch
+    hard: Tensor
+    index: Tensor
+    prob: Tensor
+    finite: Tensor
+    busy_s: float = 0.0
+    began: torch.cuda.Event | None = None
+    done: torch.cuda.Event | None = None
+
+
+class Pending:
+    """An answer on its way."""
+
+    def __init__(self, teacher: "Teacher", parts: Sequence["_Part | Future[_Part]"]) -> None:
+        self._teacher, self._parts = teacher, parts
+
+    def result(self) -> Answer:
+        """Wait for the answer.
 
         Raises:
-            NonFiniteTeacherError: NaN or infinity, also in float32.
+            NonFiniteTeacherError: NaN or infinity, also in float32; it carries the positions in the batch.
         """
-        with torch.inference_mode():
-            logits = self._finite_logits(images)
-            top = logits.topk(max(topk, 1), dim=1)
-            prob = logits.softmax(dim=1).gather(1, top.indices[:, :topk])
-            return Answer(top.indices[:, 0].cpu().numpy(), top.indices[:, :topk].cpu().numpy(), prob.cpu().numpy())
-
-    def logits(self, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return float32 logits [B, C] for float32 images [B, 3, H, W] of 0..255."""
-        dtype = dtype or self.dtype
-        size = self.identity.img_size
-        if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255)
-        images = ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self._module(images).float()
-
-    def _finite_logits(self, images: Tensor) -> Tensor:
-        """The argmax of NaN is a valid class: such rows are tried again in float32, and never stored."""
-        logits = self.logits(images)
-        bad = ~logits.isfinite().all(dim=1)
-        if bad.any() and self.dtype != torch.float32:
-            log.warning("%d views gave non-finite outputs in %s: trying float32", int(bad.sum()), self.dtype)
-            logits[bad] = self.logits(images[bad], torch.float32)
-            bad = ~logits.isfinite().all(dim=1)
-        if bad.any():
-            raise NonFiniteTeacherError(
-                f"teacher {self.identity.name} answered NaN or infinity in float32 for batch positions {bad.nonzero().ravel().tolist()[:8]}"
-            )
-        return logits
+        answers, start = [], 0
+        for waiting in self._parts:
+            part = waiting.result() if isinstance(waiting, Future) else waiting
+            answers.append(self._teacher.settle(part, start))
+            start += len(part.images)
+        columns = zip(*((a.hard, a.topk_index, a.topk_prob) for a in answers), strict=True)
+        return Answer(*(np.concatenate(column) for column in columns))
 
 
-def load_teacher(
-    name: str,
-    *,
-    checkpoint: Path | None = None,
-    pretrained: bool = True,
-    num_classes: int | None = None,
-    img_size: int | None = None,
-    device: str = "cpu",
-    dtype: Dtype = "auto",
-) -> Teacher:
-    """Load a teacher.
+class Teacher:
+    """One frozen network, or several whose probabilities are averaged, on one device.
 
-    Args:
-        name: timm name (`regnety_160` means DeiT's), `hf-hub:` name, a folder that `deit-cli train` exported, or
-            `module:function` that returns a network.
-        checkpoint: weights to load instead of timm's: safetensors or a state dict.
-        pretrained: False takes random weights of a fixed seed, for tests.
-        num_classes: of the source; the class count of a network with random weights.
-        img_size: pixels the teacher sees; None takes its configuration's.
-        device: torch device.
-        dtype: of its forward pass; `auto` is bfloat16 on CUDA, else float32.
+    Attributes:
+        identity: what decides its answers.
+        config: how it was asked for, so that another process can load it again.
+        num_classes_asked: likewise, of a network with random weights.
+        batch_size: views in one forward pass, at most; halved when the device's memory does not suffice.
+        threads: forward passes at a time, on a CPU.
+        busy_s: seconds that forward passes have taken, copies to the device apart.
     """
-    if ":" in name and not name.startswith((LOCAL, HUB)):
-        module, config = _from_function(name)
-        resolved = name
-    else:
-        module, resolved = _from_timm(name, checkpoint=checkpoint, pretrained=pretrained, num_classes=num_classes)
-        config = timm.data.resolve_model_data_config(module)
-        label_names = (getattr(module, "pretrained_cfg", None) or {}).get("label_names")
-        config |= {"class_names": tuple(label_names) if label_names else None}
-    size = img_size or int(config["input_size"][-1])
-    identity = TeacherIdentity(
-        name=resolved,
-        weights_sha256=weights_sha256(module),
-        img_size=size,
-        mean=_three(config["mean"], "mean"),
-        std=_three(config["std"], "std"),
-        num_classes=_count_classes(module, size, name),
-        class_names=config.get("class_names"),
-    )
-    return Teacher(module, identity, crop_pct=float(config.get("crop_pct", 0.875)), device=device, dtype=dtype)
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        identity: AnyTeacher,
+        config: TeacherConfig,
+        num_classes_asked: int | None = None,
+        *,
+        device: torch.device,
+    ) -> None:
+        self.identity, self.config, self.num_classes_asked = identity, config, num_classes_asked
+        self.device, self.dtype = device, _resolve_dtype(config.dtype, device)
+        self.img_size = max(network.identity.img_size for network in networks)
+        self.crop_pct = networks[0].crop_pct
+        self.batch_size = CPU_BATCH if device.type == "cpu" else 2**16
+        self.busy_s = 0.0
+        self.limit_threads(1)
+        self.networks = [_Placed(network, device, compiled=config.compile) for network in networks]
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def limit_batch(self, size: int) -> None:
+        """Use at most `size` views in one forward pass; on a CPU that is always the same number."""
+        if self.device.type != "cpu":
+            self.batch_size = min(self.batch_size, size - size % 2)
+
+    def limit_threads(self, threads: int) -> None:
+        """Run at most so many forward passes at a time on a CPU."""
+        self.threads = max(1, threads) if self.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self.threads, "teacher") if self.device.type == "cpu" else None
+
+    def ask(self, images: Tensor, mix: MixBatch, topk: int) -> Pending:
+        """Begin to label a batch, and return before the device is done.
+
+        Args:
+            images: uint8 [B, H, W, 3] on the host, pinned where the device is a GPU; pairs lie at even positions.
+            mix: partners and mixes, by position in the batch.
+            topk: K, 0..C.
+        """
+        parts: list[_Part | Future[_Part]] = []
+        start = 0
+        while start < len(images):
+            piece = slice(start, min(start + self.batch_size, len(images)))
+            cut = MixBatch(mix.partner[piece] - start, mix.lam[piece], mix.box[piece])
+            if self._pool:
+                part = self._pool.submit(self._compute, images[piece], cut, topk)
+            else:
+                part = self._try(images[piece], cut, topk)
+            if part is not None:
+                parts.append(part)
+                start = piece.stop
+        return Pending(self, parts)
+
+    def settle(self, part: _Part, start: int) -> Answer:
+        """Wait for one forward pass that began at position `start` of its batch; views of NaN are asked again."""
+        if part.began and part.done:
+            part.done.synchronize()
+            self.busy_s += part.began.elapsed_time(part.done) / 1000
+        self.busy_s += part.busy_s
+        bad = ~part.finite
+        if bad.any():
+            with torch.inference_mode():
+                mixed = apply_mix(part.images.permute(0, 3, 1, 2), part.mix)
+                again = self._again(mixed, bad.to(self.device), part.index.shape[1], start)
+                for column, values in zip((part.hard, part.index, part.prob), again, strict=True):
+                    column[bad] = values.cpu()
+        return Answer(part.hard.numpy(), part.index.numpy(), part.prob.numpy())
+
+    def _try(self, images: Tensor, mix: MixBatch, topk: int) -> _Part | None:
+        """Launch one forward pass; None if the device's memory did not suffice, and half as many are to be tried."""
+        try:
+            return self._launch(images, mix, topk)
+        except torch.OutOfMemoryError as error:
+            if len(images) <= 2:
+                raise TeacherError(
+                    f"teacher {self.identity.name}: two views of {self.img_size} pixels do not fit into the memory of"
+                    f" {self.device}: {str(error).splitlines()[0]}"
+                ) from None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(images) // 2
+        self.batch_size = half - half % 2 or 2
+        log.warning("out of memory on %s: going on with %d views in one forward pass", self.device, self.batch_size)
+        return None
+
+    def _compute(self, images: Tensor, mix: MixBatch, topk: int) -> _Part:
+        """One forward pass of views and mixes that are on the device, and its answer on the host."""
+        with torch.inference_mode():
+            began = time.perf_counter()
+            top = self.rank(self.logits(apply_mix(images.permute(0, 3, 1, 2), mix)), topk)
+            hard, index, prob, finite = (column.to("cpu", non_blocking=True) for column in top)  # into pinned memory
+            return _Part(images, mix, hard, index, prob, finite, (time.perf_counter() - began) / self.threads)
+
+    def _launch(self, images: Tensor, mix: MixBatch, topk: int) -> _Part:
+        """Queue one forward pass on the device; its views travel while the pass before it still runs."""
+        if self._copies is None:
+            return self._compute(images.to(self.device), mix.to(self.device), topk)
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            pixels, mix = images.to(self.device, non_blocking=True), mix.to(self.device)
+        computing.wait_stream(self._copies)
+        for tensor in (pixels, mix.partner, mix.lam, mix.box):
+            tensor.record_stream(computing)
+        began, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record(computing)
+        part = self._compute(pixels, mix, topk)
+        done.record(computing)
+        return replace(part, busy_s=0.0, began=began, done=done)
+
+    def logits(self, images: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Return each network's logits, float32 [B, C], for mixed images, float32 [B, 3, H, W] of 0..255."""
+        return [network.logits(images, dtype or self.dtype) for network in self.networks]
+
+    def rank(self, logits: Sequence[Tensor], topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return hard int64 [B], index int64 [B, K], prob float32 [B, K], finite bool [B], on the device."""
+        finite = torch.stack([each.isfinite().all(dim=1) for each in logits]).all(dim=0)
+        score = logits[0] if len(logits) == 1 else torch.stack([each.softmax(dim=1) for each in logits]).mean(dim=0)
+        top = score.topk(max(topk, 1), dim=1)
+        prob = score.softmax(dim=1).gather(1, top.indices) if len(logits) == 1 else top.values
+        return top.indices[:, 0], top.indices[:, :topk], prob[:, :topk], finite
+
+    def _again(self, images: Tensor, bad: Tensor, topk: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The argmax of NaN is a valid class: such views are asked again in float32, and never stored."""
+        if self.dtype != torch.float32:
+            log.warning("%d views gave non-finite outputs in %s: trying float32", int(bad.sum()), self.dtype)
+            hard, index, prob, finite = self.rank(self.logits(images[bad], torch.float32), topk)
+            if finite.all():
+                return hard, index, prob
+            bad = bad.clone()
+            bad[bad.nonzero().ravel()[finite]] = False
+        raise NonFiniteTeacherError(
+            f"teacher {self.identity.name} answered NaN or infinity in float32",
+            tuple(start + position for position in bad.nonzero().ravel().tolist()),
+        )
 
 
-def check_classes(teacher: TeacherIdentity, class_names: tuple[str, ...] | None, highest_label: int | None) -> None:
+class _Placed:
+    """A network on its device, with its normalisation."""
+
+    def __init__(self, network: Network, device: torch.device, *, compiled: bool) -> None:
+        identity = network.identity
+        module = network.module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
+        self.module = torch.compile(module) if compiled else module
+        scale = torch.tensor([identity.mean, identity.std], device=device)[:, None, :, None, None] * 255
+        self._mean, self._std = scale
+        self.img_size = identity.img_size
+
+    def logits(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return float32 logits [B, C] for float32 images [B, 3, H, W] of 0..255."""
+        size = (self.img_size, self.img_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 255)
+        images = ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return self.module(images).float()
+
+
+def check_classes(teacher: AnyTeacher, class_names: tuple[str, ...] | None, highest_label: int | None) -> None:
     """Raise TeacherError unless the teacher's classes are those of the source.
 
     Args:
@@ -172,105 +285,19 @@ def check_classes(teacher: TeacherIdentity, class_names: tuple[str, ...] | None,
         )
 
 
-def weights_sha256(module: nn.Module) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, sorted by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _from_timm(name: str, *, checkpoint: Path | None, pretrained: bool, num_classes: int | None) -> tuple[Any, str]:
-    wanted = DEIT_TEACHERS.get(name, name)
-    if (Path(name) / "config.json").is_file():
-        wanted = LOCAL + name
-    if not wanted.startswith((LOCAL, HUB)) and not timm.is_model(wanted):
-        close = difflib.get_close_matches(wanted, timm.list_models(), n=3)
-        raise UsageError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
-    if checkpoint is not None:
-        return _from_checkpoint(wanted, checkpoint)
-    module: Any = None
-    with _named_failure(f"cannot load teacher {wanted}", "Pass --teacher-checkpoint, or --no-pretrained for a trial"):
-        if pretrained:
-            module = timm.create_model(wanted, pretrained=True)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                module = timm.create_model(wanted, pretrained=False, num_classes=num_classes or 1000)
-    config = module.pretrained_cfg
-    tag = config.get("tag") if pretrained and not wanted.startswith(LOCAL) else None
-    resolved = wanted if wanted.startswith(HUB) else ".".join(filter(None, (config["architecture"], tag)))
-    return module, resolved
-
-
-def _from_checkpoint(name: str, checkpoint: Path) -> tuple[Any, str]:
-    if not checkpoint.is_file():
-        raise UsageError(f"--teacher-checkpoint {checkpoint}: no such file")
-    with _named_failure(f"cannot load {checkpoint} into teacher {name}", "Pass the --teacher that it was saved from"):
-        state = timm.models.load_state_dict(str(checkpoint), device="cpu", weights_only=True)
-        classifier = (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).classifier
-        weight = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
-        kwargs: dict[str, Any] = {} if weight is None else {"num_classes": len(weight)}
-        module: Any = timm.create_model(name, pretrained=False, **kwargs)
-        module.load_state_dict(state, strict=True)
-    return module, module.pretrained_cfg["architecture"]
-
-
-def _from_function(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Call `module:function`; it returns a network, or a network and its {input_size, mean, std, class_names}."""
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, let every operation use one thread: the teacher brings its own."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     try:
-        function: Callable[[], Any] = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--teacher {name!r} is no function that can be imported: {error}") from error
-    result = function()
-    network, config = result if isinstance(result, tuple) else (result, getattr(result, "pretrained_cfg", None) or {})
-    if not isinstance(network, nn.Module):
-        raise TeacherError(f"{name} must return a torch.nn.Module, got {type(network).__name__}")
-    defaults = {"input_size": (3, 224, 224), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    return network, defaults | dict(config)
-
-
-@contextlib.contextmanager
-def _named_failure(what: str, remedy: str) -> Iterator[None]:
-    """Loading fails in as many ways as there are libraries below timm; the user needs the last line and a way out."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (DeitCliError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise TeacherError(f"{what}: {' '.join(lines)[:300]}. {remedy}") from error
-
-
-def _count_classes(module: nn.Module, size: int, name: str) -> int:
-    """Ask the network itself: its answer for one image has as many columns as it has classes."""
-    with (
-        torch.inference_mode(),
-        _named_failure(f"teacher {name} does not take images of {size} pixels", "Pass --teacher-img-size"),
-    ):
-        output = module.eval()(torch.zeros(1, 3, size, size))
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise TeacherError(
-            f"teacher {name} must return logits [B, C], got {getattr(output, 'shape', type(output).__name__)}"
-        )
-    return output.shape[1]
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-
-
-def _three(values: Any, what: str) -> tuple[float, float, float]:
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
-        raise TeacherError(f"the teacher's {what} must be three numbers, got {values!r}")
-    return numbers[0], numbers[1], numbers[2]

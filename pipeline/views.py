@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.draws import Draws, draws_for, noise_levels
-from pipeline.randaugment import INCREASING, PLAIN, Pixels, apply_op, op_argument
+from pipeline.randaugment import INCREASING, PLAIN, Pixels, apply_op, interleave, mirror, op_argument
 from pipeline.recipe import Box, RandAugment, Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -98,7 +98,7 @@ def render(image: Pixels, view: View) -> Pixels:
     """
     pixels = _crop_and_resize(image, view)
     if view.flip:
-        pixels = np.ascontiguousarray(pixels[:, ::-1])
+        pixels = mirror(pixels)
     for name, argument in view.ops:
         pixels = apply_op(pixels, name, argument)
     if view.erase:
@@ -176,11 +176,12 @@ def _random_erase(draws: Draws, recipe: Recipe) -> Erase | None:
 def _crop_and_resize(image: Pixels, view: View) -> Pixels:
     """Antialiased bicubic resize of the crop, rows first, with Pillow's filter: 0.03 of 255 from its pixels on average."""
     top, left, tall, wide = view.crop
-    region = np.require(image[top : top + tall, left : left + wide], requirements=["C", "W"])
-    tensor = torch.from_numpy(region).permute(2, 0, 1)[None]  # channels last in memory: torch's fast road
-    resized = F.interpolate(tensor, size=view.resize, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    image = np.require(image, requirements=["C", "W"])  # as decoded ones are; torch takes no others, but a part of one
+    region = torch.from_numpy(image[top : top + tall, left : left + wide])
+    tensor = region.permute(2, 0, 1)[None]  # channels last in memory: torch's fast road
+    planes = F.interpolate(tensor, size=view.resize, mode="bicubic", antialias=True)[0].numpy()
     top, left = view.window
-    return np.ascontiguousarray(resized[top : top + view.img_size, left : left + view.img_size])
+    return interleave(planes[:, top : top + view.img_size, left : left + view.img_size])
 
 
 def _erase(pixels: Pixels, erase: Erase) -> Pixels:
@@ -190,6 +191,8 @@ def _erase(pixels: Pixels, erase: Erase) -> Pixels:
     count = tall * wide * 3
     words = Draws(erase.noise.to_bytes(8, "little")).raw(-(-count // 4))
     quantile = words.astype("<u8", copy=False).view("<u2")[:count].reshape(3, tall, wide)
+    noise = np.empty((tall, wide, 3), np.uint8)
     for channel in range(3):
-        pixels[top : top + tall, left : left + wide, channel] = table[channel][quantile[channel]]
+        noise[..., channel] = table[channel].take(quantile[channel])
+    pixels[top : top + tall, left : left + wide] = noise
     return pixels

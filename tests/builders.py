@@ -13,12 +13,14 @@ from PIL import Image
 from torch import nn
 from webdataset.writer import TarWriter
 
-from pipeline.config import PrecomputeConfig
+from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.labelset import LabelSet
+from pipeline.manifest import TeacherIdentity
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.sources import Source, open_source
-from pipeline.teacher import Teacher, load_teacher
+from pipeline.teacher import Network, Teacher
+from pipeline.teacher_loading import load_teacher
 from pipeline.views import render_views
 
 CLASSES = ("ant", "bee", "cat")
@@ -90,10 +92,37 @@ def confident_cnn() -> tuple[nn.Module, dict[str, Any]]:
     return network, {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
+def changing_cnn() -> tuple[nn.Module, dict[str, Any]]:
+    """The confident CNN with other weights in every process."""
+    network, config = confident_cnn()
+    with torch.no_grad():
+        next(network.parameters()).add_(os.getpid() * 1e-6)
+    return network, config
+
+
+def teacher_of(
+    *names: str,
+    checkpoint: Path | None = None,
+    img_size: int | None = None,
+    num_classes: int | None = None,
+    **options: Any,
+) -> Teacher:
+    """Load a teacher with what differs from the defaults."""
+    checkpoints = () if checkpoint is None else (checkpoint,)
+    config = TeacherConfig(teacher=names, teacher_checkpoint=checkpoints, teacher_img_size=img_size, **options)
+    return load_teacher(config, num_classes=num_classes, device="cpu")
+
+
+def teacher_from(module: nn.Module, identity: TeacherIdentity, *, dtype: Dtype = "float32") -> Teacher:
+    """A network of a test as a teacher on the CPU."""
+    config = TeacherConfig(teacher=(identity.name,), dtype=dtype)
+    return Teacher([Network(module, identity, crop_pct=1.0)], identity, config, device=torch.device("cpu"))
+
+
 def small_teacher(source: Source, **options: Any) -> Teacher:
     """The confident CNN; with `num_classes`, timm's as it is."""
     name = "test_resnet" if "num_classes" in options else "builders:confident_cnn"
-    return load_teacher(name, **({"pretrained": False, "img_size": 16} | options))
+    return teacher_of(name, **({"pretrained": False, "img_size": 16} | options))
 
 
 def make_labels(
@@ -104,7 +133,9 @@ def make_labels(
     config = PrecomputeConfig(
         data=data, out=out, **({"views": (0, 3), "topk": 2, "workers": 0, "batch_size": 8} | settings)
     )
-    return precompute(config, recipe or small_recipe(), teacher or small_teacher(source), source)
+    label_set = precompute(config, recipe or small_recipe(), teacher or small_teacher(source), source)
+    assert label_set is not None
+    return label_set
 
 
 def shared_data(name: str) -> Path:
@@ -118,3 +149,8 @@ def shared_data(name: str) -> Path:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Return every file below a folder with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def named_files(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder but temporary ones, with its bytes: what a reader looks at."""
+    return {name: content for name, content in files_of(folder).items() if ".tmp-" not in name}

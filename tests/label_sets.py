@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from builders import teacher_from
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,7 +21,8 @@ from pipeline.manifest import TeacherIdentity
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe
 from pipeline.sources import open_source
-from pipeline.teacher import Teacher, weights_sha256
+from pipeline.teacher import Teacher
+from pipeline.teacher_loading import weights_sha256
 
 CLASSES = ("red", "green", "blue")
 RECIPE = Recipe(img_size=16, mix_block=4)
@@ -52,7 +54,7 @@ def colour_teacher(gain: float = 8.0, *, name: str = "mean-colour") -> Teacher:
         num_classes=3,
         class_names=CLASSES,
     )
-    return Teacher(module, identity, crop_pct=1.0, device="cpu", dtype="float32")
+    return teacher_from(module, identity)
 
 
 def coloured_png(number: int, *, size: int = 12) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from builders import teacher_from
 from label_sets import CLASSES, MeanColour, config_of, write_tar
 
 from pipeline.labels import LabelRows
@@ -21,7 +22,8 @@ from pipeline.precompute import precompute
 from pipeline.recipe import Recipe
 from pipeline.sources import open_source
 from pipeline.storage import pretty_json, replace_file, sha256_file
-from pipeline.teacher import Teacher, weights_sha256
+from pipeline.teacher import Teacher
+from pipeline.teacher_loading import weights_sha256
 
 ROOT = Path(__file__).parent.parent
 DATA, LABELS = Path("tests/golden/v1/images"), Path("tests/golden/v1/shards")
@@ -75,7 +77,7 @@ def golden_teacher() -> Teacher:
         num_classes=3,
         class_names=CLASSES,
     )
-    return Teacher(module, identity, crop_pct=1.0, device="cpu", dtype="float32")
+    return teacher_from(module, identity)
 
 
 def forget_the_machine(folder: Path) -> None:

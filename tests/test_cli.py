@@ -28,9 +28,9 @@ def commands(group: click.Group = cli.commands, path: tuple[str, ...] = ()) -> l
     return found
 
 
-def run(*arguments: str, code: int = 0) -> tuple[str, str]:
-    """Run the installed command in its own process; return stdout and stderr."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+def run(*arguments: str, code: int = 0, **variables: str) -> tuple[str, str]:
+    """Run the installed command in its own process, with these variables; return stdout and stderr."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")} | variables
     done = subprocess.run(
         [sys.executable, "-c", "import cli; cli.main()", *arguments],
         capture_output=True,
@@ -113,19 +113,8 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
     whole = (Path(data) / "train-000000.tar").read_bytes()
     damaged.write_bytes(whole[: 512 * (len(whole) // 1024)])
     corrupt = write_tars(tmp / "corrupt", (4,), bad=(2,))
-    trial = [
-        "--teacher",
-        "test_resnet",
-        "--no-pretrained",
-        "--teacher-img-size",
-        "16",
-        "--set",
-        "img_size=16",
-        "--out",
-        str(tmp / "out"),
-        "-j",
-        "0",
-    ]
+    small = ["--teacher", "test_resnet", "--no-pretrained", "--teacher-img-size", "16", "--set", "img_size=16"]
+    trial = [*small, "--out", str(tmp / "out"), "-j", "0"]
     (tmp / "recipe.yaml").write_text("img_size: 16\nzoom: 2\n")
     return [
         (["precompute", "--data", str(tmp / "nothing"), *trial], 1, "does not exist"),
@@ -143,6 +132,23 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
         (["precompute", "--data", data, "--out", str(tmp / "out"), "--teacher", "builders:seven_classes", "--set", "img_size=16"], 1, "has 7 classes, the source has 3"),
         (["precompute", "--data", data, *trial, "--out", data], 1, "is not empty and holds no label set"),
         (["precompute", "--data", data, *trial, "--out", labels], 1, "was made with recipe"),
+        (["precompute", "--data", data, *trial, "--views", "0"], 2, "--views must be START:STOP"),
+        (["precompute", "--data", data, *trial, "--views=-3"], 2, "--views must be START:STOP"),
+        (["precompute", "--data", data, *trial, "--processes", "0"], 2, "--processes must be at least 1, got 0"),
+        (["precompute", "--data", data, *trial, "--batch-size", "foo"], 2, "'foo' is neither a whole number nor auto"),
+        (["precompute", "--data", data, *trial, "--batch-size", "1"], 2, "--batch-size must be at least 2, got 1"),
+        (["precompute", "--data", data, *trial, "--teacher-checkpoint", "a", "--teacher-checkpoint", "b"], 2, "once for each of the 1 --teacher"),
+        (["precompute", "--data", data, *trial, "--teacher", "builders:seven_classes"], 1, "classes"),
+        (["precompute", "--data", data, *trial, "--min-teacher-accuracy", "101"], 2, "is a percentage"),
+        (["precompute", "--data", data, *trial, "--out", str(tmp / "new"), "--min-teacher-accuracy", "99"], 1, "--min-teacher-accuracy asks for 99 %"),
+        (["precompute", "--data", data, *trial, "--log-json", str(tmp)], 2, "Is a directory"),
+        (["estimate", "--data", data, "--students", "0"], 2, "0 is not in the range x>=1"),
+        (["estimate", "--data", data, "--epochs", "0"], 2, "0 is not in the range x>=1"),
+        (["estimate", "--data", data, *small, "--model", "deit-xl"], 2, "the student must be a timm model"),
+        (["estimate", "--data", str(tmp / "nothing")], 1, "does not exist"),
+        (["bench", "stage1", "--data", data, "--seconds", "0"], 2, "is not in the range"),
+        (["bench", "stage1", "--data", data, "--processes", "0"], 2, "--processes must be at least 1, got 0"),
+        (["bench", "stage1"], 2, "Missing option '--data'"),
         (["precompute"], 2, "Missing option"),
         (["precompute", "--teach", "x"], 2, "No such option"),
         (["train", "--labels", data, "--output", str(tmp / "run")], 1, "is not a label set"),
@@ -247,3 +253,134 @@ def test_both_commands_through_the_command_line_on_photos(tmp_path):
     assert "every pixel equal" in stdout
     stdout, _ = run("labels", "show", shards, "--out", str(tmp_path / "sheet.png"))
     assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+
+
+RANKS = [
+    # what a launcher says, what a user reads
+    ({"RANK": "5", "WORLD_SIZE": "2"}, "error: the launcher says rank 5 of 2: it must be in 0..1"),
+    ({"RANK": "x", "WORLD_SIZE": "2"}, "error: RANK must be a whole number, got 'x'"),
+]
+
+
+@pytest.mark.parametrize(("variables", "text"), RANKS, ids=range(len(RANKS)))
+@pytest.mark.parametrize("command", [("precompute", "--out", "nowhere"), ("estimate",), ("bench", "stage1")])
+def test_a_rank_that_cannot_be_is_misuse(data, monkeypatch, command, variables, text):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert invoke(*command, "--data", data, *TRIAL) == (2, text)
+    assert not Path("nowhere").exists()
+
+
+TRIAL = ["--teacher", "builders:confident_cnn", "--set", "img_size=16", "--set", "mix_block=8", "-j", "0"]
+
+
+@pytest.mark.slow
+def test_two_ranks_one_after_the_other_make_one_set(data, tmp_path):
+    """torchrun's variables are read from the environment; whoever ends last seals, and the set is that of one process."""
+    out, whole = str(tmp_path / "set"), str(tmp_path / "whole")
+    asked = ["precompute", "--data", data, *TRIAL, "--views", "4", "--views-per-shard", "2"]
+    stdout, stderr = run(*asked, "--out", out, RANK="0", WORLD_SIZE="2")
+    assert "rank 0 of 2: 2 of 4 label shards" in stderr
+    assert "2 of 4 label shards are still to come from other ranks" in stderr
+    assert "the rank that ends last seals the set" in stdout
+    run("train", "--labels", out, "--output", str(tmp_path / "run"), code=1)  # not sealed yet
+    stdout, stderr = run(*asked, "--out", out, RANK="1", WORLD_SIZE="2")
+    assert "rank 1 of 2: 2 of 4 label shards" in stderr
+    assert "views 0:4 of 23 images, sealed" in stdout
+    run(*asked, "--out", whole)
+    names = sorted(str(path.relative_to(whole)) for path in Path(whole).glob("labels/**/*.parquet"))
+    assert len(names) == 4
+    assert all((Path(out) / name).read_bytes() == (Path(whole) / name).read_bytes() for name in names)
+
+
+def test_several_teachers_and_an_automatic_batch_size_reach_the_config():
+    def parsed(*arguments: str):
+        command = cli.commands.commands["precompute"]
+        context = command.make_context("precompute", ["--data", "images", "--out", "labels", *arguments])
+        options = {name: value for name, value in context.params.items() if name != "log_json"}
+        return cli._split(options, cli.PrecomputeConfig, cli.TeacherConfig)
+
+    config, teachers = parsed("--teacher", "a", "--teacher-model", "b", "--teacher-path", "x", "--teacher-path", "y")
+    assert teachers.teacher == ("a", "b")
+    assert teachers.teacher_checkpoint == (Path("x"), Path("y"))
+    assert config.batch_size == "auto"
+    for text, value in (("auto", "auto"), ("AUTO", "auto"), ("64", 64)):
+        assert parsed("--batch-size", text)[0].batch_size == value
+    assert parsed()[1].teacher == cli.TeacherConfig().teacher
+    for text, views in (("7", (0, 7)), ("2:5", (2, 5)), (":5", (0, 5))):
+        assert parsed("--views", text)[0].views == views
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(data, tmp_path):
+    code, output = invoke(
+        "precompute", "--data", data, "--out", str(tmp_path / "set"), *TRIAL, "--views", "4", "--dry-run"
+    )
+    assert code == 0
+    assert "source         2 shards, 23 images\nviews          4 to label, in 1 block\nteacher passes 92\n" in output
+    assert "label bytes    1.5 kB before compression" in output  # 92 x (2 + 3 x (2 + 2) + 2) = 1,472
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.slow
+def test_a_log_tells_a_run_from_its_teacher_to_its_end(data, tmp_path):
+    asked = ["precompute", "--data", data, "--out", str(tmp_path / "set"), *TRIAL, "--views", "4"]
+    for name in ("first", "again"):
+        stdout, stderr = run(*asked, "--log-json", str(tmp_path / name))
+        assert stdout.count("\n") == 1
+        assert ("92 of them made before" in stderr) == (name == "again")
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert lines[0]["text"].startswith("source ")
+        assert lines[-1]["event"] == "ended"
+        last = [line for line in lines if line["event"] == "progress"][-1]
+        assert (last["phase"], last["done"], last["total"], last["left_s"]) == ("label", 92, 92, 0)
+        assert last["made"] == (92 if name == "first" else 0)
+
+
+QUICK = ["--seconds", "0.1", "--views", "6"]
+
+
+@pytest.mark.slow
+def test_estimate_says_what_labelling_costs_and_its_numbers_fit_together(data):
+    asked = ["estimate", "--data", data, *TRIAL, *QUICK, "--students", "3", "--epochs", "2", "--model", "deit-ti"]
+    code, output = invoke(*asked)
+    assert code == 0
+    assert "teacher passes 138: 23 images x 6 views" in output
+    assert "label bytes    2.2 kB, 16 bytes a label, before compression" in output
+    assert (
+        "labels pay off from 4 students on: 6 passes an image, once, against\n               2 passes for each"
+        in output
+    )
+    assert "3 students     of 2 epochs each" in output
+    code, output = invoke(*asked, "--images", "1000", "--json")
+    found = json.loads(output[output.index("{\n") :])
+    assert (found["num_images"], found["passes"], found["label_bytes"]) == (1000, 6000, 96_000)
+    rates = found["rates"]
+    answer_s = rates["teacher_s"] + rates["topk_s"]
+    view_s = (rates["read_s"] + rates["decode_s"]) / 6 + rates["render_s"]
+    assert found["teacher_hours"] == pytest.approx(6000 * answer_s / 3600)
+    assert found["render_core_hours"] == pytest.approx(6000 * view_s / 3600)
+    slowest = max(answer_s / found["devices"], view_s / found["loaders"])
+    shared = (found["threads"] * answer_s + view_s) / found["cores"]
+    assert found["hours"] == pytest.approx(6000 * max(slowest, shared) / 3600)
+    steps = found["online_hours"] - 3 * 2 * 1000 * answer_s / 3600  # what is left of it are the students'
+    assert found["offline_hours"] == pytest.approx(found["teacher_hours"] + steps)
+
+
+@pytest.mark.slow
+def test_bench_names_every_part(data):
+    code, output = invoke("bench", "stage1", "--data", data, *TRIAL, *QUICK)
+    assert code == 0
+    lines = output.splitlines()
+    names = [line[:17].strip() for line in lines if line[:17].strip() in PARTS]
+    assert names == PARTS
+    assert any(line.startswith("together, measured") for line in lines)
+    assert "read and decode are shared by the 6 views of an image" in lines
+    code, output = invoke("bench", "stage1", "--data", data, *TRIAL, *QUICK, "--json")
+    found = json.loads(output[output.index("{\n") :])
+    assert set(found["parts"]) == {f"{name.replace('-', '')}_s" for name in PARTS}
+    assert found["together"]["per_second"] > 0
+    assert found["limit"] in ("teacher", "rendering", "cores")
+
+
+PARTS = ["read", "decode", "render", "copy", "teacher", "top-k", "write"]

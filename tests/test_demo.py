@@ -9,7 +9,7 @@ from pipeline.inspection import contact_sheet
 from pipeline.labelset import LabelSet
 from pipeline.precompute import precompute
 from pipeline.sources import open_source
-from pipeline.teacher import load_teacher
+from pipeline.teacher_loading import load_teacher
 from trainer.demo import run_demo, write_digits
 
 

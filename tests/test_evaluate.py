@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from builders import make_labels, photo, write_tars
+from builders import make_labels, photo, teacher_of, write_tars
 from PIL import Image
 from torch import nn
 from torchvision.transforms import Normalize
@@ -22,7 +22,6 @@ from pipeline.errors import BadImageError, CheckpointError, LabelSetMismatch, Us
 from pipeline.labelset import LabelSet
 from pipeline.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.sources import Source, open_source
-from pipeline.teacher import load_teacher
 from pipeline.views import draw_view, render
 from trainer import student as student_module
 from trainer.checkpoint import export_model
@@ -369,7 +368,7 @@ def test_the_teacher_agrees_with_itself(tars, tmp_path):
     """A student that labels the images itself agrees in every view: pixels, mix, normalisation and rows are the same."""
     student = make_student(num_classes=3)
     export_model(tmp_path / "model", student, hub_config=hub_config(student))
-    labels = make_labels(tmp_path / "set", tars, teacher=load_teacher(str(tmp_path / "model")))
+    labels = make_labels(tmp_path / "set", tars, teacher=teacher_of(str(tmp_path / "model")))
     got, _ = measure_agreement(student, labels, open_source(tars), running(6), limit=1000)
     assert got["mean_logits"] == 100
     assert got["class_head"] < 100

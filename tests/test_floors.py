@@ -12,8 +12,9 @@ ORDER = [
     "pipeline.errors", "pipeline.ids", "pipeline.draws", "pipeline.recipe", "pipeline.config",
     "pipeline.storage", "pipeline.records", "pipeline.decode", "pipeline.labels", "pipeline.manifest", "pipeline.randaugment",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
-    "pipeline.devices", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay", "pipeline.rendering",
-    "pipeline.teacher", "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.precompute",
+    "pipeline.devices", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
+    "pipeline.loading", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
+    "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling", "pipeline.engines", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
     "pipeline.inspection", "pipeline",
     "trainer.config", "trainer.order", "trainer.stream", "trainer.student", "trainer.losses", "trainer.optim",
     "trainer.checkpoint", "trainer.metrics", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
@@ -21,23 +22,35 @@ ORDER = [
 ]  # fmt: skip
 TEACHER_SIDE = {
     "pipeline.teacher",
+    "pipeline.teacher_loading",
+    "pipeline.labelling",
+    "pipeline.engines",
     "pipeline.precompute",
     "pipeline.drafts",
     "pipeline.indexing",
     "pipeline.inspection",
+    "pipeline.measuring",
+    "pipeline.estimate",
 }
 
 # Third parties, and the only modules that may import them.
 KEEPERS = {
     "click": {"cli"},
     "rich": {"cli"},
-    "timm": {"pipeline.teacher", "trainer.student", "trainer.optim", "trainer.setup"},
+    "timm": {"pipeline.teacher_loading", "trainer.student", "trainer.optim", "trainer.setup"},
     "pyarrow": {"pipeline.labels", "pipeline.parquet_source"},
-    "pydantic": {"pipeline.records", "pipeline.labels", "pipeline.manifest", "pipeline.labelset"},
+    "pydantic": {
+        "pipeline.teacher_loading",
+        "pipeline.records",
+        "pipeline.labels",
+        "pipeline.manifest",
+        "pipeline.labelset",
+    },
     "yaml": {"pipeline.recipe"},
     "matplotlib": {"pipeline.inspection", "trainer.demo"},
     "PIL": {"pipeline.decode", "trainer.demo"},
-    "cv2": {"pipeline.randaugment", "pipeline.rendering"},
+    "cv2": {"pipeline.randaugment", "pipeline.loading"},
+    "ray": {"pipeline.engines"},
     "webdataset": {"trainer.demo"},
     "sklearn": {"trainer.demo"},
 }
@@ -91,7 +104,7 @@ def test_no_module_draws_from_a_global_random_state():
     allowed = {
         "trainer.setup",
         "trainer.loop",
-        "pipeline.teacher",
+        "pipeline.teacher_loading",
     }  # torch.manual_seed: initial weights and stochastic depth
     for name, path in modules().items():
         assert "random" not in imports(path), name

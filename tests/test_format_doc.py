@@ -11,7 +11,16 @@ import pytest
 
 from pipeline.draws import stream_of
 from pipeline.labels import MAX_TOPK, SAMPLES_SCHEMA, LabelsFooter, SamplesFooter, labels_schema
-from pipeline.manifest import FileEntry, Manifest, Plan, Probe, ShardRecord, SourceRecord, TeacherIdentity
+from pipeline.manifest import (
+    EnsembleIdentity,
+    FileEntry,
+    Manifest,
+    Plan,
+    Probe,
+    ShardRecord,
+    SourceRecord,
+    TeacherIdentity,
+)
 from pipeline.recipe import Recipe
 from pipeline.replay import SAMPLED_BYTES, TOLERANCE
 from pipeline.sealing import MANIFEST_PROBES
@@ -43,7 +52,10 @@ def test_the_example_is_short_and_needs_pyarrow_alone():
 
 
 FIELDS = {
-    **{model.__name__: tuple(model.model_fields) for model in (Plan, Manifest, FileEntry, Probe, TeacherIdentity)},
+    **{
+        model.__name__: tuple(model.model_fields)
+        for model in (Plan, Manifest, FileEntry, Probe, TeacherIdentity, EnsembleIdentity)
+    },
     **{kind.__name__: tuple(kind.model_fields) for kind in (SourceRecord, ShardRecord, SamplesFooter, LabelsFooter)},
     "Recipe": tuple(field.name for field in dataclasses.fields(Recipe)),
     "samples table": tuple(SAMPLES_SCHEMA.names),

@@ -1,135 +1,564 @@
-"""SIGKILL at random moments, in both stages: the resumed result equals the uninterrupted one (faults 1 and 18)."""
+"""SIGKILL at random moments, in both stages: the resumed result equals the uninterrupted one (faults 1 and 18).
 
+Kills follow progress, not the clock: a run is killed a few milliseconds after it has come to a place drawn at random,
+and a gate keeps it from going much further, however late the kill comes. Every run is a fork of one server that has
+imported everything, in a session of its own.
+"""
+
+import contextlib
+import ctypes
+import io
+import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
-from builders import SMALL, files_of, write_tars
+from builders import confident_cnn, files_of, make_labels, named_files, teacher_of, write_tars
+from torch import nn
 
+from pipeline import sealing, storage
+from pipeline.errors import LabelSetIncomplete
 from pipeline.labelset import LabelSet
+from trainer import loop
 from trainer.checkpoint import load_state
-
-pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parent.parent
-KILLS = 10
-# The command, and a pause in each unit of work, so that kills fall in the middle of it and not in imports.
-PRECOMPUTE = """
-import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-import pipeline.rendering as rendering, pipeline.storage as storage
-slow, link = rendering.BlockRenderer._render_task, storage._link
-def render_slowly(self, task):
-    for batch in slow(self, task):
-        time.sleep(0.03)
-        yield batch
-def link_slowly(a, b):
-    time.sleep(0.05)
-    link(a, b)
-    time.sleep(0.05)
-rendering.BlockRenderer._render_task, storage._link = render_slowly, link_slowly
-print("ready", flush=True)
-from pathlib import Path
-from builders import make_labels
-make_labels(Path({out!r}), {data!r}, views=(0, 6), views_per_shard=2, batch_size=8)
-"""
-TRAIN = """
-import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-import trainer.loop as loop, pipeline.storage as storage
-update, replace = loop._update, storage.os.replace
-def update_slowly(*args):
-    time.sleep(0.04)
-    return update(*args)
-loop._update = update_slowly
-print("ready", flush=True)
-from pathlib import Path
 from trainer.config import TrainConfig
-loop.train(TrainConfig(labels=Path({labels!r}), output=Path({out!r}), model="deit-ti", patch_size=8, embed_dim=32, depth=2,
-    num_heads=2, batch_size=12, epochs=20, warmup_epochs=1, lr=1e-3, workers=0, resume=True, recovery_interval=2, repeated_aug=1))
-"""
+from trainer.metrics import read_metrics
+from trainer.setup import STATE_NAME
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sessions are read from /proc"),
+]
+
+PATIENCE_S = 120  # for what must happen; none of it takes a tenth of that on an idle machine
+POLL_S = 0.002  # shorter than a file takes to be published, see `label`
+
+SETTINGS = {"views": (0, 16), "views_per_shard": 2, "processes": 2, "engine": "local", "accuracy_samples": 0}
+SIZES = (24, 16, 16)
+LABELS = 8 * len(SIZES)  # label shards
+INDEX = 2 + len(SIZES)  # plan, open manifest, samples files
+FILES = INDEX + LABELS
+SEALING = FILES + 1  # the place after all files
+
+ROUNDS = 10
+THIRDS = (
+    range(6, 11),
+    range(11, 16),
+    range(16, 21),
+)  # places among the labels; the gate lets a run go a little further
+TRAIN_KILLS = 15
 
 
-def start(script: str) -> subprocess.Popen[str]:
-    """Start a script and return once its imports are done."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+# --- the server -----------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Answer each line of stdin: start a run in a fork, or say with which code one has ended (null: it has not)."""
+    torch.set_num_threads(1)  # and no operation before a fork: threads do not come along
+    # PR_SET_CHILD_SUBREAPER: orphans become ours. Left as zombies, they would count as living writers.
+    assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
+    codes: dict[int, int] = {}
+    for line in sys.stdin:
+        match json.loads(line):
+            case ["start", run, log, arguments]:
+                answer = os.fork() or run_and_exit(RUNS[run], Path(log), arguments)
+            case ["code", pid]:
+                codes |= reaped()
+                answer = codes.get(pid)
+            case request:
+                raise ValueError(request)
+        print(json.dumps(answer), flush=True)
+
+
+def reaped() -> Iterator[tuple[int, int]]:
+    """Yield (pid, exit code) of every child that has ended."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            yield ended[0], os.waitstatus_to_exitcode(ended[1])
+
+
+def run_and_exit(run: Callable[..., None], log: Path, arguments: dict[str, Any]) -> None:
+    os.setsid()
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
+        run(**arguments)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Server:
+    """The test's end of the server."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, *request: Any) -> Any:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps(request) + "\n")
+        stdin.flush()
+        line = stdout.readline()
+        assert line, "the server has ended"
+        return json.loads(line)
+
+
+@pytest.fixture(scope="module")
+def server():
+    tests = Path(__file__).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    command = [sys.executable, "-c", "import test_kill; test_kill.serve()"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield Server(process)  # on leaving, its stdin closes, and it ends
+
+
+class Run:
+    """A run in a session of its own; of that, nothing is left after the with block."""
+
+    def __init__(self, server: Server, run: str, log: Path, **arguments: Any) -> None:
+        self._server, self._log = server, log
+        self.pid: int = server.ask("start", run, str(log), arguments)
+        wait_until(self.members, "the run has its session")
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while members := self.members():
+            for pid in members:
+                kill(pid)
+            self._server.ask("code", self.pid)  # reaps
+
+    @property
+    def code(self) -> int | None:
+        """Exit code of the first process, None as long as it runs."""
+        return self._server.ask("code", self.pid)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def members(self) -> list[int]:
+        """Return all processes of the session, the ended and not yet reaped included."""
+        return [pid for pid, (_, session) in parents_and_sessions().items() if session == self.pid]
+
+    def teachers(self) -> list[int]:
+        """Return the teacher processes."""
+        children = [pid for pid, (parent, _) in parents_and_sessions().items() if parent == self.pid]
+        return [pid for pid in children if not is_helper(pid)]
+
+    def wait_for(self, place: Callable[[], bool]) -> None:
+        """Wait until the run has come to a place, or has ended."""
+        wait_until(lambda: place() or self.code is not None, f"the run comes to its place; it said: {self.log}")
+
+    def wait_gone(self) -> int:
+        """Wait until every process of the session has ended by itself; return the first one's exit code."""
+        wait_until(lambda: self.code is not None, f"the run ends; it said: {self.log}")
+        wait_until(lambda: self.code is not None and not self.members(), "the run's other processes end")
+        code = self.code
+        assert code is not None
+        return code
+
+
+def parents_and_sessions() -> dict[int, tuple[int, int]]:
+    """Return parent and session of every process."""
+    found: dict[int, tuple[int, int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            _, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            found[int(path.parent.name)] = int(parent), int(session)
+    return found
+
+
+def is_helper(pid: int) -> bool:
+    """Whether a process is one of multiprocessing's own."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"resource_tracker" in command or b"forkserver" in command
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, f"waited {PATIENCE_S} s in vain: {what}"
+        time.sleep(POLL_S)
+
+
+# --- in the forks: the work, stretched where it is too short to be hit -----------------------------------------
+
+
+def in_halves(write_file: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `publish_file` or `replace_file` write half of the content, and after a pause the rest."""
+
+    def call(path: Path, write: Callable[[BinaryIO], None]) -> Any:
+        def write_in_halves(file: BinaryIO) -> None:
+            buffer = io.BytesIO()
+            write(buffer)
+            content = buffer.getvalue()
+            file.write(content[: len(content) // 2])
+            file.flush()
+            time.sleep(0.004)
+            file.write(content[len(content) // 2 :])
+
+        return write_file(path, write_in_halves)
+
+    return call
+
+
+def paused(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """Make a function wait before and after its work."""
+
+    def call(*args: Any) -> Any:
+        time.sleep(seconds)
+        result = function(*args)
+        time.sleep(seconds)
+        return result
+
+    return call
+
+
+def gated_cnn() -> tuple[nn.Module, dict[str, Any]]:
+    """The confident CNN; it does not answer while the gate is closed."""
+    network, config = confident_cnn()
+    network.register_forward_pre_hook(wait_at_gate)
+    return network, config
+
+
+def wait_at_gate(*_: object) -> None:
+    """Wait while a file `gate` beside the label set names a number of files, and so many are there."""
+    out = Path(os.environ["KILL_OUT"])
+    with contextlib.suppress(FileNotFoundError):
+        while len(final_names(out)) >= int((out.parent / "gate").read_text()):
+            time.sleep(0.002)
+
+
+def gated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function wait at the gate before its work."""
+
+    def call(*args: Any) -> Any:
+        wait_at_gate()
+        return function(*args)
+
+    return call
+
+
+class ForkContext:
+    """Does for the engine what multiprocessing's spawn context does, by fork: that saves its processes the imports.
+
+    As after a spawn, a process has no end of a pipe but its own, and hears when its parent is gone.
+    """
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("fork")
+        self._ours: list[Any] = []
+
+    def Pipe(self) -> tuple[Any, Any]:
+        ours, theirs = self._context.Pipe()
+        self._ours.append(ours)
+        return ours, theirs
+
+    def Process(self, *, target: Callable[..., None], args: tuple[Any, ...], name: str) -> Any:
+        return self._context.Process(target=self._run, args=(target, *args), name=name)
+
+    def _run(self, target: Callable[..., None], *args: Any) -> None:
+        for end in self._ours:
+            end.close()
+        target(*args)
+
+
+def label(out: str, data: str, *, spawn: bool, workers: int) -> None:
+    """Make or continue a label set.
+
+    Spawned processes are not patched. The teacher's gate holds them too, but only a few files later.
+    """
+    os.environ["KILL_OUT"] = out
+    patch = pytest.MonkeyPatch()
+    for user in ("drafts", "indexing", "sealing"):
+        patch.setattr(f"pipeline.{user}.publish_file", in_halves(storage.publish_file))
+    patch.setattr(sealing, "replace_file", marked(in_halves(storage.replace_file), Path(out).with_name("sealing")))
+    patch.setattr(os, "link", gated(paused(os.link, 0.003)))
+    patch.setattr(os, "replace", paused(os.replace, 0.06))
+    if not spawn:
+        context, contexts = ForkContext(), multiprocessing.get_context
+        patch.setattr(multiprocessing, "get_context", lambda kind: context if kind == "spawn" else contexts(kind))
+    make_labels(Path(out), data, teacher=teacher_of("test_kill:gated_cnn"), workers=workers, **SETTINGS)
+
+
+def marked(function: Callable[..., Any], mark: Path) -> Callable[..., Any]:
+    """Make a function leave a mark when it is called."""
+
+    def call(*args: Any) -> Any:
+        mark.touch()
+        return function(*args)
+
+    return call
+
+
+def train(out: str, labels: str, *, limit: int | None) -> None:
+    """Train a student or continue; with a limit, stop and wait once a state is saved at or after that batch."""
+
+    def replace_and_stop(source: str, target: str) -> None:
+        replace(source, target)
+        if limit is not None and Path(target).name == STATE_NAME and position(Path(target)) >= limit:
+            signal.pause()
+
+    torch.set_num_threads(1)
+    patch, replace = pytest.MonkeyPatch(), paused(os.replace, 0.002)
+    patch.setattr("trainer.checkpoint.replace_file", in_halves(storage.replace_file))
+    patch.setattr(os, "replace", replace_and_stop)
+    loop.train(
+        TrainConfig(
+            labels=Path(labels),
+            output=Path(out),
+            model="deit-ti",
+            patch_size=8,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            batch_size=12,
+            epochs=50,
+            warmup_epochs=1,
+            lr=1e-3,
+            workers=0,
+            resume=True,
+            recovery_interval=2,
+            repeated_aug=1,
+        )
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n", process.stderr and process.stderr.read()
-    return process
 
 
-def finish(script: str) -> None:
-    process = start(script)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+RUNS: dict[str, Callable[..., None]] = {"label": label, "train": train}
 
 
-def kill_at(script: str, seconds: float) -> bool:
-    """Kill the script some seconds after it is ready; return whether it was still running."""
-    process = start(script)
-    time.sleep(seconds)
-    running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return running
+# --- stage 1 --------------------------------------------------------------------------------------------------
 
 
-def test_precompute_killed_at_random_moments_makes_the_same_files(tmp_path):
-    data = write_tars(tmp_path / "data", (24, 16, 16))
-    paths = {"root": str(ROOT), "tests": str(ROOT / "tests"), "data": data}
-    began = time.monotonic()
-    finish(PRECOMPUTE.format(out=str(tmp_path / "whole"), **paths))
-    length = time.monotonic() - began
+@dataclass(frozen=True)
+class Aim:
+    """When to kill, and whom.
 
-    moments, partial, killed = random.Random(0), 0, 0
-    script = PRECOMPUTE.format(out=str(tmp_path / "cut"), **paths)
-    while killed < KILLS:
-        if not kill_at(script, moments.uniform(0, 0.6 * length)):
-            for path in sorted((tmp_path / "cut").rglob("*.parquet"))[:2]:
-                path.unlink()  # it got through: take something away, and go on killing
-            (tmp_path / "cut/manifest.json").unlink()
-            continue
-        killed += 1
-        believed = files_of(tmp_path / "cut") if (tmp_path / "cut").exists() else {}
-        whole = files_of(tmp_path / "whole")
-        final = {name: content for name, content in believed.items() if ".tmp-" not in name}
-        wrong = [name for name, content in final.items() if name != "manifest.json" and content != whole[name]]
-        assert wrong == []  # what has its final name is whole, at every moment
-        partial += 0 < len(final) < len(whole)
-    assert partial >= 3  # kills did fall in the middle of the work
-    finish(script)
-    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")  # temporaries are swept too
-    assert LabelSet.open(tmp_path / "cut").verify() == []
+    Attributes:
+        files: how many files must stand under their final names; 0: whatever is there; SEALING: the last step.
+        victim: `group` is all processes of the run, `parent` its first one, `teacher` one of the others.
+        delay_s: from then on.
+    """
+
+    files: int
+    victim: str
+    delay_s: float
 
 
-def test_training_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
-    from builders import make_labels
+def draw_aims(moments: random.Random) -> list[list[Aim]]:
+    """Draw five kills for each round: three further and further among the labels, one before or after, one at any time.
 
-    assert SMALL["img_size"] == 16
+    Of the kills among the labels, each round has two of all processes and one of the parent or of a teacher process.
+    """
+    rounds: list[list[Aim]] = []
+    for number in range(ROUNDS):
+        victims = moments.sample(["group", "group", ("parent", "teacher")[number % 2]], 3)
+        aims = [
+            Aim(moments.choice(third), victim, moments.uniform(0, 0.03))
+            for third, victim in zip(THIRDS, victims, strict=True)
+        ]
+        if number % 3:
+            aims.insert(0, Aim(moments.randint(1, INDEX), "group", moments.uniform(0, 0.03)))
+        else:
+            aims.append(Aim(SEALING, "group", moments.uniform(0, 0.12)))
+        aims.insert(moments.randrange(len(aims) + 1), Aim(0, "group", moments.uniform(0, 0.5)))
+        rounds.append(aims)
+    return rounds
+
+
+class Stage1:
+    """One label set that is made under kills, and the files that it must come to."""
+
+    def __init__(self, server: Server, folder: Path, data: str, whole: dict[str, bytes]) -> None:
+        self._server, self._folder, self._data = server, folder, data
+        self._gate, self._mark = folder / "gate", folder / "sealing"
+        self.out, self.whole = folder / "set", whole
+
+    def start(self, *, spawn: bool = False, workers: int = 0) -> Run:
+        self._mark.unlink(missing_ok=True)
+        arguments = {"out": str(self.out), "data": self._data, "spawn": spawn, "workers": workers}
+        return Run(self._server, "label", self._folder / "log", **arguments)
+
+    def finish(self) -> None:
+        """Let a run come to its end."""
+        self._gate.unlink(missing_ok=True)
+        with self.start() as run:
+            assert run.wait_gone() == 0, run.log
+
+    def finish_and_compare(self) -> None:
+        """Let a run come to its end: the same files, and no others. Then begin anew."""
+        self.finish()
+        assert files_of(self.out) == self.whole
+        assert LabelSet.open(self.out).verify() == []
+        shutil.rmtree(self.out)
+
+    def kill(self, aim: Aim, **how: Any) -> bool:
+        """Start a run and kill; return whether the kill came before the run was through."""
+        before = len(final_names(self.out))
+        files = aim.files and max(aim.files, before + 1)
+        self._gate.write_text(str(max(files, before) + 2))
+        with self.start(**how) as run:
+            run.wait_for(lambda: self._is_at(files))
+            time.sleep(aim.delay_s)
+            if aim.victim == "group":
+                os.killpg(run.pid, signal.SIGKILL)
+            else:
+                kill(run.pid if aim.victim == "parent" else min(run.teachers()))
+            self._gate.unlink()
+            code = run.wait_gone()
+            if aim.victim == "teacher":
+                assert code == 0, run.log  # another takes its place
+                assert "was lost (SIGKILL)" in run.log
+                return True
+            assert code in (0, -signal.SIGKILL), run.log
+            return code != 0
+
+    def _is_at(self, files: int) -> bool:
+        return self._mark.exists() if files == SEALING else len(final_names(self.out)) >= files
+
+    def check(self) -> tuple[int, bool]:
+        """Check that nothing wrong stands under a final name; return the number of label shards, and if it is sealed."""
+        found = named_files(self.out)
+        manifest = found.pop("manifest.json", None)
+        assert [name for name, content in found.items() if content != self.whole.get(name)] == []
+        if manifest == self.whole["manifest.json"]:
+            assert LabelSet.open(self.out).verify() == []
+        elif manifest is not None:
+            with pytest.raises(LabelSetIncomplete):
+                LabelSet.open(self.out)
+        return sum(name.startswith("labels") for name in found), manifest == self.whole["manifest.json"]
+
+    def kill_and_check(self, aim: Aim, **how: Any) -> str:
+        """Kill runs until one was hit; return in what of the work that was."""
+        while not self.kill(aim, **how):
+            self.finish_and_compare()
+        labels, sealed = self.check()
+        if sealed:
+            self.finish_and_compare()  # sweeps, too
+        if aim.victim == "teacher":
+            assert sealed
+        midst = 0 < labels < LABELS or aim.victim == "teacher"
+        return "labelling" if midst else "sealing" if labels else "indexing"
+
+
+def final_names(folder: Path) -> list[str]:
+    """Return the names of all files but the temporary ones."""
+    return [name for _, _, names in os.walk(folder) for name in names if not name.startswith(".tmp-")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return write_tars(tmp_path_factory.mktemp("data"), SIZES)
+
+
+@pytest.fixture(scope="module")
+def whole(server, data, tmp_path_factory) -> dict[str, bytes]:
+    """The files of an uninterrupted run."""
+    stage = Stage1(server, tmp_path_factory.mktemp("whole"), data, {})
+    stage.finish()
+    files = files_of(stage.out)
+    assert len(files) == FILES
+    return files
+
+
+@pytest.fixture
+def stage(server, data, whole, tmp_path) -> Stage1:
+    return Stage1(server, tmp_path, data, whole)
+
+
+def test_precompute_killed_at_fifty_random_moments_makes_the_same_files(stage):
+    kills: Counter[str] = Counter()
+    for aims in draw_aims(random.Random(0)):
+        for aim in aims:
+            kills[stage.kill_and_check(aim)] += 1
+        stage.finish_and_compare()
+    assert kills.total() == 50
+    assert kills["labelling"] >= 3 * ROUNDS  # the gate holds every run that is to be killed there
+    assert min(kills["indexing"], kills["sealing"]) >= 4
+
+
+@pytest.mark.parametrize(
+    ("aim", "workers"),
+    [
+        (Aim(INDEX, "parent", 1.5), 0),  # while the teacher processes import
+        (Aim(INDEX + 3, "group", 0.01), 0),
+        (Aim(INDEX + 6, "teacher", 0.01), 0),  # another one is spawned
+        (Aim(INDEX + 2, "parent", 0.02), 1),  # its teacher processes have loader processes of their own
+    ],
+    ids=lambda value: value.victim if isinstance(value, Aim) else f"workers-{value}",
+)
+def test_precompute_killed_with_spawned_processes_makes_the_same_files(stage, aim, workers):
+    stage.kill_and_check(aim, spawn=True, workers=workers)
+    stage.finish_and_compare()
+
+
+# --- stage 2 --------------------------------------------------------------------------------------------------
+
+
+def position(state: Path) -> int:
+    """Return the batch with which a saved run goes on; it must load."""
+    return load_state(state)[1]["next_index"] if state.exists() else 0
+
+
+def test_training_killed_at_random_moments_ends_with_the_same_weights(server, tmp_path):
     label_set = make_labels(tmp_path / "labels", write_tars(tmp_path / "data", (24, 16)))
-    paths = {"root": str(ROOT), "tests": str(ROOT / "tests"), "labels": str(label_set.folder)}
-    began = time.monotonic()
-    finish(TRAIN.format(out=str(tmp_path / "whole"), **paths))
-    length = time.monotonic() - began
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
 
-    moments, killed, positions = random.Random(1), 0, set()
-    script = TRAIN.format(out=str(tmp_path / "cut"), **paths)
-    while killed < KILLS and kill_at(script, moments.uniform(0, 0.45 * length)):
-        killed += 1
-        state = tmp_path / "cut/state.safetensors"
-        if state.exists():
-            positions.add(load_state(state)[1]["next_index"])  # always loads
-    assert len(positions) >= 2  # kills fell at different places of the run
-    finish(script)
-    whole, cut = (load_state(tmp_path / name / "state.safetensors")[0] for name in ("whole", "cut"))
-    assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
-    assert files_of(tmp_path / "cut/last") == files_of(tmp_path / "whole/last")
+    def start(out: Path, limit: int | None = None) -> Run:
+        return Run(server, "train", tmp_path / "log", out=str(out), labels=str(label_set.folder), limit=limit)
+
+    with start(whole) as run:
+        assert run.wait_gone() == 0, run.log
+    moments = random.Random(1)
+    for _ in range(TRAIN_KILLS):
+        before = position(cut / STATE_NAME)
+        further = moments.randint(0, 5)
+        with start(cut, before + further + 2) as run:
+            run.wait_for(lambda place=before + further: position(cut / STATE_NAME) >= place)
+            time.sleep(moments.uniform(0, 0.03 if further else 0.5))
+            os.killpg(run.pid, signal.SIGKILL)
+            assert run.wait_gone() == -signal.SIGKILL, run.log
+        assert position(cut / STATE_NAME) >= before + further
+    with start(cut) as run:
+        assert run.wait_gone() == 0, run.log
+    expected, found = (load_state(folder / STATE_NAME)[0] for folder in (whole, cut))
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert files_of(cut / "last") == files_of(whole / "last")
+    assert list(cut.rglob(".tmp-*")) == []
+    assert losses_of(cut) == losses_of(whole)
+
+
+def losses_of(folder: Path) -> list[tuple[int, float]]:
+    return [(line["index"], line["loss"]) for line in read_metrics(folder)]

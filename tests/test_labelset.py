@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import teacher_from
 from label_sets import (
     CLASSES,
     RECIPE,
@@ -54,7 +55,6 @@ from pipeline.labelset import LabelSet, record_of
 from pipeline.precompute import plan_work
 from pipeline.recipe import Recipe
 from pipeline.sources import open_source
-from pipeline.teacher import Teacher
 
 FIRST = "labels/views-00000-00001/train-0.parquet"
 SECOND = "labels/views-00000-00001/train-1.parquet"
@@ -596,7 +596,7 @@ def test_views_before_those_of_the_set_may_be_added_without_a_gap(images, tmp_pa
 
 def test_k_beyond_the_format_is_a_misuse(images, tmp_path):
     many = colour_teacher().identity.model_copy(update={"num_classes": 5000, "class_names": None})
-    wide = Teacher(MeanColour(1.0), many, crop_pct=1.0, device="cpu", dtype="float32")
+    wide = teacher_from(MeanColour(1.0), many)
     folder = write_source(tmp_path / "tars")
     (folder / "classes.txt").unlink()
     source = open_source(folder)

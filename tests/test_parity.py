@@ -7,7 +7,7 @@ import torch
 from builders import make_labels, small_recipe, small_teacher, write_tars
 
 from pipeline.labelset import LabelSet
-from pipeline.rendering import MappedRange, start_loader
+from pipeline.loading import Mapped, start_loader
 from pipeline.sources import open_source
 from pipeline.teacher import Teacher
 from trainer.config import TrainConfig
@@ -31,7 +31,7 @@ def stored(batch: Batch, _: Teacher) -> TeacherTarget:
 def online(batch: Batch, teacher: Teacher) -> TeacherTarget:
     """Run the teacher now, on the batch as the student sees it, and keep everything that it says."""
     with torch.no_grad():
-        prob, index = teacher.logits(mixed_images(batch, CPU)).softmax(1).sort(dim=1, descending=True)
+        prob, index = teacher.logits(mixed_images(batch, CPU))[0].softmax(1).sort(dim=1, descending=True)
     return TeacherTarget(index[:, 0], index, prob, torch.zeros(len(prob)))
 
 
@@ -46,7 +46,7 @@ def losses_of(label_set: LabelSet, teacher: Teacher, target_of, **settings) -> l
     _spread_heads(student)
     optimizer = create_optimizer(student, lr=1e-3, weight_decay=0.05, fused=False)
     losses: list[float] = []
-    for batch in start_loader(MappedRange(renderer, STEPS), workers=0):
+    for batch in start_loader(Mapped(renderer, STEPS), workers=0):
         heads = student(normalise(mixed_images(batch, CPU), student))
         class_target = ClassTarget(batch.class_label, batch.labelled, batch.mix.partner, batch.mix.lam)
         loss, _ = distillation_loss(

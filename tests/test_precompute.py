@@ -23,6 +23,7 @@ from pipeline.errors import (
 from pipeline.labelset import LabelSet
 from pipeline.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.precompute import measure_accuracy, plan_work, precompute
+from pipeline.progress import Tick
 from pipeline.replay import check_replay
 from pipeline.sources import open_source
 from pipeline.views import draw_view, render
@@ -54,7 +55,7 @@ def answers_one_by_one(data: str, view: int, shard: str) -> tuple[dict[int, int]
         mixes = mix_batch([(0, 1 if second >= 0 else -1)], [draw_mix(recipe, samples.keys[first], view)], len(rows))
         mixed = apply_mix(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), mixes)
         for row, image in zip(rows, mixed, strict=True):
-            logits = teacher.logits(image[None])[0]
+            logits = teacher.logits(image[None])[0][0]
             hard[row], prob[row] = int(logits.argmax()), logits.softmax(0).detach().numpy()
     return hard, prob
 
@@ -226,7 +227,7 @@ def test_accuracy_is_that_of_centre_crops(data):
             box = round((width - 16) / 2), round((short - 16) / 2)
             view = image.resize((width, short), Image.Resampling.BICUBIC).crop((*box, box[0] + 16, box[1] + 16))
             pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1)[None].float()
-            right += int(teacher.logits(pixels).argmax()) == shard[row].class_label
+            right += int(teacher.logits(pixels)[0].argmax()) == shard[row].class_label
     assert count == 23
     assert abs(top1 - 100 * right / 23) <= 100 / 23  # one image may flip on the last bit of the resize
 
@@ -234,8 +235,8 @@ def test_accuracy_is_that_of_centre_crops(data):
 def test_non_finite_answers_are_never_stored(data, tmp_path):
     source = open_source(data)
     teacher = small_teacher(source)
-    torch.nn.init.constant_(teacher._module[-1].bias, float("nan"))
-    with pytest.raises(NonFiniteTeacherError, match=r"NaN or infinity .*view 0 of train-000000, rows \["):
+    torch.nn.init.constant_(teacher.networks[0].module[-1].bias, float("nan"))
+    with pytest.raises(NonFiniteTeacherError, match=r"NaN or infinity .* view 0 of 'img-0\d+', .* in train-000000"):
         make_labels(tmp_path / "set", data, teacher=teacher, accuracy_samples=0)
     assert not list((tmp_path / "set").glob("labels/**/*.parquet"))
 
@@ -304,11 +305,16 @@ def test_two_runs_at_once_make_one_sound_set(data, labelled, tmp_path):
 
 def test_precompute_reports_its_progress(data, tmp_path):
     source = open_source(data)
-    seen: list[tuple[str, int, int]] = []
+    seen: list[Tick] = []
     config = PrecomputeConfig(data=data, out=tmp_path / "set", views=(0, 2), topk=1, workers=0)
-    precompute(config, small_recipe(), small_teacher(source), source, progress=lambda *step: seen.append(step))
-    assert seen[-1] == ("label", 46, 46)
-    assert ("index", 2, 2) in seen
+    precompute(config, small_recipe(), small_teacher(source), source, progress=seen.append)
+    assert ("index", 2, 2) in {(tick.phase, tick.done, tick.total) for tick in seen}
+    last = seen[-1]
+    assert (last.phase, last.done, last.total, last.made) == ("label", 46, 46, 46)
+    assert last.bytes_written == sum(path.stat().st_size for path in (tmp_path / "set/labels").rglob("*.parquet"))
+    assert last.teacher_busy is not None
+    assert 0 < last.teacher_busy < 1
+    assert last.left_s == 0
 
 
 def test_the_teacher_is_measured_and_its_accuracy_is_said(data, tmp_path, caplog):

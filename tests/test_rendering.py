@@ -3,7 +3,6 @@
 import os
 from dataclasses import replace
 from math import factorial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,20 +12,12 @@ from builders import encoded, photo, small_recipe, write_tars
 
 from pipeline import rendering
 from pipeline.decode import decode
-from pipeline.errors import LabelSetMismatch
+from pipeline.errors import LabelSetMismatch, WorkerError
 from pipeline.labels import SampleRows
-from pipeline.mixing import Mix, draw_mix, mix_blocks, shard_pairs
+from pipeline.loading import Mapped, Whereabouts, checked, plan_workers, start_loader
+from pipeline.mixing import Mix, draw_mix, shard_pairs
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.rendering import (
-    BlockRenderer,
-    BlockTask,
-    MappedRange,
-    ViewBatch,
-    checked,
-    paired_positions,
-    plan_workers,
-    start_loader,
-)
+from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal, paired_positions, views_at_once
 from pipeline.sources import Source, open_source
 from pipeline.views import draw_view, render
 
@@ -52,13 +43,15 @@ def samples_of(source: Source, shard: str) -> SampleRows:
     )
 
 
-def tasks_of(source: Source, recipe: Recipe, views: range = VIEWS) -> list[BlockTask]:
+def blocks_in(source: Source, recipe: Recipe, views: range = VIEWS) -> list[Block]:
     tables = {shard.name: samples_of(source, shard.name) for shard in source.shards}
-    return [
-        BlockTask(name, views, rows, samples)
-        for name, samples in tables.items()
-        for rows in mix_blocks(recipe, samples.usable)
-    ]
+    return [block for name, samples in tables.items() for block in blocks_of(name, views, samples, recipe)]
+
+
+def rendered(source: Source, recipe: Recipe, blocks: list[Block], *, workers: int = 0) -> list[ViewBatch]:
+    """Every view of these blocks, in the order in which a loader brings them."""
+    loader = start_loader(Mapped(BlockRenderer(source, recipe)), sampler=deal(blocks, workers), workers=workers)
+    return [batch for batch in checked(loader) if batch is not None]
 
 
 def content(batch: ViewBatch) -> tuple:
@@ -85,7 +78,7 @@ def test_the_two_of_a_pair_stand_together(pairs, positions):
 def test_a_batch_holds_every_sample_of_its_block_with_its_own_pixels_and_mix(source, name):
     recipe = load_recipe(name, {"img_size": 16, "mix_block": 8})
     seen = []
-    for batch in BlockRenderer(source, recipe, tasks_of(source, recipe)):
+    for batch in rendered(source, recipe, blocks_in(source, recipe)):
         shard = source.shard(batch.shard)
         pairs = shard_pairs(recipe, shard.keys, np.arange(len(shard)), batch.view).tolist()
         partners = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
@@ -108,11 +101,8 @@ def test_bad_rows_are_left_out_and_move_no_partner_of_another_block(source):
     recipe = small_recipe()
     samples = samples_of(source, "train-000000")
     bad = replace(samples, bad=tuple("cut" if row == 3 else None for row in range(13)))
-    tasks = [BlockTask("train-000000", VIEWS, rows, bad) for rows in mix_blocks(recipe, bad.usable)]
-    got, whole = (
-        list(BlockRenderer(source, recipe, tasks)),
-        list(BlockRenderer(source, recipe, tasks_of(source, recipe))),
-    )
+    got = rendered(source, recipe, list(blocks_of("train-000000", VIEWS, bad, recipe)))
+    whole = rendered(source, recipe, blocks_in(source, recipe))
     assert sorted(got[0].rows.tolist()) == [0, 1, 2, 4, 5, 6, 7]
     assert [content(batch) for batch in got[4:]] == [content(batch) for batch in whole[4:8]]  # rows 8..12
 
@@ -121,59 +111,91 @@ def test_views_come_in_order_block_after_block(source):
     recipe = small_recipe()
     order = [
         (batch.shard, batch.rows.min().item() // 8, batch.view)
-        for batch in BlockRenderer(source, recipe, tasks_of(source, recipe))
+        for batch in rendered(source, recipe, blocks_in(source, recipe))
     ]
     assert order == [(shard.name, block, view) for shard in source.shards for block in (0, 1) for view in VIEWS]
 
 
+IMAGE, VIEW = 24 * 32 * 3, 16 * 16 * 3  # bytes of a decoded image and of a view: an image is three views
+
+
 @pytest.mark.parametrize(
-    ("views_at_once", "decodes"),
+    ("held", "at_once", "decodes"),
     [
-        (4, 23),  # all of them: each image is decoded once
-        (3, 46),  # three and one
-        (1, 92),  # one after the other
-        (0.01, 92),  # not even one fits: one after the other all the same
+        (8 * IMAGE, 4, 23),  # a block's images are held decoded, and all views come from one decode
+        (8 * IMAGE - 1, 2, 46),  # less: two views of each image take less than the image, and are held instead
+        (8 * 2 * VIEW - 1, 1, 92),  # only one view at a time: a decode for each
+        (1, 1, 92),  # not even one fits: it is made all the same
     ],
 )
-def test_less_memory_costs_decodes_and_changes_no_byte(source, monkeypatch, views_at_once, decodes):
+def test_less_memory_costs_decodes_and_changes_no_byte(source, monkeypatch, held, at_once, decodes):
     recipe = small_recipe()
-    expected = [content(batch) for batch in BlockRenderer(source, recipe, tasks_of(source, recipe))]
+    expected = [content(batch) for batch in rendered(source, recipe, blocks_in(source, recipe))]
     keys: list[str] = []
     monkeypatch.setattr(rendering, "decode", lambda image, *, key: keys.append(key) or decode(image, key=key))
-    got = []
-    for task in tasks_of(source, recipe):
-        monkeypatch.setattr(rendering, "RENDER_BYTES", int(views_at_once * len(task.rows) * 16 * 16 * 3))
-        got += [content(batch) for batch in BlockRenderer(source, recipe, [task])]
-    assert got == expected
+    monkeypatch.setattr(rendering, "HELD_BYTES", held)
+    assert views_at_once(samples_of(source, "train-000000").take(np.arange(8)), 16, 4) == at_once
+    monkeypatch.setattr(rendering, "views_at_once", lambda *_: at_once)  # smaller blocks would take more at once
+    assert [content(batch) for batch in rendered(source, recipe, blocks_in(source, recipe))] == expected
     assert len(keys) == decodes
 
 
-def test_every_task_is_rendered_once_by_two_workers(source):
+def test_what_is_held_of_large_images_is_bounded():
+    recipe = load_recipe("deit")
+    large = SampleRows(
+        ("k",) * 256,
+        (0,) * 256,
+        np.ones(256, np.uint32),
+        (b"",) * 256,
+        *np.full((2, 256), 4000, np.uint32),
+        (None,) * 256,
+    )
+    views = views_at_once(large, recipe.img_size, 300)
+    assert views == rendering.HELD_BYTES // (256 * 224 * 224 * 3) == 8
+
+
+def test_every_view_is_rendered_once_by_two_workers(source):
     recipe = small_recipe()
-    tasks = tasks_of(source, recipe, range(2))
-    expected = [content(batch) for batch in BlockRenderer(source, recipe, tasks)]
-    got = [content(batch) for batch in start_loader(BlockRenderer(source, recipe, tasks), workers=2)]
+    blocks = blocks_in(source, recipe, range(2))
+    expected = [content(batch) for batch in rendered(source, recipe, blocks)]
+    got = [content(batch) for batch in rendered(source, recipe, blocks, workers=2)]
     assert len(got) == len(expected) == 8
     assert sorted(got) == sorted(expected)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4, 9])  # four tasks: as many workers, fewer, more
-def test_tasks_are_dealt_out_evenly(source, monkeypatch, workers):
-    recipe = small_recipe()
-    renderer = BlockRenderer(source, recipe, tasks_of(source, recipe, range(1)))
-    shares = []
-    for worker in range(workers):
-        info = SimpleNamespace(id=worker, num_workers=workers)
-        monkeypatch.setattr(rendering, "get_worker_info", lambda info=info: info)
-        shares.append([(batch.shard, *sorted(batch.rows.tolist())) for batch in renderer])
-    every = [block for share in shares for block in share]
-    assert len(every) == len(set(every)) == 4
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4, 9])  # four blocks: as many workers, fewer, more
+def test_a_worker_gets_all_views_of_its_block_in_a_row(source, workers):
+    units = list(deal(blocks_in(source, small_recipe()), workers))
+    lanes = max(1, workers)
+    for lane in range(lanes):
+        mine = [(block.name, view) for unit in units[lane::lanes] if unit for block, view in [unit]]
+        names = list(dict.fromkeys(name for name, _ in mine))
+        assert mine == [(name, view) for name in names for view in VIEWS]
+    every = [(block.name, view) for unit in units if unit for block, view in [unit]]
+    assert len(every) == len(set(every)) == 4 * len(VIEWS)
+
+
+def test_blocks_are_taken_when_they_are_needed(source):
+    taken = []
+    blocks = blocks_in(source, small_recipe())
+    units = deal((taken.append(block) or block for block in blocks), 2)
+    for _ in range(2 * len(VIEWS)):
+        next(units)
+    assert len(taken) == 2  # nobody else could have had the other two otherwise
+
+
+def test_each_image_is_decoded_once_by_each_worker(source, monkeypatch):
+    recipe, keys = small_recipe(), []
+    monkeypatch.setattr(rendering, "decode", lambda image, *, key: keys.append(key) or decode(image, key=key))
+    workers = [BlockRenderer(source, recipe) for _ in range(3)]
+    for at, unit in enumerate(deal(blocks_in(source, recipe), 3)):
+        workers[at % 3](unit)
+    assert len(keys) == len(set(keys)) == 23
 
 
 def test_an_image_that_is_not_the_indexed_one_stops_the_block_with_its_key(source, tmp_path):
     recipe = small_recipe()
-    tasks = tasks_of(source, recipe)
+    blocks = blocks_in(source, recipe)
     folder = tmp_path / "data"
     write_tars(folder, (13, 10))
     path = folder / "train-000000.tar"
@@ -181,7 +203,7 @@ def test_an_image_that_is_not_the_indexed_one_stops_the_block_with_its_key(sourc
     with pytest.raises(
         LabelSetMismatch, match="image 'img-0004' of train-000000 has other bytes than the one that was"
     ):
-        list(checked(BlockRenderer(open_source(str(folder)), recipe, tasks)))
+        rendered(open_source(str(folder)), recipe, blocks)
 
 
 # --- processes ------------------------------------------------------------------------------------------------
@@ -223,7 +245,7 @@ def test_workers_are_processes_of_one_thread_that_never_import_timm_or_matplotli
     monkeypatch.syspath_prepend(tmp_path)
     from loader_spy import Spy  # pyright: ignore[reportMissingImports]
 
-    seen = list(start_loader(MappedRange(Spy(make(source)), 3), workers=1))
+    seen = list(start_loader(Mapped(Spy(make(source)), 3), workers=1))
     assert len(seen) == 3
     for process, modules, torch_threads, cv2_threads in seen:
         assert process != os.getpid()
@@ -233,14 +255,14 @@ def test_workers_are_processes_of_one_thread_that_never_import_timm_or_matplotli
 
 
 def test_without_workers_everything_runs_here(source):
-    assert list(start_loader(MappedRange(lambda _: os.getpid(), 2), workers=0)) == [os.getpid()] * 2
+    assert list(start_loader(Mapped(lambda _: os.getpid(), 2), workers=0)) == [os.getpid()] * 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_come_in_the_order_of_the_sampler(workers):
     # A function of the standard library: a worker that needs one of this file imports all that is imported here.
-    assert list(start_loader(MappedRange(factorial, 7), workers=workers, sampler=range(3, 7))) == [6, 24, 120, 720]
-    assert list(start_loader(MappedRange(factorial, 4), workers=workers)) == [1, 1, 2, 6]
+    assert list(start_loader(Mapped(factorial, 7), workers=workers, sampler=range(3, 7))) == [6, 24, 120, 720]
+    assert list(start_loader(Mapped(factorial, 4), workers=workers)) == [1, 1, 2, 6]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -249,8 +271,8 @@ def test_loading_never_moves_the_global_random_states(source, workers):
     torch.manual_seed(3)
     np.random.seed(3)
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    list(start_loader(BlockRenderer(source, recipe, tasks_of(source, recipe, range(1))), workers=workers))
-    list(start_loader(MappedRange(train_batches(source), 2), workers=workers))
+    rendered(source, recipe, blocks_in(source, recipe, range(1)), workers=workers)
+    list(start_loader(Mapped(train_batches(source), 2), workers=workers))
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert np.random.get_state()[1].tolist() == numpy_before
 
@@ -289,3 +311,31 @@ def test_cores_are_counted_where_the_system_knows_no_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert plan_workers(None, CUDA) == 5
+
+
+@pytest.mark.parametrize(("moves", "hangs"), [(True, False), (False, True)])
+def test_a_loader_hangs_when_it_comes_to_no_other_image_and_not_when_a_batch_takes_long(monkeypatch, moves, hangs):
+    clock = iter(range(0, 10_000, 5))
+    monkeypatch.setattr("pipeline.loading.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("pipeline.loading.TIMEOUT_S", 60)
+    whereabouts = Whereabouts(1)
+
+    class Slow:
+        asked = 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.asked += 1
+            if self.asked == 100:
+                return "batch"
+            whereabouts.note(f"image {self.asked if moves else 0}")
+            raise RuntimeError("DataLoader timed out after 5 seconds")
+
+    batches = checked(Slow(), whereabouts)
+    if hangs:
+        with pytest.raises(WorkerError, match=r"no batch came for 60 s, at image 0\."):
+            next(batches)
+    else:
+        assert next(batches) == "batch"

@@ -246,7 +246,7 @@ def test_another_key_is_refused(made, tmp_path):
 def test_a_sample_is_known_by_key_and_bytes(made, images):
     samples, shard = LabelSet.open(made).samples("train-0"), open_source(images).shard("train-0")
     check_image(shard[1], samples, 1, shard="train-0")
-    with pytest.raises(LabelSetMismatch, match="row 0 of train-0 is labelled as 'n000', the source has 'n001'"):
+    with pytest.raises(LabelSetMismatch, match="train-0: the label is of 'n000', the source has 'n001' there"):
         check_image(shard[1], samples, 0, shard="train-0")
 
 

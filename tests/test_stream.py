@@ -11,9 +11,10 @@ from builders import encoded, make_labels, photo, small_recipe, write_tars
 from pipeline.decode import decode
 from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, SourceError
 from pipeline.labelset import LabelSet
-from pipeline.mixing import Mix, draw_mix, mix_blocks, shard_pairs
+from pipeline.loading import Mapped, checked, start_loader
+from pipeline.mixing import Mix, draw_mix, shard_pairs
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.rendering import BlockRenderer, BlockTask, MappedRange, checked, start_loader
+from pipeline.rendering import BlockRenderer, blocks_of, deal
 from pipeline.sources import Source, open_source
 from pipeline.views import draw_view, render
 from trainer import stream
@@ -160,14 +161,14 @@ def test_a_batch_is_the_same_from_any_process_and_any_order_of_asking(source, la
     renderer = renderer_of(source, label_set)  # one renderer for all: what it remembers must not show
     assert [content(rendered(renderer, index)) for index in reversed(range(total))] == forward[::-1]
     for workers in (0, 2):
-        loader = start_loader(MappedRange(renderer_of(source, label_set), total), workers=workers)
+        loader = start_loader(Mapped(renderer_of(source, label_set), total), workers=workers)
         assert [content(batch) for batch in checked(loader)] == forward
     assert len({str(batch) for batch in forward}) == total
 
 
 def test_a_continuation_asks_for_the_batches_that_are_left(source, label_set):
     renderer = renderer_of(source, label_set)
-    loader = start_loader(MappedRange(renderer, 9), workers=0, sampler=range(5, 9))
+    loader = start_loader(Mapped(renderer, 9), workers=0, sampler=range(5, 9))
     assert [content(batch) for batch in checked(loader)] == [content(rendered(renderer, i)) for i in range(5, 9)]
 
 
@@ -191,13 +192,12 @@ def test_the_batch_size_moves_no_pixel_and_no_label(source, label_set):
 
 def test_both_stages_render_the_same_pixels_and_mixes(source, label_set):
     recipe = label_set.recipe
-    tasks = [
-        BlockTask(name, range(3), rows, label_set.samples(name))
-        for name in label_set.shards
-        for rows in mix_blocks(recipe, label_set.samples(name).usable)
+    blocks = [
+        block for name in label_set.shards for block in blocks_of(name, range(3), label_set.samples(name), recipe)
     ]
     first: dict[tuple[str, int], tuple] = {}
-    for block in BlockRenderer(source, recipe, tasks):
+    renderer = BlockRenderer(source, recipe)
+    for block in [renderer(unit) for unit in deal(blocks, 1) if unit]:
         keys = [label_set.samples(block.shard).key[row] for row in block.rows.tolist()]
         for at, key in enumerate(keys):
             partner = keys[int(block.mix.partner[at])]
@@ -371,7 +371,7 @@ def test_an_image_that_changed_after_labelling_is_refused_with_its_key(label_set
     data = write_tars(tmp_path / "data", SIZES, unlabelled=5)
     change_image(tmp_path / "data", 17)
     renderer = renderer_of(open_source(data), label_set, batch_size=24)
-    loader = start_loader(MappedRange(renderer, 3), workers=workers)
+    loader = start_loader(Mapped(renderer, 3), workers=workers)
     with pytest.raises(
         LabelSetMismatch, match="image 'img-0017' of train-000001 has other bytes than the one that was"
     ):
@@ -381,7 +381,7 @@ def test_an_image_that_changed_after_labelling_is_refused_with_its_key(label_set
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_image_arrives_whole_from_another_process(tmp_path, workers):
     data = write_tars(tmp_path / "data", SIZES, bad=(20,))
-    loader = start_loader(MappedRange(renderer_of(open_source(data), None, batch_size=24), 2), workers=workers)
+    loader = start_loader(Mapped(renderer_of(open_source(data), None, batch_size=24), 2), workers=workers)
     with pytest.raises(BadImageError, match="image 'img-0020': damaged or truncated") as caught:
         list(checked(loader))
     assert caught.value.key == "img-0020"

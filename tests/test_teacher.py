@@ -5,18 +5,26 @@ import numpy as np
 import pytest
 import timm
 import torch
-from builders import CLASSES, small_teacher, write_tars
+from builders import CLASSES, small_recipe, small_teacher, teacher_of, write_tars
 from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError, UsageError
+from pipeline.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.sources import open_source
-from pipeline.teacher import DEIT_TEACHERS, check_classes, load_teacher, weights_sha256
+from pipeline.teacher import Answer, Teacher, check_classes, one_thread
+from pipeline.teacher_loading import DEIT_TEACHERS, weights_sha256
 
 
 def network(num_classes: int = 3, seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
     return timm.create_model("test_resnet", num_classes=num_classes)
+
+
+def ask(teacher: Teacher, images: torch.Tensor, topk: int) -> Answer:
+    """The answer for whole levels, float [B, 3, H, W], that are not mixed."""
+    views = images.byte().permute(0, 2, 3, 1).contiguous()
+    return teacher.ask(views, mix_batch([], [], len(views)), topk).result()
 
 
 def test_deits_short_name_means_deits_weights():
@@ -30,16 +38,16 @@ def test_deits_short_name_means_deits_weights():
 
 def test_random_weights_are_the_same_every_time_and_leave_the_random_state_alone():
     before = torch.get_rng_state()
-    ids = {load_teacher("test_resnet", pretrained=False, num_classes=5, img_size=16).identity.id for _ in range(2)}
+    ids = {teacher_of("test_resnet", pretrained=False, num_classes=5, img_size=16).identity.id for _ in range(2)}
     assert len(ids) == 1
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_identity_changes_with_weights_normalisation_size_and_classes():
-    base = load_teacher("test_resnet", pretrained=False, num_classes=5, img_size=16).identity
+    base = teacher_of("test_resnet", pretrained=False, num_classes=5, img_size=16).identity
     changed = [
-        load_teacher("test_resnet", pretrained=False, num_classes=6, img_size=16).identity,
-        load_teacher("test_resnet", pretrained=False, num_classes=5, img_size=24).identity,
+        teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16).identity,
+        teacher_of("test_resnet", pretrained=False, num_classes=5, img_size=24).identity,
         base.model_copy(update={"mean": (0.4, 0.5, 0.5)}),
         base.model_copy(update={"class_names": ("a", "b", "c", "d", "e")}),
         base.model_copy(update={"weights_sha256": "0" * 64}),
@@ -70,7 +78,7 @@ def test_a_checkpoint_brings_its_weights_and_its_number_of_classes(tmp_path, sav
     trained = network(num_classes=7).eval()
     save(trained.state_dict(), tmp_path / "weights.pth")
     path = next(tmp_path.iterdir())
-    teacher = load_teacher("test_resnet", checkpoint=path, img_size=16)
+    teacher = teacher_of("test_resnet", checkpoint=path, img_size=16)
     assert teacher.identity.num_classes == 7
     assert teacher.identity.weights_sha256 == weights_sha256(trained)
     assert teacher.identity.name == "test_resnet"
@@ -83,7 +91,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 
     torch.save({"state_dict": Hostile()}, tmp_path / "weights.pth")
     with pytest.raises(TeacherError, match=r"cannot load .*weights.pth into teacher test_resnet"):
-        load_teacher("test_resnet", checkpoint=tmp_path / "weights.pth", img_size=16)
+        teacher_of("test_resnet", checkpoint=tmp_path / "weights.pth", img_size=16)
 
 
 BAD_TEACHERS = [
@@ -98,15 +106,15 @@ BAD_TEACHERS = [
 @pytest.mark.parametrize(("name", "options", "error", "text"), BAD_TEACHERS, ids=range(len(BAD_TEACHERS)))
 def test_teachers_that_do_not_exist(name, options, error, text):
     with pytest.raises(error, match=text):
-        load_teacher(name, **options)
+        teacher_of(name, **options)
 
 
 def test_a_missing_checkpoint_and_one_of_another_network_are_named(tmp_path):
     with pytest.raises(UsageError, match="no such file"):
-        load_teacher("test_resnet", checkpoint=tmp_path / "nothing.pth")
+        teacher_of("test_resnet", checkpoint=tmp_path / "nothing.pth")
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(TeacherError, match="Pass the --teacher that it was saved from"):
-        load_teacher("test_resnet", checkpoint=tmp_path / "other.safetensors")
+        teacher_of("test_resnet", checkpoint=tmp_path / "other.safetensors")
 
 
 def test_weights_that_cannot_be_fetched_are_one_line_with_a_way_out(monkeypatch, tmp_path):
@@ -114,7 +122,7 @@ def test_weights_that_cannot_be_fetched_are_one_line_with_a_way_out(monkeypatch,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(TeacherError, match=r"cannot load teacher test_resnet.*--teacher-checkpoint") as caught:
-        load_teacher("test_resnet")
+        teacher_of("test_resnet")
     assert "\n" not in str(caught.value)
 
 
@@ -125,25 +133,25 @@ def test_any_function_can_give_a_teacher(tmp_path):
 
 
 def test_the_teacher_sees_its_own_size_and_normalisation():
-    teacher = load_teacher("test_resnet", pretrained=False, num_classes=4, img_size=24)
+    teacher = teacher_of("test_resnet", pretrained=False, num_classes=4, img_size=24)
     images = torch.randint(0, 256, (2, 3, 16, 16)).float()
     identity = teacher.identity
     larger = torch.nn.functional.interpolate(images, size=24, mode="bicubic", antialias=True).clamp(0, 255) / 255
     mean, std = (torch.tensor(v)[None, :, None, None] for v in (identity.mean, identity.std))
     with torch.no_grad():
-        expected = teacher._module((larger - mean) / std)
-    torch.testing.assert_close(teacher.logits(images), expected, rtol=1e-5, atol=1e-5)
+        expected = teacher.networks[0].module((larger - mean) / std)
+    torch.testing.assert_close(teacher.logits(images)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_answers_are_the_probabilities_at_temperature_1_most_probable_first():
-    teacher = load_teacher("test_resnet", pretrained=False, num_classes=6, img_size=16)
+    teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
     images = torch.randint(0, 256, (5, 3, 16, 16)).float()
-    prob = teacher.logits(images).softmax(1).detach().numpy()
-    answer = teacher.answer(images, 4)
+    prob = teacher.logits(images)[0].softmax(1).detach().numpy()
+    answer = ask(teacher, images, 4)
     np.testing.assert_array_equal(answer.hard, prob.argmax(1))
     np.testing.assert_array_equal(answer.topk_index, np.argsort(-prob, axis=1)[:, :4])
     np.testing.assert_allclose(answer.topk_prob, -np.sort(-prob, axis=1)[:, :4], atol=1e-7)
-    assert teacher.answer(images, 0).topk_prob.shape == (5, 0)
+    assert ask(teacher, images, 0).topk_prob.shape == (5, 0)
 
 
 class Overflows(nn.Module):
@@ -161,23 +169,23 @@ def make_overflowing():
 
 
 def test_rows_that_overflow_are_asked_again_in_float32(caplog):
-    teacher = load_teacher("test_teacher:make_overflowing", img_size=2, dtype="bfloat16")
+    teacher = teacher_of("test_teacher:make_overflowing", img_size=2, dtype="bfloat16")
     images = torch.full((2, 3, 2, 2), 120.0)
     images[1] = 200.0
     with caplog.at_level(logging.WARNING, logger="deit_cli"):
-        answer = teacher.answer(images, 1)
+        answer = ask(teacher, images, 1)
     assert np.isfinite(answer.topk_prob).all()
     assert "1 views gave non-finite outputs" in caplog.text
 
 
 def test_rows_that_overflow_in_float32_too_are_an_error():
-    teacher = load_teacher("test_teacher:make_overflowing", img_size=2, dtype="float32")
-    with pytest.raises(NonFiniteTeacherError, match=r"batch positions \[1\]"):
-        teacher.answer(torch.stack([torch.full((3, 2, 2), 120.0), torch.zeros(3, 2, 2)]), 1)
+    teacher = teacher_of("test_teacher:make_overflowing", img_size=2, dtype="float32")
+    with pytest.raises(NonFiniteTeacherError, match="answered NaN or infinity in float32"):
+        ask(teacher, torch.stack([torch.full((3, 2, 2), 120.0), torch.zeros(3, 2, 2)]), 1)
 
 
 def test_classes_must_fit():
-    identity = load_teacher("test_resnet", pretrained=False, num_classes=3, img_size=16).identity
+    identity = teacher_of("test_resnet", pretrained=False, num_classes=3, img_size=16).identity
     check_classes(identity, CLASSES, 2)
     check_classes(identity, None, None)
     named = identity.model_copy(update={"class_names": ("ant", "cat", "bee")})
@@ -188,3 +196,103 @@ def test_classes_must_fit():
     ]:
         with pytest.raises(TeacherError, match=text):
             check_classes(teacher, names, highest)
+
+
+def mixed_batch(size: int, seed: int = 0) -> tuple[torch.Tensor, MixBatch]:
+    """Random views, uint8 [size, 16, 16, 3], mixed pair by pair as in a run."""
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (size, 16, 16, 3), dtype=torch.uint8, generator=rng)
+    pairs = [(at, at + 1) for at in range(0, size, 2)]
+    mixes = [draw_mix(small_recipe(), f"img-{at:04}", 0) for at, _ in pairs]
+    return images, mix_batch(pairs, mixes, size)
+
+
+def same_bits(one: Answer, other: Answer) -> bool:
+    columns = ("hard", "topk_index", "topk_prob")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in columns)
+
+
+def test_answers_do_not_depend_on_the_batch_size_that_is_asked_or_on_the_number_of_threads():
+    """Bit for bit: a run on two cores continues one on eight."""
+    images, mix = mixed_batch(70)
+    answers = []
+    for threads, size in ((1, 2**16), (2, 2**16), (3, 8), (1, 2)):
+        teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
+        teacher.limit_threads(threads)
+        teacher.limit_batch(size)
+        with one_thread(teacher.device):
+            answers.append(teacher.ask(images, mix, 4).result())
+    assert len(np.unique(answers[0].hard)) > 1  # or the comparison would say little
+    assert all(same_bits(answers[0], answer) for answer in answers[1:])
+
+
+def test_answers_come_in_the_order_of_the_views_however_many_are_on_their_way():
+    teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
+    alone = [teacher.ask(*mixed_batch(40, seed), 3).result() for seed in range(4)]
+    teacher.limit_threads(4)
+    pending = [teacher.ask(*mixed_batch(40, seed), 3) for seed in range(4)]
+    for expected, waiting in zip(alone, reversed([each.result() for each in reversed(pending)]), strict=True):
+        assert same_bits(expected, waiting)
+    assert not same_bits(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("size", [64, 16, 6])
+def test_the_path_of_a_gpu_gives_the_answers_of_the_pool(size):
+    """What a GPU runs, on CPU tensors: no pool, passes of any size that are launched one after the other."""
+    images, mix = mixed_batch(64)
+    pool, direct = (teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16) for _ in range(2))
+    direct._pool, direct.batch_size = None, size
+    expected, found = (teacher.ask(images, mix, 4).result() for teacher in (pool, direct))
+    np.testing.assert_allclose(found.topk_prob, expected.topk_prob, atol=1e-5)
+    np.testing.assert_array_equal(found.hard, expected.hard)
+    assert direct.busy_s > 0
+
+
+def test_a_pass_that_does_not_fit_is_halved_and_no_view_is_lost(caplog):
+    images, mix = mixed_batch(64)
+    teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
+    expected = teacher.ask(images, mix, 4).result()
+    teacher._pool, teacher.batch_size = None, 64
+    compute, sizes = teacher._compute, []
+
+    def small_memory(images: torch.Tensor, *arguments):
+        sizes.append(len(images))
+        if len(images) > 20:
+            raise torch.OutOfMemoryError("out of memory\nand a stack")
+        return compute(images, *arguments)
+
+    teacher._compute = small_memory
+    with caplog.at_level(logging.WARNING, logger="deit_cli"):
+        found = teacher.ask(images, mix, 4).result()
+    assert sizes == [64, 32, 16, 16, 16, 16]
+    assert "going on with 16 views" in caplog.text
+    np.testing.assert_allclose(found.topk_prob, expected.topk_prob, atol=1e-5)
+
+
+def test_several_teachers_answer_with_the_mean_of_their_probabilities():
+    names = ("test_resnet", "builders:confident_cnn")
+    single = [teacher_of(name, pretrained=False, num_classes=3, img_size=16) for name in names]
+    both = teacher_of(*names, pretrained=False, num_classes=3, img_size=16)
+    images, mix = mixed_batch(20)
+    mixed = apply_mix(images.permute(0, 3, 1, 2), mix)
+    prob = sum(teacher.logits(mixed)[0].detach().softmax(1).numpy() for teacher in single) / 2
+    answer = both.ask(images, mix, 3).result()
+    np.testing.assert_allclose(answer.topk_prob, -np.sort(-prob, axis=1), atol=1e-6)
+    np.testing.assert_array_equal(answer.hard, prob.argmax(1))
+    assert not np.array_equal(answer.hard, single[0].ask(images, mix, 3).result().hard)  # the other one is heard too
+
+
+def test_the_identity_of_several_teachers_names_all_in_their_order():
+    names = ("test_resnet", "builders:confident_cnn")
+    options = {"pretrained": False, "num_classes": 3, "img_size": 16}
+    both, turned, one = (teacher_of(*each, **options).identity for each in (names, names[::-1], names[:1]))
+    assert [member.name for member in both.members] == list(names)
+    assert all(name in both.name for name in names)
+    assert both.members[0] == one
+    assert len({both.id, one.id, turned.id}) == 3
+
+
+def test_teachers_of_different_classes_are_refused():
+    with pytest.raises(TeacherError, match="classes") as caught:
+        teacher_of("test_resnet", "builders:confident_cnn", pretrained=False, num_classes=5, img_size=16)
+    assert "\n" not in str(caught.value)

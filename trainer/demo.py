@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import PrecomputeConfig
+from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.devices import resolve_device
 from pipeline.errors import UsageError
 from pipeline.labelset import LabelSet
@@ -52,16 +52,16 @@ def run_demo(
     *,
     seed: int,
     load_teacher: Callable[..., Any],
-    precompute: Callable[..., LabelSet],
+    precompute: Callable[..., LabelSet | None],
     contact_sheet: Callable[..., None],
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[Any], None],
 ) -> str:
     """Run the demo and return its table as text; stage 1 is handed in, because stage 2 knows no teacher.
 
     Args:
         out: folder for sources, runs, labels, pictures and results.json; must be empty or new.
         seed: of weights, order and stochastic depth.
-        load_teacher: `pipeline.teacher.load_teacher`.
+        load_teacher: `pipeline.teacher_loading.load_teacher`.
         precompute: `pipeline.precompute.precompute`.
         contact_sheet: `pipeline.inspection.contact_sheet`.
         progress: told how far precompute is.
@@ -153,12 +153,15 @@ def _label(
     training: Path,
     recipe: Recipe,
     load_teacher: Callable[..., Any],
-    precompute: Callable[..., LabelSet],
-    progress: Callable[[str, int, int], None],
+    precompute: Callable[..., LabelSet | None],
+    progress: Callable[[Any], None],
 ) -> LabelSet:
     config = PrecomputeConfig(data=str(training), out=out / "labels", views=(0, VIEWS))
-    teacher = load_teacher(str(out / "teacher" / "last"), device=str(resolve_device("auto")))
-    return precompute(config, recipe, teacher, open_source(config.data), progress=progress)
+    teacher = load_teacher(TeacherConfig(teacher=(str(out / "teacher" / "last"),), device=str(resolve_device("auto"))))
+    label_set = precompute(config, recipe, teacher, open_source(config.data), progress=progress)
+    if label_set is None:
+        raise UsageError("the demo is for one process: unset RANK and WORLD_SIZE, or run it outside the launcher")
+    return label_set
 
 
 def _evaluate(run: Path, data: Path) -> dict[str, Any]:

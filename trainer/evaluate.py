@@ -10,9 +10,9 @@ from torch import Tensor
 from pipeline.devices import resolve_device
 from pipeline.errors import UsageError
 from pipeline.labelset import LabelSet
+from pipeline.loading import Mapped, checked, plan_workers, start_loader
 from pipeline.mixing import MixBatch, apply_mix
 from pipeline.recipe import PRESETS, Recipe
-from pipeline.rendering import MappedRange, checked, plan_workers, start_loader
 from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
 from trainer.config import AmpDtype
@@ -141,7 +141,7 @@ def evaluate(
         )
     batches = CentreBatches(source, labelled, centre_recipe(student, crop_pct), running.batch_size)
     right: dict[str, list[int]] = {}
-    for images, target in checked(start_loader(MappedRange(batches, len(batches)), workers=running.workers)):
+    for images, target in checked(start_loader(Mapped(batches, len(batches)), workers=running.workers)):
         pixels = images.to(running.device).permute(0, 3, 1, 2).float()
         for name, logits in _answers(student, pixels, running).items():
             counts = right.setdefault(name, [0, 0])
@@ -188,7 +188,7 @@ def measure_agreement(
     renderer = BatchRenderer(Catalogue(source, label_set), recipe, order)
     same: dict[str, int] = {}
     seen = 0
-    for batch in checked(start_loader(MappedRange(renderer, steps), workers=running.workers)):
+    for batch in checked(start_loader(Mapped(renderer, steps), workers=running.workers)):
         for name, logits in _answers(student, mixed_images(batch, running.device), running).items():
             same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.hard).sum())
         seen += len(batch.keys)

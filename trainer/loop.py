@@ -12,10 +12,10 @@ from torch import Tensor
 from pipeline.devices import resolve_device
 from pipeline.draws import stream_of
 from pipeline.errors import TrainingError
+from pipeline.loading import Mapped, checked, plan_workers, start_loader
 from pipeline.recipe import Recipe
-from pipeline.rendering import MappedRange, checked, plan_workers, start_loader
 from pipeline.sources import Source, open_source
-from pipeline.storage import replace_file
+from pipeline.storage import replace_file, sweep_temporaries
 from trainer.checkpoint import export_model, pack_training, save_state
 from trainer.config import TrainConfig
 from trainer.evaluate import Running, Scores, evaluate, forward_dtype, mixed_images, normalise
@@ -62,6 +62,7 @@ def train(config: TrainConfig, recipe: Recipe | None = None) -> Path:
     state = build_state(config, data, device)
     meta = run_identity(config, data)
     resume(config, state, meta)
+    sweep_temporaries(config.output)
     save_config(config, data)
     metrics = MetricsLog(config.output, next_index=state.next_index)
     eval_source = open_source(config.eval_data) if config.eval_data else None
@@ -110,7 +111,7 @@ def _batches(
     with_labels = data.label_set
     renderer = BatchRenderer(Catalogue(data.source, with_labels), data.recipe, order)
     loader = start_loader(
-        MappedRange(renderer, total),
+        Mapped(renderer, total),
         workers=running.workers,
         sampler=range(start, total),
         pin_memory=running.device.type == "cuda",

@@ -1,0 +1,211 @@
+"""THE STAGE-1 LOOP: label shards in, complete files out. One process, one device; `engines` decides who runs it."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config import PrecomputeConfig
+from pipeline.drafts import LabelDraft, publish_draft
+from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
+from pipeline.labels import SampleRows, read_all_views
+from pipeline.labelset import checked_labels_footer, checked_samples
+from pipeline.loading import Mapped, Whereabouts, checked, start_loader
+from pipeline.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
+from pipeline.progress import Report
+from pipeline.recipe import Recipe
+from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal
+from pipeline.replay import compare_probes
+from pipeline.sources import Source
+from pipeline.teacher import Answer, Pending, Teacher, one_thread
+
+log = logging.getLogger("deit_cli.labelling")
+
+AHEAD = 2  # batches that wait on the device while the host looks at an older answer
+UNWRITTEN = 2  # complete label shards that wait for the writer
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """The unit of work, of retry and of loss: one source shard and one block of views make one file."""
+
+    shard: str
+    views: range
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a run must know; it can be sent to any of them.
+
+    Attributes:
+        config: settings of the run.
+        plan: of the label set.
+        recipe: of its views.
+        source: of the images.
+        workers: loader processes of each teacher process.
+        cores: that each teacher process may use for a teacher on the CPU.
+    """
+
+    config: PrecomputeConfig
+    plan: Plan
+    recipe: Recipe
+    source: Source
+    workers: int
+    cores: int
+
+    def samples(self, shard: str) -> SampleRows:
+        """Read the samples of a source shard, which indexing wrote."""
+        record = next(record for record in self.plan.source.shards if record.name == shard)
+        return checked_samples(self.config.out / samples_path(shard), self.plan, record)
+
+
+Tell = Callable[[Report], None]
+Finish = Callable[[LabelTask], None]
+
+
+def label_shards(
+    job: Job, teacher: Teacher, tasks: Iterable[LabelTask], *, tell: Tell, finish: Finish = lambda _: None
+) -> None:
+    """Label every task, and publish its file.
+
+    Args:
+        job: the label set and its source.
+        teacher: on the device of this process.
+        tasks: taken one by one, shortly before they are needed.
+        tell: hears how far this process is.
+        finish: hears of each task whose file is complete under its final name.
+    """
+    desk = _Desk(job, teacher, tell, finish)
+    whereabouts = Whereabouts(job.workers)
+    loader = start_loader(
+        Mapped(BlockRenderer(job.source, job.recipe, whereabouts)),
+        sampler=deal(desk.open(tasks), job.workers),
+        workers=job.workers,
+        pin_memory=teacher.device.type == "cuda",
+    )
+    waiting: deque[tuple[ViewBatch, Pending]] = deque()
+    with one_thread(teacher.device), desk:
+        for batch in checked(loader, whereabouts):
+            if batch is None:
+                continue
+            waiting.append((batch, teacher.ask(batch.images, batch.mix, job.plan.topk)))
+            if len(waiting) > AHEAD:
+                desk.settle(*waiting.popleft())
+        for batch, pending in waiting:
+            desk.settle(batch, pending)
+
+
+class _Desk:
+    """The label shards that this process has begun; complete ones go to a writer on its own thread."""
+
+    def __init__(self, job: Job, teacher: Teacher, tell: Tell, finish: Finish) -> None:
+        self._job, self._teacher, self._tell, self._finish = job, teacher, tell, finish
+        self._drafts: dict[LabelTask, LabelDraft] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._writes: deque[tuple[LabelTask, Future[int]]] = deque()
+        self._busy_s = teacher.busy_s
+        self._environment = pixel_environment(
+            device=device_name(teacher.device),
+            dtype=str(teacher.dtype).removeprefix("torch."),
+            compiled=teacher.config.compile,
+        )
+
+    def __enter__(self) -> "_Desk":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the writer: what it has begun is finished, also when this process is told to stop."""
+        try:
+            if kind is None:
+                self._collect(0)
+        finally:
+            self._writer.shutdown(cancel_futures=True)
+
+    def open(self, tasks: Iterable[LabelTask]) -> Iterator[Block]:
+        """Open a draft for each task that has no file yet, and yield its blocks."""
+        for task in tasks:
+            samples = self._job.samples(task.shard)
+            if is_done(self._job, task, samples):
+                self._tell(Report(found=len(samples.usable) * len(task.views)))
+                self._finish(task)
+                continue
+            draft = LabelDraft(samples, task.shard, task.views, self._job.plan)
+            if draft.is_complete:  # nothing usable in it
+                self._publish(task, draft)
+                continue
+            self._drafts[task] = draft
+            yield from blocks_of(task.shard, task.views, samples, self._job.recipe)
+
+    def settle(self, batch: ViewBatch, pending: Pending) -> None:
+        """Wait for an answer, and put it where it belongs."""
+        task = LabelTask(batch.shard, batch.views)
+        draft = self._drafts[task]
+        rows = batch.rows.numpy()
+        answer = _named(pending, batch, self._job)
+        draft.add(batch.view, rows, answer.hard, answer.topk_index, answer.topk_prob)
+        draft.add_probe(batch, self._job.recipe)
+        busy, self._busy_s = self._teacher.busy_s - self._busy_s, self._teacher.busy_s
+        self._tell(Report(views=len(rows), busy_s=busy))
+        if draft.is_complete:
+            self._publish(task, self._drafts.pop(task))
+
+    def _publish(self, task: LabelTask, draft: LabelDraft) -> None:
+        job = self._job
+        future = self._writer.submit(publish_draft, job.config.out, job.plan, draft, self._environment)
+        self._writes.append((task, future))
+        self._collect(UNWRITTEN)
+
+    def _collect(self, most: int) -> None:
+        """Wait until at most so many files are still to be written, and report those that are."""
+        while len(self._writes) > most or (self._writes and self._writes[0][1].done()):
+            task, future = self._writes.popleft()
+            self._tell(Report(bytes=future.result()))
+            self._finish(task)
+
+
+def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
+    """Whether a label shard exists, is whole, and was rendered from the pixels that this machine renders.
+
+    Raises:
+        LabelSetError: a file stands there that is damaged, of another label set, or of other pixels.
+    """
+    path = job.config.out / labels_path(task.shard, task.views)
+    if not path.is_file():
+        return False
+    try:
+        footer = checked_labels_footer(path, job.plan, task.shard, task.views)
+        if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
+            raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file")
+    except (LabelSetCorrupt, LabelSetMismatch) as error:
+        raise type(error)(f"{error}. Delete it and run again: it will be made anew") from error
+    compare_probes(read_probes(footer.probes, path), job.recipe, job.source, {task.shard: samples}.__getitem__)
+    return True
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls a device: the GPU's product name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _named(pending: Pending, batch: ViewBatch, job: Job) -> Answer:
+    try:
+        return pending.result()
+    except NonFiniteTeacherError as error:
+        keys = job.samples(batch.shard).key
+        rows = [int(batch.rows[position]) for position in error.positions]
+        names = ", ".join(repr(keys[row]) for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        raise NonFiniteTeacherError(
+            f"{error.what} for view {batch.view} of {names} in {batch.shard}: nothing of it was stored."
+            " Check the teacher's weights and normalisation",
+            error.positions,
+        ) from error
+
+
+def paths_of(out: Path, tasks: Iterable[LabelTask]) -> list[Path]:
+    """Return where the files of these tasks stand."""
+    return [out / labels_path(task.shard, task.views) for task in tasks]

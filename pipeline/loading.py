@@ -1,0 +1,172 @@
+"""Loader processes: work for them in, ready batches out, and a named error when one of them is lost."""
+
+import multiprocessing
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from pipeline.errors import WorkerError
+
+# A batch that takes longer than this will not come any more: a process hangs, or a network file system does.
+TIMEOUT_S = 900
+# How often to look whether a loader still lives. They are not children of this process, so no signal tells of their end.
+LOOK_S = 5
+_NOTE_BYTES = 256
+
+
+class Whereabouts:
+    """What each loader process is at, in shared memory: so that the image at which one was lost can be named."""
+
+    def __init__(self, workers: int) -> None:
+        self._notes = torch.zeros(max(1, workers), _NOTE_BYTES, dtype=torch.uint8).share_memory_()
+
+    def note(self, what: str) -> None:
+        """Say what this process is at now."""
+        worker = get_worker_info()
+        text = f"{os.getpid()} {what}".encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES, b"\0")
+        self._notes[worker.id if worker else 0].numpy()[:] = memoryview(text)
+
+    def of(self, pids: Iterable[int]) -> list[str]:
+        """Return what these processes said last; of all processes, if there are no pids."""
+        lines = [bytes(note.tolist()).rstrip(b"\0").decode(errors="replace") for note in self._notes]
+        notes = {int(pid): what for pid, _, what in (line.partition(" ") for line in lines if line)}
+        wanted = set(pids) or set(notes)
+        return [what for pid, what in notes.items() if pid in wanted]
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def plan_workers(asked: int | None, device: torch.device) -> int:
+    """Return how many loader processes to start, and leave the other cores to the threads of a network on the CPU.
+
+    A thread that waits for a core that a loader holds makes the whole forward pass wait, so the two share the cores.
+    OMP_NUM_THREADS decides the threads where it is set: float32 results on the CPU depend on it in their last bits.
+    """
+    cores = usable_cores()
+    on_cpu = device.type == "cpu"
+    workers = max(1, cores // 2 if on_cpu else cores - 1) if asked is None else asked
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores - workers))
+    return workers
+
+
+def start_loader(
+    dataset: Dataset[Any], *, workers: int, sampler: Any = None, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """Return a loader of ready batches over worker processes; 0 workers loads in this process.
+
+    Workers start from a clean server process (no fork of a process that runs threads), and each uses one thread.
+    Item i of the sampler goes to worker i modulo their number, and results come in the order of the sampler.
+    """
+    options: dict[str, Any] = {}
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "cv2", "pipeline.rendering"])
+        options = {
+            "multiprocessing_context": context,
+            "worker_init_fn": _start_worker,
+            "prefetch_factor": 2,
+            "timeout": LOOK_S,
+        }
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own, so that loading never moves the global random state
+        **options,
+    )
+
+
+def checked(loader: Iterable[Any], whereabouts: Whereabouts | None = None) -> Iterator[Any]:
+    """Yield what a loader brings, and raise the errors that its processes sent instead.
+
+    Errors cross processes as values: a DataLoader would wrap a raised one in its worker's traceback.
+
+    Raises:
+        WorkerError: a process was lost, or hangs; it names the images that they were at.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = _next(batches, whereabouts)
+        except StopIteration:
+            return
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _next(batches: Iterator[Any], whereabouts: Whereabouts | None) -> Any:
+    """Wait for a batch until for TIMEOUT_S no process has come to another image.
+
+    A DataLoader that timed out may be asked again, and loses nothing.
+    """
+    began, seen = time.monotonic(), None
+    while True:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            if whereabouts and (now := whereabouts.of(())) != seen:
+                began, seen = time.monotonic(), now
+            if "timed out" not in str(error) or time.monotonic() - began > TIMEOUT_S:
+                raise _lost(error, whereabouts) from error
+
+
+def _lost(error: RuntimeError, whereabouts: Whereabouts | None) -> WorkerError:
+    first = str(error).splitlines()[0]
+    pids = [int(pid) for listed in re.findall(r"pid\S* ([\d, ]+)", first) for pid in re.findall(r"\d+", listed)]
+    notes = whereabouts.of(pids) if whereabouts else []
+    hangs = "timed out" in first
+    return WorkerError(
+        (f"no batch came for {TIMEOUT_S} s" if hangs else f"a loader process was lost ({first})")
+        + (f", at {', '.join(notes[:8])}" if notes else "")
+        + ". Killed for memory? Use fewer --workers, or enlarge /dev/shm; the same command continues"
+    )
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed process cannot end its loaders, and they are children of the server that forked them, not its own."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+MapFunction = Callable[[Any], Any]
+
+
+class Mapped(Dataset[Any]):
+    """Item i is `function(i)`: lets worker processes call any picklable function on what a sampler gives, or a range."""
+
+    def __init__(self, function: MapFunction, size: int = 0) -> None:
+        self._function, self._size = function, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._function(index)

@@ -1,0 +1,310 @@
+"""How fast this machine renders and labels: each part alone, for `bench` and `estimate`."""
+
+import contextlib
+import io
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import MAX_VIEW, Precision, PrecomputeConfig
+from pipeline.decode import decode
+from pipeline.errors import BadImageError, SourceError, UsageError
+from pipeline.labelling import AHEAD
+from pipeline.labels import LabelsFooter, content_xxh3, encode_rows, write_labels
+from pipeline.mixing import draw_mix, mix_batch
+from pipeline.precompute import precompute
+from pipeline.progress import Tick
+from pipeline.recipe import Recipe
+from pipeline.samples import Sample, ShardIndex, SourceShard
+from pipeline.sources import Source
+from pipeline.teacher import CPU_BATCH, Teacher, one_thread
+from pipeline.views import draw_view, render
+
+IMAGES = 64  # on which reading, decoding and rendering are timed, at most
+GPU_BATCH = 256
+FILLING = AHEAD + 2  # answers until the queues of a run are full
+WRITTEN = (8, 1000)  # views and rows of the label shard whose writing is timed
+MANY_VIEWS = 50_000  # of each image, more than are made before the time is up
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that each part takes: on one core, or on one device.
+
+    Attributes:
+        read_s: for one encoded image.
+        decode_s: for one image.
+        render_s: for one view of a decoded image, its draws included; on one core, as the two before.
+        copy_s: for one view, to the device.
+        teacher_s: for one view, mixed and normalised, through the teacher.
+        topk_s: for the answer for one view, from logits to the host.
+        write_s: for one label, on one core.
+    """
+
+    read_s: float
+    decode_s: float
+    render_s: float
+    copy_s: float
+    teacher_s: float
+    topk_s: float
+    write_s: float
+
+    def view_s(self, views_per_decode: int) -> float:
+        """Return the seconds that one core takes to make one view, when so many come from one decode."""
+        return (self.read_s + self.decode_s) / views_per_decode + self.render_s
+
+    @property
+    def answer_s(self) -> float:
+        """Seconds that one device takes to label one view; copies overlap with it."""
+        return self.teacher_s + self.topk_s
+
+
+def measure_rates(
+    source: Source, recipe: Recipe, teacher: Teacher, *, topk: int, precision: Precision, least_s: float = 1.0
+) -> Rates:
+    """Time each part alone, for about `least_s` seconds each, however slow it is; medians.
+
+    Raises:
+        SourceError: no image can be decoded.
+    """
+    places, samples, images = _first_images(source, least_s)
+    sizes = [image.shape[:2] for image in images]
+
+    def views(number: int) -> list[np.ndarray]:
+        drawn = [
+            draw_view(recipe, sample.key, number, height=height, width=width)
+            for sample, (height, width) in zip(samples, sizes, strict=True)
+        ]
+        return [render(image, view) for image, view in zip(images, drawn, strict=True)]
+
+    rendered = np.stack(views(0))
+    numbers = itertools.count()
+    with torch.inference_mode(), one_thread(teacher.device):
+        answer_s = _answer_s(rendered, recipe, teacher, topk, least_s)
+        batch = GPU_BATCH if teacher.device.type == "cuda" else CPU_BATCH
+        pixels = _filled(rendered, batch, teacher.device)
+        logits = [
+            torch.randn(batch, teacher.identity.num_classes, device=teacher.device)
+            for _ in range(len(teacher.networks))
+        ]
+        timed = {
+            "read_s": (lambda: [shard[row] for shard, row in places], len(places)),
+            "decode_s": (lambda: [decode(sample.image, key=sample.key) for sample in samples], len(samples)),
+            "render_s": (lambda: views(next(numbers)), len(samples)),
+            "copy_s": (lambda: pixels.to(teacher.device, copy=True), batch),
+            "topk_s": (lambda: [column.cpu() for column in teacher.rank(logits, topk)], batch),
+            "write_s": (_writing(teacher.identity.num_classes, topk, precision), WRITTEN[0] * WRITTEN[1]),
+        }
+        seconds = {name: _median_s(work, teacher.device, least_s) / count for name, (work, count) in timed.items()}
+    beside = seconds["topk_s"] + (seconds["copy_s"] if teacher.device.type == "cuda" else 0)
+    return Rates(**seconds, teacher_s=max(answer_s - beside, 0.01 * answer_s))  # both are noisy
+
+
+def _first_images(source: Source, least_s: float) -> tuple[list[Any], list[Sample], list[np.ndarray]]:
+    """Return where the first images lie, their samples and pixels: at most IMAGES, fewer where they come slowly."""
+    places, samples, images = [], [], []
+    bad: BadImageError | None = None
+    began = time.perf_counter()
+    for shard, row in ((each, row) for each in source.shards for row in range(len(each))):
+        sample = shard[row]
+        try:
+            images.append(decode(sample.image, key=sample.key))
+        except BadImageError as error:
+            bad = error
+            continue
+        places.append((shard, row))
+        samples.append(sample)
+        if len(images) == IMAGES or time.perf_counter() - began > least_s:
+            break
+    if not images:
+        raise bad or SourceError(f"{source.location} holds no image")
+    return places, samples, images
+
+
+def _filled(rendered: np.ndarray, batch: int, device: torch.device) -> Tensor:
+    """Repeat views up to a batch, uint8 [batch, H, W, 3] on the host, pinned for a GPU."""
+    pixels = torch.from_numpy(np.resize(rendered, (batch, *rendered.shape[1:])))
+    return pixels.pin_memory() if device.type == "cuda" else pixels
+
+
+def _answer_s(rendered: np.ndarray, recipe: Recipe, teacher: Teacher, topk: int, least_s: float) -> float:
+    """Return the seconds that the teacher takes for one view in full forward passes; in small ones where it is slow."""
+    few = _asking(teacher, recipe, _filled(rendered, 2 * teacher.threads, teacher.device), topk)
+    few()  # the first call warms caches
+    began = time.perf_counter()
+    few()
+    took = time.perf_counter() - began
+    most = GPU_BATCH if teacher.device.type == "cuda" else CPU_BATCH
+    size = next((size for size in (most, most // 2, most // 4) if took * size / 2 < least_s), 2)
+    if size == 2:
+        return took / (2 * teacher.threads)
+    batch = size * teacher.threads
+    full = _asking(teacher, recipe, _filled(rendered, batch, teacher.device), topk)
+    return _median_s(full, teacher.device, least_s) / batch
+
+
+def _asking(teacher: Teacher, recipe: Recipe, pixels: Tensor, topk: int) -> Callable[[], object]:
+    """Return what lets every thread of the teacher answer for its equal share of mixed views."""
+    size = len(pixels) // teacher.threads
+    pairs = [(at, at + 1) for at in range(0, size, 2)]
+    mix = mix_batch(pairs, [draw_mix(recipe, "timing", at) for at, _ in pairs], size)
+
+    def ask() -> None:
+        for pending in [teacher.ask(part, mix, topk) for part in pixels.split(size)]:
+            pending.result()
+
+    return ask
+
+
+def measure_together(
+    source: Source, recipe: Recipe, teacher: Teacher, config: PrecomputeConfig, *, num_images: int, seconds: float
+) -> Tick:
+    """Run stage 1 into a temporary folder for some seconds, on the first images alone; return how far it got.
+
+    Time and views count from the moment when all queues are full, so that the start of processes is left out.
+    """
+    shard = next((shard for shard in source.shards if len(shard)), None)
+    if shard is None:
+        raise SourceError(f"{source.location} holds no image")
+    head = replace(source, shards=(_Head(shard, num_images),))
+    ticks: list[tuple[float, Tick]] = []
+
+    def progress(tick: Tick) -> None:
+        if tick.phase == "label" and tick.made:
+            ticks.append((time.monotonic(), tick))
+            if len(ticks) > FILLING and ticks[-1][0] - ticks[FILLING - 1][0] > seconds:
+                raise _Enough
+
+    start, stop = config.views
+    changes: dict[str, Any] = {
+        "views": (start, min(MAX_VIEW, start + MANY_VIEWS)),  # few images must not end it
+        "views_per_shard": min(config.views_per_shard, stop - start),
+        "on_bad_image": "skip",
+        "accuracy_samples": 0,
+        "min_teacher_accuracy": 0,
+    }
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+        precompute(replace(config, out=Path(folder) / "labels", **changes), recipe, teacher, head, progress=progress)
+    (began, first), (ended, last) = ticks[min(FILLING, len(ticks)) - 1], ticks[-1]
+    busy = None
+    if first.teacher_busy is not None and last.teacher_busy is not None and ended > began:
+        busy = (last.teacher_busy * last.elapsed_s - first.teacher_busy * first.elapsed_s) / (ended - began)
+    return replace(last, made=last.made - first.made, elapsed_s=ended - began, teacher_busy=busy)
+
+
+class _Enough(Exception):
+    """Stops a run that has been timed for long enough."""
+
+
+class _Head(SourceShard[Any]):
+    """The first samples of a source shard."""
+
+    def __init__(self, shard: SourceShard[Any], num_samples: int) -> None:
+        self.name, self._shard, self._num_samples = shard.name, shard, num_samples
+
+    def build_index(self) -> ShardIndex[Any]:
+        """Keep the first places."""
+        index, stop = self._shard.index, self._num_samples
+        return ShardIndex(index.keys[:stop], index.class_labels[:stop], index.places[:stop])
+
+    def read_image(self, place: Any) -> bytes:
+        """Read as the shard does."""
+        return self._shard.read_image(place)
+
+
+def forward_flops(module: nn.Module, img_size: int) -> int:
+    """Return the floating-point operations of one image's forward pass (two for each multiplication that is added up)."""
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        module.eval()(torch.zeros(1, 3, img_size, img_size, device=next(module.parameters()).device))
+    return counter.get_total_flops()
+
+
+def training_step_s(module: nn.Module, img_size: int, device: torch.device, *, least_s: float = 1.0) -> float:
+    """Return the seconds that forward and backward pass take for one image, on images in memory; bfloat16 on a GPU.
+
+    Args:
+        module: images [B, 3, H, W] to logits [B, C], or to a tuple of them.
+        img_size: height and width of the images.
+        device: where.
+        least_s: seconds to spend, about.
+
+    Raises:
+        UsageError: not even two images fit into the memory of the device.
+    """
+    module.to(device).train()
+    batch = GPU_BATCH if device.type == "cuda" else 2
+    while batch >= 2:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return _median_s(_training_step(module, batch, img_size, device), device, least_s) / batch
+        batch //= 2
+    raise UsageError(f"two images of {img_size} pixels in training do not fit into the memory of {device}")
+
+
+def _training_step(module: nn.Module, batch: int, img_size: int, device: torch.device) -> Callable[[], object]:
+    images = torch.randn(batch, 3, img_size, img_size, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = module(images)
+        heads = output if isinstance(output, tuple) else (output,)
+        torch.stack([head.float().square().mean() for head in heads]).sum().backward()
+        module.zero_grad()
+
+    return step
+
+
+def _writing(num_classes: int, topk: int, precision: Precision) -> Callable[[], object]:
+    """Return what writes a label shard of made-up answers into memory."""
+    numbers = np.random.Philox(key=0).random_raw(WRITTEN[0] * WRITTEN[1] * (topk + 1)) / 2.0**64
+    parts = numbers.reshape(*WRITTEN, topk + 1).astype(np.float32) ** 4
+    prob = -np.sort(-(parts / parts.sum(-1, keepdims=True)), axis=-1)[..., :topk]
+    index = (np.arange(topk) * 7919 + np.arange(WRITTEN[1])[:, None]) % num_classes
+    hard = index[:, 0] if topk else np.arange(WRITTEN[1]) % num_classes
+    zeros: dict[str, Any] = dict.fromkeys(("labelset_id", "recipe_id", "teacher_id", "source_id"), "0" * 64)
+
+    def write() -> None:
+        rows = np.arange(WRITTEN[1])
+        views = [encode_rows(rows, hard, index, each, num_classes=num_classes, precision=precision) for each in prob]
+        footer = LabelsFooter(
+            **zeros,
+            shard="timing",
+            view_start=0,
+            view_stop=WRITTEN[0],
+            rows_per_view=WRITTEN[1],
+            num_classes=num_classes,
+            topk=topk,
+            precision=precision,
+            content_xxh3=content_xxh3(views),
+            probes=[],
+            environment={},
+        )
+        write_labels(io.BytesIO(), views, footer)
+
+    return write
+
+
+def _median_s(work: Callable[[], object], device: torch.device, least_s: float) -> float:
+    """Return the median seconds of one call; the first call, which warms caches and may compile, does not count."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    once()
+    times = [once()]
+    while sum(times) < least_s:
+        times.append(once())
+    return statistics.median(times)
