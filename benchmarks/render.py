@@ -1,0 +1,244 @@
+"""Views per second and core: ours against timm's transform, torchvision v2 and webdataset, on real photographs.
+
+    python benchmarks/render.py --data imagenet-sample --out benchmarks/results/render.json
+
+One process on one core runs all competitors in turn, round after round; every ratio is taken within a round, and
+medians are quoted. The three that run in a worker process (timm through a DataLoader, webdataset, ours in processes) have
+one worker and an idle parent. The recipe is DeiT's: random resized crop to 224, flip, RandAugment m9 n2 mstd0.5 inc1,
+erasing 0.25; mixing happens on the device for all of them, and is left out.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import cv2
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from stage1 import machine
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from pipeline import views as rendering
+from pipeline.decode import decode
+from pipeline.loading import Mapped, start_loader
+from pipeline.recipe import load_recipe
+from pipeline.views import draw_view, render
+
+RECIPE = load_recipe("deit", {})
+PER_DECODE = (1, 2, 4, 8, 30)
+
+
+def timm_transform() -> Any:
+    return create_transform(
+        224,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        re_prob=RECIPE.reprob,
+        interpolation="bicubic",
+        color_jitter=0.0,
+    )
+
+
+def v2_transform() -> Any:
+    bicubic = v2.InterpolationMode.BICUBIC
+    return v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.RandomResizedCrop(224, interpolation=bicubic, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandAugment(2, 9, interpolation=bicubic),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            v2.RandomErasing(0.25, value="random"),
+        ]
+    )
+
+
+def apply(transform: Any, image: bytes) -> Any:
+    # Pillow 13 refuses to keep no bit at all, which timm 1.0.31 asks it for now and then (magnitudes above 10).
+    with contextlib.suppress(ValueError):
+        return transform(Image.open(io.BytesIO(image)).convert("RGB"))
+    return torch.zeros(3, 224, 224)
+
+
+class Photos(Dataset[Any]):
+    def __init__(self, images: list[bytes]) -> None:
+        self._images, self._transform = images, timm_transform()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Any:
+        return apply(self._transform, self._images[index])
+
+
+def ours(images: list[bytes], views: int, start: int = 0) -> int:
+    out = np.empty((RECIPE.img_size, RECIPE.img_size, 3), np.uint8)
+    for number, image in enumerate(images):
+        pixels = decode(image, key="photo")
+        for view in range(start, start + views):
+            drawn = draw_view(RECIPE, str(number), view, height=pixels.shape[0], width=pixels.shape[1])
+            out[:] = render(pixels, drawn)
+    return views * len(images)
+
+
+class Share:
+    """Renders a share of the photographs, in a thread or a process."""
+
+    def __init__(self, images: list[bytes], views: int) -> None:
+        self._images, self._views = images, views
+
+    def __call__(self, index: int) -> int:
+        return ours(self._images[index::2], self._views)
+
+
+def drained(loader: Any, images: int) -> Iterator[None]:
+    """Take one epoch after the other from a loader whose workers stay; yields when an epoch is over."""
+    while True:
+        for _ in loader:
+            pass
+        yield
+
+
+def competitors(images: list[bytes], tar: Path) -> dict[str, Callable[[], int]]:
+    inline, streamed, second = timm_transform(), timm_transform(), v2_transform()
+    loader = drained(DataLoader(Photos(images), batch_size=25, num_workers=1, persistent_workers=True), len(images))
+    stream = wds.WebDataset(str(tar), shardshuffle=False, empty_check=False).map(  # pyright: ignore[reportAttributeAccessIssue]
+        lambda sample: apply(streamed, sample["jpg"])
+    )
+    web = drained(DataLoader(stream, batch_size=25, num_workers=1, persistent_workers=True), len(images))
+
+    def counted(work: Callable[[], object]) -> Callable[[], int]:
+        def run() -> int:
+            work()
+            return len(images)
+
+        return run
+
+    return {
+        "timm": counted(lambda: [apply(inline, image) for image in images]),
+        "timm_dataloader": counted(lambda: next(loader)),
+        "torchvision_v2": counted(lambda: [apply(second, image) for image in images]),
+        "webdataset_timm": counted(lambda: next(web)),
+        "decode_alone": counted(lambda: [decode(image, key="photo") for image in images]),
+    } | {
+        f"ours_{views}": lambda views=views: ours(images, views)
+        for views in PER_DECODE  # all of the photographs, as for the others: they differ in size
+    }
+
+
+def rate(work: Callable[[], int]) -> float:
+    began = time.perf_counter()
+    return work() / (time.perf_counter() - began)
+
+
+def parts(images: list[bytes], views: int = 8) -> dict[str, float]:
+    """Return microseconds that each part of a view takes on average, timed one by one."""
+    spent: Counter[str] = Counter()
+
+    def timed(name: str, function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*args)
+            spent[name if name != "op" else f"op {args[1].removesuffix('Increasing')}"] += time.perf_counter() - began
+            return result
+
+        return run
+
+    names = {"_crop_and_resize": "crop and resize", "mirror": "flip", "apply_op": "op", "_erase": "erase"}
+    before = {name: getattr(rendering, name) for name in names}
+    for name, label in names.items():
+        setattr(rendering, name, timed(label, before[name]))
+    count = 0
+    for number, image in enumerate(images):
+        pixels = decode(image, key="photo")
+        for view in range(views):
+            began = time.perf_counter()
+            drawn = draw_view(RECIPE, str(number), view, height=pixels.shape[0], width=pixels.shape[1])
+            spent["draw"] += time.perf_counter() - began
+            began = time.perf_counter()
+            render(pixels, drawn)
+            spent["render"] += time.perf_counter() - began
+            count += 1
+    for name, function in before.items():
+        setattr(rendering, name, function)
+    return {name: round(1e6 * seconds / count, 1) for name, seconds in spent.most_common()}
+
+
+def threads_and_processes(images: list[bytes], rounds: int) -> dict[str, Any]:
+    """Return views/s of two threads in one process, and of two processes, at eight views per decode."""
+    share = Share(images, 8)
+    seen: dict[str, list[float]] = {"threads_2": [], "processes_2": []}
+    with ThreadPoolExecutor(2) as pool:
+        loader = start_loader(Mapped(share, 10**6), workers=2)
+        arriving = iter(loader)
+        for _ in range(4):
+            next(arriving)  # the processes have started
+        for _ in range(rounds):
+            seen["threads_2"].append(rate(lambda: sum(pool.map(share, range(2)))))
+        for _ in range(rounds):
+            seen["processes_2"].append(rate(lambda: next(arriving) + next(arriving)))
+    return {name: {"rounds": values, "median": statistics.median(values)} for name, values in seen.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with a tar of JPEGs")
+    parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--machine", help="what to call this machine; by default its processor")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+    tar = next(Path(args.data).glob("*.tar"))
+    with tarfile.open(tar) as archive:
+        members = [member for member in archive if member.name.endswith(".jpg")]
+        images = [archive.extractfile(member).read() for member in members]  # pyright: ignore[reportOptionalMemberAccess]
+    together = threads_and_processes(images[: args.images], args.rounds)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core for everything that follows
+    work = competitors(images[: args.images], tar)
+    work["webdataset_timm"], whole = (lambda: whole() and len(images)), work["webdataset_timm"]  # reads the whole tar
+    for each in work.values():
+        each()
+    rounds = []
+    for _ in range(args.rounds):
+        rounds.append({name: rate(each) for name, each in work.items()})
+        print({name: round(value) for name, value in rounds[-1].items()}, flush=True)
+    result = {
+        "what": "views per second on one core, recipe deit",
+        "machine": args.machine or machine(),
+        "images": args.images,
+        "median": {name: round(statistics.median(each[name] for each in rounds), 1) for name in work},
+        "ratio_to_timm": {
+            name: round(statistics.median(each[name] / each["timm"] for each in rounds), 2) for name in work
+        },
+        "us_per_view": parts(images[: args.images]),
+        "two_at_once": together,
+        "rounds": rounds,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: result[key] for key in ("median", "ratio_to_timm", "us_per_view")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
