@@ -441,7 +441,7 @@ def estimate(
 
 def _devices(config: PrecomputeConfig, asked: TeacherConfig) -> tuple[list[str], int]:
     """Return the device of each teacher process, and the cores that each has."""
-    from pipeline.engines import plan_cores, plan_devices, rank_from
+    from pipeline.ranks import plan_cores, plan_devices, rank_from
 
     rank = rank_from(os.environ)
     devices = plan_devices(asked.device, config.processes, rank)
@@ -450,9 +450,9 @@ def _devices(config: PrecomputeConfig, asked: TeacherConfig) -> tuple[list[str],
 
 def _pace(config: PrecomputeConfig, asked: TeacherConfig, teacher: Any, rates: Any) -> tuple[dict[str, Any], Any]:
     """Return what this machine labels with, and how fast it can."""
-    from pipeline.engines import plan_loaders
     from pipeline.estimate import pace
     from pipeline.loading import usable_cores
+    from pipeline.ranks import plan_loaders
 
     devices, cores = _devices(config, asked)
     kind = teacher.device.type
@@ -735,7 +735,7 @@ def show(folder: Path, data: str | None, out: Path, samples: int, views: int) ->
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, order and stochastic depth.")
 def demo(out: Path, seed: int) -> None:
-    """Run the whole main job on scikit-learn's digits: about three minutes on two cores, no download.
+    """Run the whole main job on scikit-learn's digits: about two minutes on two cores, no download.
 
     \b
     Example:
