@@ -2,26 +2,32 @@
 
     python benchmarks/stage1.py --data imagenet-sample --teacher resnet18 --out benchmarks/results/stage1.json
 
-Rounds alternate in one run: teacher alone, rendering alone, precompute. A ratio is taken within a round; medians are
-quoted. On a CPU the teacher gets `--threads` cores and the loader processes their own; with as many cores in the machine
-as both together, neither takes from the other, as on a GPU.
+Rounds alternate in one run: teacher alone, rendering alone, the teacher while other processes render as much as they can,
+precompute. A ratio is taken within a round; medians are quoted. On a CPU the teacher gets `--threads` cores and the loader
+processes their own; with as many cores in the machine as both together, neither takes from the other but caches and memory
+bandwidth, and the third figure says how much that is.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
-from pipeline.engines import limit, plan_cores, plan_devices, plan_loaders, rank_from
+from pipeline.engines import limit
 from pipeline.indexing import index_samples
 from pipeline.labelling import AHEAD, device_name
 from pipeline.labelset import record_of
@@ -29,6 +35,7 @@ from pipeline.loading import Mapped, checked, start_loader, usable_cores
 from pipeline.manifest import Plan
 from pipeline.measuring import measure_together
 from pipeline.mixing import draw_mix, mix_batch
+from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rendering import BlockRenderer, blocks_of, deal
 from pipeline.sources import Source, open_source
@@ -67,6 +74,29 @@ def rendering_alone(blocks: list[Any], renderer: BlockRenderer, workers: int, se
         if time.perf_counter() - began > seconds:
             break
     return made / (time.perf_counter() - began)
+
+
+@contextmanager
+def others_rendering(blocks: list[Any], renderer: BlockRenderer, workers: int) -> Iterator[None]:
+    """Render on other cores, and throw it all away."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=render_forever, args=(blocks, renderer), daemon=True) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    time.sleep(10)  # they import libraries first
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def render_forever(blocks: list[Any], renderer: BlockRenderer) -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    for unit in deal(itertools.cycle(blocks), 1):
+        renderer(unit)
 
 
 def blocks_in(source: Source, recipe: Recipe, teacher: Teacher, views: range, folder: Path) -> list[Any]:
@@ -131,16 +161,20 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
         for _ in range(args.rounds):
             with one_thread(teacher.device):
                 alone, busy_alone = teacher_alone(teacher, recipe, batch, args.seconds)
+                with others_rendering(blocks, BlockRenderer(source, recipe), workers):
+                    beside, _ = teacher_alone(teacher, recipe, batch, args.seconds)
             rendered = rendering_alone(blocks, BlockRenderer(source, recipe), workers, args.seconds)
             tick = measure_together(source, recipe, teacher, config, num_images=args.images, seconds=args.seconds)
             slower = min(alone, rendered)
             rounds.append(
                 {
                     "teacher_alone": alone,
+                    "teacher_beside_rendering": beside,
                     "rendering_alone": rendered,
                     "precompute": tick.per_second,
                     "of_the_slower": tick.per_second / slower,
                     "of_the_teacher": tick.per_second / alone,
+                    "of_the_teacher_beside_rendering": tick.per_second / beside,
                     "teacher_busy_alone": busy_alone,
                     "teacher_busy": tick.teacher_busy,
                 }

@@ -11,17 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode
-from pipeline.engines import (
-    connect_ray,
-    limit,
-    plan_cores,
-    plan_devices,
-    plan_loaders,
-    rank_from,
-    run_here,
-    run_processes,
-    run_ray,
-)
+from pipeline.engines import limit, run_here, run_processes
 from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, UsageError
 from pipeline.indexing import index_samples
 from pipeline.labelling import Job, LabelTask, paths_of
@@ -30,6 +20,8 @@ from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import PLAN_NAME, Plan, read_plan
 from pipeline.mixing import mix_batch
 from pipeline.progress import Progress, Tally
+from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
+from pipeline.ray_engine import connect_ray, run_ray
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.sealing import check_untouched, claim, seal, sealed_manifest
 from pipeline.sources import Sample, Source

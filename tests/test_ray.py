@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from builders import make_labels, named_files, teacher_of, write_tars
 
-from pipeline import engines
+from pipeline import ray_engine
 from pipeline.errors import TeacherError, WorkerError
 from pipeline.progress import Report
+from pipeline.ray_engine import plan_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")]
 
@@ -56,13 +57,13 @@ def test_a_lost_node_changes_no_byte(cluster, data, whole, tmp_path, monkeypatch
     import ray
 
     made, nodes = cluster
-    start, desks = engines._RayCrew._start, []
+    start, desks = ray_engine._RayCrew._start, []
 
-    def start_and_look(crew: engines._RayCrew) -> None:
+    def start_and_look(crew: ray_engine._RayCrew) -> None:
         desks.append(ray.get(crew._desk.__ray_call__.remote(node_of_this_process)))
         start(crew)
 
-    monkeypatch.setattr(engines._RayCrew, "_start", start_and_look)
+    monkeypatch.setattr(ray_engine._RayCrew, "_start", start_and_look)
 
     def lose_a_node() -> None:
         while len(list(tmp_path.glob("set/labels/*/*.parquet"))) < 3:
@@ -100,3 +101,19 @@ def test_reports_can_be_sent():
     import pickle
 
     assert pickle.loads(pickle.dumps(Report(views=3))) == Report(views=3)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "processes", "plan"),
+    [
+        ([{"CPU": 4.0}, {"CPU": 2.0}], "auto", None, ("cpu", 6, 1)),
+        ([{}, {"CPU": 2.0}], "auto", None, ("cpu", 2, 1)),
+        ([{"CPU": 8.0}, {"CPU": 32.0, "GPU": 4.0}], "auto", None, ("cuda", 4, 8)),  # the node without a GPU is left
+        ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 32.0, "GPU": 2.0}], "cuda", None, ("cuda", 6, 4)),
+        ([{"CPU": 1.0, "GPU": 4.0}], "auto", 2, ("cuda", 2, 1)),
+        ([{"CPU": 32.0, "GPU": 4.0}], "cpu", None, ("cpu", 32, 1)),
+        ([{}], "auto", None, ("cpu", 1, 1)),
+    ],
+)
+def test_a_ray_cluster_has_a_worker_for_each_gpu_with_its_share_of_the_cores(nodes, device, processes, plan):
+    assert plan_ray(nodes, device, processes) == plan

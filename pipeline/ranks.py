@@ -1,0 +1,96 @@
+"""Which share of the work, which devices and which cores are ours, on a machine that others may share."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.errors import UsageError
+from pipeline.labelling import LabelTask
+from pipeline.loading import usable_cores
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which share of a static split is ours, as launchers say it in the environment.
+
+    Attributes:
+        rank: 0 <= rank < world_size.
+        local_rank: the same among those on this machine.
+        local_world_size: how many of them there are.
+        cores: that the launcher gave to this rank alone; None: the ranks of a machine share its cores out.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    cores: int | None = None
+
+    def share(self, tasks: Sequence[LabelTask]) -> list[LabelTask]:
+        """Return every world_size-th task, from ours on."""
+        return list(tasks[self.rank :: self.world_size])
+
+
+def rank_from(environment: Mapping[str, str]) -> Rank:
+    """Read torchrun's variables, else those of a Slurm job array and of srun.
+
+    Raises:
+        UsageError: they are not numbers, or contradict each other.
+    """
+
+    def number(name: str, default: int) -> int:
+        value = environment.get(name) or f"{default}"
+        try:
+            return int(value)
+        except ValueError:
+            raise UsageError(f"{name} must be a whole number, got {value!r}") from None
+
+    cores = None
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
+        local, locals_ = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
+    else:
+        first, step = number("SLURM_ARRAY_TASK_MIN", 0), max(1, number("SLURM_ARRAY_TASK_STEP", 1))
+        rank, size = (number("SLURM_ARRAY_TASK_ID", first) - first) // step, number("SLURM_ARRAY_TASK_COUNT", 1)
+        local, locals_ = 0, 1
+        if "SLURM_STEP_ID" in environment or "SLURM_STEPID" in environment:  # started by srun, not by sbatch
+            tasks = number("SLURM_NTASKS", 1)
+            rank, size = rank * tasks + number("SLURM_PROCID", 0), size * tasks
+            counts = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # 4(x2),3
+            local, locals_ = number("SLURM_LOCALID", 0), max(map(int, counts), default=1)
+            cores = number("SLURM_CPUS_PER_TASK", 0) or None
+    if not 0 <= rank < size or local < 0:
+        raise UsageError(f"the launcher says rank {rank} of {size}: it must be in 0..{size - 1}")
+    return Rank(rank, size, local, locals_, cores)
+
+
+def plan_devices(device: str, processes: int | None, rank: Rank) -> list[str]:
+    """Return one torch device for each teacher process of this machine.
+
+    Args:
+        device: what was asked; `auto` is every visible GPU, or the CPU.
+        processes: how many were asked; None is one for each GPU, or one, which uses all cores, on a CPU.
+        rank: several ranks on one machine share its GPUs out.
+    """
+    if device == "auto" and torch.cuda.is_available():
+        visible = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if rank.local_world_size > 1 and len(visible) > 1:
+            visible = visible[rank.local_rank % len(visible) :: rank.local_world_size]
+        return [visible[i % len(visible)] for i in range(processes or len(visible))]
+    return ["cpu" if device == "auto" else device] * (processes or 1)
+
+
+def plan_cores(devices: Sequence[str], rank: Rank) -> int:
+    """Return how many cores each teacher process of this machine may count as its own."""
+    ours = min(usable_cores(), rank.cores) if rank.cores else usable_cores() // rank.local_world_size
+    return max(1, ours // len(devices))
+
+
+def plan_loaders(asked: int | None, cores: int, device: str) -> int:
+    """Return how many loader processes a teacher process starts: all its cores but one, or half on a CPU.
+
+    On a CPU the teacher has a thread for each core too: whichever is slower, teacher or rendering, then gets them.
+    """
+    return max(1, cores // 2 if device == "cpu" else cores - 1) if asked is None else asked

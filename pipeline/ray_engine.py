@@ -1,0 +1,189 @@
+"""The Ray engine: an actor for each GPU of a cluster, which takes label shards as it needs them."""
+
+import logging
+import socket
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipeline.config import TeacherConfig
+from pipeline.dispatch import TRIES, Dispatcher
+from pipeline.engines import load_same
+from pipeline.errors import DeitCliError, UsageError, WorkerError
+from pipeline.labelling import Job, LabelTask, label_shards
+from pipeline.progress import Report, Tally
+from pipeline.ranks import plan_loaders
+from pipeline.teacher import Teacher
+
+log = logging.getLogger("deit_cli.ray_engine")
+
+ANSWER_S = 10  # that a cluster gets to answer
+
+
+def connect_ray(address: str) -> None:
+    """Connect this process to a Ray cluster.
+
+    Raises:
+        UsageError: Ray is not installed.
+        WorkerError: no cluster answers there.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--engine ray needs Ray: pip install 'deit-cli[ray]'") from None
+    try:
+        _check_answers(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WorkerError(
+            f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]}). Start one with"
+            " `ray start --head`, or pass --address local for a Ray of this machine alone"
+        ) from error
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError if nothing listens at HOST:PORT. Ray itself would try for minutes, and then exit the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+
+
+def plan_ray(nodes: Iterable[Mapping[str, float]], device: str, processes: int | None) -> tuple[str, int, int]:
+    """Return the device of each worker of a Ray cluster, how many workers, and the cores of each.
+
+    Args:
+        nodes: resources of each node that is alive, as Ray names them.
+        device: what was asked; `auto` is every GPU of the cluster, or its cores where it has none.
+        processes: how many workers were asked.
+    """
+    nodes = list(nodes)
+    with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if with_gpus and (device == "auto" or device.startswith("cuda")):
+        cores = min(int(node.get("CPU", 1) // node["GPU"]) for node in with_gpus)
+        return "cuda", processes or sum(int(node["GPU"]) for node in with_gpus), max(1, cores)
+    count = processes or sum(int(node.get("CPU", 0)) for node in nodes)
+    return "cpu" if device == "auto" else device, max(1, count), 1
+
+
+def run_ray(job: Job, teacher: Teacher, processes: int | None, tasks: Sequence[LabelTask], tally: Tally) -> None:
+    """Label on all GPUs of the cluster that `connect_ray` found, or on its cores; a lost node's work goes elsewhere."""
+    import ray
+
+    _RayCrew(ray, job, teacher, processes, tasks).run(tally)
+
+
+class _RayCrew:
+    """Actors, one for each GPU, that take their tasks from one dispatcher."""
+
+    def __init__(self, ray: Any, job: Job, teacher: Teacher, processes: int | None, tasks: Sequence[LabelTask]) -> None:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._device, count, cores = plan_ray(alive, teacher.config.device, processes)
+        needs = {"num_gpus": 1} if self._device == "cuda" else {}
+        workers = plan_loaders(job.config.workers, cores, self._device)
+        self._ray, self._teacher = ray, teacher
+        self._job = ray.put(replace(job, cores=cores, workers=workers))
+        self._count = min(len(tasks), count)
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            node_id=ray.get_runtime_context().get_node_id(), soft=False
+        )  # with this process the run ends, but it must not end with another node
+        self._desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_RayDesk).remote(tasks)
+        self._actor = ray.remote(max_restarts=0, num_cpus=cores, **needs)(_RayWorker)
+        self._running: dict[Any, tuple[str, Any]] = {}
+        self._started = self._stillborn = 0
+
+    def run(self, tally: Tally) -> None:
+        """Start the actors, replace those that are lost, and stop when every task is done or set aside."""
+        ray = self._ray
+        tally.processes = max(1, self._count)
+        try:
+            for _ in range(self._count):
+                self._start()
+            finished = not self._count
+            while not finished:
+                ended, _ = ray.wait(list(self._running), timeout=1.0)
+                for run in ended:
+                    self._end(run)
+                reports, finished, waiting = ray.get(self._desk.news.remote())
+                for report in reports:
+                    tally.add(report)
+                if waiting and len(self._running) < self._count:
+                    self._start()
+            set_aside = ray.get(self._desk.set_aside.remote())
+        finally:
+            for _, actor in self._running.values():
+                ray.kill(actor)
+        Dispatcher(deque(), set_aside=set_aside).check()
+
+    def _start(self) -> None:
+        name = f"{self._started}"
+        self._started += 1
+        actor = self._actor.remote()
+        teacher = self._teacher
+        run = actor.run.remote(name, self._job, teacher.config, teacher.num_classes_asked, self._device, self._desk)
+        self._running[run] = (name, actor)
+
+    def _end(self, run: Any) -> None:
+        """An actor has ended: with an error of ours, because its node is lost, or because nothing is left to do."""
+        ray = self._ray
+        name, actor = self._running.pop(run)
+        try:
+            ray.get(run)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, DeitCliError):
+                raise error.cause from None
+            raise WorkerError(f"a Ray worker failed: {str(error).splitlines()[-1]}") from error
+        except ray.exceptions.RayError as error:
+            ray.kill(actor)  # it may only have been out of reach
+            had = ray.get(self._desk.lose.remote(name))
+            log.warning(
+                "Ray worker %s was lost (%s): its %d label shards go to another", name, type(error).__name__, had
+            )
+            self._stillborn += not had
+            if self._stillborn >= TRIES:
+                raise WorkerError(f"{TRIES} Ray workers died before they took any work: {error}") from error
+            self._start()
+
+
+class _RayDesk:
+    """The dispatcher as an actor, and the reports that the driver has not yet heard."""
+
+    def __init__(self, tasks: Sequence[LabelTask]) -> None:
+        self._dispatcher = Dispatcher(deque(tasks))
+        self._reports: list[Report] = []
+
+    def take(self, worker: str) -> LabelTask | None:
+        return self._dispatcher.take(worker)
+
+    def finish(self, worker: str, task: LabelTask) -> None:
+        self._dispatcher.finish(worker, task)
+
+    def lose(self, worker: str) -> int:
+        return self._dispatcher.lose(worker)
+
+    def report(self, report: Report) -> None:
+        self._reports.append(report)
+
+    def set_aside(self) -> list[LabelTask]:
+        return self._dispatcher.set_aside
+
+    def news(self) -> tuple[list[Report], bool, int]:
+        reports, self._reports = self._reports, []
+        return reports, self._dispatcher.finished, len(self._dispatcher.waiting)
+
+
+class _RayWorker:
+    """A teacher process on some node."""
+
+    def run(self, name: str, job: Job, config: TeacherConfig, num_classes: int | None, device: str, desk: Any) -> None:
+        import ray
+
+        teacher = load_same(job, config, num_classes, device)
+        tasks = iter(lambda: ray.get(desk.take.remote(name)), None)
+        label_shards(
+            job,
+            teacher,
+            tasks,
+            tell=lambda report: desk.report.remote(report),
+            finish=lambda task: ray.get(desk.finish.remote(name, task)),
+        )
