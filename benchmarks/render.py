@@ -25,7 +25,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cv2
-import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
@@ -34,11 +33,12 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from pipeline import turbojpeg
 from pipeline import views as rendering
 from pipeline.decode import decode
 from pipeline.loading import Mapped, start_loader
 from pipeline.recipe import load_recipe
-from pipeline.views import draw_view, render
+from pipeline.views import draw_view, render, render_encoded, render_views
 
 RECIPE = load_recipe("deit", {})
 PER_DECODE = (1, 2, 4, 8, 30)
@@ -88,14 +88,18 @@ class Photos(Dataset[Any]):
         return apply(self._transform, self._images[index])
 
 
-def ours(images: list[bytes], views: int, start: int = 0) -> int:
-    out = np.empty((RECIPE.img_size, RECIPE.img_size, 3), np.uint8)
+def ours(images: list[bytes], views: int) -> int:
+    """Render as the loader processes do: several views from one decode, or one from no more than its crop."""
     for number, image in enumerate(images):
-        pixels = decode(image, key="photo")
-        for view in range(start, start + views):
-            drawn = draw_view(RECIPE, str(number), view, height=pixels.shape[0], width=pixels.shape[1])
-            out[:] = render(pixels, drawn)
+        render_encoded(image, RECIPE, str(number), range(views))
     return views * len(images)
+
+
+def ours_whole(images: list[bytes]) -> int:
+    """Render one view of each image, all of which is decoded."""
+    for number, image in enumerate(images):
+        render_views(decode(image, key="photo"), RECIPE, str(number), range(1))
+    return len(images)
 
 
 class Share:
@@ -131,16 +135,21 @@ def competitors(images: list[bytes], tar: Path) -> dict[str, Callable[[], int]]:
 
         return run
 
-    return {
-        "timm": counted(lambda: [apply(inline, image) for image in images]),
-        "timm_dataloader": counted(lambda: next(loader)),
-        "torchvision_v2": counted(lambda: [apply(second, image) for image in images]),
-        "webdataset_timm": counted(lambda: next(web)),
-        "decode_alone": counted(lambda: [decode(image, key="photo") for image in images]),
-    } | {
-        f"ours_{views}": lambda views=views: ours(images, views)
-        for views in PER_DECODE  # all of the photographs, as for the others: they differ in size
-    }
+    one_view = {"ours_1_whole": lambda: ours_whole(images)} if turbojpeg.is_installed() else {}
+    return (
+        {
+            "timm": counted(lambda: [apply(inline, image) for image in images]),
+            "timm_dataloader": counted(lambda: next(loader)),
+            "torchvision_v2": counted(lambda: [apply(second, image) for image in images]),
+            "webdataset_timm": counted(lambda: next(web)),
+            "decode_alone": counted(lambda: [decode(image, key="photo") for image in images]),
+        }
+        | one_view
+        | {
+            f"ours_{views}": lambda views=views: ours(images, views)
+            for views in PER_DECODE  # all of the photographs, as for the others: they differ in size
+        }
+    )
 
 
 def rate(work: Callable[[], int]) -> float:
@@ -227,6 +236,7 @@ def main() -> None:
         "what": "views per second on one core, recipe deit",
         "machine": args.machine or machine(),
         "images": args.images,
+        "regions_decoded": turbojpeg.is_installed(),  # by ours_1
         "median": {name: round(statistics.median(each[name] for each in rounds), 1) for name in work},
         "ratio_to_timm": {
             name: round(statistics.median(each[name] / each["timm"] for each in rounds), 2) for name in work

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import BadImageError
+from pipeline.recipe import Box
+from pipeline.turbojpeg import decode_region
 
 # Pillow's own limit (Image.MAX_IMAGE_PIXELS: 256 MiB of RGB). A 24 kB PNG can unpack to 560 MiB; no photograph of a
 # classification set comes near.
@@ -23,6 +25,8 @@ MAX_PIXELS = 89_478_485
 
 # Where libjpeg-turbo and Pillow make the same RGB. For CMYK and YCCK they do not: Pillow is the reference there.
 _TURBO_COLOURS = frozenset({"YCbCr", "Gray"})
+
+_JPEG = b"\xff\xd8\xff"
 
 # Pillow's warnings can be switched off for the whole process only, so threads take turns.
 _PILLOW = threading.Lock()
@@ -51,6 +55,24 @@ def decode(image: bytes, *, key: str) -> NDArray[np.uint8]:
         return _decode_pillow(image)
 
 
+def decode_around(image: bytes, box: Box, *, key: str) -> tuple[NDArray[np.uint8], int, int]:
+    """Decode a box of an image, and as much around it as needs be.
+
+    Args:
+        image: the encoded file; one that decodes as a whole, as `turbojpeg.decode_region` says.
+        box: top, left, height, width; inside of the image.
+        key: the sample key, for the error.
+
+    Returns:
+        uint8 [H, W, 3], RGB, C-contiguous, a part of the image that holds the box, and its top and left in the image.
+
+    Raises:
+        BadImageError: as `decode` does.
+    """
+    part = decode_region(image, box) if image[:3] == _JPEG else None
+    return part or (decode(image, key=key), 0, 0)
+
+
 def image_size(image: bytes, *, key: str) -> tuple[int, int]:
     """Return (height, width) from the header alone; more than MAX_PIXELS is an error here too."""
     with _named_errors(key):
@@ -71,7 +93,7 @@ def _named_errors(key: str) -> Iterator[None]:
 
 
 def _format_of(image: bytes) -> str:
-    if image[:3] == b"\xff\xd8\xff":
+    if image[:3] == _JPEG:
         return "JPEG"
     if image[:8] == b"\x89PNG\r\n\x1a\n":
         return "PNG"

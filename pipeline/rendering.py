@@ -17,7 +17,7 @@ from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
 from pipeline.sources import Source
-from pipeline.views import draw_view, render, render_views
+from pipeline.views import draw_view, render, render_encoded, render_views
 
 # What one process holds of a block between its views: decoded images, or their views where these are smaller. A block
 # of 256 images of ImageNet decodes to about 150 MB; one of 12-megapixel photographs becomes eight views at a time.
@@ -122,6 +122,8 @@ class BlockRenderer:
             self._whereabouts.note(f"image {block.samples.key[position]!r} of {block.shard}")
         sample = self._source.shard(block.shard)[int(block.rows[position])]
         check_image(sample, block.samples, position, shard=block.shard)
+        if len(block.chunk) == 1:
+            return render_encoded(sample.image, self._recipe, sample.key, block.chunk)
         image = decode(sample.image, key=sample.key)
         if image.nbytes <= len(block.chunk) * self._recipe.img_size**2 * 3:
             return image

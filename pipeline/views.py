@@ -5,13 +5,14 @@ order, batch, worker, rank or machine.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from pipeline.decode import decode, decode_around, image_size
 from pipeline.draws import Draws, draws_for, noise_levels
 from pipeline.randaugment import INCREASING, PLAIN, Pixels, apply_op, interleave, mirror, op_argument
 from pipeline.recipe import Box, RandAugment, Recipe
@@ -104,6 +105,30 @@ def render(image: Pixels, view: View) -> Pixels:
     if view.erase:
         pixels = _erase(pixels, view.erase)
     return np.ascontiguousarray(pixels)
+
+
+def render_encoded(image: bytes, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:
+    """Render views of an image that is known to decode; for a single view, no more of it than the crop may be decoded.
+
+    Args:
+        image: the encoded file.
+        recipe: the augmentation.
+        key: sample key.
+        views: view numbers, V of them.
+
+    Returns:
+        uint8 [V, img_size, img_size, 3].
+
+    Raises:
+        BadImageError: it cannot be decoded.
+    """
+    if len(views) > 1:
+        return render_views(decode(image, key=key), recipe, key, views)
+    height, width = image_size(image, key=key)
+    drawn = draw_view(recipe, key, views.start, height=height, width=width)
+    pixels, top, left = decode_around(image, drawn.crop, key=key)
+    crop = (drawn.crop[0] - top, drawn.crop[1] - left, *drawn.crop[2:])
+    return render(pixels, replace(drawn, crop=crop))[None]
 
 
 def render_views(image: Pixels, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:

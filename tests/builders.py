@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 from webdataset.writer import TarWriter
 
+from pipeline import rendering, views
 from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.labelset import LabelSet
 from pipeline.manifest import TeacherIdentity
@@ -154,3 +155,19 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def named_files(folder: Path) -> dict[str, bytes]:
     """Return every file below a folder but temporary ones, with its bytes: what a reader looks at."""
     return {name: content for name, content in files_of(folder).items() if ".tmp-" not in name}
+
+
+def keys_decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows by a key whenever the renderers of either stage decode its image."""
+    from trainer import stream  # not above: some tests run without the trainer, others without the teacher
+
+    keys: list[str] = []
+    for module, name in ((rendering, "decode"), (views, "decode"), (views, "decode_around"), (stream, "decode")):
+        function = getattr(module, name)
+
+        def noting(*args: Any, key: str, function: Any = function) -> Any:
+            keys.append(key)
+            return function(*args, key=key)
+
+        monkeypatch.setattr(module, name, noting)
+    return keys

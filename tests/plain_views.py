@@ -1,8 +1,8 @@
 """The plain renderer: what `pipeline.views.render` must equal bit for bit, written for reading and not for speed.
 
 It obeys the same `View`, and shares no pixel code with the fast one: NumPy index arithmetic, integer sums, one pass for
-each thought. The two library calls that define the pixels (torch's antialiased resize, OpenCV's cubic warp) are made in
-their plainest form.
+each thought. The two library calls that define the pixels (torch's antialiased resize, OpenCV's cubic warp of rotations)
+are made in their plainest form.
 """
 
 import math
@@ -65,13 +65,13 @@ def operate(image: Pixels, name: str, argument: float) -> Pixels:
             x, y = width / 2, height / 2
             return warped(image, [[cos, sin, x - cos * x - sin * y], [-sin, cos, y + sin * x - cos * y]])
         case "ShearX":
-            return warped(image, [[1, argument, 0], [0, 1, 0]])
+            return slid(image, [argument * (y + 0.5) for y in range(height)])
         case "ShearY":
-            return warped(image, [[1, 0, 0], [argument, 1, 0]])
+            return operate(image.transpose(1, 0, 2), "ShearX", argument).transpose(1, 0, 2)
         case "TranslateXRel":
-            return warped(image, [[1, 0, argument * width], [0, 1, 0]])
+            return slid(image, [argument * width] * height)
         case "TranslateYRel":
-            return warped(image, [[1, 0, 0], [0, 1, argument * height]])
+            return operate(image.transpose(1, 0, 2), "TranslateXRel", argument).transpose(1, 0, 2)
     raise ValueError(name)
 
 
@@ -105,6 +105,28 @@ def blended(base: int, factor: float) -> NDArray[np.uint8]:
 def grey(image: Pixels) -> NDArray[np.uint8]:
     red, green, blue = (image[..., channel].astype(np.uint32) for channel in range(3))
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
+
+
+def slid(image: Pixels, shifts: list[float]) -> Pixels:
+    """Sample row y at x + shifts[y]; what lies outside of the image is FILL."""
+    result = np.empty_like(image)
+    for y, shift in enumerate(shifts):
+        whole = math.floor(shift)
+        total = np.float32(0)
+        for tap in (-1, 0, 1, 2):
+            columns = np.arange(image.shape[1]) + whole + tap
+            inside = (columns >= 0) & (columns < image.shape[1])
+            pixels = np.where(inside[:, None], image[y, np.where(inside, columns, 0)], FILL)
+            total = total + np.float32(cubic(abs(shift - whole - tap))) * pixels.astype(np.float32)
+        result[y] = np.clip(np.rint(total), 0, 255)
+    return result
+
+
+def cubic(distance: float) -> float:
+    """Keys' cubic convolution kernel with a = -3/4."""
+    if distance <= 1:
+        return 1.25 * distance**3 - 2.25 * distance**2 + 1
+    return -0.75 * distance**3 + 3.75 * distance**2 - 6 * distance + 3
 
 
 def warped(image: Pixels, matrix: list[list[float]]) -> Pixels:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from builders import encoded, photo, small_recipe, write_tars
+from builders import encoded, keys_decoded, photo, small_recipe, write_tars
 
 from pipeline import rendering
 from pipeline.decode import decode
@@ -131,8 +131,7 @@ IMAGE, VIEW = 24 * 32 * 3, 16 * 16 * 3  # bytes of a decoded image and of a view
 def test_less_memory_costs_decodes_and_changes_no_byte(source, monkeypatch, held, at_once, decodes):
     recipe = small_recipe()
     expected = [content(batch) for batch in rendered(source, recipe, blocks_in(source, recipe))]
-    keys: list[str] = []
-    monkeypatch.setattr(rendering, "decode", lambda image, *, key: keys.append(key) or decode(image, key=key))
+    keys = keys_decoded(monkeypatch)
     monkeypatch.setattr(rendering, "HELD_BYTES", held)
     assert views_at_once(samples_of(source, "train-000000").take(np.arange(8)), 16, 4) == at_once
     monkeypatch.setattr(rendering, "views_at_once", lambda *_: at_once)  # smaller blocks would take more at once
@@ -185,8 +184,7 @@ def test_blocks_are_taken_when_they_are_needed(source):
 
 
 def test_each_image_is_decoded_once_by_each_worker(source, monkeypatch):
-    recipe, keys = small_recipe(), []
-    monkeypatch.setattr(rendering, "decode", lambda image, *, key: keys.append(key) or decode(image, key=key))
+    recipe, keys = small_recipe(), keys_decoded(monkeypatch)
     workers = [BlockRenderer(source, recipe) for _ in range(3)]
     for at, unit in enumerate(deal(blocks_in(source, recipe), 3)):
         workers[at % 3](unit)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import encoded, make_labels, photo, small_recipe, write_tars
+from builders import encoded, keys_decoded, make_labels, photo, small_recipe, write_tars
 
 from pipeline.decode import decode
 from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, SourceError
@@ -226,8 +226,7 @@ def test_both_stages_render_the_same_pixels_and_mixes(source, label_set):
     ],
 )
 def test_an_image_is_decoded_once_for_all_its_views_in_a_batch(source, label_set, monkeypatch, repeats, views):
-    keys: list[str] = []
-    monkeypatch.setattr(stream, "decode", lambda image, *, key: keys.append(key) or decode(image, key=key))
+    keys = keys_decoded(monkeypatch)
     renderer = renderer_of(source, label_set, repeated_aug=repeats, batch_size=6 * repeats)
     steps = order_of(label_set.recipe, repeated_aug=repeats, batch_size=6 * repeats).steps_per_epoch
     for epoch, expected in enumerate(views):
@@ -400,10 +399,10 @@ def test_batches_before_an_error_are_used(tmp_path):
 
 
 def test_only_errors_on_purpose_are_sent_on(source, label_set, monkeypatch):
-    def breaks(image, *, key):
+    def breaks(image, recipe, key, views):
         raise ZeroDivisionError(key)
 
-    monkeypatch.setattr(stream, "decode", breaks)
+    monkeypatch.setattr(stream, "render_encoded", breaks)
     with pytest.raises(ZeroDivisionError, match="img-00"):  # a defect of ours keeps its traceback
         renderer_of(source, label_set)(0)
 

@@ -22,7 +22,7 @@ from pipeline.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
 from pipeline.sources import Source, SourceShard
-from pipeline.views import draw_view, render
+from pipeline.views import draw_view, render, render_encoded, render_views
 from trainer.order import Order
 
 Value = TypeVar("Value")
@@ -120,20 +120,20 @@ class BatchRenderer:
             (shard, group), lambda: shard_pairs(self._recipe, table.keys, table.usable, views.start)
         )
         rows = [row for row in pairs[unit].tolist() if row >= 0]
-        images = [self._decoded(shard, row, table) for row in rows]
-        for view in views:
+        rendered = [self._rendered(shard, row, table, views) for row in rows]
+        for number, view in enumerate(views):
             mix = draw_mix(self._recipe, table.keys[rows[0]], view) if len(rows) == 2 else Mix()
             parts.pairs.append((len(parts.keys), len(parts.keys) + 1 if len(rows) == 2 else -1))
             parts.mixes.append(mix)
-            for row, image in zip(rows, images, strict=True):
-                drawn = draw_view(self._recipe, table.keys[row], view, height=image.shape[0], width=image.shape[1])
-                parts.add(table, row, render(image, drawn), self._label(shard, view, row, table))
+            for row, pixels in zip(rows, rendered, strict=True):
+                parts.add(table, row, pixels[number], self._label(shard, view, row, table))
 
-    def _decoded(self, shard: int, row: int, table: ShardTable) -> NDArray[np.uint8]:
+    def _rendered(self, shard: int, row: int, table: ShardTable, views: range) -> NDArray[np.uint8]:
         sample = self._catalogue.source.shards[shard][row]
-        if table.samples is not None:
-            check_image(sample, table.samples, row, shard=self._catalogue.names[shard])
-        return decode(sample.image, key=sample.key)
+        if table.samples is None:  # nobody has decoded this image before: all of it must be sound
+            return render_views(decode(sample.image, key=sample.key), self._recipe, sample.key, views)
+        check_image(sample, table.samples, row, shard=self._catalogue.names[shard])
+        return render_encoded(sample.image, self._recipe, sample.key, views)
 
     def _label(self, shard: int, view: int, row: int, table: ShardTable) -> tuple[LabelRows, int] | None:
         label_set = self._catalogue.label_set
