@@ -11,6 +11,7 @@ erasing 0.25; mixing happens on the device for all of them, and is left out.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import statistics
@@ -19,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import cv2
 import torch
 import webdataset as wds
 from PIL import Image
-from stage1 import machine
+from stage1 import blocks_in, machine
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -37,7 +39,10 @@ from pipeline import turbojpeg
 from pipeline import views as rendering
 from pipeline.decode import decode
 from pipeline.loading import Mapped, start_loader
+from pipeline.measuring import Head
 from pipeline.recipe import load_recipe
+from pipeline.rendering import BlockRenderer, stream_views
+from pipeline.sources import open_source
 from pipeline.views import draw_view, render, render_encoded, render_views
 
 RECIPE = load_recipe("deit", {})
@@ -102,6 +107,29 @@ def ours_whole(images: list[bytes]) -> int:
     return len(images)
 
 
+class Loader:
+    """Stage 1's own loader process on the first photographs, hash checks and partners included."""
+
+    def __init__(self, data: str, count: int, views: int) -> None:
+        source = open_source(data)
+        source = replace(source, shards=(Head(source.shards[0], count),))
+        blocks = blocks_in(source, RECIPE, range(views))
+        self._views, self._count = views, count
+        self._batches = stream_views(
+            BlockRenderer(source, RECIPE),
+            itertools.cycle(blocks),
+            img_size=RECIPE.img_size,
+            most=count,
+            workers=1,
+            held=0,
+        )
+
+    def __call__(self) -> int:
+        for _ in range(self._views):
+            next(self._batches)
+        return self._views * self._count
+
+
 class Share:
     """Renders a share of the photographs, in a thread or a process."""
 
@@ -112,7 +140,7 @@ class Share:
         return ours(self._images[index::2], self._views)
 
 
-def drained(loader: Any, images: int) -> Iterator[None]:
+def drained(loader: Any) -> Iterator[None]:
     """Take one epoch after the other from a loader whose workers stay; yields when an epoch is over."""
     while True:
         for _ in loader:
@@ -120,13 +148,11 @@ def drained(loader: Any, images: int) -> Iterator[None]:
         yield
 
 
-def competitors(images: list[bytes], tar: Path) -> dict[str, Callable[[], int]]:
+def competitors(images: list[bytes], tar: Path, data: str) -> dict[str, Callable[[], int]]:
     inline, streamed, second = timm_transform(), timm_transform(), v2_transform()
-    loader = drained(DataLoader(Photos(images), batch_size=25, num_workers=1, persistent_workers=True), len(images))
     stream = wds.WebDataset(str(tar), shardshuffle=False, empty_check=False).map(  # pyright: ignore[reportAttributeAccessIssue]
         lambda sample: apply(streamed, sample["jpg"])
     )
-    web = drained(DataLoader(stream, batch_size=25, num_workers=1, persistent_workers=True), len(images))
 
     def counted(work: Callable[[], object]) -> Callable[[], int]:
         def run() -> int:
@@ -135,21 +161,24 @@ def competitors(images: list[bytes], tar: Path) -> dict[str, Callable[[], int]]:
 
         return run
 
-    one_view = {"ours_1_whole": lambda: ours_whole(images)} if turbojpeg.is_installed() else {}
-    return (
-        {
-            "timm": counted(lambda: [apply(inline, image) for image in images]),
-            "timm_dataloader": counted(lambda: next(loader)),
-            "torchvision_v2": counted(lambda: [apply(second, image) for image in images]),
-            "webdataset_timm": counted(lambda: next(web)),
-            "decode_alone": counted(lambda: [decode(image, key="photo") for image in images]),
-        }
-        | one_view
-        | {
-            f"ours_{views}": lambda views=views: ours(images, views)
-            for views in PER_DECODE  # all of the photographs, as for the others: they differ in size
-        }
-    )
+    def loaded(dataset: Any) -> Callable[[], int]:
+        epochs = drained(DataLoader(dataset, batch_size=25, num_workers=1, persistent_workers=True))
+        return counted(lambda: next(epochs))
+
+    work = {
+        "timm": counted(lambda: [apply(inline, image) for image in images]),
+        "timm_dataloader": loaded(Photos(images)),
+        "torchvision_v2": counted(lambda: [apply(second, image) for image in images]),
+        "webdataset_timm": loaded(stream),
+        "decode_alone": counted(lambda: [decode(image, key="photo") for image in images]),
+    }
+    for views in PER_DECODE:  # all of the photographs, as for the others: they differ in size
+        work[f"ours_{views}"] = lambda views=views: ours(images, views)
+    for views in (1, 8):
+        work[f"ours_{views}_dataloader"] = Loader(data, len(images), views)
+    if turbojpeg.is_installed():
+        work["ours_1_whole"] = lambda: ours_whole(images)
+    return work
 
 
 def rate(work: Callable[[], int]) -> float:
@@ -224,7 +253,7 @@ def main() -> None:
     together = threads_and_processes(images[: args.images], args.rounds)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core for everything that follows
-    work = competitors(images[: args.images], tar)
+    work = competitors(images[: args.images], tar, args.data)
     work["webdataset_timm"], whole = (lambda: whole() and len(images)), work["webdataset_timm"]  # reads the whole tar
     for each in work.values():
         each()
@@ -238,6 +267,11 @@ def main() -> None:
         "images": args.images,
         "regions_decoded": turbojpeg.is_installed(),  # by ours_1
         "median": {name: round(statistics.median(each[name] for each in rounds), 1) for name in work},
+        "ratio_to_timm_dataloader": {
+            name: round(statistics.median(each[name] / each["timm_dataloader"] for each in rounds), 2)
+            for name in work
+            if name.endswith("_dataloader")
+        },
         "ratio_to_timm": {
             name: round(statistics.median(each[name] / each["timm"] for each in rounds), 2) for name in work
         },
@@ -247,7 +281,12 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: result[key] for key in ("median", "ratio_to_timm", "us_per_view")}, indent=1))
+    print(
+        json.dumps(
+            {key: result[key] for key in ("median", "ratio_to_timm", "ratio_to_timm_dataloader", "us_per_view")},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

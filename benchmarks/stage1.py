@@ -28,16 +28,14 @@ import torch
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.engines import limit
-from pipeline.indexing import index_samples
+from pipeline.indexing import scan_shard
 from pipeline.labelling import AHEAD, device_name
-from pipeline.labelset import record_of
-from pipeline.loading import Mapped, checked, start_loader, usable_cores
-from pipeline.manifest import Plan
+from pipeline.loading import Whereabouts, usable_cores
 from pipeline.measuring import measure_together
 from pipeline.mixing import draw_mix, mix_batch
 from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.rendering import BlockRenderer, blocks_of, deal
+from pipeline.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
 from pipeline.sources import Source, open_source
 from pipeline.teacher import Teacher, one_thread
 from pipeline.teacher_loading import load_teacher
@@ -62,10 +60,11 @@ def teacher_alone(teacher: Teacher, recipe: Recipe, batch: int, seconds: float) 
     return made / elapsed, busy / elapsed
 
 
-def rendering_alone(blocks: list[Any], renderer: BlockRenderer, workers: int, seconds: float) -> float:
+def rendering_alone(blocks: list[Any], renderer: BlockRenderer, img_size: int, workers: int, seconds: float) -> float:
     """Return views/s of the loader processes when nothing but this loop takes their batches."""
-    loader = start_loader(Mapped(renderer), sampler=deal(blocks * 1000, workers), workers=workers)
-    batches = (batch for batch in checked(loader) if batch is not None)
+    most = max(len(block.rows) for block in blocks)
+    endless = itertools.cycle(blocks)
+    batches = stream_views(renderer, endless, img_size=img_size, most=most, workers=workers, held=AHEAD)
     for _ in islice(batches, 2 * workers + 2):
         pass
     made, began = 0, time.perf_counter()
@@ -99,11 +98,12 @@ def render_forever(blocks: list[Any], renderer: BlockRenderer) -> None:
         renderer(unit)
 
 
-def blocks_in(source: Source, recipe: Recipe, teacher: Teacher, views: range, folder: Path) -> list[Any]:
-    plan = Plan.make(recipe=recipe, teacher=teacher.identity, source=record_of(source), topk=10, precision="float16")
-    names = [shard.name for shard in source.shards]
-    samples = index_samples(folder, plan, source, shards=names, on_bad_image="skip", workers=1, progress=lambda _: None)
-    return [block for name in names for block in blocks_of(name, views, samples[name], recipe)]
+def blocks_in(source: Source, recipe: Recipe, views: range) -> list[Block]:
+    names, whereabouts = [shard.name for shard in source.shards], Whereabouts(1)
+    tables = [scan_shard(source, names, "skip", whereabouts, index) for index in range(len(names))]
+    return [
+        block for name, samples in zip(names, tables, strict=True) for block in blocks_of(name, views, samples, recipe)
+    ]  # pyright: ignore[reportArgumentType]
 
 
 def main() -> None:
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
             data=args.data, out=Path(folder) / "set", views=(0, args.views), workers=workers, processes=1
         )
         limit(teacher, config, cores)
-        blocks = blocks_in(source, recipe, teacher, range(args.views), Path(folder) / "index")
+        blocks = blocks_in(source, recipe, range(args.views))
         batch = len(blocks[0].rows) - len(blocks[0].rows) % 2
         rounds = []
         for _ in range(args.rounds):
@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
                 alone, busy_alone = teacher_alone(teacher, recipe, batch, args.seconds)
                 with others_rendering(blocks, BlockRenderer(source, recipe), workers):
                     beside, _ = teacher_alone(teacher, recipe, batch, args.seconds)
-            rendered = rendering_alone(blocks, BlockRenderer(source, recipe), workers, args.seconds)
+            rendered = rendering_alone(blocks, BlockRenderer(source, recipe), recipe.img_size, workers, args.seconds)
             tick = measure_together(source, recipe, teacher, config, num_images=args.images, seconds=args.seconds)
             slower = min(alone, rendered)
             rounds.append(

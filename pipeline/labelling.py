@@ -15,11 +15,11 @@ from pipeline.drafts import LabelDraft, publish_draft
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.labels import SampleRows, read_all_views
 from pipeline.labelset import checked_labels_footer, checked_samples
-from pipeline.loading import Mapped, Whereabouts, checked, start_loader
+from pipeline.loading import Whereabouts
 from pipeline.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
 from pipeline.progress import Report
 from pipeline.recipe import Recipe
-from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal
+from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
 from pipeline.replay import compare_probes
 from pipeline.sources import Source
 from pipeline.teacher import Answer, Pending, Teacher, one_thread
@@ -81,18 +81,18 @@ def label_shards(
         finish: hears of each task whose file is complete under its final name.
     """
     desk = _Desk(job, teacher, tell, finish)
-    whereabouts = Whereabouts(job.workers)
-    loader = start_loader(
-        Mapped(BlockRenderer(job.source, job.recipe, whereabouts)),
-        sampler=deal(desk.open(tasks), job.workers),
+    batches = stream_views(
+        BlockRenderer(job.source, job.recipe, Whereabouts(job.workers)),
+        desk.open(tasks),
+        img_size=job.recipe.img_size,
+        most=min(job.recipe.mix_block, max((record.num_samples for record in job.plan.source.shards), default=1)),
         workers=job.workers,
+        held=AHEAD,
         pin_memory=teacher.device.type == "cuda",
     )
     waiting: deque[tuple[ViewBatch, Pending]] = deque()
     with one_thread(teacher.device), desk:
-        for batch in checked(loader, whereabouts):
-            if batch is None:
-                continue
+        for batch in batches:
             waiting.append((batch, teacher.ask(batch.images, batch.mix, job.plan.topk)))
             if len(waiting) > AHEAD:
                 desk.settle(*waiting.popleft())

@@ -18,6 +18,7 @@ from pipeline.errors import WorkerError
 TIMEOUT_S = 900
 # How often to look whether a loader still lives. They are not children of this process, so no signal tells of their end.
 LOOK_S = 5
+PREFETCH = 2  # items that each process is ahead
 _NOTE_BYTES = 256
 
 
@@ -75,7 +76,7 @@ def start_loader(
         options = {
             "multiprocessing_context": context,
             "worker_init_fn": _start_worker,
-            "prefetch_factor": 2,
+            "prefetch_factor": PREFETCH,
             "timeout": LOOK_S,
         }
     return DataLoader(

@@ -176,7 +176,7 @@ def measure_together(
     shard = next((shard for shard in source.shards if len(shard)), None)
     if shard is None:
         raise SourceError(f"{source.location} holds no image")
-    head = replace(source, shards=(_Head(shard, num_images),))
+    head = replace(source, shards=(Head(shard, num_images),))
     ticks: list[tuple[float, Tick]] = []
 
     def progress(tick: Tick) -> None:
@@ -206,7 +206,7 @@ class _Enough(Exception):
     """Stops a run that has been timed for long enough."""
 
 
-class _Head(SourceShard[Any]):
+class Head(SourceShard[Any]):
     """The first samples of a source shard."""
 
     def __init__(self, shard: SourceShard[Any], num_samples: int) -> None:

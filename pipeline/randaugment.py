@@ -7,7 +7,7 @@ geometric ones are cubic interpolations with a = -0.75.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2 as _opencv
@@ -85,19 +85,19 @@ def apply_op(image: Pixels, name: str, argument: float) -> Pixels:
     return _OPS[name.removesuffix("Increasing")](image, argument)
 
 
-def interleave(planes: NDArray[np.uint8]) -> Pixels:
-    """Return planes [3, H, W] as pixels [H, W, 3]: twenty times as fast as a strided copy."""
-    return cv2.merge([np.ascontiguousarray(plane) for plane in planes])
-
-
 def mirror(image: Pixels) -> Pixels:
     """Mirror left to right; a new, contiguous array."""
     return cv2.flip(image, 1)
 
 
 def _autocontrast(image: Pixels, _: float) -> Pixels:
-    tables = [_stretch(*map(int, cv2.minMaxLoc(channel)[:2])) for channel in cv2.split(image)]
-    return cv2.LUT(image, np.stack(tables, axis=-1)[None])
+    planes = cv2.split(image)
+    return _look_up(planes, [_stretch(*map(int, cv2.minMaxLoc(plane)[:2])) for plane in planes])
+
+
+def _look_up(planes: Sequence[NDArray[np.uint8]], tables: Sequence[NDArray[np.uint8]]) -> Pixels:
+    """Send each channel through its own table, uint8 [256]."""
+    return cv2.merge([cv2.LUT(plane, table) for plane, table in zip(planes, tables, strict=True)])
 
 
 def _stretch(low: int, high: int) -> Pixels:
@@ -108,11 +108,9 @@ def _stretch(low: int, high: int) -> Pixels:
 
 
 def _equalize(image: Pixels, _: float) -> Pixels:
-    tables = [
-        _flatten(cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64))
-        for channel in range(3)
-    ]
-    return cv2.LUT(image, np.stack(tables, axis=-1)[None])
+    planes = cv2.split(image)
+    histograms = (cv2.calcHist([plane], [0], None, [256], [0, 256]).ravel().astype(np.int64) for plane in planes)
+    return _look_up(planes, [_flatten(histogram) for histogram in histograms])
 
 
 def _flatten(histogram: NDArray[np.int64]) -> Pixels:

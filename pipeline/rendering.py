@@ -1,6 +1,7 @@
 """Mix blocks to views: each image is decoded once, and one batch after the other is one view of the whole block."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from pipeline.decode import decode
 from pipeline.errors import DeitCliError
 from pipeline.labels import SampleRows
-from pipeline.loading import Whereabouts
+from pipeline.loading import PREFETCH, Mapped, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
@@ -84,18 +85,18 @@ class BlockRenderer:
     """
 
     def __init__(self, source: Source, recipe: Recipe, whereabouts: Whereabouts | None = None) -> None:
-        self._source, self._recipe, self._whereabouts = source, recipe, whereabouts
+        self._source, self._recipe, self.whereabouts = source, recipe, whereabouts
         self._name: tuple[str, int, int] | None = None
         self._held: list[NDArray[np.uint8]] = []
 
-    def __call__(self, unit: Unit | None) -> ViewBatch | Exception | None:
-        """Render one view of a block; None has no work in it."""
+    def __call__(self, unit: Unit, out: Tensor | None = None) -> ViewBatch | Exception:
+        """Render one view of a block, into `out` (uint8 [at least B, H, W, 3]) if it is given."""
         try:
-            return self._render(*unit) if unit else None
+            return self._render(*unit, out)
         except DeitCliError as error:
             return error
 
-    def _render(self, block: Block, view: int) -> ViewBatch:
+    def _render(self, block: Block, view: int, out: Tensor | None) -> ViewBatch:
         if self._name != block.name:
             self._name, self._held = None, []  # the old images go before the new ones come
             self._held = [self._hold(block, position) for position in range(len(block.rows))]
@@ -103,7 +104,7 @@ class BlockRenderer:
         recipe, size, keys = self._recipe, self._recipe.img_size, block.samples.key
         pairs = draw_pairs(recipe, keys, view)
         order = pairs.ravel()[pairs.ravel() >= 0]
-        images = new_batch(len(order), size)
+        images = torch.empty(len(order), size, size, 3, dtype=torch.uint8) if out is None else out[: len(order)]
         pixels = images.numpy()
         for at, position in enumerate(order.tolist()):
             held = self._held[position]
@@ -118,8 +119,8 @@ class BlockRenderer:
 
     def _hold(self, block: Block, position: int) -> NDArray[np.uint8]:
         """Return the decoded image [H, W, 3], or all its views [V, size, size, 3] where they take less memory."""
-        if self._whereabouts:
-            self._whereabouts.note(f"image {block.samples.key[position]!r} of {block.shard}")
+        if self.whereabouts:
+            self.whereabouts.note(f"image {block.samples.key[position]!r} of {block.shard}")
         sample = self._source.shard(block.shard)[int(block.rows[position])]
         check_image(sample, block.samples, position, shard=block.shard)
         if len(block.chunk) == 1:
@@ -130,16 +131,63 @@ class BlockRenderer:
         return render_views(image, self._recipe, sample.key, block.chunk)
 
 
-def new_batch(size: int, img_size: int) -> Tensor:
-    """Return an uninitialised uint8 tensor [size, img_size, img_size, 3]; in a loader process in shared memory.
+def stream_views(
+    renderer: BlockRenderer,
+    blocks: Iterable[Block],
+    *,
+    img_size: int,
+    most: int,
+    workers: int,
+    held: int,
+    pin_memory: bool = False,
+) -> Iterator[ViewBatch]:
+    """Render blocks in loader processes, and yield every view of each.
 
-    Sent to the main process, it then travels as a handle; a tensor of ordinary memory would be copied once more.
+    Batches lie in shared memory that is used over and over: fresh memory costs a page fault every 4 kB, in the process
+    that writes and in the one that reads, which is a quarter of the time that rendering takes. So the images of a batch
+    are those of another one when, after it, more than `held` further ones have been asked for. (Pinned ones are copies.)
+
+    Args:
+        renderer: of the views.
+        blocks: taken when they are needed.
+        img_size: height and width of the views.
+        most: samples in a block.
+        workers: loader processes; 0: in this one.
+        held: batches that the caller may hold while it asks for another one.
+        pin_memory: whether images are to lie in page-locked memory.
     """
-    shape = (size, img_size, img_size, 3)
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(size * img_size**2 * 3, device="cpu")  # as torch's default_collate does
+    # Item i is begun when item i - workers * PREFETCH is handed out; the caller then holds `held` that came before it.
+    slots = _shared_pixels(workers * PREFETCH + held + 1, most, img_size, img_size, 3)
+    loader = start_loader(
+        Mapped(_IntoSlots(renderer, slots)),
+        sampler=_numbered(deal(blocks, workers), len(slots)),
+        workers=workers,
+        pin_memory=pin_memory,
+    )
+    return (batch for batch in checked(loader, renderer.whereabouts) if batch is not None)
+
+
+def _shared_pixels(*shape: int) -> Tensor:
+    """Return an uninitialised uint8 tensor in shared memory, whose pages come when they are written to."""
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")  # as torch's default_collate does
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+class _IntoSlots:
+    """Renders into the slot that comes with a unit."""
+
+    def __init__(self, renderer: BlockRenderer, slots: Tensor) -> None:
+        self._renderer, self._slots = renderer, slots
+
+    def __call__(self, numbered: tuple[int, Unit] | None) -> ViewBatch | Exception | None:
+        return self._renderer(numbered[1], self._slots[numbered[0]]) if numbered else None
+
+
+def _numbered(units: Iterable[Unit | None], slots: int) -> Iterator[tuple[int, Unit] | None]:
+    """Give units the slots in turn; a turn without a unit takes none."""
+    turns = itertools.cycle(range(slots))
+    for unit in units:
+        yield None if unit is None else (next(turns), unit)
 
 
 def blocks_of(shard: str, views: range, samples: SampleRows, recipe: Recipe) -> Iterator[Block]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.decode import decode, decode_around, image_size
 from pipeline.draws import Draws, draws_for, noise_levels
-from pipeline.randaugment import INCREASING, PLAIN, Pixels, apply_op, interleave, mirror, op_argument
+from pipeline.randaugment import INCREASING, PLAIN, Pixels, apply_op, mirror, op_argument
 from pipeline.recipe import Box, RandAugment, Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -201,12 +201,12 @@ def _random_erase(draws: Draws, recipe: Recipe) -> Erase | None:
 def _crop_and_resize(image: Pixels, view: View) -> Pixels:
     """Antialiased bicubic resize of the crop, rows first, with Pillow's filter: 0.03 of 255 from its pixels on average."""
     top, left, tall, wide = view.crop
-    image = np.require(image, requirements=["C", "W"])  # as decoded ones are; torch takes no others, but a part of one
-    region = torch.from_numpy(image[top : top + tall, left : left + wide])
-    tensor = region.permute(2, 0, 1)[None]  # channels last in memory: torch's fast road
-    planes = F.interpolate(tensor, size=view.resize, mode="bicubic", antialias=True)[0].numpy()
+    image = np.require(image, requirements=["C", "W"])  # as decoded ones are; torch takes no others
+    region = torch.from_numpy(image)[top : top + tall, left : left + wide].contiguous()
+    tensor = region[None].permute(0, 3, 1, 2)  # contiguous and channels last: torch copies nothing, and answers alike
+    resized = F.interpolate(tensor, size=view.resize, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     top, left = view.window
-    return interleave(planes[:, top : top + view.img_size, left : left + view.img_size])
+    return resized[top : top + view.img_size, left : left + view.img_size].contiguous().numpy()
 
 
 def _erase(pixels: Pixels, erase: Erase) -> Pixels:

@@ -9,7 +9,7 @@ from builders import photo, shared_data
 from plain_views import grey, operate, render_plainly, warped
 
 from pipeline.decode import decode
-from pipeline.randaugment import INCREASING, PLAIN, _grey, apply_op, interleave, mirror, op_argument
+from pipeline.randaugment import INCREASING, PLAIN, _grey, apply_op, mirror, op_argument
 from pipeline.recipe import load_recipe
 from pipeline.views import View, draw_view, render
 
@@ -98,13 +98,9 @@ def test_shears_and_translations_are_opencv_s_cubic_warp_up_to_rounding():
     assert np.mean(far) < 1e-3  # one level, in fewer than one value of a thousand
 
 
-def test_layout_helpers_move_bytes_and_nothing_else():
-    planes = np.random.default_rng(0).integers(0, 256, (3, 7, 11), dtype=np.uint8)
-    np.testing.assert_array_equal(interleave(planes), planes.transpose(1, 2, 0))
-    np.testing.assert_array_equal(interleave(planes[:, 1:4, 2:9]), planes[:, 1:4, 2:9].transpose(1, 2, 0))
-    pixels = interleave(planes)
+def test_a_mirrored_image_is_contiguous():
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
     np.testing.assert_array_equal(mirror(pixels), pixels[:, ::-1])
-    assert pixels.flags.c_contiguous
     assert mirror(pixels).flags.c_contiguous
 
 

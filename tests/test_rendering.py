@@ -1,6 +1,8 @@
 """Loader processes: which views they make, how the work is split, and what they must not do."""
 
 import os
+import time
+from collections import deque
 from dataclasses import replace
 from math import factorial
 
@@ -17,7 +19,16 @@ from pipeline.labels import SampleRows
 from pipeline.loading import Mapped, Whereabouts, checked, plan_workers, start_loader
 from pipeline.mixing import Mix, draw_mix, shard_pairs
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal, paired_positions, views_at_once
+from pipeline.rendering import (
+    Block,
+    BlockRenderer,
+    ViewBatch,
+    blocks_of,
+    deal,
+    paired_positions,
+    stream_views,
+    views_at_once,
+)
 from pipeline.sources import Source, open_source
 from pipeline.views import draw_view, render
 
@@ -50,8 +61,9 @@ def blocks_in(source: Source, recipe: Recipe, views: range = VIEWS) -> list[Bloc
 
 def rendered(source: Source, recipe: Recipe, blocks: list[Block], *, workers: int = 0) -> list[ViewBatch]:
     """Every view of these blocks, in the order in which a loader brings them."""
-    loader = start_loader(Mapped(BlockRenderer(source, recipe)), sampler=deal(blocks, workers), workers=workers)
-    return [batch for batch in checked(loader) if batch is not None]
+    renderer = BlockRenderer(source, recipe)
+    held = sum(len(block.chunk) for block in blocks)
+    return list(stream_views(renderer, blocks, img_size=recipe.img_size, most=8, workers=workers, held=held))
 
 
 def content(batch: ViewBatch) -> tuple:
@@ -105,6 +117,29 @@ def test_bad_rows_are_left_out_and_move_no_partner_of_another_block(source):
     whole = rendered(source, recipe, blocks_in(source, recipe))
     assert sorted(got[0].rows.tolist()) == [0, 1, 2, 4, 5, 6, 7]
     assert [content(batch) for batch in got[4:]] == [content(batch) for batch in whole[4:8]]  # rows 8..12
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
+@pytest.mark.parametrize("held", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 5])  # four blocks: the last processes have turns with no work
+def test_what_is_held_is_not_overwritten_and_memory_is_used_again(source, workers, held):
+    recipe, blocks = small_recipe(), blocks_in(source, small_recipe(), range(12))
+    expected = {
+        (batch.shard, batch.view, batch.rows.min().item()): content(batch) for batch in rendered(source, recipe, blocks)
+    }
+    batches = stream_views(BlockRenderer(source, recipe), blocks, img_size=16, most=8, workers=workers, held=held)
+    holding: deque[ViewBatch] = deque()
+    places, seen = set(), 0
+    for batch in batches:
+        places.add(batch.images.data_ptr())
+        holding.append(batch)
+        time.sleep(0.005)  # processes that could write too early would
+        assert all(content(each) == expected[each.shard, each.view, each.rows.min().item()] for each in holding)
+        if len(holding) > held:
+            holding.popleft()
+        seen += 1
+    assert seen == len(expected) == 48
+    assert len(places) <= 2 * workers + held + 1 < 48
 
 
 def test_views_come_in_order_block_after_block(source):
@@ -187,7 +222,8 @@ def test_each_image_is_decoded_once_by_each_worker(source, monkeypatch):
     recipe, keys = small_recipe(), keys_decoded(monkeypatch)
     workers = [BlockRenderer(source, recipe) for _ in range(3)]
     for at, unit in enumerate(deal(blocks_in(source, recipe), 3)):
-        workers[at % 3](unit)
+        if unit:
+            workers[at % 3](unit)
     assert len(keys) == len(set(keys)) == 23
 
 
