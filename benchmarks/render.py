@@ -32,7 +32,7 @@ import webdataset as wds
 from PIL import Image
 from stage1 import blocks_in, machine
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from pipeline import turbojpeg
@@ -41,12 +41,14 @@ from pipeline.decode import decode
 from pipeline.loading import Mapped, start_loader
 from pipeline.measuring import Head
 from pipeline.recipe import load_recipe
-from pipeline.rendering import BlockRenderer, stream_views
-from pipeline.sources import open_source
+from pipeline.rendering import Block, BlockRenderer, _IntoSlots, _numbered, _shared_pixels, deal
+from pipeline.sources import Source, open_source
 from pipeline.views import draw_view, render, render_encoded, render_views
 
 RECIPE = load_recipe("deit", {})
 PER_DECODE = (1, 2, 4, 8, 30)
+SLOTS = 4  # batches of ours that a loader process and its reader have at hand
+EPOCH_VIEWS = 8  # of each image, that our loader process is timed with
 
 
 def timm_transform() -> Any:
@@ -107,27 +109,20 @@ def ours_whole(images: list[bytes]) -> int:
     return len(images)
 
 
-class Loader:
-    """Stage 1's own loader process on the first photographs, hash checks and partners included."""
+class Units(Sampler[Any]):
+    """What stage 1 gives its loader processes; other views in every epoch, so that images are decoded again."""
 
-    def __init__(self, data: str, count: int, views: int) -> None:
-        source = open_source(data)
-        source = replace(source, shards=(Head(source.shards[0], count),))
-        blocks = blocks_in(source, RECIPE, range(views))
-        self._views, self._count = views, count
-        self._batches = stream_views(
-            BlockRenderer(source, RECIPE),
-            itertools.cycle(blocks),
-            img_size=RECIPE.img_size,
-            most=count,
-            workers=1,
-            held=0,
-        )
+    def __init__(self, source: Source, views: int) -> None:
+        self._blocks, self._views, self._epoch = blocks_in(source, RECIPE, range(views)), views, itertools.count()
 
-    def __call__(self) -> int:
-        for _ in range(self._views):
-            next(self._batches)
-        return self._views * self._count
+    def __iter__(self) -> Iterator[Any]:
+        return _numbered(deal(self._epoch_blocks(), 1), SLOTS)
+
+    def _epoch_blocks(self) -> Iterator[Block]:
+        start = next(self._epoch) * EPOCH_VIEWS
+        for first in range(start, start + EPOCH_VIEWS, self._views):
+            views = range(first, first + self._views)
+            yield from (replace(block, views=views, chunk=views) for block in self._blocks)
 
 
 class Share:
@@ -154,16 +149,17 @@ def competitors(images: list[bytes], tar: Path, data: str) -> dict[str, Callable
         lambda sample: apply(streamed, sample["jpg"])
     )
 
-    def counted(work: Callable[[], object]) -> Callable[[], int]:
+    def counted(work: Callable[[], object], views: int = 1) -> Callable[[], int]:
         def run() -> int:
             work()
-            return len(images)
+            return views * len(images)
 
         return run
 
-    def loaded(dataset: Any) -> Callable[[], int]:
-        epochs = drained(DataLoader(dataset, batch_size=25, num_workers=1, persistent_workers=True))
-        return counted(lambda: next(epochs))
+    def loaded(dataset: Any, views: int = 1, **options: Any) -> Callable[[], int]:
+        options = {"batch_size": 25, "num_workers": 1, "persistent_workers": True} | options
+        epochs = drained(DataLoader(dataset, **options))
+        return counted(lambda: next(epochs), views)
 
     work = {
         "timm": counted(lambda: [apply(inline, image) for image in images]),
@@ -174,8 +170,13 @@ def competitors(images: list[bytes], tar: Path, data: str) -> dict[str, Callable
     }
     for views in PER_DECODE:  # all of the photographs, as for the others: they differ in size
         work[f"ours_{views}"] = lambda views=views: ours(images, views)
+    source = open_source(data)
+    source = replace(source, shards=(Head(source.shards[0], len(images)),))
     for views in (1, 8):
-        work[f"ours_{views}_dataloader"] = Loader(data, len(images), views)
+        slots = _IntoSlots(BlockRenderer(source, RECIPE), _shared_pixels(SLOTS, len(images), 224, 224, 3))
+        work[f"ours_{views}_dataloader"] = loaded(
+            Mapped(slots), EPOCH_VIEWS, batch_size=None, sampler=Units(source, views)
+        )
     if turbojpeg.is_installed():
         work["ours_1_whole"] = lambda: ours_whole(images)
     return work

@@ -199,6 +199,7 @@ def measure_together(
     busy = None
     if first.teacher_busy is not None and last.teacher_busy is not None and ended > began:
         busy = (last.teacher_busy * last.elapsed_s - first.teacher_busy * first.elapsed_s) / (ended - began)
+        busy = min(busy, 1.0)  # the first answers that are heard were computed before
     return replace(last, made=last.made - first.made, elapsed_s=ended - began, teacher_busy=busy)
 
 
