@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import logging
-import os
 import signal
 import sys
-import time
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from typing import Any
 import click
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
-from pipeline.errors import DeitCliError, StorageError, UsageError
+from pipeline.errors import DeitCliError, UsageError
 from trainer.config import TrainConfig
 
 CONTEXT = {
@@ -207,11 +205,13 @@ def precompute(
     config, asked = _split(values, PrecomputeConfig, TeacherConfig)
     chosen = _recipe(recipe, overrides)
     from pipeline import precompute as stage1
+    from pipeline.engines import load_here
+    from pipeline.tables import plan_table
 
     with _progress(log_json) as progress:
-        loaded, source = _load(config, asked)
+        loaded, source = load_here(config, asked)
         if dry_run:
-            _print_plan(stage1.plan_work(config, chosen, loaded, source))
+            click.echo(plan_table(stage1.plan_work(config, chosen, loaded, source)))
             return
         label_set = stage1.precompute(config, chosen, loaded, source, progress=progress)
     if label_set is None:
@@ -228,34 +228,6 @@ def _split(values: dict[str, Any], *kinds: type) -> Any:
     return tuple(
         kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}) for kind in kinds
     )
-
-
-def _load(config: PrecomputeConfig, asked: TeacherConfig) -> Any:
-    """Open the source and load its teacher, and say what they are."""
-    from pipeline.engines import limit
-    from pipeline.sources import open_source
-    from pipeline.teacher_loading import load_teacher
-
-    source = open_source(config.data)
-    log.info("source %s", source.describe())
-    devices, cores = _devices(config, asked)
-    loaded = load_teacher(asked, num_classes=source.num_classes, device=devices[0])
-    limit(loaded, config, cores)
-    for member in loaded.identity.members:
-        log.info(
-            "teacher %s: %d classes, sees %d px, weights %s",
-            *(member.name, member.num_classes, member.img_size, member.weights_sha256[:12]),
-        )
-    return loaded, source
-
-
-def _print_plan(work: Any) -> None:
-    plan = work.plan
-    click.echo(f"label set      {plan.labelset_id[:12]} (recipe {plan.recipe_id[:12]}, teacher {plan.teacher.name})")
-    click.echo(f"source         {_count(len(plan.source.shards), 'shard')}, {_count(work.num_samples, 'image')}")
-    click.echo(f"views          {work.views_to_label:,} to label, in {_count(len(work.blocks), 'block')}")
-    click.echo(f"teacher passes {work.teacher_passes:,}")
-    click.echo(f"label bytes    {_size(work.bytes_before_compression)} before compression")
 
 
 @commands.command()
@@ -332,23 +304,10 @@ def evaluate(**values: Any) -> None:
     as_json = values.pop("as_json")
     if values["data"] is None and values["labels"] is None:
         raise UsageError("pass --data to measure accuracy, --labels to measure agreement with the teacher, or both")
-    from trainer.evaluate import evaluate_checkpoint
+    from trainer.evaluate import evaluate_checkpoint, score_table
 
     result = evaluate_checkpoint(**values)
-    click.echo(json.dumps(result, indent=1) if as_json else _score_table(result))
-
-
-def _score_table(result: dict[str, Any]) -> str:
-    lines = [f"{'':20}{'top-1':>8}{'top-5':>8}{'agrees':>8}"]
-    for name in [*(result.get("scores") or result["agreement"])]:
-        scores = (result.get("scores") or {}).get(name, {})
-        cells = [scores.get("top1"), scores.get("top5"), (result.get("agreement") or {}).get(name)]
-        lines.append(f"{name:20}" + "".join(f"{'-' if cell is None else f'{cell:.2f}':>8}" for cell in cells))
-    if "images" in result:
-        lines.append(f"accuracy in % of {result['images']:,} images")
-    if "agreement_views" in result:
-        lines.append(f"agreement with the teacher in % of {result['agreement_views']:,} replayed views")
-    return "\n".join(lines)
+    click.echo(json.dumps(result, indent=1) if as_json else score_table(result))
 
 
 OF_PRECOMPUTE = frozenset({"out", "engine", "address", "on_bad_image", "min_teacher_accuracy", "accuracy_samples"})
@@ -400,12 +359,14 @@ def estimate(
     config, asked = _split(values | {"out": Path()}, PrecomputeConfig, TeacherConfig)
     chosen = _recipe(recipe, overrides)
     from pipeline import estimate as estimating
+    from pipeline.engines import load_here
     from pipeline.labels import label_bytes
     from pipeline.measuring import forward_flops, measure_rates, training_step_s
     from pipeline.precompute import choose_topk
+    from pipeline.tables import estimate_table
     from trainer.student import create_student
 
-    teacher, source = _load(config, asked)
+    teacher, source = load_here(config, asked)
     classes = teacher.identity.num_classes
     topk = choose_topk(config.topk, classes)
     student = create_student(model, num_classes=classes, img_size=chosen.img_size).model
@@ -416,7 +377,8 @@ def estimate(
     else:  # forward and backward are three times the forward pass
         teacher_cost = sum(forward_flops(network.module, network.img_size) for network in teacher.networks)
         student_cost = 3.0 * forward_flops(student, chosen.img_size)
-    here, reachable = _pace(config, asked, teacher, rates)
+    machine = estimating.plan_machine(config, teacher)
+    reachable = estimating.pace(rates, machine)
     asked_for = {
         "num_images": images or source.num_samples,
         "num_views": config.views[1] - config.views[0],
@@ -427,112 +389,18 @@ def estimate(
         rates,
         reachable,
         **asked_for,
-        views_per_decode=here["views_per_decode"],
+        views_per_decode=machine.views_per_decode,
         bytes_per_label=label_bytes(classes, topk, config.precision),
         teacher_s=teacher_cost,
         student_s=student_cost,
     )
     if as_json:
         measured = {"rates": dataclasses.asdict(rates), "compared_by": "time" if by_time else "FLOPs"}
-        click.echo(json.dumps(asked_for | dataclasses.asdict(result) | here | measured, indent=1))
+        click.echo(
+            json.dumps(asked_for | dataclasses.asdict(result) | dataclasses.asdict(machine) | measured, indent=1)
+        )
     else:
-        click.echo(_estimate_text(result, asked_for, here, rates, reachable, model))
-
-
-def _devices(config: PrecomputeConfig, asked: TeacherConfig) -> tuple[list[str], int]:
-    """Return the device of each teacher process, and the cores that each has."""
-    from pipeline.ranks import plan_cores, plan_devices, rank_from
-
-    rank = rank_from(os.environ)
-    devices = plan_devices(asked.device, config.processes, rank)
-    return devices, plan_cores(devices, rank)
-
-
-def _pace(config: PrecomputeConfig, asked: TeacherConfig, teacher: Any, rates: Any) -> tuple[dict[str, Any], Any]:
-    """Return what this machine labels with, and how fast it can."""
-    from pipeline.estimate import pace
-    from pipeline.loading import usable_cores
-    from pipeline.ranks import plan_loaders
-
-    devices, cores = _devices(config, asked)
-    kind = teacher.device.type
-    here = {
-        "device": kind,
-        "devices": len(devices),
-        "threads": teacher.threads if kind == "cpu" else None,
-        "loaders": len(devices) * max(1, plan_loaders(config.workers, cores, kind)),
-        "cores": usable_cores(),
-        "views_per_decode": min(config.views[1] - config.views[0], config.views_per_shard),
-    }
-    return here, pace(rates, **{name: value for name, value in here.items() if name != "device"})
-
-
-LIMITS = {
-    "teacher": "the teacher is the limit: another device would help",
-    "rendering": "rendering is the limit: more cores would help",
-    "cores": "the cores, which run teacher and rendering, are the limit: a GPU or more cores would help",
-}
-
-
-def _machine(here: dict[str, Any]) -> str:
-    """Return which processes label, such as `1 x cuda and 15 loader processes`."""
-    threads = f" of {_count(here['threads'], 'thread')}" if here["threads"] else ""
-    return f"{here['devices']} x {here['device']}{threads} and {_count(here['loaders'], 'loader process', 'es')}"
-
-
-def _count(number: int, what: str, plural: str = "s") -> str:
-    return f"{number:,} {what}{'' if number == 1 else plural}"
-
-
-def _duration(hours: float) -> str:
-    """Return hours in the unit that a person would choose."""
-    if hours < 1 / 30:
-        return f"{3600 * hours:.3g} s"
-    return f"{60 * hours:.3g} min" if hours < 2 else f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h"
-
-
-def _size(number: float) -> str:
-    """Return bytes in decimal units."""
-    unit = next(
-        (unit for unit in ("B", "kB", "MB", "GB") if abs(number) < 1000 or (number := number / 1000) is None), "TB"
-    )
-    return f"{number:,.0f} B" if unit == "B" else f"{number:,.1f} {unit}"
-
-
-def _estimate_text(
-    result: Any, asked_for: dict[str, int], here: dict[str, Any], rates: Any, reachable: Any, model: str
-) -> str:
-    images, views, students, epochs = (asked_for[name] for name in ("num_images", "num_views", "students", "epochs"))
-    device, threads, shared = here["device"], here["threads"], here["views_per_decode"]
-    on = f"one {device}" + (f" process of {_count(threads, 'thread')}" if threads else "")
-    alone = "" if threads else f"; {result.cores_per_device:.1f} cores keep one {device} busy"
-    how = (
-        "by floating-point operations, a student's step as three forward passes" if threads else f"measured on {device}"
-    )
-    each = result.label_bytes // result.passes
-    ratio = f"{result.online_ratio:,.2f} times as long with the teacher in it ({model}, {how})"
-    rows = [
-        ("teacher passes", f"{result.passes:,}: {images:,} images x {views:,} views"),
-        ("teacher", f"{1 / rates.answer_s:,.1f} views/s on {on}: {_duration(result.teacher_hours)}"),
-        (
-            "rendering",
-            f"{1 / rates.view_s(shared):,.0f} views/s on one core, {_count(shared, 'view')} from each decode:"
-            f" {_duration(result.render_core_hours)}{alone}",
-        ),
-        ("labelling", f"{_duration(result.hours)} here, {reachable.together:,.1f} views/s with {_machine(here)}"),
-        ("", LIMITS[result.limit]),
-        ("label bytes", f"{_size(result.label_bytes)}, {_count(each, 'byte')} a label, before compression"),
-        ("training step", ratio),
-        (_count(students, "student"), f"of {_count(epochs, 'epoch')} each, time of one {device}:"),
-        ("", f"{_duration(result.offline_hours)} from stored labels, labelling included"),
-        ("", f"{_duration(result.online_hours)} with the teacher in every step"),
-        (
-            "labels pay off",
-            f"from {_count(result.offline_from, 'student')} on: {views:,} passes an image, once, against",
-        ),
-        ("", f"{_count(epochs, 'pass', 'es')} for each student"),
-    ]
-    return "\n".join(f"{name:15}{text}" for name, text in rows)
+        click.echo(estimate_table(result, asked_for, machine, rates, reachable, model))
 
 
 @commands.group()
@@ -566,50 +434,28 @@ def stage1(
     """
     config, asked = _split(values | {"out": Path()}, PrecomputeConfig, TeacherConfig)
     chosen = _recipe(recipe, overrides)
+    from pipeline.engines import load_here
+    from pipeline.estimate import pace, plan_machine
     from pipeline.measuring import measure_rates, measure_together
     from pipeline.precompute import choose_topk
+    from pipeline.tables import parts_table
 
-    teacher, source = _load(config, asked)
+    teacher, source = load_here(config, asked)
     topk = choose_topk(config.topk, teacher.identity.num_classes)
     rates = measure_rates(source, chosen, teacher, topk=topk, precision=config.precision, least_s=seconds)
     images = min(images, max(2, int(0.5 / rates.answer_s)))  # so that an answer comes at least twice a second
     together = measure_together(source, chosen, teacher, config, num_images=images, seconds=5 * seconds)
-    here, reachable = _pace(config, asked, teacher, rates)
+    machine = plan_machine(config, teacher)
+    reachable = pace(rates, machine)
     if as_json:
         both = {"parts": dataclasses.asdict(rates), "together": dataclasses.asdict(together)}
         both["together"]["per_second"] = together.per_second
         best = {"teacher": reachable.teacher, "rendering": reachable.rendering, "cores": reachable.cores}
-        click.echo(json.dumps(both | {"reachable": best, "limit": reachable.limit} | here, indent=1))
+        click.echo(
+            json.dumps(both | {"reachable": best, "limit": reachable.limit} | dataclasses.asdict(machine), indent=1)
+        )
     else:
-        click.echo(_parts_table(rates, together, here, reachable))
-
-
-def _parts_table(rates: Any, together: Any, here: dict[str, Any], reachable: Any) -> str:
-    shared, device, threads = here["views_per_decode"], here["device"], here["threads"]
-    parts = [
-        ("read", rates.read_s / shared, "one core"),
-        ("decode", rates.decode_s / shared, "one core"),
-        ("render", rates.render_s, "one core"),
-        ("copy", rates.copy_s, "in memory; not needed here" if threads else f"to one {device}, while it computes"),
-        ("teacher", rates.teacher_s, f"one {device}" + (f", {_count(threads, 'thread')}" if threads else "")),
-        ("top-k", rates.topk_s, f"one {device}"),
-        ("write", rates.write_s, "one core"),
-    ]
-    lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
-    lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s if s else 0:12,.1f}  {where}" for name, s, where in parts]
-    of_best = together.per_second / reachable.together
-    busy = "" if together.teacher_busy is None else f", teacher busy {100 * together.teacher_busy:.0f} % of the time"
-    lines += [
-        f"read and decode are shared by the {shared} views of an image" if shared > 1 else "",
-        f"{'teacher alone':29}{reachable.teacher:12,.1f}  {here['devices']} x {device}",
-        f"{'rendering alone':29}{reachable.rendering:12,.1f}  {_count(here['loaders'], 'loader process', 'es')}",
-        f"{'both on these cores':29}{reachable.cores:12,.1f}  {_count(here['cores'], 'core')}" if threads else "",
-        f"{'together, measured':29}{together.per_second:12,.1f}  {100 * of_best:.0f} % of the slowest of these{busy}",
-        LIMITS[reachable.limit],
-    ]
-    if not 0.5 <= of_best <= 1.2:
-        lines.append("measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds")
-    return "\n".join(line for line in lines if line)
+        click.echo(parts_table(rates, together, machine, reachable))
 
 
 @commands.group()
@@ -632,45 +478,10 @@ def info(folder: Path, as_json: bool) -> None:
     """
     from pipeline.inspection import summarise
     from pipeline.labelset import LabelSet
+    from pipeline.tables import info_table
 
     summary = summarise(LabelSet.open(folder))
-    click.echo(json.dumps(summary, indent=1) if as_json else _info_table(summary))
-
-
-def _info_table(summary: dict[str, Any]) -> str:
-    teacher, source, recipe = summary["teacher"], summary["source"], summary["recipe"]
-    hit, entropy, kept = (summary[name] for name in ("hard_is_class_label_pct", "mean_entropy_nats", "mean_kept_mass"))
-    first, stop = summary["views"]
-    rows = [
-        ("label set", f"{summary['labelset_id'][:12]}, {'sealed' if summary['sealed'] else 'not sealed'}"),
-        *(
-            (
-                "teacher",
-                f"{each['name']}, weights {each['weights_sha256'][:12]}, {each['num_classes']} classes, {each['img_size']} px",
-            )
-            for each in teacher.get("members", [teacher])
-        ),
-        ("recipe", f"{summary['recipe_id'][:12]}: " + ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))),
-        (
-            "source",
-            f"{source['kind']} {source['location']}: {source['images']:,} images in {source['shards']} shards, {source['unlabelled']:,} unlabelled",
-        ),
-        (
-            "bad images",
-            f"{len(source['bad'])} left out" + "".join(f"\n               {line}" for line in source["bad"][:20]),
-        ),
-        ("views", f"{first}:{stop}"),
-        (
-            "stored",
-            f"K = {summary['topk']}, {summary['precision']}, {summary['labels']:,} labels, {summary['bytes_per_label']:.1f} bytes each",
-        ),
-        ("agreement", "-" if hit is None else f"{hit:.1f} %: hard label is the class label of the larger part"),
-        ("entropy", "-" if entropy is None else f"{entropy:.3f} nats (tail spread evenly)"),
-        ("kept mass", "-" if kept is None else f"{kept:.4f}"),
-        ("made with", "; ".join(", ".join(f"{k} {v}" for k, v in sorted(e.items())) for e in summary["environments"])),
-    ]
-    looked = f"agreement, entropy and kept mass over {summary['labels_looked_at']:,} labels"
-    return "\n".join(f"{name:15}{text}" for name, text in rows) + f"\n{'':15}{looked}"
+    click.echo(json.dumps(summary, indent=1) if as_json else info_table(summary))
 
 
 @labels.command()
@@ -762,8 +573,10 @@ def demo(out: Path, seed: int) -> None:
 @contextmanager
 def _progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
     """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
-    shown = _bar() if sys.stderr.isatty() else _now_and_then(_say, every_s=60)
-    with shown as show, _json_log(log_json) as write:
+    from pipeline.progress import json_log, now_and_then, say
+
+    shown = _bar() if sys.stderr.isatty() else now_and_then(say, every_s=60)
+    with shown as show, json_log(log_json) as write:
 
         def update(tick: Any) -> None:
             show(tick)
@@ -773,38 +586,11 @@ def _progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
-def _now_and_then(say: Callable[[Any], None], every_s: float) -> Iterator[Callable[[Any], None]]:
-    """Pass a tick on every so many seconds, and the last one of each phase, however it ends."""
-    began: dict[str, float] = {}
-    kept: list[Any] = []
-
-    def flush() -> None:
-        while kept:
-            say(kept.pop())
-
-    def update(tick: Any) -> None:
-        if kept and kept[0].phase != tick.phase:
-            flush()
-        kept[:] = [tick]
-        now = time.monotonic()
-        if now - began.setdefault(tick.phase, now) >= every_s:
-            began[tick.phase] = now
-            flush()
-
-    try:
-        yield update
-    finally:
-        flush()
-
-
-def _say(tick: Any) -> None:
-    log.info("%s %s of %s  %s", tick.phase, f"{tick.done:,}", f"{tick.total:,}", _state(tick))
-
-
-@contextmanager
 def _bar() -> Iterator[Callable[[Any], None]]:
     from rich import progress as bars
     from rich.console import Console
+
+    from pipeline.progress import state
 
     columns = (
         bars.TextColumn("{task.description}"),
@@ -818,66 +604,9 @@ def _bar() -> Iterator[Callable[[Any], None]]:
         def update(tick: Any) -> None:
             if tick.phase not in tasks:
                 tasks[tick.phase] = shown.add_task(tick.phase, total=tick.total, state="")
-            shown.update(tasks[tick.phase], completed=tick.done, total=tick.total, state=_state(tick))
+            shown.update(tasks[tick.phase], completed=tick.done, total=tick.total, state=state(tick))
 
         yield update
-
-
-def _state(tick: Any) -> str:
-    """Return rate, time left, how busy the teacher is, and bytes written, as far as they are known."""
-    parts = []
-    if found := tick.done - tick.made:
-        parts.append(f"{found:,} of them made before")
-    if tick.made:
-        unit = {"index": "source shards", "label": "views"}.get(tick.phase, tick.phase)
-        parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {unit}/s")
-    if tick.made and tick.left_s:
-        hours, rest = divmod(int(tick.left_s), 3600)
-        parts.append(f"{hours}:{rest // 60:02}:{rest % 60:02} left")
-    if tick.made and tick.teacher_busy is not None:
-        parts.append(f"teacher busy {100 * tick.teacher_busy:.0f} %")
-    if tick.bytes_written:
-        parts.append(f"{_size(tick.bytes_written)} written")
-    return ", ".join(parts)
-
-
-@contextmanager
-def _json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Callable[[Any], None]]:
-    """Append progress (every so many seconds, and the last of each phase) and log messages to a file, an object a line."""
-    if path is None:
-        yield lambda _: None
-        return
-    try:
-        file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--log-json {path}: {error.strerror}") from error
-
-    def write(event: str, values: dict[str, Any]) -> None:
-        try:
-            file.write(json.dumps({"time": round(time.time(), 3), "event": event} | values) + "\n")
-            file.flush()
-        except OSError as error:
-            raise StorageError(f"--log-json {path}: {error.strerror}") from error
-
-    class Messages(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            write("message", {"level": record.levelname, "from": record.name, "text": record.getMessage()})
-
-    def tell(tick: Any) -> None:
-        write("progress", dataclasses.asdict(tick) | {"per_second": tick.per_second, "left_s": tick.left_s})
-
-    messages = Messages()
-    log.addHandler(messages)
-    try:
-        with _now_and_then(tell, every_s) as update:
-            yield update
-        write("ended", {})
-    except BaseException as error:
-        write("stopped", {"error": type(error).__name__, "text": str(error)})
-        raise
-    finally:
-        log.removeHandler(messages)
-        file.close()
 
 
 if __name__ == "__main__":

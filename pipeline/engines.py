@@ -16,6 +16,8 @@ from pipeline.dispatch import TRIES, Dispatcher
 from pipeline.errors import DeitCliError, TeacherError, WorkerError
 from pipeline.labelling import Job, LabelTask, label_shards
 from pipeline.progress import Tally
+from pipeline.ranks import plan_cores, plan_devices, rank_from
+from pipeline.sources import Source, open_source
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import load_teacher
 
@@ -191,3 +193,19 @@ def limit(teacher: Teacher, config: PrecomputeConfig, cores: int) -> None:
         teacher.limit_batch(config.batch_size)
     asked = os.environ.get("OMP_NUM_THREADS", "")
     teacher.limit_threads(int(asked) if asked.isdecimal() else cores)
+
+
+def load_here(config: PrecomputeConfig, asked: TeacherConfig) -> tuple[Teacher, Source]:
+    """Open the source, load the teacher that labels it onto this process's device, and say what they are."""
+    source = open_source(config.data)
+    log.info("source %s", source.describe())
+    rank = rank_from(os.environ)
+    devices = plan_devices(asked.device, config.processes, rank)
+    teacher = load_teacher(asked, num_classes=source.num_classes, device=devices[0])
+    limit(teacher, config, plan_cores(devices, rank))
+    for member in teacher.identity.members:
+        log.info(
+            "teacher %s: %d classes, sees %d px, weights %s",
+            *(member.name, member.num_classes, member.img_size, member.weights_sha256[:12]),
+        )
+    return teacher, source

@@ -1,9 +1,14 @@
 """What labelling will cost, and from how many students on it costs less than asking the teacher in every step."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.config import PrecomputeConfig
+from pipeline.loading import usable_cores
 from pipeline.measuring import Rates
+from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
+from pipeline.teacher import Teacher
 
 Limit = Literal["teacher", "rendering", "cores"]
 
@@ -39,22 +44,48 @@ class Pace:
         return parts
 
 
-def pace(rates: Rates, *, views_per_decode: int, devices: int, loaders: int, cores: int, threads: int | None) -> Pace:
-    """Work out how fast this machine can label.
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run labels with here.
 
-    Args:
-        rates: of this machine.
-        views_per_decode: that are made of an image once it is decoded.
-        devices: that run the teacher.
+    Attributes:
+        device: kind of device that runs the teacher, `cpu` or `cuda`.
+        devices: how many of them.
+        threads: of the teacher on each, where that is the CPU; None where it is a GPU.
         loaders: processes that render.
         cores: of this machine.
-        threads: of the teacher on each device, where that is the CPU; None where it is a GPU.
+        views_per_decode: that are made of an image once it is decoded.
     """
-    view_s = rates.view_s(views_per_decode)
+
+    device: str
+    devices: int
+    threads: int | None
+    loaders: int
+    cores: int
+    views_per_decode: int
+
+
+def plan_machine(config: PrecomputeConfig, teacher: Teacher) -> Machine:
+    """Return what precompute would use here for these settings."""
+    rank, kind = rank_from(os.environ), teacher.device.type
+    devices = plan_devices(teacher.config.device, config.processes, rank)
+    return Machine(
+        device=kind,
+        devices=len(devices),
+        threads=teacher.threads if kind == "cpu" else None,
+        loaders=len(devices) * max(1, plan_loaders(config.workers, plan_cores(devices, rank), kind)),
+        cores=usable_cores(),
+        views_per_decode=min(config.views[1] - config.views[0], config.views_per_shard),
+    )
+
+
+def pace(rates: Rates, machine: Machine) -> Pace:
+    """Work out how fast a machine of these rates can label."""
+    view_s = rates.view_s(machine.views_per_decode)
     return Pace(
-        teacher=devices / rates.answer_s,
-        rendering=loaders / view_s,
-        cores=None if threads is None else cores / (threads * rates.answer_s + view_s),
+        teacher=machine.devices / rates.answer_s,
+        rendering=machine.loaders / view_s,
+        cores=None if machine.threads is None else machine.cores / (machine.threads * rates.answer_s + view_s),
     )
 
 

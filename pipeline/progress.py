@@ -1,8 +1,19 @@
 """How far a run is: what its processes report, and what a person is told."""
 
+import dataclasses
+import json
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.units import byte_size
+
+log = logging.getLogger("deit_cli")
 
 
 @dataclass(frozen=True)
@@ -93,3 +104,90 @@ class Tally:
             teacher_busy=self._busy_s / (elapsed * self.processes) if elapsed else None,
             bytes_written=self._bytes,
         )
+
+
+@contextmanager
+def now_and_then(say: Progress, every_s: float) -> Iterator[Progress]:
+    """Pass a tick on every so many seconds, and the last one of each phase, however it ends."""
+    began: dict[str, float] = {}
+    kept: list[Tick] = []
+
+    def flush() -> None:
+        while kept:
+            say(kept.pop())
+
+    def update(tick: Tick) -> None:
+        if kept and kept[0].phase != tick.phase:
+            flush()
+        kept[:] = [tick]
+        now = time.monotonic()
+        if now - began.setdefault(tick.phase, now) >= every_s:
+            began[tick.phase] = now
+            flush()
+
+    try:
+        yield update
+    finally:
+        flush()
+
+
+def say(tick: Tick) -> None:
+    """Log how far a run is."""
+    log.info("%s %s of %s  %s", tick.phase, f"{tick.done:,}", f"{tick.total:,}", state(tick))
+
+
+def state(tick: Tick) -> str:
+    """Return rate, time left, how busy the teacher is, and bytes written, as far as they are known."""
+    parts = []
+    if found := tick.done - tick.made:
+        parts.append(f"{found:,} of them made before")
+    if tick.made:
+        unit = {"index": "source shards", "label": "views"}.get(tick.phase, tick.phase)
+        parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {unit}/s")
+    if tick.made and tick.left_s:
+        hours, rest = divmod(int(tick.left_s), 3600)
+        parts.append(f"{hours}:{rest // 60:02}:{rest % 60:02} left")
+    if tick.made and tick.teacher_busy is not None:
+        parts.append(f"teacher busy {100 * tick.teacher_busy:.0f} %")
+    if tick.bytes_written:
+        parts.append(f"{byte_size(tick.bytes_written)} written")
+    return ", ".join(parts)
+
+
+@contextmanager
+def json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Progress]:
+    """Append progress (every so many seconds, and the last of each phase) and log messages to a file, an object a line."""
+    if path is None:
+        yield lambda _: None
+        return
+    try:
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--log-json {path}: {error.strerror}") from error
+
+    def write(event: str, values: dict[str, Any]) -> None:
+        try:
+            file.write(json.dumps({"time": round(time.time(), 3), "event": event} | values) + "\n")
+            file.flush()
+        except OSError as error:
+            raise StorageError(f"--log-json {path}: {error.strerror}") from error
+
+    class Messages(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            write("message", {"level": record.levelname, "from": record.name, "text": record.getMessage()})
+
+    def tell(tick: Tick) -> None:
+        write("progress", dataclasses.asdict(tick) | {"per_second": tick.per_second, "left_s": tick.left_s})
+
+    messages = Messages()
+    log.addHandler(messages)
+    try:
+        with now_and_then(tell, every_s) as update:
+            yield update
+        write("ended", {})
+    except BaseException as error:
+        write("stopped", {"error": type(error).__name__, "text": str(error)})
+        raise
+    finally:
+        log.removeHandler(messages)
+        file.close()

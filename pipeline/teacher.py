@@ -246,7 +246,7 @@ class _Placed:
     def __init__(self, network: Network, device: torch.device, *, compiled: bool) -> None:
         identity = network.identity
         module = network.module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
-        self.module = torch.compile(module) if compiled else module
+        self.module: nn.Module = torch.compile(module) if compiled else module  # pyright: ignore[reportAttributeAccessIssue]
         scale = torch.tensor([identity.mean, identity.std], device=device)[:, None, :, None, None] * 255
         self._mean, self._std = scale
         self.img_size = identity.img_size

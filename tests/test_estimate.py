@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import Precision
-from pipeline.estimate import Estimate, Pace, estimate, pace
+from pipeline.estimate import Estimate, Machine, Pace, estimate, pace
 from pipeline.labels import LabelsFooter, content_xxh3, encode_rows, label_bytes, write_labels
 from pipeline.measuring import Rates
 
@@ -105,7 +105,10 @@ PACES = [
 
 @pytest.mark.parametrize(("devices", "loaders", "cores", "threads", "shared", "expected", "limit"), PACES)
 def test_the_slowest_part_decides(devices, loaders, cores, threads, shared, expected, limit):
-    found = pace(RATES, views_per_decode=shared, devices=devices, loaders=loaders, cores=cores, threads=threads)
+    found = pace(
+        RATES,
+        Machine(device="any", views_per_decode=shared, devices=devices, loaders=loaders, cores=cores, threads=threads),
+    )
     assert found.teacher == pytest.approx(expected[0])
     assert found.rendering == pytest.approx(expected[1])
     assert found.cores == (None if expected[2] is None else pytest.approx(expected[2]))

@@ -9,14 +9,14 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
-    "pipeline.errors", "pipeline.ids", "pipeline.draws", "pipeline.recipe", "pipeline.config",
+    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.draws", "pipeline.recipe", "pipeline.config",
     "pipeline.storage", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.labels", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
     "pipeline.loading", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
     "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling",
     "pipeline.ranks", "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
-    "pipeline.inspection", "pipeline",
+    "pipeline.inspection", "pipeline.tables", "pipeline",
     "trainer.config", "trainer.order", "trainer.stream", "trainer.student", "trainer.losses", "trainer.optim",
     "trainer.checkpoint", "trainer.metrics", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
     "cli",
@@ -35,6 +35,7 @@ TEACHER_SIDE = {
     "pipeline.inspection",
     "pipeline.measuring",
     "pipeline.estimate",
+    "pipeline.tables",
 }
 
 # Third parties, and the only modules that may import them.

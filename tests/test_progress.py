@@ -10,7 +10,8 @@ import pytest
 
 import cli
 from pipeline import progress
-from pipeline.progress import Report, Tally, Tick
+from pipeline.errors import UsageError
+from pipeline.progress import Report, Tally, Tick, json_log, now_and_then, state
 
 
 class Clock:
@@ -108,32 +109,25 @@ STATES = [
 
 @pytest.mark.parametrize(("tick", "text"), STATES, ids=range(len(STATES)))
 def test_what_a_person_reads(tick, text):
-    assert cli._state(tick) == text
+    assert state(tick) == text
 
 
-@pytest.fixture
-def moving(monkeypatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(cli.time, "monotonic", clock)
-    return clock
-
-
-def test_ticks_pass_now_and_then_and_the_last_of_each_phase_always(moving):
+def test_ticks_pass_now_and_then_and_the_last_of_each_phase_always(clock):
     said: list[tuple[str, int]] = []
-    with cli._now_and_then(lambda tick: said.append((tick.phase, tick.done)), every_s=60) as update:
+    with now_and_then(lambda tick: said.append((tick.phase, tick.done)), every_s=60) as update:
         for done in (1, 2):
             update(Tick("index", done, 2))
         for done in range(1, 101):
-            moving.now += 1
+            clock.now += 1
             update(Tick("label", done, 1000))
     assert said == [("index", 2), ("label", 61), ("label", 100)]
 
 
-def test_how_far_a_run_came_is_said_when_it_fails(moving):
+def test_how_far_a_run_came_is_said_when_it_fails(clock):
     said: list[int] = []
 
     def fail() -> None:
-        with cli._now_and_then(lambda tick: said.append(tick.done), every_s=60) as update:
+        with now_and_then(lambda tick: said.append(tick.done), every_s=60) as update:
             for done in (1, 2, 3):
                 update(Tick("label", done, 10))
             raise ZeroDivisionError
@@ -161,10 +155,10 @@ def written(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_json_log_holds_messages_progress_and_the_end_in_lines_with_fixed_names(tmp_path, moving):
+def test_a_json_log_holds_messages_progress_and_the_end_in_lines_with_fixed_names(tmp_path, clock):
     path = tmp_path / "log.jsonl"
     cli.log.setLevel(logging.INFO)
-    with cli._json_log(path) as update:
+    with json_log(path) as update:
         logging.getLogger("deit_cli.teacher").warning("out of %s", "memory")
         update(Tick("index", 1, 1, 2.0, 1))
         update(Tick("label", 5, 10, 2.0, 5, 0.5, 100))
@@ -183,7 +177,7 @@ def test_a_json_log_is_appended_to_and_says_what_stopped_a_run(tmp_path):
     path.write_text('{"event": "of a run before"}\n')
 
     def stop() -> None:
-        with cli._json_log(path) as update:
+        with json_log(path) as update:
             update(Tick("label", 3, 10, 1.0, 3))
             raise ValueError("broken\nimage")
 
@@ -195,7 +189,7 @@ def test_a_json_log_is_appended_to_and_says_what_stopped_a_run(tmp_path):
 
 
 def test_a_json_log_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(cli.UsageError, match=r"--log-json .*: Is a directory"), cli._json_log(tmp_path):
+    with pytest.raises(UsageError, match=r"--log-json .*: Is a directory"), json_log(tmp_path):
         pass
 
 

@@ -218,3 +218,17 @@ def _answers(student: Student, images: Tensor, running: Running) -> dict[str, Te
             return fused_logits(student(normalise(images, student)))
     finally:
         student.train(was_training)
+
+
+def score_table(result: dict[str, Any]) -> str:
+    """Return what `evaluate_checkpoint` measured, for people."""
+    lines = [f"{'':20}{'top-1':>8}{'top-5':>8}{'agrees':>8}"]
+    for name in [*(result.get("scores") or result["agreement"])]:
+        scores = (result.get("scores") or {}).get(name, {})
+        cells = [scores.get("top1"), scores.get("top5"), (result.get("agreement") or {}).get(name)]
+        lines.append(f"{name:20}" + "".join(f"{'-' if cell is None else f'{cell:.2f}':>8}" for cell in cells))
+    if "images" in result:
+        lines.append(f"accuracy in % of {result['images']:,} images")
+    if "agreement_views" in result:
+        lines.append(f"agreement with the teacher in % of {result['agreement_views']:,} replayed views")
+    return "\n".join(lines)
