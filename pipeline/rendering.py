@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.decode import decode
-from pipeline.errors import DeitCliError
+from pipeline.errors import DeitCliError, WorkerError
 from pipeline.labels import SampleRows
 from pipeline.loading import PREFETCH, Mapped, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
@@ -23,6 +25,7 @@ from pipeline.views import draw_view, render, render_encoded, render_views
 # What one process holds of a block between its views: decoded images, or their views where these are smaller. A block
 # of 256 images of ImageNet decodes to about 150 MB; one of 12-megapixel photographs becomes eight views at a time.
 HELD_BYTES = 320 * 2**20
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; elsewhere it has no limit of its own
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def stream_views(
         pin_memory: whether images are to lie in page-locked memory.
     """
     # Item i is begun when item i - workers * PREFETCH is handed out; the caller then holds `held` that came before it.
-    slots = _shared_pixels(workers * PREFETCH + held + 1, most, img_size, img_size, 3)
+    shape = (workers * PREFETCH + held + 1, most, img_size, img_size, 3)
+    slots = _shared_pixels(*shape) if workers else torch.empty(shape, dtype=torch.uint8)
     loader = start_loader(
         Mapped(_IntoSlots(renderer, slots)),
         sampler=_numbered(deal(blocks, workers), len(slots)),
@@ -168,7 +172,17 @@ def stream_views(
 
 
 def _shared_pixels(*shape: int) -> Tensor:
-    """Return an uninitialised uint8 tensor in shared memory, whose pages come when they are written to."""
+    """Return an uninitialised uint8 tensor in shared memory, whose pages come when they are written to.
+
+    Raises:
+        WorkerError: there is not so much of it; to write there would kill the process without a word.
+    """
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
+    if math.prod(shape) > free:
+        raise WorkerError(
+            f"loader processes need {math.prod(shape) / 1e6:,.0f} MB of shared memory, {SHARED_MEMORY} has"
+            f" {free / 1e6:,.0f} MB: use fewer --workers, or enlarge it (docker run --shm-size)"
+        )
     storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")  # as torch's default_collate does
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
 

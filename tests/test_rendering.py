@@ -5,6 +5,7 @@ import time
 from collections import deque
 from dataclasses import replace
 from math import factorial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +141,15 @@ def test_what_is_held_is_not_overwritten_and_memory_is_used_again(source, worker
         seen += 1
     assert seen == len(expected) == 48
     assert len(places) <= 2 * workers + held + 1 < 48
+
+
+def test_too_little_shared_memory_is_named_before_it_kills_a_process(source, monkeypatch):
+    recipe, (block, *_) = small_recipe(), blocks_in(source, small_recipe())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20_000))
+    with pytest.raises(WorkerError, match=r"need 0 MB of shared memory, /dev/shm has 0 MB: use fewer --workers"):
+        stream_views(BlockRenderer(source, recipe), [block], img_size=16, most=8, workers=1, held=1)
+    here = stream_views(BlockRenderer(source, recipe), [block], img_size=16, most=8, workers=0, held=1)
+    assert len(list(here)) == len(VIEWS)
 
 
 def test_views_come_in_order_block_after_block(source):
