@@ -31,13 +31,21 @@ class Terminated(BaseException):
     """SIGTERM: what a scheduler sends before it takes the machine away."""
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
+def _stop_once(reason: type[BaseException]) -> Callable[..., None]:
+    """Return a signal handler that begins the end; whoever is impatient does not disturb it."""
+
+    def stop(*_: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise reason
+
+    return stop
 
 
 def main() -> None:
     """Run the command line; every expected error is one line on stderr and an exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop_once(Terminated))
+    signal.signal(signal.SIGINT, _stop_once(KeyboardInterrupt))
     try:
         code = commands.main(standalone_mode=False)
     except Terminated:

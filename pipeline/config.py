@@ -57,7 +57,9 @@ class PrecomputeConfig:
         metadata={"help": "Images: a folder class/name.jpg, tars (train-{000..127}.tar), or image Parquet."}
     )
     out: Path = field(metadata={"help": "Folder of the label set; run the same command again to continue it."})
-    views: tuple[int, int] = option((0, 30), "View numbers START:STOP; one view for each epoch of training.")
+    views: tuple[int, int] = option(
+        (0, 30), "View numbers START:STOP, or how many from 0; one view for each epoch of training."
+    )
     topk: int | None = option(None, "Most probable classes to store, by default 10 or all; 0: the hard label alone.")
     precision: Precision = option("float16", "Of the stored probabilities.")
     views_per_shard: int = option(30, "Views in one file: the unit of work, and of loss at a crash.")
@@ -95,3 +97,7 @@ class PrecomputeConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
         if not 0 <= self.min_teacher_accuracy <= 100:
             raise UsageError(f"--min-teacher-accuracy is a percentage, 0..100, got {self.min_teacher_accuracy}")
+        if self.min_teacher_accuracy and not self.accuracy_samples:
+            raise UsageError("--min-teacher-accuracy needs --accuracy-samples above 0, got 0")
+        if self.address != "auto" and self.engine != "ray":
+            raise UsageError(f"--address {self.address} is of a Ray cluster: pass --engine ray as well")

@@ -15,6 +15,7 @@ from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.dispatch import TRIES, Dispatcher
 from pipeline.errors import DeitCliError, TeacherError, WorkerError
 from pipeline.labelling import Job, LabelTask, label_shards
+from pipeline.loading import usable_cores
 from pipeline.progress import Tally
 from pipeline.ranks import plan_cores, plan_devices, rank_from
 from pipeline.sources import Source, open_source
@@ -192,7 +193,7 @@ def limit(teacher: Teacher, config: PrecomputeConfig, cores: int) -> None:
     if config.batch_size != "auto":
         teacher.limit_batch(config.batch_size)
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    teacher.limit_threads(int(asked) if asked.isdecimal() else cores)
+    teacher.limit_threads(min(int(asked), usable_cores()) if asked.isdecimal() else cores)
 
 
 def load_here(config: PrecomputeConfig, asked: TeacherConfig) -> tuple[Teacher, Source]:

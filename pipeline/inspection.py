@@ -15,6 +15,7 @@ from pipeline.labelset import LabelSet
 from pipeline.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.replay import check_image, pair_of
 from pipeline.sources import Source
+from pipeline.storage import replace_file
 from pipeline.views import draw_view, render
 
 MAX_ROWS = (
@@ -142,7 +143,7 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():  # class names in a script that the font lacks show as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(path, dpi=110)
+        replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def _spread(label_set: LabelSet, count: int) -> list[tuple[str, int]]:

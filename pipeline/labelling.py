@@ -77,7 +77,7 @@ def label_shards(
         job: the label set and its source.
         teacher: on the device of this process.
         tasks: taken one by one, shortly before they are needed.
-        tell: hears how far this process is.
+        tell: hears how far this process is; first of all, with an empty report, that its first views are there.
         finish: hears of each task whose file is complete under its final name.
     """
     desk = _Desk(job, teacher, tell, finish)
@@ -92,7 +92,9 @@ def label_shards(
     )
     waiting: deque[tuple[ViewBatch, Pending]] = deque()
     with one_thread(teacher.device), desk:
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number == 0:
+                tell(Report())
             waiting.append((batch, teacher.ask(batch.images, batch.mix, job.plan.topk)))
             if len(waiting) > AHEAD:
                 desk.settle(*waiting.popleft())

@@ -157,7 +157,7 @@ class LabelSet:
                     self._verify_rows(entry, path)
             except (LabelSetError, StorageError) as error:
                 problems.append(str(error))
-        return problems
+        return list(dict.fromkeys(problems))  # a damaged samples file spoils every label shard of it
 
     def checked_path(self, entry: FileEntry) -> Path:
         """Return a file's path after checking its length and SHA-256, once per object.

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -79,16 +80,18 @@ def start_loader(
             "prefetch_factor": PREFETCH,
             "timeout": LOOK_S,
         }
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # its own, so that loading never moves the global random state
-        **options,
-    )
+    with warnings.catch_warnings():  # how many processes there are is the user's choice, or ours
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # its own, so that loading never moves the global random state
+            **options,
+        )
 
 
 def checked(loader: Iterable[Any], whereabouts: Whereabouts | None = None) -> Iterator[Any]:

@@ -342,6 +342,8 @@ def short(digest: str) -> str:
 
 def first_difference(mine: Any, theirs: Any, path: str = "") -> str:
     """Return ` (path: mine, not theirs)` for the first place where two JSON values differ, or nothing."""
+    if isinstance(mine, dict) and isinstance(theirs, dict) and ("members" in mine) != ("members" in theirs):
+        return f" ({len(mine.get('members', 'm'))} teachers, not {len(theirs.get('members', 'm'))})"
     if isinstance(mine, dict) and isinstance(theirs, dict):
         pairs: Iterable[tuple[str, Any, Any]] = ((k, mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}))
     elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):

@@ -77,6 +77,9 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     )
     # Listed before the plan is looked for: another run that begins just now writes its plan before anything else.
     present = [path.name for path in config.out.iterdir()] if config.out.is_dir() else []
+    above = next(folder for folder in config.out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"--out {config.out}: {above} is a file: choose a folder in a folder")
     if (config.out / PLAN_NAME).is_file():
         existing = read_plan(config.out)
         existing.check_same(plan, folder=config.out)
@@ -211,7 +214,7 @@ def _check_accuracy(config: PrecomputeConfig, teacher: Teacher, source: Source) 
     measured = measure_accuracy(teacher, source, config.accuracy_samples) if config.accuracy_samples else None
     if measured is None:
         if config.min_teacher_accuracy:
-            raise TeacherError("--min-teacher-accuracy needs labelled images and --accuracy-samples above 0")
+            raise TeacherError("--min-teacher-accuracy needs labelled images, and the source has none")
         return
     top1, count = measured
     log.info("teacher %s: top-1 %.1f %% on centre crops of %d labelled images", teacher.identity.name, top1, count)

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,9 @@ class Tally:
     _bytes: int = 0
 
     def add(self, report: Report) -> None:
-        """Count one report."""
+        """Count one report; an empty one says that a process begins now, for until then nobody could do anything."""
+        if report == Report() and not self._made:
+            self._began = time.monotonic()
         self._made += report.views
         self._found += report.found
         self._busy_s += report.busy_s
@@ -186,8 +188,10 @@ def json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Progress]:
             yield update
         write("ended", {})
     except BaseException as error:
-        write("stopped", {"error": type(error).__name__, "text": str(error)})
+        with suppress(StorageError):  # it may be the very reason
+            write("stopped", {"error": type(error).__name__, "text": str(error)})
         raise
     finally:
         log.removeHandler(messages)
-        file.close()
+        with suppress(OSError):  # what it could not write has been named
+            file.close()

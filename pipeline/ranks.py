@@ -49,8 +49,11 @@ def rank_from(environment: Mapping[str, str]) -> Rank:
 
     cores = None
     if "RANK" in environment or "WORLD_SIZE" in environment:
+        if missing := {"RANK", "WORLD_SIZE"} - set(environment):
+            raise UsageError(f"RANK and WORLD_SIZE belong together, and {missing.pop()} is not set: set both or none")
         rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
-        local, locals_ = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
+        local = number("LOCAL_RANK", 0)
+        locals_ = number("LOCAL_WORLD_SIZE", local + 1)
     else:
         first, step = number("SLURM_ARRAY_TASK_MIN", 0), max(1, number("SLURM_ARRAY_TASK_STEP", 1))
         rank, size = (number("SLURM_ARRAY_TASK_ID", first) - first) // step, number("SLURM_ARRAY_TASK_COUNT", 1)
@@ -59,10 +62,14 @@ def rank_from(environment: Mapping[str, str]) -> Rank:
             tasks = number("SLURM_NTASKS", 1)
             rank, size = rank * tasks + number("SLURM_PROCID", 0), size * tasks
             counts = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # 4(x2),3
-            local, locals_ = number("SLURM_LOCALID", 0), max(map(int, counts), default=1)
+            local = number("SLURM_LOCALID", 0)
+            locals_ = max(map(int, counts), default=local + 1)
             cores = number("SLURM_CPUS_PER_TASK", 0) or None
-    if not 0 <= rank < size or local < 0:
-        raise UsageError(f"the launcher says rank {rank} of {size}: it must be in 0..{size - 1}")
+    for name, each, of in (("rank", rank, size), ("local rank", local, locals_)):
+        if of < 1:
+            raise UsageError(f"the launcher says that there are {of} {name}s: there must be at least 1")
+        if not 0 <= each < of:
+            raise UsageError(f"the launcher says {name} {each} of {of}: it must be in 0..{of - 1}")
     return Rank(rank, size, local, locals_, cores)
 
 

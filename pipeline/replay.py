@@ -49,10 +49,12 @@ def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) ->
     """Raise LabelSetMismatch unless this is the very image, by key and bytes, that row `row` of `samples` names."""
     if sample.key != samples.key[row]:
         raise LabelSetMismatch(f"{shard}: the label is of {samples.key[row]!r}, the source has {sample.key!r} there")
-    if xxhash.xxh3_128_digest(sample.image) != samples.image_xxh3[row]:
+    found = xxhash.xxh3_128_digest(sample.image)
+    if found != samples.image_xxh3[row]:
         raise LabelSetMismatch(
-            f"image {sample.key!r} of {shard} has other bytes than the one that was labelled"
-            f" ({len(sample.image)} bytes, then {samples.image_bytes[row]}). Pass the --data that was labelled"
+            f"image {sample.key!r} of {shard} has other bytes than the one that was labelled ({len(sample.image)} bytes"
+            f" of XXH3 {found.hex()[:8]}…, then {samples.image_bytes[row]} of {samples.image_xxh3[row].hex()[:8]}…)."
+            " Pass the --data that was labelled"
         )
 
 

@@ -234,10 +234,11 @@ def slow_cnn() -> tuple[nn.Module, dict[str, Any]]:
 
 LONG_RUN = {"views": (0, 40), "views_per_shard": 1, "topk": 2, "accuracy_samples": 0}  # 80 label shards
 STOPS = [
-    # signal, to the whole group (as a terminal and Slurm do) or to the command alone, teacher processes, exit code
-    (signal.SIGTERM, "command", 2, 143),
-    (signal.SIGTERM, "group", 1, 143),
-    (signal.SIGINT, "group", 1, 130),
+    # signal, to the whole group (as a terminal and Slurm do) or to the command alone, teacher processes, exit code, times
+    (signal.SIGTERM, "command", 2, 143, 1),
+    (signal.SIGTERM, "group", 1, 143, 1),
+    (signal.SIGINT, "group", 1, 130, 1),
+    (signal.SIGINT, "group", 2, 130, 5),  # somebody is impatient
 ]
 
 
@@ -267,9 +268,11 @@ def marked_processes(mark: str) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sent", "to", "count", "code"), STOPS, ids=[f"{s[0].name} to {s[1]}" for s in STOPS])
+@pytest.mark.parametrize(
+    ("sent", "to", "count", "code", "times"), STOPS, ids=[f"{s[0].name} to {s[1]}, {s[4]} times" for s in STOPS]
+)
 def test_fault_02_a_run_that_is_told_to_stop_exits_by_the_rule_leaves_no_process_and_can_be_continued(
-    long_run, tmp_path, sent, to, count, code
+    long_run, tmp_path, sent, to, count, code, times
 ):
     data, whole = long_run
     out, mark = tmp_path / "set", f"FAULT_MARK={tmp_path}"
@@ -287,7 +290,10 @@ def test_fault_02_a_run_that_is_told_to_stop_exits_by_the_rule_leaves_no_process
     ) as process:
         try:
             wait_until(lambda: len(list(out.glob("labels/*/*.parquet"))) >= 2 or process.poll() is not None, "labels")
-            (os.killpg if to == "group" else os.kill)(process.pid, sent)
+            for _ in range(times):
+                if process.poll() is None:
+                    (os.killpg if to == "group" else os.kill)(process.pid, sent)
+                    time.sleep(0.1)
             _, said = process.communicate(timeout=PATIENCE_S)
             assert process.returncode == code, said
             assert "the same command continues" in said.splitlines()[-1]

@@ -278,6 +278,7 @@ def test_verify_names_every_damaged_file_and_no_other(copied):
     names = [str(path.relative_to(copied)) for path in files_of(copied)]
     named = {name for name in names if any(name in text for text in problems)}
     assert named == {FIRST, LATER, "samples/train-1.parquet"}
+    assert len(problems) == 3  # the samples file spoils two label shards, and is named once
 
 
 def swap(a: Path, b: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import cli
 from pipeline import progress
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.progress import Report, Tally, Tick, json_log, now_and_then, state
 
 
@@ -45,6 +45,20 @@ def test_rate_and_time_left_count_only_what_this_run_made(clock):
     assert (tick.done, tick.made, tick.total) == (700, 100, 1000)
     assert tick.per_second == 10  # 100 views in 10 s
     assert tick.left_s == 30  # 300 views are left
+
+
+def test_time_counts_from_when_the_first_process_has_its_first_views(clock):
+    told, ticks = tally(1000, 2, clock)
+    clock.now += 30  # libraries are imported, the teacher is loaded
+    told.add(Report())
+    clock.now += 5
+    told.add(Report(views=100, busy_s=4))
+    told.add(Report())  # the second process is later, and changes nothing
+    clock.now += 5
+    told.add(Report(views=100, busy_s=4))
+    assert ticks[-1].elapsed_s == 10
+    assert ticks[-1].per_second == 20
+    assert ticks[-1].teacher_busy == pytest.approx(0.4)  # of two processes
 
 
 @pytest.mark.parametrize(
@@ -191,6 +205,14 @@ def test_a_json_log_is_appended_to_and_says_what_stopped_a_run(tmp_path):
 def test_a_json_log_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"--log-json .*: Is a directory"), json_log(tmp_path):
         pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_json_log_on_a_full_disk_is_one_error(monkeypatch):
+    with pytest.raises(StorageError, match="--log-json /dev/full: No space left on device") as caught:  # noqa: SIM117
+        with json_log(Path("/dev/full")):
+            logging.getLogger("deit_cli.test").warning("a message")
+    assert caught.value.__context__ is None or isinstance(caught.value.__context__, OSError)
 
 
 def test_a_message_goes_to_what_stderr_is_at_the_time(monkeypatch):

@@ -80,7 +80,10 @@ def test_ranks_are_those_of_the_launcher(environment, rank):
     [
         ({"RANK": "5", "WORLD_SIZE": "2"}, "rank 5 of 2: it must be in 0..1"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "rank -1 of 2"),
-        ({"RANK": "2"}, "rank 2 of 1"),
+        ({"RANK": "2"}, "RANK and WORLD_SIZE belong together, and WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "4"}, "RANK and WORLD_SIZE belong together, and RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "there are 0 ranks: there must be at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "2"}, "local rank 5 of 2"),
         (
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2(x2)"},
             r"SLURM_NTASKS must be .*, got '2\(x2\)'",

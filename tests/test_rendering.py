@@ -120,7 +120,6 @@ def test_bad_rows_are_left_out_and_move_no_partner_of_another_block(source):
     assert [content(batch) for batch in got[4:]] == [content(batch) for batch in whole[4:8]]  # rows 8..12
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
 @pytest.mark.parametrize("held", [0, 1, 2])
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 5])  # four blocks: the last processes have turns with no work
 def test_what_is_held_is_not_overwritten_and_memory_is_used_again(source, workers, held):
