@@ -1,5 +1,6 @@
 """Loader processes: work for them in, ready batches out, and a named error when one of them is lost."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -80,8 +81,7 @@ def start_loader(
             "prefetch_factor": PREFETCH,
             "timeout": LOOK_S,
         }
-    with warnings.catch_warnings():  # how many processes there are is the user's choice, or ours
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
+    with _any_number_of_processes():
         return DataLoader(
             dataset,
             batch_size=None,
@@ -102,7 +102,8 @@ def checked(loader: Iterable[Any], whereabouts: Whereabouts | None = None) -> It
     Raises:
         WorkerError: a process was lost, or hangs; it names the images that they were at.
     """
-    batches = iter(loader)
+    with _any_number_of_processes():
+        batches = iter(loader)
     while True:
         try:
             batch = _next(batches, whereabouts)
@@ -111,6 +112,14 @@ def checked(loader: Iterable[Any], whereabouts: Whereabouts | None = None) -> It
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+@contextlib.contextmanager
+def _any_number_of_processes() -> Iterator[None]:
+    """A DataLoader warns of more processes than cores; how many there are is the user's choice, or ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 def _next(batches: Iterator[Any], whereabouts: Whereabouts | None) -> Any:

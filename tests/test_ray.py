@@ -27,7 +27,8 @@ def data(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> dict[str, bytes]:
-    return named_files(make_labels(tmp_path_factory.mktemp("whole") / "set", data, **SETTINGS).folder)
+    teacher = teacher_of("test_faults:slow_cnn")
+    return named_files(make_labels(tmp_path_factory.mktemp("whole") / "set", data, teacher=teacher, **SETTINGS).folder)
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def cluster(monkeypatch):
         from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.setenv("SLOW_TEACHER_S", "0.2")  # so that a node is lost in the middle of its work
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]))
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     nodes = [made.add_node(num_cpus=1) for _ in range(2)]
@@ -72,7 +74,7 @@ def test_a_lost_node_changes_no_byte(cluster, data, whole, tmp_path, monkeypatch
 
     saboteur = threading.Thread(target=lose_a_node)
     saboteur.start()
-    got = labelled(tmp_path / "set", data, made)
+    got = labelled(tmp_path / "set", data, made, teacher=teacher_of("test_faults:slow_cnn"))
     saboteur.join()
     assert got == whole
     assert len(desks) >= 3  # two workers, and another for the one that was lost
