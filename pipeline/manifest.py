@@ -192,9 +192,12 @@ class Plan(Record):
         for part in ("recipe", "teacher", "source"):
             mine, theirs = getattr(self, f"{part}_id"), getattr(other, f"{part}_id")
             if mine != theirs:
+                difference = first_difference(_plain(getattr(self, part)), _plain(getattr(other, part)))
+                counts = len(self.teacher.members), len(other.teacher.members)
+                if part == "teacher" and counts[0] != counts[1]:  # one and several have no field in common
+                    difference = f" ({counts[0]} of them, not {counts[1]})"
                 raise LabelSetMismatch(
-                    f"{folder} was made with {part} {short(mine)}, this run asks for {short(theirs)}"
-                    f"{first_difference(_plain(getattr(self, part)), _plain(getattr(other, part)))}."
+                    f"{folder} was made with {part} {short(mine)}, this run asks for {short(theirs)}{difference}."
                     f" Use the same {part} or another --out"
                 )
         for part in ("topk", "precision"):
@@ -342,8 +345,6 @@ def short(digest: str) -> str:
 
 def first_difference(mine: Any, theirs: Any, path: str = "") -> str:
     """Return ` (path: mine, not theirs)` for the first place where two JSON values differ, or nothing."""
-    if isinstance(mine, dict) and isinstance(theirs, dict) and ("members" in mine) != ("members" in theirs):
-        return f" ({len(mine.get('members', 'm'))} teachers, not {len(theirs.get('members', 'm'))})"
     if isinstance(mine, dict) and isinstance(theirs, dict):
         pairs: Iterable[tuple[str, Any, Any]] = ((k, mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}))
     elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):

@@ -425,7 +425,7 @@ DIFFERENT = [
     ({"source": SOURCE.model_copy(update={"shards": SOURCE.shards[:1]})}, "was made with source {mine}, this run asks for {theirs} (shards: 2 entries, not 1). Use the same source"),
     ({"source": SOURCE.model_copy(update={"class_names": ("tench", "carp", "shark")})}, "(class_names.1: goldfish, not carp). Use the same source"),
     ({"source": SOURCE.model_copy(update={"class_names": None})}, "(class_names: ['tench', 'goldfish', 'shark'], not None). Use the same source"),
-    ({"teacher": EnsembleIdentity(members=(TEACHER, TEACHER))}, "(1 teachers, not 2). Use the same teacher"),
+    ({"teacher": EnsembleIdentity(members=(TEACHER, TEACHER))}, "(1 of them, not 2). Use the same teacher"),
     ({"topk": 1}, "was made with --topk 2, this run asks for 1. Use the same or another --out"),
     ({"precision": "float32"}, "was made with --precision float16, this run asks for float32. Use the same or another --out"),
 ]  # fmt: skip

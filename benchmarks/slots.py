@@ -1,0 +1,79 @@
+"""What fresh shared memory costs a batch of views, against shared memory that is used again.
+
+    python benchmarks/slots.py --out benchmarks/results/slots.json
+
+Two loader processes copy one view after the other into a batch, and the main process looks at every sixteenth row of it: once
+into memory that is allocated for each batch, as a DataLoader does, once into slots, as `pipeline.rendering` does, in
+alternating rounds. Both start with full queues. Microseconds for a view of 224 pixels.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stage1 import machine
+from torch import Tensor
+
+from pipeline.loading import PREFETCH, Mapped, checked, start_loader
+from pipeline.rendering import _shared_pixels
+
+VIEWS, SIZE, WORKERS, BATCHES = 125, 224, 2, 40
+
+
+class Copy:
+    """Fills a batch, and says how long it took; without slots in memory of its own."""
+
+    def __init__(self, slots: Tensor | None) -> None:
+        self._slots = slots
+        self._view = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+    def __call__(self, number: int) -> tuple[Tensor, float]:
+        began = time.perf_counter()
+        slots = self._slots
+        batch = _shared_pixels(VIEWS, SIZE, SIZE, 3) if slots is None else slots[number % len(slots)]
+        for at in range(VIEWS):
+            batch.numpy()[at] = self._view
+        return batch, time.perf_counter() - began
+
+
+def measure(slots: Tensor | None) -> dict[str, float]:
+    batches = checked(start_loader(Mapped(Copy(slots)), sampler=range(BATCHES), workers=WORKERS))
+    writing, reading = [], []
+    for number, (batch, seconds) in enumerate(batches):
+        began = time.perf_counter()
+        batch[:, ::16].sum()
+        if number >= 2 * WORKERS * PREFETCH:  # by then every slot has been written to
+            writing.append(seconds)
+            reading.append(time.perf_counter() - began)
+    return {name: 1e6 * statistics.median(each) / VIEWS for name, each in (("write", writing), ("read", reading))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    slots = _shared_pixels(WORKERS * PREFETCH + 2, VIEWS, SIZE, SIZE, 3)
+    rounds: list[dict[str, Any]] = [{"fresh": measure(None), "slots": measure(slots)} for _ in range(args.rounds)]
+    median = {
+        f"{kind}_{side}_us": round(statistics.median(each[kind][side] for each in rounds), 1)
+        for kind in ("fresh", "slots")
+        for side in ("write", "read")
+    }
+    result = {
+        "what": "microseconds a view, 2 loader processes",
+        "machine": machine(),
+        "median": median,
+        "rounds": rounds,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(median, indent=1))
+
+
+if __name__ == "__main__":
+    main()
