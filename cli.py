@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
-from pipeline.errors import DeitCliError, UsageError
+from pipeline.errors import DeitCliError, StoppedError, UsageError
 from trainer.config import TrainConfig
 
 CONTEXT = {
@@ -51,6 +51,9 @@ def main() -> None:
     except Terminated:
         click.echo("terminated; the same command continues (train: with --resume)", err=True)
         code = 128 + signal.SIGTERM
+    except StoppedError as error:
+        click.echo(str(error), err=True)
+        code = error.exit_code
     except DeitCliError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
@@ -127,6 +130,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Any], Any]:
     if _click_type(kind).__class__ is ViewsType and default is not dataclasses.MISSING:
         default = ViewsType.text(default)
     known: dict[str, Any] = {"required": True} if default is dataclasses.MISSING else {"default": default}
+    if (bare := field.metadata.get("bare")) is not None:
+        known |= {"is_flag": False, "flag_value": bare}
     shown = default is not dataclasses.MISSING and default not in (None, False, ())
     return click.option(
         declaration,

@@ -38,16 +38,15 @@ from torchvision.transforms import v2
 from pipeline import turbojpeg
 from pipeline import views as rendering
 from pipeline.decode import decode
-from pipeline.loading import Mapped, start_loader
+from pipeline.loading import Mapped, Slots, start_loader
 from pipeline.measuring import Head
 from pipeline.recipe import load_recipe
-from pipeline.rendering import Block, BlockRenderer, _IntoSlots, _numbered, _shared_pixels, deal
+from pipeline.rendering import Block, BlockRenderer, _IntoSlots, deal
 from pipeline.sources import Source, open_source
 from pipeline.views import draw_view, render, render_encoded, render_views
 
 RECIPE = load_recipe("deit", {})
 PER_DECODE = (1, 2, 4, 8, 30)
-SLOTS = 4  # batches of ours that a loader process and its reader have at hand
 EPOCH_VIEWS = 8  # of each image, that our loader process is timed with
 
 
@@ -112,11 +111,12 @@ def ours_whole(images: list[bytes]) -> int:
 class Units(Sampler[Any]):
     """What stage 1 gives its loader processes; other views in every epoch, so that images are decoded again."""
 
-    def __init__(self, source: Source, views: int) -> None:
+    def __init__(self, source: Source, views: int, slots: Slots) -> None:
         self._blocks, self._views, self._epoch = blocks_in(source, RECIPE, range(views)), views, itertools.count()
+        self._slots = slots
 
     def __iter__(self) -> Iterator[Any]:
-        return _numbered(deal(self._epoch_blocks(), 1), SLOTS)
+        return self._slots.number(deal(self._epoch_blocks(), 1))
 
     def _epoch_blocks(self) -> Iterator[Block]:
         start = next(self._epoch) * EPOCH_VIEWS
@@ -173,9 +173,12 @@ def competitors(images: list[bytes], tar: Path, data: str) -> dict[str, Callable
     source = open_source(data)
     source = replace(source, shards=(Head(source.shards[0], len(images)),))
     for views in (1, 8):
-        slots = _IntoSlots(BlockRenderer(source, RECIPE), _shared_pixels(SLOTS, len(images), 224, 224, 3))
+        slots = Slots((len(images), 224, 224, 3), workers=1, held=1)
         work[f"ours_{views}_dataloader"] = loaded(
-            Mapped(slots), EPOCH_VIEWS, batch_size=None, sampler=Units(source, views)
+            Mapped(_IntoSlots(BlockRenderer(source, RECIPE), slots)),
+            EPOCH_VIEWS,
+            batch_size=None,
+            sampler=Units(source, views, slots),
         )
     if turbojpeg.is_installed():
         work["ours_1_whole"] = lambda: ours_whole(images)

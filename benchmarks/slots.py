@@ -18,8 +18,7 @@ import numpy as np
 from stage1 import machine
 from torch import Tensor
 
-from pipeline.loading import PREFETCH, Mapped, checked, start_loader
-from pipeline.rendering import _shared_pixels
+from pipeline.loading import PREFETCH, Mapped, Slots, _shared_pixels, checked, start_loader
 
 VIEWS, SIZE, WORKERS, BATCHES = 125, 224, 2, 40
 
@@ -57,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    slots = _shared_pixels(WORKERS * PREFETCH + 2, VIEWS, SIZE, SIZE, 3)
+    slots = Slots((VIEWS, SIZE, SIZE, 3), workers=WORKERS, held=1).pixels
     rounds: list[dict[str, Any]] = [{"fresh": measure(None), "slots": measure(slots)} for _ in range(args.rounds)]
     median = {
         f"{kind}_{side}_us": round(statistics.median(each[kind][side] for each in rounds), 1)

@@ -13,9 +13,16 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["local", "ray"]
 
 
-def option(default: Any, text: str, *flags: str) -> Any:
-    """Return a config field with its help text and further flags for the command line."""
-    return field(default=default, metadata={"help": text, "flags": flags})
+def option(default: Any, text: str, *flags: str, bare: str | None = None) -> Any:
+    """Return a config field with its help text and further flags for the command line.
+
+    Args:
+        default: value of the field.
+        text: help.
+        flags: other names of the option.
+        bare: what the option means when no value follows it; None: one must.
+    """
+    return field(default=default, metadata={"help": text, "flags": flags, "bare": bare})
 
 
 @dataclass(frozen=True, kw_only=True)

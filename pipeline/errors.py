@@ -15,7 +15,8 @@ DeitCliError                    exit code 1: cannot
 │   ├── LabelSetIncomplete      not sealed: rows are missing
 │   └── ReplayError             this machine renders other pixels than the teacher saw
 ├── CheckpointError             a checkpoint that is damaged or belongs to another run
-└── TrainingError               the run cannot go on (non-finite loss, say)
+├── TrainingError               the run cannot go on (non-finite loss, say)
+└── StoppedError                exit code 128 + signal: a signal stopped the run after a checkpoint
 """
 
 
@@ -109,3 +110,14 @@ class CheckpointError(DeitCliError):
 
 class TrainingError(DeitCliError):
     """The run cannot go on."""
+
+
+class StoppedError(DeitCliError):
+    """A signal stopped the run, and all of it is saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message, signal_number)
+        self.message, self.exit_code = message, 128 + signal_number
+
+    def __str__(self) -> str:
+        return self.message

@@ -1,17 +1,27 @@
 """Loader processes: work for them in, ready batches out, and a named error when one of them is lost."""
 
+import atexit
 import contextlib
+import itertools
+import math
 import multiprocessing
 import os
 import re
+import shutil
+import signal
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 import cv2
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.errors import WorkerError
@@ -21,7 +31,63 @@ TIMEOUT_S = 900
 # How often to look whether a loader still lives. They are not children of this process, so no signal tells of their end.
 LOOK_S = 5
 PREFETCH = 2  # items that each process is ahead
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; elsewhere it has no limit of its own
 _NOTE_BYTES = 256
+
+
+class Slots:
+    """Shared memory for the images of batches, used over and over.
+
+    Fresh memory costs a page fault every 4 kB, in the process that writes and in the one that reads: a quarter of the
+    time that rendering takes.
+
+    Attributes:
+        pixels: uint8 [slots, *shape]; without loader processes it is plain memory.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, workers: int, held: int) -> None:
+        """Take memory for batches of at most this shape.
+
+        Args:
+            shape: of the images of one batch.
+            workers: loader processes.
+            held: batches whose images the caller may hold while it asks for another one.
+
+        Raises:
+            WorkerError: there is not enough shared memory; to write there would kill a process without a word.
+        """
+        # Item i is begun when item i - workers * PREFETCH is handed out; the caller then holds `held` that came before it.
+        whole = (workers * PREFETCH + held + 1, *shape)
+        self.pixels = _shared_pixels(*whole) if workers else torch.empty(whole, dtype=torch.uint8)
+
+    def number(self, items: Iterable[Any]) -> Iterator[tuple[int, Any] | None]:
+        """Give items the slots in turn; None, a turn without an item, takes none."""
+        turns = itertools.cycle(range(len(self.pixels)))
+        for item in items:
+            yield None if item is None else (next(turns), item)
+
+    def pin(self) -> None:
+        """Lock the pages of the memory for this process, so that a GPU copies from them beside its work.
+
+        Raises:
+            RuntimeError: CUDA refused.
+        """
+        cudart: Any = torch.cuda.cudart()
+        torch.cuda.check_error(cudart.cudaHostRegister(self.pixels.data_ptr(), self.pixels.nbytes, 0))
+        # Before the memory goes, its pages must be given back.
+        weakref.finalize(self.pixels, cudart.cudaHostUnregister, self.pixels.data_ptr())
+
+
+def _shared_pixels(*shape: int) -> Tensor:
+    """Return an uninitialised uint8 tensor in shared memory, whose pages come when they are written to."""
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
+    if math.prod(shape) > free:
+        raise WorkerError(
+            f"loader processes need {math.prod(shape) / 1e6:,.0f} MB of shared memory, {SHARED_MEMORY} has"
+            f" {free / 1e6:,.0f} MB: use fewer --workers, or enlarge it (docker run --shm-size)"
+        )
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")  # as torch's default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 class Whereabouts:
@@ -49,13 +115,18 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def plan_workers(asked: int | None, device: torch.device) -> int:
+def plan_workers(asked: int | None, device: torch.device, cores: int | None = None) -> int:
     """Return how many loader processes to start, and leave the other cores to the threads of a network on the CPU.
 
     A thread that waits for a core that a loader holds makes the whole forward pass wait, so the two share the cores.
     OMP_NUM_THREADS decides the threads where it is set: float32 results on the CPU depend on it in their last bits.
+
+    Args:
+        asked: how many the user wants; None: as many as there are cores for.
+        device: of the network.
+        cores: of this process; None: all that it may use.
     """
-    cores = usable_cores()
+    cores = cores or usable_cores()
     on_cpu = device.type == "cpu"
     workers = max(1, cores // 2 if on_cpu else cores - 1) if asked is None else asked
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
@@ -75,6 +146,7 @@ def start_loader(
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "cv2", "pipeline.rendering"])
+        _start_server()
         options = {
             "multiprocessing_context": context,
             "worker_init_fn": _start_worker,
@@ -152,7 +224,32 @@ def _lost(error: RuntimeError, whereabouts: Whereabouts | None) -> WorkerError:
     )
 
 
+def _start_server() -> None:
+    """Start the server that forks loaders, deaf to SIGTERM: a scheduler sends it to every process of a job.
+
+    This process then decides when to stop, and loaders end with it. Only the main thread may say so.
+    """
+    atexit.unregister(_kill_loaders)
+    atexit.register(_kill_loaders)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored stays ignored in a new program
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _kill_loaders() -> None:
+    """Python would send SIGTERM to loaders that are left at its end, and wait for them."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, ForkServerProcess):
+            process.kill()
+
+
 def _start_worker(_: int) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C goes to every process of a terminal
+        signal.signal(each, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from pipeline.errors import UsageError
-from pipeline.labelling import LabelTask
 from pipeline.loading import usable_cores
+
+Task = TypeVar("Task")
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,17 @@ class Rank:
     local_world_size: int = 1
     cores: int | None = None
 
-    def share(self, tasks: Sequence[LabelTask]) -> list[LabelTask]:
+    def share(self, tasks: Sequence[Task]) -> list[Task]:
         """Return every world_size-th task, from ours on."""
         return list(tasks[self.rank :: self.world_size])
 
 
-def rank_from(environment: Mapping[str, str]) -> Rank:
+def rank_from(environment: Mapping[str, str], *, arrays: bool = True) -> Rank:
     """Read torchrun's variables, else those of a Slurm job array and of srun.
+
+    Args:
+        environment: of this process.
+        arrays: whether the elements of a job array share the work; else each is on its own.
 
     Raises:
         UsageError: they are not numbers, or contradict each other.
@@ -57,6 +63,7 @@ def rank_from(environment: Mapping[str, str]) -> Rank:
     else:
         first, step = number("SLURM_ARRAY_TASK_MIN", 0), max(1, number("SLURM_ARRAY_TASK_STEP", 1))
         rank, size = (number("SLURM_ARRAY_TASK_ID", first) - first) // step, number("SLURM_ARRAY_TASK_COUNT", 1)
+        rank, size = (rank, size) if arrays else (0, 1)
         local, locals_ = 0, 1
         if "SLURM_STEP_ID" in environment or "SLURM_STEPID" in environment:  # started by srun, not by sbatch
             tasks = number("SLURM_NTASKS", 1)

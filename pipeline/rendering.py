@@ -1,11 +1,8 @@
 """Mix blocks to views: each image is decoded once, and one batch after the other is one view of the whole block."""
 
 import itertools
-import math
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.decode import decode
-from pipeline.errors import DeitCliError, WorkerError
+from pipeline.errors import DeitCliError
 from pipeline.labels import SampleRows
-from pipeline.loading import PREFETCH, Mapped, Whereabouts, checked, start_loader
+from pipeline.loading import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
@@ -25,7 +22,6 @@ from pipeline.views import draw_view, render, render_encoded, render_views
 # What one process holds of a block between its views: decoded images, or their views where these are smaller. A block
 # of 256 images of ImageNet decodes to about 150 MB; one of 12-megapixel photographs becomes eight views at a time.
 HELD_BYTES = 320 * 2**20
-SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; elsewhere it has no limit of its own
 
 
 @dataclass(frozen=True)
@@ -146,9 +142,8 @@ def stream_views(
 ) -> Iterator[ViewBatch]:
     """Render blocks in loader processes, and yield every view of each.
 
-    Batches lie in shared memory that is used over and over: fresh memory costs a page fault every 4 kB, in the process
-    that writes and in the one that reads, which is a quarter of the time that rendering takes. So the images of a batch
-    are those of another one when, after it, more than `held` further ones have been asked for. (Pinned ones are copies.)
+    Batches lie in shared memory that is used over and over (see `Slots`): the images of a batch are those of another one
+    when, after it, more than `held` further ones have been asked for. (Pinned ones are copies.)
 
     Args:
         renderer: of the views.
@@ -159,49 +154,24 @@ def stream_views(
         held: batches that the caller may hold while it asks for another one.
         pin_memory: whether images are to lie in page-locked memory.
     """
-    # Item i is begun when item i - workers * PREFETCH is handed out; the caller then holds `held` that came before it.
-    shape = (workers * PREFETCH + held + 1, most, img_size, img_size, 3)
-    slots = _shared_pixels(*shape) if workers else torch.empty(shape, dtype=torch.uint8)
+    slots = Slots((most, img_size, img_size, 3), workers=workers, held=held)
     loader = start_loader(
         Mapped(_IntoSlots(renderer, slots)),
-        sampler=_numbered(deal(blocks, workers), len(slots)),
+        sampler=slots.number(deal(blocks, workers)),
         workers=workers,
         pin_memory=pin_memory,
     )
     return (batch for batch in checked(loader, renderer.whereabouts) if batch is not None)
 
 
-def _shared_pixels(*shape: int) -> Tensor:
-    """Return an uninitialised uint8 tensor in shared memory, whose pages come when they are written to.
-
-    Raises:
-        WorkerError: there is not so much of it; to write there would kill the process without a word.
-    """
-    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
-    if math.prod(shape) > free:
-        raise WorkerError(
-            f"loader processes need {math.prod(shape) / 1e6:,.0f} MB of shared memory, {SHARED_MEMORY} has"
-            f" {free / 1e6:,.0f} MB: use fewer --workers, or enlarge it (docker run --shm-size)"
-        )
-    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")  # as torch's default_collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
-
-
 class _IntoSlots:
     """Renders into the slot that comes with a unit."""
 
-    def __init__(self, renderer: BlockRenderer, slots: Tensor) -> None:
+    def __init__(self, renderer: BlockRenderer, slots: Slots) -> None:
         self._renderer, self._slots = renderer, slots
 
     def __call__(self, numbered: tuple[int, Unit] | None) -> ViewBatch | Exception | None:
-        return self._renderer(numbered[1], self._slots[numbered[0]]) if numbered else None
-
-
-def _numbered(units: Iterable[Unit | None], slots: int) -> Iterator[tuple[int, Unit] | None]:
-    """Give units the slots in turn; a turn without a unit takes none."""
-    turns = itertools.cycle(range(slots))
-    for unit in units:
-        yield None if unit is None else (next(turns), unit)
+        return self._renderer(numbered[1], self._slots.pixels[numbered[0]]) if numbered else None
 
 
 def blocks_of(shard: str, views: range, samples: SampleRows, recipe: Recipe) -> Iterator[Block]:

@@ -357,7 +357,7 @@ def test_an_exported_folder_loads_in_timm_and_answers_the_same(tmp_path):
     training, images = Training(seed=1), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     training.run(range(3))
     for name, student in (("student", training.student), ("ema", training.ema.module)):
-        export_model(tmp_path / name, student, hub_config=hub_config(student))
+        export_model(tmp_path / name, student.model.state_dict(), hub_config=hub_config(student))
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["config.json", "model.safetensors"]
         rebuilt = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
         with torch.no_grad():
@@ -367,16 +367,16 @@ def test_an_exported_folder_loads_in_timm_and_answers_the_same(tmp_path):
 
 def test_exporting_again_replaces_both_files_and_the_bytes_repeat(tmp_path):
     first, second = Training(seed=1).student, Training(seed=2).student
-    export_model(tmp_path, second, hub_config={"of": "second"})
-    export_model(tmp_path, first, hub_config={"of": "first"})
+    export_model(tmp_path, second.model.state_dict(), hub_config={"of": "second"})
+    export_model(tmp_path, first.model.state_dict(), hub_config={"of": "first"})
     data = (tmp_path / "model.safetensors").read_bytes()
     assert json.loads((tmp_path / "config.json").read_text()) == {"of": "first"}
     assert torch.equal(safetensors.torch.load(data)["dist_token"], first.model.dist_token)
-    export_model(tmp_path / "again", first, hub_config={"of": "first"})
+    export_model(tmp_path / "again", first.model.state_dict(), hub_config={"of": "first"})
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == data
 
 
 def test_an_export_that_fails_names_the_file(tmp_path):
     (tmp_path / "f").write_text("in the way")
     with pytest.raises(StorageError, match=re.escape(str(tmp_path / "f"))):
-        export_model(tmp_path / "f", Training(seed=1).student, hub_config={})
+        export_model(tmp_path / "f", Training(seed=1).student.model.state_dict(), hub_config={})

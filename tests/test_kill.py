@@ -349,7 +349,7 @@ def train(out: str, labels: str, *, limit: int | None) -> None:
             warmup_epochs=1,
             lr=1e-3,
             workers=0,
-            resume=True,
+            resume="auto",
             recovery_interval=2,
             repeated_aug=1,
         )
@@ -529,7 +529,7 @@ def test_precompute_killed_with_spawned_processes_makes_the_same_files(stage, ai
 
 def position(state: Path) -> int:
     """Return the batch with which a saved run goes on; it must load."""
-    return load_state(state)[1]["next_index"] if state.exists() else 0
+    return load_state(state)[1]["next_update"] if state.exists() else 0
 
 
 def test_training_killed_at_random_moments_ends_with_the_same_weights(server, tmp_path):

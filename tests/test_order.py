@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.recipe import load_recipe
-from trainer.order import Order, check_repeats, count_units, default_repeats
+from trainer.order import Order, Share, check_repeats, count_units, default_repeats
 
 
 def order(**changes) -> Order:
@@ -70,10 +70,49 @@ def test_a_window_keeps_its_shards_together():
     assert set().union(*spans) == set(range(6))
 
 
-def test_a_batch_mixes_the_shards_of_its_window():
+def test_a_step_mixes_the_shards_of_its_window_as_a_full_shuffle_does():
     o = order(shard_units=(500,) * 4, window=4, batch_size=64)
-    shards = np.concatenate([o.step_units(0, step)[:, 0] for step in range(o.steps_per_epoch)])
-    assert abs(np.corrcoef(shards[:-1], shards[1:])[0, 1]) < 0.1
+    steps = [o.step_units(0, step)[:, 0] for step in range(o.steps_per_epoch)]
+    counts = np.array([np.bincount(shards, minlength=4) for shards in steps])
+    # 32 drawn from four times 500: each shard's count has variance 32 * 1/4 * 3/4, less 2 % for drawing without return
+    assert counts.var(axis=0) == pytest.approx(5.9, rel=0.35)
+    assert abs(np.corrcoef(counts[:-1, 0], counts[1:, 0])[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize("window", [2, 8])
+def test_a_rank_reads_few_shards_of_a_window(window):
+    o = order(shard_units=(100,) * 8, window=window, batch_size=160)
+    for step in range(o.steps_per_epoch):
+        units = o.step_units(0, step)
+        shares = [set(Share(rank, 4).cut(units, 0)[:, 0].tolist()) for rank in range(4)]
+        assert max(map(len, shares)) <= window // 4 + 2
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(32, {4}), (26, {3, 4})])
+def test_ranks_and_passes_cut_a_step_into_parts_of_nearly_one_size(batch_size, sizes):
+    units = order(batch_size=batch_size).step_units(0, 3)
+    whole = units.tolist()
+    for size, passes in ((1, 4), (2, 2), (4, 1)):
+        shares = [Share(rank, size, passes) for rank in range(size)]
+        parts = [share.cut(units, number).tolist() for share in shares for number in range(passes)]
+        assert [unit for part in parts for unit in part] == whole
+        assert set(map(len, parts)) == sizes
+
+
+def test_views_in_a_drawn_order_are_each_used_once_and_then_in_another_order():
+    o = order(views=range(3, 33), view_policy="random", repeated_aug=3, batch_size=12)
+    turns = [[o.views_of_epoch(turn * 30 + epoch) for epoch in range(30)] for turn in range(2)]
+    for turn in turns:
+        assert turn[::3] == turn[1::3] == turn[2::3]  # three epochs share three views
+        assert sorted(views.start for views in turn[::3]) == list(range(3, 33, 3))
+    assert turns[0] != turns[1] != sorted(turns[1], key=lambda views: views.start)
+    assert order(views=None, view_policy="random").views_of_epoch(7) == range(7, 8)
+
+
+def test_an_epoch_smaller_than_a_step_is_one_step_of_what_there_is():
+    o = order(batch_size=1000)
+    assert (len(o.step_units(0, 0)), o.views_per_step) == (121, 242)
+    assert (order().views_per_step, order(repeated_aug=3, batch_size=20).views_per_step) == (8, 18)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +120,6 @@ def test_a_batch_mixes_the_shards_of_its_window():
     [
         ({}, 30),  # 121 pairs, 4 a batch
         ({"unit_size": 1}, 15),  # 121 single samples, 8 a batch
-        ({"grad_accum_steps": 4}, 28),  # whole updates only
         ({"batch_size": 1000}, 1),  # less than one batch makes one
         ({"repeated_aug": 3, "batch_size": 12}, 20),  # a third of the pairs, 2 a batch
     ],
@@ -97,7 +135,6 @@ def test_steps_of_an_epoch(changes, steps):
         ({"repeated_aug": 4, "batch_size": 64}, "--repeated-aug 4 takes the views in groups of 4, the label set has 6"),
         ({"repeated_aug": 3}, None),
         ({"shard_units": (0, 0)}, "no usable image"),
-        ({"grad_accum_steps": 31}, "--grad-accum-steps 31 is more than the batches of an epoch"),
     ],
 )
 def test_orders_that_cannot_be(changes, message):

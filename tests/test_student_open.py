@@ -40,7 +40,7 @@ def images(size: int = 16) -> torch.Tensor:
 
 
 def export(folder: Path, student: Student) -> Path:
-    export_model(folder, student, hub_config=hub_config(student))
+    export_model(folder, student.model.state_dict(), hub_config=hub_config(student))
     return folder
 
 

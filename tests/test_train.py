@@ -77,7 +77,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_at_any_step(label_set, tmp_pa
 
     import trainer.loop as loop
 
-    real, calls = loop._update, []
+    real, calls = loop._step, []
 
     def stops(*args):
         if len(calls) == stop_after:
@@ -85,11 +85,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_at_any_step(label_set, tmp_pa
         calls.append(1)
         return real(*args)
 
-    monkeypatch.setattr(loop, "_update", stops)
+    monkeypatch.setattr(loop, "_step", stops)
     with pytest.raises(KeyboardInterrupt):
         train(config(label_set, tmp_path / "cut", **settings))
-    monkeypatch.setattr(loop, "_update", real)
-    train(config(label_set, tmp_path / "cut", resume=True, **settings))
+    monkeypatch.setattr(loop, "_step", real)
+    train(config(label_set, tmp_path / "cut", resume="auto", **settings))
     assert_same_state(tmp_path / "whole", tmp_path / "cut")
 
     def comparable(folder):
@@ -216,7 +216,7 @@ def test_a_run_is_never_overwritten_unasked(label_set, tmp_path):
 def test_a_continuation_with_other_settings_is_refused_with_the_difference(label_set, tmp_path):
     train(config(label_set, tmp_path / "run", epochs=1))
     with pytest.raises(CheckpointError, match=r"other settings \(config.weight_decay: 0.05, not 0.3\)"):
-        train(config(label_set, tmp_path / "run", epochs=1, weight_decay=0.3, resume=True))
+        train(config(label_set, tmp_path / "run", epochs=1, weight_decay=0.3, resume="auto"))
 
 
 def test_another_recipe_is_refused(label_set, tmp_path):
@@ -245,7 +245,7 @@ def test_an_unsealed_set_is_refused(data, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_samples(label_set, tmp_path):
-    with pytest.raises(TrainingError, match=r"the loss of batch \d+ is (nan|inf)"):
+    with pytest.raises(TrainingError, match=r"the loss of update \d+ is (nan|inf)"):
         train(config(label_set, tmp_path / "run", lr=1e3, epochs=50, warmup_epochs=0, min_lr=1e3, smoothing=0.0))
     record = json.loads((tmp_path / "run/nonfinite.json").read_text())
     assert len(record["keys"]) == 12

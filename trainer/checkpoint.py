@@ -6,7 +6,8 @@ and a SHA-256 over it and every tensor. All of a run's state is in one file, so 
 
 import hashlib
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, TrainingError
 from pipeline.ids import canonical_json
 from pipeline.storage import parse_json, pretty_json, replace_file
 
@@ -100,19 +101,64 @@ def unpack_training(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def export_model(folder: Path, student: nn.Module, *, hub_config: dict[str, Any]) -> None:
+def export_model(folder: Path, weights: Mapping[str, Tensor], *, hub_config: dict[str, Any]) -> None:
     """Write `model.safetensors` and then `config.json`, with which `timm.create_model("local-dir:...")` loads them.
 
     Args:
         folder: created; the two files are replaced, each atomically.
-        student: the `Student`, or the one that an EMA holds.
+        weights: `state_dict` of a student's timm model.
         hub_config: see `trainer.student.hub_config`.
     """
     # Other readers of the Hub look for this mark of the framework.
-    data = safetensors.torch.save(_on_cpu(student.get_submodule("model").state_dict()), {"format": "pt"})
+    data = safetensors.torch.save(_on_cpu(weights), {"format": "pt"})
     replace_file(folder / "model.safetensors", lambda file: _write_all(file, data))
     text = pretty_json(hub_config)
     replace_file(folder / "config.json", lambda file: _write_all(file, text))
+
+
+def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU, which training on does not change."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise TrainingError if a tensor holds what is no number: such a state must not take the place of a sound one."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"{name} is no longer finite; the last checkpoint is, and stays. Lower --lr or set --clip-grad, and continue"
+                " from it with another --output and --init"
+            )
+
+
+class BackgroundWriter:
+    """Writes files beside the training, one job at a time and in order; what goes wrong is raised at the next call.
+
+    Use it in a `with` block: at its end all that was begun is finished.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Begin a job, when the one before is done: so that no more than one snapshot waits in memory."""
+        self.wait()
+        self._pending = self._pool.submit(job)
+
+    def wait(self) -> None:
+        """Return when everything is written, or raise what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self.wait()
 
 
 def _weights(student: nn.Module, ema: nn.Module | None) -> dict[str, Tensor]:

@@ -15,10 +15,16 @@ DistillationType = Literal["none", "soft", "hard"]
 Tail = Literal["spread", "renormalise"]
 Reduction = Literal["batchmean", "deit"]
 AmpDtype = Literal["auto", "float32", "bfloat16"]
+ViewPolicy = Literal["cycle", "random", "once"]
+Resume = Literal["never", "auto"]
 
-# What may differ between a run and its continuation: where things lie and how fast they go, never what is computed.
+# What may differ between a run and its continuation: where things lie and how fast they go, never what is computed. (The
+# batch may be cut in other ways: what must stay is the number of views of an update, over all ranks and passes.)
 FREE_ON_RESUME = frozenset(
     {
+        "batch_size",
+        "grad_accum_steps",
+        "compile",
         "labels",
         "data",
         "eval_data",
@@ -61,9 +67,9 @@ class TrainConfig:
     smoothing: float = option(0.1, "Label smoothing of the class labels.")
 
     epochs: int = option(300, "Passes over the source.")
-    batch_size: int = option(256, "Views in one forward pass.", "-b")
-    grad_accum_steps: int = option(1, "Forward passes for one update.")
-    lr: float | None = option(None, "Top learning rate; by default --lr-base * batch / 512.")
+    batch_size: int = option(256, "Views in one forward pass of a rank.", "-b")
+    grad_accum_steps: int = option(1, "Forward passes of a rank for one update.")
+    lr: float | None = option(None, "Top learning rate; by default --lr-base * views of an update / 512.")
     lr_base: float = option(5e-4, "Learning rate for a batch of 512.")
     warmup_epochs: float = option(5.0, "Epochs of linear warm-up.")
     warmup_lr: float = option(1e-6, "Learning rate at the start of the warm-up.")
@@ -73,6 +79,10 @@ class TrainConfig:
     clip_grad: float | None = option(None, "Largest gradient norm; by default none.")
     repeated_aug: int | None = option(
         None, "Views of an image in one batch; by default 3 where the views allow it, else 1."
+    )
+    view_policy: ViewPolicy = option(
+        "cycle",
+        "Views of the epochs: in turn and again from the first; in a new drawn order each time through; or each once at most.",
     )
     shuffle_window: int = option(64, "Source shards that are shuffled together.")
     model_ema: bool = option(True, "Keep an exponential moving average of the weights, and evaluate it.")
@@ -85,12 +95,15 @@ class TrainConfig:
         None, "Centre crop in evaluation, share of the shorter side; by default the model's."
     )
     eval_interval: int = option(1, "Epochs between evaluations.")
-    resume: bool = option(False, "Continue the run in --output; starts it where there is none.")
+    resume: Resume = option(
+        "never", "auto: continue the run in --output, start it where there is none. --resume alone is auto.", bare="auto"
+    )
     checkpoint_interval: int = option(1, "Epochs between checkpoints; the last epoch always has one.")
     recovery_interval: int = option(0, "Updates between further checkpoints; 0: none within an epoch.")
     log_interval: int = option(50, "Updates between log lines.")
     workers: int | None = option(None, "Loader processes; by default from the number of cores.", "-j", "--num-workers")
-    device: str = option("auto", "cpu, cuda, cuda:1; by default cuda where there is one.")
+    device: str = option("auto", "cpu, cuda, cuda:1; by default the GPU of the rank where there is one.")
+    compile: bool = option(False, "Compile the student (torch.compile): faster after a minute.", "--torchcompile")
     amp_dtype: AmpDtype = option("auto", "Of the forward pass; by default bfloat16 on CUDA, else float32.")
 
     def __post_init__(self) -> None:
@@ -157,6 +170,8 @@ _RANGES: list[tuple[str, float, float]] = [
 _CHOICES: dict[str, tuple[str, ...]] = {
     "distillation_type": get_args(DistillationType),
     "tail": get_args(Tail),
+    "view_policy": get_args(ViewPolicy),
+    "resume": get_args(Resume),
     "soft_reduction": get_args(Reduction),
     "amp_dtype": get_args(AmpDtype),
 }

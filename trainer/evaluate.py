@@ -17,20 +17,26 @@ from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
 from trainer.config import AmpDtype
 from trainer.order import Order, count_units
-from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches
+from trainer.parallel import World
+from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, stream_batches
 from trainer.student import Heads, Student, open_student
 
 Scores = dict[str, dict[str, float]]
+ANSWERS = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """How networks are run: device, dtype of the forward pass, loader processes, views in a batch."""
+    """How networks are run: the ranks and what each runs on, dtype of the forward pass, views in a batch."""
 
-    device: torch.device
+    world: World
     dtype: torch.dtype
-    workers: int
     batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        return self.world.device
 
 
 def evaluate_checkpoint(
@@ -69,9 +75,8 @@ def evaluate_checkpoint(
     classes = num_classes or (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
     student = open_student(checkpoint, model=model, num_classes=classes, pretrained=pretrained)
     where = resolve_device(device)
-    running = Running(
-        device=where, dtype=forward_dtype(amp_dtype, where), workers=plan_workers(workers, where), batch_size=batch_size
-    )
+    world = World(0, 1, where, plan_workers(workers, where))
+    running = Running(world=world, dtype=forward_dtype(amp_dtype, where), batch_size=batch_size)
     student.to(where)
     result: dict[str, Any] = {"checkpoint": str(checkpoint or model)}
     if source:
@@ -106,6 +111,11 @@ def fused_logits(heads: Heads) -> dict[str, Tensor]:
     return answers
 
 
+def answer_names(student: Student) -> tuple[str, ...]:
+    """Return the names in `fused_logits` of this student's answers."""
+    return ANSWERS if student.has_distillation_head else ANSWERS[:1]
+
+
 def normalise(images: Tensor, student: Student) -> Tensor:
     """Turn float32 images [B, 3, H, W] of 0..255 into what the student was made for."""
     mean, std = (torch.tensor(v, device=images.device)[None, :, None, None] * 255 for v in (student.mean, student.std))
@@ -115,12 +125,12 @@ def normalise(images: Tensor, student: Student) -> Tensor:
 def evaluate(
     student: Student, source: Source, running: Running, *, crop_pct: float | None = None
 ) -> tuple[Scores, int]:
-    """Measure top-1 and top-5 in percent on centre crops of all labelled samples.
+    """Measure top-1 and top-5 in percent on centre crops of all labelled samples, which the ranks share out.
 
     Args:
         student: is set to evaluation and back.
         source: labelled images.
-        running: how to run it.
+        running: how to run it; every rank must call.
         crop_pct: share of the resized shorter side; None takes the model's configuration.
 
     Returns:
@@ -139,17 +149,18 @@ def evaluate(
         raise UsageError(
             f"the student has {student.num_classes} classes, {source.location} has {source.num_classes or f'labels up to {highest}'}"
         )
-    batches = CentreBatches(source, labelled, centre_recipe(student, crop_pct), running.batch_size)
-    right: dict[str, list[int]] = {}
-    for images, target in checked(start_loader(Mapped(batches, len(batches)), workers=running.workers)):
+    world, names = running.world, answer_names(student)
+    batches = CentreBatches(
+        source, labelled[world.rank :: world.size], centre_recipe(student, crop_pct), running.batch_size
+    )
+    right = torch.zeros(len(names), 2, dtype=torch.int64)
+    for images, target in checked(start_loader(Mapped(batches, len(batches)), workers=world.workers)):
         pixels = images.to(running.device).permute(0, 3, 1, 2).float()
-        for name, logits in _answers(student, pixels, running).items():
-            counts = right.setdefault(name, [0, 0])
+        for counts, logits in zip(right, _answers(student, pixels, running).values(), strict=True):
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == target[:, None]
-            counts[0] += int(ranked[:, 0].sum())
-            counts[1] += int(ranked.any(dim=1).sum())
-    scale = 100 / len(labelled)
-    return {name: {"top1": a * scale, "top5": b * scale} for name, (a, b) in right.items()}, len(labelled)
+            counts += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
+    percent = (100 * world.total(right) / len(labelled)).tolist()
+    return {name: {"top1": a, "top5": b} for name, (a, b) in zip(names, percent, strict=True)}, len(labelled)
 
 
 def measure_agreement(
@@ -188,7 +199,7 @@ def measure_agreement(
     renderer = BatchRenderer(Catalogue(source, label_set), recipe, order)
     same: dict[str, int] = {}
     seen = 0
-    for batch in checked(start_loader(Mapped(renderer, steps), workers=running.workers)):
+    for batch in stream_batches(renderer, range(steps), workers=running.world.workers):
         for name, logits in _answers(student, mixed_images(batch, running.device), running).items():
             same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.hard).sum())
         seen += len(batch.keys)

@@ -1,34 +1,34 @@
 """Stage 2: replay the views, stream the labels, train the student. The teacher is never loaded."""
 
+import contextlib
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.devices import resolve_device
 from pipeline.draws import stream_of
-from pipeline.errors import TrainingError
-from pipeline.loading import Mapped, checked, plan_workers, start_loader
+from pipeline.errors import StoppedError, TrainingError
 from pipeline.recipe import Recipe
 from pipeline.sources import Source, open_source
 from pipeline.storage import replace_file, sweep_temporaries
-from trainer.checkpoint import export_model, pack_training, save_state
+from trainer.checkpoint import BackgroundWriter, check_finite, export_model, pack_training, save_state, snapshot
 from trainer.config import TrainConfig
 from trainer.evaluate import Running, Scores, evaluate, forward_dtype, mixed_images, normalise
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
 from trainer.metrics import Console, MetricsLog
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.order import Order
+from trainer.order import Order, Share
+from trainer.parallel import Consensus, OnRank, joined_world, lost_ranks_named
 from trainer.setup import (
     STATE_NAME,
-    Data,
     State,
     announce,
     build_state,
+    check_output,
     make_order,
     open_data,
     resume,
@@ -37,7 +37,8 @@ from trainer.setup import (
     top_rate,
     write_json,
 )
-from trainer.stream import Batch, BatchRenderer, Catalogue
+from trainer.stopping import StopRequest, stop_request
+from trainer.stream import Batch, BatchRenderer, Catalogue, on_device, stream_batches
 from trainer.student import Student, hub_config
 
 log = logging.getLogger("deit_cli.train")
@@ -46,94 +47,232 @@ log = logging.getLogger("deit_cli.train")
 def train(config: TrainConfig, recipe: Recipe | None = None) -> Path:
     """Train a student, or continue its run; return the run's folder.
 
+    Started by torchrun, every rank calls this, and rank 0 writes the files.
+
     Args:
         config: all settings.
         recipe: of the views, where there is no label set to say it; default `deit`.
-    """
-    data = open_data(config, recipe)
-    device = resolve_device(config.device)
-    running = Running(
-        device=device,
-        dtype=forward_dtype(config.amp_dtype, device),
-        workers=plan_workers(config.workers, device),
-        batch_size=config.batch_size,
-    )
-    order = make_order(config, data)
-    state = build_state(config, data, device)
-    meta = run_identity(config, data)
-    resume(config, state, meta)
-    sweep_temporaries(config.output)
-    save_config(config, data)
-    metrics = MetricsLog(config.output, next_index=state.next_index)
-    eval_source = open_source(config.eval_data) if config.eval_data else None
-    announce(config, data, order, state)
 
-    total = order.steps_per_epoch * config.epochs
-    console = Console(total, order.steps_per_epoch)
-    for batch, waited in _batches(config, data, order, running, state.next_index, total):
-        update, in_update = divmod(batch.index, config.grad_accum_steps)
-        lr = _rate_at(config, order, update)
-        set_learning_rate(state.optimizer, lr)
-        torch.manual_seed(stream_of("step", str(config.seed), str(batch.index)).bits())  # stochastic depth
-        loss, parts = _forward(config, state.student, batch, running)
-        _check_finite(config, loss, batch)
-        (loss / config.grad_accum_steps).backward()
-        if in_update == config.grad_accum_steps - 1:
-            parts |= _update(config, state)
-        state.next_index = batch.index + 1
-        console.count(len(batch.keys), waited_s=waited)
-        epoch, step = order.position(batch.index)
-        last_of_epoch = step == order.steps_per_epoch - 1
-        if in_update == config.grad_accum_steps - 1 and ((update + 1) % config.log_interval == 0 or last_of_epoch):
-            numbers = {name: float(value) for name, value in {"loss": loss.detach(), **parts}.items()}
-            speed = console.say(batch.index, numbers, lr)
-            metrics.add("train", batch.index, epoch=epoch, step=step, lr=lr, **speed, **numbers)
-        checkpoint = last_of_epoch and ((epoch + 1) % config.checkpoint_interval == 0 or epoch + 1 == config.epochs)
-        if last_of_epoch:
-            if eval_source and ((epoch + 1) % config.eval_interval == 0 or epoch + 1 == config.epochs):
-                _evaluate(config, data, state, eval_source, running, metrics, epoch)
-            if checkpoint:
-                _export(config, state, "last")
-            console.restart()
-        if checkpoint or _is_recovery_point(config, update, in_update):
-            save_state(config.output / STATE_NAME, _tensors(state), meta | _position(state))
+    Raises:
+        StoppedError: Ctrl-C or SIGTERM; the run is saved.
+        TrainingError: the loss is no number.
+        WorkerError: a loader process or another rank was lost.
+    """
+    check_output(config)
+    with joined_world(config.device, config.workers) as world, lost_ranks_named(world):
+        share = Share(world.rank, world.size, config.grad_accum_steps)
+        running = Running(
+            world=world, dtype=forward_dtype(config.amp_dtype, world.device), batch_size=config.batch_size
+        )
+        run = _Run(config, recipe, share, running)
+        with stop_request() as told:
+            run.go(told)
     return config.output
 
 
-def _position(state: State) -> dict[str, Any]:
-    return {"next_index": state.next_index, "best_top1": state.best_top1}
+class _Run:
+    """One training run on one rank: its parts, put together once."""
+
+    def __init__(self, config: TrainConfig, recipe: Recipe | None, share: Share, running: Running) -> None:
+        self.config, self.share, self.running = config, share, running
+        world = running.world
+        self.data = open_data(config, recipe)
+        self.order = make_order(config, self.data, share)
+        self.state = build_state(config, self.data, self.order, world.device)
+        self.meta = run_identity(config, self.data, self.order)
+        resume(config, self.state, self.meta)
+        world.check_same((self.meta, self.state.next_update), "settings and checkpoint")
+        if world.leads:
+            sweep_temporaries(config.output)
+            save_config(config, self.data)
+            announce(config, self.data, self.order, self.state, share)
+        self.metrics = MetricsLog(config.output, next_index=self.state.next_update) if world.leads else None
+        self.eval_source = open_source(config.eval_data) if config.eval_data else None
+        unused = config.distillation_type == "none" and self.state.student.has_distillation_head
+        self.on_rank = OnRank(self.state.student, world, compiled=config.compile, unused=unused)
+        self.renderer = BatchRenderer(Catalogue(self.data.source, self.data.label_set), self.data.recipe, self.order, share)
+
+    def go(self, told: StopRequest) -> None:
+        """Train to the end, or to a signal."""
+        config, order, state, world = self.config, self.order, self.state, self.running.world
+        updates = order.steps_per_epoch * config.epochs
+        console, consensus, watch = Console(updates, order.steps_per_epoch), Consensus(world), _LossWatch(self)
+        with BackgroundWriter() as writer:
+            for update, batches, waited in self._updates(updates):
+                lr = _rate_at(config, order, update)
+                set_learning_rate(state.optimizer, lr)
+                loss, parts = self._accumulate(batches)
+                watch.add(update, loss)
+                parts |= _step(config, state, update)
+                state.next_update = update + 1
+                console.count(sum(len(batch.keys) for batch in batches) * world.size, waited_s=waited)
+                epoch, step = order.position(update)
+                last = step == order.steps_per_epoch - 1
+                if (update + 1) % config.log_interval == 0 or last:
+                    self._report(console, update, lr, {"loss": loss} | parts)
+                if last:
+                    self._end_epoch(epoch, console)
+                stops = consensus.stops(bool(told))
+                exports = last and _is_due(epoch, config.checkpoint_interval, config.epochs)
+                if exports or stops or _is_recovery_point(config, update):
+                    watch.check()
+                    self._save(writer, exports)
+                if stops:
+                    writer.wait()
+                    raise _stopped(config, told, state.next_update)
+            watch.check()
+
+    def _updates(self, total: int) -> Iterator[tuple[int, list[Batch], float]]:
+        """Yield each update that is left, with its batches on the device and the seconds that they were waited for."""
+        passes, world = self.share.passes, self.running.world
+        left = range(self.state.next_update * passes, total * passes)
+        cuda = world.device.type == "cuda"
+        stream = stream_batches(self.renderer, left, workers=world.workers, held=passes, pin_memory=cuda)
+        batches = on_device(stream, world.device)
+        for update in range(self.state.next_update, total):
+            began = time.monotonic()
+            of_update = [next(batches) for _ in range(passes)]
+            yield update, of_update, time.monotonic() - began
+
+    def _accumulate(self, batches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add up the gradients of an update's batches; return the means of its loss and their parts on this rank.
+
+        Every view weighs the same, though parts of an update may differ by a unit.
+        """
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            part = (batch.index // self.share.passes * self.share.size + self.share.rank) * self.share.passes + number
+            torch.manual_seed(stream_of("step", str(self.config.seed), str(part)).bits())  # stochastic depth
+            weight = len(batch.keys) * self.share.parts / self.order.views_per_step
+            with self.on_rank.accumulating() if number < len(batches) - 1 else contextlib.nullcontext():
+                loss, parts = batch_loss(self.config, self.on_rank, self.state.student, batch, self.running.dtype)
+                (loss * (weight / len(batches))).backward()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        means = {name: value / len(batches) for name, value in sums.items()}
+        return means.pop("loss"), means
+
+    def _report(self, console: Console, update: int, lr: float, numbers: dict[str, Tensor]) -> None:
+        """Say and record the numbers of an update, as means over the ranks."""
+        epoch, step = self.order.position(update)
+        values = dict(zip(numbers, self.running.world.mean(torch.stack([*numbers.values()]).float()).tolist(), strict=True))
+        if self.metrics is not None:
+            speed = console.say(update, values, lr)
+            self.metrics.add("train", update, epoch=epoch, step=step, lr=lr, **speed, **values)
+
+    def _end_epoch(self, epoch: int, console: Console) -> None:
+        """Evaluate where it is due, without counting that as training."""
+        if self.eval_source and _is_due(epoch, self.config.eval_interval, self.config.epochs):
+            self._evaluate(epoch, self.eval_source)
+        console.restart()
+
+    def _evaluate(self, epoch: int, source: Source) -> None:
+        """Evaluate the student and its EMA on all ranks, and keep the better one if it is the best so far."""
+        state, world = self.state, self.running.world
+        candidates: list[tuple[str, Student]] = [("student", state.student)]
+        if state.ema is not None:
+            candidates.append(("ema", state.ema.module))  # pyright: ignore[reportArgumentType]
+        for name, student in candidates:
+            world.share_buffers(student)  # each rank has seen other images
+            scores, count = evaluate(student, source, self.running, crop_pct=self.config.crop_pct)
+            if self.metrics is not None:
+                self.metrics.add("eval", state.next_update - 1, epoch=epoch, weights=name, images=count, scores=scores)
+                log.info("epoch %d %s: %s on %d images", epoch, name, _brief(scores), count)
+            top1 = scores["class_head" if self.config.distillation_type == "none" else primary_head(scores)]["top1"]
+            if top1 > state.best_top1:
+                state.best_top1 = top1
+                if world.leads:
+                    export_model(
+                        self.config.output / "best", student.model.state_dict(), hub_config=hub_config(student)
+                    )
+
+    def _save(self, writer: BackgroundWriter, exports: bool) -> None:
+        """Copy the state, and write it while training goes on; rank 0 does so for all."""
+        if not self.running.world.leads:
+            return
+        state, output = self.state, self.config.output
+        tensors = snapshot(pack_training(state.student, state.optimizer, state.ema))
+        meta = self.meta | {"next_update": state.next_update, "best_top1": state.best_top1}
+        described = hub_config(state.student)
+
+        def write() -> None:
+            check_finite(tensors)
+            if exports:
+                for owner, name in (("model.", "last"), ("ema.", "last-ema")):
+                    weights = {key.removeprefix(owner): value for key, value in tensors.items() if key.startswith(owner)}
+                    if weights:
+                        export_model(output / name, weights, hub_config=described)
+            save_state(output / STATE_NAME, tensors, meta)
+
+        writer.submit(write)
+
+    def explain(self, update: int, loss: float) -> TrainingError:
+        """Save the views of this rank in an update whose loss is no number, rendered once more; return the error."""
+        passes, name = self.share.passes, f"nonfinite-rank{self.share.rank}"
+        batches = [self.renderer(update * passes + number) for number in range(passes)]
+        sound = [batch for batch in batches if isinstance(batch, Batch)]
+        samples = [{"keys": list(batch.keys), "views": list(batch.views)} for batch in sound]
+        record = {"update": update, "loss": str(loss), "batches": samples}
+        tensors = {f"{number}.{field}": getattr(batch, field) for number, batch in enumerate(sound) for field in _SAVED}
+        save_state(self.config.output / f"{name}.safetensors", tensors, record)
+        path = self.config.output / f"{name}.json"
+        replace_file(path, lambda file: write_json(file, record))
+        return TrainingError(
+            f"the loss of update {update} is {loss}; its samples are listed in {path}, their pixels and labels in"
+            f" {name}.safetensors beside it. Lower --lr or set --clip-grad, and continue from the last checkpoint with"
+            " another --output and --init"
+        )
 
 
-def _batches(
-    config: TrainConfig, data: Data, order: Order, running: Running, start: int, total: int
-) -> Iterator[tuple[Batch, float]]:
-    """Yield the batches that are left, and the seconds that each was waited for."""
-    with_labels = data.label_set
-    renderer = BatchRenderer(Catalogue(data.source, with_labels), data.recipe, order)
-    loader = start_loader(
-        Mapped(renderer, total),
-        workers=running.workers,
-        sampler=range(start, total),
-        pin_memory=running.device.type == "cuda",
-    )
-    asked = time.monotonic()
-    for batch in checked(loader):
-        yield batch, time.monotonic() - asked
-        asked = time.monotonic()
+_SAVED = ("images", "hard", "topk_index", "topk_prob", "tail_mass", "class_label")
 
 
-def _forward(config: TrainConfig, student: Student, batch: Batch, running: Running) -> tuple[Tensor, dict[str, Tensor]]:
-    device = running.device
+class _LossWatch:
+    """Looks at every loss one update later, when it is there in any case: nobody waits for a GPU because of it."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._waiting: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def add(self, update: int, loss: Tensor) -> None:
+        """Take a loss to look at next time, and look at the one before it."""
+        self.check()
+        value = loss.to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if loss.device.type == "cuda" else None
+        self._waiting = (update, value, event)
+
+    def check(self) -> None:
+        """Raise TrainingError if the loss that waits is no number: it has spoiled every weight."""
+        if self._waiting is None:
+            return
+        update, value, event = self._waiting
+        self._waiting = None
+        if event is not None:
+            event.synchronize()
+        if not torch.isfinite(value):
+            raise self._run.explain(update, value.item())
+
+
+def batch_loss(
+    config: TrainConfig, on_rank: OnRank, student: Student, batch: Batch, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mix a batch, let the student answer, and return its loss and the detached parts of it.
+
+    Args:
+        config: kind and weights of the loss.
+        on_rank: calls the student.
+        student: whose normalisation and device it is.
+        batch: on that device.
+        dtype: of the forward pass; the losses are computed in float32.
+    """
+    device = batch.images.device
     images = normalise(mixed_images(batch, device), student)
-    with torch.autocast(device.type, dtype=running.dtype, enabled=running.dtype != torch.float32):
-        heads = student(images)
-    class_target = ClassTarget(
-        batch.class_label.to(device), batch.labelled.to(device), batch.mix.partner.to(device), batch.mix.lam.to(device)
-    )
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        heads = on_rank(images)
+    class_target = ClassTarget(batch.class_label, batch.labelled, batch.mix.partner, batch.mix.lam)
     teacher = None
     if config.distillation_type != "none":
-        stored = (batch.hard, batch.topk_index, batch.topk_prob, batch.tail_mass)
-        teacher = TeacherTarget(*(tensor.to(device) for tensor in stored))
+        teacher = TeacherTarget(batch.hard, batch.topk_index, batch.topk_prob, batch.tail_mass)
     distill_logits = heads.class_logits if heads.distill_logits is None else heads.distill_logits
     loss, parts = distillation_loss(
         heads.class_logits,
@@ -152,57 +291,28 @@ def _forward(config: TrainConfig, student: Student, batch: Batch, running: Runni
     return loss, parts
 
 
-def _check_finite(config: TrainConfig, loss: Tensor, batch: Batch) -> None:
-    """A loss that is no number would spoil every weight; say where it came from and stop."""
-    if torch.isfinite(loss):
-        return
-    path = config.output / "nonfinite.json"
-    record = {"index": batch.index, "views": list(batch.views), "keys": list(batch.keys), "loss": str(loss.item())}
-    replace_file(path, lambda file: write_json(file, record))
-    raise TrainingError(
-        f"the loss of batch {batch.index} is {loss.item()}; its samples are listed in {path}."
-        " Lower --lr or set --clip-grad, and --resume from the last checkpoint"
-    )
-
-
-def _update(config: TrainConfig, state: State) -> dict[str, Tensor]:
+def _step(config: TrainConfig, state: State, update: int) -> dict[str, Tensor]:
+    """Move the weights, and their average after them."""
     extra: dict[str, Tensor] = {}
     if config.clip_grad is not None:
         extra["grad_norm"] = torch.nn.utils.clip_grad_norm_(state.student.parameters(), config.clip_grad)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
-        state.ema.update(state.student, step=state.next_index // config.grad_accum_steps)
+        state.ema.update(state.student, step=update)
     return extra
 
 
 def _rate_at(config: TrainConfig, order: Order, update: int) -> float:
-    per_epoch = order.steps_per_epoch // config.grad_accum_steps
+    top = top_rate(config, order)
     return learning_rate(
         update,
-        updates_total=per_epoch * config.epochs,
-        updates_warmup=round(per_epoch * config.warmup_epochs),
-        lr=top_rate(config),
-        warmup_lr=min(config.warmup_lr, top_rate(config)),
-        min_lr=min(config.min_lr, top_rate(config)),
+        updates_total=order.steps_per_epoch * config.epochs,
+        updates_warmup=round(order.steps_per_epoch * config.warmup_epochs),
+        lr=top,
+        warmup_lr=min(config.warmup_lr, top),
+        min_lr=min(config.min_lr, top),
     )
-
-
-def _evaluate(
-    config: TrainConfig, data: Data, state: State, source: Source, running: Running, metrics: MetricsLog, epoch: int
-) -> None:
-    """Evaluate the student and its EMA, and keep the better one if it is the best so far."""
-    candidates: list[tuple[str, Student]] = [("student", state.student)]
-    if state.ema is not None:
-        candidates.append(("ema", state.ema.module))  # pyright: ignore[reportArgumentType]
-    for name, student in candidates:
-        scores, count = evaluate(student, source, running, crop_pct=config.crop_pct)
-        metrics.add("eval", state.next_index - 1, epoch=epoch, weights=name, images=count, scores=scores)
-        log.info("epoch %d %s: %s on %d images", epoch, name, _brief(scores), count)
-        top1 = scores["class_head" if config.distillation_type == "none" else primary_head(scores)]["top1"]
-        if top1 > state.best_top1:
-            state.best_top1 = top1
-            export_model(config.output / "best", student, hub_config=hub_config(student))
 
 
 def primary_head(scores: Scores) -> str:
@@ -214,17 +324,17 @@ def _brief(scores: Scores) -> str:
     return "  ".join(f"{name} {values['top1']:.2f}" for name, values in scores.items())
 
 
-def _export(config: TrainConfig, state: State, name: str) -> None:
-    export_model(config.output / name, state.student, hub_config=hub_config(state.student))
-    if state.ema is not None:
-        averaged: Any = state.ema.module
-        export_model(config.output / f"{name}-ema", averaged, hub_config=hub_config(averaged))
+def _is_due(epoch: int, interval: int, epochs: int) -> bool:
+    return (epoch + 1) % interval == 0 or epoch + 1 == epochs
 
 
-def _tensors(state: State) -> dict[str, Tensor]:
-    return pack_training(state.student, state.optimizer, state.ema)
+def _is_recovery_point(config: TrainConfig, update: int) -> bool:
+    return bool(config.recovery_interval) and (update + 1) % config.recovery_interval == 0
 
 
-def _is_recovery_point(config: TrainConfig, update: int, in_update: int) -> bool:
-    whole = in_update == config.grad_accum_steps - 1
-    return bool(config.recovery_interval) and whole and (update + 1) % config.recovery_interval == 0
+def _stopped(config: TrainConfig, told: StopRequest, updates: int) -> StoppedError:
+    number = told.signal or signal.SIGTERM  # another rank was told
+    return StoppedError(
+        f"stopped by {number.name} after update {updates}, which is saved: continue with --resume --output {config.output}",
+        number,
+    )

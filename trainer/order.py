@@ -1,9 +1,12 @@
-"""Epoch order: which views make up a step, as a pure function of (seed, epoch, step).
+"""Epoch order: which views make up a step, as a pure function of (seed, epoch, step). A step is one update of the weights.
 
 The unit of shuffling is the pair, because partners must meet in one batch. With repeated augmentation R, a unit brings
 R views of its two images: one decode, R views. R epochs then share one shuffle, each taking its own part of the units
 and all taking the same R views, so that over these epochs every view of every image is used exactly once. (DeiT's
 sampler draws anew each epoch: some views would be used twice and some never, and each of them was paid for.)
+
+The number of ranks only says how the units of a step are cut into shares. Within a step they are sorted by source
+shard, so that the share of a rank comes from few shards: of a window of 64, each of eight ranks reads nine.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.draws import stream_of
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
+from trainer.config import ViewPolicy
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,13 @@ class Order:
     Attributes:
         shard_units: units (pairs, or single samples) of each source shard.
         unit_size: samples of a unit, 2 where views are mixed.
-        batch_size: views in a batch, at most.
-        repeated_aug: R, views of an image in one batch.
-        views: view numbers to use, in turn; None numbers them without end.
+        batch_size: views of one step, over all ranks and forward passes, at most.
+        repeated_aug: R, views of an image in one step.
+        views: view numbers to use; None numbers them without end.
         window: source shards that are shuffled together.
         seed: of the shuffles.
-        grad_accum_steps: batches of one update; an epoch holds whole updates.
+        view_policy: `cycle` takes the views in turn, and again from the first; `random` in another drawn order for each
+            time through; `once` is `cycle`, and whoever makes the order sees to it that they suffice.
     """
 
     shard_units: tuple[int, ...]
@@ -39,7 +44,7 @@ class Order:
     views: range | None
     window: int
     seed: int
-    grad_accum_steps: int = 1
+    view_policy: ViewPolicy = "cycle"
 
     def __post_init__(self) -> None:
         if self.views is not None and len(self.views) % self.repeated_aug:
@@ -54,24 +59,25 @@ class Order:
             )
         if not sum(self.shard_units):
             raise UsageError("the source has no usable image")
-        if self.steps_per_epoch < 1:
-            raise UsageError(
-                f"--grad-accum-steps {self.grad_accum_steps} is more than the batches of an epoch: pass fewer"
-            )
 
     @property
     def units_per_step(self) -> int:
-        """Units in one batch."""
+        """Units in one step."""
         return self.batch_size // (self.unit_size * self.repeated_aug)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch. What is left of a batch or update is left out, as timm does; too few make one batch."""
-        steps = max(1, sum(self.shard_units) // self.repeated_aug // self.units_per_step)
-        return steps - steps % self.grad_accum_steps
+        """Steps of an epoch. What is left for less than a step is left out, as timm does; too few make one step."""
+        return max(1, sum(self.shard_units) // self.repeated_aug // self.units_per_step)
+
+    @property
+    def views_per_step(self) -> int:
+        """Views of a full step in which every unit has all its samples: what the loss of a step is divided by."""
+        units = min(self.units_per_step, -(-sum(self.shard_units) // self.repeated_aug))
+        return units * self.unit_size * self.repeated_aug
 
     def position(self, index: int) -> tuple[int, int]:
-        """Return (epoch, step) of the index-th batch of the run."""
+        """Return (epoch, step) of the index-th step of the run."""
         return divmod(index, self.steps_per_epoch)
 
     def views_of_epoch(self, epoch: int) -> range:
@@ -80,17 +86,45 @@ class Order:
         group = epoch // r
         if self.views is None:
             return range(group * r, group * r + r)
-        start = self.views.start + group % (len(self.views) // r) * r
+        turn, group = divmod(group, len(self.views) // r)
+        if self.view_policy == "random":
+            group = int(_view_groups(self.seed, turn, len(self.views) // r)[group])
+        start = self.views.start + group * r
         return range(start, start + r)
 
     def step_units(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """Return the units of one batch, int64 [U, 2]: source shard, unit in it."""
-        units = _epoch_units(self, epoch)
-        return units[step * self.units_per_step : (step + 1) * self.units_per_step]
+        """Return the units of one step, int64 [U, 2]: source shard, unit in it; those of a shard stand together."""
+        units = _epoch_units(self, epoch)[step * self.units_per_step : (step + 1) * self.units_per_step]
+        return units[np.argsort(_shard_places(self, epoch)[units[:, 0]], kind="stable")]
 
     def repeats_after(self) -> int | None:
         """Return the first epoch that uses views for a second time; None where they have no end."""
         return None if self.views is None else len(self.views)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every step is ours: of `size` ranks that each make `passes` forward passes for one update.
+
+    Attributes:
+        rank: 0 <= rank < size.
+        size: ranks.
+        passes: forward passes of a rank for one update, one after the other.
+    """
+
+    rank: int = 0
+    size: int = 1
+    passes: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Forward passes that make one update, over all ranks."""
+        return self.size * self.passes
+
+    def cut(self, units: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+        """Return the units of our `number`-th forward pass. The parts of a step differ by one unit at most."""
+        part = self.rank * self.passes + number
+        return units[len(units) * part // self.parts : len(units) * (part + 1) // self.parts]
 
 
 def default_repeats(recipe: Recipe, views: range | None) -> int:
@@ -121,7 +155,7 @@ def count_units(recipe: Recipe, usable: NDArray[np.int64]) -> int:
 def _epoch_units(order: Order, epoch: int) -> NDArray[np.int64]:
     """Shuffle the shards, then the units within each window of shards, and take this epoch's part."""
     group, part = divmod(epoch, order.repeated_aug)
-    shards = stream_of("order", str(order.seed), str(group), "shards").permutation(len(order.shard_units))
+    shards = _shuffled_shards(order, group)
     windows = []
     for number, start in enumerate(range(0, len(shards), order.window)):
         members = shards[start : start + order.window].tolist()
@@ -129,6 +163,24 @@ def _epoch_units(order: Order, epoch: int) -> NDArray[np.int64]:
         shuffle = stream_of("order", str(order.seed), str(group), f"window {number}").permutation(len(units))
         windows.append(units[shuffle])
     return np.concatenate(windows)[part :: order.repeated_aug]
+
+
+@lru_cache(maxsize=2)
+def _shard_places(order: Order, epoch: int) -> NDArray[np.int64]:
+    """Return where each shard stands in the shuffle of an epoch, so that neighbours are of one window."""
+    shards = _shuffled_shards(order, epoch // order.repeated_aug)
+    places = np.empty(len(shards), np.int64)
+    places[shards] = np.arange(len(shards))
+    return places
+
+
+def _shuffled_shards(order: Order, group: int) -> NDArray[np.int64]:
+    return stream_of("order", str(order.seed), str(group), "shards").permutation(len(order.shard_units))
+
+
+@lru_cache(maxsize=2)
+def _view_groups(seed: int, turn: int, groups: int) -> NDArray[np.int64]:
+    return stream_of("order", str(seed), str(turn), "views").permutation(groups)
 
 
 def _units_of(shard: int, count: int) -> NDArray[np.int64]:

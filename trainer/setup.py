@@ -18,7 +18,7 @@ from pipeline.storage import pretty_json, replace_file
 from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig
 from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
-from trainer.order import Order, check_repeats, count_units, default_repeats
+from trainer.order import Order, Share, check_repeats, count_units, default_repeats
 from trainer.stream import Catalogue
 from trainer.student import Student, create_student
 
@@ -26,7 +26,7 @@ log = logging.getLogger("deit_cli.train")
 
 STATE_NAME = "state.safetensors"
 CONFIG_NAME = "config.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class State:
     student: Student
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
-    next_index: int = 0
+    next_update: int = 0
     best_top1: float = -1.0
 
 
@@ -74,26 +74,43 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     return Data(source, label_set, label_set.recipe, label_set.num_classes, label_set.class_names)
 
 
-def make_order(config: TrainConfig, data: Data) -> Order:
-    """Return the order of all batches of the run."""
+def check_output(config: TrainConfig) -> None:
+    """Raise UsageError if --output holds a run that nobody asked to continue."""
+    if (config.output / STATE_NAME).is_file() and config.resume == "never":
+        raise UsageError(f"{config.output} already holds a run: continue it with --resume, or choose another --output")
+
+
+def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order:
+    """Return the order of all updates of the run, which all ranks share."""
     catalogue = Catalogue(data.source, data.label_set)
     views = data.label_set.views if data.label_set else None
     repeats = config.repeated_aug or default_repeats(data.recipe, views)
     check_repeats(data.recipe, repeats, views)
-    return Order(
+    if config.view_policy == "once" and views is not None and config.epochs > len(views):
+        raise UsageError(
+            f"--view-policy once takes at most one epoch for each view: the label set has {len(views)}, --epochs is"
+            f" {config.epochs}. Label more with deit-cli precompute --views, or pass --view-policy cycle"
+        )
+    order = Order(
         shard_units=tuple(count_units(data.recipe, catalogue.table(i).usable) for i in range(len(catalogue.names))),
         unit_size=2 if data.recipe.mixes else 1,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size * share.parts,
         repeated_aug=repeats,
         views=views,
         window=config.shuffle_window,
         seed=config.seed,
-        grad_accum_steps=config.grad_accum_steps,
+        view_policy=config.view_policy,
     )
+    if order.views_per_step < share.parts * order.unit_size * repeats:
+        raise UsageError(
+            f"an update of {order.views_per_step} views cannot be cut into {share.parts} forward passes ({share.size} ranks,"
+            f" --grad-accum-steps {share.passes}) of at least {order.unit_size * repeats} views: pass fewer"
+        )
+    return order
 
 
-def build_state(config: TrainConfig, data: Data, device: torch.device) -> State:
-    """Build student, optimizer and EMA from the configuration and its seed."""
+def build_state(config: TrainConfig, data: Data, order: Order, device: torch.device) -> State:
+    """Build student, optimizer and EMA from the configuration and its seed, the same on every rank."""
     torch.manual_seed(config.seed)
     student = create_student(
         config.model,
@@ -115,18 +132,19 @@ def build_state(config: TrainConfig, data: Data, device: torch.device) -> State:
     if config.crop_pct is not None:
         student.model.pretrained_cfg["crop_pct"] = config.crop_pct
     optimizer = create_optimizer(
-        student, lr=top_rate(config), weight_decay=config.weight_decay, fused=device.type == "cuda"
+        student, lr=top_rate(config, order), weight_decay=config.weight_decay, fused=device.type in ("cuda", "cpu")
     )
     ema = create_ema(student, config.model_ema_decay, config.model_ema_warmup) if config.model_ema else None
     student.train()
     return State(student, optimizer, ema)
 
 
-def run_identity(config: TrainConfig, data: Data) -> dict[str, Any]:
-    """Return what a continuation must agree with."""
+def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any]:
+    """Return what a continuation must agree with, on however many ranks it runs."""
     return {
         "version": STATE_VERSION,
         "config": config.identity(),
+        "views_per_update": order.batch_size,
         "recipe_id": data.recipe.id,
         "labelset_id": data.label_set.plan.labelset_id if data.label_set else None,
         "views": [data.label_set.views.start, data.label_set.views.stop] if data.label_set else None,
@@ -135,21 +153,25 @@ def run_identity(config: TrainConfig, data: Data) -> dict[str, Any]:
 
 
 def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
-    """Bring the state to where the run in --output stopped; refuse a run of other settings, or one not asked for."""
+    """Bring the state to where the run in --output stopped; refuse a run of other settings."""
     path = config.output / STATE_NAME
     if not path.is_file():
         return
-    if not config.resume:
-        raise UsageError(f"{config.output} already holds a run: continue it with --resume, or choose another --output")
     tensors, saved = load_state(path)
     found = {name: saved.get(name) for name in meta}
+    views, mine = found["views_per_update"], meta["views_per_update"]
+    if found | {"views_per_update": mine} == meta and views != mine:
+        raise CheckpointError(
+            f"{path} belongs to a run with {views} views an update, this one has {mine} (--batch-size x"
+            " --grad-accum-steps x ranks): change these so that their product is the same"
+        )
     if found != meta:
         raise CheckpointError(
             f"{path} belongs to a run with other settings{first_difference(found, meta)}. Use those, or another --output"
         )
     unpack_training(tensors, state.student, state.optimizer, state.ema)
-    state.next_index, state.best_top1 = saved["next_index"], saved["best_top1"]
-    log.info("continuing at batch %d", state.next_index)
+    state.next_update, state.best_top1 = saved["next_update"], saved["best_top1"]
+    log.info("continuing at update %d", state.next_update)
 
 
 def save_config(config: TrainConfig, data: Data) -> None:
@@ -163,7 +185,7 @@ def save_config(config: TrainConfig, data: Data) -> None:
     replace_file(config.output / CONFIG_NAME, lambda file: write_json(file, resolved))
 
 
-def announce(config: TrainConfig, data: Data, order: Order, state: State) -> None:
+def announce(config: TrainConfig, data: Data, order: Order, state: State, share: Share) -> None:
     """Say what is about to happen, and what in it a user may not expect."""
     parameters = sum(p.numel() for p in state.student.parameters())
     log.info(
@@ -174,11 +196,12 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State) -> Non
         data.num_classes,
     )
     log.info(
-        "%d epochs of %d batches, %d views each, lr %.3g%s",
+        "%d epochs of %d updates, %d views each%s, lr %.3g%s",
         config.epochs,
         order.steps_per_epoch,
-        order.units_per_step * order.unit_size * order.repeated_aug,
-        top_rate(config),
+        order.views_per_step,
+        f" in {share.parts} parts ({share.size} ranks, {share.passes} passes)" if share.parts > 1 else "",
+        top_rate(config, order),
         f", {order.repeated_aug} views of an image together" if order.repeated_aug > 1 else "",
     )
     repeats = order.repeats_after()
@@ -190,10 +213,9 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State) -> Non
         log.warning("%s has a distillation head, which class labels alone leave untrained", config.model)
 
 
-def top_rate(config: TrainConfig) -> float:
+def top_rate(config: TrainConfig, order: Order) -> float:
     """Return the learning rate at the top of the cosine."""
-    scaled = linear_scaled_lr(config.lr_base, config.batch_size * config.grad_accum_steps)
-    return scaled if config.lr is None else config.lr
+    return linear_scaled_lr(config.lr_base, order.batch_size) if config.lr is None else config.lr
 
 
 def write_json(file: Any, value: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """Label set and source to batches: replayed views with the labels that the teacher gave them.
 
-A worker renders whole batches. Batch i of a run is a pure function of i, so a resumed run asks for the batches that
-are left and repeats nothing.
+A loader process renders whole batches. Batch i of a rank is a pure function of i, so a resumed run asks for the batches
+that are left and repeats nothing.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,22 +18,23 @@ from pipeline.decode import decode
 from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
 from pipeline.labels import LabelRows, SampleRows
 from pipeline.labelset import LabelSet
+from pipeline.loading import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
 from pipeline.sources import Source, SourceShard
 from pipeline.views import draw_view, render, render_encoded, render_views
-from trainer.order import Order
+from trainer.order import Order, Share
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Views of one step, before mixing, with everything known of them.
+    """Views of one forward pass, before mixing, with everything known of them.
 
     Attributes:
-        index: of the batch in the run.
+        index: of the forward pass among those of this rank in the run; with it the stream can go on from anywhere.
         views: view numbers in it.
         keys: sample keys, B of them.
         images: uint8 [B, H, W, 3].
@@ -57,6 +58,32 @@ class Batch:
     topk_index: Tensor
     topk_prob: Tensor
     tail_mass: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the same batch on a device; copies from page-locked memory run on the current stream."""
+        if device.type == "cpu":
+            return self
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
+        return replace(self, mix=self.mix.to(device), **moved)
+
+    def record_stream(self, stream: "torch.cuda.Stream") -> None:
+        """Tell the allocator that this stream will use the batch, which another one has made."""
+        for tensor in (*(getattr(self, name) for name in _TENSORS), self.mix.partner, self.mix.lam, self.mix.box):
+            tensor.record_stream(stream)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle tensors as arrays: torch would open a file of shared memory for each of them."""
+        plain = {name: getattr(self, name).numpy() for name in _TENSORS}
+        mix = (self.mix.partner.numpy(), self.mix.lam.numpy(), self.mix.box.numpy())
+        return _restored, (self.index, self.views, self.keys, mix, plain)
+
+
+_TENSORS = ("images", "class_label", "labelled", "hard", "topk_index", "topk_prob", "tail_mass")
+
+
+def _restored(index: int, views: range, keys: tuple[str, ...], mix: tuple[Any, ...], plain: dict[str, Any]) -> Batch:
+    tensors = {name: torch.from_numpy(array) for name, array in plain.items()}
+    return Batch(index=index, views=views, keys=keys, mix=MixBatch(*map(torch.from_numpy, mix)), **tensors)
 
 
 @dataclass(frozen=True)
@@ -88,60 +115,177 @@ class Catalogue:
 
 
 class BatchRenderer:
-    """`renderer(i)` is batch i of the run, or the error that stopped it: it is called in worker processes."""
+    """`renderer(i)` is this rank's i-th forward pass of the run, or the error that stops it: called in loader processes."""
 
-    def __init__(self, catalogue: Catalogue, recipe: Recipe, order: Order) -> None:
-        self._catalogue, self._recipe, self._order = catalogue, recipe, order
-        shards = 4 * order.window  # a window and its neighbours, with room
+    def __init__(self, catalogue: Catalogue, recipe: Recipe, order: Order, share: Share = Share()) -> None:
+        self._catalogue, self._recipe, self._order, self._share = catalogue, recipe, order, share
+        self.img_size = recipe.img_size
+        self.whereabouts: Whereabouts | None = None
+        # Shards of a window and its neighbours, with room; a rank meets its share of them.
+        shards = 4 * -(-order.window // share.size)
         self._tables = _Recent[ShardTable](shards)
         self._pairs = _Recent[NDArray[np.int64]](shards)
         self._labels = _Recent[LabelRows](shards * order.repeated_aug)
 
-    def __call__(self, index: int) -> Batch | Exception:
-        """Render a batch. Errors are returned, so that they cross processes whole."""
+    @property
+    def most(self) -> int:
+        """Views of a batch, at most."""
+        units = -(-self._order.units_per_step // self._share.parts)
+        return units * self._order.unit_size * self._order.repeated_aug
+
+    def __call__(self, index: int, out: Tensor | None = None) -> Batch | Exception:
+        """Render a batch, into `out` (uint8 [at least B, H, W, 3]) if it is given.
+
+        Errors are returned, so that they cross processes whole.
+        """
         try:
-            return self._render(index)
+            return self._render(index, out)
         except DeitCliError as error:
             return error
 
-    def _render(self, index: int) -> Batch:
-        epoch, step = self._order.position(index)
+    def _render(self, index: int, out: Tensor | None) -> Batch:
+        update, number = divmod(index, self._share.passes)
+        epoch, step = self._order.position(update)
         views = self._order.views_of_epoch(epoch)
-        parts = _Parts()
-        for shard, unit in self._order.step_units(epoch, step).tolist():
-            self._add_unit(parts, shard, unit, views)
-        return parts.to_batch(index, views)
+        units = self._share.cut(self._order.step_units(epoch, step), number)
+        parts = [self._part(shard, chosen, views) for shard, chosen in _by_shard(units)]
+        count = sum(len(part.keys) for part in parts)
+        size = self._recipe.img_size
+        images = torch.empty(count, size, size, 3, dtype=torch.uint8) if out is None else out[:count]
+        pixels, start = images.numpy(), 0
+        for part in parts:
+            self._render_images(part, views, pixels[start : start + len(part.keys)])
+            start += len(part.keys)
+        return _joined(index, views, images, parts)
 
-    def _add_unit(self, parts: "_Parts", shard: int, unit: int, views: range) -> None:
-        """Add the views of one pair (or single sample): each image is decoded once."""
+    def _part(self, shard: int, units: NDArray[np.int64], views: range) -> "_Part":
+        """Find rows, mixes and labels of the units that come from one source shard; nothing is decoded yet."""
         table = self._tables.get(shard, lambda: self._catalogue.table(shard))
         group = views.start // self._recipe.views_per_pairing
         pairs = self._pairs.get(
             (shard, group), lambda: shard_pairs(self._recipe, table.keys, table.usable, views.start)
+        )[units]
+        # A batch holds unit after unit, each view after view, in each the two partners: [U, V, 2], singles taken out.
+        rows = np.broadcast_to(pairs[:, None], (len(pairs), len(views), 2))
+        there = rows >= 0
+        places = np.where(there, np.cumsum(there).reshape(there.shape) - 1, -1)
+        flat = rows[there]
+        mixes = [
+            draw_mix(self._recipe, table.keys[first], view) if second >= 0 else Mix()
+            for first, second in pairs.tolist()
+            for view in views
+        ]
+        return _Part(
+            shard=shard,
+            table=table,
+            pairs=pairs,
+            places=places,
+            keys=tuple(map(table.keys.__getitem__, flat.tolist())),
+            class_label=table.class_label[flat],
+            labelled=table.labelled[flat],
+            mix=mix_batch(places.reshape(-1, 2).tolist(), mixes, len(flat)),
+            labels=self._labels_of(shard, table, rows, there, views),
         )
-        rows = [row for row in pairs[unit].tolist() if row >= 0]
-        rendered = [self._rendered(shard, row, table, views) for row in rows]
-        for number, view in enumerate(views):
-            mix = draw_mix(self._recipe, table.keys[rows[0]], view) if len(rows) == 2 else Mix()
-            parts.pairs.append((len(parts.keys), len(parts.keys) + 1 if len(rows) == 2 else -1))
-            parts.mixes.append(mix)
-            for row, pixels in zip(rows, rendered, strict=True):
-                parts.add(table, row, pixels[number], self._label(shard, view, row, table))
+
+    def _labels_of(
+        self, shard: int, table: ShardTable, rows: NDArray[np.int64], there: NDArray[np.bool_], views: range
+    ) -> tuple[NDArray[Any], ...]:
+        """Return hard, topk_index, topk_prob and tail_mass of the views that are there, in their order."""
+        label_set = self._catalogue.label_set
+        if label_set is None:
+            return ()
+        name = self._catalogue.names[shard]
+        found: list[LabelRows] = [
+            self._labels.get((shard, view), lambda view=view: _read_labels(label_set, name, view, table.usable))
+            for view in views
+        ]
+        at = np.searchsorted(table.usable, np.where(there, rows, table.usable[0]))
+
+        def column(of: Callable[[LabelRows], NDArray[Any]]) -> NDArray[Any]:
+            return np.stack([of(labels)[at[:, number]] for number, labels in enumerate(found)], axis=1)[there]
+
+        hard, index, prob = (column(of) for of in (lambda x: x.hard, lambda x: x.topk_index, lambda x: x.topk_prob))
+        tail = column(lambda x: x.tail_mass) if len(found[0].tail_mass) else np.zeros(len(hard))
+        return hard.astype(np.int64), index.astype(np.int64), prob.astype(np.float32), tail.astype(np.float32)
+
+    def _render_images(self, part: "_Part", views: range, pixels: NDArray[np.uint8]) -> None:
+        """Decode each image once, and put its views where they belong."""
+        for pair, places in zip(part.pairs.tolist(), part.places, strict=True):
+            for row, at in zip(pair, places.T, strict=True):
+                if row >= 0:
+                    pixels[at] = self._rendered(part.shard, row, part.table, views)
 
     def _rendered(self, shard: int, row: int, table: ShardTable, views: range) -> NDArray[np.uint8]:
+        if self.whereabouts:
+            self.whereabouts.note(f"image {table.keys[row]!r} of {self._catalogue.names[shard]}")
         sample = self._catalogue.source.shards[shard][row]
         if table.samples is None:  # nobody has decoded this image before: all of it must be sound
             return render_views(decode(sample.image, key=sample.key), self._recipe, sample.key, views)
         check_image(sample, table.samples, row, shard=self._catalogue.names[shard])
         return render_encoded(sample.image, self._recipe, sample.key, views)
 
-    def _label(self, shard: int, view: int, row: int, table: ShardTable) -> tuple[LabelRows, int] | None:
-        label_set = self._catalogue.label_set
-        if label_set is None:
-            return None
-        name = self._catalogue.names[shard]
-        labels = self._labels.get((shard, view), lambda: _read_labels(label_set, name, view, table.usable))
-        return labels, int(np.searchsorted(table.usable, row))
+
+def stream_batches(
+    renderer: BatchRenderer, indices: range, *, workers: int, held: int = 1, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Render batches in loader processes and yield them in order.
+
+    Their images lie in shared memory that is used over and over (see `pipeline.loading.Slots`): those of a batch are
+    another one's when, after it, more than `held` further batches have been asked for.
+
+    Args:
+        renderer: of the batches.
+        indices: which of them.
+        workers: loader processes; 0: in this one.
+        held: batches that the caller may hold while it asks for another one.
+        pin_memory: whether the shared memory is to be page-locked, so that copies to a GPU run beside its work.
+
+    Raises:
+        DeitCliError: what stopped a batch, after the batches before it.
+    """
+    slots = Slots((renderer.most, renderer.img_size, renderer.img_size, 3), workers=workers, held=held)
+    if pin_memory:
+        slots.pin()
+    renderer.whereabouts = Whereabouts(workers)
+    loader = start_loader(Mapped(_IntoSlots(renderer, slots)), workers=workers, sampler=slots.number(indices))
+    for slot, batch in checked(loader, renderer.whereabouts):
+        yield replace(batch, images=slots.pixels[slot, : len(batch.keys)])
+
+
+class _IntoSlots:
+    """Renders into the slot that comes with an index; the images stay there, and only the rest crosses processes."""
+
+    def __init__(self, renderer: BatchRenderer, slots: Slots) -> None:
+        self._renderer, self._slots = renderer, slots
+
+    def __call__(self, numbered: tuple[int, int]) -> tuple[int, Batch] | Exception:
+        slot, index = numbered
+        batch = self._renderer(index, self._slots.pixels[slot])
+        return batch if isinstance(batch, Exception) else (slot, replace(batch, images=torch.empty(0)))
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on a device; on CUDA the next one is copied while the one before is computed with.
+
+    The copies are done before the next batch is asked for, so that what they were copied from may be used again: one
+    batch is held.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    copies, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    waiting: Batch | None = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            moved = batch.to(device)
+        if waiting is not None:
+            yield waiting
+        copies.synchronize()
+        moved.record_stream(computing)
+        waiting = moved
+    if waiting is not None:
+        yield waiting
 
 
 class CentreBatches:
@@ -180,48 +324,62 @@ def _read_labels(label_set: LabelSet, name: str, view: int, usable: NDArray[np.i
     return labels
 
 
-class _Parts:
-    """A batch on its way."""
+@dataclass(frozen=True)
+class _Part:
+    """What one source shard gives to a batch of B views: U units, V views of each.
 
-    def __init__(self) -> None:
-        self.pairs: list[tuple[int, int]] = []
-        self.mixes: list[Mix] = []
-        self.keys: list[str] = []
-        self._images: list[NDArray[np.uint8]] = []
-        self._class_label: list[int] = []
-        self._labelled: list[bool] = []
-        self._labels: list[tuple[LabelRows, int]] = []
+    Attributes:
+        pairs: int64 [U, 2], rows of the partners; second -1 for a sample without one.
+        places: int64 [U, V, 2], where each view stands in this part; -1 where there is none.
+        labels: hard, topk_index, topk_prob and tail_mass of the B views; empty without a label set.
+    """
 
-    def add(self, table: ShardTable, row: int, pixels: NDArray[np.uint8], label: tuple[LabelRows, int] | None) -> None:
-        self.keys.append(table.keys[row])
-        self._images.append(pixels)
-        self._class_label.append(int(table.class_label[row]))
-        self._labelled.append(bool(table.labelled[row]))
-        if label is not None:
-            self._labels.append(label)
+    shard: int
+    table: ShardTable
+    pairs: NDArray[np.int64]
+    places: NDArray[np.int64]
+    keys: tuple[str, ...]
+    class_label: NDArray[np.int64]
+    labelled: NDArray[np.bool_]
+    mix: MixBatch
+    labels: tuple[NDArray[Any], ...]
 
-    def to_batch(self, index: int, views: range) -> Batch:
-        hard = np.array([rows.hard[at] for rows, at in self._labels], np.int64)
-        topk_index = [rows.topk_index[at] for rows, at in self._labels]
-        topk_prob = [rows.topk_prob[at] for rows, at in self._labels]
-        tail = [rows.tail_mass[at] if len(rows.tail_mass) else 0.0 for rows, at in self._labels]
-        return Batch(
-            index=index,
-            views=views,
-            keys=tuple(self.keys),
-            images=torch.from_numpy(np.stack(self._images)),
-            mix=mix_batch(self.pairs, self.mixes, len(self.keys)),
-            class_label=torch.tensor(self._class_label),
-            labelled=torch.tensor(self._labelled),
-            hard=torch.from_numpy(hard),
-            topk_index=torch.from_numpy(np.array(topk_index, np.int64).reshape(len(hard), -1))
-            if len(hard)
-            else torch.empty(0, 0, dtype=torch.int64),
-            topk_prob=torch.from_numpy(np.array(topk_prob, np.float32).reshape(len(hard), -1))
-            if len(hard)
-            else torch.empty(0, 0),
-            tail_mass=torch.from_numpy(np.array(tail, np.float32)),
-        )
+
+_NO_LABELS = (np.empty(0, np.int64), np.empty((0, 0), np.int64), np.empty((0, 0), np.float32), np.empty(0, np.float32))
+
+
+def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Batch:
+    """Lay the parts of a batch one behind the other."""
+
+    def joined(columns: Iterable[NDArray[Any]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(columns)))
+
+    starts = np.cumsum([0, *(len(part.keys) for part in parts)]).tolist()
+    labels = zip(*(part.labels or _NO_LABELS for part in parts), strict=True)
+    hard, topk_index, topk_prob, tail_mass = (joined(column) for column in labels)
+    return Batch(
+        index=index,
+        views=views,
+        keys=tuple(key for part in parts for key in part.keys),
+        images=images,
+        mix=MixBatch(
+            torch.cat([part.mix.partner + start for part, start in zip(parts, starts, strict=False)]),
+            torch.cat([part.mix.lam for part in parts]),
+            torch.cat([part.mix.box for part in parts]),
+        ),
+        class_label=joined(part.class_label for part in parts),
+        labelled=joined(part.labelled for part in parts),
+        hard=hard,
+        topk_index=topk_index,
+        topk_prob=topk_prob,
+        tail_mass=tail_mass,
+    )
+
+
+def _by_shard(units: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each source shard with its units; those of a shard stand together."""
+    for group in np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1):
+        yield int(group[0, 0]), group[:, 1]
 
 
 def _table(

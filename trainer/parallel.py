@@ -1,0 +1,200 @@
+"""Training on several ranks: who they are, what they do together, and how they agree to stop."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.devices import resolve_device
+from pipeline.errors import UsageError, WorkerError
+from pipeline.loading import plan_workers
+from pipeline.ranks import plan_cores, plan_devices, rank_from
+from trainer.student import Heads, Student
+
+# How long a rank waits for the others. Evaluation, compilation and a slow file system may keep one of them; torch's own
+# ten minutes were too few for a first step that is compiled.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, and what this one runs on.
+
+    Attributes:
+        rank: 0 <= rank < size; rank 0 writes the run's files.
+        size: ranks.
+        device: of this rank.
+        workers: loader processes of this rank.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    workers: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes files and log lines."""
+        return self.rank == 0
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Return the sum over all ranks of an int64 tensor on the CPU."""
+        if self.size == 1:
+            return counts
+        summed = counts.to(self.device)
+        dist.all_reduce(summed)
+        return summed.cpu()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all ranks of float values on this rank's device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def check_same(self, value: Any, what: str) -> None:
+        """Raise UsageError on every rank unless all of them have the same value."""
+        if self.size == 1:
+            return
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        if other := next((rank for rank, each in enumerate(values) if each != values[0]), None):
+            raise UsageError(f"all ranks must have the same {what}: rank 0 has {values[0]!r}, rank {other} {values[other]!r}")
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every rank rank 0's buffers, such as the statistics of batch norm."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+@contextlib.contextmanager
+def joined_world(device: str, workers: int | None, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
+    """Join the other ranks that torchrun or srun started, if there are any, and leave them at the end.
+
+    Args:
+        device: what was asked; `auto` is the GPU of this rank, or the CPU.
+        workers: loader processes that were asked for each rank; None: from the cores of the rank.
+        environment: where launchers say who this process is.
+
+    Raises:
+        UsageError: the launcher's variables contradict each other.
+    """
+    rank = rank_from(environment, arrays=False)
+    where = resolve_device(plan_devices(device, None, rank)[0])
+    if rank.world_size == 1:
+        yield World(0, 1, where, plan_workers(workers, where))
+        return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]:
+        raise UsageError(
+            f"{rank.world_size} ranks were started, and {' and '.join(missing)} do not say where they meet: use torchrun,"
+            " or export both before srun"
+        )
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT)
+    try:
+        cores = plan_cores([str(where)], rank)
+        yield World(rank.rank, rank.world_size, where, plan_workers(workers, where, cores))
+    finally:
+        dist.destroy_process_group()
+
+
+class OnRank(nn.Module):
+    """What a forward pass of this rank calls: the student, compiled and wrapped for its ranks as asked.
+
+    Gradients are averaged over the ranks in the backward pass, but for the ones within `accumulating`.
+    """
+
+    def __init__(self, student: Student, world: World, *, compiled: bool, unused: bool) -> None:
+        """Wrap a student.
+
+        Args:
+            student: on the world's device.
+            world: its ranks.
+            compiled: whether torch.compile makes kernels of it.
+            unused: whether some parameters get no gradient.
+        """
+        super().__init__()
+        answering = _Answers(student)
+        self._call: Any = torch.compile(answering) if compiled else answering
+        if world.size > 1:
+            # Looking for unused parameters keeps the order in which gradients are summed: DDP would else change it
+            # after the first step, and a resumed run would differ in the last bits from one that went on. On a GPU the
+            # bits are not promised, and the search would cost time.
+            search = unused or world.device.type == "cpu"
+            devices = [world.device] if world.device.type == "cuda" else None
+            self._call = DistributedDataParallel(self._call, device_ids=devices, find_unused_parameters=search)
+
+    def forward(self, images: Tensor) -> Heads:
+        """Answer for normalised images, float [B, 3, H, W]."""
+        return Heads(*self._call(images))
+
+    def accumulating(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which backward passes add up gradients on this rank alone."""
+        return self._call.no_sync() if isinstance(self._call, DistributedDataParallel) else contextlib.nullcontext()
+
+
+class _Answers(nn.Module):
+    """The student's two answers as a tuple, which DDP and torch.compile can look into."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        heads = self.student(images)
+        return heads.class_logits, heads.distill_logits
+
+
+class Consensus:
+    """Lets ranks stop after the same update, though a signal reaches them one by one.
+
+    Every update each rank says whether it was told to stop, and reads what all said the update before: by then the
+    answer has come, so nobody waits for it.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        # Over the CPUs, so that no queue of a GPU has to run empty for it.
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def stops(self, told: bool) -> bool:
+        """Say whether this rank was told to stop; return whether all ranks stop now."""
+        if self._world.size == 1:
+            return told
+        answer = False
+        if self._asked is not None:
+            said, work = self._asked
+            work.wait()
+            answer = bool(said)
+        said = torch.tensor([int(told)])
+        self._asked = (said, dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        return answer
+
+
+@contextlib.contextmanager
+def lost_ranks_named(world: World) -> Iterator[None]:
+    """Turn what the communication library says when another rank is gone into one line."""
+    try:
+        yield
+    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if world.size == 1 or not any(mark in text for mark in _LOST):
+            raise
+        raise WorkerError(
+            f"rank {world.rank} of {world.size} has lost another rank ({text[:160]}). Start all ranks again with"
+            " --resume auto: the run goes on from its last checkpoint"
+        ) from error
+
+
+_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
