@@ -1,8 +1,12 @@
 """Stage 2: the loop, its checkpoints and its refusals."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,15 @@ import timm
 import torch
 from builders import CLASSES, files_of, make_labels, small_recipe, write_tars
 
-from pipeline.errors import CheckpointError, LabelSetIncomplete, LabelSetMismatch, TrainingError, UsageError
+from pipeline.errors import (
+    CheckpointError,
+    LabelSetIncomplete,
+    LabelSetMismatch,
+    StoppedError,
+    StorageError,
+    TrainingError,
+    UsageError,
+)
 from pipeline.labelset import LabelSet
 from pipeline.storage import pretty_json
 from trainer.checkpoint import load_state
@@ -47,6 +59,24 @@ def config(label_set: LabelSet | None, output: Path, **changes) -> TrainConfig:
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     return load_state(run / "state.safetensors")[0]
+
+
+@contextmanager
+def stopped_after(updates: int) -> Iterator[None]:
+    """Send this process SIGTERM in the update with that number, counted from one."""
+    import trainer.loop as loop
+
+    real, calls = loop._step, []
+
+    def signals(*args):
+        calls.append(1)
+        if len(calls) == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_step", signals)
+        yield
 
 
 def assert_same_state(one: Path, other: Path) -> None:
@@ -244,11 +274,77 @@ def test_an_unsealed_set_is_refused(data, tmp_path):
         train(config(label_set, tmp_path / "run"))
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_its_samples(label_set, tmp_path):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_loss_that_is_no_number_stops_the_run_and_saves_its_views(label_set, tmp_path, passes):
+    wild = {"lr": 1e3, "epochs": 50, "warmup_epochs": 0, "min_lr": 1e3, "smoothing": 0.0, "batch_size": 12 // passes}
     with pytest.raises(TrainingError, match=r"the loss of update \d+ is (nan|inf)"):
-        train(config(label_set, tmp_path / "run", lr=1e3, epochs=50, warmup_epochs=0, min_lr=1e3, smoothing=0.0))
-    record = json.loads((tmp_path / "run/nonfinite.json").read_text())
-    assert len(record["keys"]) == 12
+        train(config(label_set, tmp_path / "run", grad_accum_steps=passes, **wild))
+    record = json.loads((tmp_path / "run/nonfinite-rank0.json").read_text())
+    assert [len(batch["keys"]) for batch in record["batches"]] == [12 // passes] * passes
+    tensors, meta = load_state(tmp_path / "run/nonfinite-rank0.safetensors")
+    assert meta == record
+    assert tensors["0.images"].shape == (12 // passes, 16, 16, 3)
+    assert tensors["0.hard"].shape == (12 // passes,)
+
+
+def test_a_state_that_is_no_number_never_replaces_a_sound_one(label_set, tmp_path, monkeypatch):
+    import trainer.loop as loop
+
+    real, calls = loop._step, []
+
+    def spoils(*args):
+        calls.append(1)
+        if len(calls) == 4:  # after a finite loss: the next would show it, but a checkpoint comes first
+            next(args[1].student.parameters()).grad.fill_(float("nan"))
+        return real(*args)
+
+    monkeypatch.setattr(loop, "_step", spoils)
+    with pytest.raises(TrainingError, match=r"is no longer finite|the loss of update 4 is nan"):
+        train(config(label_set, tmp_path / "run", recovery_interval=1, repeated_aug=1))
+    assert load_state(tmp_path / "run/state.safetensors")[1]["next_update"] == 3
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(label_set, tmp_path, monkeypatch):
+    import trainer.loop as loop
+
+    def full(*_: object) -> None:
+        raise StorageError("No space left on device")
+
+    monkeypatch.setattr(loop, "save_state", full)
+    with pytest.raises(StorageError, match="No space left"):
+        train(config(label_set, tmp_path / "run"))
+
+
+def test_views_may_be_used_once_only(label_set, tmp_path, caplog):
+    with pytest.raises(
+        UsageError, match=r"--view-policy once takes at most one epoch for each view: the label set has 3"
+    ):
+        train(config(label_set, tmp_path / "run", view_policy="once", epochs=4))
+    train(config(label_set, tmp_path / "run", view_policy="once"))
+    assert "repeat" not in caplog.text
+
+
+def test_views_in_a_drawn_order_are_the_same_in_a_continuation(label_set, tmp_path):
+    for name, resume in (("whole", "never"), ("cut", "never"), ("cut", "auto")):
+        epochs = {"epochs": 6, "view_policy": "random", "repeated_aug": 1}
+        if (name, resume) == ("cut", "never"):
+            with (
+                stopped_after(8),
+                pytest.raises(StoppedError, match=r"stopped by SIGTERM after update 8, which is saved"),
+            ):
+                train(config(label_set, tmp_path / name, **epochs))
+        else:
+            train(config(label_set, tmp_path / name, resume=resume, **epochs))
+    assert_same_state(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_a_compiled_student_learns_what_the_plain_one_does(label_set, tmp_path):
+    for compiled in (False, True):
+        train(config(label_set, tmp_path / str(compiled), compile=compiled, drop_path=0.0, epochs=2, warmup_epochs=0))
+    plain, fast = ([line["loss"] for line in read_metrics(tmp_path / name)] for name in ("False", "True"))
+    assert fast == pytest.approx(plain, abs=1e-4)
+    assert load_state(tmp_path / "True/state.safetensors")[0].keys() == state_of(tmp_path / "False").keys()
 
 
 def test_soft_labels_from_a_hard_set_are_refused(data, tmp_path):

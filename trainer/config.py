@@ -96,7 +96,9 @@ class TrainConfig:
     )
     eval_interval: int = option(1, "Epochs between evaluations.")
     resume: Resume = option(
-        "never", "auto: continue the run in --output, start it where there is none. --resume alone is auto.", bare="auto"
+        "never",
+        "auto: continue the run in --output, start it where there is none. --resume alone is auto.",
+        bare="auto",
     )
     checkpoint_interval: int = option(1, "Epochs between checkpoints; the last epoch always has one.")
     recovery_interval: int = option(0, "Updates between further checkpoints; 0: none within an epoch.")

@@ -90,7 +90,9 @@ class _Run:
         self.eval_source = open_source(config.eval_data) if config.eval_data else None
         unused = config.distillation_type == "none" and self.state.student.has_distillation_head
         self.on_rank = OnRank(self.state.student, world, compiled=config.compile, unused=unused)
-        self.renderer = BatchRenderer(Catalogue(self.data.source, self.data.label_set), self.data.recipe, self.order, share)
+        self.renderer = BatchRenderer(
+            Catalogue(self.data.source, self.data.label_set), self.data.recipe, self.order, share
+        )
 
     def go(self, told: StopRequest) -> None:
         """Train to the end, or to a signal."""
@@ -101,15 +103,15 @@ class _Run:
             for update, batches, waited in self._updates(updates):
                 lr = _rate_at(config, order, update)
                 set_learning_rate(state.optimizer, lr)
-                loss, parts = self._accumulate(batches)
-                watch.add(update, loss)
-                parts |= _step(config, state, update)
+                share, sums = self._accumulate(batches)
+                watch.add(update, sums["loss"])
+                extra = _step(config, state, update)
                 state.next_update = update + 1
                 console.count(sum(len(batch.keys) for batch in batches) * world.size, waited_s=waited)
                 epoch, step = order.position(update)
                 last = step == order.steps_per_epoch - 1
                 if (update + 1) % config.log_interval == 0 or last:
-                    self._report(console, update, lr, {"loss": loss} | parts)
+                    self._report(console, update, lr, share, sums, extra)
                 if last:
                     self._end_epoch(epoch, console)
                 stops = consensus.stops(bool(told))
@@ -134,28 +136,38 @@ class _Run:
             of_update = [next(batches) for _ in range(passes)]
             yield update, of_update, time.monotonic() - began
 
-    def _accumulate(self, batches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add up the gradients of an update's batches; return the means of its loss and their parts on this rank.
+    def _accumulate(self, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+        """Add up the gradients of an update's batches on this rank.
 
-        Every view weighs the same, though parts of an update may differ by a unit.
+        Every view weighs the same, though the parts of an update may differ by a unit.
+
+        Returns:
+            the share of the update's views that this rank had, times the number of ranks; the loss and its parts, each
+            the mean over these views times that share.
         """
         sums: dict[str, Tensor] = {}
+        share, passes = 0.0, len(batches)
         for number, batch in enumerate(batches):
-            part = (batch.index // self.share.passes * self.share.size + self.share.rank) * self.share.passes + number
+            part = (batch.index // passes * self.share.size + self.share.rank) * passes + number
             torch.manual_seed(stream_of("step", str(self.config.seed), str(part)).bits())  # stochastic depth
-            weight = len(batch.keys) * self.share.parts / self.order.views_per_step
-            with self.on_rank.accumulating() if number < len(batches) - 1 else contextlib.nullcontext():
+            weight = len(batch.keys) * self.share.size / self.order.views_per_step
+            with self.on_rank.accumulating() if number < passes - 1 else contextlib.nullcontext():
                 loss, parts = batch_loss(self.config, self.on_rank, self.state.student, batch, self.running.dtype)
-                (loss * (weight / len(batches))).backward()
+                (loss * weight).backward()
+            share += weight
             for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums[name] + value if name in sums else value
-        means = {name: value / len(batches) for name, value in sums.items()}
-        return means.pop("loss"), means
+                sums[name] = sums.get(name, 0.0) + value * weight
+        return share, sums
 
-    def _report(self, console: Console, update: int, lr: float, numbers: dict[str, Tensor]) -> None:
-        """Say and record the numbers of an update, as means over the ranks."""
+    def _report(
+        self, console: Console, update: int, lr: float, share: float, sums: dict[str, Tensor], extra: dict[str, Tensor]
+    ) -> None:
+        """Say and record the numbers of an update: means over all its views, and what all ranks have in common."""
         epoch, step = self.order.position(update)
-        values = dict(zip(numbers, self.running.world.mean(torch.stack([*numbers.values()]).float()).tolist(), strict=True))
+        added = torch.stack([*sums.values(), next(iter(sums.values())).new_tensor(share)]).float()
+        *means, shares = self.running.world.mean(added).tolist()
+        values = {name: mean / shares for name, mean in zip(sums, means, strict=True)}
+        values |= {name: float(value) for name, value in extra.items()}
         if self.metrics is not None:
             speed = console.say(update, values, lr)
             self.metrics.add("train", update, epoch=epoch, step=step, lr=lr, **speed, **values)
@@ -199,7 +211,9 @@ class _Run:
             check_finite(tensors)
             if exports:
                 for owner, name in (("model.", "last"), ("ema.", "last-ema")):
-                    weights = {key.removeprefix(owner): value for key, value in tensors.items() if key.startswith(owner)}
+                    weights = {
+                        key.removeprefix(owner): value for key, value in tensors.items() if key.startswith(owner)
+                    }
                     if weights:
                         export_model(output / name, weights, hub_config=described)
             save_state(output / STATE_NAME, tensors, meta)

@@ -66,7 +66,9 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         if other := next((rank for rank, each in enumerate(values) if each != values[0]), None):
-            raise UsageError(f"all ranks must have the same {what}: rank 0 has {values[0]!r}, rank {other} {values[other]!r}")
+            raise UsageError(
+                f"all ranks must have the same {what}: rank 0 has {values[0]!r}, rank {other} {values[other]!r}"
+            )
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers, such as the statistics of batch norm."""
