@@ -241,7 +241,8 @@ def _split(values: dict[str, Any], *kinds: type) -> Any:
 @commands.command()
 @options_of(TrainConfig)
 @recipe_options
-def train(recipe: str | None, overrides: tuple[str, ...], **values: Any) -> None:
+@LOG_JSON
+def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None, **values: Any) -> None:
     """Train a student from stored labels; the teacher is never loaded.
 
     \b
@@ -252,12 +253,19 @@ def train(recipe: str | None, overrides: tuple[str, ...], **values: Any) -> None
     config = TrainConfig(**values)
     chosen = _recipe(recipe, overrides) if recipe is not None or overrides else None
     from trainer.loop import train as run
+    from trainer.pace import Step, summary
 
-    folder = run(config, chosen)
-    click.echo(
-        f"{folder}: trained. Weights in {folder / 'last'}"
-        + (f", the best in {folder / 'best'}" if config.eval_data else "")
-    )
+    last: Step | None = None
+
+    with _progress(log_json) as progress:
+
+        def update(step: Step) -> None:
+            nonlocal last
+            last = step
+            progress(step)
+
+        folder = run(config, chosen, progress=update)
+    click.echo(summary(folder, last))
 
 
 @commands.command()
@@ -581,10 +589,9 @@ def demo(out: Path, seed: int) -> None:
 @contextmanager
 def _progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
     """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
-    from pipeline.progress import json_log, now_and_then, say
+    from pipeline.progress import json_log
 
-    shown = _bar() if sys.stderr.isatty() else now_and_then(say, every_s=60)
-    with shown as show, json_log(log_json) as write:
+    with _bar() if sys.stderr.isatty() else _lines() as show, json_log(log_json) as write:
 
         def update(tick: Any) -> None:
             show(tick)
@@ -594,27 +601,51 @@ def _progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
+def _lines() -> Iterator[Callable[[Any], None]]:
+    from pipeline.progress import now_and_then, say
+    from trainer import pace
+
+    say_step = pace.now_and_then()
+    with now_and_then(say, every_s=60) as say_tick:
+        yield lambda tick: say_step(tick) if isinstance(tick, pace.Step) else say_tick(tick)
+
+
+@contextmanager
 def _bar() -> Iterator[Callable[[Any], None]]:
     from rich import progress as bars
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
 
     from pipeline.progress import state
+    from trainer import pace
 
     columns = (
         bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
+        bars.BarColumn(bar_width=None),
+        bars.TextColumn("{task.fields[count]}", style="progress.download"),
         bars.TextColumn("{task.fields[state]}"),
     )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        tasks: dict[str, bars.TaskID] = {}
+    rows = bars.Progress(*columns, expand=True)
+    live = Live(rows, console=Console(stderr=True), transient=True)
+    tasks: dict[str, bars.TaskID] = {}
 
-        def update(tick: Any) -> None:
-            if tick.phase not in tasks:
-                tasks[tick.phase] = shown.add_task(tick.phase, total=tick.total, state="")
-            shown.update(tasks[tick.phase], completed=tick.done, total=tick.total, state=state(tick))
+    def update(tick: Any) -> None:
+        if tick.phase not in tasks:
+            tasks[tick.phase] = rows.add_task(tick.phase, count="", state="")
+        if isinstance(tick, pace.Step):
+            place, count, told = pace.place(tick), f"{tick.done / tick.total:.0%}", pace.left(tick)
+            live.update(Group(rows, Text(pace.state(tick), no_wrap=True, overflow="ellipsis")))
+        else:
+            place, count, told = tick.phase, f"{tick.done}/{tick.total}", state(tick)
+        row = tasks[tick.phase]
+        rows.update(row, description=place, completed=tick.done, total=tick.total, count=count, state=told)
+        live.start()  # only now: before it there may be questions to the user
 
+    try:
         yield update
+    finally:
+        live.stop()
 
 
 if __name__ == "__main__":

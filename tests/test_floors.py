@@ -18,7 +18,7 @@ ORDER = [
     "pipeline.ranks", "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
     "pipeline.inspection", "pipeline.tables", "pipeline",
     "trainer.config", "trainer.order", "trainer.stream", "trainer.student", "trainer.losses", "trainer.optim",
-    "trainer.checkpoint", "trainer.metrics", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
+    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip
 TEACHER_SIDE = {
@@ -58,6 +58,8 @@ KEEPERS = {
     "ray": {"pipeline.ray_engine"},
     "webdataset": {"trainer.demo"},
     "sklearn": {"trainer.demo"},
+    "tensorboard": {"trainer.trackers"},
+    "wandb": {"trainer.trackers"},
 }
 NO_TORCH = set(ORDER[: ORDER.index("pipeline.devices")]) | {"trainer.config", "trainer.order", "cli"}
 

@@ -20,9 +20,10 @@ from trainer.checkpoint import export_model, pack_training, save_state
 from trainer.config import TrainConfig
 from trainer.evaluate import Running, Scores, evaluate, forward_dtype, mixed_images, normalise
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
-from trainer.metrics import Console, MetricsLog
+from trainer.metrics import Recorder, open_recorder
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.order import Order
+from trainer.pace import Pace, Progress
 from trainer.setup import (
     STATE_NAME,
     Data,
@@ -39,17 +40,20 @@ from trainer.setup import (
 )
 from trainer.stream import Batch, BatchRenderer, Catalogue
 from trainer.student import Student, hub_config
+from trainer.trackers import check_trackers
 
 log = logging.getLogger("deit_cli.train")
 
 
-def train(config: TrainConfig, recipe: Recipe | None = None) -> Path:
+def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progress | None = None) -> Path:
     """Train a student, or continue its run; return the run's folder.
 
     Args:
         config: all settings.
         recipe: of the views, where there is no label set to say it; default `deit`.
+        progress: told where the run is after every update.
     """
+    check_trackers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
     data = open_data(config, recipe)
     device = resolve_device(config.device)
     running = Running(
@@ -64,12 +68,36 @@ def train(config: TrainConfig, recipe: Recipe | None = None) -> Path:
     resume(config, state, meta)
     sweep_temporaries(config.output)
     save_config(config, data)
-    metrics = MetricsLog(config.output, next_index=state.next_index)
+    recorder = open_recorder(
+        config.output,
+        next_index=state.next_index,
+        tensorboard=config.log_tensorboard,
+        wandb=config.log_wandb,
+        wandb_project=config.wandb_project,
+        run_config=config.to_dict() | {"recipe": data.recipe.to_dict()},
+    )
     eval_source = open_source(config.eval_data) if config.eval_data else None
     announce(config, data, order, state)
 
     total = order.steps_per_epoch * config.epochs
-    console = Console(total, order.steps_per_epoch)
+    pace = Pace(total=total, per_epoch=order.steps_per_epoch, progress=progress)
+    with recorder:
+        _train(config, data, order, running, state, meta, recorder, pace, eval_source, total)
+    return config.output
+
+
+def _train(
+    config: TrainConfig,
+    data: Data,
+    order: Order,
+    running: Running,
+    state: State,
+    meta: dict[str, Any],
+    recorder: Recorder,
+    pace: Pace,
+    eval_source: Source | None,
+    total: int,
+) -> None:
     for batch, waited in _batches(config, data, order, running, state.next_index, total):
         update, in_update = divmod(batch.index, config.grad_accum_steps)
         lr = _rate_at(config, order, update)
@@ -81,23 +109,24 @@ def train(config: TrainConfig, recipe: Recipe | None = None) -> Path:
         if in_update == config.grad_accum_steps - 1:
             parts |= _update(config, state)
         state.next_index = batch.index + 1
-        console.count(len(batch.keys), waited_s=waited)
+        pace.count(batch.index, len(batch.keys), waited_s=waited, lr=lr)
         epoch, step = order.position(batch.index)
         last_of_epoch = step == order.steps_per_epoch - 1
         if in_update == config.grad_accum_steps - 1 and ((update + 1) % config.log_interval == 0 or last_of_epoch):
             numbers = {name: float(value) for name, value in {"loss": loss.detach(), **parts}.items()}
-            speed = console.say(batch.index, numbers, lr)
-            metrics.add("train", batch.index, epoch=epoch, step=step, lr=lr, **speed, **numbers)
+            speed = pace.look(numbers)
+            recorder.add("train", batch.index, epoch=epoch, step=step, lr=lr, **speed, **numbers)
         checkpoint = last_of_epoch and ((epoch + 1) % config.checkpoint_interval == 0 or epoch + 1 == config.epochs)
         if last_of_epoch:
             if eval_source and ((epoch + 1) % config.eval_interval == 0 or epoch + 1 == config.epochs):
-                _evaluate(config, data, state, eval_source, running, metrics, epoch)
+                with pace.pause("evaluating"):
+                    _evaluate(config, data, state, eval_source, running, recorder, epoch)
             if checkpoint:
-                _export(config, state, "last")
-            console.restart()
+                with pace.pause("saving"):
+                    _export(config, state, "last")
         if checkpoint or _is_recovery_point(config, update, in_update):
-            save_state(config.output / STATE_NAME, _tensors(state), meta | _position(state))
-    return config.output
+            with pace.pause("saving"):
+                save_state(config.output / STATE_NAME, _tensors(state), meta | _position(state))
 
 
 def _position(state: State) -> dict[str, Any]:
@@ -189,7 +218,7 @@ def _rate_at(config: TrainConfig, order: Order, update: int) -> float:
 
 
 def _evaluate(
-    config: TrainConfig, data: Data, state: State, source: Source, running: Running, metrics: MetricsLog, epoch: int
+    config: TrainConfig, data: Data, state: State, source: Source, running: Running, recorder: Recorder, epoch: int
 ) -> None:
     """Evaluate the student and its EMA, and keep the better one if it is the best so far."""
     candidates: list[tuple[str, Student]] = [("student", state.student)]
@@ -197,9 +226,10 @@ def _evaluate(
         candidates.append(("ema", state.ema.module))  # pyright: ignore[reportArgumentType]
     for name, student in candidates:
         scores, count = evaluate(student, source, running, crop_pct=config.crop_pct)
-        metrics.add("eval", state.next_index - 1, epoch=epoch, weights=name, images=count, scores=scores)
-        log.info("epoch %d %s: %s on %d images", epoch, name, _brief(scores), count)
         top1 = scores["class_head" if config.distillation_type == "none" else primary_head(scores)]["top1"]
+        index = state.next_index - 1
+        recorder.add("eval", index, epoch=epoch, weights=name, images=count, top1=top1, scores=scores)
+        log.info("epoch %d %s: %s on %d images", epoch, name, _brief(scores), count)
         if top1 > state.best_top1:
             state.best_top1 = top1
             export_model(config.output / "best", student, hub_config=hub_config(student))
