@@ -624,7 +624,7 @@ def _bar() -> Iterator[Callable[[Any], None]]:
         bars.TextColumn("{task.description}"),
         bars.BarColumn(bar_width=None),
         bars.TextColumn("{task.fields[count]}", style="progress.download"),
-        bars.TextColumn("{task.fields[state]}"),
+        bars.TextColumn("{task.fields[left]}"),
     )
     rows = bars.Progress(*columns, expand=True)
     live = Live(rows, console=Console(stderr=True), transient=True)
@@ -632,14 +632,19 @@ def _bar() -> Iterator[Callable[[Any], None]]:
 
     def update(tick: Any) -> None:
         if tick.phase not in tasks:
-            tasks[tick.phase] = rows.add_task(tick.phase, count="", state="")
+            tasks[tick.phase] = rows.add_task(tick.phase, count="", left="")
         if isinstance(tick, pace.Step):
-            place, count, told = pace.place(tick), f"{tick.done / tick.total:.0%}", pace.left(tick)
-            live.update(Group(rows, Text(pace.state(tick), no_wrap=True, overflow="ellipsis")))
+            place, count, left, below = (
+                pace.place(tick),
+                f"{tick.done / tick.total:.0%}",
+                pace.left(tick),
+                pace.state(tick),
+            )
         else:
-            place, count, told = tick.phase, f"{tick.done}/{tick.total}", state(tick)
+            place, count, left, below = tick.phase, f"{tick.done:,}/{tick.total:,}", "", state(tick)
         row = tasks[tick.phase]
-        rows.update(row, description=place, completed=tick.done, total=tick.total, count=count, state=told)
+        rows.update(row, description=place, completed=tick.done, total=tick.total, count=count, left=left)
+        live.update(Group(rows, Text(below)))
         live.start()  # only now: before it there may be questions to the user
 
     try:

@@ -68,6 +68,7 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
     resume(config, state, meta)
     sweep_temporaries(config.output)
     save_config(config, data)
+    eval_source = open_source(config.eval_data) if config.eval_data else None
     recorder = open_recorder(
         config.output,
         next_index=state.next_index,
@@ -76,7 +77,6 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
         wandb_project=config.wandb_project,
         run_config=config.to_dict() | {"recipe": data.recipe.to_dict()},
     )
-    eval_source = open_source(config.eval_data) if config.eval_data else None
     announce(config, data, order, state)
 
     total = order.steps_per_epoch * config.epochs

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.units import count
 from trainer.metrics import read_metrics
 
 SAY_EVERY_S = 60.0  # a run of two days in the log of a scheduler: 3,000 lines at most
@@ -191,7 +192,8 @@ def now_and_then(every_s: float = SAY_EVERY_S) -> Progress:
 
 def place(step: Step) -> str:
     """Return where in its epoch a run is."""
-    return f"epoch {step.epoch}, update {step.update:,}/{step.per_epoch:,}"
+    of = f"{step.per_epoch:,}"
+    return f"epoch {step.epoch}, update {step.update:>{len(of)},}/{of}"  # one width, so that a bar stands still
 
 
 def state(step: Step, *, every_number: bool = False) -> str:
@@ -246,7 +248,7 @@ def _work(folder: Path, trained: list[dict], last: Step | None) -> str:
     how = f"in {span(last.elapsed_s)}, {rate(last.mean_images_per_s)}"
     epochs = -(-last.total // last.per_epoch)
     before = f", {last.made:,} of them in this start" if last.made < last.done else ""
-    return f"{folder}: trained {epochs:,} epochs, {last.done:,} updates{before}, {how}"
+    return f"{folder}: trained {count(epochs, 'epoch')}, {count(last.done, 'update')}{before}, {how}"
 
 
 def _losses(trained: list[dict]) -> str:

@@ -102,11 +102,12 @@ class WandB:
         from wandb.errors import UsageError as WandbUsageError
 
         # A start from the beginning is another run, whatever one that died before its first checkpoint has sent.
+        kept = run_id(folder) if next_index else new_run_id(folder)
         asked: dict[str, Any] = {
             "project": project,
             "dir": str(folder),
             "name": folder.resolve().name,
-            "id": run_id(folder) if next_index else new_run_id(folder),
+            "id": kept,
             "resume": "allow",
             "config": dict(run_config),
             "reinit": "create_new",
@@ -116,13 +117,17 @@ class WandB:
         try:
             self._run = wandb.init(**asked)
         except WandbUsageError as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise UsageError(f"--log-wandb: {reason}. Or record without a network: WANDB_MODE=offline") from error
+            raise UsageError(
+                f"--log-wandb: {_first_line(error)}. Or record without a network: WANDB_MODE=offline"
+            ) from error
         except CommError as error:
-            log.warning("Weights & Biases does not answer (%s)", str(error).splitlines()[0])
-            self._run = wandb.init(**asked, mode="offline")
+            log.warning("Weights & Biases does not answer: %s", _first_line(error))
+            # The id itself is taken until this process ends, by the run that could not begin.
+            asked |= {"id": secrets.token_hex(4), "mode": "offline"}
+            self._run = wandb.init(**asked)
         if self._run.offline:
-            log.info("Weights & Biases: recorded offline, `wandb sync %s` sends it", self._run.settings.sync_dir)
+            send = f"wandb sync --id {kept} {self._run.settings.sync_dir}"
+            log.info("Weights & Biases: recorded offline; to send it: %s", send)
         else:
             log.info("Weights & Biases: %s", self._run.url)
 
@@ -156,6 +161,10 @@ def new_run_id(folder: Path) -> str:
     text = pretty_json({"id": made})
     replace_file(folder / WANDB_NAME, lambda file: _write(file, text))
     return made
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _write(file: Any, text: bytes) -> None:
