@@ -636,7 +636,7 @@ def _bar() -> Iterator[Callable[[Any], None]]:
         if isinstance(tick, pace.Step):
             place, count, left, below = (
                 pace.place(tick),
-                f"{tick.done / tick.total:.0%}",
+                f"{100 * tick.done // tick.total} %",
                 pace.left(tick),
                 pace.state(tick),
             )
