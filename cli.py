@@ -633,17 +633,12 @@ def _bar() -> Iterator[Callable[[Any], None]]:
     def update(tick: Any) -> None:
         if tick.phase not in tasks:
             tasks[tick.phase] = rows.add_task(tick.phase, count="", left="")
+        shown: dict[str, Any] = {"count": f"{tick.done:,}/{tick.total:,}"}
         if isinstance(tick, pace.Step):
-            place, count, left, below = (
-                pace.place(tick),
-                f"{100 * tick.done // tick.total} %",
-                pace.left(tick),
-                pace.state(tick),
-            )
-        else:
-            place, count, left, below = tick.phase, f"{tick.done:,}/{tick.total:,}", "", state(tick)
-        row = tasks[tick.phase]
-        rows.update(row, description=place, completed=tick.done, total=tick.total, count=count, left=left)
+            done = f"{100 * tick.done // tick.total} %"
+            shown = {"description": pace.place(tick), "count": done, "left": pace.left(tick)}
+        below = pace.state(tick) if isinstance(tick, pace.Step) else state(tick)
+        rows.update(tasks[tick.phase], completed=tick.done, total=tick.total, **shown)
         live.update(Group(rows, Text(below)))
         live.start()  # only now: before it there may be questions to the user
 

@@ -350,11 +350,11 @@ def test_a_training_run_tells_lines_a_json_log_curves_and_a_summary(data, labels
     lines = [line for line in stderr.splitlines() if line.startswith("epoch ") and " images/s " in line]
     assert len(lines) == 2  # the first and the last; a minute has not passed
     assert [line.split("loss")[0].split() for line in lines] == [
-        ["epoch", "0,", "update", "1/5"],
-        ["epoch", "1,", "update", "5/5"],
+        ["epoch", "0,", "update", "1/6"],
+        ["epoch", "1,", "update", "6/6"],
     ]
     first, second, third = stdout.splitlines()
-    assert re.fullmatch(rf"{tmp_path}/run: trained 2 epochs, 10 updates, in 0:\d\d:\d\d, [\d.,]+ images/s", first)
+    assert re.fullmatch(rf"{tmp_path}/run: trained 2 epochs, 12 updates, in 0:\d\d:\d\d, [\d.,]+ images/s", first)
     assert re.fullmatch(
         r"last epoch: loss [\d.]+  class_loss [\d.]+  distill_loss [\d.]+; best top-1 [\d.]+ % after epoch \d \((student|ema)\)",
         second,
@@ -362,7 +362,7 @@ def test_a_training_run_tells_lines_a_json_log_curves_and_a_summary(data, labels
     assert third == f"weights in {tmp_path}/run/last, the best in {tmp_path}/run/best"
     told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     last = [line for line in told if line["event"] == "progress"][-1]
-    assert (last["phase"], last["done"], last["total"], last["left_s"]) == ("train", 10, 10, 0)
+    assert (last["phase"], last["done"], last["total"], last["left_s"]) == ("train", 12, 12, 0)
     assert last["numbers"]["loss"] > 0
     assert told[-1]["event"] == "ended"
     stdout, _ = run(*asked, "--resume", "--log-tensorboard")  # it was free to begin with that now
