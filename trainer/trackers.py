@@ -86,7 +86,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases. Its id lies in the run's folder, so that a continuation goes on with it."""
+    """A run of Weights & Biases. Its id lies in the run's folder, so that a continuation goes on with it.
+
+    Its own process buffers rows: after SIGKILL the last of them are lost to it, and `metrics.jsonl` has them.
+    """
 
     name = "Weights & Biases"
 
