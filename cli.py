@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 import types
@@ -246,7 +247,8 @@ def _split(values: dict[str, Any], *kinds: type) -> Any:
 @commands.command()
 @options_of(TrainConfig)
 @recipe_options
-def train(recipe: str | None, overrides: tuple[str, ...], **values: Any) -> None:
+@LOG_JSON
+def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None, **values: Any) -> None:
     """Train a student from stored labels; the teacher is never loaded.
 
     \b
@@ -256,13 +258,25 @@ def train(recipe: str | None, overrides: tuple[str, ...], **values: Any) -> None
     """
     config = TrainConfig(**values)
     chosen = _recipe(recipe, overrides) if recipe is not None or overrides else None
+    from pipeline.ranks import rank_from
     from trainer.loop import train as run
+    from trainer.pace import Step, summary
 
-    folder = run(config, chosen)
-    click.echo(
-        f"{folder}: trained. Weights in {folder / 'last'}"
-        + (f", the best in {folder / 'best'}" if config.eval_data else "")
-    )
+    leads = rank_from(os.environ, arrays=False).rank == 0
+    last: Step | None = None
+    if not leads:  # of several ranks, one speaks
+        log.setLevel(logging.WARNING)
+
+    with _progress(log_json if leads else None) as progress:
+
+        def update(step: Step) -> None:
+            nonlocal last
+            last = step
+            progress(step)
+
+        folder = run(config, chosen, progress=update)
+    if leads:
+        click.echo(summary(folder, last))
 
 
 @commands.command()
@@ -586,10 +600,9 @@ def demo(out: Path, seed: int) -> None:
 @contextmanager
 def _progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
     """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
-    from pipeline.progress import json_log, now_and_then, say
+    from pipeline.progress import json_log
 
-    shown = _bar() if sys.stderr.isatty() else now_and_then(say, every_s=60)
-    with shown as show, json_log(log_json) as write:
+    with _bar() if sys.stderr.isatty() else _lines() as show, json_log(log_json) as write:
 
         def update(tick: Any) -> None:
             show(tick)
@@ -599,27 +612,51 @@ def _progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
+def _lines() -> Iterator[Callable[[Any], None]]:
+    from pipeline.progress import now_and_then, say
+    from trainer import pace
+
+    say_step = pace.now_and_then()
+    with now_and_then(say, every_s=60) as say_tick:
+        yield lambda tick: say_step(tick) if isinstance(tick, pace.Step) else say_tick(tick)
+
+
+@contextmanager
 def _bar() -> Iterator[Callable[[Any], None]]:
     from rich import progress as bars
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
 
     from pipeline.progress import state
+    from trainer import pace
 
     columns = (
         bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[state]}"),
+        bars.BarColumn(bar_width=None),
+        bars.TextColumn("{task.fields[count]}", style="progress.download"),
+        bars.TextColumn("{task.fields[left]}"),
     )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        tasks: dict[str, bars.TaskID] = {}
+    rows = bars.Progress(*columns, expand=True)
+    live = Live(rows, console=Console(stderr=True), transient=True)
+    tasks: dict[str, bars.TaskID] = {}
 
-        def update(tick: Any) -> None:
-            if tick.phase not in tasks:
-                tasks[tick.phase] = shown.add_task(tick.phase, total=tick.total, state="")
-            shown.update(tasks[tick.phase], completed=tick.done, total=tick.total, state=state(tick))
+    def update(tick: Any) -> None:
+        if tick.phase not in tasks:
+            tasks[tick.phase] = rows.add_task(tick.phase, count="", left="")
+        shown: dict[str, Any] = {"count": f"{tick.done:,}/{tick.total:,}"}
+        if isinstance(tick, pace.Step):
+            done = f"{100 * tick.done // tick.total} %"
+            shown = {"description": pace.place(tick), "count": done, "left": pace.left(tick)}
+        below = pace.state(tick) if isinstance(tick, pace.Step) else state(tick)
+        rows.update(tasks[tick.phase], completed=tick.done, total=tick.total, **shown)
+        live.update(Group(rows, Text(below)))
+        live.start()  # only now: before it there may be questions to the user
 
+    try:
         yield update
+    finally:
+        live.stop()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -72,9 +73,7 @@ def test_help_answers_in_under_half_a_second():
 
 
 def test_help_loads_neither_torch_nor_pyarrow():
-    script = (
-        "import sys, cli; print(sorted({'torch', 'numpy', 'pyarrow', 'timm', 'pydantic', 'rich'} & set(sys.modules)))"
-    )
+    script = "import sys, cli; print(sorted({'torch', 'numpy', 'pyarrow', 'timm', 'pydantic', 'rich', 'wandb'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -339,6 +338,83 @@ def test_a_log_tells_a_run_from_its_teacher_to_its_end(data, tmp_path):
         last = [line for line in lines if line["event"] == "progress"][-1]
         assert (last["phase"], last["done"], last["total"], last["left_s"]) == ("label", 92, 92, 0)
         assert last["made"] == (92 if name == "first" else 0)
+
+
+@pytest.mark.slow
+def test_a_training_run_tells_lines_a_json_log_curves_and_a_summary(data, labels, tmp_path):
+    pytest.importorskip("tensorboard")
+    small = ["--model", "deit-ti", "--patch-size", "8", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"]
+    fast = ["-b", "4", "--repeated-aug", "1", "--epochs", "2", "--warmup-epochs", "0", "-j", "0", "--log-interval", "1"]
+    asked = ["train", "--labels", labels, "--output", str(tmp_path / "run"), "--eval-data", data, *small, *fast]
+    stdout, stderr = run(*asked, "--log-json", str(tmp_path / "log"))
+    lines = [line for line in stderr.splitlines() if line.startswith("epoch ") and " images/s " in line]
+    assert len(lines) == 2  # the first and the last; a minute has not passed
+    assert [line.split("loss")[0].split() for line in lines] == [
+        ["epoch", "0,", "update", "1/6"],
+        ["epoch", "1,", "update", "6/6"],
+    ]
+    first, second, third = stdout.splitlines()
+    assert re.fullmatch(rf"{tmp_path}/run: trained 2 epochs, 12 updates, in 0:\d\d:\d\d, [\d.,]+ images/s", first)
+    assert re.fullmatch(
+        r"last epoch: loss [\d.]+  class_loss [\d.]+  distill_loss [\d.]+; best top-1 [\d.]+ % after epoch \d \((student|ema)\)",
+        second,
+    )
+    assert third == f"weights in {tmp_path}/run/last, the best in {tmp_path}/run/best"
+    told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    last = [line for line in told if line["event"] == "progress"][-1]
+    assert (last["phase"], last["done"], last["total"], last["left_s"]) == ("train", 12, 12, 0)
+    assert last["numbers"]["loss"] > 0
+    assert told[-1]["event"] == "ended"
+    stdout, _ = run(*asked, "--resume", "--log-tensorboard")  # it was free to begin with that now
+    assert stdout.startswith(f"{tmp_path}/run: was trained before; nothing was left to do\n")
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
+def frames(bytes_of_terminal: bytes) -> list[str]:
+    """Return the lines that were ever drawn, without colours and movements."""
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", bytes_of_terminal.decode())
+    return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+@pytest.mark.slow
+def test_on_a_terminal_there_is_a_bar_of_its_width_and_messages_stand_above_it():
+    pty = pytest.importorskip("pty")
+    script = """
+import logging, time, cli
+from trainer.pace import Step
+logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[cli.ToStderr()])
+with cli._progress() as update:
+    values = dict(total=375300, made=9, epoch=299, per_epoch=1251, lr=4.9e-4, images_per_s=12345.0, data_wait=0.03)
+    update(Step(done=375000, update=951, numbers={"loss": 3.21}, left_s=7200.0, **values))
+    logging.getLogger("deit_cli").warning("a message")
+    time.sleep(0.6)
+"""
+    master, slave = pty.openpty()
+    done = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=slave,
+        stderr=slave,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "80", "TERM": "xterm"},
+    )
+    os.close(slave)
+    drawn = b""
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:  # what Linux says at the end of a terminal
+            break
+        if not chunk:
+            break
+        drawn += chunk
+    os.close(master)
+    assert done.wait() == 0, drawn
+    lines = frames(drawn)
+    assert "a message" in lines
+    bar = [line for line in lines if line.startswith("epoch 299, update   951/1,251 ")]
+    assert bar[0].endswith(" 99 % 2:00:00 left")
+    assert "loss 3.2100  lr 4.90e-04  12,345 images/s  waiting for data 3 %" in lines
+    assert max(len(line) for line in lines) <= 80
 
 
 QUICK = ["--seconds", "0.1", "--views", "6"]

@@ -18,7 +18,7 @@ ORDER = [
     "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
     "pipeline.inspection", "pipeline.tables", "pipeline",
     "trainer.config", "trainer.order", "trainer.stream", "trainer.student", "trainer.parallel", "trainer.losses", "trainer.optim",
-    "trainer.checkpoint", "trainer.metrics", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
+    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip
 TEACHER_SIDE = {

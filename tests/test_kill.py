@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 from builders import confident_cnn, files_of, make_labels, named_files, teacher_of, write_tars
-from forks import Run, Server, kill, serving, wait_until
+from forks import Run, Server, kill, serving
 from torch import nn
 
 from pipeline import sealing, storage

@@ -1,14 +1,13 @@
 """metrics.jsonl: what is written is read back, after a crash and a continuation too."""
 
 import json
-import logging
 import math
-import time
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import StorageError
-from trainer.metrics import METRICS_NAME, SAY_EVERY_S, Console, MetricsLog, read_metrics
+from trainer.metrics import METRICS_NAME, MetricsLog, Recorder, open_recorder, read_metrics
 
 
 def test_lines_come_back_as_they_were_added(tmp_path):
@@ -94,80 +93,84 @@ def test_a_number_that_json_has_not_is_recorded_as_null(tmp_path, value):
     assert read_metrics(tmp_path) == [{"kind": "train", "index": 4, "grad_norm": None, "loss": 1.5}]
 
 
-# --- the console ----------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path):
+    log = MetricsLog(tmp_path, next_index=0)
+    (tmp_path / METRICS_NAME).unlink()
+    (tmp_path / METRICS_NAME).symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: No space left on device"):
+        log.add("train", 0, loss=1.0)
 
 
-@pytest.fixture
-def clock(monkeypatch) -> list[float]:
-    """A clock that shows what the test puts into its only place."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    return now
+# --- the recorder ---------------------------------------------------------------------------------------------
 
 
-def test_the_rate_is_images_and_waiting_over_the_time_since_the_last_look(clock):
-    console = Console(100, 10)
-    clock[0] += 3
-    console.count(128, waited_s=0.5)
-    clock[0] += 5
-    console.count(64, waited_s=1.5)
-    assert console.say(1, {}, 0.1) == {"images_per_s": 192 / 8, "data_wait": 2.0 / 8}
-    clock[0] += 4
-    console.count(100, waited_s=4.0)
-    assert console.say(2, {}, 0.1) == {"images_per_s": 25.0, "data_wait": 1.0}  # nothing of the first look is left
+class Kept:
+    """A tracker that keeps what it is given, and fails from its so-manieth call on."""
+
+    name = "Kept"
+
+    def __init__(self, fails_at: float = math.inf) -> None:
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.closed: list[bool] = []
+        self.calls, self.fails_at = 0, fails_at
+
+    def _call(self) -> None:
+        self.calls += 1
+        if self.calls >= self.fails_at:
+            raise ConnectionResetError("Connection lost")
+
+    def add(self, index, scalars) -> None:
+        self._call()
+        self.points.append((index, dict(scalars)))
+
+    def close(self, *, failed: bool) -> None:
+        self._call()
+        self.closed.append(failed)
 
 
-def test_a_pause_that_was_not_training_does_not_count(clock):
-    console = Console(100, 10)
-    console.count(50, waited_s=1.0)
-    clock[0] += 3600  # an evaluation
-    console.restart()
-    clock[0] += 2
-    console.count(10, waited_s=0.5)
-    assert console.say(1, {}, 0.1) == {"images_per_s": 5.0, "data_wait": 0.25}
+def test_a_recorder_tells_the_record_and_every_tracker(tmp_path):
+    one, other = Kept(), Kept()
+    with Recorder(MetricsLog(tmp_path, next_index=0), [one, other]) as recorder:
+        recorder.add("train", 4, epoch=0, loss=1.5)
+    assert read_metrics(tmp_path) == [{"kind": "train", "index": 4, "epoch": 0, "loss": 1.5}]
+    assert one.points == other.points == [(4, {"train/loss": 1.5})]
+    assert one.closed == other.closed == [False]
 
 
-def test_a_look_at_nothing_is_zero_and_a_look_at_no_time_is_a_number(clock):
-    console = Console(100, 10)
-    clock[0] += 2
-    assert console.say(0, {}, 0.1) == {"images_per_s": 0.0, "data_wait": 0.0}
-    console.count(7, waited_s=0.0)  # a clock need not have moved between two looks
-    assert all(math.isfinite(value) for value in console.say(1, {}, 0.1).values())
+def test_a_tracker_that_fails_is_said_once_and_left_out_and_the_others_go_on(tmp_path, caplog):
+    broken, sound = Kept(fails_at=2), Kept()
+    with Recorder(MetricsLog(tmp_path, next_index=0), [broken, sound]) as recorder:
+        for index in range(4):
+            recorder.add("train", index, loss=1.0)
+    assert [line["index"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    assert [index for index, _ in sound.points] == [0, 1, 2, 3]
+    assert (broken.calls, broken.closed) == (2, [])
+    assert [record.getMessage() for record in caplog.records] == [
+        "Kept failed and gets no more numbers, training goes on and metrics.jsonl has them all"
+        " (ConnectionResetError: Connection lost)"
+    ]
 
 
-LINES = [
-    # seconds for each of two batches, batches of the run, what is left
-    (1.5, 102, "00:02:30 left"),  # a hundred batches more
-    (60.0, 62, "01:00:00 left"),
-    (1.5, 2, "00:00:00 left"),  # none more
-    (864.0, 252, "2.5 days left"),
-    (86.4, 1001, "23:58:33 left"),  # just below a day
-]
+def test_a_tracker_that_cannot_end_does_not_spoil_a_run_that_is_over(tmp_path, caplog):
+    with Recorder(MetricsLog(tmp_path, next_index=0), [Kept(fails_at=1)]):
+        pass
+    assert "Kept failed" in caplog.text
 
 
-@pytest.mark.parametrize(("seconds", "total", "left"), LINES)
-def test_a_line_says_place_numbers_rate_and_time_left(clock, caplog, seconds, total, left):
-    caplog.set_level(logging.INFO, logger="deit_cli.train")
-    console = Console(total, 1)
-    for _ in range(2):
-        clock[0] += seconds
-        console.count(30, waited_s=seconds / 4)
-    console.say(1, {"loss": 1.25, "class_loss": 2.0}, 5e-4)
-    start = "epoch 1 1/1  loss 1.2500  class_loss 2.0000  lr 5.00e-04"
-    assert caplog.messages == [f"{start}  {30 / seconds:.0f} images/s  waiting 25 %  {left}"]
+def test_a_run_that_stops_before_its_end_says_so_to_its_trackers(tmp_path):
+    kept = Kept()
+    with pytest.raises(KeyboardInterrupt), Recorder(None, [kept]):
+        raise KeyboardInterrupt
+    assert kept.closed == [True]
 
 
-def test_epoch_and_step_are_those_of_the_batch(clock, caplog):
-    caplog.set_level(logging.INFO, logger="deit_cli.train")
-    Console(40, 8).say(19, {}, 0.1)  # 8 + 8 + 4: the fourth step of the third epoch
-    assert caplog.messages[0].startswith("epoch 2 4/8  ")
+def test_a_recorder_without_arguments_keeps_nothing_and_needs_no_folder():
+    with Recorder() as recorder:
+        recorder.add("train", 0, loss=1.0)
 
 
-def test_lines_come_no_faster_than_they_can_be_read_and_the_last_one_always(clock, caplog):
-    caplog.set_level(logging.INFO, logger="deit_cli.train")
-    console = Console(6, 6)
-    for index, pause in enumerate((0.1, 0.9 * SAY_EVERY_S, 0.2 * SAY_EVERY_S, 0.5 * SAY_EVERY_S, SAY_EVERY_S, 0.0)):
-        clock[0] += pause
-        console.say(index, {}, 0.1)
-    # 1: too soon; 2: 1.1 times the pause after the first; 3: too soon; 4: long enough; 5: the last
-    assert [message.split()[2] for message in caplog.messages] == ["1/6", "3/6", "5/6", "6/6"]
+def test_a_recorder_that_is_asked_for_no_more_writes_metrics_alone(tmp_path):
+    with open_recorder(tmp_path / "run", next_index=0) as recorder:
+        recorder.add("train", 0, loss=1.0)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [METRICS_NAME]

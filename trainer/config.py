@@ -33,6 +33,9 @@ FREE_ON_RESUME = frozenset(
         "workers",
         "device",
         "log_interval",
+        "log_tensorboard",
+        "log_wandb",
+        "wandb_project",
         "eval_interval",
         "checkpoint_interval",
         "recovery_interval",
@@ -102,7 +105,10 @@ class TrainConfig:
     )
     checkpoint_interval: int = option(1, "Epochs between checkpoints; the last epoch always has one.")
     recovery_interval: int = option(0, "Updates between further checkpoints; 0: none within an epoch.")
-    log_interval: int = option(50, "Updates between log lines.")
+    log_interval: int = option(50, "Updates between lines of metrics.jsonl; without a terminal one a minute is shown.")
+    log_tensorboard: bool = option(False, "Also write TensorBoard's event files, to tensorboard/ in the run's folder.")
+    log_wandb: bool = option(False, "Also record with Weights & Biases; WANDB_MODE=offline needs no network.")
+    wandb_project: str | None = option(None, "Its project; by default WANDB_PROJECT, or W&B's own default.")
     workers: int | None = option(None, "Loader processes; by default from the number of cores.", "-j", "--num-workers")
     device: str = option("auto", "cpu, cuda, cuda:1; by default the GPU of the rank where there is one.")
     compile: bool = option(False, "Compile the student (torch.compile): faster after a minute.", "--torchcompile")

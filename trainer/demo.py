@@ -72,7 +72,7 @@ def run_demo(
         load_teacher: `pipeline.teacher_loading.load_teacher`.
         precompute: `pipeline.precompute.precompute`.
         contact_sheet: `pipeline.inspection.contact_sheet`.
-        progress: told how far precompute is.
+        progress: told how far precompute and training are.
     """
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty: choose another --out")
@@ -81,7 +81,7 @@ def run_demo(
 
     alone = {"data": str(data["labelled"]), "distillation_type": "none"}
     log.info("1. a CNN teacher learns from %d labelled digits", LABELLED)
-    teacher = _train(out / "teacher", seed, recipe, **alone, **TEACHER)
+    teacher = _train(out / "teacher", seed, recipe, progress, **alone, **TEACHER)
     log.info("2. it answers once for %d views of %d digits", VIEWS, TRAINING)
     label_set = _label(out, data["training"], recipe, load_teacher, precompute, progress)
     contact_sheet(label_set, open_source(label_set.plan.source.location), out / "labels.png")
@@ -93,11 +93,11 @@ def run_demo(
             "distillation_type": kind,
             "model": "deit-ti",
         }
-        runs[kind] = _train(out / kind, seed, recipe, **labelled, **STUDENT, epochs=VIEWS, warmup_epochs=3)
+        runs[kind] = _train(out / kind, seed, recipe, progress, **labelled, **STUDENT, epochs=VIEWS, warmup_epochs=3)
     log.info("4. the same DeiT learns from the %d class labels alone, for as many updates", LABELLED)
     epochs = VIEWS * TRAINING // LABELLED
     plain = {"model": "deit_tiny_patch16_224", "epochs": epochs, "warmup_epochs": epochs / 12}
-    runs["alone"] = _train(out / "alone", seed, recipe, **alone, **STUDENT, **plain)
+    runs["alone"] = _train(out / "alone", seed, recipe, progress, **alone, **STUDENT, **plain)
     results = {name: _evaluate(run, data["evaluation"]) for name, run in runs.items()}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_curves(runs, out / "curves.png")
@@ -147,12 +147,12 @@ def draw_curves(runs: dict[str, Path], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _train(output: Path, seed: int, recipe: Recipe, **settings: Any) -> Path:
+def _train(output: Path, seed: int, recipe: Recipe, progress: Callable[[Any], None], **settings: Any) -> Path:
     # DeiT's EMA averages over 25,000 updates, more than the demo has.
     config = TrainConfig(
         output=output, seed=seed, model_ema=False, log_interval=10**6, checkpoint_interval=50, **settings
     )
-    return train(config, recipe if config.labels is None else None)
+    return train(config, recipe if config.labels is None else None, progress=progress)
 
 
 def _label(

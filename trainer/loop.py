@@ -19,9 +19,10 @@ from trainer.checkpoint import BackgroundWriter, check_finite, export_model, pac
 from trainer.config import TrainConfig
 from trainer.evaluate import Running, Scores, evaluate, forward_dtype, mixed_images, normalise
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
-from trainer.metrics import Console, MetricsLog
+from trainer.metrics import Recorder, open_recorder
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.order import Order, Share
+from trainer.pace import Pace, Progress
 from trainer.parallel import Consensus, OnRank, joined_world, lost_ranks_named
 from trainer.setup import (
     STATE_NAME,
@@ -40,11 +41,12 @@ from trainer.setup import (
 from trainer.stopping import StopRequest, stop_request
 from trainer.stream import Batch, BatchRenderer, Catalogue, on_device, stream_batches
 from trainer.student import Student, hub_config
+from trainer.trackers import check_trackers
 
 log = logging.getLogger("deit_cli.train")
 
 
-def train(config: TrainConfig, recipe: Recipe | None = None) -> Path:
+def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progress | None = None) -> Path:
     """Train a student, or continue its run; return the run's folder.
 
     Started by torchrun, every rank calls this, and rank 0 writes the files.
@@ -52,6 +54,7 @@ def train(config: TrainConfig, recipe: Recipe | None = None) -> Path:
     Args:
         config: all settings.
         recipe: of the views, where there is no label set to say it; default `deit`.
+        progress: told by rank 0 after every update where the run is.
 
     Raises:
         StoppedError: Ctrl-C or SIGTERM; the run is saved.
@@ -59,21 +62,24 @@ def train(config: TrainConfig, recipe: Recipe | None = None) -> Path:
         WorkerError: a loader process or another rank was lost.
     """
     check_output(config)
+    check_trackers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
     with joined_world(config.device, config.workers) as world, lost_ranks_named(world):
         share = Share(world.rank, world.size, config.grad_accum_steps)
         running = Running(
             world=world, dtype=forward_dtype(config.amp_dtype, world.device), batch_size=config.batch_size
         )
-        run = _Run(config, recipe, share, running)
-        with stop_request() as told:
-            run.go(told)
+        run = _Run(config, recipe, share, running, progress)
+        with run.recorder, BackgroundWriter() as writer, stop_request() as told:
+            run.go(writer, told)
     return config.output
 
 
 class _Run:
     """One training run on one rank: its parts, put together once."""
 
-    def __init__(self, config: TrainConfig, recipe: Recipe | None, share: Share, running: Running) -> None:
+    def __init__(
+        self, config: TrainConfig, recipe: Recipe | None, share: Share, running: Running, progress: Progress | None
+    ) -> None:
         self.config, self.share, self.running = config, share, running
         world = running.world
         self.data = open_data(config, recipe)
@@ -86,7 +92,11 @@ class _Run:
             sweep_temporaries(config.output)
             save_config(config, self.data)
             announce(config, self.data, self.order, self.state, share)
-        self.metrics = MetricsLog(config.output, next_index=self.state.next_update) if world.leads else None
+        self.recorder = self._open_recorder() if world.leads else Recorder()
+        updates = self.order.steps_per_epoch * config.epochs
+        self.pace = Pace(
+            total=updates, per_epoch=self.order.steps_per_epoch, progress=progress if world.leads else None
+        )
         self.eval_source = open_source(config.eval_data) if config.eval_data else None
         unused = config.distillation_type == "none" and self.state.student.has_distillation_head
         self.on_rank = OnRank(self.state.student, world, compiled=config.compile, unused=unused)
@@ -94,35 +104,44 @@ class _Run:
             Catalogue(self.data.source, self.data.label_set), self.data.recipe, self.order, share
         )
 
-    def go(self, told: StopRequest) -> None:
+    def go(self, writer: BackgroundWriter, told: StopRequest) -> None:
         """Train to the end, or to a signal."""
         config, order, state, world = self.config, self.order, self.state, self.running.world
-        updates = order.steps_per_epoch * config.epochs
-        console, consensus, watch = Console(updates, order.steps_per_epoch), Consensus(world), _LossWatch(self)
-        with BackgroundWriter() as writer:
-            for update, batches, waited in self._updates(updates):
-                lr = _rate_at(config, order, update)
-                set_learning_rate(state.optimizer, lr)
-                share, sums = self._accumulate(batches)
-                watch.add(update, sums["loss"])
-                extra = _step(config, state, update)
-                state.next_update = update + 1
-                console.count(sum(len(batch.keys) for batch in batches) * world.size, waited_s=waited)
-                epoch, step = order.position(update)
-                last = step == order.steps_per_epoch - 1
-                if (update + 1) % config.log_interval == 0 or last:
-                    self._report(console, update, lr, share, sums, extra)
-                if last:
-                    self._end_epoch(epoch, console)
-                stops = consensus.stops(bool(told))
-                exports = last and _is_due(epoch, config.checkpoint_interval, config.epochs)
-                if exports or stops or _is_recovery_point(config, update):
-                    watch.check()
-                    self._save(writer, exports)
-                if stops:
-                    writer.wait()
-                    raise _stopped(config, told, state.next_update)
-            watch.check()
+        consensus, watch = Consensus(world), _LossWatch(self)
+        for update, batches, waited in self._updates(order.steps_per_epoch * config.epochs):
+            lr = _rate_at(config, order, update)
+            set_learning_rate(state.optimizer, lr)
+            share, sums = self._accumulate(batches)
+            watch.add(update, sums["loss"])
+            extra = _step(config, state, update)
+            state.next_update = update + 1
+            self.pace.count(update, sum(len(batch.keys) for batch in batches) * world.size, waited_s=waited, lr=lr)
+            epoch, step = order.position(update)
+            last = step == order.steps_per_epoch - 1
+            if (update + 1) % config.log_interval == 0 or last:
+                self._report(update, lr, share, sums, extra)
+            if last:
+                self._end_epoch(epoch)
+            stops = consensus.stops(bool(told))
+            exports = last and _is_due(epoch, config.checkpoint_interval, config.epochs)
+            if exports or stops or _is_recovery_point(config, update):
+                watch.check()
+                self._save(writer, exports)
+            if stops and update + 1 < order.steps_per_epoch * config.epochs:
+                writer.wait()
+                raise _stopped(config, told, state.next_update)
+        watch.check()
+
+    def _open_recorder(self) -> Recorder:
+        config = self.config
+        return open_recorder(
+            config.output,
+            next_index=self.state.next_update,
+            tensorboard=config.log_tensorboard,
+            wandb=config.log_wandb,
+            wandb_project=config.wandb_project,
+            run_config=config.to_dict() | {"recipe": self.data.recipe.to_dict()},
+        )
 
     def _updates(self, total: int) -> Iterator[tuple[int, list[Batch], float]]:
         """Yield each update that is left, with its batches on the device and the seconds that they were waited for."""
@@ -159,24 +178,21 @@ class _Run:
                 sums[name] = sums.get(name, 0.0) + value * weight
         return share, sums
 
-    def _report(
-        self, console: Console, update: int, lr: float, share: float, sums: dict[str, Tensor], extra: dict[str, Tensor]
-    ) -> None:
+    def _report(self, update: int, lr: float, share: float, sums: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
         """Say and record the numbers of an update: means over all its views, and what all ranks have in common."""
         epoch, step = self.order.position(update)
         added = torch.stack([*sums.values(), next(iter(sums.values())).new_tensor(share)]).float()
         *means, shares = self.running.world.mean(added).tolist()
         values = {name: mean / shares for name, mean in zip(sums, means, strict=True)}
         values |= {name: float(value) for name, value in extra.items()}
-        if self.metrics is not None:
-            speed = console.say(update, values, lr)
-            self.metrics.add("train", update, epoch=epoch, step=step, lr=lr, **speed, **values)
+        speed = self.pace.look(values)
+        self.recorder.add("train", update, epoch=epoch, step=step, lr=lr, **speed, **values)
 
-    def _end_epoch(self, epoch: int, console: Console) -> None:
+    def _end_epoch(self, epoch: int) -> None:
         """Evaluate where it is due, without counting that as training."""
         if self.eval_source and _is_due(epoch, self.config.eval_interval, self.config.epochs):
-            self._evaluate(epoch, self.eval_source)
-        console.restart()
+            with self.pace.pause("evaluating"):
+                self._evaluate(epoch, self.eval_source)
 
     def _evaluate(self, epoch: int, source: Source) -> None:
         """Evaluate the student and its EMA on all ranks, and keep the better one if it is the best so far."""
@@ -187,10 +203,11 @@ class _Run:
         for name, student in candidates:
             world.share_buffers(student)  # each rank has seen other images
             scores, count = evaluate(student, source, self.running, crop_pct=self.config.crop_pct)
-            if self.metrics is not None:
-                self.metrics.add("eval", state.next_update - 1, epoch=epoch, weights=name, images=count, scores=scores)
-                log.info("epoch %d %s: %s on %d images", epoch, name, _brief(scores), count)
             top1 = scores["class_head" if self.config.distillation_type == "none" else primary_head(scores)]["top1"]
+            evaluated = {"weights": name, "images": count, "top1": top1, "scores": scores}
+            self.recorder.add("eval", state.next_update - 1, epoch=epoch, **evaluated)
+            if world.leads:
+                log.info("epoch %d %s: %s on %d images", epoch, name, _brief(scores), count)
             if top1 > state.best_top1:
                 state.best_top1 = top1
                 if world.leads:

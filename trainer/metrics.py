@@ -1,23 +1,23 @@
-"""The record of a run: one JSON object a line, and the same numbers for the console."""
+"""The record of a run: one JSON object a line, and whoever else is to have the same numbers."""
 
 import json
 import logging
 import math
-import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
 from pipeline.storage import replace_file
+from trainer.trackers import TensorBoard, Tracker, WandB, check_trackers, scalars_of
 
 METRICS_NAME = "metrics.jsonl"
-SAY_EVERY_S = 2.0
 
 log = logging.getLogger("deit_cli.train")
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run. A continuation drops the lines of batches that it computes again."""
+    """`metrics.jsonl` of a run. A continuation drops the lines of updates that it computes again."""
 
     def __init__(self, folder: Path, *, next_index: int) -> None:
         self._path = folder / METRICS_NAME
@@ -26,9 +26,12 @@ class MetricsLog:
         replace_file(self._path, lambda file: _write(file, text))
 
     def add(self, kind: str, index: int, **values: Any) -> None:
-        """Append one line; `index` is the batch after which it holds."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line({"kind": kind, "index": index, **_finite(values)}))
+        """Append one line; `index` is the update after which it holds."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line({"kind": kind, "index": index, **_finite(values)}))
+        except OSError as error:
+            raise StorageError(f"{self._path}: {error.strerror}") from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -47,47 +50,89 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return values
 
 
-class Console:
-    """One line now and then: losses, rate, the share of time spent waiting for data, and the time left."""
+class Recorder:
+    """All that keeps the numbers of a run; the loop knows only this one. Without arguments it keeps nothing.
 
-    def __init__(self, total: int, steps_per_epoch: int) -> None:
-        self._total, self._steps = total, steps_per_epoch
-        self._said = -math.inf
-        self.restart()
+    `metrics.jsonl` is the record. The trackers are mirrors of it: one that fails is left out, and training goes on.
+    """
 
-    def restart(self) -> None:
-        """Start measuring anew, after a pause that was not training."""
-        self._started, self._waited, self._images, self._batches = time.monotonic(), 0.0, 0, 0
+    def __init__(self, record: MetricsLog | None = None, trackers: Iterable[Tracker] = ()) -> None:
+        self._record, self._trackers = record, list(trackers)
 
-    def count(self, images: int, *, waited_s: float) -> None:
-        """Count a batch and the seconds that it was waited for."""
-        self._images += images
-        self._batches += 1
-        self._waited += waited_s
+    def __enter__(self) -> "Recorder":
+        return self
 
-    def say(self, index: int, numbers: dict[str, float], lr: float) -> dict[str, float]:
-        """Log a line after batch `index`, at most one in SAY_EVERY_S but for the last; return rate and waiting share."""
-        now = time.monotonic()
-        elapsed = max(now - self._started, 1e-9)
-        speed = {"images_per_s": self._images / elapsed, "data_wait": self._waited / elapsed}
-        left_s = (self._total - index - 1) * elapsed / max(self._batches, 1)
-        self.restart()
-        if now - self._said < SAY_EVERY_S and index + 1 < self._total:
-            return speed
-        self._said = now
-        epoch, step = divmod(index, self._steps)
-        log.info(
-            "epoch %d %d/%d  %s  lr %.2e  %.0f images/s  waiting %.0f %%  %s left",
-            epoch,
-            step + 1,
-            self._steps,
-            "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()),
-            lr,
-            speed["images_per_s"],
-            100 * speed["data_wait"],
-            time.strftime("%H:%M:%S", time.gmtime(left_s)) if left_s < 86400 else f"{left_s / 86400:.1f} days",
-        )
-        return speed
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def add(self, kind: str, index: int, **values: Any) -> None:
+        """Keep numbers that hold after update `index`.
+
+        Args:
+            kind: `train` or `eval`.
+            index: of the update, from 0.
+            values: JSON values; numbers in them become points of curves, see `trackers.scalars_of`.
+
+        Raises:
+            StorageError: `metrics.jsonl` cannot be written.
+        """
+        if self._record is not None:
+            self._record.add(kind, index, **values)
+        scalars = scalars_of(kind, values)
+        self._each(lambda tracker: tracker.add(index, scalars))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Let the trackers write what they still hold.
+
+        Args:
+            failed: whether the run stopped before its end.
+        """
+        self._each(lambda tracker: tracker.close(failed=failed))
+        self._trackers.clear()
+
+    def _each(self, do: Callable[[Tracker], None]) -> None:
+        for tracker in tuple(self._trackers):
+            try:
+                do(tracker)
+            except Exception as error:  # whatever happens to a mirror: a lost network, a full disk, a killed process
+                self._trackers.remove(tracker)
+                log.warning(
+                    "%s failed and gets no more numbers, training goes on and %s has them all (%s: %s)",
+                    tracker.name, METRICS_NAME, type(error).__name__, error,
+                )  # fmt: skip
+
+
+def open_recorder(
+    folder: Path,
+    *,
+    next_index: int,
+    tensorboard: bool = False,
+    wandb: bool = False,
+    wandb_project: str | None = None,
+    run_config: Mapping[str, Any] | None = None,
+) -> Recorder:
+    """Open all that a run was asked to be recorded by, in the one process that records.
+
+    Args:
+        folder: of the run.
+        next_index: first update that will be computed; what was recorded from there on is dropped.
+        tensorboard: whether to write event files.
+        wandb: whether to record with Weights & Biases.
+        wandb_project: its project; None takes WANDB_PROJECT, or W&B's own default.
+        run_config: JSON values that W&B shows beside the curves.
+
+    Raises:
+        UsageError: a package is missing, or nobody is logged in.
+        StorageError: the folder cannot be read or written.
+    """
+    check_trackers(tensorboard=tensorboard, wandb=wandb)
+    record = MetricsLog(folder, next_index=next_index)
+    trackers: list[Tracker] = []
+    if tensorboard:
+        trackers.append(TensorBoard(folder, next_index=next_index))
+    if wandb:
+        trackers.append(WandB(folder, next_index=next_index, project=wandb_project, run_config=run_config or {}))
+    return Recorder(record, trackers)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

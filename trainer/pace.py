@@ -1,0 +1,259 @@
+"""How far a training run is and how fast it goes: what the loop counts, and what a person reads."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.units import count
+from trainer.metrics import read_metrics
+
+SAY_EVERY_S = 60.0  # a run of two days in the log of a scheduler: 3,000 lines at most
+
+log = logging.getLogger("deit_cli.train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Where a run is.
+
+    Attributes:
+        phase: `train`; it tells a step from the ticks of stage 1.
+        done: updates, those of earlier starts included.
+        total: updates of the whole run.
+        made: of `done`, by this start.
+        epoch: from 0, as in metrics.jsonl.
+        update: of `per_epoch` updates of the epoch, how many are done.
+        per_epoch: updates of an epoch.
+        lr: learning rate of the last update.
+        numbers: losses and the like, by name, as they were last looked at.
+        news: whether they were looked at just now.
+        images_per_s: lately, pauses left out; 0 before there is a rate.
+        data_wait: share of that time in which training waited for data, 0..1.
+        elapsed_s: since this start began to train, pauses included.
+        mean_images_per_s: of this start, pauses left out.
+        left_s: seconds that the rest will take, pauses included; None before there is a rate.
+        doing: what the run does instead of training, such as `evaluating`; None where it trains.
+    """
+
+    phase: str = "train"
+    done: int
+    total: int
+    made: int
+    epoch: int
+    update: int
+    per_epoch: int
+    lr: float
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    news: bool = False
+    images_per_s: float = 0.0
+    data_wait: float = 0.0
+    elapsed_s: float = 0.0
+    mean_images_per_s: float = 0.0
+    left_s: float | None = None
+    doing: str | None = None
+
+    @property
+    def per_second(self) -> float:
+        """Updates of this start in a second, pauses included."""
+        return self.made / self.elapsed_s if self.elapsed_s else 0.0
+
+
+Progress = Callable[[Step], None]
+
+
+@dataclass
+class _Window:
+    """A time in which images were trained on: how many, in how many seconds, of which it waited for data."""
+
+    images: int = 0
+    elapsed_s: float = 0.0
+    waited_s: float = 0.0
+
+    def plus(self, other: "_Window") -> "_Window":
+        return _Window(self.images + other.images, self.elapsed_s + other.elapsed_s, self.waited_s + other.waited_s)
+
+    def rates(self) -> dict[str, float]:
+        elapsed = max(self.elapsed_s, 1e-9)  # a clock need not have moved
+        return {"images_per_s": self.images / elapsed, "data_wait": self.waited_s / elapsed}
+
+
+class Pace:
+    """Counts updates and measures rates; tells `progress` after every update, look and pause.
+
+    Everything but `look` is free of device synchronisation, and is meant to be called for every update.
+    """
+
+    def __init__(self, *, total: int, per_epoch: int, progress: Progress | None = None) -> None:
+        """Begin to measure.
+
+        Args:
+            total: updates of the whole run.
+            per_epoch: updates of an epoch.
+            progress: told where the run is, or None.
+        """
+        self._total, self._per_epoch, self._progress = total, per_epoch, progress
+        self._began = self._since = time.monotonic()
+        self._first: float | None = None  # when the first update of this start was done
+        self._index, self._made, self._lr = -1, 0, 0.0
+        self._numbers: dict[str, float] = {}
+        self._before, self._now, self._all = _Window(), _Window(), _Window()
+
+    def count(self, index: int, images: int, *, waited_s: float, lr: float) -> None:
+        """Count an update.
+
+        Args:
+            index: of the update, from 0.
+            images: that it was computed from, on all ranks together.
+            waited_s: seconds that its data was waited for.
+            lr: its learning rate.
+        """
+        self._index, self._lr = index, lr
+        self._made += 1
+        self._add(images, waited_s)
+        self._first = self._since if self._first is None else self._first
+        self._tell()
+
+    def look(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Take the numbers of the last update; return `images_per_s` and `data_wait` since the last look."""
+        self._add()
+        self._numbers = dict(numbers)
+        rates = self._now.rates()
+        self._before, self._now = self._now, _Window()
+        self._tell(news=True)
+        return rates
+
+    @contextmanager
+    def pause(self, doing: str) -> Iterator[None]:
+        """Leave the time that something else takes out of the rates, but not out of the time that is left."""
+        self._add()
+        self._tell(doing=doing)
+        yield
+        self._since = time.monotonic()
+        self._tell()
+
+    def _add(self, images: int = 0, waited_s: float = 0.0) -> None:
+        """Count the time since the last call as training."""
+        now = time.monotonic()
+        passed = _Window(images, now - self._since, waited_s)
+        self._since = now
+        self._now, self._all = self._now.plus(passed), self._all.plus(passed)
+
+    def _tell(self, *, news: bool = False, doing: str | None = None) -> None:
+        if self._progress is None or self._index < 0:
+            return
+        epoch, step = divmod(self._index, self._per_epoch)
+        lately = self._before.plus(self._now).rates()
+        self._progress(
+            Step(
+                done=self._index + 1,
+                total=self._total,
+                made=self._made,
+                epoch=epoch,
+                update=step + 1,
+                per_epoch=self._per_epoch,
+                lr=self._lr,
+                numbers=self._numbers,
+                news=news,
+                images_per_s=lately["images_per_s"],
+                data_wait=lately["data_wait"],
+                elapsed_s=time.monotonic() - self._began,
+                mean_images_per_s=self._all.rates()["images_per_s"],
+                left_s=self._left_s(),
+                doing=doing,
+            )
+        )
+
+    def _left_s(self) -> float | None:
+        left = self._total - self._index - 1
+        if left == 0:
+            return 0.0
+        if self._made < 2 or self._first is None:  # the first update waits for loaders and compilers: it says nothing
+            return None
+        return left * (time.monotonic() - self._first) / (self._made - 1)
+
+
+def now_and_then(every_s: float = SAY_EVERY_S) -> Progress:
+    """Return a progress that logs a line for the first look, then for the first look after so long, and for the last."""
+    said = -math.inf
+
+    def update(step: Step) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if step.news and (now - said >= every_s or step.done == step.total):
+            said = now
+            log.info("%s", "  ".join(filter(None, (place(step), state(step, every_number=True), left(step)))))
+
+    return update
+
+
+def place(step: Step) -> str:
+    """Return where in its epoch a run is."""
+    of = f"{step.per_epoch:,}"
+    return f"epoch {step.epoch}, update {step.update:>{len(of)},}/{of}"  # one width, so that a bar stands still
+
+
+def state(step: Step, *, every_number: bool = False) -> str:
+    """Return losses, learning rate and speed; without `every_number` it fits a narrow terminal."""
+    names = step.numbers if every_number else ("loss",)
+    parts = [f"{name} {step.numbers[name]:.4f}" for name in names if name in step.numbers]
+    parts += [f"lr {step.lr:.2e}", rate(step.images_per_s), f"waiting for data {100 * step.data_wait:.0f} %"]
+    return "  ".join([*parts, step.doing] if step.doing else parts)
+
+
+def left(step: Step) -> str:
+    """Return the time that is left, as far as it is known."""
+    return "" if step.left_s is None else f"{span(step.left_s)} left"
+
+
+def rate(images_per_s: float) -> str:
+    """Return a speed."""
+    return f"{images_per_s:,.{0 if images_per_s >= 10 else 2}f} images/s"
+
+
+def span(seconds: float) -> str:
+    """Return hours, minutes and seconds, or days where there are many."""
+    if seconds >= 3 * 86400:
+        return f"{seconds / 86400:.1f} days"
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def summary(folder: Path, last: Step | None) -> str:
+    """Return what a run came to, in three lines at most.
+
+    Args:
+        folder: of the run, which is over.
+        last: what this start said last; None where nothing was left to do.
+    """
+    lines = read_metrics(folder)
+    trained = [line for line in lines if line["kind"] == "train"]
+    scored = [line for line in lines if line["kind"] == "eval"]
+    said = [_work(folder, trained, last)]
+    results = [_losses(trained)] if trained else []
+    if scored:
+        best = max(scored, key=lambda line: line["top1"])  # the first of equals, as in the loop
+        results.append(f"best top-1 {best['top1']:.2f} % after epoch {best['epoch']} ({best['weights']})")
+    said += ["; ".join(results)] if results else []
+    said.append(f"weights in {folder / 'last'}" + (f", the best in {folder / 'best'}" if scored else ""))
+    return "\n".join(said)
+
+
+def _work(folder: Path, trained: list[dict], last: Step | None) -> str:
+    if last is None:
+        return f"{folder}: was trained before; nothing was left to do"
+    how = f"in {span(last.elapsed_s)}, {rate(last.mean_images_per_s)}"
+    epochs = -(-last.total // last.per_epoch)
+    before = f", {last.made:,} of them in this start" if last.made < last.done else ""
+    return f"{folder}: trained {count(epochs, 'epoch')}, {count(last.done, 'update')}{before}, {how}"
+
+
+def _losses(trained: list[dict]) -> str:
+    """One batch is noisy: the mean over the lines of the last epoch."""
+    final = [line for line in trained if line["epoch"] == trained[-1]["epoch"]]
+    names = [name for name in final[-1] if name == "loss" or name.endswith("_loss")]
+    means = {name: sum(line[name] for line in final) / len(final) for name in names}
+    return "last epoch: " + "  ".join(f"{name} {value:.4f}" for name, value in means.items())

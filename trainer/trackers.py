@@ -1,0 +1,174 @@
+"""Where the numbers of a run can be watched: TensorBoard, and Weights & Biases. Both are mirrors of `metrics.jsonl`."""
+
+import logging
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.storage import SAFE_NAME, pretty_json, read_json, replace_file
+
+TENSORBOARD_FOLDER = "tensorboard"
+WANDB_NAME = "wandb.json"
+FINISH_S = 20  # a run that ends, or is told to, does not wait longer for the network
+_PLACE = frozenset({"epoch", "step", "images"})
+
+log = logging.getLogger("deit_cli.train")
+
+
+class Tracker(Protocol):
+    """Takes the scalars of a run, an update at a time."""
+
+    name: str
+
+    def add(self, index: int, scalars: Mapping[str, float]) -> None:
+        """Take scalars by name, which hold after update `index`."""
+        ...
+
+    def close(self, *, failed: bool) -> None:
+        """Write what is left."""
+        ...
+
+
+def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
+    """Say which package is missing before anything is begun; nothing is imported.
+
+    Raises:
+        UsageError: with the line that installs it.
+    """
+    for asked, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
+        if asked and find_spec(package) is None:
+            raise UsageError(
+                f'--log-{package} needs the package {package}: pip install "deit-cli[{package}]", or leave it out'
+            )
+
+
+def scalars_of(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the curves that a line of `metrics.jsonl` adds a point to, such as `eval/student/mean_logits_top1`.
+
+    Its place (epoch, step), texts, and what is no finite number are no points of a curve.
+    """
+    prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
+    return {f"{prefix}/{name}": value for name, value in _flat(values) if math.isfinite(value)}
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((inner if name == "scores" else f"{name}_{inner}", number) for inner, number in _flat(value))
+        elif isinstance(value, int | float) and name not in _PLACE:
+            yield name, float(value)
+
+
+class TensorBoard:
+    """Event files under `<run>/tensorboard`."""
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, *, next_index: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an earlier start wrote of updates that are now computed again is hidden by `purge_step`.
+        self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=next_index)
+
+    def add(self, index: int, scalars: Mapping[str, float]) -> None:
+        """Write the points; what metrics.jsonl has after a kill, the event file has too."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, index)
+        self._writer.flush()
+
+    def close(self, *, failed: bool) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases. Its id lies in the run's folder, so that a continuation goes on with it.
+
+    Its own process buffers rows: after SIGKILL the last of them are lost to it, and `metrics.jsonl` has them.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(self, folder: Path, *, next_index: int, project: str | None, run_config: Mapping[str, Any]) -> None:
+        """Begin or continue the run; where its server does not answer, record offline.
+
+        Raises:
+            UsageError: nobody is logged in.
+            StorageError: the id in the run's folder cannot be read or written.
+        """
+        import wandb
+        from wandb.errors import CommError
+        from wandb.errors import UsageError as WandbUsageError
+
+        # A start from the beginning is another run, whatever one that died before its first checkpoint has sent.
+        kept = run_id(folder) if next_index else new_run_id(folder)
+        asked: dict[str, Any] = {
+            "project": project,
+            "dir": str(folder),
+            "name": folder.resolve().name,
+            "id": kept,
+            "resume": "allow",
+            "config": dict(run_config),
+            "reinit": "create_new",
+            # Its own capture of the console would fight with the progress bar.
+            "settings": wandb.Settings(console="off", silent=True, finish_timeout=FINISH_S),
+        }
+        try:
+            self._run = wandb.init(**asked)
+        except WandbUsageError as error:
+            raise UsageError(
+                f"--log-wandb: {_first_line(error)}. Or record without a network: WANDB_MODE=offline"
+            ) from error
+        except CommError as error:
+            log.warning("Weights & Biases does not answer: %s", _first_line(error))
+            # The id itself is taken until this process ends, by the run that could not begin.
+            asked |= {"id": secrets.token_hex(4), "mode": "offline"}
+            self._run = wandb.init(**asked)
+        if self._run.offline:
+            send = f"wandb sync --id {kept} {self._run.settings.sync_dir}"
+            log.info("Weights & Biases: recorded offline; to send it: %s", send)
+        else:
+            log.info("Weights & Biases: %s", self._run.url)
+
+    def add(self, index: int, scalars: Mapping[str, float]) -> None:
+        """Hand the points to W&B's own process, which sends them when it can."""
+        if (
+            index >= self._run.starting_step
+        ):  # it keeps what it has of updates that are computed again: the same numbers
+            self._run.log(dict(scalars), step=index)
+
+    def close(self, *, failed: bool) -> None:
+        """Send what is left, for FINISH_S at most; the rest stays in the run's folder."""
+        self._run.finish(exit_code=int(failed))
+
+
+def run_id(folder: Path) -> str:
+    """Return the id that the run's folder keeps; a run that has none, because it was not tracked so far, gets one."""
+    path = folder / WANDB_NAME
+    if not path.is_file():
+        return new_run_id(folder)
+    record = read_json(path)
+    found = record.get("id") if isinstance(record, dict) else None
+    if not isinstance(found, str) or not SAFE_NAME.fullmatch(found):
+        raise StorageError(f"{path} holds no id of a Weights & Biases run: delete it, and a new one is begun")
+    return found
+
+
+def new_run_id(folder: Path) -> str:
+    """Draw an id, and keep it in the run's folder."""
+    made = secrets.token_hex(4)
+    text = pretty_json({"id": made})
+    replace_file(folder / WANDB_NAME, lambda file: _write(file, text))
+    return made
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _write(file: Any, text: bytes) -> None:
+    file.write(text)
