@@ -181,7 +181,7 @@ def _rate_at(config: TrainConfig, order: Order, update: int) -> float:
     return learning_rate(
         update,
         updates_total=per_epoch * config.epochs,
-        updates_warmup=round(per_epoch * config.warmup_epochs),
+        updates_warmup=round(per_epoch * config.warmup),
         lr=top_rate(config),
         warmup_lr=min(config.warmup_lr, top_rate(config)),
         min_lr=min(config.min_lr, top_rate(config)),
