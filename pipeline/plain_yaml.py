@@ -50,7 +50,7 @@ def to_yaml(values: dict[str, Any]) -> bytes:
     """Return plain values as YAML that `parse_yaml` reads back unchanged, one `key: value` a line."""
     import yaml
 
-    return yaml.dump(values, Dumper=_dialect()[1], sort_keys=False, allow_unicode=True, width=10**6).encode()
+    return yaml.dump(values, Dumper=_dialect()[1], sort_keys=False, width=10**6).encode()
 
 
 def _dialect() -> tuple[Any, Any]:
@@ -69,16 +69,18 @@ def _dialect() -> tuple[Any, Any]:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {twice!r} stands there twice", problem_mark=node.start_mark
-                )
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
             return super().construct_mapping(node, deep=deep)
 
     class Dumper(yaml.SafeDumper):
-        pass
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
 
     for kind in (Loader, Dumper):
         kept = {
