@@ -54,14 +54,9 @@ class PrecomputeConfig:
     """What to label, and how."""
 
     data: str = field(
-        metadata={
-            "flags": (),
-            "help": "Images: a folder class/name.jpg, tars (train-{000..127}.tar), or image Parquet.",
-        }
+        metadata={"help": "Images: a folder class/name.jpg, tars (train-{000..127}.tar), or image Parquet."}
     )
-    out: Path = field(
-        metadata={"flags": (), "help": "Folder of the label set; run the same command again to continue it."}
-    )
+    out: Path = field(metadata={"help": "Folder of the label set; run the same command again to continue it."})
     views: tuple[int, int] = option(
         (0, 30), "View numbers START:STOP, or how many from 0; one view for each epoch of training."
     )

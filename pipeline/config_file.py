@@ -77,7 +77,7 @@ def _known(kinds: tuple[type, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     for kind in kinds:
         hints |= typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            flags = [flag[2:].replace("-", "_") for flag in field.metadata["flags"] if flag.startswith("--")]
+            flags = [flag[2:].replace("-", "_") for flag in field.metadata.get("flags", ()) if flag.startswith("--")]
             names |= dict.fromkeys((*flags, field.name), field.name)
     return hints, names
 
