@@ -185,10 +185,48 @@ LOG_JSON = click.option(
 )
 
 
+RECIPE_FIELDS = "deit_cli.recipe_fields"  # what a file of settings says under `set`, in the command's context
+
+
+def config_option(*kinds: type) -> Callable[[Any], Any]:
+    """Return a decorator that adds -c/--config: a file with the fields of these configs, under what is passed."""
+
+    def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+        if path is None:
+            return
+        from pipeline.config_file import read_settings
+
+        settings = read_settings(path, *kinds)
+        context.meta[RECIPE_FIELDS] = {str(k).replace("-", "_"): v for k, v in settings.pop("set", {}).items()}
+        context.default_map = settings
+
+    return click.option(
+        "-c",
+        "--config",
+        type=click.Path(path_type=Path),
+        metavar="FILE.yaml",
+        is_eager=True,
+        expose_value=False,
+        callback=read,
+        help="Take these options from a YAML file (name: value); what is passed here goes before it.",
+    )
+
+
 def _recipe(name: str | None, overrides: tuple[str, ...]) -> Any:
     from pipeline.recipe import load_recipe, parse_override
 
-    return load_recipe(name or "deit", dict(parse_override(text) for text in overrides))
+    return load_recipe(name or "deit", _recipe_fields() | dict(parse_override(text) for text in overrides))
+
+
+def _recipe_fields() -> dict[str, Any]:
+    return click.get_current_context().meta.get(RECIPE_FIELDS, {})
+
+
+def _say_settings(*configs: Any, recipe: Any) -> None:
+    from pipeline.config_file import describe_settings
+
+    changes = describe_settings(recipe) if recipe is not None else ""
+    log.info("settings: %s%s", describe_settings(*configs), f"; recipe: {changes}" if changes else "")
 
 
 @click.group(context_settings=CONTEXT)
@@ -201,6 +239,7 @@ def commands(verbose: bool) -> None:
 
 
 @commands.command()
+@config_option(PrecomputeConfig, TeacherConfig)
 @options_of(PrecomputeConfig)
 @recipe_options
 @options_of(TeacherConfig)
@@ -218,6 +257,7 @@ def precompute(
     """
     config, asked = _split(values, PrecomputeConfig, TeacherConfig)
     chosen = _recipe(recipe, overrides)
+    _say_settings(config, asked, recipe=chosen)
     from pipeline import precompute as stage1
     from pipeline.engines import load_here
     from pipeline.tables import plan_table
@@ -245,6 +285,7 @@ def _split(values: dict[str, Any], *kinds: type) -> Any:
 
 
 @commands.command()
+@config_option(TrainConfig)
 @options_of(TrainConfig)
 @recipe_options
 @LOG_JSON
@@ -254,10 +295,11 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
     \b
     Examples:
       deit-cli train --labels shards --model deit-s --eval-data imagenet/val --output runs/deit-s
+      deit-cli train -c configs/deit-s-distilled.yaml --output runs/deit-s
       deit-cli train --distillation-type none --data imagenet/train --model resnet50 --output runs/teacher
     """
     config = TrainConfig(**values)
-    chosen = _recipe(recipe, overrides) if recipe is not None or overrides else None
+    chosen = _recipe(recipe, overrides) if recipe is not None or overrides or _recipe_fields() else None
     from pipeline.ranks import rank_from
     from trainer.loop import train as run
     from trainer.pace import Step, summary
@@ -266,6 +308,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
     last: Step | None = None
     if not leads:  # of several ranks, one speaks
         log.setLevel(logging.WARNING)
+    _say_settings(config, recipe=chosen)
 
     with _progress(log_json if leads else None) as progress:
 
@@ -348,6 +391,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 
 
 @commands.command()
+@config_option(PrecomputeConfig, TeacherConfig)
 @options_of(PrecomputeConfig, skip=OF_PRECOMPUTE)
 @recipe_options
 @options_of(TeacherConfig)
@@ -436,6 +480,7 @@ def bench() -> None:
 
 
 @bench.command()
+@config_option(PrecomputeConfig, TeacherConfig)
 @options_of(PrecomputeConfig, skip=OF_PRECOMPUTE)
 @recipe_options
 @options_of(TeacherConfig)

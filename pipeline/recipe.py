@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, UsageError
 from pipeline.ids import sha256_json
+from pipeline.plain_yaml import parse_yaml, read_yaml
 
 RENDERER = 1  # raise it when the same recipe would give other pixels, partners or mixes
 MAX_IMG_SIZE = 4096
@@ -150,25 +151,22 @@ def parse_override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"a recipe override is FIELD=VALUE, such as img_size=32, got {text!r}")
-    return name.strip().replace("-", "_"), _parse_yaml(value, where=text)
+    try:
+        return name.strip().replace("-", "_"), parse_yaml(value, where=text)
+    except UsageError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"a recipe is one of {', '.join(PRESETS)} or a YAML file, got {str(path)!r}")
-    values = _parse_yaml(path.read_text(encoding="utf-8", errors="replace"), where=str(path))
+    try:
+        values = read_yaml(path)
+    except UsageError as error:
+        raise RecipeError(str(error)) from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe file holds `field: value` lines, got {type(values).__name__}")
     return {str(name): value for name, value in values.items()}
-
-
-def _parse_yaml(text: str, *, where: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:

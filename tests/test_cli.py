@@ -115,6 +115,7 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
     small = ["--teacher", "test_resnet", "--no-pretrained", "--teacher-img-size", "16", "--set", "img_size=16"]
     trial = [*small, "--out", str(tmp / "out"), "-j", "0"]
     (tmp / "recipe.yaml").write_text("img_size: 16\nzoom: 2\n")
+    (tmp / "c.yaml").write_text("labels: shards\nepoch: 3\n")
     return [
         (["precompute", "--data", str(tmp / "nothing"), *trial], 1, "does not exist"),
         (["precompute", "--data", str(damaged), *trial], 1, "damaged.tar"),
@@ -160,6 +161,11 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
         (["train", "--labels", labels, "--model", "deit-xl", "--output", str(tmp / "run")], 2, "the student must be a timm model"),
         (["train", "--labels", labels, "--patch-size", "5", "--output", str(tmp / "run")], 2, "multiple of the patch size"),
         (["train", "--labels", labels, "--epochs", "0"], 2, "--epochs must be in 1"),
+        (["train", "-c", str(tmp / "c.yaml")], 2, "c.yaml: there is no setting 'epoch'. Did you mean epochs?"),
+        (["precompute", "-c", str(tmp / "none.yaml")], 2, "none.yaml: cannot read this file: No such file"),
+        (["train", "--labels", labels, "--linear-probe"], 2, "pass --init or --pretrained too"),
+        (["train", "--labels", labels, "--epochs", "3", "--warmup-epochs", "5"], 2, "--warmup-epochs must be at most --epochs (3), got 5"),
+        (["train", "--labels", labels, "--init", data, "--output", str(tmp / "run")], 1, "this folder holds no model.safetensors"),
         (["evaluate", "--data", data, "--checkpoint", data], 1, "is no exported model"),
         (["evaluate", "--checkpoint", data], 2, "pass --data to measure accuracy"),
         (["labels", "info", data], 1, "is not a label set"),

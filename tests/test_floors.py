@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
-    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.draws", "pipeline.recipe", "pipeline.config",
+    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
     "pipeline.storage", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.labels", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
@@ -17,7 +17,7 @@ ORDER = [
     "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling",
     "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
     "pipeline.inspection", "pipeline.tables", "pipeline",
-    "trainer.config", "trainer.order", "trainer.stream", "trainer.student", "trainer.parallel", "trainer.losses", "trainer.optim",
+    "trainer.config", "trainer.order", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
     "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip
@@ -41,7 +41,7 @@ TEACHER_SIDE = {
 KEEPERS = {
     "click": {"cli"},
     "rich": {"cli"},
-    "timm": {"pipeline.teacher_loading", "trainer.student", "trainer.optim", "trainer.setup"},
+    "timm": {"pipeline.teacher_loading", "trainer.student", "trainer.starts", "trainer.optim", "trainer.setup"},
     "pyarrow": {"pipeline.labels", "pipeline.parquet_source"},
     "pydantic": {
         "pipeline.teacher_loading",
@@ -50,7 +50,7 @@ KEEPERS = {
         "pipeline.manifest",
         "pipeline.labelset",
     },
-    "yaml": {"pipeline.recipe"},
+    "yaml": {"pipeline.plain_yaml"},
     "matplotlib": {"pipeline.inspection", "trainer.demo"},
     "PIL": {"pipeline.decode", "trainer.demo"},
     "cv2": {"pipeline.randaugment", "pipeline.loading"},

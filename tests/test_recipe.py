@@ -230,8 +230,12 @@ BAD_FILES = [
     ("preset: null", r"^preset must be one of deit, deit-384, crop-flip, none, got None$"),
     ("presets: deit", r"^a recipe has no field presets; its fields are img_size"),
     ("1: 2", r"^a recipe has no field 1; its fields are"),
-    # YAML 1.1 has no 1e2
-    ("img_size: 1e2", r"^img_size must be a whole number, got '1e2'$"),
+    ("img_size: 1e2", r"^img_size must be a whole number, got 100\.0$"),
+    # YAML's own reader keeps the last of two
+    ("img_size: 32\nimg_size: 64", r"recipe\.yaml: not valid YAML: the key 'img_size' stands there twice"),
+    # and reads this as 190
+    ("seed: 3:10", r"^seed must be a whole number, got '3:10'$"),
+    ("scale: &a [0.1, 1]\nratio: *a", r"not valid YAML: aliases \(\*a\) are not read here"),
 ]
 
 

@@ -58,9 +58,15 @@ class TrainConfig:
     depth: int | None = option(None, "Transformer blocks; by default the model's.")
     num_heads: int | None = option(None, "Attention heads; by default the model's.")
     init: Path | None = option(
-        None, "Start from the weights of this checkpoint (ours, timm's or DeiT's).", "--initial-checkpoint"
+        None,
+        "Start from these weights: a folder that a run exported, or a file (ours, timm's or DeiT's). Positions are"
+        " interpolated to another image size; heads of other classes are made anew.",
+        "--initial-checkpoint",
     )
     pretrained: bool = option(False, "Start from timm's published weights.")
+    linear_probe: bool = option(
+        False, "Train the heads alone, on what --init or --pretrained has learned; all else is frozen."
+    )
 
     distillation_type: DistillationType = option("hard", "Teacher's argmax, its soft labels, or class labels alone.")
     distillation_alpha: float = option(0.5, "Weight of the distillation loss, 0..1.")
@@ -74,7 +80,9 @@ class TrainConfig:
     grad_accum_steps: int = option(1, "Forward passes of a rank for one update.")
     lr: float | None = option(None, "Top learning rate; by default --lr-base * views of an update / 512.")
     lr_base: float = option(5e-4, "Learning rate for a batch of 512.")
-    warmup_epochs: float = option(5.0, "Epochs of linear warm-up.")
+    warmup_epochs: float | None = option(
+        None, "Epochs of linear warm-up; by default 5, or a tenth of --epochs where that is less."
+    )
     warmup_lr: float = option(1e-6, "Learning rate at the start of the warm-up.")
     min_lr: float = option(1e-5, "Learning rate at the end of the cosine.")
     weight_decay: float = option(0.05, "AdamW's; not on biases, norms, tokens and positions.")
@@ -130,10 +138,17 @@ class TrainConfig:
             )
         if self.distillation_type == "none" and self.labels is None and self.data is None:
             raise UsageError("--distillation-type none needs --data (or --labels, whose views it then uses)")
-        if self.warmup_epochs > self.epochs:
-            raise UsageError(f"--warmup-epochs must be at most --epochs ({self.epochs}), got {self.warmup_epochs:g}")
+        if self.warmup > self.epochs:
+            raise UsageError(f"--warmup-epochs must be at most --epochs ({self.epochs}), got {self.warmup:g}")
         if self.init is not None and self.pretrained:
             raise UsageError("start from --init or from --pretrained, not from both")
+        if self.linear_probe and self.init is None and not self.pretrained:
+            raise UsageError("--linear-probe trains heads on features that are there: pass --init or --pretrained too")
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of linear warm-up: DeiT's 5, but in short runs, where the user did not choose, a tenth of all."""
+        return min(5.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -141,7 +156,8 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same in a continuation."""
-        return {name: value for name, value in self.to_dict().items() if name not in FREE_ON_RESUME}
+        same = {name: value for name, value in self.to_dict().items() if name not in FREE_ON_RESUME}
+        return same | {"warmup_epochs": self.warmup}
 
 
 _RANGES: list[tuple[str, float, float]] = [

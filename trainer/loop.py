@@ -263,7 +263,7 @@ class _LossWatch:
 
     def __init__(self, run: _Run) -> None:
         self._run = run
-        self._waiting: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._waiting: tuple[int, Tensor, Any] | None = None  # update, loss on the CPU, the event of its copy
 
     def add(self, update: int, loss: Tensor) -> None:
         """Take a loss to look at next time, and look at the one before it."""
@@ -339,7 +339,7 @@ def _rate_at(config: TrainConfig, order: Order, update: int) -> float:
     return learning_rate(
         update,
         updates_total=order.steps_per_epoch * config.epochs,
-        updates_warmup=round(order.steps_per_epoch * config.warmup_epochs),
+        updates_warmup=round(order.steps_per_epoch * config.warmup),
         lr=top,
         warmup_lr=min(config.warmup_lr, top),
         min_lr=min(config.min_lr, top),

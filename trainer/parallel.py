@@ -167,7 +167,7 @@ class Consensus:
     def __init__(self, world: World) -> None:
         self._world = world
         # Over the CPUs, so that no queue of a GPU has to run empty for it.
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._asked: tuple[Tensor, Any] | None = None
 
     def stops(self, told: bool) -> bool:

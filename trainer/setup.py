@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
+from pipeline.config_file import plain_settings, recipe_settings
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import first_difference
+from pipeline.plain_yaml import to_yaml
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
@@ -19,6 +21,7 @@ from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig
 from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
 from trainer.order import Order, Share, check_repeats, count_units, default_repeats
+from trainer.starts import start_from
 from trainer.stream import Catalogue
 from trainer.student import Student, create_student
 
@@ -27,6 +30,7 @@ log = logging.getLogger("deit_cli.train")
 STATE_NAME = "state.safetensors"
 CONFIG_NAME = "config.json"
 STATE_VERSION = 2
+SETTINGS_NAME = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,17 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
         depth=config.depth,
         num_heads=config.num_heads,
         drop_path=config.drop_path,
-        init_checkpoint=config.init,
         pretrained=config.pretrained,
         class_names=data.class_names,
-    ).to(device)
+    )
     if student.img_size != data.recipe.img_size:
         raise UsageError(
-            f"--img-size {student.img_size} is not that of the views, {data.recipe.img_size}: the student sees what the teacher saw"
+            f"--img-size {student.img_size} is not that of the views, {data.recipe.img_size}: the student sees what the"
+            f" teacher saw. For {student.img_size} pixels make the labels with --recipe deit-384 or --set"
+            f" img_size={student.img_size}"
         )
+    _start(config, student)
+    student.to(device)
     if config.crop_pct is not None:
         student.model.pretrained_cfg["crop_pct"] = config.crop_pct
     optimizer = create_optimizer(
@@ -137,6 +144,19 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
     ema = create_ema(student, config.model_ema_decay, config.model_ema_warmup) if config.model_ema else None
     student.train()
     return State(student, optimizer, ema)
+
+
+def _start(config: TrainConfig, student: Student) -> None:
+    """Load the weights to start from, say what was done to fit them, and freeze what is not to learn."""
+    if config.init is not None:
+        changes = start_from(student, config.init)
+        log.info("starting from %s: %s", config.init, "; ".join(changes) or "all weights as they are")
+    if config.pretrained:
+        there = student.model.pretrained_cfg["num_classes"]
+        new = f": the heads are new: {there} classes there, {student.num_classes} here"
+        log.info("starting from timm's published weights%s", new if there != student.num_classes else "")
+    if config.linear_probe:
+        student.freeze_backbone()
 
 
 def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any]:
@@ -183,6 +203,11 @@ def save_config(config: TrainConfig, data: Data) -> None:
             "teacher": data.label_set.plan.teacher.model_dump(mode="json"),
         }
     replace_file(config.output / CONFIG_NAME, lambda file: write_json(file, resolved))
+    settings = plain_settings(config)
+    settings.pop("resume")  # a way to call the command, not a setting of the run
+    if data.label_set is None:  # else the labels say the recipe
+        settings |= recipe_settings(data.recipe)
+    replace_file(config.output / SETTINGS_NAME, lambda file: _write_yaml(file, settings))
 
 
 def announce(config: TrainConfig, data: Data, order: Order, state: State, share: Share) -> None:
@@ -204,6 +229,13 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State, share:
         top_rate(config, order),
         f", {order.repeated_aug} views of an image together" if order.repeated_aug > 1 else "",
     )
+    if state.student.probed:
+        learning = sum(p.numel() for p in state.student.parameters() if p.requires_grad)
+        log.info(
+            "linear probe: %s learn (%d parameters), all else is frozen",
+            " and ".join(state.student.head_names),
+            learning,
+        )
     repeats = order.repeats_after()
     if repeats is not None and repeats < config.epochs:
         log.warning("the label set has %d views: from epoch %d on they repeat", repeats, repeats)
@@ -221,3 +253,7 @@ def top_rate(config: TrainConfig, order: Order) -> float:
 def write_json(file: Any, value: dict[str, Any]) -> None:
     """Write plain values for people."""
     file.write(pretty_json(json.loads(json.dumps(value))))
+
+
+def _write_yaml(file: Any, settings: dict[str, Any]) -> None:
+    file.write(b"# deit-cli train -c THIS_FILE --output ANOTHER_FOLDER trains the same again\n" + to_yaml(settings))

@@ -183,7 +183,7 @@ class BatchRenderer:
             keys=tuple(map(table.keys.__getitem__, flat.tolist())),
             class_label=table.class_label[flat],
             labelled=table.labelled[flat],
-            mix=mix_batch(places.reshape(-1, 2).tolist(), mixes, len(flat)),
+            mix=mix_batch([(first, second) for first, second in places.reshape(-1, 2).tolist()], mixes, len(flat)),
             labels=self._labels_of(shard, table, rows, there, views),
         )
 
@@ -195,14 +195,15 @@ class BatchRenderer:
         if label_set is None:
             return ()
         name = self._catalogue.names[shard]
-        found: list[LabelRows] = [
-            self._labels.get((shard, view), lambda view=view: _read_labels(label_set, name, view, table.usable))
-            for view in views
-        ]
+
+        def read(view: int, label_set: LabelSet = label_set) -> LabelRows:
+            return self._labels.get((shard, view), lambda: _read_labels(label_set, name, view, table.usable))
+
+        found = [read(view) for view in views]
         at = np.searchsorted(table.usable, np.where(there, rows, table.usable[0]))
 
         def column(of: Callable[[LabelRows], NDArray[Any]]) -> NDArray[Any]:
-            return np.stack([of(labels)[at[:, number]] for number, labels in enumerate(found)], axis=1)[there]
+            return np.stack([of(rows)[at[:, number]] for number, rows in enumerate(found)], axis=1)[there]
 
         hard, index, prob = (column(of) for of in (lambda x: x.hard, lambda x: x.topk_index, lambda x: x.topk_prob))
         tail = column(lambda x: x.tail_mass) if len(found[0].tail_mass) else np.zeros(len(hard))

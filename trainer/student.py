@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import timm
 from timm.models import get_model_input_config, load_state_dict
@@ -45,6 +45,7 @@ class Student(nn.Module):
         mean, std: input normalisation, three values each, for images in 0..1.
         class_names: one name per class, or None.
         has_distillation_head: whether `Heads.distill_logits` is there.
+        probed: whether the heads alone learn, see `freeze_backbone`.
     """
 
     def __init__(self, model: nn.Module, *, img_size: int, class_names: Sequence[str] | None = None) -> None:
@@ -56,6 +57,38 @@ class Student(nn.Module):
         self.std: tuple[float, ...] = tuple(self.model.pretrained_cfg["std"])
         self.class_names = None if class_names is None else tuple(class_names)
         self.has_distillation_head = isinstance(getattr(model, "head_dist", None), nn.Module)
+        self.probed = False
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of the heads' modules in the timm model, as timm's own configuration has them; () where it has none."""
+        names = self.model.pretrained_cfg.get("classifier") or ()
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    def freeze_backbone(self) -> None:
+        """Let the heads alone learn; all else keeps its weights, and stays in evaluation mode from now on.
+
+        Raises:
+            UsageError: timm does not say which modules of this model are its heads.
+        """
+        if not self.head_names:
+            raise UsageError(
+                f"timm does not say which part of {self.model.pretrained_cfg.get('architecture')} is its head,"
+                " so it cannot be trained alone. Leave --linear-probe out"
+            )
+        self.requires_grad_(False)
+        for name in self.head_names:
+            self.model.get_submodule(name).requires_grad_(True)
+        self.probed = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or back; a frozen backbone stays in evaluation mode: no drop path, no running statistics."""
+        super().train(mode and not self.probed)
+        self.training = mode
+        for name in self.head_names if self.probed else ():
+            self.model.get_submodule(name).train(mode)
+        return self
 
     def forward(self, images: Tensor) -> Heads:
         """Answer for normalised images, float [B, 3, H, W]."""
@@ -133,8 +166,14 @@ def load_weights(student: Student, path: Path) -> None:
     Raises:
         CheckpointError: unreadable, or of another model; the student is unchanged.
     """
-    found, wanted = _read_state(path), student.model.state_dict()
+    found = read_state(path)
     _check_classes(student, found, path)
+    load_exactly(student, found, path)
+
+
+def load_exactly(student: Student, found: dict[str, Tensor], path: Path) -> None:
+    """Load a state dict that must fit name by name and shape by shape; `path` is where it came from, for errors."""
+    wanted = student.model.state_dict()
     _check_names(found, wanted, path)
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape:
@@ -185,7 +224,8 @@ def _build(name: str, img_size: int | None, asked: dict[str, Any], num_classes: 
     return built
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights as plain tensors, see `load_weights`; CheckpointError if it is none."""
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint file")
     try:
@@ -204,8 +244,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _check_classes(student: Student, found: dict[str, Tensor], path: Path) -> None:
-    classifier = student.model.pretrained_cfg.get("classifier") or ()
-    for head in (classifier,) if isinstance(classifier, str) else classifier:
+    for head in student.head_names:
         weight = found.get(f"{head}.weight")
         if weight is not None and weight.ndim and weight.shape[0] != student.num_classes:
             raise CheckpointError(

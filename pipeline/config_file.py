@@ -1,0 +1,159 @@
+"""Settings in a YAML file: the names are those of the command line's options, the types those of the config's fields.
+
+`recipe` and `set` may stand there too, as on the command line; `set` is a mapping of recipe fields.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.plain_yaml import read_yaml
+from pipeline.recipe import PRESETS, Recipe
+
+RECIPE_HINTS: dict[str, Any] = {"recipe": str | None, "set": dict}
+
+
+def read_settings(path: Path, *kinds: type) -> dict[str, Any]:
+    """Return what a file sets: field name -> value, for the command line to put under the options that were given.
+
+    Args:
+        path: a YAML file of `name: value` lines; hyphens and underscores are the same.
+        kinds: the configs whose fields may stand in it.
+
+    Raises:
+        UsageError: unreadable, a name that no config has or that stands there twice, or a value of another type.
+    """
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a file of settings holds `name: value` lines, got {type(values).__name__}")
+    hints, names = _known(kinds)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            raise UsageError(f"{path}: there is no setting {str(key)!r}. {_nearest(str(key), names)}")
+        if name in found:
+            raise UsageError(f"{path}: {name} stands there twice, the second time as {key}")
+        if not _fits(value, hints[name]):
+            raise UsageError(f"{path}: {key} must be {_wanted(hints[name])}, got {_short(value)}")
+        found[name] = _as_option(value, hints[name])
+    return found
+
+
+def plain_settings(config: Any) -> dict[str, Any]:
+    """Return a config as a file would hold it; what is None is left out, because that is every option's absence."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as a file would hold it: the nearest preset under `recipe`, what differs from it under `set`."""
+    fields = recipe.to_dict()
+
+    def changes(preset: str) -> dict[str, Any]:
+        known = PRESETS[preset].to_dict()
+        return {name: value for name, value in fields.items() if value != known[name]}
+
+    nearest = min(PRESETS, key=lambda preset: len(changes(preset)))
+    return {"recipe": nearest} | ({"set": changes(nearest)} if changes(nearest) else {})
+
+
+def describe_settings(*configs: Any) -> str:
+    """Return on one line what differs from the defaults: `labels=shards epochs=100`."""
+    return " ".join(
+        f"{name}={_text(value)}" for config in configs for name, value in plain_settings(config).items()
+        if value != _default(config, name)
+    )  # fmt: skip
+
+
+def _known(kinds: tuple[type, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the type of each setting, and under which names it may stand: its own and its further options'."""
+    hints, names = dict(RECIPE_HINTS), {name: name for name in RECIPE_HINTS}
+    for kind in kinds:
+        hints |= typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            flags = [flag[2:].replace("-", "_") for flag in field.metadata.get("flags", ()) if flag.startswith("--")]
+            names |= dict.fromkeys((*flags, field.name), field.name)
+    return hints, names
+
+
+def _nearest(key: str, names: dict[str, str]) -> str:
+    close = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
+    return f"Did you mean {close[0]}?" if close else "Settings are named as the options that --help shows"
+
+
+def _choices(hint: Any) -> Iterator[Any]:
+    """Yield the types that a hint allows."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        yield from typing.get_args(hint)
+    else:
+        yield hint
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return any(_is_a(value, kind) for kind in _choices(hint))
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    arguments, origin = typing.get_args(kind), typing.get_origin(kind)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple and arguments[1:] == (...,):  # a repeatable option: one value or a list of them
+        return _is_a(value, arguments[0]) or (isinstance(value, list) and all(_is_a(v, arguments[0]) for v in value))
+    if origin is tuple:  # START:STOP, or a number from 0
+        pair = isinstance(value, list) and len(value) == 2 and all(_is_a(v, int) for v in value)
+        return pair or isinstance(value, str) or _is_a(value, int)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, str if kind is Path else kind)
+
+
+def _as_option(value: Any, hint: Any) -> Any:
+    """Return the value as click takes it from a map of defaults."""
+    if typing.get_origin(hint) is not tuple or (isinstance(value, (str, int)) and typing.get_args(hint)[1:] != (...,)):
+        return value
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _wanted(hint: Any) -> str:
+    return " or ".join(dict.fromkeys(_name_of(kind) for kind in _choices(hint)))
+
+
+def _name_of(kind: Any) -> str:
+    arguments, origin = typing.get_args(kind), typing.get_origin(kind)
+    if origin is typing.Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(arguments)
+    if origin is tuple:
+        return (
+            f"{_name_of(arguments[0])} or a list of them" if arguments[1:] == (...,) else "START:STOP or a whole number"
+        )
+    known = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping of recipe fields"}
+    return {**known, types.NoneType: "null"}.get(kind, "text (in quotes)")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        numbers = bool(value) and all(isinstance(item, int) for item in value)
+        return ":".join(map(str, value)) if numbers else [_plain(item) for item in value]
+    return value
+
+
+def _default(config: Any, name: str) -> Any:
+    default = type(config).__dataclass_fields__[name].default
+    return _plain(default)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else ",".join(value) if isinstance(value, list) else str(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,121 @@
+"""Starting points: the weights of another run, another size, other classes, fitted to a student; and what was done to fit.
+
+Everything that is done to the weights is said. What is not named here must fit exactly, as in evaluation.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from trainer.student import Student, load_exactly, read_state
+
+_TOKEN = "dist_token"  # of DeiT's distilled models; its position is the second one
+
+
+def start_from(student: Student, path: Path) -> list[str]:
+    """Load weights into a student that may have another image size, other classes, or no distillation token (or one).
+
+    Args:
+        student: receives the weights; what the checkpoint cannot give keeps its initial values.
+        path: a folder that a run exported, or a file of weights as for `trainer.student.load_weights`.
+
+    Returns:
+        What was changed to make them fit, a phrase each; empty if nothing was.
+
+    Raises:
+        CheckpointError: unreadable, or of another architecture; the student is unchanged.
+    """
+    file, class_names = _find(path)
+    found = read_state(file)
+    said = _fit_heads(student, found, class_names, file)
+    said += _fit_token(student, found)
+    said += _fit_positions(student, found)
+    load_exactly(student, found, file)
+    return said
+
+
+def _find(path: Path) -> tuple[Path, tuple[str, ...] | None]:
+    """Return the file of weights, and the names of its classes where a folder says them."""
+    if not path.is_dir():
+        return path, None
+    weights, config = path / "model.safetensors", path / "config.json"
+    if not weights.is_file():
+        inside = next((name for name in ("best", "last") if (path / name / "model.safetensors").is_file()), None)
+        hint = f"Did you mean {path / inside}?" if inside else "A run keeps exported weights in last/ and best/"
+        raise CheckpointError(f"{path}: this folder holds no model.safetensors. {hint}")
+    if not config.is_file():
+        return weights, None
+    try:
+        names = json.loads(config.read_bytes()).get("label_names")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{config} cannot be read: {error}") from error
+    return weights, tuple(map(str, names)) if isinstance(names, list) else None
+
+
+def _fit_heads(
+    student: Student, found: dict[str, Tensor], class_names: tuple[str, ...] | None, path: Path
+) -> list[str]:
+    """Put the student's new heads where those of the checkpoint answer for other classes."""
+    heads = [name for name in student.head_names if getattr(found.get(f"{name}.weight"), "ndim", 0)]
+    counts = sorted({found[f"{name}.weight"].shape[0] for name in heads})
+    if len(counts) > 1:
+        raise CheckpointError(f"{path}: its heads disagree on the number of classes: {' and '.join(map(str, counts))}")
+    same_names = None in (class_names, student.class_names) or class_names == student.class_names
+    if not counts or (counts == [student.num_classes] and same_names):
+        return []
+    for name, value in student.model.state_dict().items():
+        if any(name.startswith(f"{head}.") for head in heads):
+            found[name] = value
+    what = f"{len(heads)} heads are new" if len(heads) > 1 else "the head is new"
+    if counts == [student.num_classes]:
+        return [f"{what}: the {student.num_classes} classes have other names or another order in the checkpoint"]
+    return [f"{what}: {counts[0]} classes in the checkpoint, {student.num_classes} here"]
+
+
+def _fit_token(student: Student, found: dict[str, Tensor]) -> list[str]:
+    """Give the weights a distillation token, or take it away, with its position and head."""
+    wanted = student.model.state_dict()
+    has, needs = _TOKEN in found, _TOKEN in wanted
+    shapes = [state["pos_embed"].shape for state in (found, wanted) if "pos_embed" in state]
+    if has == needs or len(shapes) < 2 or len(shapes[0]) != 3 or shapes[0][2] != shapes[1][2]:
+        return []  # not two transformers of one width: loading says what does not fit
+    heads = [name for name in (found if has else wanted) if name.startswith("head_dist.")]
+    positions = found["pos_embed"]
+    if has:
+        for name in (_TOKEN, *heads):
+            del found[name]
+        found["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+        return ["its distillation token is left out, with its position and head: this student has none"]
+    found |= {name: wanted[name] for name in (_TOKEN, *heads)}
+    found["pos_embed"] = torch.cat([positions[:, :1], wanted["pos_embed"][:, 1:2], positions[:, 1:]], dim=1)
+    return ["the distillation token, its position and its head are new: the checkpoint has none"]
+
+
+def _fit_positions(student: Student, found: dict[str, Tensor]) -> list[str]:
+    """Interpolate the position embedding [1, prefix + N, D] to the student's grid, as DeiT does: bicubic, not antialiased.
+
+    (Antialiased bicubic is another kernel, also where the grid grows.)
+    """
+    model = student.model
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    positions, wanted = found.get("pos_embed"), model.state_dict().get("pos_embed")
+    if grid is None or positions is None or wanted is None or positions.ndim != 3 or positions.shape == wanted.shape:
+        return []
+    prefix = wanted.shape[1] - grid[0] * grid[1]
+    side = math.isqrt(max(0, positions.shape[1] - prefix))
+    if side == 0 or side**2 != positions.shape[1] - prefix:
+        return []  # no square: loading refuses the shape
+    found["pos_embed"] = resample_abs_pos_embed(
+        positions,
+        new_size=list(grid),
+        old_size=[side, side],
+        num_prefix_tokens=prefix,
+        interpolation="bicubic",
+        antialias=False,
+    )
+    return [f"positions are interpolated from {side}x{side} patches to {grid[0]}x{grid[1]}"]
