@@ -19,7 +19,7 @@ from pipeline.labelset import LabelSet
 from trainer.checkpoint import export_model, load_state
 from trainer.config import TrainConfig
 from trainer.loop import train
-from trainer.setup import build_state, open_data
+from trainer.setup import build_state, make_order, open_data
 from trainer.starts import start_from
 from trainer.student import Student, create_student, hub_config, open_student
 
@@ -39,7 +39,7 @@ def student_of(
 
 
 def exported(student: Student, folder: Path) -> Path:
-    export_model(folder, student, hub_config=hub_config(student))
+    export_model(folder, student.model.state_dict(), hub_config=hub_config(student))
     return folder
 
 
@@ -289,7 +289,8 @@ def test_new_heads_depend_on_the_seed_alone(label_set, start, tmp_path):
     device = resolve_device("cpu")
     settings = {"init": start, "model": PLAIN, "img_size": 16}
     asked = config(label_set, tmp_path / "run", **settings)
-    one, two = (build_state(asked, open_data(asked), device).student for _ in range(2))
+    data = open_data(asked)
+    one, two = (build_state(asked, data, make_order(asked, data), device).student for _ in range(2))
     assert differing(weights(one), weights(two)) == set()
 
 
@@ -350,7 +351,8 @@ def test_a_probe_trains_the_heads_and_nothing_else(label_set, start, tmp_path, k
     settings = {"init": start, "model": model, "distillation_type": kind, "linear_probe": True, "drop_path": 0.5}
     settings |= {"model_ema_decay": 0.5, "weight_decay": 0.3}
     fresh = config(label_set, tmp_path / "x", **settings)
-    before = weights(build_state(fresh, open_data(fresh), resolve_device("cpu")).student)
+    data = open_data(fresh)
+    before = weights(build_state(fresh, data, make_order(fresh, data), resolve_device("cpu")).student)
     run = train(config(label_set, tmp_path / "run", **settings))
     assert differing(before, weights(open_student(run / "last"))) == learn
     assert differing(before, weights(open_student(run / "last-ema"))) == learn
@@ -394,7 +396,7 @@ def test_a_resumed_probe_equals_an_uninterrupted_one(label_set, start, tmp_path,
     train(config(label_set, tmp_path / "whole", **settings))
     import trainer.loop as loop
 
-    real, calls = loop._update, []
+    real, calls = loop._step, []
 
     def stops(*args):
         if len(calls) == 3:
@@ -402,18 +404,18 @@ def test_a_resumed_probe_equals_an_uninterrupted_one(label_set, start, tmp_path,
         calls.append(1)
         return real(*args)
 
-    monkeypatch.setattr(loop, "_update", stops)
+    monkeypatch.setattr(loop, "_step", stops)
     with pytest.raises(KeyboardInterrupt):
         train(config(label_set, tmp_path / "cut", **settings))
-    monkeypatch.setattr(loop, "_update", real)
-    train(config(label_set, tmp_path / "cut", resume=True, **settings))
+    monkeypatch.setattr(loop, "_step", real)
+    train(config(label_set, tmp_path / "cut", resume="auto", **settings))
     assert differing(*(load_state(tmp_path / name / "state.safetensors")[0] for name in ("whole", "cut"))) == set()
 
 
 def test_a_probe_is_not_continued_as_a_full_run(label_set, start, tmp_path):
     train(config(label_set, tmp_path / "run", init=start, linear_probe=True))
     with pytest.raises(CheckpointError, match=r"config.linear_probe: True, not False"):
-        train(config(label_set, tmp_path / "run", init=start, resume=True))
+        train(config(label_set, tmp_path / "run", init=start, resume="auto"))
 
 
 def test_a_probe_needs_something_to_probe(label_set, tmp_path):
