@@ -243,7 +243,7 @@ def test_the_saved_settings_of_a_run_are_the_same_run_again(label_set, tmp_path,
     assert " lr=0.001 model_ema=False " in caplog.text
     invoke("train", "-c", str(run / "config.yaml"), "--output", str(again))
     one, two = (json.loads((folder / "config.json").read_text()) for folder in (run, again))
-    assert one["config"] | {"output": "", "resume": False} == two["config"] | {"output": ""}
+    assert one["config"] | {"output": "", "resume": "never"} == two["config"] | {"output": ""}
     assert (run / "last/model.safetensors").read_bytes() == (again / "last/model.safetensors").read_bytes()
 
 
