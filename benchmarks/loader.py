@@ -1,7 +1,7 @@
 """Views per second that one loader process brings into the trainer: our stream against what people use instead.
 
-    python benchmarks/loader.py --data imagenet-sample --out benchmarks/results/loader.json \\
-        --python litdata=PEERS/bin/python --python streaming=PEERS/bin/python
+    pip install litdata mosaicml-streaming  # beside this project, in an environment for the purpose
+    python benchmarks/loader.py --data imagenet-sample --work FOLDER --out benchmarks/results/loader.json
 
 All read the same photographs, repeated under new names, from the format of their own, which this script writes below
 --work (and finds there in another run), and all have one worker process and batches of 64:
@@ -18,11 +18,13 @@ with each batch the teacher's labels, read and checked, its images checked by th
 others bring class labels. Mixing is the device's for all but `timm_fast`, and is left out.
 
 Each competitor is a process of its own, and it and its worker share one core with all others, which wait meanwhile. Rounds
-alternate, ratios are taken within a round. The first batches of a round, which had been made before it began, and the first
+alternate, ratios are taken within a round. On a machine that others use too, views for each second that a competitor's processes
+computed say more than views/s. The first batches of a round, which had been made before it began, and the first
 batch of an epoch, with the wait for it, are not counted.
 
-litdata and mosaicml-streaming are no dependencies of this project. `--python NAME=PATH` names the interpreter of an
-environment that has one, besides torch and timm: streaming pins an older NumPy. One that cannot be imported is left out, by name.
+litdata and mosaicml-streaming are no dependencies of this project, and streaming pins an older NumPy. One that must live in
+an environment of its own, besides torch and timm, is given as `--python NAME=PATH`, its interpreter. One that cannot be imported
+is left out, by name.
 The label set is that of a small network with random weights: what the labels say changes no speed.
 """
 
@@ -54,7 +56,10 @@ from torch.utils.data import DataLoader
 HERE = Path(__file__).resolve()
 BATCH, WORKERS, VIEWS, ENDLESS = 64, 1, 6, 10**9
 WARM_UP = 5  # batches: two wait in a queue of each loader, one in its worker's hands, and two more
-LIBRARIES = ("torch", "torchvision", "timm", "numpy", "Pillow", "simplejpeg", "webdataset", "litdata", "mosaicml-streaming")  # fmt: skip
+LIBRARIES = (
+    "torch", "torchvision", "timm", "numpy", "Pillow", "opencv-python-headless", "simplejpeg", "turbojpeg", "webdataset",
+    "litdata", "mosaicml-streaming",
+)  # fmt: skip
 Photo = tuple[str, int, bytes]  # name, class, JPEG
 
 
@@ -278,7 +283,7 @@ def serve(name: str, folder: Path, core: int) -> None:
     batch = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
     print(json.dumps({"batch": batch, "python": platform.python_version(), "versions": versions()}), file=answers)
     for line in sys.stdin:
-        print(json.dumps({"per_second": rate(batches, float(line))}), file=answers)
+        print(json.dumps(rate(batches, float(line))), file=answers)
 
 
 def endless(epoch: Callable[[], Iterable[Any]]) -> Iterator[tuple[Any, bool]]:
@@ -288,16 +293,36 @@ def endless(epoch: Callable[[], Iterable[Any]]) -> Iterator[tuple[Any, bool]]:
             yield batch, number == 0
 
 
-def rate(batches: Iterator[tuple[Any, bool]], seconds: float) -> float:
+def rate(batches: Iterator[tuple[Any, bool]], seconds: float) -> dict[str, float]:
+    """Return views/s, and views for each second that this process and those it started computed."""
     for _ in range(WARM_UP):
         next(batches)
-    views, spent = 0, 0.0
+    counted = views = 0
+    spent, computed = 0.0, cpu_seconds()
     while spent < seconds:
         began = time.perf_counter()
         batch, is_first = next(batches)
+        views += len(batch[0])
         if not is_first:
-            views, spent = views + len(batch[0]), spent + time.perf_counter() - began
-    return views / spent
+            counted, spent = counted + len(batch[0]), spent + time.perf_counter() - began
+    return {"per_second": counted / spent, "per_cpu_second": views / (cpu_seconds() - computed)}
+
+
+def cpu_seconds() -> float:
+    """Return what this process and all that it started have computed; NaN where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    ticks: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, _, fields = stat.read_text().partition(" (")
+            values = fields.rpartition(")")[2].split()
+            children.setdefault(int(values[1]), []).append(int(pid))
+            ticks[int(pid)] = int(values[11]) + int(values[12])
+    total, left = 0, [os.getpid()]
+    while left:
+        total += ticks.get(left[-1], 0)
+        left += children.get(left.pop(), [])
+    return total / os.sysconf("SC_CLK_TCK") if ticks else float("nan")
 
 
 def versions() -> dict[str, str]:
@@ -319,9 +344,9 @@ class Competitor:
         )
         self.about = self._answer()
 
-    def rate(self, seconds: float) -> float:
+    def rate(self, seconds: float) -> dict[str, float]:
         print(seconds, file=self._process.stdin, flush=True)
-        return self._answer()["per_second"]
+        return self._answer()
 
     def stop(self) -> None:
         """End it as it likes to end, so that it takes its processes and shared memory along; soon, in any case."""
@@ -338,6 +363,19 @@ class Competitor:
 
 
 # --- all of them ------------------------------------------------------------------------------------------------
+
+
+def summary(rounds: list[dict[str, dict[str, float]]], kind: str) -> dict[str, Any]:
+    """Return medians, and those of the ratios of ours to each of the others."""
+    rates = [{name: each[kind] for name, each in round_.items()} for round_ in rounds]
+    mine, others = ([name for name in rates[0] if name.startswith("ours") is own] for own in (True, False))
+    return {
+        "median": {name: round(statistics.median(each[name] for each in rates), 1) for name in rates[0]},
+        "ratio_to": {
+            own: {name: round(statistics.median(each[own] / each[name] for each in rates), 2) for name in others}
+            for own in mine
+        },
+    }
 
 
 def main() -> None:
@@ -364,7 +402,10 @@ def main() -> None:
     if unknown := sorted(set(pythons) - set(COMPETITORS)):
         parser.error(f"--python names a competitor, one of {', '.join(COMPETITORS)}; got {', '.join(unknown)}")
 
-    photos = read_photos(next(iter(sorted(args.data.glob("*.tar")))))
+    found = sorted(args.data.glob("*.tar"))
+    if not found:
+        parser.error(f"--data must hold a tar of JPEGs, and {args.data} holds none")
+    photos = read_photos(found[0])
     tars = written(args.work, "tars", lambda out: write_tars(out, repeated(photos, args.repeat)))
     written(args.work, "folders", lambda out: write_folders(out, repeated(photos, args.repeat)))
     written(args.work, "labels", lambda out: write_labels(out, tars))
@@ -376,7 +417,7 @@ def main() -> None:
     rounds = []
     for _ in range(args.rounds):
         rounds.append({name: each.rate(args.seconds) for name, each in present.items()})
-        print({name: round(value) for name, value in rounds[-1].items()}, flush=True)
+        print({name: [round(value) for value in each.values()] for name, each in rounds[-1].items()}, flush=True)
     for each in running.values():
         each.stop()
 
@@ -391,21 +432,12 @@ def main() -> None:
         "seconds": args.seconds,
         "left_out": missing,
         "competitors": {name: each.about for name, each in present.items()},
-        "median": {name: round(statistics.median(each[name] for each in rounds), 1) for name in present},
-        "ratio_to": {
-            mine: {
-                name: round(statistics.median(each[mine] / each[name] for each in rounds), 2)
-                for name in present
-                if not name.startswith("ours")
-            }
-            for mine in present
-            if mine.startswith("ours")
-        },
+        **{kind: summary(rounds, kind) for kind in ("per_second", "per_cpu_second")},
         "rounds": rounds,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: result[key] for key in ("left_out", "median", "ratio_to")}, indent=1))
+    print(json.dumps({key: result[key] for key in ("left_out", "per_second", "per_cpu_second")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Keeps the logits and makes one gradient [B, C], in place.
 
     Plain operations keep the log-probabilities and make a gradient for each use of them and one more for the logits:
-    three arrays at a time instead of one, and up to twice the time (benchmarks/losses.py).
+    three arrays at a time instead of one, and more time (benchmarks/losses.py).
     """
 
     @staticmethod
