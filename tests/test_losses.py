@@ -16,6 +16,7 @@ from trainer.losses import (
     ClassTarget,
     TeacherTarget,
     class_loss,
+    cross_entropy,
     distillation_loss,
     hard_distillation_loss,
     soft_distillation_loss,
@@ -397,17 +398,32 @@ def test_distillation_without_labels_is_refused():
         distillation_loss(logits, logits, target, None, distillation_type="hard", **COMMON)
 
 
-def test_no_dense_target_is_built(rng):
-    """The backward pass keeps the student's log-probabilities and nothing else of their size."""
-    logits = torch.randn(8, 5000, generator=rng, requires_grad=True)
-    target = topk_of(torch.randn(8, 5000, generator=rng).softmax(-1), 10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_the_backward_pass_keeps_the_logits_and_nothing_else_of_their_size(rng, tau, dtype):
+    class_logits, distill_logits = torch.randn(2, 8, 5000, generator=rng).to(dtype)
+    target = mirrored_target(torch.randint(5000, (8,), generator=rng), 0.3)
+    teacher = topk_of(torch.randn(8, 5000, generator=rng).softmax(-1), 10)
     saved: set[int] = set()
 
     def note(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().nbytes() >= logits.numel() * 4:
+        if tensor.untyped_storage().nbytes() >= 8 * 5000:
             saved.add(tensor.untyped_storage().data_ptr())
         return tensor
 
+    both = [logits.clone().requires_grad_() for logits in (class_logits, distill_logits)]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        soft_distillation_loss(logits, target, tau=1.0, tail="spread", reduction="batchmean")
-    assert len(saved) == 1
+        loss, _ = distillation_loss(*both, target, teacher, distillation_type="soft", **COMMON | {"tau": tau})
+    assert saved == {logits.untyped_storage().data_ptr() for logits in both}
+    loss.backward()
+    assert [logits.grad.dtype for logits in both if logits.grad is not None] == [dtype, dtype]
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+def test_cross_entropy_has_the_gradient_of_its_values(rng, tau):
+    index = torch.tensor([[1, 4], [0, 6], [2, 2], [5, 3]])  # the third row: partners of one class
+    rest = torch.tensor([0.0, 0.02, 0.1, 0.05], dtype=torch.float64)
+    weight = torch.tensor([0.7, 0.9, 0.5, 1.1], dtype=torch.float64) * (1 - 7 * rest)
+    weight = torch.stack([weight, 1 - 7 * rest - weight], dim=1)  # the last row has a class below its rest
+    logits = (3 * torch.randn(4, 7, generator=rng, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: cross_entropy(z, index, weight, rest, tau=tau), logits)

@@ -1,15 +1,18 @@
 """What the student is trained on: its class labels, and the teacher's stored answers. Pure.
 
 All losses are computed in float32, under autocast too, and no target of shape [B, C] is ever built: a stored
-soft label has K classes and a tail, and its loss is a sum over K terms and one closed form.
+soft label has K classes and a tail, mixed and smoothed class labels have two classes and a rest, and the cross-entropy
+to either is a sum over those classes and one closed form. Its gradient is the only array of [B, C] that a step adds.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.errors import UsageError
 from trainer.config import DistillationType, Reduction, Tail
@@ -105,14 +108,12 @@ def class_loss(class_logits: Tensor, target: ClassTarget, *, smoothing: float) -
     Returns:
         A float32 scalar.
     """
-    log_prob = F.log_softmax(class_logits.float(), dim=-1)
     label = torch.where(target.labelled, target.class_label, 0)  # an unlabelled row must still gather something
-    own = log_prob.gather(1, label[:, None])[:, 0]
-    other = log_prob.gather(1, label[target.partner][:, None])[:, 0]
-    mixed = target.lam * own + (1 - target.lam) * other
-    loss = -((1 - smoothing) * mixed + smoothing * log_prob.mean(dim=-1))
+    index = torch.stack([label, label[target.partner]], dim=1)
+    weight = (1 - smoothing) * torch.stack([target.lam, 1 - target.lam], dim=1)
+    rest = torch.full_like(target.lam, smoothing / class_logits.shape[1])
     known = target.labelled & (target.labelled[target.partner] | (target.lam == 1))
-    return torch.where(known, loss, 0.0).mean()
+    return torch.where(known, cross_entropy(class_logits, index, weight, rest), 0.0).mean()
 
 
 def hard_distillation_loss(distill_logits: Tensor, hard: Tensor) -> Tensor:
@@ -148,16 +149,59 @@ def soft_distillation_loss(
             "Train with hard distillation, or precompute labels with K >= 1."
         )
     num_rest = num_classes - num_kept if tail == "spread" else 0
-    student = F.log_softmax(distill_logits.float() / tau, dim=-1)
-    kept = student.gather(1, target.topk_index)
     prob, rest_prob = _tempered_teacher(target, tau=tau, num_rest=num_rest)
-    divergence = (torch.xlogy(prob, prob) - prob * kept).sum(dim=-1)
-    if num_rest:
-        # Every class of the tail has the same probability, so its cross-entropy needs only their sum.
-        rest = student.sum(dim=-1) - kept.sum(dim=-1)
-        divergence = divergence + num_rest * torch.xlogy(rest_prob, rest_prob) - rest_prob * rest
+    negative_entropy = torch.xlogy(prob, prob).sum(dim=-1) + num_rest * torch.xlogy(rest_prob, rest_prob)
+    divergence = negative_entropy + cross_entropy(
+        distill_logits, target.topk_index, prob - rest_prob[:, None], rest_prob, tau=tau
+    )
     divisor = distill_logits.shape[0] * (num_classes if reduction == "deit" else 1)
     return divergence.sum() * (tau**2 / divisor)
+
+
+def cross_entropy(logits: Tensor, index: Tensor, weight: Tensor, rest: Tensor, *, tau: float = 1.0) -> Tensor:
+    """Return the cross-entropy of softmax(logits / tau) to targets of few classes and a rest that is the same for all.
+
+    Args:
+        logits: float [B, C], the only input that gets a gradient.
+        index: int64 [B, K]; a class may come twice.
+        weight: float32 [B, K], what the target has at `index` above `rest`; may be negative.
+        rest: float32 [B], what it has in every class. A row's weights and C times its rest add up to 1.
+        tau: temperature, > 0.
+
+    Returns:
+        float32 [B]; float64 for float64 logits.
+    """
+    return _CrossEntropy.apply(logits, index, weight, rest, tau)  # pyright: ignore[reportReturnType]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Keeps the logits and makes one gradient [B, C], in place.
+
+    Plain operations keep the log-probabilities and make a gradient for each use of them and one more for the logits:
+    three arrays at a time instead of one, and more time (benchmarks/losses.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, index: Tensor, weight: Tensor, rest: Tensor, tau: float) -> Tensor:
+        ctx.save_for_backward(logits, index, weight, rest)
+        ctx.tau = tau
+        log_prob = F.log_softmax(_at_temperature(logits, tau), dim=-1)
+        return -(weight * log_prob.gather(1, index)).sum(dim=-1) - rest * log_prob.sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Return (softmax - target) / tau, times the gradient of each row."""
+        logits, index, weight, rest = ctx.saved_tensors
+        scale = (grad / ctx.tau)[:, None]
+        result = F.softmax(_at_temperature(logits, ctx.tau), dim=-1)
+        result.mul_(scale).sub_(scale * rest[:, None]).scatter_add_(1, index, -scale * weight)
+        return result.to(logits.dtype), None, None, None, None
+
+
+def _at_temperature(logits: Tensor, tau: float) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if tau == 1 else wide / tau
 
 
 def _tempered_teacher(target: TeacherTarget, *, tau: float, num_rest: int) -> tuple[Tensor, Tensor]:
