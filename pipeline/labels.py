@@ -8,6 +8,7 @@ answers for one source shard and one block of views: row group i is view `view_s
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
@@ -213,6 +214,13 @@ class Contents:
     def __str__(self) -> str:
         return self.name
 
+    @cached_property
+    def parquet(self) -> pq.ParquetFile:
+        """The file, opened once: views of one label shard are read in a row."""
+        refuse_extension_types(self)
+        data = pa.BufferReader(self.data)
+        return _guarded(self.name, lambda: pq.ParquetFile(data, page_checksum_verification=True))
+
 
 def read_labels_footer(file: Path | Contents) -> LabelsFooter:
     """Read what a label shard says of itself, without its rows."""
@@ -298,10 +306,7 @@ def _read(path: Path) -> Contents:
 
 def _open(file: Path | Contents) -> tuple[pq.ParquetFile, str]:
     contents = _read(file) if isinstance(file, Path) else file
-    refuse_extension_types(contents)
-    data = pa.BufferReader(contents.data)
-    parquet = _guarded(contents.name, lambda: pq.ParquetFile(data, page_checksum_verification=True))
-    return parquet, contents.name
+    return contents.parquet, contents.name
 
 
 def _base64_marks(text: bytes) -> tuple[bytes, ...]:
@@ -383,7 +388,7 @@ def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
 
 
 def _read_row_group(file: pq.ParquetFile, path: str, footer: LabelsFooter, view: int) -> LabelRows:
-    table = _guarded(path, lambda: file.read_row_group(view - footer.view_start))
+    table = _guarded(path, lambda: file.read_row_group(view - footer.view_start, use_threads=False))
     prob, index = np.dtype(footer.precision), index_dtype(footer.num_classes)
     size, topk = len(table), footer.topk
     rows = LabelRows(

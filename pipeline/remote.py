@@ -285,9 +285,10 @@ def _named(url: str, error: Exception) -> Exception:
 
 def _status(error: Exception) -> int | None:
     """Return the HTTP status in an error of aiohttp, gcsfs or huggingface_hub."""
-    found = [getattr(error, "status", None), getattr(error, "code", None)]
-    found.append(getattr(getattr(error, "response", None), "status_code", None))
-    return next((int(text) for text in map(str, found) if re.fullmatch("[1-5][0-9][0-9]", text)), None)
+    found = getattr(error, "status", None)  # of aiohttp, whose `code` warns that it is old
+    if found is None:
+        found = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return int(str(found)) if re.fullmatch("[1-5][0-9][0-9]", str(found)) else None
 
 
 def _reason(error: Exception) -> str:
