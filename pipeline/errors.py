@@ -5,6 +5,7 @@ DeitCliError                    exit code 1: cannot
 │   └── RecipeError             a recipe that cannot be rendered
 ├── StorageError                a file that cannot be read, written or published
 │   ├── RemoteFileMissing       there is no file at a URL
+│   ├── RemoteFileRefused       a server gives no access to it
 │   └── RemoteFileCorrupt       what a URL gives has not the promised length or hash
 ├── SourceError                 the original images: missing, ambiguous, damaged archive
 │   └── BadImageError           one image that cannot be decoded; carries its key
@@ -43,6 +44,10 @@ class StorageError(DeitCliError):
 
 class RemoteFileMissing(StorageError):
     """There is no file at a URL."""
+
+
+class RemoteFileRefused(StorageError):
+    """A server gives no access to a file."""
 
 
 class RemoteFileCorrupt(StorageError):

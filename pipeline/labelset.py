@@ -159,9 +159,12 @@ class LabelSet:
         self._check_footer(entry, file)
         return read_view(file, view)
 
-    def remote_files(self, shard: str, view: int) -> tuple[RemoteFile, ...]:
-        """Return the remote files that a view of a source shard is read from, for `cache.prefetch`; none of a local set."""
-        entries = (self._entry("samples", shard, 0), self._labels_entry(shard, view))
+    def remote_files(self, shard: str, view: int | None = None) -> tuple[RemoteFile, ...]:
+        """Return the remote files that samples (and, with a view, labels) of a source shard are read from.
+
+        They are what `cache.prefetch` takes; a local set has none.
+        """
+        entries = [self._entry("samples", shard, 0)] + ([] if view is None else [self._labels_entry(shard, view)])
         return tuple(file for file in map(self._file, entries) if isinstance(file, RemoteFile))
 
     def check_source(self, source: Source) -> None:

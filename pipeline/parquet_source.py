@@ -4,6 +4,7 @@ An image column is a struct of `bytes` and `path`. Class names come from the `hu
 """
 
 import json
+import logging
 import os
 import threading
 from collections import Counter, OrderedDict
@@ -19,8 +20,11 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.cache import RemoteFile, read_local
-from pipeline.errors import SourceError
+from pipeline.errors import RemoteFileMissing, SourceError, StorageError
+from pipeline.remote import read_ranges
 from pipeline.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_label, check_name, reading
+
+log = logging.getLogger("deit_cli.parquet_source")
 
 ROWS_PER_SHARD = 4096
 CACHE_BYTES = 256 << 20  # two row groups of 1,000 ImageNet photographs, the largest common size
@@ -180,15 +184,32 @@ def open_parquets(paths: Sequence[Path | RemoteFile]) -> tuple[tuple[str, ...] |
     shards: list[ParquetShard] = []
     columns: dict[Path | RemoteFile, Columns] = {}
     for path in paths:
-        with _opened(path) as file:
-            columns[path] = _find_columns(path, file.schema_arrow)
-            rows = _group_rows(path, file.metadata)
+        columns[path], rows = _read_footer(path)
         if columns[path].class_names != columns[paths[0]].class_names:
             raise SourceError(f"{path}: its class names differ from those of {paths[0]}; one source has one list")
         for piece, groups in enumerate(_cut(rows)):
             group_rows = tuple(rows[groups.start : groups.stop])
             shards.append(ParquetShard(f"{path.stem}.{piece:04}", path, columns[path], groups.start, group_rows, cache))
     return columns[paths[0]].class_names, tuple(shards)
+
+
+def _read_footer(path: Path | RemoteFile) -> tuple[Columns, list[int]]:
+    """Return what the footer of a file says: columns, and rows of each row group."""
+
+    def parse(file: pq.ParquetFile) -> tuple[Columns, list[int]]:
+        return _find_columns(path, file.schema_arrow), _group_rows(path, file.metadata)
+
+    if isinstance(path, RemoteFile):
+        # A source is opened without a download of all of it, where the server gives ranges. Else, or where the footer
+        # is damaged, the whole file is read, and named if it is at fault.
+        try:
+            return read_ranges(path.url, lambda file: parse(pq.ParquetFile(file)))
+        except RemoteFileMissing as error:
+            raise SourceError(str(error)) from error
+        except StorageError as error:
+            log.debug("%s: its footer cannot be read alone: %s", path, error)
+    with _opened(path) as file:
+        return parse(file)
 
 
 def _group_rows(path: Path | RemoteFile, footer: pq.FileMetaData) -> list[int]:

@@ -20,7 +20,7 @@ import fsspec
 from fsspec.callbacks import Callback
 from fsspec.config import conf
 
-from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError
+from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
 
 log = logging.getLogger("deit_cli.remote")
 
@@ -30,6 +30,7 @@ DEADLINE_S = 900.0  # after which nothing is begun again
 CONNECT_TIMEOUT_S = 20.0
 STALL_TIMEOUT_S = 60.0  # without a single byte
 BLOCK_BYTES = 16 << 20  # of one request to an object store
+RANGE_BYTES = 1 << 20  # where only the end of a file is wanted
 _MAY_PASS = frozenset({408, 425, 429})  # of the answers 4xx; 5xx may pass too
 
 Result = TypeVar("Result")
@@ -101,6 +102,7 @@ def receive(
     Raises:
         Interrupted: the transfer failed, and may succeed if it is tried again.
         RemoteFileMissing: there is no such file.
+        RemoteFileRefused: there is no access to it.
         RemoteFileCorrupt: its length is not the promised one.
         StorageError: it is refused for good.
     """
@@ -155,6 +157,25 @@ def read_url(url: str, *, max_bytes: int) -> bytes:
         buffer = io.BytesIO()
         receive(url, buffer, check=check)
         return buffer.getvalue()
+
+    return retried(url, attempt)
+
+
+def read_ranges(url: str, use: Callable[[Any], Result]) -> Result:
+    """Return `use(file)` of an open remote file of which only the ranges that are asked for are received.
+
+    Raises:
+        RemoteFileMissing: there is no such file.
+        StorageError: it could not be read, or its server gives no ranges.
+    """
+
+    def attempt() -> Result:
+        try:
+            system, path = _file_system(url)
+            with system.open(path, "rb", block_size=RANGE_BYTES, cache_type="readahead") as file:
+                return use(file)
+        except Exception as error:
+            raise _named(url, error) from error
 
     return retried(url, attempt)
 
@@ -269,13 +290,15 @@ def _web_options(scheme: str) -> dict[str, Any]:
 
 def _named(url: str, error: Exception) -> Exception:
     """Return the error of ours for what a file system raised: one to stop at, or one that may pass."""
-    if isinstance(error, StorageError):
+    if isinstance(error, (DeitCliError, Interrupted)):
         return error
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        return _named(url, error.__cause__)  # fsspec's `info` takes every failure for a missing file
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return RemoteFileMissing(f"{url}: there is no such file ({status or 404}). Check the address")
     if isinstance(error, PermissionError) or status in (401, 403):
-        return StorageError(f"{url}: access is refused ({status or 403}). Check the address and your credentials")
+        return RemoteFileRefused(f"{url}: access is refused ({status or 403}). Check the address and your credentials")
     if isinstance(error, (ValueError, TypeError, NotImplementedError)) or (
         status is not None and 300 <= status < 500 and status not in _MAY_PASS
     ):

@@ -85,6 +85,9 @@ class SourceShard(ABC, Generic[Place]):
     def __len__(self) -> int:
         return len(self.index.keys)
 
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[position] for position in range(len(self)))
+
     def __getitem__(self, position: int) -> Sample:
         index = self.index
         if position >= len(index.keys):

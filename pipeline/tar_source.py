@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.cache import RemoteFile, read_local
-from pipeline.errors import RemoteFileMissing, SourceError
+from pipeline.errors import RemoteFileMissing, RemoteFileRefused, SourceError
 from pipeline.remote import read_url
 from pipeline.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_label, check_name, reading
 
@@ -157,7 +157,7 @@ def _read_if_there(file: Path | RemoteFile) -> bytes | None:
         return file.read_bytes() if file.exists() else None
     try:
         return read_url(file.url, max_bytes=MAX_JSON_BYTES)
-    except RemoteFileMissing:
+    except (RemoteFileMissing, RemoteFileRefused):  # where nobody may list, S3 answers 403 for what is not there
         return None
 
 

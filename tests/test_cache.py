@@ -74,7 +74,9 @@ def test_a_size_is_read_as_it_is_written(text, number):
     assert parse_bytes(text, what="--cache-size") == number
 
 
-@pytest.mark.parametrize("text", ["", "50", "GB", "-1GB", "0GB", "1e9B", "fifty GB", "50 G", "1,5GB", "IB", "1IB", "٣GB"])
+@pytest.mark.parametrize(
+    "text", ["", "50", "GB", "-1GB", "0GB", "1e9B", "fifty GB", "50 G", "1,5GB", "IB", "1IB", "٣GB"]
+)
 def test_what_is_no_size_is_refused_by_name(text):
     with pytest.raises(UsageError, match=r"--cache-size must be a size such as 500MB, 50GB or 2TB, got"):
         parse_bytes(text, what="--cache-size")
@@ -210,7 +212,9 @@ def test_a_cut_that_nobody_announced_is_seen_by_the_promised_length(server, cach
     server.faults["0.tar"] = ["cut-unannounced"]
     assert cache.fetch(f"{server.url}/0.tar", size=SIZE).read_bytes() == BODIES["0.tar"]
     server.always["1.tar"] = "cut-unannounced"
-    with pytest.raises(StorageError, match=f"gave up after 4 tries .*the answer ended after {SIZE // 2} of {SIZE} bytes"):
+    with pytest.raises(
+        StorageError, match=f"gave up after 4 tries .*the answer ended after {SIZE // 2} of {SIZE} bytes"
+    ):
         cache.fetch(f"{server.url}/1.tar", size=SIZE)
 
 
@@ -279,7 +283,9 @@ def test_the_limit_holds_for_files_without_a_length(server, tmp_path):
 def test_a_file_that_is_larger_than_the_cache_is_refused(server, tmp_path, fault):
     cache = ShardCache(tmp_path / "cache", SIZE // 4)
     server.always["0.tar"] = fault
-    with pytest.raises(StorageError, match=r"/0\.tar has .* kB or more, the whole cache .* has 25\.0 kB\. Raise --cache-size"):
+    with pytest.raises(
+        StorageError, match=r"/0\.tar has .* kB or more, the whole cache .* has 25\.0 kB\. Raise --cache-size"
+    ):
         cache.fetch(f"{server.url}/0.tar")
     assert server.requests["0.tar"] == 1
 
@@ -332,7 +338,9 @@ def test_a_copy_that_is_evicted_before_it_is_opened_is_fetched_again(server, cac
     def never(path: Path) -> bytes:
         raise FileNotFoundError(path)
 
-    with pytest.raises(StorageError, match="evicted from the cache .* 8 times before it was opened. Raise --cache-size"):
+    with pytest.raises(
+        StorageError, match=r"evicted from the cache .* 8 times before it was opened\. Raise --cache-size"
+    ):
         read_local(file, never)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import files_of, make_labels, small_recipe, write_tars
+from click.testing import CliRunner
 from label_sets import coloured_png, make_label_set, read_everything, seal_again, write_source
 from test_stream import content
 from test_train import TINY, assert_same_state
 from web_server import web_server
 
+import cli
 from pipeline import remote
 from pipeline.cache import RemoteFile, ShardCache, prefetch
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetIncomplete, LabelSetMismatch, SourceError
@@ -86,7 +89,7 @@ def test_a_remote_source_is_the_local_one(server, made, cache, name):
     far = open_source(f"{server.url}/{name}", cache=cache)
     assert everything(pickle.loads(pickle.dumps(far))) == everything(open_source(made / name))
     assert far.is_remote
-    assert max(server.requests.values()) == 1
+    assert name.startswith("parquet") or max(server.requests.values()) == 1
 
 
 @pytest.mark.parametrize("name", ["images", "images/", "parquet"])
@@ -97,6 +100,31 @@ def test_a_folder_is_listed_where_that_is_possible(bucket, made, cache, name):
 def test_opening_tars_downloads_none(server, cache):
     open_source(f"{server.url}/{TARS}", cache=cache)
     assert server.requests == {"images/classes.txt": 1}
+
+
+def test_opening_parquet_receives_footers_where_the_server_gives_ranges(server, cache, tmp_path):
+    (server.folder / "large").mkdir()
+    large = server.folder / "large/0.parquet"
+    images = pa.array([{"bytes": os.urandom(10**6), "path": f"{row}.png"} for row in range(6)])
+    pq.write_table(pa.table({"image": images}), large, row_group_size=3)
+    server.ranges = True
+    source = open_source(f"{server.url}/large/0.parquet", cache=cache)
+    assert server.sent_bytes < 2 * 2**20 < large.stat().st_size
+    assert not cache.folder.exists()
+    assert everything(source) == everything(open_source(large))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_remote_parquet_that_is_missing_or_damaged_is_named(server, cache, ranges):
+    server.ranges = ranges
+    with pytest.raises(SourceError, match=rf"{server.url}/parquet/part-7\.parquet: there is no such file \(404\)"):
+        open_source(f"{server.url}/parquet/part-7.parquet", cache=cache)
+    (server.folder / "parquet/part-0.parquet").write_bytes(b"PAR1 is not enough")
+    with pytest.raises(SourceError, match=rf"{server.url}/parquet/part-0\.parquet: damaged, or not Parquet"):
+        open_source(f"{server.url}/parquet/part-0.parquet", cache=cache)
+    server.always["parquet/part-1.parquet"] = 503
+    with pytest.raises(SourceError, match=r"part-1\.parquet: gave up after 3 tries"):
+        open_source(f"{server.url}/parquet/part-1.parquet", cache=cache)
 
 
 @pytest.mark.parametrize("status", [404, 403])
@@ -119,7 +147,9 @@ def test_single_images_are_not_read_from_afar(cache):
     system.pipe("/photos/ant/1.png", coloured_png(1))
     system.pipe("/flat/1.png", coloured_png(1))
     for url in ("memory://photos", "memory://flat"):
-        with pytest.raises(SourceError, match=f"{url}: no .tar or .parquet file in this folder. .* pack them into tars"):
+        with pytest.raises(
+            SourceError, match=f"{url}: no .tar or .parquet file in this folder. .* pack them into tars"
+        ):
             open_source(url, cache=cache)
     system.pipe("/flat/a.tar", b"")
     with pytest.raises(SourceError, match=r"holds both images \(1\.png\) and a\.tar"):
@@ -154,11 +184,11 @@ def test_files_to_fetch_ahead_are_named_for_what_is_remote(server, made, cache):
         f"{server.url}/{SECOND}",
     ]
     assert LabelSet.open(made / "set").remote_files("train-1", 1) == ()
-    files = [file for name in far for file in ()] if False else [*far.remote_files("train-0"), *labels.remote_files("train-0", 0)]
+    files = [*far.remote_files("train-0"), *labels.remote_files("train-0", 0)]
     with prefetch(files) as ahead:
         ahead.wait()
     before = dict(server.requests)
-    labels.read("train-0", 0), far.shards[0].keys  # noqa: B018
+    labels.read("train-0", 0), far.shards[0].keys
     assert server.requests == before
 
 
@@ -193,7 +223,10 @@ def test_a_remote_label_set_fits_a_remote_source_without_a_download_of_all(serve
 
 def test_other_remote_shards_are_refused(server, cache):
     labels = LabelSet.open(f"{server.url}/set", cache=cache)
-    for name, difference in (("images/train-0.tar", "shards: 2 entries, not 1"), ("parquet/part-0.parquet", "class_names")):
+    for name, difference in (
+        ("images/train-0.tar", "shards: 2 entries, not 1"),
+        ("parquet/part-0.parquet", "class_names"),
+    ):
         with pytest.raises(LabelSetMismatch, match=rf"has other shards or classes \({difference}.*Pass the --data"):
             labels.check_source(open_source(f"{server.url}/{name}", cache=cache))
 
@@ -227,7 +260,7 @@ def test_a_cut_plan_or_manifest_is_refused(server, cache, name):
 def test_a_manifest_cannot_lead_elsewhere(server, cache):
     for shard in ("../plan", "/etc/passwd", "http://127.0.0.1/x", "a/b"):
         seal_again(server.folder / "set", lambda manifest, shard=shard: manifest["files"][0].update(shard=shard))
-        with pytest.raises(LabelSetCorrupt, match=rf"manifest\.json: files\.0\.shard: String should match pattern"):
+        with pytest.raises(LabelSetCorrupt, match=r"manifest\.json: files\.0\.shard: String should match pattern"):
             LabelSet.open(f"{server.url}/set", cache=cache)
 
 
@@ -249,10 +282,14 @@ def test_a_label_shard_that_is_replaced_in_the_middle_of_a_run_is_refused(server
     shutil.copy(server.folder / SECOND, server.folder / FIRST)
     assert np.array_equal(opened.read("train-0", 0).hard, rows.hard)
     shutil.rmtree(cache.folder)
-    with pytest.raises(LabelSetCorrupt, match=rf"{server.url}/{FIRST} has .* are promised: it was cut, changed or replaced$"):
+    with pytest.raises(
+        LabelSetCorrupt, match=rf"{server.url}/{FIRST} has .* are promised: it was cut, changed or replaced$"
+    ):
         pickle.loads(pickle.dumps(opened)).read("train-0", 0)
     seal_again(server.folder / "set")
-    with pytest.raises(LabelSetCorrupt, match=r"the manifest has changed since it was opened: its content was \w{12}…, now"):
+    with pytest.raises(
+        LabelSetCorrupt, match=r"the manifest has changed since it was opened: its content was \w{12}…, now"
+    ):
         pickle.loads(pickle.dumps(opened)).read("train-0", 0)
 
 
@@ -286,7 +323,9 @@ def test_views_of_one_shard_in_a_row_read_the_file_once(made, monkeypatch):
     opened = LabelSet.open(made / "set")
     checked: list[str] = []
     check = LabelSet._check_bytes
-    monkeypatch.setattr(LabelSet, "_check_bytes", lambda self, entry, file: checked.append(entry.path.name) or check(self, entry, file))
+    monkeypatch.setattr(
+        LabelSet, "_check_bytes", lambda self, entry, file: checked.append(entry.path.name) or check(self, entry, file)
+    )
     for view in (0, 1, 0, 1):
         opened.read("train-0", view)
     assert checked == ["train-0.parquet"]
@@ -294,6 +333,18 @@ def test_views_of_one_shard_in_a_row_read_the_file_once(made, monkeypatch):
     for shard in ("train-0", "train-1", "train-0", "train-0"):
         opened.read(shard, 0)
     assert checked[1:] == ["train-1.parquet", "train-0.parquet"]
+
+
+def test_the_command_line_looks_into_a_remote_set(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runner = CliRunner()
+    info = runner.invoke(cli.commands, ["labels", "info", "--json", f"{server.url}/set"], catch_exceptions=False)
+    assert json.loads(info.stdout)["views"] == [0, 4]
+    verify = ["labels", "verify", f"{server.url}/set", "--data", f"{server.url}/{TARS}"]
+    result = runner.invoke(cli.commands, verify, catch_exceptions=False)
+    assert "6 files: lengths, hashes, schemas and rows are as promised" in result.stdout
+    assert "every pixel equal" in result.stdout
+    assert (tmp_path / "deit-cli").is_dir()
 
 
 # Training.
@@ -332,8 +383,9 @@ def test_another_image_in_a_remote_tar_stops_the_batch(trained, cache, tmp_path)
         far, steps = renderer_of(LabelSet.open(trained / "set"), source)
         answers = [far(index) for index in range(steps)]
     errors = [answer for answer in answers if isinstance(answer, (LabelSetMismatch, SourceError))]
-    assert len(errors) == steps
-    assert any("there is no sample" in str(e) or "the source has" in str(e) for e in errors)
+    texts = " ".join(map(str, errors))
+    assert "source shard train-000000 has 8 samples, there is no sample" in texts
+    assert re.search("train-000001: the label is of 'img-00..', the source has 'img-00..' there", texts)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,6 +1,7 @@
 """A real web server on this machine for tests, which fails as it is told."""
 
 import contextlib
+import re
 import threading
 import time
 from collections import Counter, defaultdict
@@ -20,6 +21,8 @@ class WebServer(ThreadingHTTPServer):
             `stall` waits in the middle until `go` is set; `no-length` is a whole answer without Content-Length;
             `reset` closes without any answer.
         always: the same for all answers.
+        ranges: whether parts of files may be asked for.
+        sent_bytes: of all bodies.
     """
 
     daemon_threads = True
@@ -30,6 +33,8 @@ class WebServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.faults: defaultdict[str, list[Any]] = defaultdict(list)
         self.always: dict[str, Any] = {}
+        self.ranges = False
+        self.sent_bytes = 0
         self.go = threading.Event()
         self.lock = threading.Lock()
 
@@ -58,13 +63,34 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif isinstance(fault, int) or not path.is_file():
             self.send_error(fault or 404)
+        elif self.server.ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
+            self._send_range(path.read_bytes(), int(asked[1]), int(asked[2]) + 1)
         else:
             self._send(path.read_bytes(), fault)
+
+    def do_HEAD(self) -> None:
+        path = self.server.folder / self.path.lstrip("/")
+        if not self.server.ranges or not path.is_file():
+            return self.send_error(404 if self.server.ranges else 501)
+        self.send_response(200)
+        self.send_header("Content-Length", str(path.stat().st_size))
+        self.send_header("Accept-Ranges", "bytes")
+        return self.end_headers()
+
+    def _send_range(self, body: bytes, start: int, stop: int) -> None:
+        part = body[start:stop]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+        self.server.sent_bytes += len(part)
 
     def _send(self, body: bytes, fault: str | None) -> None:
         half = len(body) // 2
         if fault == "flip":
             body = body[:half] + bytes([body[half] ^ 1]) + body[half + 1 :]
+        self.server.sent_bytes += len(body)
         self.send_response(200)
         if fault not in ("no-length", "cut-unannounced"):
             self.send_header("Content-Length", str(len(body)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
-from pipeline.cache import open_cache
+from pipeline.cache import open_cache, prefetch
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import first_difference
@@ -82,8 +82,11 @@ def make_order(config: TrainConfig, data: Data) -> Order:
     views = data.label_set.views if data.label_set else None
     repeats = config.repeated_aug or default_repeats(data.recipe, views)
     check_repeats(data.recipe, repeats, views)
+    shards = range(len(catalogue.names))
+    with prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
+        units = tuple(count_units(data.recipe, catalogue.table(shard).usable) for shard in shards)
     return Order(
-        shard_units=tuple(count_units(data.recipe, catalogue.table(i).usable) for i in range(len(catalogue.names))),
+        shard_units=units,
         unit_size=2 if data.recipe.mixes else 1,
         batch_size=config.batch_size,
         repeated_aug=repeats,
