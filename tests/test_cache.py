@@ -402,6 +402,29 @@ def test_many_processes_in_a_cache_that_is_too_small_read_the_right_bytes(server
     assert SIZE <= max(most) <= cache.max_bytes
 
 
+def test_a_lock_whose_file_was_evicted_is_no_lock(tmp_path):
+    """Whoever waited for it would else work beside the holder of the new one."""
+    path, order, go = tmp_path / "x.lock", [], threading.Event()
+
+    def hold(name: str, until: threading.Event | None) -> None:
+        with caching._locked(path):
+            order.append(name)
+            if until:
+                until.wait(20)
+                order.append(f"{name} ends")
+
+    with ThreadPoolExecutor(2) as pool:
+        with caching._locked(path):
+            pool.submit(hold, "waited", None)
+            time.sleep(0.2)
+            path.unlink()
+            pool.submit(hold, "new", go)
+            wait_for(lambda: order == ["new"])
+        time.sleep(0.2)
+        go.set()
+    assert order == ["new", "new ends", "waited"]
+
+
 DOWNLOAD = """
 import sys
 from pathlib import Path
