@@ -333,8 +333,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
 @click.option("--data", help="Labelled images: folder, tars or Parquet.")
 @click.option(
     "--labels",
-    type=click.Path(path_type=Path),
-    help="Label set: also measure agreement with the teacher on its first view.",
+    help="Label set, folder or URL: also measure agreement with the teacher on its first view.",
 )
 @click.option("--labels-data", help="Images of the label set; by default where it found them.")
 @click.option(
@@ -535,13 +534,13 @@ def labels() -> None:
     """Look into a label set: info, verify, show."""
 
 
-LABELS = click.argument("folder", type=click.Path(path_type=Path))
+LABELS = click.argument("folder")  # or a URL
 
 
 @labels.command()
 @LABELS
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def info(folder: Path, as_json: bool) -> None:
+def info(folder: str, as_json: bool) -> None:
     """Say what is inside: teacher, recipe, views, K, agreement, entropy, kept mass.
 
     \b
@@ -560,7 +559,7 @@ def info(folder: Path, as_json: bool) -> None:
 @LABELS
 @click.option("--data", help="Images; by default where the label set found them.")
 @click.option("--probes/--no-probes", default=True, help="Also render the replay probes again (needs the images).")
-def verify(folder: Path, data: str | None, probes: bool) -> None:
+def verify(folder: str, data: str | None, probes: bool) -> None:
     """Check every hash and every row, and render the replay probes again.
 
     \b
@@ -593,7 +592,7 @@ def verify(folder: Path, data: str | None, probes: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("labels.png"), help="PNG to write.")
 @click.option("--samples", type=click.IntRange(1, 64), default=4, help="Samples, one in each line.")
 @click.option("--views", type=click.IntRange(1, 64), default=6, help="Views of each sample.")
-def show(folder: Path, data: str | None, out: Path, samples: int, views: int) -> None:
+def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> None:
     """Draw a contact sheet: mixed views as the teacher saw them, class labels, its top five.
 
     \b

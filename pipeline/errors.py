@@ -4,6 +4,9 @@ DeitCliError                    exit code 1: cannot
 ├── UsageError                  exit code 2: a value the user passed is out of its range
 │   └── RecipeError             a recipe that cannot be rendered
 ├── StorageError                a file that cannot be read, written or published
+│   ├── RemoteFileMissing       there is no file at a URL
+│   ├── RemoteFileRefused       a server gives no access to it
+│   └── RemoteFileCorrupt       what a URL gives has not the promised length or hash
 ├── SourceError                 the original images: missing, ambiguous, damaged archive
 │   └── BadImageError           one image that cannot be decoded; carries its key
 ├── TeacherError                wrong classes, wrong weights, not accurate enough
@@ -38,6 +41,18 @@ class RecipeError(UsageError):
 
 class StorageError(DeitCliError):
     """A file that cannot be read, written or published."""
+
+
+class RemoteFileMissing(StorageError):
+    """There is no file at a URL."""
+
+
+class RemoteFileRefused(StorageError):
+    """A server gives no access to a file."""
+
+
+class RemoteFileCorrupt(StorageError):
+    """What a URL gives does not have the length or the hash that was promised."""
 
 
 class SourceError(DeitCliError):

@@ -8,6 +8,7 @@ answers for one source shard and one block of views: row group i is view `view_s
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
@@ -203,49 +204,67 @@ def write_samples(file: BinaryIO, samples: SampleRows, footer: SamplesFooter) ->
     pq.write_table(table.replace_schema_metadata(_metadata(footer)), file, **_WRITE)
 
 
-def read_labels_footer(path: Path) -> LabelsFooter:
+@dataclass(frozen=True)
+class Contents:
+    """A whole file in memory under its name: the bytes that were checked are the bytes that are parsed."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def parquet(self) -> pq.ParquetFile:
+        """The file, opened once: views of one label shard are read in a row."""
+        refuse_extension_types(self)
+        data = pa.BufferReader(self.data)
+        return _guarded(self.name, lambda: pq.ParquetFile(data, page_checksum_verification=True))
+
+
+def read_labels_footer(file: Path | Contents) -> LabelsFooter:
     """Read what a label shard says of itself, without its rows."""
-    return _footer(_open(path), path, LabelsFooter)
+    return _footer(*_open(file), LabelsFooter)
 
 
-def read_samples_footer(path: Path) -> SamplesFooter:
+def read_samples_footer(file: Path | Contents) -> SamplesFooter:
     """Read what a samples file says of itself, without its rows."""
-    return _footer(_open(path), path, SamplesFooter)
+    return _footer(*_open(file), SamplesFooter)
 
 
-def read_view(path: Path, view: int) -> LabelRows:
+def read_view(file: Path | Contents, view: int) -> LabelRows:
     """Read one view of a label shard, and check schema, counts and ranges of what was read.
 
     Raises:
         LabelSetCorrupt: the file is not what its footer says.
     """
-    file = _open(path)
-    footer = _checked_labels(file, path)
+    parquet, name = _open(file)
+    footer = _checked_labels(parquet, name)
     if not footer.view_start <= view < footer.view_stop:
-        raise LabelSetCorrupt(f"{path} holds views {footer.view_start}..{footer.view_stop - 1}, not {view}")
-    return _read_row_group(file, path, footer, view)
+        raise LabelSetCorrupt(f"{name} holds views {footer.view_start}..{footer.view_stop - 1}, not {view}")
+    return _read_row_group(parquet, name, footer, view)
 
 
-def read_all_views(path: Path) -> list[LabelRows]:
+def read_all_views(file: Path | Contents) -> list[LabelRows]:
     """Read a whole label shard, and check its content hash too."""
-    file = _open(path)
-    footer = _checked_labels(file, path)
-    views = [_read_row_group(file, path, footer, view) for view in range(footer.view_start, footer.view_stop)]
+    parquet, name = _open(file)
+    footer = _checked_labels(parquet, name)
+    views = [_read_row_group(parquet, name, footer, view) for view in range(footer.view_start, footer.view_stop)]
     if content_xxh3(views) != footer.content_xxh3:
-        raise LabelSetCorrupt(f"{path}: its rows do not have the hash that its footer states; delete it and rerun")
+        raise LabelSetCorrupt(f"{name}: its rows do not have the hash that its footer states; delete it and rerun")
     return views
 
 
-def read_samples(path: Path) -> SampleRows:
+def read_samples(file: Path | Contents) -> SampleRows:
     """Read a samples file."""
-    file = _open(path)
-    footer = _footer(file, path, SamplesFooter)
-    _check_schema(file, SAMPLES_SCHEMA, path)
-    if file.metadata.num_rows != footer.rows:
-        raise LabelSetCorrupt(f"{path} has {file.metadata.num_rows} rows, its footer says {footer.rows}")
-    columns = _guarded(path, lambda: file.read().to_pydict())
+    parquet, name = _open(file)
+    footer = _footer(parquet, name, SamplesFooter)
+    _check_schema(parquet, SAMPLES_SCHEMA, name)
+    if parquet.metadata.num_rows != footer.rows:
+        raise LabelSetCorrupt(f"{name} has {parquet.metadata.num_rows} rows, its footer says {footer.rows}")
+    columns = _guarded(name, lambda: parquet.read().to_pydict())
     if columns["row"] != list(range(footer.rows)):
-        raise LabelSetCorrupt(f"{path}: rows must be 0..{footer.rows - 1} in order")
+        raise LabelSetCorrupt(f"{name}: rows must be 0..{footer.rows - 1} in order")
     return SampleRows(
         key=tuple(columns["key"]),
         class_label=tuple(columns["class_label"]),
@@ -276,9 +295,18 @@ def _labels_table(rows: LabelRows, view: int, schema: pa.Schema) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    refuse_extension_types(path)
-    return _guarded(path, lambda: pq.ParquetFile(path, page_checksum_verification=True))
+def _read(path: Path) -> Contents:
+    try:
+        return Contents(str(path), path.read_bytes())
+    except FileNotFoundError as error:
+        raise LabelSetCorrupt(f"{path} is missing") from error
+    except OSError as error:
+        raise LabelSetCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _open(file: Path | Contents) -> tuple[pq.ParquetFile, str]:
+    contents = _read(file) if isinstance(file, Path) else file
+    return contents.parquet, contents.name
 
 
 def _base64_marks(text: bytes) -> tuple[bytes, ...]:
@@ -290,29 +318,21 @@ def _base64_marks(text: bytes) -> tuple[bytes, ...]:
 _EXTENSION_MARKS = _base64_marks(b"ARROW:extension")
 
 
-def refuse_extension_types(path: Path) -> None:
+def refuse_extension_types(file: Contents) -> None:
     """Raise LabelSetCorrupt for a file with Arrow extension types, before pyarrow sees it.
 
     A registered extension type brings a deserialiser that runs as soon as the file is opened, and there are some that
     unpickle. So the Parquet footer, which holds the Arrow schema in base64, is searched first; its structure is not
     followed, because a hostile one could lead us past what pyarrow finds.
     """
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 8))
-            length = int.from_bytes(file.read(4), "little")
-            file.seek(max(0, size - 8 - min(length, size)))
-            footer = file.read(min(length, size))
-    except FileNotFoundError as error:
-        raise LabelSetCorrupt(f"{path} is missing") from error
-    except OSError as error:
-        raise LabelSetCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
-    if any(mark in footer for mark in _EXTENSION_MARKS):
-        raise LabelSetCorrupt(f"{path} has Arrow extension types, which may run code: no label set has any")
+    data = file.data
+    length = int.from_bytes(data[-8:-4], "little")
+    start = max(0, len(data) - 8 - length)
+    if any(data.find(mark, start) >= 0 for mark in _EXTENSION_MARKS):
+        raise LabelSetCorrupt(f"{file.name} has Arrow extension types, which may run code: no label set has any")
 
 
-def _guarded(path: Path, read: Any) -> Any:
+def _guarded(path: str, read: Any) -> Any:
     """Run a pyarrow call; whatever a damaged file makes it raise becomes one named error."""
     try:
         return read()
@@ -322,7 +342,7 @@ def _guarded(path: Path, read: Any) -> Any:
         ) from error
 
 
-def _footer(file: pq.ParquetFile, path: Path, kind: type[Footer]) -> Footer:
+def _footer(file: pq.ParquetFile, path: str, kind: type[Footer]) -> Footer:
     metadata = file.metadata.metadata or {}
     if FOOTER_KEY not in metadata:
         raise LabelSetMismatch(f"{path} is Parquet, but not of a label set: its footer has no {FOOTER_KEY.decode()!r}")
@@ -349,7 +369,7 @@ def _footer(file: pq.ParquetFile, path: Path, kind: type[Footer]) -> Footer:
     return footer
 
 
-def _checked_labels(file: pq.ParquetFile, path: Path) -> LabelsFooter:
+def _checked_labels(file: pq.ParquetFile, path: str) -> LabelsFooter:
     footer = _footer(file, path, LabelsFooter)
     _check_schema(file, labels_schema(footer.num_classes, footer.topk, footer.precision), path)
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
@@ -358,7 +378,7 @@ def _checked_labels(file: pq.ParquetFile, path: Path) -> LabelsFooter:
     return footer
 
 
-def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: Path) -> None:
+def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
     found = _guarded(path, lambda: file.schema_arrow).remove_metadata()
     marked = any(b"ARROW:extension:name" in (field.metadata or {}) for field in found)
     if marked or not found.equals(expected):
@@ -367,8 +387,8 @@ def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: Path) -> None
         )
 
 
-def _read_row_group(file: pq.ParquetFile, path: Path, footer: LabelsFooter, view: int) -> LabelRows:
-    table = _guarded(path, lambda: file.read_row_group(view - footer.view_start))
+def _read_row_group(file: pq.ParquetFile, path: str, footer: LabelsFooter, view: int) -> LabelRows:
+    table = _guarded(path, lambda: file.read_row_group(view - footer.view_start, use_threads=False))
     prob, index = np.dtype(footer.precision), index_dtype(footer.num_classes)
     size, topk = len(table), footer.topk
     rows = LabelRows(
@@ -394,7 +414,7 @@ def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
     return np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks]).reshape(-1, width)
 
 
-def _check_values(rows: LabelRows, path: Path, view: int, num_classes: int) -> None:
+def _check_values(rows: LabelRows, path: str, view: int, num_classes: int) -> None:
     """Refuse values that no teacher can have answered."""
     prob, tail = rows.topk_prob.astype(np.float32), rows.tail_mass.astype(np.float32)
     problems = [

@@ -1,22 +1,31 @@
 """LabelSet: open a label set, refuse what does not fit, read its rows in order."""
 
+import contextlib
+import dataclasses
+import hashlib
 import itertools
 import os
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
+from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetError,
     LabelSetIncomplete,
     LabelSetMismatch,
+    RemoteFileCorrupt,
+    RemoteFileMissing,
     SourceError,
     StorageError,
 )
 from pipeline.ids import canonical_json
 from pipeline.labels import (
+    Contents,
     LabelRows,
     LabelsFooter,
     SampleRows,
@@ -34,60 +43,78 @@ from pipeline.manifest import (
     ShardRecord,
     SourceRecord,
     first_difference,
-    read_manifest,
-    read_plan,
+    parse_manifest,
+    parse_plan,
     read_probes,
     short,
 )
 from pipeline.recipe import Recipe
+from pipeline.remote import is_url, read_url
 from pipeline.samples import keys_sha256
 from pipeline.sources import Source
-from pipeline.storage import sha256_file
+from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
+
+RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 
 
 class LabelSet:
     """A sealed label set, opened for reading. It is small, and can be sent to worker processes.
 
-    Before the first row of a file is used, the file's length and SHA-256 are checked against the manifest.
+    A file is read once into memory, its length and SHA-256 are checked against the manifest, and rows are parsed from
+    those very bytes: nothing can change between check and use.
+
+    Attributes:
+        folder: where it lies: a path, or a URL with the cache that it is read through. As text, what the user passed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | RemoteFolder) -> None:
         """Open a folder; use `LabelSet.open`, which refuses sets that are not complete."""
-        if not os.path.isfile(folder / PLAN_NAME):
+        plan = _read_part(folder, PLAN_NAME)
+        if plan is None:
             raise LabelSetError(
                 f"{folder} is not a label set: it has no {PLAN_NAME}. Make one with: deit-cli precompute"
             )
-        if not os.path.isfile(folder / MANIFEST_NAME):
+        manifest = _read_part(folder, MANIFEST_NAME)
+        if manifest is None:
             raise LabelSetIncomplete(
                 f"{folder} has no {MANIFEST_NAME}: run the same deit-cli precompute again to complete it"
             )
         self.folder = folder
-        self.plan = read_plan(folder)
-        self.manifest = read_manifest(folder)
+        self.plan = parse_plan(plan, folder / PLAN_NAME)
+        self.manifest = parse_manifest(manifest, folder / MANIFEST_NAME, plan_sha256=hashlib.sha256(plan).hexdigest())
         if self.manifest.labelset_id != self.plan.labelset_id:
             mine, theirs = short(self.plan.labelset_id), short(self.manifest.labelset_id)
             raise LabelSetMismatch(f"{folder}: {PLAN_NAME} is of label set {mine}, {MANIFEST_NAME} of {theirs}")
         self._entries = {(e.kind, e.shard, e.view_start): e for e in self.manifest.files}
-        self._verified: set[FileEntry] = set()
+        self._recent: OrderedDict[FileEntry, tuple[Any, Contents]] = OrderedDict()
 
     @classmethod
-    def open(cls, folder: str | Path) -> "LabelSet":
-        """Open a complete label set; check that every promised file is there with the promised length.
+    def open(cls, location: str | os.PathLike[str], *, cache: ShardCache | None = None) -> "LabelSet":
+        """Open a complete label set; of a local one, check that every promised file is there with its length.
+
+        Args:
+            location: a folder, or the URL of one. Plan and manifest of a URL are read as they are now.
+            cache: through which the other files of a URL are read; None: the default one.
 
         Raises:
             LabelSetIncomplete: it is not sealed.
             LabelSetCorrupt: a file is missing or has another length.
             LabelSetMismatch: it is of another format version, or its parts do not belong together.
         """
-        label_set = cls(Path(folder))
+        text = os.fspath(location)
+        label_set = cls(RemoteFolder(text, cache or open_cache()) if is_url(text) else Path(text))
         if not label_set.manifest.sealed:
             raise LabelSetIncomplete(
-                f"{folder} is not sealed: some of its labels do not exist yet. Run the same deit-cli precompute again to complete it"
+                f"{location} is not sealed: some of its labels do not exist yet. Run the same deit-cli precompute again to complete it"
             )
         label_set._check_coverage()
         for entry in label_set.manifest.files:
-            label_set._check_length(entry)
+            if isinstance(label_set.folder, Path):
+                _check_length(label_set.folder / entry.path, entry, label_set.folder)
         return label_set
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recent": OrderedDict()}
 
     @property
     def recipe(self) -> Recipe:
@@ -118,63 +145,126 @@ class LabelSet:
     def samples(self, shard: str) -> SampleRows:
         """Read the samples of a source shard, and check them against the plan's hash of keys and class labels."""
         entry = self._entry("samples", shard, 0)
-        path = self.checked_path(entry)
+        file = self.read_file(entry)
         record = next(record for record in self.plan.source.shards if record.name == shard)
-        samples = checked_samples(path, self.plan, record)
+        samples = checked_samples(file, self.plan, record)
         if len(samples) != entry.rows:
-            raise LabelSetCorrupt(f"{path} has {len(samples)} rows, the manifest says {entry.rows}")
+            raise LabelSetCorrupt(f"{file.name} has {len(samples)} rows, the manifest says {entry.rows}")
         return samples
 
     def read(self, shard: str, view: int) -> LabelRows:
         """Read the labels of one view of a source shard, in row order."""
         entry = self._labels_entry(shard, view)
-        path = self.checked_path(entry)
-        self._check_footer(entry, path)
-        return read_view(path, view)
+        file = self.read_file(entry)
+        self._check_footer(entry, file)
+        return read_view(file, view)
+
+    def remote_files(self, shard: str, view: int | None = None) -> tuple[RemoteFile, ...]:
+        """Return the remote files that samples (and, with a view, labels) of a source shard are read from.
+
+        They are what `cache.prefetch` takes; a local set has none.
+        """
+        entries = [self._entry("samples", shard, 0)] + ([] if view is None else [self._labels_entry(shard, view)])
+        return tuple(file for file in map(self._file, entries) if isinstance(file, RemoteFile))
 
     def check_source(self, source: Source) -> None:
-        """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled."""
-        record = record_of(source)
-        if record.id == self.plan.source_id:
-            return
-        mine, theirs = (
-            r.model_dump(mode="json", include={"class_names", "shards"}) for r in (self.plan.source, record)
-        )
-        raise LabelSetMismatch(
-            f"{self.folder} labels source {short(self.plan.source_id)}, {source.location} is source {short(record.id)}"
-            f"{first_difference(mine, theirs)}. Pass the --data that was labelled"
-        )
+        """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled.
+
+        The keys of a remote source would cost a download of all of it, so there names of shards and classes are
+        compared, and keys and bytes image by image when they are used.
+        """
+        mine, theirs = self.plan.source, None if source.is_remote else record_of(source)
+        if theirs is None:
+            names = [shard.name for shard in source.shards]
+            ours, found = (
+                {"class_names": classes and list(classes), "shards": shards}
+                for classes, shards in ((mine.class_names, list(self.shards)), (source.class_names, names))
+            )
+            whose = "has other shards or classes"
+        else:
+            ours, found = (r.model_dump(mode="json", include={"class_names", "shards"}) for r in (mine, theirs))
+            whose = f"is source {short(theirs.id)}"
+        if ours != found:
+            raise LabelSetMismatch(
+                f"{self.folder} labels source {short(self.plan.source_id)}, {source.location} {whose}"
+                f"{first_difference(ours, found)}. Pass the --data that was labelled"
+            )
 
     def verify(self) -> list[str]:
         """Check every byte and every row of the set; return the problems found, nothing for a sound set."""
         problems: list[str] = []
         for entry in self.manifest.files:
             try:
-                path = self.checked_path(entry)
                 if entry.kind == "samples":
                     self.samples(entry.shard)
                 else:
-                    self._verify_rows(entry, path)
+                    self._verify_rows(entry, self.read_file(entry))
             except (LabelSetError, StorageError) as error:
                 problems.append(str(error))
         return list(dict.fromkeys(problems))  # a damaged samples file spoils every label shard of it
 
-    def checked_path(self, entry: FileEntry) -> Path:
-        """Return a file's path after checking its length and SHA-256, once per object.
+    def read_file(self, entry: FileEntry) -> Contents:
+        """Return a file's bytes after checking their length and SHA-256.
+
+        The last few stay in memory, for views of one shard that are read in a row, as long as the file stays the same.
 
         Raises:
             LabelSetCorrupt: the file is missing, has another length, or other bytes.
         """
-        path = self._check_length(entry)
-        if entry not in self._verified:
-            found = sha256_file(path)
-            if found != entry.sha256:
-                raise LabelSetCorrupt(
-                    f"{path} has SHA-256 {short(found)}…, the manifest says {short(entry.sha256)}…: it is damaged."
-                    " Delete it and run the same deit-cli precompute again"
-                )
-            self._verified.add(entry)
-        return path
+        file = self._file(entry)
+        if isinstance(file, Path):
+            _check_length(file, entry, self.folder)
+            with refusals_named(file):
+                return self._read_checked(entry, file, file)
+        try:
+            with contextlib.suppress(LabelSetCorrupt):
+                return read_local(file, lambda path: self._read_checked(entry, file, path))
+            file.discard()  # it was sound when it was downloaded: its copy was damaged on this disk since
+            return read_local(file, lambda path: self._read_checked(entry, file, path))
+        except (RemoteFileMissing, RemoteFileCorrupt) as error:
+            raise LabelSetCorrupt(f"{error}{self._newer_manifest()}") from error
+
+    def _read_checked(self, entry: FileEntry, name: Path | RemoteFile, path: Path) -> Contents:
+        with path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            # Bytes in memory stay right whatever happens to a cached copy; a file of ours that changes is to be named.
+            state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) if name is path else ()
+            kept, contents = self._recent.get(entry, (None, None))
+            if contents is None or kept != state:
+                contents = Contents(str(name), file.read())
+                self._check_bytes(entry, contents)
+                self._recent[entry] = state, contents
+        self._recent.move_to_end(entry)
+        while len(self._recent) > 1 and sum(len(c.data) for _, c in self._recent.values()) > RECENT_BYTES:
+            self._recent.popitem(last=False)
+        return contents
+
+    def _check_bytes(self, entry: FileEntry, file: Contents) -> None:
+        found = hashlib.sha256(file.data).hexdigest()
+        if found != entry.sha256 or len(file.data) != entry.bytes:
+            self._recent.pop(entry, None)
+            raise LabelSetCorrupt(
+                f"{file} has SHA-256 {short(found)}…, the manifest says {short(entry.sha256)}…: it is damaged."
+                f" Delete it and run the same deit-cli precompute again{self._newer_manifest()}"
+            )
+
+    def _newer_manifest(self) -> str:
+        """Return what to say where the set was changed since it was opened: nothing if it was not."""
+        try:
+            data = _read_part(self.folder, MANIFEST_NAME)
+            found = load_json(data or b"{}", MANIFEST_NAME)["content_sha256"]
+        except (StorageError, KeyError, TypeError):
+            return ""
+        if found == self.manifest.content_sha256:
+            return ""
+        mine, now = short(str(self.manifest.content_sha256)), short(str(found))
+        return f" (the manifest has changed since it was opened: its content was {mine}…, now it is {now}…)"
+
+    def _file(self, entry: FileEntry) -> Path | RemoteFile:
+        file = self.folder / entry.path
+        if isinstance(file, Path):
+            return file
+        return dataclasses.replace(file, size=entry.bytes, sha256=entry.sha256)
 
     def _entry(self, kind: str, shard: str, view_start: int) -> FileEntry:
         try:
@@ -189,22 +279,6 @@ class LabelSet:
         if block is None:
             raise LabelSetMismatch(f"{self.folder} holds views {self.views.start}..{self.views.stop - 1}, not {view}")
         return self._entry("labels", shard, block[0])
-
-    def _check_length(self, entry: FileEntry) -> Path:
-        path = self.folder / entry.path
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise LabelSetCorrupt(f"{path} points outside the label set")
-        if not path.is_file():
-            raise LabelSetCorrupt(
-                f"{path} is missing, but the manifest promises it. Run the same deit-cli precompute again"
-            )
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise LabelSetCorrupt(
-                f"{path} has {size} bytes, the manifest says {entry.bytes}: it was cut or changed."
-                " Delete it and run the same deit-cli precompute again"
-            )
-        return path
 
     def _check_coverage(self) -> None:
         """A sealed set holds every source shard's samples, and its labels for every block of views."""
@@ -223,27 +297,55 @@ class LabelSet:
                 kind, shard, *_ = sorted(difference)[0]
                 raise LabelSetCorrupt(f"{self.folder}: the sealed manifest {what} {kind} file of {shard!r}")
 
-    def _check_footer(self, entry: FileEntry, path: Path) -> None:
+    def _check_footer(self, entry: FileEntry, file: Contents) -> None:
         views = range(entry.view_start, entry.view_stop)
-        footer = checked_labels_footer(path, self.plan, entry.shard, views)
+        footer = checked_labels_footer(file, self.plan, entry.shard, views)
         if footer.rows_per_view * len(views) != entry.rows:
             raise LabelSetCorrupt(
-                f"{path} has {footer.rows_per_view} rows a view, the manifest says {entry.rows} in all"
+                f"{file} has {footer.rows_per_view} rows a view, the manifest says {entry.rows} in all"
             )
 
-    def _verify_rows(self, entry: FileEntry, path: Path) -> None:
-        self._check_footer(entry, path)
+    def _verify_rows(self, entry: FileEntry, file: Contents) -> None:
+        self._check_footer(entry, file)
         usable = self.samples(entry.shard).usable
-        for view, rows in enumerate(read_all_views(path), entry.view_start):
+        for view, rows in enumerate(read_all_views(file), entry.view_start):
             if not np.array_equal(rows.row, usable):
                 raise LabelSetCorrupt(
-                    f"{path}: view {view} must have the {len(usable)} usable rows of its samples file"
+                    f"{file}: view {view} must have the {len(usable)} usable rows of its samples file"
                 )
+
+
+def _check_length(path: Path, entry: FileEntry, folder: Path | RemoteFolder) -> None:
+    """Raise LabelSetCorrupt unless a file of a local set is there, in it, and as long as promised."""
+    if not path.resolve().is_relative_to(Path(str(folder)).resolve()):
+        raise LabelSetCorrupt(f"{path} points outside the label set")
+    if not path.is_file():
+        raise LabelSetCorrupt(
+            f"{path} is missing, but the manifest promises it. Run the same deit-cli precompute again"
+        )
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise LabelSetCorrupt(
+            f"{path} has {size} bytes, the manifest says {entry.bytes}: it was cut or changed."
+            " Delete it and run the same deit-cli precompute again"
+        )
+
+
+def _read_part(folder: Path | RemoteFolder, name: str) -> bytes | None:
+    """Return the bytes of the plan or the manifest as they are now, or None where there is none."""
+    file = folder / name
+    if isinstance(file, RemoteFile):
+        try:
+            return read_url(file.url, max_bytes=MAX_JSON_BYTES)
+        except RemoteFileMissing:
+            return None
+    return read_small(file) if os.path.isfile(file) else None
 
 
 def record_of(source: Source) -> SourceRecord:
     """Return what plan and manifest say of a source."""
-    record = source.identity() | {"kind": source.kind, "location": os.path.abspath(source.location)}
+    location = source.location if is_url(source.location) else os.path.abspath(source.location)
+    record = source.identity() | {"kind": source.kind, "location": location}
     try:
         return SourceRecord.model_validate_json(canonical_json(record))
     except (ValidationError, UnicodeEncodeError) as error:
@@ -252,44 +354,44 @@ def record_of(source: Source) -> SourceRecord:
         ) from error
 
 
-def checked_samples(path: Path, plan: Plan, record: ShardRecord) -> SampleRows:
+def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> SampleRows:
     """Read a samples file of this label set.
 
     Raises:
         LabelSetMismatch: it is of another label set or source shard, or its keys or class labels are not the plan's.
     """
-    footer = read_samples_footer(path)
+    footer = read_samples_footer(file)
     mine = (plan.labelset_id, plan.source_id, record.name)
-    _check_identity(path, mine, (footer.labelset_id, footer.source_id, footer.shard))
-    samples = read_samples(path)
+    _check_identity(file, mine, (footer.labelset_id, footer.source_id, footer.shard))
+    samples = read_samples(file)
     if keys_sha256(samples.key, samples.class_label) != record.keys_sha256 or len(samples) != record.num_samples:
         raise LabelSetMismatch(
-            f"{path}: its keys and class labels are not those that the plan names for {record.name!r}"
+            f"{file}: its keys and class labels are not those that the plan names for {record.name!r}"
         )
     return samples
 
 
-def checked_labels_footer(path: Path, plan: Plan, shard: str, views: range) -> LabelsFooter:
+def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: range) -> LabelsFooter:
     """Read what a label shard says of itself, and refuse it unless all of that is what its place in the set says."""
-    footer = read_labels_footer(path)
+    footer = read_labels_footer(file)
     mine = (plan.labelset_id, plan.recipe_id, plan.teacher_id, plan.source_id, shard)
     _check_identity(
-        path, mine, (footer.labelset_id, footer.recipe_id, footer.teacher_id, footer.source_id, footer.shard)
+        file, mine, (footer.labelset_id, footer.recipe_id, footer.teacher_id, footer.source_id, footer.shard)
     )
     found = (footer.view_start, footer.view_stop, footer.num_classes, footer.topk, footer.precision)
     expected = (views.start, views.stop, plan.teacher.num_classes, plan.topk, plan.precision)
     if found != expected:
         raise LabelSetMismatch(
-            f"{path} says (views, classes, K, precision) {found}, its place in the set says {expected}"
+            f"{file} says (views, classes, K, precision) {found}, its place in the set says {expected}"
         )
-    read_probes(footer.probes, path)
+    read_probes(footer.probes, file)
     return footer
 
 
-def _check_identity(path: Path, mine: tuple[str, ...], found: tuple[str, ...]) -> None:
+def _check_identity(file: Path | Contents, mine: tuple[str, ...], found: tuple[str, ...]) -> None:
     """Compare label set id, further ids, and the name of the source shard, which comes last."""
     if mine != found:
         raise LabelSetMismatch(
-            f"{path} says it is {found[-1]!r} of label set {short(found[0])}, not {mine[-1]!r} of {short(mine[0])}"
+            f"{file} says it is {found[-1]!r} of label set {short(found[0])}, not {mine[-1]!r} of {short(mine[0])}"
             + ("" if (mine[0], mine[-1]) != (found[0], found[-1]) else ": its recipe, teacher or source id differs")
         )

@@ -17,7 +17,7 @@ from pipeline.ids import canonical_json, sha256_json
 from pipeline.labels import FORMAT, MAX_TOPK, VERSION
 from pipeline.recipe import Recipe
 from pipeline.records import Count, Name, Record, Sha256, View, is_version
-from pipeline.storage import read_json, sha256_file
+from pipeline.storage import load_json, read_json, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
@@ -306,24 +306,37 @@ def labels_path(shard: str, views: range) -> PurePosixPath:
 
 def read_plan(folder: Path) -> Plan:
     """Read and check `plan.json`."""
-    return _read_record(folder / PLAN_NAME, Plan)
+    return _load_record(read_json(folder / PLAN_NAME), Plan, folder / PLAN_NAME)
+
+
+def parse_plan(data: bytes, name: object) -> Plan:
+    """Check the bytes of a `plan.json`; `name` is for errors."""
+    return _load_record(load_json(data, name), Plan, name)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`, and check that it is the one that was written, for the plan that lies beside it."""
     path = folder / MANIFEST_NAME
-    manifest = _read_record(path, Manifest)
+    return _checked_manifest(read_json(path), path, sha256_file(folder / PLAN_NAME))
+
+
+def parse_manifest(data: bytes, name: object, *, plan_sha256: str) -> Manifest:
+    """Check the bytes of a `manifest.json` that stands beside a plan of this hash; `name` is for errors."""
+    return _checked_manifest(load_json(data, name), name, plan_sha256)
+
+
+def _checked_manifest(values: Any, name: object, plan_sha256: str) -> Manifest:
+    manifest = _load_record(values, Manifest, name)
     if manifest.content_sha256 != manifest.to_json()["content_sha256"]:
-        raise LabelSetCorrupt(f"{path}: its content does not have the hash that it states: it was changed")
-    found = sha256_file(folder / PLAN_NAME)
-    if found != manifest.plan_sha256:
+        raise LabelSetCorrupt(f"{name}: its content does not have the hash that it states: it was changed")
+    if plan_sha256 != manifest.plan_sha256:
         raise LabelSetMismatch(
-            f"{path} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has {short(found)}…"
+            f"{name} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has {short(plan_sha256)}…"
         )
     return manifest
 
 
-def read_probes(values: list[dict[str, Any]], path: Path) -> list[Probe]:
+def read_probes(values: list[dict[str, Any]], path: object) -> list[Probe]:
     """Check the probes of a label shard's footer."""
     try:
         return [Probe.model_validate_json(canonical_json(value)) for value in values]
@@ -372,8 +385,7 @@ def _labelset_id(ids: dict[str, str], topk: int, precision: str) -> str:
     return sha256_json(ids | {"format": FORMAT, "version": VERSION, "topk": topk, "precision": precision})
 
 
-def _read_record(path: Path, kind: type[_RecordT]) -> _RecordT:
-    values = read_json(path)
+def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
     if not is_version(values, FORMAT, VERSION):
         found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
         raise LabelSetMismatch(f"{path} says {found}; this version reads {(FORMAT, VERSION)}")

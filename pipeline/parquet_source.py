@@ -4,6 +4,7 @@ An image column is a struct of `bytes` and `path`. Class names come from the `hu
 """
 
 import json
+import logging
 import os
 import threading
 from collections import Counter, OrderedDict
@@ -18,8 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.errors import SourceError
+from pipeline.cache import RemoteFile, read_local
+from pipeline.errors import RemoteFileMissing, SourceError, StorageError
+from pipeline.remote import read_ranges
 from pipeline.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_label, check_name, reading
+
+log = logging.getLogger("deit_cli.parquet_source")
 
 ROWS_PER_SHARD = 4096
 CACHE_BYTES = 256 << 20  # two row groups of 1,000 ImageNet photographs, the largest common size
@@ -59,10 +64,10 @@ class RowGroupCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._columns: OrderedDict[tuple[Path, int], pa.ChunkedArray] = OrderedDict()
+        self._columns: OrderedDict[tuple[Path | RemoteFile, int], pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[Path, int], load: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
+    def get(self, key: tuple[Path | RemoteFile, int], load: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
         """Return the column of a row group, from `load` if it is not held."""
         with self._lock:
             if key not in self._columns:
@@ -86,11 +91,16 @@ class ParquetShard(SourceShard[ParquetPlace]):
     """Row groups `first_group`.. of one Parquet file, `group_rows` rows each."""
 
     name: str
-    path: Path
+    path: Path | RemoteFile
     columns: Columns
     first_group: int
     group_rows: tuple[int, ...]
     cache: RowGroupCache
+
+    @property
+    def remote_files(self) -> tuple[RemoteFile, ...]:
+        """The Parquet file, where it is remote."""
+        return (self.path,) if isinstance(self.path, RemoteFile) else ()
 
     def __len__(self) -> int:
         return sum(self.group_rows)
@@ -168,15 +178,13 @@ class ParquetShard(SourceShard[ParquetPlace]):
         return keys
 
 
-def open_parquets(paths: Sequence[Path]) -> tuple[tuple[str, ...] | None, tuple[ParquetShard, ...]]:
+def open_parquets(paths: Sequence[Path | RemoteFile]) -> tuple[tuple[str, ...] | None, tuple[ParquetShard, ...]]:
     """Return the class names, which all files must share, and the shards of all files in order."""
     cache = RowGroupCache(CACHE_BYTES)
     shards: list[ParquetShard] = []
-    columns: dict[Path, Columns] = {}
+    columns: dict[Path | RemoteFile, Columns] = {}
     for path in paths:
-        with _opened(path) as file:
-            columns[path] = _find_columns(path, file.schema_arrow)
-            rows = _group_rows(path, file.metadata)
+        columns[path], rows = _read_footer(path)
         if columns[path].class_names != columns[paths[0]].class_names:
             raise SourceError(f"{path}: its class names differ from those of {paths[0]}; one source has one list")
         for piece, groups in enumerate(_cut(rows)):
@@ -185,7 +193,26 @@ def open_parquets(paths: Sequence[Path]) -> tuple[tuple[str, ...] | None, tuple[
     return columns[paths[0]].class_names, tuple(shards)
 
 
-def _group_rows(path: Path, footer: pq.FileMetaData) -> list[int]:
+def _read_footer(path: Path | RemoteFile) -> tuple[Columns, list[int]]:
+    """Return what the footer of a file says: columns, and rows of each row group."""
+
+    def parse(file: pq.ParquetFile) -> tuple[Columns, list[int]]:
+        return _find_columns(path, file.schema_arrow), _group_rows(path, file.metadata)
+
+    if isinstance(path, RemoteFile):
+        # A source is opened without a download of all of it, where the server gives ranges. Else, or where the footer
+        # is damaged, the whole file is read, and named if it is at fault.
+        try:
+            return read_ranges(path.url, lambda file: parse(pq.ParquetFile(file)))
+        except RemoteFileMissing as error:
+            raise SourceError(str(error)) from error
+        except StorageError as error:
+            log.debug("%s: its footer cannot be read alone: %s", path, error)
+    with _opened(path) as file:
+        return parse(file)
+
+
+def _group_rows(path: Path | RemoteFile, footer: pq.FileMetaData) -> list[int]:
     rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     if not sum(rows):
         raise SourceError(f"{path}: no rows in this file")
@@ -216,13 +243,16 @@ def _without_extension(path: str) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    with _named_errors(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+def _opened(path: Path | RemoteFile) -> Iterator[pq.ParquetFile]:
+    def use(local: Path) -> pq.ParquetFile:
+        return pq.ParquetFile(local, page_checksum_verification=True)
+
+    with _named_errors(path), read_local(path, use) as file:
         yield file
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def _named_errors(path: Path | RemoteFile) -> Iterator[None]:
     """Name the file in whatever pyarrow raises: on damaged bytes that may be any of a dozen types."""
     try:
         with reading(path):
@@ -233,7 +263,7 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise SourceError(f"{path}: damaged, or not Parquet: {error}") from error
 
 
-def _find_columns(path: Path, schema: pa.Schema) -> Columns:
+def _find_columns(path: Path | RemoteFile, schema: pa.Schema) -> Columns:
     for field in schema:
         _refuse_extension_types(path, field)
     images = [field.name for field in schema if _is_image(field.type)]
@@ -247,7 +277,7 @@ def _find_columns(path: Path, schema: pa.Schema) -> Columns:
     return Columns(images[0], label, _class_names(path, label, features))
 
 
-def _refuse_extension_types(path: Path, field: pa.Field) -> None:
+def _refuse_extension_types(path: Path | RemoteFile, field: pa.Field) -> None:
     """A registered extension type may run code when it is read; no image set needs one."""
     if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
         raise SourceError(f"{path}: column {field.name!r} has an extension type, which is not read")
@@ -264,7 +294,7 @@ def _is_image(kind: pa.DataType) -> bool:
     )
 
 
-def _features(path: Path, schema: pa.Schema) -> dict[str, Any]:
+def _features(path: Path | RemoteFile, schema: pa.Schema) -> dict[str, Any]:
     """Return the column features that `datasets` writes into the schema metadata."""
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
     try:
@@ -274,7 +304,7 @@ def _features(path: Path, schema: pa.Schema) -> dict[str, Any]:
         raise SourceError(f"{path}: its 'huggingface' schema metadata cannot be read: {error}") from None
 
 
-def _label_column(path: Path, schema: pa.Schema, features: dict[str, Any]) -> str | None:
+def _label_column(path: Path | RemoteFile, schema: pa.Schema, features: dict[str, Any]) -> str | None:
     """Return the label column: the ClassLabel feature, or else an integer column with a usual name."""
     integers = [field.name for field in schema if pa.types.is_integer(field.type)]
     named = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
@@ -286,7 +316,7 @@ def _label_column(path: Path, schema: pa.Schema, features: dict[str, Any]) -> st
     return found[0] if found else None
 
 
-def _class_names(path: Path, label: str | None, features: dict[str, Any]) -> tuple[str, ...] | None:
+def _class_names(path: Path | RemoteFile, label: str | None, features: dict[str, Any]) -> tuple[str, ...] | None:
     names = features.get(label, {}).get("names") if label else None
     if names is None:
         return None

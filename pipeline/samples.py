@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pipeline.errors import SourceError
+from pipeline.cache import RemoteFile
+from pipeline.errors import SourceError, StorageError
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 MAX_KEY_BYTES = 1024
@@ -53,6 +54,11 @@ class SourceShard(ABC, Generic[Place]):
 
     name: str
 
+    @property
+    def remote_files(self) -> tuple[RemoteFile, ...]:
+        """The remote files that it is read from, for `cache.prefetch`; none of a local one."""
+        return ()
+
     @abstractmethod
     def build_index(self) -> ShardIndex[Place]:
         """Find the samples. The same files give the same index."""
@@ -79,8 +85,16 @@ class SourceShard(ABC, Generic[Place]):
     def __len__(self) -> int:
         return len(self.index.keys)
 
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[position] for position in range(len(self)))
+
     def __getitem__(self, position: int) -> Sample:
         index = self.index
+        if position >= len(index.keys):
+            raise SourceError(
+                f"source shard {self.name} has {len(index.keys)} samples, there is no sample {position} in it."
+                " Pass the --data that was labelled"
+            )
         image = self.read_image(index.places[position])
         return Sample(index.keys[position], image, index.class_labels[position])
 
@@ -89,10 +103,12 @@ class SourceShard(ABC, Generic[Place]):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a file into a SourceError that names it."""
+def reading(path: Path | RemoteFile) -> Iterator[None]:
+    """Turn what the operating system or a server says about a file into a SourceError that names it."""
     try:
         yield
+    except StorageError as error:
+        raise SourceError(str(error)) from error
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
 

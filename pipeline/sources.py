@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 from braceexpand import braceexpand  # webdataset's own; through webdataset it would import torch (7 s)
 
+from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache
 from pipeline.errors import SourceError
 from pipeline.ids import sha256_json
 from pipeline.parquet_source import open_parquets
+from pipeline.remote import check_url, is_url, list_url
 from pipeline.samples import (
     IMAGE_EXTENSIONS,
     Sample,
@@ -35,6 +37,8 @@ __all__ = ["Sample", "Source", "SourceShard", "open_source"]
 
 SAMPLES_PER_SHARD = 1024
 MAX_FILES = 100_000  # of one brace expression; ImageNet-21k has 2,048 tars
+
+Files = Sequence[Path | RemoteFile]
 
 ACCEPTED = (
     "an image folder, a .tar or .parquet file, a folder of these, or a brace expression like train-{000..127}.tar"
@@ -72,6 +76,15 @@ class Source:
                 return shard
         raise SourceError(f"{self.location} has no source shard {name!r}")
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether its files are behind URLs."""
+        return any(shard.remote_files for shard in self.shards)
+
+    def remote_files(self, name: str) -> tuple[RemoteFile, ...]:
+        """Return the remote files that a source shard is read from, for `cache.prefetch`; none of a local source."""
+        return self.shard(name).remote_files
+
     def describe(self) -> str:
         """Return one line for people."""
         classes = "no class names" if self.num_classes is None else f"{self.num_classes:,} classes"
@@ -95,33 +108,49 @@ class Source:
         return sha256_json(self.identity())
 
 
-def open_source(location: str | os.PathLike[str]) -> Source:
+def open_source(location: str | os.PathLike[str], *, cache: ShardCache | None = None) -> Source:
     """Open a source; its kind follows from the path.
 
     Args:
         location: a folder `class/name.jpg` (or of images alone: no labels), one `.tar` or `.parquet` file, a folder
-            of them (read in sorted order), or a brace expression of them. Links to images are followed.
+            of them (read in sorted order), or a brace expression of them. Links to images are followed. Tars and
+            Parquet files may be http(s)://, s3://, gs:// or hf:// URLs.
+        cache: through which URLs are read; None: the default one.
     """
     text = os.fspath(location)
-    if "://" in text:
-        raise SourceError(f"{text}: only local paths are read in this version. Copy the images here first")
+    if is_url(text):
+        with reading(RemoteFile(text, cache or open_cache())):
+            return _open_urls(text, cache or open_cache())
     path = Path(text)
     with reading(path):
         if path.is_dir():
             return _open_directory(text, path)
-        return _open_files(text, [path] if path.is_file() else _expand(text))
+        return _open_files(text, [path] if path.is_file() else _existing(text))
 
 
-def _expand(pattern: str) -> list[Path]:
+def _open_urls(location: str, cache: ShardCache) -> Source:
+    """Open remote tars or Parquet files; whether all of them exist shows when they are used."""
+    check_url(location)
+    names = _expand(location) if "{" in location else [location]
+    files = [RemoteFile(name, cache) for name in names]
+    if files[0].suffix in (".tar", ".parquet") or len(files) > 1:
+        return _open_files(location, files)
+    folder = RemoteFolder(location, cache)
+    found = list_url(location)
+    archives = [name for name in found if Path(name).suffix in (".tar", ".parquet")]
+    if not archives:
+        raise SourceError(
+            f"{location}: no .tar or .parquet file in this folder. Single images are not read from afar: pack them into"
+            " tars, or copy the folder here"
+        )
+    if images := [name for name in found if Path(name).suffix.lower() in IMAGE_EXTENSIONS]:
+        raise SourceError(f"{location}: holds both images ({images[0]}) and {archives[0]}: give each its own folder")
+    return _open_files(location, [folder / name for name in archives])
+
+
+def _existing(pattern: str) -> list[Path]:
     """Expand a brace expression to files that exist."""
-    try:
-        # The library lists a range before it yields its first name, so a huge one must be refused unseen.
-        huge = any(abs(int(a) - int(b)) >= MAX_FILES for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern))
-        names = [] if huge else list(islice(braceexpand(pattern, escape=False), MAX_FILES + 1))
-    except ValueError as error:
-        raise SourceError(f"{pattern}: {error}. A source is {ACCEPTED}") from None
-    if huge or len(names) > MAX_FILES:
-        raise SourceError(f"{pattern}: a brace expression may name at most {MAX_FILES} files")
+    names = _expand(pattern)
     missing = [name for name in names if not Path(name).is_file()]
     if names == [pattern]:
         raise SourceError(f"{pattern}: does not exist. A source is {ACCEPTED}")
@@ -130,7 +159,20 @@ def _expand(pattern: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def _open_files(location: str, paths: Sequence[Path]) -> Source:
+def _expand(pattern: str) -> list[str]:
+    """Expand a brace expression."""
+    try:
+        # The library lists a range before it yields its first name, so a huge one must be refused unseen.
+        huge = any(abs(int(a) - int(b)) >= MAX_FILES for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern))
+        names = [] if huge else list(islice(braceexpand(pattern, escape=False), MAX_FILES + 1))
+    except ValueError as error:
+        raise SourceError(f"{pattern}: {error}. A source is {ACCEPTED}") from None
+    if huge or len(names) > MAX_FILES:
+        raise SourceError(f"{pattern}: a brace expression may name at most {MAX_FILES} files")
+    return names
+
+
+def _open_files(location: str, paths: Files) -> Source:
     suffixes = {path.suffix for path in paths}
     if suffixes == {".tar"}:
         return _checked(Source(location, "tar", *open_tars(paths)))

@@ -40,7 +40,7 @@ def publish_file(path: Path, write: Callable[[BinaryIO], None]) -> bool:
     Raises:
         StorageError: the operating system refused; nothing is left under the final name.
     """
-    with _refusals_named(path), _temporary_file(path, write) as temporary:
+    with refusals_named(path), _temporary_file(path, write) as temporary:
         try:
             _link(temporary, path)
         except FileExistsError:
@@ -55,7 +55,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         StorageError: the operating system refused; the old file is untouched.
     """
-    with _refusals_named(path), _temporary_file(path, write) as temporary:
+    with refusals_named(path), _temporary_file(path, write) as temporary:
         os.replace(temporary, path)
         _fsync_folder(path.parent)
 
@@ -77,13 +77,13 @@ def sweep_temporaries(folder: Path) -> int:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable: a writer that was killed may have given them and not lived to do it."""
-    with _refusals_named(folder):
+    with refusals_named(folder):
         _fsync_folder(folder)
 
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as hex."""
-    with _refusals_named(path), path.open("rb") as file:
+    with refusals_named(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -99,15 +99,28 @@ def read_json(path: Path) -> Any:
     Raises:
         StorageError: the file is missing, too large, or not such JSON.
     """
-    with _refusals_named(path):
+    return load_json(read_small(path), path)
+
+
+def read_small(path: Path) -> bytes:
+    """Return the bytes of a JSON file, whose size is bounded."""
+    with refusals_named(path):
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise StorageError(f"{path}: a JSON file may have at most {MAX_JSON_BYTES} bytes, this one has {size}")
-        data = path.read_bytes()
+        return path.read_bytes()
+
+
+def load_json(data: bytes, name: object) -> Any:
+    """Parse JSON as strictly as `read_json` does; `name` is for the error.
+
+    Raises:
+        StorageError: it is not such JSON.
+    """
     try:
         return parse_json(data)
     except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: not valid JSON: {error}") from error
+        raise StorageError(f"{name}: not valid JSON: {error}") from error
 
 
 def parse_json(data: bytes) -> Any:
@@ -184,7 +197,8 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _refusals_named(path: Path) -> Iterator[None]:
+def refusals_named(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into a StorageError that names the file."""
     try:
         yield
     except FileNotFoundError as error:

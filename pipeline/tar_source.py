@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +17,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import SourceError
+from pipeline.cache import RemoteFile, read_local
+from pipeline.errors import RemoteFileMissing, RemoteFileRefused, SourceError
+from pipeline.remote import read_url
 from pipeline.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_label, check_name, reading
 
 BLOCK = tarfile.BLOCKSIZE
@@ -69,7 +71,7 @@ class Header(NamedTuple):
 class Archive:
     """An open tar: reads of an exact length, and errors that name the place."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path | RemoteFile, descriptor: int) -> None:
         self.path, self.descriptor = path, descriptor
         self.size = os.fstat(descriptor).st_size
 
@@ -90,9 +92,9 @@ class Archive:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Archive]:
-    """Open a tar for one use."""
-    with reading(path), open(path, "rb", buffering=0) as file:
+def opened(path: Path | RemoteFile) -> Iterator[Archive]:
+    """Open a tar, or the local copy of a remote one, for one use."""
+    with reading(path), read_local(path, lambda local: open(local, "rb", buffering=0)) as file:
         yield Archive(path, file.fileno())
 
 
@@ -105,8 +107,13 @@ class TarShard(SourceShard[TarPlace]):
     """
 
     name: str
-    path: Path
+    path: Path | RemoteFile
     num_classes: int | None
+
+    @property
+    def remote_files(self) -> tuple[RemoteFile, ...]:
+        """The tar, where it is remote."""
+        return (self.path,) if isinstance(self.path, RemoteFile) else ()
 
     def build_index(self) -> ShardIndex[TarPlace]:
         """Walk the headers of the whole tar, and read its labels."""
@@ -123,15 +130,21 @@ class TarShard(SourceShard[TarPlace]):
             return archive.read(place.offset, place.size)
 
 
-def open_tars(paths: Sequence[Path]) -> tuple[tuple[str, ...] | None, tuple[TarShard, ...]]:
+def open_tars(paths: Sequence[Path | RemoteFile]) -> tuple[tuple[str, ...] | None, tuple[TarShard, ...]]:
     """Return the class names, from a `classes.txt` beside the tars if there is one, and one shard per tar."""
-    class_names = _class_names(sorted({path.parent for path in paths}))
+    class_names = _class_names({str(path.parent): path.parent / "classes.txt" for path in paths})
     num_classes = None if class_names is None else len(class_names)
     return class_names, tuple(TarShard(path.stem, path, num_classes) for path in paths)
 
 
-def _class_names(folders: Iterable[Path]) -> tuple[str, ...] | None:
-    found = {path: _read_class_names(path) for folder in folders if (path := folder / "classes.txt").exists()}
+def _class_names(files: dict[str, Path | RemoteFile]) -> tuple[str, ...] | None:
+    """Return the class names in the files that exist, by folder."""
+    found: dict[str, tuple[str, ...]] = {}
+    for _, file in sorted(files.items()):
+        with reading(file):
+            content = _read_if_there(file)
+        if content is not None:
+            found[str(file)] = _parse_class_names(content, file)
     if len(set(found.values())) > 1:
         raise SourceError(
             f"the tars of one source must share their classes; these differ: {', '.join(map(str, found))}"
@@ -139,15 +152,23 @@ def _class_names(folders: Iterable[Path]) -> tuple[str, ...] | None:
     return next(iter(found.values()), None)
 
 
-def _read_class_names(path: Path) -> tuple[str, ...]:
+def _read_if_there(file: Path | RemoteFile) -> bytes | None:
+    if isinstance(file, Path):
+        return file.read_bytes() if file.exists() else None
+    try:
+        return read_url(file.url, max_bytes=MAX_JSON_BYTES)
+    except (RemoteFileMissing, RemoteFileRefused):  # where nobody may list, S3 answers 403 for what is not there
+        return None
+
+
+def _parse_class_names(content: bytes, file: Path | RemoteFile) -> tuple[str, ...]:
     """Read one class name a line; the first line names label 0. Names may repeat: ImageNet has two cranes."""
     try:
-        with reading(path):
-            lines = path.read_bytes().decode().removesuffix("\n").split("\n")
+        lines = content.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError:
-        raise SourceError(f"{path}: class names must be valid UTF-8") from None
+        raise SourceError(f"{file}: class names must be valid UTF-8") from None
     names = (line.removesuffix("\r") for line in lines)
-    return tuple(check_name(name, f"{path}: line {number}: class name") for number, name in enumerate(names, start=1))
+    return tuple(check_name(name, f"{file}: line {number}: class name") for number, name in enumerate(names, start=1))
 
 
 def _samples(archive: Archive, num_classes: int | None) -> Iterator[tuple[str, int | None, TarPlace]]:

@@ -1,4 +1,11 @@
-"""Numbers as a person reads them."""
+"""Numbers as a person reads them, and writes them."""
+
+import re
+
+from pipeline.errors import UsageError
+
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BYTES |= {f"{prefix}I": 2 ** (10 * power) for power, prefix in enumerate("KMGT", start=1)}
 
 
 def count(number: int, what: str, plural: str = "s") -> str:
@@ -19,3 +26,20 @@ def byte_size(number: float) -> str:
         (unit for unit in ("B", "kB", "MB", "GB") if abs(number) < 1000 or (number := number / 1000) is None), "TB"
     )
     return f"{number:,.0f} B" if unit == "B" else f"{number:,.1f} {unit}"
+
+
+def parse_bytes(text: str, *, what: str) -> int:
+    """Return the bytes of a size such as `500MB`, `1.5 TB` (decimal) or `64GiB` (powers of 1,024).
+
+    Args:
+        text: the size.
+        what: what it is of, for the error.
+
+    Raises:
+        UsageError: it is no such size, or none above 0.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B", text.strip().upper(), re.ASCII)
+    number = float(match[1]) * _BYTES[match[2]] if match and match[2] in _BYTES else 0
+    if number < 1:
+        raise UsageError(f"{what} must be a size such as 500MB, 50GB or 2TB, got {text!r}")
+    return int(number)

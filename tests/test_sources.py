@@ -166,7 +166,7 @@ def test_describe_is_one_line_with_the_counts(location):
 
 BAD_LOCATIONS = [
     # location, what the error says
-    ("s3://bucket/train.tar", "only local paths are read in this version"),
+    ("pipe://cat/train.tar", "a URL must begin with http://"),
     ("missing", "does not exist. A source is an image folder, a .tar or .parquet file"),
     ("pipe:cat x.tar", "does not exist"),
     ("x\0y", "does not exist"),

@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,9 +82,10 @@ def at_update(number: int, do: Callable[[], object]) -> Callable[..., object]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, updates: int) -> None:
     """Train so many updates and stop as a scheduler would make it."""
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(loop, "_step", at_update(updates - 1, lambda: os.kill(os.getpid(), 15)))
-        train(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", at_update(updates - 1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(StoppedError):
+            train(config)
 
 
 # --- 19 -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from pipeline.config import option
 from pipeline.errors import UsageError
+from pipeline.units import parse_bytes
 
 DistillationType = Literal["none", "soft", "hard"]
 Tail = Literal["spread", "renormalise"]
@@ -26,6 +27,8 @@ FREE_ON_RESUME = frozenset(
         "grad_accum_steps",
         "compile",
         "labels",
+        "cache_dir",
+        "cache_size",
         "data",
         "eval_data",
         "output",
@@ -48,8 +51,12 @@ FREE_ON_RESUME = frozenset(
 class TrainConfig:
     """What to train, on what, and how."""
 
-    labels: Path | None = option(None, "Label set made by precompute; not needed for --distillation-type none.")
+    labels: str | None = option(
+        None, "Label set made by precompute, folder or URL; not needed for --distillation-type none."
+    )
     data: str | None = option(None, "Images; by default where the label set found them.", "--data-path")
+    cache_dir: Path | None = option(None, "Where files behind URLs are kept; by default ~/.cache/deit-cli.")
+    cache_size: str = option("100GB", "Of that folder, at most; what was used longest ago goes first.")
     output: Path = option(Path("runs/student"), "Folder of the run.", "--output-dir")
     model: str = option("deit_tiny_distilled_patch16_224", "timm name, or deit-ti, deit-s, deit-b.")
     img_size: int | None = option(None, "Pixels; by default the views'.", "--input-size")
@@ -132,6 +139,7 @@ class TrainConfig:
                 raise UsageError(
                     f"--{name.replace('_', '-')} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+        parse_bytes(self.cache_size, what="--cache-size")
         if self.distillation_type != "none" and self.labels is None:
             raise UsageError(
                 f"--distillation-type {self.distillation_type} needs --labels; without a teacher pass none"

@@ -45,7 +45,7 @@ def evaluate_checkpoint(
     model: str | None,
     pretrained: bool,
     data: str | None,
-    labels: Path | None,
+    labels: str | None,
     labels_data: str | None = None,
     num_classes: int | None = None,
     agreement_samples: int,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
+from pipeline.cache import open_cache, prefetch
 from pipeline.config_file import plain_settings, recipe_settings
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.labelset import LabelSet, record_of
@@ -61,17 +62,18 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     Raises:
         LabelSetError: the label set is incomplete, damaged, or of other images, recipe or pixels.
     """
+    cache = open_cache(config.cache_dir, config.cache_size)
     if config.labels is None:
-        source = open_source(config.data or "")
+        source = open_source(config.data or "", cache=cache)
         labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
         if not labels:
             raise UsageError(f"{source.location} has no class labels to train on")
         return Data(source, None, recipe or PRESETS["deit"], source.num_classes or max(labels) + 1, source.class_names)
-    label_set = LabelSet.open(config.labels)
+    label_set = LabelSet.open(config.labels, cache=cache)
     if recipe is not None and recipe.id != label_set.recipe.id:
         difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
         raise LabelSetMismatch(f"{config.labels} was made with another recipe{difference}. Leave --recipe out")
-    source = open_source(config.data or label_set.plan.source.location)
+    source = open_source(config.data or label_set.plan.source.location, cache=cache)
     difference = check_replay(label_set, source)
     if not difference:
         log.info("%d replay probes: every pixel as the teacher saw it", len(label_set.manifest.probes))
@@ -95,8 +97,11 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
             f"--view-policy once takes at most one epoch for each view: the label set has {len(views)}, --epochs is"
             f" {config.epochs}. Label more with deit-cli precompute --views, or pass --view-policy cycle"
         )
+    shards = range(len(catalogue.names))
+    with prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
+        units = tuple(count_units(data.recipe, catalogue.table(shard).usable) for shard in shards)
     order = Order(
-        shard_units=tuple(count_units(data.recipe, catalogue.table(i).usable) for i in range(len(catalogue.names))),
+        shard_units=units,
         unit_size=2 if data.recipe.mixes else 1,
         batch_size=config.batch_size * share.parts,
         repeated_aug=repeats,
@@ -168,7 +173,7 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
         "recipe_id": data.recipe.id,
         "labelset_id": data.label_set.plan.labelset_id if data.label_set else None,
         "views": [data.label_set.views.start, data.label_set.views.stop] if data.label_set else None,
-        "source_id": record_of(data.source).id,
+        "source_id": data.label_set.plan.source_id if data.label_set else record_of(data.source).id,
     }
 
 

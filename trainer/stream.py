@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.cache import RemoteFile, prefetch
 from pipeline.decode import decode
 from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
 from pipeline.labels import LabelRows, SampleRows
@@ -104,6 +105,20 @@ class Catalogue:
         self.source, self.label_set = source, label_set
         self.names = tuple(shard.name for shard in source.shards)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether images or labels come from other machines."""
+        return any(self.remote_files(0, range(0)))
+
+    def remote_files(self, shard: int, views: range) -> Iterator[RemoteFile]:
+        """Yield the remote files of one source shard: images, samples, and labels of these views."""
+        name, label_set = self.names[shard], self.label_set
+        yield from self.source.remote_files(name)
+        if label_set is not None:
+            yield from label_set.remote_files(name)
+            for view in views:
+                yield from label_set.remote_files(name, view)
+
     def table(self, shard: int) -> ShardTable:
         """Read the samples of one source shard."""
         name = self.names[shard]
@@ -132,6 +147,22 @@ class BatchRenderer:
         """Views of a batch, at most."""
         units = -(-self._order.units_per_step // self._share.parts)
         return units * self._order.unit_size * self._order.repeated_aug
+
+    def remote_files(self, indices: range) -> Iterator[RemoteFile]:
+        """Yield what batches need from other machines, in the order of its first use in an epoch."""
+        catalogue = self._catalogue
+        if not catalogue.is_remote:
+            return
+        fetched: set[int] = set()
+        of_epoch = -1
+        for index in indices:
+            epoch, step = self._order.position(index // self._share.passes)
+            if epoch != of_epoch:
+                of_epoch, fetched = epoch, set()
+            units = self._share.cut(self._order.step_units(epoch, step), index % self._share.passes)
+            for shard in [int(each) for each in np.unique(units[:, 0]) if int(each) not in fetched]:
+                fetched.add(shard)
+                yield from catalogue.remote_files(shard, self._order.views_of_epoch(epoch))
 
     def __call__(self, index: int, out: Tensor | None = None) -> Batch | Exception:
         """Render a batch, into `out` (uint8 [at least B, H, W, 3]) if it is given.
@@ -249,8 +280,9 @@ def stream_batches(
         slots.pin()
     renderer.whereabouts = Whereabouts(workers)
     loader = start_loader(Mapped(_IntoSlots(renderer, slots)), workers=workers, sampler=slots.number(indices))
-    for slot, batch in checked(loader, renderer.whereabouts):
-        yield replace(batch, images=slots.pixels[slot, : len(batch.keys)])
+    with prefetch(renderer.remote_files(indices)):
+        for slot, batch in checked(loader, renderer.whereabouts):
+            yield replace(batch, images=slots.pixels[slot, : len(batch.keys)])
 
 
 class _IntoSlots:

@@ -1,0 +1,332 @@
+"""Remote files through fsspec: receive one, read a small one, list a folder; what may pass is tried again.
+
+Libraries disagree about failures: fsspec does not try again after a 503, and a body that is cut without Content-Length
+passes for a whole one. Here every answer is measured against what was announced, every wait has a limit, and an error
+names the address, what was expected and what came.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import fsspec
+from fsspec.callbacks import Callback
+from fsspec.config import conf
+
+from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
+
+log = logging.getLogger("deit_cli.remote")
+
+EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "hf": "hub", "memory": "http"}
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+DEADLINE_S = 900.0  # after which nothing is begun again
+CONNECT_TIMEOUT_S = 20.0
+STALL_TIMEOUT_S = 60.0  # without a single byte
+BLOCK_BYTES = 16 << 20  # of one request to an object store
+RANGE_BYTES = 1 << 20  # where only the end of a file is wanted
+_MAY_PASS = frozenset({408, 425, 429})  # of the answers 4xx; 5xx may pass too
+
+Result = TypeVar("Result")
+
+
+class Interrupted(Exception):
+    """A transfer failed in a way that may pass: worth another try."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """What came: its length and SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+def is_url(text: str | os.PathLike[str]) -> bool:
+    """Return whether this is a URL, and no path."""
+    return "://" in os.fspath(text)
+
+
+def check_url(url: str) -> str:
+    """Return the scheme of a URL, or raise StorageError: others may name local files or even commands."""
+    scheme = url.partition("://")[0]
+    if scheme not in EXTRAS:
+        raise StorageError(f"{url}: a URL must begin with http://, https://, s3://, gs:// or hf://, got {scheme}://")
+    return scheme
+
+
+def url_name(url: str) -> str:
+    """Return the last part of the path of a URL."""
+    return unquote(_path(url)).rstrip("/").rpartition("/")[2]
+
+
+def join_url(url: str, name: str) -> str:
+    """Return the URL of a file below a folder; what a web address asks for behind `?` stays."""
+    if not _is_web(url):
+        return f"{url.rstrip('/')}/{name}"
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def parent_url(url: str) -> str:
+    """Return the URL of the folder that a file lies in."""
+    if not _is_web(url):
+        return url.rstrip("/").rpartition("/")[0]
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
+
+
+def receive(
+    url: str,
+    file: BinaryIO,
+    *,
+    size: int | None = None,
+    begin: Callable[[int | None], None] = lambda announced: None,
+    check: Callable[[int], None] = lambda received: None,
+) -> Received:
+    """Write a remote file to a local one, once, and measure it against what is known of its length.
+
+    Args:
+        url: of the file.
+        file: is written to from its start.
+        size: promised bytes, or None.
+        begin: is called before the first byte with the announced length, None where there is none.
+        check: is called before every block with the bytes that will have come; it may raise.
+
+    Raises:
+        Interrupted: the transfer failed, and may succeed if it is tried again.
+        RemoteFileMissing: there is no such file.
+        RemoteFileRefused: there is no access to it.
+        RemoteFileCorrupt: its length is not the promised one.
+        StorageError: it is refused for good.
+    """
+    sink = _Sink(url, file, size, begin, check)
+    try:
+        _transfer(url, sink)
+    except Exception as error:
+        raise sink.error or _named(url, error) from error
+    sink.begin()  # an empty file has no first byte
+    if sink.announced not in (None, sink.received) or (sink.announced is None and sink.received < (size or 0)):
+        expected = size if sink.announced is None else sink.announced
+        raise Interrupted(f"the answer ended after {sink.received} of {expected} bytes")
+    sink.refuse_length(sink.received)
+    return Received(sink.received, sink.digest.hexdigest())
+
+
+def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float], Any] = time.sleep) -> Result:
+    """Return what `attempt` returns; where it is interrupted, try again after longer and longer pauses.
+
+    Raises:
+        StorageError: it was interrupted every time.
+    """
+    began, tries = time.monotonic(), 0
+    for delay in (*RETRY_DELAYS_S, None):
+        try:
+            tries += 1
+            return attempt()
+        except Interrupted as error:
+            spent = time.monotonic() - began
+            if delay is None or spent > DEADLINE_S:
+                raise StorageError(
+                    f"{url}: gave up after {tries} tries in {spent:.0f} s: {error}. Run the same command again when it answers"
+                ) from error
+            log.warning("%s: %s; trying again in %g s", url, error, delay)
+            pause(delay)
+    raise AssertionError("the last try returns or raises")
+
+
+def read_url(url: str, *, max_bytes: int) -> bytes:
+    """Return a small remote file as it is now: plans, manifests, class names.
+
+    Raises:
+        RemoteFileMissing: there is no such file.
+        StorageError: it is too large, or could not be read.
+    """
+
+    def check(received: int) -> None:
+        if received > max_bytes:
+            raise StorageError(f"{url}: such a file may have at most {max_bytes} bytes, this one has more")
+
+    def attempt() -> bytes:
+        buffer = io.BytesIO()
+        receive(url, buffer, check=check)
+        return buffer.getvalue()
+
+    return retried(url, attempt)
+
+
+def read_ranges(url: str, use: Callable[[Any], Result]) -> Result:
+    """Return `use(file)` of an open remote file of which only the ranges that are asked for are received.
+
+    Raises:
+        RemoteFileMissing: there is no such file.
+        StorageError: it could not be read, or its server gives no ranges.
+    """
+
+    def attempt() -> Result:
+        try:
+            system, path = _file_system(url)
+            with system.open(path, "rb", block_size=RANGE_BYTES, cache_type="readahead") as file:
+                return use(file)
+        except Exception as error:
+            raise _named(url, error) from error
+
+    return retried(url, attempt)
+
+
+def list_url(url: str) -> list[str]:
+    """Return the names of the files directly in a remote folder, sorted.
+
+    Raises:
+        RemoteFileMissing: there is no such folder.
+        StorageError: web servers have no such list.
+    """
+    if _is_web(url):
+        raise StorageError(f"{url}: a web server has no list of its files: name them, as in train-{{000..127}}.tar")
+
+    def attempt() -> list[str]:
+        try:
+            system, path = _file_system(url)
+            entries = system.ls(path, detail=True, refresh=True)
+        except Exception as error:
+            raise _named(url, error) from error
+        files = [entry["name"] for entry in entries if entry["type"] == "file"]
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in files)
+
+    return retried(url, attempt)
+
+
+class _Sink:
+    """What fsspec takes for an open file, and what the bytes are measured by on their way.
+
+    `error` is what went wrong on this side (a full disk, no room, a wrong length), so that it is not taken for the
+    network's.
+    """
+
+    def __init__(self, url: str, file: BinaryIO, size: int | None, begin: Callable, check: Callable) -> None:
+        self._url, self._file, self._size, self._begin, self._check = url, file, size, begin, check
+        self.callback = Callback()
+        self.digest = hashlib.sha256()
+        self.received = 0
+        self.error: Exception | None = None
+        self._begun = False
+
+    @property
+    def announced(self) -> int | None:
+        return self.callback.size
+
+    def begin(self) -> None:
+        """Before the first byte: a wrong length is refused without receiving it."""
+        if not self._begun:
+            self._begun = True
+            if self.announced is not None:
+                self.refuse_length(self.announced)
+            self._begin(self.announced)
+
+    def refuse_length(self, length: int) -> None:
+        if self._size is not None and length != self._size:
+            raise RemoteFileCorrupt(
+                f"{self._url} has {length} bytes, {self._size} are promised: it was cut, changed or replaced"
+            )
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.begin()
+            self._check(self.received + len(data))
+            self._file.write(data)
+        except Exception as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        self.received += len(data)
+        return len(data)
+
+    def read(self) -> bytes:
+        raise io.UnsupportedOperation("written only")
+
+    def tell(self) -> int:
+        return self.received
+
+    def close(self) -> None:
+        """It is closed by whoever opened it."""
+
+
+def _transfer(url: str, sink: _Sink) -> None:
+    system, path = _file_system(url)
+    if _is_web(url):
+        # Without this a server may compress, and the announced length would be that of something else.
+        headers = {**getattr(system, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
+        system.get_file(path, sink, callback=sink.callback, chunk_size=1 << 20, headers=headers)
+        return
+    with system.open(path, "rb", block_size=BLOCK_BYTES) as remote:
+        sink.callback.set_size(getattr(remote, "size", None))
+        while block := remote.read(BLOCK_BYTES):
+            sink.write(block)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL and the path in it; credentials and settings are fsspec's own."""
+    scheme = check_url(url)
+    try:
+        return fsspec.url_to_fs(url, **(_web_options(scheme) if _is_web(url) else {}))
+    except ImportError as error:
+        raise StorageError(
+            f'{url}: {scheme}:// needs a package that is not installed ({error}): pip install "deit-cli[{EXTRAS[scheme]}]"'
+        ) from error
+
+
+def _web_options(scheme: str) -> dict[str, Any]:
+    import aiohttp  # of the extra `http`
+
+    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
+    return {"client_kwargs": {**conf.get(scheme, {}).get("client_kwargs", {}), "timeout": timeout}}
+
+
+def _named(url: str, error: Exception) -> Exception:
+    """Return the error of ours for what a file system raised: one to stop at, or one that may pass."""
+    if isinstance(error, (DeitCliError, Interrupted)):
+        return error
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        return _named(url, error.__cause__)  # fsspec's `info` takes every failure for a missing file
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return RemoteFileMissing(f"{url}: there is no such file ({status or 404}). Check the address")
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return RemoteFileRefused(f"{url}: access is refused ({status or 403}). Check the address and your credentials")
+    if isinstance(error, (ValueError, TypeError, NotImplementedError)) or (
+        status is not None and 300 <= status < 500 and status not in _MAY_PASS
+    ):
+        return StorageError(f"{url}: cannot be read: {_reason(error)}")
+    return Interrupted(_reason(error))
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status in an error of aiohttp, gcsfs or huggingface_hub."""
+    found = getattr(error, "status", None)  # of aiohttp, whose `code` warns that it is old
+    if found is None:
+        found = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return int(str(found)) if re.fullmatch("[1-5][0-9][0-9]", str(found)) else None
+
+
+def _reason(error: Exception) -> str:
+    status = _status(error)
+    if status is not None:
+        return f"the server answers {status} {getattr(error, 'message', '')}".rstrip()
+    if isinstance(error, TimeoutError):
+        return f"no answer for {STALL_TIMEOUT_S:g} s"
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _path(url: str) -> str:
+    return urlsplit(url).path if _is_web(url) else url.partition("://")[2]

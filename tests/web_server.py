@@ -1,0 +1,120 @@
+"""A real web server on this machine for tests, which fails as it is told."""
+
+import contextlib
+import re
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class WebServer(ThreadingHTTPServer):
+    """Serves the files below a folder.
+
+    Attributes:
+        requests: how often each path was asked for.
+        faults: for each path, what goes wrong with its next answers, one word or number each: a status such as 503;
+            `cut` ends after half of the body, `cut-unannounced` does so without Content-Length; `flip` changes a byte;
+            `stall` waits in the middle until `go` is set; `no-length` is a whole answer without Content-Length;
+            `reset` closes without any answer.
+        always: the same for all answers.
+        ranges: whether parts of files may be asked for.
+        sent_bytes: of all bodies.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.requests: Counter[str] = Counter()
+        self.faults: defaultdict[str, list[Any]] = defaultdict(list)
+        self.always: dict[str, Any] = {}
+        self.ranges = False
+        self.sent_bytes = 0
+        self.go = threading.Event()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that went away is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: WebServer
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/").partition("?")[0]
+        with self.server.lock:
+            self.server.requests[name] += 1
+            queue = self.server.faults[name]
+            fault = queue.pop(0) if queue else self.server.always.get(name)
+        path = self.server.folder / name
+        if fault == "reset":
+            self.connection.close()
+        elif isinstance(fault, int) or not path.is_file():
+            self.send_error(fault or 404)
+        elif self.server.ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
+            self._send_range(path.read_bytes(), int(asked[1]), int(asked[2]) + 1)
+        else:
+            self._send(path.read_bytes(), fault)
+
+    def do_HEAD(self) -> None:
+        path = self.server.folder / self.path.lstrip("/")
+        if not self.server.ranges or not path.is_file():
+            return self.send_error(404 if self.server.ranges else 501)
+        self.send_response(200)
+        self.send_header("Content-Length", str(path.stat().st_size))
+        self.send_header("Accept-Ranges", "bytes")
+        return self.end_headers()
+
+    def _send_range(self, body: bytes, start: int, stop: int) -> None:
+        part = body[start:stop]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+        self.server.sent_bytes += len(part)
+
+    def _send(self, body: bytes, fault: str | None) -> None:
+        half = len(body) // 2
+        if fault == "flip":
+            body = body[:half] + bytes([body[half] ^ 1]) + body[half + 1 :]
+        self.server.sent_bytes += len(body)
+        self.send_response(200)
+        if fault not in ("no-length", "cut-unannounced"):
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:half])
+        self.wfile.flush()
+        if fault == "stall":
+            self.server.go.wait(30)
+        if fault == "slow":
+            time.sleep(0.3)
+        if fault not in ("cut", "cut-unannounced"):
+            self.wfile.write(body[half:])
+
+
+@contextlib.contextmanager
+def web_server(folder: Path) -> Iterator[WebServer]:
+    """Run a server for as long as the block runs."""
+    server = WebServer(folder)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.go.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
