@@ -180,15 +180,14 @@ class OfRecord:
 
 def ours(labels: Path, repeats: int, batch_size: int, workers: int) -> Iterator[Any]:
     """Yield the batches of a training run without end; the one function that knows the trainer's stream."""
-    from pipeline.loading import Mapped, checked, start_loader
     from trainer.config import TrainConfig
     from trainer.setup import make_order, open_data
-    from trainer.stream import BatchRenderer, Catalogue
+    from trainer.stream import BatchRenderer, Catalogue, stream_batches
 
-    config = TrainConfig(labels=labels, batch_size=batch_size, repeated_aug=repeats)
+    config = TrainConfig(labels=str(labels), batch_size=batch_size, repeated_aug=repeats)
     data = open_data(config)
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, make_order(config, data))
-    return checked(start_loader(Mapped(renderer, ENDLESS), workers=workers, sampler=range(ENDLESS)))
+    return stream_batches(renderer, range(ENDLESS), workers=workers)
 
 
 def ours_batches(repeats: int, folder: Path) -> Callable[[], Iterable[Any]]:
