@@ -66,7 +66,7 @@ class Scale:
 AUGMENTED = {"img_size": 32, "scale": [0.4, 1.0], "aa": "rand-m5-mstd0.5-inc1"}
 HALF_MIXED = AUGMENTED | {"mixup_prob": 0.5}  # in few epochs, a student alone learnt more so than with every view mixed
 CROP_FLIP = {"img_size": 32, "scale": [0.4, 1.0], "aa": None, "reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
-SMALL_DEIT = {"patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2, "drop_path": 0.0}
+SMALL_DEIT = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "drop_path": 0.0}
 DEIT_TI = {"patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3, "drop_path": 0.1}
 SCALES = {
     # A minute: whether the script runs, no more.
