@@ -69,7 +69,7 @@ CROP_FLIP = {"img_size": 32, "scale": [0.4, 1.0], "aa": None, "reprob": 0.0, "mi
 SMALL_DEIT = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "drop_path": 0.0}
 DEIT_TI = {"patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3, "drop_path": 0.1}
 SCALES = {
-    # A minute: whether the script runs, no more.
+    # A minute or two: whether the script runs, no more.
     "trial": Scale(
         images=512,
         views=1,
