@@ -182,7 +182,7 @@ class Bench:
             repeated_aug=1,  # three views of an image would leave too few images in a small batch
             model_ema=False,  # DeiT's averages over 25,000 updates
             checkpoint_interval=10,
-            resume=True,
+            resume="auto",
             **settings,
         )
 
