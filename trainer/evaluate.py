@@ -1,6 +1,7 @@
 """Accuracy of the class head, the distillation head and their fusions; agreement with the teacher's stored answers."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,14 @@ def answer_names(student: Student) -> tuple[str, ...]:
 
 def normalise(images: Tensor, student: Student) -> Tensor:
     """Turn float32 images [B, 3, H, W] of 0..255 into what the student was made for."""
-    mean, std = (torch.tensor(v, device=images.device)[None, :, None, None] * 255 for v in (student.mean, student.std))
+    mean, std = (_levels(values, images.device) for values in (student.mean, student.std))
     return (images - mean) / std
+
+
+@lru_cache
+def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return float32 [1, 3, 1, 1] of 0..255; kept, because to make it on a GPU waits for all that it has to do."""
+    return torch.tensor(values, device=device)[None, :, None, None] * 255
 
 
 def evaluate(
