@@ -69,7 +69,9 @@ def main() -> None:
             print(f"{model}: {row['bytes'] / 1e6:,.0f} MB, copied in {copy:.3f} s, written in {write:.3f} s")
             rows.append(row | {"copy_median_s": copy, "write_median_s": write})
     if asked.out:
-        asked.out.write_text(json.dumps({"machine": machine(), "device": asked.device, "states": rows}, indent=1) + "\n")
+        asked.out.write_text(
+            json.dumps({"machine": machine(), "device": asked.device, "states": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

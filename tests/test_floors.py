@@ -17,7 +17,7 @@ ORDER = [
     "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling",
     "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
     "pipeline.inspection", "pipeline.tables", "pipeline",
-    "trainer.config", "trainer.order", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
+    "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
     "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip

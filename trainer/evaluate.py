@@ -16,10 +16,11 @@ from pipeline.mixing import MixBatch, apply_mix
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
+from trainer.batch import Batch
 from trainer.config import AmpDtype
 from trainer.order import Order, count_units
 from trainer.parallel import World
-from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, stream_batches
+from trainer.stream import BatchRenderer, Catalogue, CentreBatches, stream_batches
 from trainer.student import Heads, Student, open_student
 
 Scores = dict[str, dict[str, float]]

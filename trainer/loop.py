@@ -16,6 +16,7 @@ from pipeline.errors import StoppedError, TrainingError
 from pipeline.recipe import Recipe
 from pipeline.sources import Source, open_source
 from pipeline.storage import replace_file, sweep_temporaries
+from trainer.batch import Batch, on_device
 from trainer.checkpoint import BackgroundWriter, check_finite, export_model, pack_training, save_state, snapshot
 from trainer.config import TrainConfig
 from trainer.evaluate import Running, Scores, evaluate, forward_dtype, mixed_images, normalise
@@ -40,7 +41,7 @@ from trainer.setup import (
     write_json,
 )
 from trainer.stopping import StopRequest, stop_request
-from trainer.stream import Batch, BatchRenderer, Catalogue, on_device, stream_batches
+from trainer.stream import BatchRenderer, Catalogue, stream_batches
 from trainer.student import Student, hub_config
 from trainer.trackers import check_trackers
 
