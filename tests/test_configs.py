@@ -143,7 +143,7 @@ def test_what_is_passed_goes_before_the_file_wherever_it_stands(tmp_path):
     ):
         found = train_config(*arguments)
         assert (found.epochs, found.model_ema, found.lr, found.workers) == (30, True, 1e-3, 2)
-        assert found.labels == Path("shards")
+        assert found.labels == "shards"
     assert train_config("-c", path).model_ema is False
     path = str(written(tmp_path, "labels: shards\nlr: null\nimg-size: null\ndata: null"))
     assert train_config("-c", path) == TrainConfig(labels=Path("shards"))
