@@ -112,17 +112,6 @@ def test_all_threads_of_a_teacher_are_asked_and_every_view_once(monkeypatch):
     assert asked[0][1].partner.tolist() == [1, 0, 3, 2]  # mixed, as in a run
 
 
-def test_the_first_call_does_not_count(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(measuring.time, "perf_counter", clock)
-    costs = iter([100.0, 1.0, 2.0, 3.0, 9.0])
-
-    def work() -> None:
-        Clock.now += next(costs)
-
-    assert measuring._median_s(work, CPU, least_s=5.0) == 2.0  # of 1, 2 and 3; it stops once 5 s have passed
-
-
 def settings(data: str, **changes) -> PrecomputeConfig:
     return PrecomputeConfig(data=data, out=Path("nowhere"), **({"views": (0, 3), "topk": 2, "workers": 0} | changes))
 
