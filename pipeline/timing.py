@@ -12,10 +12,10 @@ ROWS = 5  # of calls, in `steady_s`
 
 def median_s(work: Work, device: torch.device, least_s: float) -> float:
     """Return the median seconds of one call; the first call, which warms caches and may compile, does not count."""
-    _row_s(work, 1, device)
-    times = [_row_s(work, 1, device)]
+    row_s(work, 1, device)
+    times = [row_s(work, 1, device)]
     while sum(times) < least_s:
-        times.append(_row_s(work, 1, device))
+        times.append(row_s(work, 1, device))
     return statistics.median(times)
 
 
@@ -25,15 +25,15 @@ def steady_s(work: Work, device: torch.device, least_s: float) -> float:
     A GPU is waited for at the end of a row, not of each call, because a training loop does not wait for it either. The
     first two calls do not count.
     """
-    _row_s(work, 1, device)
-    calls = max(1, int(least_s / ROWS / max(_row_s(work, 1, device), 1e-9)))
-    times = [_row_s(work, calls, device)]
+    row_s(work, 1, device)
+    calls = max(1, int(least_s / ROWS / max(row_s(work, 1, device), 1e-9)))
+    times = [row_s(work, calls, device)]
     while sum(times) * calls < least_s:
-        times.append(_row_s(work, calls, device))
+        times.append(row_s(work, calls, device))
     return statistics.median(times)
 
 
-def _row_s(work: Work, calls: int, device: torch.device) -> float:
+def row_s(work: Work, calls: int, device: torch.device) -> float:
     """Return the mean seconds of so many calls, one after the other."""
     began = time.perf_counter()
     for _ in range(calls):
