@@ -146,6 +146,21 @@ def test_operations_are_counted_by_hand():
     assert forward_flops(network, 8) == 2 * (64 * 5 * 3 * 9 + 5 * 64 * 7)
 
 
+def test_attention_is_counted():
+    """Queries against keys, and weights against values: two matrix products of 64 x 64 x 3, for one image and one head."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))  # says the device
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = images.flatten(2).transpose(1, 2)[:, None]
+            return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    assert forward_flops(Attention(), 8) == 2 * 2 * 64 * 64 * 3
+
+
 class TwoHeads(nn.Module):
     """Answers with a tuple, as timm's distilled models may in training."""
 

@@ -31,7 +31,9 @@ def test_the_first_call_does_not_count(monkeypatch):
 def test_a_steady_call_is_the_median_of_rows_and_the_first_two_do_not_count(monkeypatch):
     row = [1.0, 1.0]
     work = Timed(monkeypatch, 100.0, 1.0, *row, 3.0, 5.0, *row, *row)
-    assert steady_s(work, CPU, least_s=10.5) == 1.0  # rows of two calls, with a mean of 1, 4 and 1 s: then 12 s are over
+    assert (
+        steady_s(work, CPU, least_s=10.5) == 1.0
+    )  # rows of two calls, with a mean of 1, 4 and 1 s: then 12 s are over
     assert work.calls == 2 + 2 * 3
 
 
