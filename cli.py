@@ -384,7 +384,7 @@ SECONDS = click.option(
     "--seconds",
     type=click.FloatRange(0.1, 600),
     default=2.0,
-    help="Spent on each measurement, about, however slow the teacher is.",
+    help="Spent on each measurement, about.",
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
@@ -527,6 +527,52 @@ def stage1(
         )
     else:
         click.echo(parts_table(rates, together, machine, reachable))
+
+
+OF_TRAIN = frozenset(
+    {
+        *(
+            "output",
+            "resume",
+            "epochs",
+            "lr",
+            "lr_base",
+            "warmup_epochs",
+            "warmup_lr",
+            "min_lr",
+            "weight_decay",
+            "seed",
+        ),
+        *("distillation_alpha", "distillation_tau", "smoothing", "view_policy", "model_ema_decay", "model_ema_warmup"),
+        *("eval_data", "crop_pct", "eval_interval", "checkpoint_interval", "recovery_interval", "log_interval"),
+        *("log_tensorboard", "log_wandb", "wandb_project"),
+    }
+)
+
+
+@bench.command()
+@config_option(TrainConfig)
+@options_of(TrainConfig, skip=OF_TRAIN)
+@recipe_options
+@SECONDS
+@AS_JSON
+def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_json: bool, **values: Any) -> None:
+    """Time the student alone, the loader processes alone, and training with both.
+
+    The student, the stream of batches and each part of it take about --seconds each, warm-up excluded; then the training loop
+    runs for five times as long, into a temporary folder. An update of a big batch may take longer than that on a CPU: pass
+    a smaller --batch-size there.
+
+    \b
+    Example:
+      deit-cli bench stage2 --labels shards --model deit-s
+    """
+    config = TrainConfig(**values)
+    chosen = _recipe(recipe, overrides) if recipe is not None or overrides or _recipe_fields() else None
+    from trainer.measuring import measure_training, stage2_table
+
+    found = measure_training(config, chosen, seconds=seconds)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else stage2_table(found))
 
 
 @commands.group()

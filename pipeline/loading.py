@@ -255,6 +255,19 @@ def _start_worker(_: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Let this process work as a loader process does: with one thread."""
+    before, before_cv2 = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        cv2.setNumThreads(before_cv2)
+
+
 def _end_with_parent() -> None:
     """A killed process cannot end its loaders, and they are children of the server that forked them, not its own."""
     if parent := multiprocessing.parent_process():

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import itertools
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import MAX_VIEW, Precision, PrecomputeConfig
@@ -28,6 +28,7 @@ from pipeline.recipe import Recipe
 from pipeline.samples import Sample, ShardIndex, SourceShard
 from pipeline.sources import Source
 from pipeline.teacher import CPU_BATCH, Teacher, one_thread
+from pipeline.timing import median_s
 from pipeline.views import draw_view, render
 
 IMAGES = 64  # on which reading, decoding and rendering are timed, at most
@@ -105,7 +106,7 @@ def measure_rates(
             "topk_s": (lambda: [column.cpu() for column in teacher.rank(logits, topk)], batch),
             "write_s": (_writing(teacher.identity.num_classes, topk, precision), WRITTEN[0] * WRITTEN[1]),
         }
-        seconds = {name: _median_s(work, teacher.device, least_s) / count for name, (work, count) in timed.items()}
+        seconds = {name: median_s(work, teacher.device, least_s) / count for name, (work, count) in timed.items()}
     beside = seconds["topk_s"] + (seconds["copy_s"] if teacher.device.type == "cuda" else 0)
     return Rates(**seconds, teacher_s=max(answer_s - beside, 0.01 * answer_s))  # both are noisy
 
@@ -150,7 +151,7 @@ def _answer_s(rendered: np.ndarray, recipe: Recipe, teacher: Teacher, topk: int,
         return took / (2 * teacher.threads)
     batch = size * teacher.threads
     full = _asking(teacher, recipe, _filled(rendered, batch, teacher.device), topk)
-    return _median_s(full, teacher.device, least_s) / batch
+    return median_s(full, teacher.device, least_s) / batch
 
 
 def _asking(teacher: Teacher, recipe: Recipe, pixels: Tensor, topk: int) -> Callable[[], object]:
@@ -225,7 +226,8 @@ class Head(SourceShard[Any]):
 
 def forward_flops(module: nn.Module, img_size: int) -> int:
     """Return the floating-point operations of one image's forward pass (two for each multiplication that is added up)."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    # In one kernel on a CPU, attention is not counted; as the matrix products that it is made of, it is.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module.eval()(torch.zeros(1, 3, img_size, img_size, device=next(module.parameters()).device))
     return counter.get_total_flops()
 
@@ -246,7 +248,7 @@ def training_step_s(module: nn.Module, img_size: int, device: torch.device, *, l
     batch = GPU_BATCH if device.type == "cuda" else 2
     while batch >= 2:
         with contextlib.suppress(torch.OutOfMemoryError):
-            return _median_s(_training_step(module, batch, img_size, device), device, least_s) / batch
+            return median_s(_training_step(module, batch, img_size, device), device, least_s) / batch
         batch //= 2
     raise UsageError(f"two images of {img_size} pixels in training do not fit into the memory of {device}")
 
@@ -292,20 +294,3 @@ def _writing(num_classes: int, topk: int, precision: Precision) -> Callable[[], 
         write_labels(io.BytesIO(), views, footer)
 
     return write
-
-
-def _median_s(work: Callable[[], object], device: torch.device, least_s: float) -> float:
-    """Return the median seconds of one call; the first call, which warms caches and may compile, does not count."""
-
-    def once() -> float:
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    once()
-    times = [once()]
-    while sum(times) < least_s:
-        times.append(once())
-    return statistics.median(times)

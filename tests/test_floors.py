@@ -13,12 +13,12 @@ ORDER = [
     "pipeline.storage", "pipeline.remote", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.labels", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
-    "pipeline.loading", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
+    "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
     "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling",
     "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
     "pipeline.inspection", "pipeline.tables", "pipeline",
     "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
-    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.demo", "trainer",
+    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip
 TEACHER_SIDE = {

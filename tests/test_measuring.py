@@ -112,17 +112,6 @@ def test_all_threads_of_a_teacher_are_asked_and_every_view_once(monkeypatch):
     assert asked[0][1].partner.tolist() == [1, 0, 3, 2]  # mixed, as in a run
 
 
-def test_the_first_call_does_not_count(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(measuring.time, "perf_counter", clock)
-    costs = iter([100.0, 1.0, 2.0, 3.0, 9.0])
-
-    def work() -> None:
-        Clock.now += next(costs)
-
-    assert measuring._median_s(work, CPU, least_s=5.0) == 2.0  # of 1, 2 and 3; it stops once 5 s have passed
-
-
 def settings(data: str, **changes) -> PrecomputeConfig:
     return PrecomputeConfig(data=data, out=Path("nowhere"), **({"views": (0, 3), "topk": 2, "workers": 0} | changes))
 
@@ -155,6 +144,21 @@ def test_operations_are_counted_by_hand():
     """A convolution of 3x3 from 3 to 5 channels on 8x8 pixels, and a linear layer: two for each multiplication."""
     network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Flatten(), nn.Linear(5 * 64, 7))
     assert forward_flops(network, 8) == 2 * (64 * 5 * 3 * 9 + 5 * 64 * 7)
+
+
+def test_attention_is_counted():
+    """Queries against keys, and weights against values: two matrix products of 64 x 64 x 3, for one image and one head."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))  # says the device
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = images.flatten(2).transpose(1, 2)[:, None]
+            return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    assert forward_flops(Attention(), 8) == 2 * 2 * 64 * 64 * 3
 
 
 class TwoHeads(nn.Module):

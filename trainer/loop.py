@@ -70,13 +70,13 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
         running = Running(
             world=world, dtype=forward_dtype(config.amp_dtype, world.device), batch_size=config.batch_size
         )
-        run = _Run(config, recipe, share, running, progress)
+        run = Run(config, recipe, share, running, progress)
         with run.recorder, BackgroundWriter() as writer, stop_request() as told:
             run.go(writer, told)
     return config.output
 
 
-class _Run:
+class Run:
     """One training run on one rank: its parts, put together once."""
 
     def __init__(
@@ -113,7 +113,7 @@ class _Run:
         for update, batches, waited in self._updates(order.steps_per_epoch * config.epochs):
             lr = _rate_at(config, order, update)
             set_learning_rate(state.optimizer, lr)
-            share, sums = self._accumulate(batches)
+            share, sums = self.accumulate(batches)
             watch.add(update, sums["loss"])
             extra = _step(config, state, update)
             state.next_update = update + 1
@@ -157,7 +157,7 @@ class _Run:
             of_update = [next(batches) for _ in range(passes)]
             yield update, of_update, time.monotonic() - began
 
-    def _accumulate(self, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+    def accumulate(self, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
         """Add up the gradients of an update's batches on this rank.
 
         Every view weighs the same, though the parts of an update may differ by a unit.
@@ -263,7 +263,7 @@ _SAVED = ("images", "hard", "topk_index", "topk_prob", "tail_mass", "class_label
 class _LossWatch:
     """Looks at every loss one update later, when it is there in any case: nobody waits for a GPU because of it."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._waiting: tuple[int, Tensor, Any] | None = None  # update, loss on the CPU, the event of its copy
 

@@ -34,6 +34,8 @@ class Step:
         images_per_s: lately, pauses left out; 0 before there is a rate.
         data_wait: share of that time in which training waited for data, 0..1.
         elapsed_s: since this start began to train, pauses included.
+        images: that this start was computed from, on all ranks together.
+        waited_s: seconds in which this start waited for data.
         mean_images_per_s: of this start, pauses left out.
         left_s: seconds that the rest will take, pauses included; None before there is a rate.
         doing: what the run does instead of training, such as `evaluating`; None where it trains.
@@ -52,6 +54,8 @@ class Step:
     images_per_s: float = 0.0
     data_wait: float = 0.0
     elapsed_s: float = 0.0
+    images: int = 0
+    waited_s: float = 0.0
     mean_images_per_s: float = 0.0
     left_s: float | None = None
     doing: str | None = None
@@ -161,6 +165,8 @@ class Pace:
                 images_per_s=lately["images_per_s"],
                 data_wait=lately["data_wait"],
                 elapsed_s=time.monotonic() - self._began,
+                images=self._all.images,
+                waited_s=self._all.waited_s,
                 mean_images_per_s=self._all.rates()["images_per_s"],
                 left_s=self._left_s(),
                 doing=doing,

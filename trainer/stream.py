@@ -81,10 +81,10 @@ class BatchRenderer:
         self.img_size = recipe.img_size
         self.whereabouts: Whereabouts | None = None
         # Shards of a window and its neighbours, with room; a rank meets its share of them.
-        shards = 4 * -(-order.window // share.size)
-        self._tables = _Recent[ShardTable](shards)
-        self._pairs = _Recent[NDArray[np.int64]](shards)
-        self._labels = _Recent[LabelRows](shards * order.repeated_aug)
+        self.shards_kept = 4 * -(-order.window // share.size)
+        self._tables = _Recent[ShardTable](self.shards_kept)
+        self._pairs = _Recent[NDArray[np.int64]](self.shards_kept)
+        self._labels = _Recent[LabelRows](self.shards_kept * order.repeated_aug)
 
     @property
     def most(self) -> int:

@@ -1,0 +1,442 @@
+"""Where the time of stage 2 goes: the student alone, the stream of batches alone, and both together."""
+
+import contextlib
+import copy
+import logging
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.decode import decode, decode_around, image_size
+from pipeline.labelset import LabelSet
+from pipeline.loading import PREFETCH, one_core, usable_cores
+from pipeline.recipe import Recipe
+from pipeline.replay import check_image
+from pipeline.samples import Sample
+from pipeline.timing import Work, median_s, steady_s, synchronise
+from pipeline.units import count
+from pipeline.views import draw_view, render_encoded
+from trainer.batch import Batch
+from trainer.checkpoint import BackgroundWriter
+from trainer.config import TrainConfig
+from trainer.evaluate import Running, forward_dtype
+from trainer.loop import Run, _step
+from trainer.order import Share
+from trainer.pace import Pace, Step
+from trainer.parallel import joined_world
+from trainer.setup import Data
+from trainer.stopping import StopRequest
+from trainer.stream import BatchRenderer, Catalogue, ShardTable, stream_batches
+
+IMAGES = 64  # on which reading, decoding and rendering are timed, at most
+ENDLESS = 10**6  # epochs, more than are made before the time is up
+Limit = Literal["student", "stream"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Seconds that each part of the stream takes for one view, on one core of a loader process.
+
+    Attributes:
+        read_s: the encoded image, read and compared with the labelled one.
+        decode_s: of it, or of the part of it that a single view needs.
+        render_s: draws and pixels.
+        plan_s: which views a batch holds, and how they are mixed.
+        labels_s: the label, its share in reading the files included; None without a label set.
+        copy_s: to the GPU, by itself; None where there is none.
+    """
+
+    read_s: float
+    decode_s: float
+    render_s: float
+    plan_s: float
+    labels_s: float | None
+    copy_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """What the training loop reached.
+
+    Attributes:
+        images_per_s: views trained on in a second.
+        data_wait: share of the time in which it waited for data, 0..1.
+        updates: that were timed.
+        elapsed_s: their time.
+    """
+
+    images_per_s: float
+    data_wait: float
+    updates: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The parts of stage 2 on one machine.
+
+    Attributes:
+        model: the student.
+        device: `cpu` or `cuda`.
+        threads: of the student, where a CPU runs it; None for a GPU.
+        cores: that this process may use.
+        loaders: loader processes; 0: student and stream take turns in one process.
+        views_per_update: that an update is computed from.
+        views_per_decode: that are made of an image once it is decoded.
+        student: views/s when its batches lie in memory.
+        stream: views/s of all loader processes together, when nobody uses their batches.
+        parts: of the stream.
+        together: both.
+    """
+
+    model: str
+    device: str
+    threads: int | None
+    cores: int
+    loaders: int
+    views_per_update: int
+    views_per_decode: int
+    student: float
+    stream: float
+    parts: Parts
+    together: Together
+
+    @property
+    def limit(self) -> Limit:
+        """The slower one."""
+        return "student" if self.student <= self.stream else "stream"
+
+    @property
+    def reachable(self) -> float:
+        """Views/s of the slower one; of both in turn, where one process does both."""
+        if self.loaders == 0:
+            return 1 / (1 / self.student + 1 / self.stream)
+        return min(self.student, self.stream)
+
+    @property
+    def loaders_enough(self) -> int:
+        """Loader processes from which on the stream is no longer the limit, each with a core."""
+        return math.ceil(self.student * max(1, self.loaders) / self.stream)
+
+    @property
+    def label_share(self) -> float | None:
+        """Part of a loader process's time that labels take, where the stream is as fast as the student."""
+        labels_s = self.parts.labels_s
+        return None if labels_s is None else labels_s * self.student / max(1, self.loaders)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, what follows from the measurements included."""
+        derived = ("limit", "reachable", "loaders_enough", "label_share")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def measure_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds: float) -> Measured:
+    """Time student, stream and parts of the stream for about so many seconds each, then the loop five times as long.
+
+    Whatever a run writes goes into a temporary folder. Ranks that a launcher started are not joined.
+
+    Args:
+        config: of the run to measure; where it writes, how long it trains and what it evaluates on do not matter.
+        recipe: see `train`.
+        seconds: for each measurement; warm-up comes on top, and one update at least is made, however long it takes.
+    """
+    with opened_run(config, recipe) as run:
+        world = run.running.world
+        batches = batches_in_memory(run)
+        views = sum(len(batch.keys) for batch in batches)
+        update_s = steady_s(update_on(run, batches), world.device, seconds)
+        return Measured(
+            model=config.model,
+            device=world.device.type,
+            threads=torch.get_num_threads() if world.device.type == "cpu" else None,
+            cores=usable_cores(),
+            loaders=world.workers,
+            views_per_update=views,
+            views_per_decode=run.order.repeated_aug,
+            student=views / update_s,
+            parts=measure_parts(run, least_s=seconds),
+            stream=measure_stream(run, seconds=seconds),
+            together=measure_together(run, seconds=5 * seconds),
+        )
+
+
+@contextlib.contextmanager
+def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Run]:
+    """Prepare a run that never ends, says nothing, saves no checkpoint and leaves nothing behind."""
+    changes: dict[str, Any] = {
+        "epochs": ENDLESS,
+        "view_policy": "cycle",  # few views must not end it
+        "checkpoint_interval": ENDLESS,
+        "recovery_interval": 0,
+        "eval_data": None,
+        "resume": "never",
+        "log_tensorboard": False,
+        "log_wandb": False,
+    }
+    with (
+        joined_world(config.device, config.workers, {}) as world,
+        tempfile.TemporaryDirectory() as folder,
+        _only_errors(),
+    ):
+        asked = replace(config, output=Path(folder) / "run", **changes)
+        dtype = forward_dtype(config.amp_dtype, world.device)
+        running = Running(world=world, dtype=dtype, batch_size=config.batch_size)
+        run = Run(asked, recipe, Share(passes=config.grad_accum_steps), running, None)
+        with run.recorder:
+            yield run
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Leave out what a run says of itself: its epochs are not the user's."""
+    log = logging.getLogger("deit_cli.train")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def batches_in_memory(run: Run) -> list[Batch]:
+    """Return the batches of one update, real views with their labels, on the device of the run."""
+    renderer, device = _renderer_of(run), run.running.device
+    return [_sound(renderer(number)).to(device) for number in range(run.share.passes)]
+
+
+def update_on(run: Run, batches: list[Batch]) -> Work:
+    """Return what computes an update as the loop does, always from these batches."""
+
+    def update() -> None:
+        run.accumulate(batches)
+        _step(run.config, run.state, run.state.next_update)
+
+    return update
+
+
+def measure_stream(run: Run, *, seconds: float) -> float:
+    """Return the views/s of the loader processes when nobody uses their batches."""
+    workers = run.running.world.workers
+    turn = max(1, workers)  # batches come in bursts of one from each process: whole bursts are counted
+    indices = range(run.order.steps_per_epoch * ENDLESS)
+    batches = stream_batches(_renderer_of(run), indices, workers=workers)
+    for _ in islice(batches, (PREFETCH + 1) * turn):  # processes start, and fill their queues
+        pass
+    made, began = 0, time.perf_counter()
+    for number, batch in enumerate(batches, 1):
+        made += len(batch.keys)
+        if number % turn == 0 and time.perf_counter() - began > seconds:
+            break
+    return made / (time.perf_counter() - began)
+
+
+def measure_together(run: Run, *, seconds: float) -> Together:
+    """Let the loop train for so many seconds, once its queues have filled and run empty again."""
+    device = run.running.device
+    first = -(-(PREFETCH * run.running.world.workers + 1) // run.share.passes)
+    marks: list[tuple[float, Step]] = []
+
+    def progress(step: Step) -> None:
+        if not marks and step.made >= first:
+            synchronise(device)
+            marks.append((time.perf_counter(), step))
+        elif marks and step.made > marks[0][1].made and time.perf_counter() - marks[0][0] > seconds:
+            synchronise(device)
+            marks.append((time.perf_counter(), step))
+            raise _Enough
+
+    run.pace = Pace(total=run.order.steps_per_epoch * ENDLESS, per_epoch=run.order.steps_per_epoch, progress=progress)
+    with contextlib.suppress(_Enough), BackgroundWriter() as writer:
+        run.go(writer, StopRequest())
+    (began, before), (ended, after) = marks
+    elapsed_s = ended - began
+    return Together(
+        images_per_s=(after.images - before.images) / elapsed_s,
+        data_wait=min(1.0, (after.waited_s - before.waited_s) / elapsed_s),
+        updates=after.made - before.made,
+        elapsed_s=elapsed_s,
+    )
+
+
+class _Enough(Exception):
+    """Stops a run that has been timed for long enough."""
+
+
+def measure_parts(run: Run, *, least_s: float) -> Parts:
+    """Time each part of the stream alone, for about so many seconds each, on the first images; medians."""
+    data, views, host = run.data, run.order.views_of_epoch(0), torch.device("cpu")
+    catalogue = Catalogue(data.source, data.label_set)
+    places = list(islice(_usable(catalogue), IMAGES))
+    samples = [_read(catalogue, *place) for place in places]
+    decoding = [_decoding(sample, data, views) for sample in samples]
+    work: dict[str, Work] = {
+        "read_s": lambda: [_read(catalogue, *place) for place in places],
+        "decode_s": lambda: [each() for each in decoding],
+        "made_s": lambda: [render_encoded(sample.image, data.recipe, sample.key, views) for sample in samples],
+    }
+    with one_core():
+        spent = {name: median_s(each, host, least_s) / len(samples) / len(views) for name, each in work.items()}
+        plan_s, find_s = _planning_s(run, least_s)
+        labels_s = None if data.label_set is None else find_s + _label_files_s(run, data.label_set, least_s)
+    return Parts(
+        read_s=spent["read_s"],
+        decode_s=spent["decode_s"],
+        render_s=max(spent["made_s"] - spent["decode_s"], 0.01 * spent["made_s"]),  # both are noisy
+        plan_s=plan_s,
+        labels_s=labels_s,
+        copy_s=_copy_s(run, least_s),
+    )
+
+
+def _usable(catalogue: Catalogue) -> Iterator[tuple[int, int, ShardTable]]:
+    """Yield shard, row and the shard's samples for each sample that can be trained on."""
+    for shard in range(len(catalogue.names)):
+        table = catalogue.table(shard)
+        for row in table.usable.tolist():
+            yield shard, row, table
+
+
+def _read(catalogue: Catalogue, shard: int, row: int, table: ShardTable) -> Sample:
+    sample = catalogue.source.shards[shard][row]
+    if table.samples is not None:
+        check_image(sample, table.samples, row, shard=catalogue.names[shard])
+    return sample
+
+
+def _decoding(sample: Sample, data: Data, views: range) -> Work:
+    """Return what decodes an image as the stream does: for a single view of a labelled one, what its crop needs."""
+    if len(views) > 1 or data.label_set is None:
+        return lambda: decode(sample.image, key=sample.key)
+    height, width = image_size(sample.image, key=sample.key)
+    crop = draw_view(data.recipe, sample.key, views.start, height=height, width=width).crop
+    return lambda: decode_around(sample.image, crop, key=sample.key)
+
+
+class _Planner(BatchRenderer):
+    """Everything that a renderer does but pixels, and how long it looked for labels."""
+
+    label_s = 0.0
+
+    def _labels_of(self, *args: Any) -> tuple[Any, ...]:
+        began = time.perf_counter()
+        labels = super()._labels_of(*args)
+        self.label_s += time.perf_counter() - began
+        return labels
+
+    def _render_images(self, *_: Any) -> None:
+        pass
+
+
+def _planning_s(run: Run, least_s: float) -> tuple[float, float]:
+    """Return the seconds that one view takes to be chosen and mixed, and its label to be found once files are read."""
+    planner = _renderer_of(run, _Planner)
+    out = torch.empty(planner.most, planner.img_size, planner.img_size, 3, dtype=torch.uint8)
+    plans, finds = [], []
+    began = time.perf_counter()
+    for index in cycle(range(min(8, run.order.steps_per_epoch * run.share.passes))):
+        planner(index, out)  # reads what is not in memory yet
+        planner.label_s, start = 0.0, time.perf_counter()
+        size = len(_sound(planner(index, out)).keys)
+        took = time.perf_counter() - start
+        plans.append((took - planner.label_s) / size)
+        finds.append(planner.label_s / size)
+        if time.perf_counter() - began > least_s:
+            return statistics.median(plans), statistics.median(finds)
+    raise AssertionError("a cycle does not end")
+
+
+def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
+    """Return the seconds of reading label shards that fall on one view of a loader process.
+
+    Every process meets every source shard, so each reads all labels, of which it uses its part; where the shards are
+    more than it keeps, it reads them again in each epoch that shares their views.
+    """
+    start, stop = min(label_set.manifest.view_blocks)
+    entry = max(
+        (entry for entry in label_set.manifest.files if entry.kind == "labels" and entry.view_start == start),
+        key=lambda entry: entry.rows,
+    )
+
+    def read() -> None:
+        fresh = copy.copy(label_set)  # has read nothing: bytes are read and hashed once for all views
+        for view in range(start, stop):
+            fresh.read(entry.shard, view)
+
+    label_s = median_s(read, torch.device("cpu"), least_s) / (
+        len(label_set.read(entry.shard, start).row) * (stop - start)
+    )
+    again = run.order.repeated_aug if len(label_set.shards) > _renderer_of(run).shards_kept else 1
+    return label_s * max(1, run.running.world.workers) * again
+
+
+def _copy_s(run: Run, least_s: float) -> float | None:
+    """Return the seconds that one view takes to a GPU from page-locked memory, nothing else running."""
+    device = run.running.device
+    if device.type != "cuda":
+        return None
+    batch = _sound(_renderer_of(run)(0))
+    batch = replace(batch, images=batch.images.pin_memory())
+    return median_s(lambda: batch.to(device), device, least_s) / len(batch.keys)
+
+
+def _renderer_of(run: Run, kind: type[BatchRenderer] = BatchRenderer) -> Any:
+    """Return a renderer of the run's batches that has read nothing yet."""
+    return kind(Catalogue(run.data.source, run.data.label_set), run.data.recipe, run.order, run.share)
+
+
+def _sound(batch: Batch | Exception) -> Batch:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
+
+
+def stage2_table(found: Measured) -> str:
+    """Return where the time of stage 2 goes, which part holds it back, and how many loader processes would be enough."""
+    parts, together, loaders = found.parts, found.together, count(found.loaders, "loader process", "es")
+    share = "" if found.label_share is None else f", {100 * found.label_share:.2g} % of a step"
+    on = found.device if found.threads is None else f"{found.device}, {count(found.threads, 'thread')}"
+    rows = [
+        ("read", parts.read_s, "one core"),
+        ("decode", parts.decode_s, "one core"),
+        ("render", parts.render_s, "one core"),
+        ("plan and mix", parts.plan_s, "one core"),
+        ("labels", parts.labels_s, f"one core{share}"),
+        ("copy", parts.copy_s, f"to {found.device}, while it computes"),
+        ("student", 1 / found.student, on),
+    ]
+    lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
+    lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s:12,.1f}  {where}" for name, s, where in rows if s is not None]
+    if found.views_per_decode > 1:
+        lines.append(f"read and decode are shared by the {found.views_per_decode} views of an image")
+    update = f"{1000 * found.views_per_update / found.student:,.4g} ms for an update of {count(found.views_per_update, 'view')}"
+    of_best = together.images_per_s / found.reachable
+    lines += [
+        f"{'student alone':29}{found.student:12,.1f}  {on}, {update}",
+        f"{'stream alone':29}{found.stream:12,.1f}  {loaders if found.loaders else 'in this process'}",
+        f"{'together, measured':29}{together.images_per_s:12,.1f}  {100 * of_best:.0f} % of"
+        f" {'the slower of these' if found.loaders else 'both in turn'}, waiting for data"
+        f" {100 * together.data_wait:.0f} % of the time",
+        _verdict(found),
+    ]
+    if not 0.5 <= of_best <= 1.2:
+        lines.append("measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds")
+    return "\n".join(lines)
+
+
+def _verdict(found: Measured) -> str:
+    """Return what holds training back, by how much, and what would help."""
+    enough = f"{count(found.loaders_enough, 'loader process', 'es')} would be enough"
+    if found.loaders == 0:
+        return f"student and stream take turns in one process: {enough} (--workers) to let the student go on"
+    if found.limit == "student":
+        return f"the student is the limit: the stream could feed {found.stream / found.student:.2f} times as much; {enough}"
+    more = f"; this machine has {count(found.cores, 'core')}" if found.loaders_enough > found.cores else ""
+    return f"the stream is the limit: the student could take {found.student / found.stream:.2f} times as much; {enough}{more}"
