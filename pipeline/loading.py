@@ -1,6 +1,5 @@
 """Loader processes: work for them in, ready batches out, and a named error when one of them is lost."""
 
-import atexit
 import contextlib
 import itertools
 import math
@@ -14,8 +13,10 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +230,7 @@ def _start_server() -> None:
 
     This process then decides when to stop, and loaders end with it. Only the main thread may say so.
     """
-    atexit.unregister(_kill_loaders)
-    atexit.register(_kill_loaders)
+    _kill_loaders_at_the_end_of(os.getpid())
     if threading.current_thread() is not threading.main_thread():
         return
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored stays ignored in a new program
@@ -240,8 +240,17 @@ def _start_server() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+@lru_cache
+def _kill_loaders_at_the_end_of(_: int) -> None:
+    """Once for each process."""
+    Finalize(None, _kill_loaders, exitpriority=0)
+
+
 def _kill_loaders() -> None:
-    """Python would send SIGTERM to loaders that are left at its end, and wait for them."""
+    """End loaders that are left when this process ends: Python would send them SIGTERM, and wait for ever.
+
+    It runs where Python would do that, which in a process of multiprocessing's own is before `atexit`.
+    """
     for process in multiprocessing.active_children():
         if isinstance(process, ForkServerProcess):
             process.kill()
