@@ -128,7 +128,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Any], Any]:
     kind, repeats = _plain_type(hint)
     declaration = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     default: Any = field.default
-    if _click_type(kind).__class__ is ViewsType and default is not dataclasses.MISSING:
+    if _click_type(kind).__class__ is ViewsType and isinstance(default, tuple):
         default = ViewsType.text(default)
     known: dict[str, Any] = {"required": True} if default is dataclasses.MISSING else {"default": default}
     if (bare := field.metadata.get("bare")) is not None:

@@ -11,7 +11,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).fill_(1).item()  # a device without memory (meta) cannot say it
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

@@ -221,7 +221,7 @@ def _lost(error: RuntimeError, whereabouts: Whereabouts | None) -> WorkerError:
     return WorkerError(
         (f"no batch came for {TIMEOUT_S} s" if hangs else f"a loader process was lost ({first})")
         + (f", at {', '.join(notes[:8])}" if notes else "")
-        + ". Killed for memory? Use fewer --workers, or enlarge /dev/shm; the same command continues"
+        + ". Killed for memory? Use fewer --workers, or enlarge /dev/shm; the same command continues (train: with --resume)"
     )
 
 

@@ -31,6 +31,7 @@ from pipeline.errors import (
     LabelSetError,
     LabelSetMismatch,
     StoppedError,
+    UsageError,
 )
 from pipeline.labelset import LabelSet
 from pipeline.sources import open_source
@@ -38,6 +39,7 @@ from trainer import loop
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.loop import train
+from trainer.setup import only_run_in
 
 TINY = {"model": "deit-ti", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -126,7 +128,6 @@ def more_views(labels: Path, data: str) -> None:
     [
         (other_teacher, CheckpointError, "labelset_id"),
         (other_recipe, CheckpointError, "labelset_id|recipe_id"),
-        (more_views, CheckpointError, "views"),
     ],
 )
 def test_fault_20_a_continuation_on_other_labels_is_refused_with_what_differs(
@@ -152,6 +153,28 @@ def test_fault_20_a_continuation_with_other_settings_is_refused_with_what_differ
     stop_after(monkeypatch, asked, 2)
     with pytest.raises(CheckpointError, match=rf"other settings.*{names}"):
         train(replace(asked, **changes))
+
+
+def test_fault_20_a_set_that_has_grown_is_gone_on_with_by_the_views_of_before(labels, data, tmp_path, monkeypatch):
+    train(config(labels, tmp_path / "whole"))
+    asked = config(labels, tmp_path / "run", resume="auto")
+    stop_after(monkeypatch, asked, 2)
+    more_views(labels, data)
+    with pytest.raises(
+        CheckpointError, match=r"belongs to a run on views 0:6, this one has \[0, 9\]: pass --views 0:6"
+    ):
+        train(asked)
+    train(replace(asked, views=(0, 6)))
+    whole, found = state_of(tmp_path / "whole"), state_of(tmp_path / "run")
+    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
+@pytest.mark.parametrize("views", [(0, 7), (3, 3)])
+def test_views_that_are_not_labelled_are_refused(made, tmp_path, views):
+    with pytest.raises(
+        UsageError, match=r"--views must be START:STOP within the labelled views.*: the label set has 0:6"
+    ):
+        train(config(made.folder, tmp_path / "run", views=views))
 
 
 def test_fault_20_one_byte_of_the_manifest_is_enough(labels, tmp_path, monkeypatch):
@@ -229,6 +252,78 @@ def test_fault_22_a_strict_umask_leaves_what_the_user_can_read(made, tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "run/state.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+# --- evaluation and folders -----------------------------------------------------------------------------------
+
+
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["index"], line["top1"]) for line in lines if line["kind"] == "eval"]
+
+
+def test_an_epoch_is_saved_before_it_is_evaluated_and_the_continuation_evaluates_it(made, data, tmp_path, monkeypatch):
+    train(config(made.folder, tmp_path / "whole", eval_data=data))
+    asked = config(made.folder, tmp_path / "run", eval_data=data, resume="auto", recovery_interval=0)
+
+    def dies(*args: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(asked)
+    assert load_state(tmp_path / "run/state.safetensors")[1]["next_update"] == 3
+    train(asked)
+    train(asked)  # over: nothing is evaluated twice
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+    assert len(evaluations(tmp_path / "run")) == 6
+    best = [(tmp_path / name / "best/model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert best[0] == best[1]
+
+
+def test_images_that_cannot_be_evaluated_are_refused_before_the_first_update(made, tmp_path):
+    unlabelled = write_tars(tmp_path / "unlabelled", (4,), unlabelled=1)
+    with pytest.raises(UsageError, match="no class labels to evaluate on"):
+        train(config(made.folder, tmp_path / "run", eval_data=unlabelled))
+    assert not (tmp_path / "run/state.safetensors").exists()
+
+
+def test_two_processes_never_train_in_one_folder(made, tmp_path):
+    with only_run_in(tmp_path / "run"), pytest.raises(UsageError, match="another process trains in"):
+        train(config(made.folder, tmp_path / "run"))
+    train(config(made.folder, tmp_path / "run", epochs=1))
+
+
+def test_a_run_whose_state_is_gone_is_not_replaced_unasked(made, tmp_path):
+    train(config(made.folder, tmp_path / "run", epochs=1))
+    (tmp_path / "run/state.safetensors").unlink()
+    kept = (tmp_path / "run/last/model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match=r"holds last/ of a run whose state.safetensors is gone"):
+        train(config(made.folder, tmp_path / "run", epochs=1, seed=5))
+    assert (tmp_path / "run/last/model.safetensors").read_bytes() == kept
+
+
+def test_a_run_is_written_to_local_folders_only(made):
+    with pytest.raises(UsageError, match="--output must be a local folder, got https:"):
+        train(config(made.folder, Path("https://host/run")))
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(made, tmp_path, monkeypatch):
+    train(config(made.folder, tmp_path / "first", epochs=1))
+    start = Path(shutil.copytree(tmp_path / "first/last", tmp_path / "start"))
+    asked = config(made.folder, tmp_path / "run", init=start, resume="auto")
+    stop_after(monkeypatch, asked, 2)
+    shutil.rmtree(start)
+    train(asked)
+
+
+@pytest.mark.parametrize(("sizes", "changes"), [((4,), {}), ((3, 1), {}), ((8,), {"grad_accum_steps": 2})])
+def test_few_images_are_enough_for_every_epoch(tmp_path, sizes, changes):
+    data = write_tars(tmp_path / "data", sizes)
+    few = config(tmp_path, tmp_path / "run", distillation_type="none", **({"repeated_aug": None} | changes))
+    train(replace(few, labels=None, data=data), small_recipe())
+    assert load_state(tmp_path / "run/state.safetensors")[1]["next_update"] >= 6
 
 
 # --- 24 -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pipeline.ids import canonical_json
 from pipeline.storage import parse_json, pretty_json, replace_file
 
 _METADATA_KEY = "deit_cli"
+_ANEW = ". Put a sound copy in its place, or start another --output from the last/ beside it with --init"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -56,11 +57,11 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: cannot read this checkpoint: {error.strerror}") from error
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: this is not a whole checkpoint of deit-cli ({type(error).__name__}: {error})"
+            f"{path}: this is not a whole checkpoint of deit-cli ({type(error).__name__}: {error}){_ANEW}"
         ) from error
     found = _digest(tensors, meta)
     if found != sha256:
-        raise CheckpointError(f"{path}: this checkpoint is damaged: its SHA-256 is {found}, it says {sha256}")
+        raise CheckpointError(f"{path}: this checkpoint is damaged: its SHA-256 is {found}, it says {sha256}{_ANEW}")
     return tensors, meta
 
 

@@ -26,6 +26,7 @@ FREE_ON_RESUME = frozenset(
         "batch_size",
         "grad_accum_steps",
         "compile",
+        "views",
         "labels",
         "cache_dir",
         "cache_size",
@@ -85,7 +86,9 @@ class TrainConfig:
     epochs: int = option(300, "Passes over the source.")
     batch_size: int = option(256, "Views in one forward pass of a rank.", "-b")
     grad_accum_steps: int = option(1, "Forward passes of a rank for one update.")
-    lr: float | None = option(None, "Top learning rate; by default --lr-base * views of an update / 512.")
+    lr: float | None = option(
+        None, "Top learning rate; by default --lr-base * batch / 512, the batch being of all ranks and passes."
+    )
     lr_base: float = option(5e-4, "Learning rate for a batch of 512.")
     warmup_epochs: float | None = option(
         None, "Epochs of linear warm-up; by default 5, or a tenth of --epochs where that is less."
@@ -97,6 +100,9 @@ class TrainConfig:
     clip_grad: float | None = option(None, "Largest gradient norm; by default none.")
     repeated_aug: int | None = option(
         None, "Views of an image in one batch; by default 3 where the views allow it, else 1."
+    )
+    views: tuple[int, int] | None = option(
+        None, "View numbers START:STOP to train on; by default all that are labelled."
     )
     view_policy: ViewPolicy = option(
         "cycle",

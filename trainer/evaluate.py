@@ -1,5 +1,6 @@
 """Accuracy of the class head, the distillation head and their fusions; agreement with the teacher's stored answers."""
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from trainer.order import Order, count_units
 from trainer.parallel import World
 from trainer.stream import BatchRenderer, Catalogue, CentreBatches, stream_batches
 from trainer.student import Heads, Student, open_student
+
+log = logging.getLogger("deit_cli.evaluate")
 
 Scores = dict[str, dict[str, float]]
 ANSWERS = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
@@ -144,6 +147,27 @@ def evaluate(
     Returns:
         scores by way of reading the heads, and the number of images.
     """
+    labelled = labelled_places(source, student)
+    world, names = running.world, answer_names(student)
+    batches = CentreBatches(
+        source, labelled[world.rank :: world.size], centre_recipe(student, crop_pct), running.batch_size
+    )
+    right = torch.zeros(len(names), 2, dtype=torch.int64)
+    for images, target in checked(start_loader(Mapped(batches, len(batches)), workers=world.workers)):
+        pixels = images.to(running.device).permute(0, 3, 1, 2).float()
+        for counts, logits in zip(right, _answers(student, pixels, running).values(), strict=True):
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == target[:, None]
+            counts += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
+    percent = (100 * world.total(right) / len(labelled)).tolist()
+    return {name: {"top1": a, "top5": b} for name, (a, b) in zip(names, percent, strict=True)}, len(labelled)
+
+
+def labelled_places(source: Source, student: Student) -> list[tuple[int, int]]:
+    """Return shard and row of every sample that has a class label.
+
+    Raises:
+        UsageError: none has one, or they are not the student's classes.
+    """
     labelled = [
         (s, row)
         for s, shard in enumerate(source.shards)
@@ -157,18 +181,20 @@ def evaluate(
         raise UsageError(
             f"the student has {student.num_classes} classes, {source.location} has {source.num_classes or f'labels up to {highest}'}"
         )
-    world, names = running.world, answer_names(student)
-    batches = CentreBatches(
-        source, labelled[world.rank :: world.size], centre_recipe(student, crop_pct), running.batch_size
-    )
-    right = torch.zeros(len(names), 2, dtype=torch.int64)
-    for images, target in checked(start_loader(Mapped(batches, len(batches)), workers=world.workers)):
-        pixels = images.to(running.device).permute(0, 3, 1, 2).float()
-        for counts, logits in zip(right, _answers(student, pixels, running).values(), strict=True):
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == target[:, None]
-            counts += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
-    percent = (100 * world.total(right) / len(labelled)).tolist()
-    return {name: {"top1": a, "top5": b} for name, (a, b) in zip(names, percent, strict=True)}, len(labelled)
+    _compare_names(source, student)
+    return labelled
+
+
+def _compare_names(source: Source, student: Student) -> None:
+    """Refuse the same class names in another order, which would count wrong answers as right; say other differences."""
+    mine, theirs = student.class_names, source.class_names
+    if mine is None or theirs is None or mine == theirs:
+        return
+    at = next(number for number, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+    text = f"class {at} is {mine[at]!r} to the student and {theirs[at]!r} in {source.location}"
+    if sorted(mine) == sorted(theirs):
+        raise UsageError(f"{text}: the same names in another order. Give the images the student's order of classes")
+    log.warning("%s: their numbers are compared all the same", text)
 
 
 def measure_agreement(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.cache import open_cache
 from pipeline.draws import stream_of
 from pipeline.errors import StoppedError, TrainingError
 from pipeline.recipe import Recipe
@@ -19,7 +20,7 @@ from pipeline.storage import replace_file, sweep_temporaries
 from trainer.batch import Batch, on_device
 from trainer.checkpoint import BackgroundWriter, check_finite, export_model, pack_training, save_state, snapshot
 from trainer.config import TrainConfig
-from trainer.evaluate import Running, Scores, evaluate, forward_dtype, mixed_images, normalise
+from trainer.evaluate import Running, Scores, evaluate, forward_dtype, labelled_places, mixed_images, normalise
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
 from trainer.metrics import Recorder, open_recorder
 from trainer.optim import learning_rate, set_learning_rate
@@ -33,10 +34,12 @@ from trainer.setup import (
     build_state,
     check_output,
     make_order,
+    only_run_in,
     open_data,
     resume,
     run_identity,
     save_config,
+    save_evaluation,
     top_rate,
     write_json,
 )
@@ -71,7 +74,7 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
             world=world, dtype=forward_dtype(config.amp_dtype, world.device), batch_size=config.batch_size
         )
         run = Run(config, recipe, share, running, progress)
-        with run.recorder, BackgroundWriter() as writer, stop_request() as told:
+        with run.alone, run.recorder, BackgroundWriter() as writer, stop_request() as told:
             run.go(writer, told)
     return config.output
 
@@ -90,7 +93,9 @@ class Run:
         self.meta = run_identity(config, self.data, self.order)
         resume(config, self.state, self.meta)
         world.check_same((self.meta, self.state.next_update), "settings and checkpoint")
+        self.alone = contextlib.ExitStack()
         if world.leads:
+            self.alone.enter_context(only_run_in(config.output))
             sweep_temporaries(config.output)
             save_config(config, self.data)
             announce(config, self.data, self.order, self.state, share)
@@ -99,7 +104,7 @@ class Run:
         self.pace = Pace(
             total=updates, per_epoch=self.order.steps_per_epoch, progress=progress if world.leads else None
         )
-        self.eval_source = open_source(config.eval_data) if config.eval_data else None
+        self.eval_source = self._open_eval_data(config.eval_data) if config.eval_data else None
         unused = config.distillation_type == "none" and self.state.student.has_distillation_head
         self.on_rank = OnRank(self.state.student, world, compiled=config.compile, unused=unused)
         self.renderer = BatchRenderer(
@@ -110,6 +115,7 @@ class Run:
         """Train to the end, or to a signal."""
         config, order, state, world = self.config, self.order, self.state, self.running.world
         consensus, watch = Consensus(world), _LossWatch(self)
+        self._catch_up()
         for update, batches, waited in self._updates(order.steps_per_epoch * config.epochs):
             lr = _rate_at(config, order, update)
             set_learning_rate(state.optimizer, lr)
@@ -122,17 +128,24 @@ class Run:
             last = step == order.steps_per_epoch - 1
             if (update + 1) % config.log_interval == 0 or last:
                 self._report(update, lr, share, sums, extra)
-            if last:
-                self._end_epoch(epoch)
             stops = consensus.stops(bool(told))
             exports = last and _is_due(epoch, config.checkpoint_interval, config.epochs)
-            if exports or stops or _is_recovery_point(config, update):
+            if last or stops or _is_recovery_point(config, update):
                 watch.check()
-                self._save(writer, exports)
+            if exports or stops or _is_recovery_point(config, update):
+                self._save(writer, exports)  # before the evaluation, which may be long, or fail
             if stops and update + 1 < order.steps_per_epoch * config.epochs:
                 writer.wait()
                 raise _stopped(config, told, state.next_update)
+            if last:
+                self._end_epoch(epoch)
         watch.check()
+
+    def _open_eval_data(self, location: str) -> Source:
+        """Open the images to evaluate on, and refuse now what would fail after an epoch."""
+        source = open_source(location, cache=open_cache(self.config.cache_dir, self.config.cache_size))
+        labelled_places(source, self.state.student)
+        return source
 
     def _open_recorder(self) -> Recorder:
         config = self.config
@@ -190,11 +203,20 @@ class Run:
         speed = self.pace.look(values)
         self.recorder.add("train", update, epoch=epoch, step=step, lr=lr, **speed, **values)
 
+    def _catch_up(self) -> None:
+        """Evaluate now if an earlier start saved the end of an epoch and did not come to it."""
+        epoch, step = self.order.position(self.state.next_update)
+        if step == 0 and epoch > 0 and self.state.evaluated < self.state.next_update:
+            self._end_epoch(epoch - 1)
+
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate where it is due, without counting that as training."""
         if self.eval_source and _is_due(epoch, self.config.eval_interval, self.config.epochs):
             with self.pace.pause("evaluating"):
                 self._evaluate(epoch, self.eval_source)
+            self.state.evaluated = self.state.next_update
+            if self.running.world.leads:
+                save_evaluation(self.config.output, self.state)
 
     def _evaluate(self, epoch: int, source: Source) -> None:
         """Evaluate the student and its EMA on all ranks, and keep the better one if it is the best so far."""
@@ -212,10 +234,10 @@ class Run:
                 log.info("epoch %d %s: %s on %d images", epoch, name, _brief(scores), count)
             if top1 > state.best_top1:
                 state.best_top1 = top1
+                weights = student.model.state_dict()
+                check_finite(weights)
                 if world.leads:
-                    export_model(
-                        self.config.output / "best", student.model.state_dict(), hub_config=hub_config(student)
-                    )
+                    export_model(self.config.output / "best", weights, hub_config=hub_config(student))
 
     def _save(self, writer: BackgroundWriter, exports: bool) -> None:
         """Copy the state, and write it while training goes on; rank 0 does so for all."""
@@ -223,7 +245,7 @@ class Run:
             return
         state, output = self.state, self.config.output
         tensors = snapshot(pack_training(state.student, state.optimizer, state.ema))
-        meta = self.meta | {"next_update": state.next_update, "best_top1": state.best_top1}
+        meta = self.meta | {"next_update": state.next_update}
         described = hub_config(state.student)
 
         def write() -> None:

@@ -44,7 +44,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     values: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            values.append(json.loads(line))
+            value = json.loads(line)
+            if not (isinstance(value, dict) and isinstance(value.get("index"), int) and "kind" in value):
+                raise ValueError("no record of a run")
+            values.append(value)
         except ValueError as error:
             raise StorageError(f"{path}: line {number} is damaged: delete it and go on") from error
     return values

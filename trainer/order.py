@@ -76,6 +76,16 @@ class Order:
         units = min(self.units_per_step, -(-sum(self.shard_units) // self.repeated_aug))
         return units * self.unit_size * self.repeated_aug
 
+    @property
+    def is_one_step(self) -> bool:
+        """Whether an epoch has less than a full step, and is one of what there is."""
+        return self.least_units_per_step < self.units_per_step
+
+    @property
+    def least_units_per_step(self) -> int:
+        """Units of the smallest step: the epochs of a group differ by one where they cannot be cut evenly."""
+        return min(self.units_per_step, sum(self.shard_units) // self.repeated_aug)
+
     def position(self, index: int) -> tuple[int, int]:
         """Return (epoch, step) of the index-th step of the run."""
         return divmod(index, self.steps_per_epoch)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,7 +103,14 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
     if where.type == "cuda":
         torch.cuda.set_device(where)
     backend = "nccl" if where.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT)
+    try:
+        dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # torch's own errors of the network are RuntimeErrors
+        where_to = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+        raise WorkerError(
+            f"rank {rank.rank} of {rank.world_size} cannot meet the others at {where_to}: {' '.join(str(error).split())[:200]}."
+            " Set MASTER_ADDR and MASTER_PORT to a machine and a free port that all can reach, or let torchrun do it"
+        ) from error
     try:
         cores = plan_cores([str(where)], rank)
         yield World(rank.rank, rank.world_size, where, plan_workers(workers, where, cores))
@@ -133,6 +141,7 @@ class OnRank(nn.Module):
             # after the first step, and a resumed run would differ in the last bits from one that went on. On a GPU the
             # bits are not promised, and the search would cost time.
             search = unused or world.device.type == "cpu"
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # on purpose
             devices = [world.device] if world.device.type == "cuda" else None
             self._call = DistributedDataParallel(self._call, device_ids=devices, find_unused_parameters=search)
 

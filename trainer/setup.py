@@ -1,8 +1,13 @@
 """A training run before its first step: what it trains on, what is trained, and whether it may go on."""
 
+import contextlib
+import fcntl
 import json
 import logging
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +22,7 @@ from pipeline.plain_yaml import to_yaml
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
-from pipeline.storage import pretty_json, replace_file
+from pipeline.storage import pretty_json, read_json, refusals_named, replace_file
 from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig
 from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
@@ -32,6 +37,8 @@ STATE_NAME = "state.safetensors"
 CONFIG_NAME = "config.json"
 STATE_VERSION = 2
 SETTINGS_NAME = "config.yaml"
+LOCK_NAME = "lock"
+EVALUATION_NAME = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class State:
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
     next_update: int = 0
+    evaluated: int = 0  # update after which the student was evaluated last
     best_top1: float = -1.0
 
 
@@ -81,25 +89,58 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raise UsageError if --output holds a run that nobody asked to continue."""
-    if (config.output / STATE_NAME).is_file() and config.resume == "never":
+    """Raise UsageError if --output holds a run that nobody asked to continue, or what a run without its state has left."""
+    if re.match(r"[a-z][a-z0-9+]+:/", str(config.output)):  # a Path has made one slash of two
+        raise UsageError(f"--output must be a local folder, got {config.output}: a run writes its files there")
+    if config.resume == "auto":
+        return
+    if (config.output / STATE_NAME).is_file():
         raise UsageError(f"{config.output} already holds a run: continue it with --resume, or choose another --output")
+    if kept := next((name for name in ("last", "best") if (config.output / name).is_dir()), None):
+        raise UsageError(
+            f"{config.output} holds {kept}/ of a run whose {STATE_NAME} is gone: choose another --output, or start anew and"
+            " replace it with --resume"
+        )
+
+
+@contextlib.contextmanager
+def only_run_in(output: Path) -> Iterator[None]:
+    """Keep every other process from training in the same folder for as long; a killed one leaves nothing in the way.
+
+    Raises:
+        UsageError: another process does.
+    """
+    with refusals_named(output):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / LOCK_NAME).open("ab")
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process trains in {output}: wait for its end, or choose another --output"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            log.debug("%s cannot be locked: %s", output, error)
+        yield
 
 
 def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order:
     """Return the order of all updates of the run, which all ranks share."""
     catalogue = Catalogue(data.source, data.label_set)
-    views = data.label_set.views if data.label_set else None
+    views = _views(config, data)
+    shards = range(len(catalogue.names))
+    with prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
+        units = tuple(count_units(data.recipe, catalogue.table(shard).usable) for shard in shards)
     repeats = config.repeated_aug or default_repeats(data.recipe, views)
+    if config.repeated_aug is None and sum(units) < repeats * share.parts:
+        repeats = 1  # so few images that an epoch of a third of them is nothing
     check_repeats(data.recipe, repeats, views)
     if config.view_policy == "once" and views is not None and config.epochs > len(views):
         raise UsageError(
             f"--view-policy once takes at most one epoch for each view: the label set has {len(views)}, --epochs is"
             f" {config.epochs}. Label more with deit-cli precompute --views, or pass --view-policy cycle"
         )
-    shards = range(len(catalogue.names))
-    with prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
-        units = tuple(count_units(data.recipe, catalogue.table(shard).usable) for shard in shards)
     order = Order(
         shard_units=units,
         unit_size=2 if data.recipe.mixes else 1,
@@ -110,17 +151,31 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
         seed=config.seed,
         view_policy=config.view_policy,
     )
-    if order.views_per_step < share.parts * order.unit_size * repeats:
+    least = order.least_units_per_step * order.unit_size * repeats
+    if order.least_units_per_step < share.parts:
         raise UsageError(
-            f"an update of {order.views_per_step} views cannot be cut into {share.parts} forward passes ({share.size} ranks,"
+            f"an update of {least} views cannot be cut into {share.parts} forward passes ({share.size} ranks,"
             f" --grad-accum-steps {share.passes}) of at least {order.unit_size * repeats} views: pass fewer"
         )
     return order
 
 
+def _views(config: TrainConfig, data: Data) -> range | None:
+    """Return the views to train on: those that were asked for, or all that are labelled; None: without end."""
+    labelled = data.label_set.views if data.label_set else None
+    if config.views is None:
+        return labelled
+    start, stop = config.views
+    if labelled is None or not labelled.start <= start < stop <= labelled.stop:
+        has = "there is no label set" if labelled is None else f"the label set has {labelled.start}:{labelled.stop}"
+        raise UsageError(f"--views must be START:STOP within the labelled views, got {start}:{stop}: {has}")
+    return range(start, stop)
+
+
 def build_state(config: TrainConfig, data: Data, order: Order, device: torch.device) -> State:
     """Build student, optimizer and EMA from the configuration and its seed, the same on every rank."""
     torch.manual_seed(config.seed)
+    continues = (config.output / STATE_NAME).is_file()  # then what it started from is not needed any more
     student = create_student(
         config.model,
         num_classes=data.num_classes,
@@ -130,7 +185,7 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
         depth=config.depth,
         num_heads=config.num_heads,
         drop_path=config.drop_path,
-        pretrained=config.pretrained,
+        pretrained=config.pretrained and not continues,
         class_names=data.class_names,
     )
     if student.img_size != data.recipe.img_size:
@@ -139,7 +194,10 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
             f" teacher saw. For {student.img_size} pixels make the labels with --recipe deit-384 or --set"
             f" img_size={student.img_size}"
         )
-    _start(config, student)
+    if not continues:
+        _start(config, student)
+    if config.linear_probe:
+        student.freeze_backbone()
     student.to(device)
     if config.crop_pct is not None:
         student.model.pretrained_cfg["crop_pct"] = config.crop_pct
@@ -152,7 +210,7 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
 
 
 def _start(config: TrainConfig, student: Student) -> None:
-    """Load the weights to start from, say what was done to fit them, and freeze what is not to learn."""
+    """Load the weights to start from, and say what was done to fit them."""
     if config.init is not None:
         changes = start_from(student, config.init)
         log.info("starting from %s: %s", config.init, "; ".join(changes) or "all weights as they are")
@@ -160,8 +218,6 @@ def _start(config: TrainConfig, student: Student) -> None:
         there = student.model.pretrained_cfg["num_classes"]
         new = f": the heads are new: {there} classes there, {student.num_classes} here"
         log.info("starting from timm's published weights%s", new if there != student.num_classes else "")
-    if config.linear_probe:
-        student.freeze_backbone()
 
 
 def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any]:
@@ -172,7 +228,8 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
         "views_per_update": order.batch_size,
         "recipe_id": data.recipe.id,
         "labelset_id": data.label_set.plan.labelset_id if data.label_set else None,
-        "views": [data.label_set.views.start, data.label_set.views.stop] if data.label_set else None,
+        "repeated_aug": order.repeated_aug,
+        "views": [order.views.start, order.views.stop] if order.views else None,
         "source_id": data.label_set.plan.source_id if data.label_set else record_of(data.source).id,
     }
 
@@ -190,13 +247,36 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
             f"{path} belongs to a run with {views} views an update, this one has {mine} (--batch-size x"
             " --grad-accum-steps x ranks): change these so that their product is the same"
         )
+    if found["views"] != meta["views"] and found | {"views": meta["views"]} == meta:
+        start, stop = found["views"] or (0, 0)
+        raise CheckpointError(
+            f"{path} belongs to a run on views {start}:{stop}, this one has {meta['views']}: pass --views {start}:{stop}"
+        )
     if found != meta:
         raise CheckpointError(
             f"{path} belongs to a run with other settings{first_difference(found, meta)}. Use those, or another --output"
         )
     unpack_training(tensors, state.student, state.optimizer, state.ema)
-    state.next_update, state.best_top1 = saved["next_update"], saved["best_top1"]
+    state.next_update = saved["next_update"]
+    state.evaluated, state.best_top1 = _last_evaluation(config.output)
     log.info("continuing at update %d", state.next_update)
+
+
+def _last_evaluation(output: Path) -> tuple[int, float]:
+    """Return the update after which the run was evaluated last, and the best top-1 until then."""
+    path = output / EVALUATION_NAME
+    if not path.is_file():
+        return 0, -1.0
+    record = read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("update"), int):
+        raise CheckpointError(f"{path} is damaged: delete it, and the best weights are chosen anew from here on")
+    return record["update"], float(record.get("best_top1", -1.0))
+
+
+def save_evaluation(output: Path, state: State) -> None:
+    """Write that the student was evaluated after its last update, so that a continuation need not do it again."""
+    record = {"update": state.evaluated, "best_top1": state.best_top1}
+    replace_file(output / EVALUATION_NAME, lambda file: write_json(file, record))
 
 
 def save_config(config: TrainConfig, data: Data) -> None:
@@ -251,8 +331,9 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State, share:
 
 
 def top_rate(config: TrainConfig, order: Order) -> float:
-    """Return the learning rate at the top of the cosine."""
-    return linear_scaled_lr(config.lr_base, order.batch_size) if config.lr is None else config.lr
+    """Return the learning rate at the top of the cosine: by the batch that was asked for, unless the source has less."""
+    views = min(order.batch_size, order.views_per_step) if order.is_one_step else order.batch_size
+    return linear_scaled_lr(config.lr_base, views) if config.lr is None else config.lr
 
 
 def write_json(file: Any, value: dict[str, Any]) -> None:
