@@ -24,11 +24,13 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.labelset import LabelSet
+from pipeline.ranks import Rank
 from pipeline.storage import pretty_json
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.parallel import device_of
 from trainer.student import open_student
 
 TINY = {"model": "deit-ti", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -313,6 +315,18 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(label_set, tmp_path, 
     monkeypatch.setattr(loop, "save_state", full)
     with pytest.raises(StorageError, match="No space left"):
         train(config(label_set, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_each_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    ranks = [Rank(8 + local, 12, local, 4) for local in range(4)]
+    assert [device_of(asked, rank) for rank in ranks] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert device_of("cuda:2", ranks[0]) == "cuda:2"
+    assert device_of("cpu", ranks[3]) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("cuda", ranks[1]) == "cuda"  # which is then an error, and not a run on the CPU
 
 
 def test_views_may_be_used_once_only(label_set, tmp_path, caplog):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.devices import resolve_device
 from pipeline.errors import UsageError, WorkerError
 from pipeline.loading import plan_workers
-from pipeline.ranks import plan_cores, plan_devices, rank_from
+from pipeline.ranks import Rank, plan_cores, plan_devices, rank_from
 from trainer.student import Heads, Student
 
 # How long a rank waits for the others. Evaluation, compilation and a slow file system may keep one of them; torch's own
@@ -78,6 +78,12 @@ class World:
                 dist.broadcast(buffer, src=0)
 
 
+def device_of(device: str, rank: Rank) -> str:
+    """Return the device of a rank; `cuda` without a number is its own GPU, as `auto` is."""
+    own = device == "cuda" and torch.cuda.is_available()
+    return plan_devices("auto" if own else device, None, rank)[0]
+
+
 @contextlib.contextmanager
 def joined_world(device: str, workers: int | None, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
     """Join the other ranks that torchrun or srun started, if there are any, and leave them at the end.
@@ -91,7 +97,7 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
         UsageError: the launcher's variables contradict each other.
     """
     rank = rank_from(environment, arrays=False)
-    where = resolve_device(plan_devices(device, None, rank)[0])
+    where = resolve_device(device_of(device, rank))
     if rank.world_size == 1:
         yield World(0, 1, where, plan_workers(workers, where))
         return
