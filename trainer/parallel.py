@@ -144,7 +144,7 @@ class OnRank(nn.Module):
         self._call: Any = torch.compile(answering) if compiled else answering
         if world.size > 1:
             # Looking for unused parameters keeps the order in which gradients are summed: DDP would else change it
-            # after the first step, and a resumed run would differ in the last bits from one that went on. On a GPU the
+            # after the first step, and a resumed run could differ in the last bits from one that went on. On a GPU the
             # bits are not promised, and the search would cost time.
             search = unused or world.device.type == "cpu"
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # on purpose
