@@ -132,13 +132,6 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
-def local_path(text: str | os.PathLike[str], *, what: str) -> Path:
-    """Turn an argument into a local path; a URL is refused by name."""
-    if "://" in os.fspath(text):
-        raise StorageError(f"{what} {os.fspath(text)!r} is a URL; this version reads local paths: download it first")
-    return Path(text)
-
-
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):

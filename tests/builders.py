@@ -2,6 +2,8 @@
 
 import io
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,25 @@ def keys_decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, name, noting)
     return keys
+
+
+@contextmanager
+def before_update(number: int, do: Callable[[], object]) -> Iterator[None]:
+    """Make the training loop do something else before it moves the weights for the `number`-th time, counted from 0."""
+    from trainer import loop  # not above: some tests run without the trainer
+
+    real, calls = loop._step, []
+
+    def step(*args: Any) -> Any:
+        if len(calls) == number:
+            do()
+        calls.append(1)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_step", step)
+        yield
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt

@@ -474,6 +474,7 @@ def test_files_are_fetched_ahead_of_their_use(server, tmp_path):
 def test_nothing_to_fetch_is_no_work():
     with prefetch([]) as ahead:
         ahead.wait()
+        assert not any(thread.is_alive() for thread in ahead._threads)
 
 
 def test_no_more_than_half_of_the_cache_is_fetched_ahead(server, tmp_path, monkeypatch):

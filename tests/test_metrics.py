@@ -165,9 +165,11 @@ def test_a_run_that_stops_before_its_end_says_so_to_its_trackers(tmp_path):
     assert kept.closed == [True]
 
 
-def test_a_recorder_without_arguments_keeps_nothing_and_needs_no_folder():
+def test_a_recorder_without_arguments_keeps_nothing_and_needs_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with Recorder() as recorder:
         recorder.add("train", 0, loss=1.0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_recorder_that_is_asked_for_no_more_writes_metrics_alone(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from builders import make_labels, small_recipe, write_tars
+from builders import before_update, interrupt, make_labels, small_recipe, write_tars
 from torch import nn
 
 from pipeline.devices import resolve_device
@@ -391,23 +391,11 @@ def test_a_probe_keeps_no_gradients_of_the_backbone_and_drops_no_paths():
     assert not any(module.training for module in student.modules())
 
 
-def test_a_resumed_probe_equals_an_uninterrupted_one(label_set, start, tmp_path, monkeypatch):
+def test_a_resumed_probe_equals_an_uninterrupted_one(label_set, start, tmp_path):
     settings = {"init": start, "linear_probe": True, "recovery_interval": 1, "repeated_aug": 1, "clip_grad": 1.0}
     train(config(label_set, tmp_path / "whole", **settings))
-    import trainer.loop as loop
-
-    real, calls = loop._step, []
-
-    def stops(*args):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(loop, "_step", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with before_update(3, interrupt), pytest.raises(KeyboardInterrupt):
         train(config(label_set, tmp_path / "cut", **settings))
-    monkeypatch.setattr(loop, "_step", real)
     train(config(label_set, tmp_path / "cut", resume="auto", **settings))
     assert differing(*(load_state(tmp_path / name / "state.safetensors")[0] for name in ("whole", "cut"))) == set()
 

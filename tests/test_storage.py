@@ -15,7 +15,6 @@ import pytest
 from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.storage import (
-    local_path,
     parse_json,
     pretty_json,
     publish_file,
@@ -413,9 +412,3 @@ def test_pretty_json_refuses_nan():
 def test_a_folder_is_no_json_file(tmp_path):
     with pytest.raises(StorageError, match="Is a directory"):
         read_json(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["s3://bucket/set", "http://169.254.169.254/", "file:///etc", "pipe://x"])
-def test_a_url_is_refused_by_name(text):
-    with pytest.raises(StorageError, match="is a URL; this version reads local paths"):
-        local_path(text, what="--labels")

@@ -5,14 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from builders import CLASSES, files_of, make_labels, small_recipe, write_tars
+from builders import CLASSES, before_update, files_of, interrupt, make_labels, small_recipe, write_tars
 
 from pipeline.errors import (
     CheckpointError,
@@ -63,24 +61,6 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
     return load_state(run / "state.safetensors")[0]
 
 
-@contextmanager
-def stopped_after(updates: int) -> Iterator[None]:
-    """Send this process SIGTERM in the update with that number, counted from one."""
-    import trainer.loop as loop
-
-    real, calls = loop._step, []
-
-    def signals(*args):
-        calls.append(1)
-        if len(calls) == updates:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_step", signals)
-        yield
-
-
 def assert_same_state(one: Path, other: Path) -> None:
     mine, theirs = state_of(one), state_of(other)
     assert mine.keys() == theirs.keys()
@@ -103,24 +83,11 @@ def test_the_same_command_gives_the_same_run_to_the_bit(label_set, tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_a_resumed_run_equals_an_uninterrupted_one_at_any_step(label_set, tmp_path, monkeypatch, stop_after):
+def test_a_resumed_run_equals_an_uninterrupted_one_at_any_step(label_set, tmp_path, stop_after):
     settings = {"recovery_interval": 1, "repeated_aug": 1, "drop_path": 0.2, "clip_grad": 1.0}
     train(config(label_set, tmp_path / "whole", **settings))
-
-    import trainer.loop as loop
-
-    real, calls = loop._step, []
-
-    def stops(*args):
-        if len(calls) == stop_after:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(loop, "_step", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with before_update(stop_after, interrupt), pytest.raises(KeyboardInterrupt):
         train(config(label_set, tmp_path / "cut", **settings))
-    monkeypatch.setattr(loop, "_step", real)
     train(config(label_set, tmp_path / "cut", resume="auto", **settings))
     assert_same_state(tmp_path / "whole", tmp_path / "cut")
 
@@ -343,7 +310,7 @@ def test_views_in_a_drawn_order_are_the_same_in_a_continuation(label_set, tmp_pa
         epochs = {"epochs": 6, "view_policy": "random", "repeated_aug": 1}
         if (name, resume) == ("cut", "never"):
             with (
-                stopped_after(8),
+                before_update(7, lambda: os.kill(os.getpid(), signal.SIGTERM)),
                 pytest.raises(StoppedError, match=r"stopped by SIGTERM after update 8, which is saved"),
             ):
                 train(config(label_set, tmp_path / name, **epochs))

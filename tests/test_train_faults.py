@@ -16,13 +16,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from builders import make_labels, small_recipe, teacher_of, write_tars
+from builders import before_update, make_labels, small_recipe, teacher_of, write_tars
 
 from pipeline.errors import (
     CheckpointError,
@@ -69,35 +68,20 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
     return load_state(run / "state.safetensors")[0]
 
 
-def at_update(number: int, do: Callable[[], object]) -> Callable[..., object]:
-    """Make the loop's step do something else too, before the update with this number, counted from 0."""
-    real, calls = loop._step, []
-
-    def step(*args: object) -> object:
-        calls.append(1)
-        if len(calls) == number + 1:
-            do()
-        return real(*args)
-
-    return step
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, updates: int) -> None:
+def stop_after(config: TrainConfig, updates: int) -> None:
     """Train so many updates and stop as a scheduler would make it."""
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", at_update(updates - 1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        with pytest.raises(StoppedError):
-            train(config)
+    with before_update(updates - 1, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(StoppedError):
+        train(config)
 
 
 # --- 19 -------------------------------------------------------------------------------------------------------
 
 
-def test_fault_19_a_run_goes_on_with_other_workers_and_other_parts_of_the_same_batch(made, tmp_path, monkeypatch):
+def test_fault_19_a_run_goes_on_with_other_workers_and_other_parts_of_the_same_batch(made, tmp_path):
     train(config(made.folder, tmp_path / "whole", drop_path=0.0))
     cut = config(made.folder, tmp_path / "cut", drop_path=0.0, resume="auto", workers=1)
-    stop_after(monkeypatch, cut, 4)
-    stop_after(monkeypatch, replace(cut, workers=2), 3)
+    stop_after(cut, 4)
+    stop_after(replace(cut, workers=2), 3)
     train(replace(cut, batch_size=6, grad_accum_steps=2, workers=0))
     whole, found = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
     apart = [float((whole[n] - found[n]).abs().max()) for n in whole if n.startswith("model.") and "qkv.bias" not in n]
@@ -131,10 +115,10 @@ def more_views(labels: Path, data: str) -> None:
     ],
 )
 def test_fault_20_a_continuation_on_other_labels_is_refused_with_what_differs(
-    labels, data, tmp_path, monkeypatch, change, error, names
+    labels, data, tmp_path, change, error, names
 ):
     asked = config(labels, tmp_path / "run", resume="auto")
-    stop_after(monkeypatch, asked, 2)
+    stop_after(asked, 2)
     before = (tmp_path / "run/state.safetensors").read_bytes()
     change(labels, data)
     with pytest.raises(error, match=rf"belongs to a run with other settings.*({names})"):
@@ -146,19 +130,17 @@ def test_fault_20_a_continuation_on_other_labels_is_refused_with_what_differs(
     ("changes", "names"),
     [({"lr": 2e-3}, "lr"), ({"seed": 1}, "seed"), ({"distillation_alpha": 0.4}, "distillation_alpha")],
 )
-def test_fault_20_a_continuation_with_other_settings_is_refused_with_what_differs(
-    made, tmp_path, monkeypatch, changes, names
-):
+def test_fault_20_a_continuation_with_other_settings_is_refused_with_what_differs(made, tmp_path, changes, names):
     asked = config(made.folder, tmp_path / "run", resume="auto")
-    stop_after(monkeypatch, asked, 2)
+    stop_after(asked, 2)
     with pytest.raises(CheckpointError, match=rf"other settings.*{names}"):
         train(replace(asked, **changes))
 
 
-def test_fault_20_a_set_that_has_grown_is_gone_on_with_by_the_views_of_before(labels, data, tmp_path, monkeypatch):
+def test_fault_20_a_set_that_has_grown_is_gone_on_with_by_the_views_of_before(labels, data, tmp_path):
     train(config(labels, tmp_path / "whole"))
     asked = config(labels, tmp_path / "run", resume="auto")
-    stop_after(monkeypatch, asked, 2)
+    stop_after(asked, 2)
     more_views(labels, data)
     with pytest.raises(
         CheckpointError, match=r"belongs to a run on views 0:6, this one has \[0, 9\]: pass --views 0:6"
@@ -177,9 +159,9 @@ def test_views_that_are_not_labelled_are_refused(made, tmp_path, views):
         train(config(made.folder, tmp_path / "run", views=views))
 
 
-def test_fault_20_one_byte_of_the_manifest_is_enough(labels, tmp_path, monkeypatch):
+def test_fault_20_one_byte_of_the_manifest_is_enough(labels, tmp_path):
     asked = config(labels, tmp_path / "run", resume="auto")
-    stop_after(monkeypatch, asked, 2)
+    stop_after(asked, 2)
     manifest = labels / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"rows": 72', b'"rows": 73', 1))
     with pytest.raises(LabelSetError):
@@ -209,12 +191,14 @@ def changed_in_place(path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", [removed, replaced_by_its_neighbour, changed_in_place])
 def test_fault_21_a_label_shard_that_goes_or_changes_in_the_middle_stops_the_run_by_name(
-    labels, tmp_path, monkeypatch, damage, workers
+    labels, tmp_path, damage, workers
 ):
     """The second file of views is read from the fourth epoch on; the run has opened the set by then."""
     later = sorted((labels / "labels").glob("views-00003-*/*.parquet"))
-    monkeypatch.setattr(loop, "_step", at_update(0, lambda: [damage(path) for path in later[:1]]))
-    with pytest.raises(LabelSetCorrupt, match=later[0].name):
+    with (
+        before_update(0, lambda: [damage(path) for path in later[:1]]),
+        pytest.raises(LabelSetCorrupt, match=later[0].name),
+    ):
         train(config(labels, tmp_path / "run", workers=workers))
     done = load_state(tmp_path / "run/state.safetensors")[1]["next_update"]
     assert 3 * 3 <= done < 4 * 3  # all updates of the views before it, none of the epoch that lacks it whole
@@ -223,9 +207,8 @@ def test_fault_21_a_label_shard_that_goes_or_changes_in_the_middle_stops_the_run
 def test_fault_21_a_shard_that_was_read_and_then_changes_is_refused_at_the_next_reading(labels, tmp_path, monkeypatch):
     """Views repeat after six epochs; by then the file is another one, and nobody believes what was checked before."""
     first = next(iter(sorted((labels / "labels").glob("views-00000-*/*.parquet"))))
-    monkeypatch.setattr(loop, "_step", at_update(12, lambda: changed_in_place(first)))
     monkeypatch.setattr("trainer.stream._Recent.get", lambda self, key, make: make())  # nothing is remembered
-    with pytest.raises(LabelSetCorrupt, match=first.name):
+    with before_update(12, lambda: changed_in_place(first)), pytest.raises(LabelSetCorrupt, match=first.name):
         train(config(labels, tmp_path / "run", epochs=12))
 
 
@@ -309,13 +292,16 @@ def test_a_run_is_written_to_local_folders_only(made):
         train(config(made.folder, Path("https://host/run")))
 
 
-def test_a_run_goes_on_without_the_weights_that_it_started_from(made, tmp_path, monkeypatch):
+def test_a_run_goes_on_without_the_weights_that_it_started_from(made, tmp_path):
     train(config(made.folder, tmp_path / "first", epochs=1))
     start = Path(shutil.copytree(tmp_path / "first/last", tmp_path / "start"))
     asked = config(made.folder, tmp_path / "run", init=start, resume="auto")
-    stop_after(monkeypatch, asked, 2)
+    stop_after(asked, 2)
     shutil.rmtree(start)
     train(asked)
+    train(config(made.folder, tmp_path / "whole", init=tmp_path / "first/last"))
+    whole, found = state_of(tmp_path / "whole"), state_of(tmp_path / "run")
+    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
 
 
 @pytest.mark.parametrize(("sizes", "changes"), [((4,), {}), ((3, 1), {}), ((8,), {"grad_accum_steps": 2})])
