@@ -10,10 +10,10 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
     "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
-    "pipeline.storage", "pipeline.findings", "pipeline.machine", "pipeline.folders", "pipeline.remote", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.probing", "pipeline.packages", "pipeline.labels", "pipeline.manifest",
+    "pipeline.storage", "pipeline.findings", "pipeline.machine", "pipeline.folders", "pipeline.remote", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.probing", "pipeline.packages", "pipeline.labels", "pipeline.imported", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
-    "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
+    "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress", "pipeline.fkd", "pipeline.tinyvit", "pipeline.importing",
     "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling",
     "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
     "pipeline.inspection", "pipeline.tables", "pipeline.doctor", "pipeline",
@@ -42,11 +42,12 @@ KEEPERS = {
     "click": {"cli"},
     "rich": {"cli"},
     "timm": {"pipeline.teacher_loading", "trainer.student", "trainer.starts", "trainer.optim", "trainer.setup"},
-    "pyarrow": {"pipeline.labels", "pipeline.parquet_source"},
+    "pyarrow": {"pipeline.labels", "pipeline.imported", "pipeline.parquet_source"},
     "pydantic": {
         "pipeline.teacher_loading",
         "pipeline.records",
         "pipeline.labels",
+        "pipeline.imported",
         "pipeline.manifest",
         "pipeline.labelset",
     },
