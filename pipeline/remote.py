@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -19,6 +20,7 @@ from fsspec.callbacks import Callback
 from fsspec.config import conf
 
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
+from pipeline.storage import replace_file
 from pipeline.urls import EXTRAS, check_url, is_web
 
 log = logging.getLogger("deit_cli.remote")
@@ -105,6 +107,20 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
     raise AssertionError("the last try returns or raises")
 
 
+def receive_file(url: str, path: Path) -> None:
+    """Swap a local file for a remote one, as a whole; see `receive` for what it may raise."""
+
+    def write(file: BinaryIO) -> None:
+        retried(url, lambda: begin_anew(file))
+
+    def begin_anew(file: BinaryIO) -> None:
+        file.seek(0)
+        file.truncate()
+        receive(url, file)
+
+    replace_file(path, write)
+
+
 def read_url(url: str, *, max_bytes: int) -> bytes:
     """Return a small remote file as it is now: plans, manifests, class names.
 
@@ -164,6 +180,51 @@ def list_url(url: str) -> list[str]:
         return sorted(name.rstrip("/").rpartition("/")[2] for name in files)
 
     return retried(url, attempt)
+
+
+def list_tree(url: str) -> dict[str, str]:
+    """Return every file below a folder of a bucket, by its path in it, with a token that changes with its content.
+
+    Never from a list that was asked for earlier. A folder that is not there has no files.
+    """
+
+    def attempt() -> dict[str, str]:
+        try:
+            system, path = _file_system(url)
+            system.invalidate_cache()
+            found = system.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:
+            raise _named(url, error) from error
+        top = path.strip("/") + "/"
+        files = {name.strip("/"): entry for name, entry in found.items() if entry["type"] == "file"}
+        return {name.removeprefix(top): _token(entry) for name, entry in files.items() if name.startswith(top)}
+
+    return retried(url, attempt)
+
+
+def token_of(url: str) -> str | None:
+    """Return the token of one file, see `list_tree`; None where there is none."""
+
+    def attempt() -> str | None:
+        try:
+            system, path = _file_system(url)
+            system.invalidate_cache()
+            return _token(system.info(path))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise _named(url, error) from error
+
+    return retried(url, attempt)
+
+
+def _token(entry: dict[str, Any]) -> str:
+    """Return the store's own mark of a content, and its length."""
+    marks = ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime")
+    mark = next((entry[name] for name in marks if entry.get(name) is not None), "")
+    return f"{entry['size']} {mark}"
 
 
 class _Sink:

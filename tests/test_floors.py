@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
     "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
-    "pipeline.storage", "pipeline.remote", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.labels", "pipeline.manifest",
+    "pipeline.storage", "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.mirror", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.labels", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
     "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
-    "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling",
+    "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.outputs", "pipeline.labelling",
     "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
     "pipeline.inspection", "pipeline.tables", "pipeline",
     "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
@@ -31,6 +31,7 @@ TEACHER_SIDE = {
     "pipeline.precompute",
     "pipeline.drafts",
     "pipeline.indexing",
+    "pipeline.outputs",
     "pipeline.inspection",
     "pipeline.measuring",
     "pipeline.estimate",
