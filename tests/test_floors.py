@@ -54,6 +54,7 @@ KEEPERS = {
     "yaml": {"pipeline.plain_yaml"},
     "fsspec": {"pipeline.remote"},
     "aiohttp": {"pipeline.remote"},
+    "huggingface_hub": {"pipeline.uploads"},
     "matplotlib": {"pipeline.inspection", "trainer.demo"},
     "PIL": {"pipeline.decode", "trainer.demo"},
     "cv2": {"pipeline.randaugment", "pipeline.loading"},
