@@ -81,6 +81,8 @@ class Mirror:
             known, theirs = self._read_book(), remote.list_tree(self.url)
             for name in sorted(known.keys() - theirs.keys()):  # it was deleted there
                 (self.folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # others are in it
+                    os.removedirs((self.folder / name).parent)
                 del known[name]
             for name, token in theirs.items():
                 if name not in known or known[name][0] != token or _state(self.folder / name) is None:
