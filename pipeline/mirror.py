@@ -106,7 +106,7 @@ class Mirror:
         with self._alone():
             known = self._read_book()
             changed = [name for name in self._names() if known.get(name, [None, None])[1] != _state(self.folder / name)]
-            for name in sorted(changed, key=lambda name: (name == self._last, name != "plan.json", name)):
+            for name in sorted(changed, key=lambda name: (name == self._last, name.startswith("labels/"), name)):
                 if name != self._last or commit or not self._shared:
                     known[name] = self._send_one(name, known.get(name, [None])[0])
                     self._write_book(known)

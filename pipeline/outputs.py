@@ -65,14 +65,15 @@ def check_theirs(ours: Path, theirs: Path) -> None:
     elif ours.parent.name == "samples":
         if not _same(read_samples(ours), read_samples(theirs)):
             raise LabelSetMismatch(
-                f"{theirs}: another machine labels other images under the keys of {ours.name}."
-                " All machines need the same --data"
+                f"{ours}: another machine has labelled other images under these keys. All machines need the same --data"
             )
     else:
         mine, other = (read_labels_footer(path).model_dump(exclude=_MAY_DIFFER) for path in (ours, theirs))
         read_all_views(theirs)  # its content hash
         if mine != other:
-            raise LabelSetMismatch(f"{theirs} is not of the label set and views that {ours} is of. Use another --out")
+            raise LabelSetMismatch(
+                f"{ours}: another machine's file of this name has other views or rows. Use another --out"
+            )
 
 
 _MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # processors differ in last bits

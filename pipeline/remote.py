@@ -218,20 +218,30 @@ def list_tree(url: str) -> dict[str, str]:
     return retried(url, attempt)
 
 
-def token_of(url: str) -> str | None:
-    """Return the token of one file, see `list_tree`; None where there is none."""
+def info_of(url: str) -> dict[str, Any] | None:
+    """Return what the store says of a file now, never from a list; None where there is none, or a folder."""
 
-    def attempt() -> str | None:
+    def attempt() -> dict[str, Any] | None:
         try:
             system, path = file_system(url)
-            system.invalidate_cache()
-            return _token(system.info(path))
-        except FileNotFoundError:
-            return None
+            refresh = {"refresh": True} if check_url(url) in ("s3", "hf") else {}
+            if check_url(url) in ("gs", "hf"):
+                system.invalidate_cache()
+            info = system.info(path, **refresh)
         except Exception as error:
-            raise named(url, error) from error
+            found = named(url, error)
+            if isinstance(found, RemoteFileMissing):
+                return None
+            raise found from error
+        return info if info["type"] == "file" else None
 
     return retried(url, attempt)
+
+
+def token_of(url: str) -> str | None:
+    """Return the token of one file, see `list_tree`; None where there is none."""
+    info = info_of(url)
+    return None if info is None else _token(info)
 
 
 def _token(entry: dict[str, Any]) -> str:
