@@ -8,6 +8,7 @@ import fsspec
 import pytest
 import torch
 from builders import before_update, interrupt, make_labels, named_files, small_recipe, small_teacher, write_tars
+from s3_server import BUCKET, credentials, s3_server
 from test_train import TINY, state_of
 
 from pipeline import labelling, mirror, outputs, remote
@@ -38,9 +39,19 @@ def whole(data, tmp_path_factory) -> dict[str, bytes]:
     return named_files(folder)
 
 
-@pytest.fixture(autouse=True)
-def bucket():
-    """A store in memory, empty; each machine is a cache folder of its own."""
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(request, monkeypatch):
+    """An empty folder in a store in memory, or in a real one."""
+    if getattr(request, "param", "memory") == "s3":
+        credentials(monkeypatch, request.getfixturevalue("store"))
+        yield f"s3://{BUCKET}/{request.node.originalname}"
+        return
     system = fsspec.filesystem("memory")
     system.store.clear()
     system.pseudo_dirs[:] = [""]
@@ -48,8 +59,13 @@ def bucket():
     system.store.clear()
 
 
+EVERYWHERE = pytest.mark.parametrize("bucket", ["memory", "s3"], indirect=True)
+
+
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
+    """Become another machine: one whose caches are empty."""
+
     def become(name: str) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"machine-{name}"))
 
@@ -58,9 +74,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def at(url: str) -> dict[str, bytes]:
-    system = fsspec.filesystem("memory")
-    top = "/" + url.partition("://")[2] + "/"
-    return {name.removeprefix(top): system.cat_file(name) for name in system.find(top)}
+    return {name: remote.read_url(f"{url}/{name}", max_bytes=1 << 24) for name in remote.list_tree(url)}
 
 
 def label(out: str, data: str, **changes: Any) -> LabelSet | None:
@@ -82,12 +96,14 @@ def list_nothing_at_first(monkeypatch) -> None:
     monkeypatch.setattr(remote, "list_tree", list_tree)
 
 
+@EVERYWHERE
 def test_a_set_that_is_written_to_a_bucket_is_the_set_of_a_folder_to_the_byte(data, whole, bucket):
     label_set = label(f"{bucket}/set", data)
     assert label_set is not None
     assert at(f"{bucket}/set") == whole
 
 
+@EVERYWHERE
 def test_another_machine_finds_a_sealed_set_and_asks_the_teacher_nothing(data, whole, bucket, machine, monkeypatch):
     label(f"{bucket}/set", data)
     machine("b")
@@ -96,6 +112,7 @@ def test_another_machine_finds_a_sealed_set_and_asks_the_teacher_nothing(data, w
     assert at(f"{bucket}/set") == whole
 
 
+@EVERYWHERE
 def test_machines_without_a_common_folder_share_the_work_through_a_bucket(data, whole, bucket, machine, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
@@ -127,6 +144,7 @@ def test_a_killed_run_goes_on_on_another_machine_with_what_was_sent(data, whole,
     assert at(f"{bucket}/set") == whole
 
 
+@EVERYWHERE
 def test_fault_15_an_old_listing_costs_work_and_nothing_else(data, whole, bucket, machine, monkeypatch):
     label(f"{bucket}/set", data)
     machine("b")
@@ -153,6 +171,7 @@ def test_other_images_under_the_same_keys_are_refused_when_another_machine_was_f
     assert at(f"{bucket}/set") == before
 
 
+@EVERYWHERE
 def test_two_machines_that_seal_other_views_at_the_same_time_lose_none(data, whole, bucket, machine, monkeypatch):
     real = outputs.seal
 
@@ -217,6 +236,7 @@ def run(label_set, tmp_path_factory) -> Path:
     return train(config(label_set, tmp_path_factory.mktemp("run") / "run"))
 
 
+@EVERYWHERE
 def test_a_run_that_is_written_to_a_bucket_is_the_run_of_a_folder(label_set, run, bucket, tmp_path):
     train(config(label_set, f"{bucket}/run"))
     assert_same_run(f"{bucket}/run", run, tmp_path / "fetched")
@@ -224,6 +244,7 @@ def test_a_run_that_is_written_to_a_bucket_is_the_run_of_a_folder(label_set, run
     assert at(f"{bucket}/run").keys() == {name for name in names if not name.endswith("lock")}
 
 
+@EVERYWHERE
 def test_a_stopped_run_goes_on_on_another_machine(label_set, run, bucket, machine, tmp_path):
     with before_update(3, interrupt), pytest.raises(KeyboardInterrupt):
         train(config(label_set, f"{bucket}/run"))
@@ -258,6 +279,7 @@ def test_a_run_that_was_deleted_in_the_bucket_is_gone_here_too(label_set, run, b
     assert_same_run(f"{bucket}/run", run, tmp_path / "fetched")
 
 
+@EVERYWHERE
 def test_fault_5_two_machines_that_train_one_run_do_not_mix(label_set, bucket, machine, tmp_path):
     began = []
 
