@@ -265,7 +265,7 @@ def precompute(
     with _progress(log_json) as progress:
         loaded, source = load_here(config, asked)
         if dry_run:
-            click.echo(plan_table(stage1.plan_work(config, chosen, loaded, source)))
+            click.echo(plan_table(stage1.look_ahead(config, chosen, loaded, source)))
             return
         label_set = stage1.precompute(config, chosen, loaded, source, progress=progress)
     if label_set is None:
@@ -273,7 +273,7 @@ def precompute(
         return
     views = label_set.views
     click.echo(
-        f"{label_set.folder}: views {views.start}:{views.stop} of {source.num_samples:,} images, sealed. Look: deit-cli labels show {label_set.folder}"
+        f"{config.out}: views {views.start}:{views.stop} of {source.num_samples:,} images, sealed. Look: deit-cli labels show {config.out}"
     )
 
 
@@ -319,14 +319,13 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
 
         folder = run(config, chosen, progress=update)
     if leads:
-        click.echo(summary(folder, last))
+        click.echo(summary(folder, last, location=config.output))
 
 
 @commands.command()
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="Folder that a run exported (last, best), or a file of weights.",
+    help="Folder that a run exported (last, best), or a file of weights; path or URL.",
 )
 @click.option("--model", help="timm name, for a file of weights or --pretrained.")
 @click.option("--pretrained", is_flag=True, help="timm's published weights.")

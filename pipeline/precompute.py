@@ -18,12 +18,14 @@ from pipeline.labelling import Job, LabelTask, paths_of
 from pipeline.labels import MAX_TOPK, SampleRows, label_bytes
 from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import PLAN_NAME, Plan, read_plan
+from pipeline.mirror import Mirror
 from pipeline.mixing import mix_batch
+from pipeline.outputs import commit, mirrored
 from pipeline.progress import Progress, Tally
 from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.ray_engine import connect_ray, run_ray
 from pipeline.recipe import PRESETS, Recipe
-from pipeline.sealing import check_untouched, claim, seal, sealed_manifest
+from pipeline.sealing import check_untouched, claim, sealed_manifest
 from pipeline.sources import Sample, Source
 from pipeline.storage import TEMPORARY_PREFIX, sweep_temporaries
 from pipeline.teacher import Teacher, check_classes
@@ -97,6 +99,12 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     return Work(plan, (*again, *_cut(asked, config.views_per_shard)), source.num_samples, len(asked))
 
 
+def look_ahead(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
+    """Return what a run would do, also where its --out is a URL."""
+    with mirrored(config):
+        return plan_work(config, recipe, teacher, source)
+
+
 def choose_topk(asked: int | None, num_classes: int) -> int:
     """Return K, by default 10 or all classes."""
     topk = min(DEFAULT_TOPK, num_classes) if asked is None else asked
@@ -124,6 +132,18 @@ def precompute(
     Returns:
         the label set, sealed; None where other ranks still have label shards to make.
     """
+    with mirrored(config) as mirror:
+        return _precompute(config, recipe, teacher, source, progress, mirror)
+
+
+def _precompute(
+    config: PrecomputeConfig,
+    recipe: Recipe,
+    teacher: Teacher,
+    source: Source,
+    progress: Progress,
+    mirror: Mirror | None,
+) -> LabelSet | None:
     work = plan_work(config, recipe, teacher, source)
     rank = rank_from(os.environ)
     devices = plan_devices(teacher.config.device, config.processes, rank)
@@ -132,7 +152,7 @@ def precompute(
     if config.engine == "ray":
         connect_ray(config.address)  # before hours of indexing
     _check_accuracy(config, teacher, source)
-    claim(config.folder, work.plan, work.blocks)
+    claim(config.folder, work.plan, work.blocks, offer=mirror.send if mirror else lambda: None)
     check_untouched(config.folder, work.blocks)
     sweep_temporaries(config.folder)
     tasks = [LabelTask(shard.name, views) for views in work.blocks for shard in source.shards]
@@ -151,11 +171,14 @@ def precompute(
     )
     _warn_of_sorted_classes(recipe, samples)
     _label(job, teacher, devices, mine, samples, progress)
+    if mirror:
+        mirror.send()
+        mirror.bring()  # what other machines have made
     if missing := sum(not path.is_file() for path in paths_of(config.folder, tasks)):
         log.info("%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks))
         return None
     sweep_temporaries(config.folder)  # of processes that were lost meanwhile
-    seal(config.folder, work.plan, work.blocks)
+    commit(config.folder, work.plan, work.blocks, mirror)
     return LabelSet.open(config.folder)
 
 

@@ -1,7 +1,7 @@
 """Plan first, manifest last: how a label set is claimed, and how what is complete of it is committed."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -27,9 +27,17 @@ from pipeline.storage import pretty_json, publish_file, replace_file, sha256_fil
 MANIFEST_PROBES = 8
 
 
-def claim(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
-    """Write the plan first, create-only, and an open manifest that says which views are on the way."""
+def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[], None] = lambda: None) -> None:
+    """Write the plan first, create-only, and an open manifest that says which views are on the way.
+
+    Args:
+        out: folder of the label set.
+        plan: what it is to be.
+        blocks: of views.
+        offer: is called when the plan is there; where `out` stands for a URL, it may bring that of another machine.
+    """
     publish_file(out / PLAN_NAME, lambda file: _write(file, plan.model_dump(mode="json")))
+    offer()
     read_plan(out).check_same(plan, folder=out)  # another writer may have been first
     opened = Manifest(
         labelset_id=plan.labelset_id,
