@@ -428,8 +428,8 @@ def estimate(
     config, asked = _split(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = _recipe(recipe, overrides)
     from pipeline import estimate as estimating
+    from pipeline.encoding import label_bytes
     from pipeline.engines import load_here
-    from pipeline.labels import label_bytes
     from pipeline.measuring import forward_flops, measure_rates, training_step_s
     from pipeline.precompute import choose_topk
     from pipeline.tables import estimate_table

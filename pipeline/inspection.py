@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.decode import decode
+from pipeline.encoding import LabelRows
 from pipeline.errors import LabelSetError
-from pipeline.labels import LabelRows, SampleRows
+from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.replay import check_image, pair_of

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
+from pipeline.encoding import LabelRows
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetError,
@@ -26,7 +27,6 @@ from pipeline.errors import (
 from pipeline.ids import canonical_json
 from pipeline.labels import (
     Contents,
-    LabelRows,
     LabelsFooter,
     SampleRows,
     read_all_views,

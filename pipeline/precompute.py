@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode
+from pipeline.encoding import label_bytes
 from pipeline.engines import limit, run_here, run_processes
 from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, UsageError
 from pipeline.indexing import index_samples
 from pipeline.labelling import Job, LabelTask, paths_of
-from pipeline.labels import MAX_TOPK, SampleRows, label_bytes
+from pipeline.labels import MAX_TOPK, SampleRows
 from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import PLAN_NAME, Plan, read_plan
 from pipeline.mirror import Mirror

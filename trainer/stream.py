@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pipeline.cache import RemoteFile, prefetch
 from pipeline.decode import decode
+from pipeline.encoding import LabelRows
 from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
-from pipeline.labels import LabelRows, SampleRows
+from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.loading import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
