@@ -657,6 +657,37 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Also look whether a folder is fit to be written to: up to 256 MB are, and deleted again.",
+)
+@click.option("--labels", metavar="FOLDER|URL", help="Also render the replay probes of a label set again.")
+@click.option("--data", help="Images of --labels; by default where the label set found them.")
+@AS_JSON
+@click.pass_context
+def doctor(context: click.Context, out: Path | None, labels: str | None, data: str | None, as_json: bool) -> None:
+    """Say what is wrong with this machine before a long run does: packages, GPUs, decoders, memory, limits, names.
+
+    Exits with 0 where nothing is wrong, warnings apart, and with 1 where something is.
+
+    \b
+    Examples:
+      deit-cli doctor
+      deit-cli doctor --out /scratch/shards --labels shards --data imagenet/train
+    """
+    from pipeline.doctor import examine
+    from pipeline.findings import report_json, report_table, verdict
+
+    if data is not None and labels is None:
+        raise UsageError("--data names the images of --labels: pass that too")
+    sections = examine(out=out, labels=labels, data=data)
+    click.echo(json.dumps(report_json(sections), indent=1) if as_json else report_table(sections))
+    context.exit(1 if verdict(sections)[0] else 0)
+
+
+@commands.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
     default=Path("deit-demo"),
     help="Folder for everything that the demo makes.",
 )

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -67,13 +67,24 @@ def sweep_temporaries(folder: Path) -> int:
     Those that may not be deleted, because they are another user's, are left to him.
     """
     swept = 0
-    for path in folder.rglob(".tmp-*"):
+    for path in dead_temporaries(folder.rglob(f"{TEMPORARY_PREFIX}*")):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            swept += 1
+    return swept
+
+
+def dead_temporaries(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield those of these paths that are temporary files whose writers on this host are dead."""
+    for path in paths:
         match = _TEMPORARY.fullmatch(path.name)
         if match and path.is_file() and match["host"] == _host() and not _is_alive(int(match["pid"])):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-                swept += 1
-    return swept
+            yield path
+
+
+def temporary_name() -> str:
+    """Return a new name for a temporary file: it says whose it is, so that it can be swept when its writer is dead."""
+    return f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def sync_folder(folder: Path) -> None:
@@ -179,7 +190,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 @contextlib.contextmanager
 def _temporary_file(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
     _make_folder(path.parent)
-    temporary = path.parent / f".tmp-{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
+    temporary = path.parent / temporary_name()
     try:
         with temporary.open("xb") as file:
             write(file)
