@@ -96,7 +96,7 @@ def probes_in(file: Contents, entry: FileEntry) -> tuple[Probe, ...]:
 
 
 def _is_in(entry: FileEntry, names: set[str], blocks: set[tuple[int, int]]) -> bool:
-    return entry.shard in names and (entry.kind == "samples" or (entry.view_start, entry.view_stop) in blocks)
+    return entry.shard in names and (entry.kind != "labels" or (entry.view_start, entry.view_stop) in blocks)
 
 
 def _probe_is_in(probe: Probe, names: set[str], blocks: set[tuple[int, int]]) -> bool:
