@@ -8,23 +8,21 @@ names the address, what was expected and what came.
 import hashlib
 import io
 import logging
-import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 import fsspec
 from fsspec.callbacks import Callback
 from fsspec.config import conf
 
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
+from pipeline.urls import EXTRAS, check_url, is_web
 
 log = logging.getLogger("deit_cli.remote")
 
-EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "hf": "hub", "memory": "http"}
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 DEADLINE_S = 900.0  # after which nothing is begun again
 CONNECT_TIMEOUT_S = 20.0
@@ -46,40 +44,6 @@ class Received:
 
     bytes: int
     sha256: str
-
-
-def is_url(text: str | os.PathLike[str]) -> bool:
-    """Return whether this is a URL, and no path."""
-    return "://" in os.fspath(text)
-
-
-def check_url(url: str) -> str:
-    """Return the scheme of a URL, or raise StorageError: others may name local files or even commands."""
-    scheme = url.partition("://")[0]
-    if scheme not in EXTRAS:
-        raise StorageError(f"{url}: a URL must begin with http://, https://, s3://, gs:// or hf://, got {scheme}://")
-    return scheme
-
-
-def url_name(url: str) -> str:
-    """Return the last part of the path of a URL."""
-    return unquote(_path(url)).rstrip("/").rpartition("/")[2]
-
-
-def join_url(url: str, name: str) -> str:
-    """Return the URL of a file below a folder; what a web address asks for behind `?` stays."""
-    if not _is_web(url):
-        return f"{url.rstrip('/')}/{name}"
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-
-
-def parent_url(url: str) -> str:
-    """Return the URL of the folder that a file lies in."""
-    if not _is_web(url):
-        return url.rstrip("/").rpartition("/")[0]
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
 
 
 def receive(
@@ -187,7 +151,7 @@ def list_url(url: str) -> list[str]:
         RemoteFileMissing: there is no such folder.
         StorageError: web servers have no such list.
     """
-    if _is_web(url):
+    if is_web(url):
         raise StorageError(f"{url}: a web server has no list of its files: name them, as in train-{{000..127}}.tar")
 
     def attempt() -> list[str]:
@@ -259,7 +223,7 @@ class _Sink:
 
 def _transfer(url: str, sink: _Sink) -> None:
     system, path = _file_system(url)
-    if _is_web(url):
+    if is_web(url):
         # Without this a server may compress, and the announced length would be that of something else.
         headers = {**getattr(system, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
         system.get_file(path, sink, callback=sink.callback, chunk_size=1 << 20, headers=headers)
@@ -274,7 +238,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL and the path in it; credentials and settings are fsspec's own."""
     scheme = check_url(url)
     try:
-        return fsspec.url_to_fs(url, **(_web_options(scheme) if _is_web(url) else {}))
+        return fsspec.url_to_fs(url, **(_web_options(scheme) if is_web(url) else {}))
     except ImportError as error:
         raise StorageError(
             f'{url}: {scheme}:// needs a package that is not installed ({error}): pip install "deit-cli[{EXTRAS[scheme]}]"'
@@ -322,11 +286,3 @@ def _reason(error: Exception) -> str:
         return f"no answer for {STALL_TIMEOUT_S:g} s"
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _is_web(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
-def _path(url: str) -> str:
-    return urlsplit(url).path if _is_web(url) else url.partition("://")[2]
