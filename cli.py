@@ -273,7 +273,7 @@ def precompute(
         return
     views = label_set.views
     click.echo(
-        f"{config.out}: views {views.start}:{views.stop} of {source.num_samples:,} images, sealed. Look: deit-cli labels show {config.out}"
+        f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed. Look: deit-cli labels show {config.out}"
     )
 
 

@@ -45,6 +45,7 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
             "kind": plan.source.kind,
             "location": plan.source.location,
             "shards": len(tables),
+            "shards_of_plan": len(plan.source.shards),
             "images": sum(map(len, tables.values())),
             "unlabelled": sum(label is None for table in tables.values() for label in table.class_label),
             "bad": bad,

@@ -40,9 +40,11 @@ def mirrored(config: PrecomputeConfig) -> Iterator[Mirror | None]:
         yield mirror
 
 
-def commit(out: Path, plan: Plan, blocks: Sequence[range], mirror: Mirror | None) -> None:
+def commit(
+    out: Path, plan: Plan, blocks: Sequence[range], shards: tuple[str, ...] | None, *, mirror: Mirror | None
+) -> None:
     """Seal; where another machine has changed the manifest behind a URL meanwhile, seal its views and ours."""
-    seal(out, plan, blocks)
+    seal(out, plan, blocks, shards)
     while mirror is not None:
         try:
             mirror.send(commit=True)
@@ -50,7 +52,7 @@ def commit(out: Path, plan: Plan, blocks: Sequence[range], mirror: Mirror | None
         except ChangedElsewhere as error:
             log.info("%s: sealing once more, with what is there now", error)
             mirror.bring()
-            seal(out, plan, blocks)
+            seal(out, plan, blocks, shards)
 
 
 def check_theirs(ours: Path, theirs: Path) -> None:

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from pipeline.indexing import index_samples
 from pipeline.labelling import Job, LabelTask, paths_of
 from pipeline.labels import MAX_TOPK, SampleRows
 from pipeline.labelset import LabelSet, record_of
-from pipeline.manifest import PLAN_NAME, Plan, read_plan
+from pipeline.manifest import PLAN_NAME, Plan, SourceRecord, read_plan
 from pipeline.mirror import Mirror
 from pipeline.mixing import mix_batch
 from pipeline.outputs import commit, mirrored
@@ -43,15 +44,26 @@ class Work:
 
     Attributes:
         plan: of the label set.
+        source: its images; where the folder holds a subset, those source shards alone.
         blocks: of views; sealed ones among those asked come along, to be completed where a file was deleted.
-        num_samples: of the source.
         views_to_label: views that no sealed block holds yet.
     """
 
     plan: Plan
+    source: Source
     blocks: tuple[range, ...]
-    num_samples: int
     views_to_label: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the source."""
+        return self.source.num_samples
+
+    @property
+    def shards(self) -> tuple[str, ...] | None:
+        """Names of the source shards to label; None for all of the plan's."""
+        names = tuple(shard.name for shard in self.source.shards)
+        return names if len(names) < len(self.plan.source.shards) else None
 
     @property
     def teacher_passes(self) -> int:
@@ -72,12 +84,11 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
         TeacherError: the teacher's classes are not the source's.
         LabelSetMismatch: the folder holds another label set.
     """
+    source, record = _held_part(config.folder, source)
     labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
     check_classes(teacher.identity, source.class_names, max(labels, default=None))
     topk = choose_topk(config.topk, teacher.identity.num_classes)
-    plan = Plan.make(
-        recipe=recipe, teacher=teacher.identity, source=record_of(source), topk=topk, precision=config.precision
-    )
+    plan = Plan.make(recipe=recipe, teacher=teacher.identity, source=record, topk=topk, precision=config.precision)
     # Listed before the plan is looked for: another run that begins just now writes its plan before anything else.
     out = config.folder
     present = [path.name for path in out.iterdir()] if out.is_dir() else []
@@ -97,7 +108,23 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
     _check_no_gap(sealed, asked, config.views)
     again = [block for block in sealed if block.start < config.views[1] and block.stop > config.views[0]]
-    return Work(plan, (*again, *_cut(asked, config.views_per_shard)), source.num_samples, len(asked))
+    return Work(plan, source, (*again, *_cut(asked, config.views_per_shard)), len(asked))
+
+
+def _held_part(out: Path, source: Source) -> tuple[Source, SourceRecord]:
+    """Return the source and its record; where the folder holds a subset, of the source shards that are in it.
+
+    So a subset stays one: it is the same source shards that get more views, and a source of these alone will do.
+    """
+    manifest = sealed_manifest(out)
+    if manifest is None or manifest.shards is None:
+        return source, record_of(source)
+    held = LabelSet(out)
+    held.check_source(source)
+    log.info(
+        "%s holds %d of %d source shards: only these are labelled", out, len(held.shards), len(held.plan.source.shards)
+    )
+    return held.labelled_part(source), held.plan.source
 
 
 def look_ahead(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
@@ -146,6 +173,7 @@ def _precompute(
     mirror: Mirror | None,
 ) -> LabelSet | None:
     work = plan_work(config, recipe, teacher, source)
+    source = work.source
     rank = rank_from(os.environ)
     devices = plan_devices(teacher.config.device, config.processes, rank)
     cores = 1 if config.engine == "ray" else plan_cores(devices, rank)  # an actor of Ray has one core
@@ -179,7 +207,7 @@ def _precompute(
         log.info("%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks))
         return None
     sweep_temporaries(config.folder)  # of processes that were lost meanwhile
-    commit(config.folder, work.plan, work.blocks, mirror)
+    commit(config.folder, work.plan, work.blocks, work.shards, mirror=mirror)
     return LabelSet.open(config.folder)
 
 

@@ -85,6 +85,9 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     difference = check_replay(label_set, source)
     if not difference:
         log.info("%d replay probes: every pixel as the teacher saw it", len(label_set.manifest.probes))
+    if label_set.manifest.shards is not None:
+        shards = len(label_set.shards), len(label_set.plan.source.shards)
+        log.warning("%s holds %d of %d source shards: only their images are trained on", config.labels, *shards)
     return Data(source, label_set, label_set.recipe, label_set.num_classes, label_set.class_names)
 
 
@@ -229,6 +232,7 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
         "repeated_aug": order.repeated_aug,
         "views": [order.views.start, order.views.stop] if order.views else None,
         "source_id": data.label_set.plan.source_id if data.label_set else record_of(data.source).id,
+        "shards": list(data.label_set.shards) if data.label_set and data.label_set.manifest.shards else None,
     }
 
 

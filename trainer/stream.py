@@ -47,8 +47,9 @@ class Catalogue:
     """The samples of every source shard: from the label set where there is one, else from the source itself."""
 
     def __init__(self, source: Source, label_set: LabelSet | None) -> None:
-        self.source, self.label_set = source, label_set
-        self.names = tuple(shard.name for shard in source.shards)
+        self.source = source if label_set is None else label_set.labelled_part(source)
+        self.label_set = label_set
+        self.names = tuple(shard.name for shard in self.source.shards)
 
     @property
     def is_remote(self) -> bool:
