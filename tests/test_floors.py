@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
     "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml",
-    "pipeline.recipe", "pipeline.config", "pipeline.config_file", "pipeline.storage", "pipeline.findings", "pipeline.machine", "pipeline.folders",
+    "pipeline.recipe", "pipeline.config", "pipeline.config_file", "pipeline.options", "pipeline.storage", "pipeline.findings", "pipeline.machine", "pipeline.folders",
     "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.mirror", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg",
     "pipeline.decode", "pipeline.probing", "pipeline.packages", "pipeline.encoding", "pipeline.labels", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
@@ -20,7 +20,7 @@ ORDER = [
     "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate", "pipeline.inspection",
     "pipeline.tables", "pipeline.doctor", "pipeline",
     "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
-    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
+    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.console", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip
 TEACHER_SIDE = {
@@ -42,8 +42,8 @@ TEACHER_SIDE = {
 
 # Third parties, and the only modules that may import them.
 KEEPERS = {
-    "click": {"cli"},
-    "rich": {"cli"},
+    "click": {"cli", "pipeline.options", "trainer.console"},
+    "rich": {"trainer.console"},
     "timm": {"pipeline.teacher_loading", "trainer.student", "trainer.starts", "trainer.optim", "trainer.setup"},
     "pyarrow": {"pipeline.labels", "pipeline.parquet_source"},
     "pydantic": {
