@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from pipeline.encoding import index_dtype
 from pipeline.ids import canonical_json
-from pipeline.labels import MAX_TOPK, index_dtype
+from pipeline.labels import MAX_TOPK
 from pipeline.records import Count, Name, Record, Sha256, is_version
 from pipeline.storage import parse_json
 

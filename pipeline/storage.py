@@ -6,6 +6,7 @@ except by `replace_file`, which swaps one complete file for another.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -164,6 +165,29 @@ def _no_constant(name: str) -> NoReturn:
 
 
 @contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file, across processes and threads; without `wait`, give False where another holds it.
+
+    A lock may be deleted together with what it guards, so it counts only if its name still leads to it.
+    """
+    while True:
+        with refusals_named(path):
+            file = path.open("ab")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                if _leads_to(path, file):
+                    yield True
+                    return
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do in a process that has forked since
+
+
+@contextlib.contextmanager
 def _temporary_file(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
     _make_folder(path.parent)
     temporary = path.parent / temporary_name()
@@ -246,3 +270,10 @@ def _is_alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _leads_to(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -629,10 +629,10 @@ def test_fault_06_of_two_sets_begun_in_one_folder_at_once_only_the_first_goes_on
     """The second looked at the folder before the first wrote its plan there."""
     out, claim = tmp_path / "set", stage1.claim
 
-    def claim_second(*args: Any) -> None:
+    def claim_second(*args: Any, **how: Any) -> None:
         out.mkdir()
         shutil.copy(made / "plan.json", out)
-        claim(*args)
+        claim(*args, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(stage1, "claim", claim_second)

@@ -27,6 +27,7 @@ from label_sets import (
     write_tar,
 )
 
+from pipeline.encoding import content_xxh3
 from pipeline.errors import (
     DeitCliError,
     LabelSetCorrupt,
@@ -36,7 +37,6 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.labels import (
-    content_xxh3,
     read_all_views,
     read_labels_footer,
     read_samples,
