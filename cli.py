@@ -513,15 +513,14 @@ def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None
 @commands.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Also look whether a folder is fit to be written to: up to 256 MB are, and deleted again.",
+    metavar="FOLDER|URL",
+    help="Also look whether a place is fit to be written to: up to 256 MB are (8 MB to a URL), and deleted again.",
 )
 @click.option("--labels", metavar="FOLDER|URL", help="Also render the replay probes of a label set again.")
 @click.option("--data", help="Images of --labels; by default where the label set found them.")
 @AS_JSON
 @click.pass_context
-def doctor(context: click.Context, out: Path | None, labels: str | None, data: str | None, as_json: bool) -> None:
+def doctor(context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool) -> None:
     """Say what is wrong with this machine before a long run does: packages, GPUs, decoders, memory, limits, names.
 
     Exits with 0 where nothing is wrong, warnings apart, and with 1 where something is.

@@ -236,6 +236,13 @@ def _names(section: Section, folder: Path) -> None:
         section.problem(
             f"a fresh interpreter cannot import {', '.join(nowhere)}", f"pip install --force-reinstall {DISTRIBUTION}"
         )
+    for name in OURS:
+        found = elsewhere[name] or here[name]
+        if found and not found.endswith(".py"):
+            section.problem(
+                f"{name} is the folder {found}, which has no __init__.py: it is not ours, or what is left of ours",
+                f"Delete or rename it, then pip install --force-reinstall {DISTRIBUTION}",
+            )
     if shadowed := [name for name in OURS if elsewhere[name] and here[name] != elsewhere[name]]:
         theirs = ", ".join(sorted({str(_root(elsewhere[name] or "")) for name in shadowed}))
         section.problem(
@@ -258,7 +265,7 @@ def _places(section: Section, paths: Sequence[str]) -> None:
     elif roots and homes and not roots & set(homes):
         section.warning(
             f"programs take them from {min(roots)}, while {DISTRIBUTION} is installed from {homes[0]}",
-            f"Unset PYTHONPATH, or pip install -e {min(roots)}",
+            f"Unset PYTHONPATH if it names {min(roots)}, or pip install -e it; what an older installation left there can be deleted",
         )
 
 

@@ -1,6 +1,7 @@
 """Doctor names what is wrong and the way out, whatever is broken: names, packages, limits, folders, label sets."""
 
 import base64
+import importlib
 import json
 import os
 import signal
@@ -12,12 +13,15 @@ from pathlib import Path
 import pytest
 from builders import files_of, make_labels, write_tars
 from label_sets import seal_again
+from s3_server import BUCKET, credentials, s3_server
 
-from pipeline import folders, machine, packages, probing, storage
+from pipeline import folders, machine, packages, probing, remote, storage
+from pipeline.buckets import examine_bucket
 from pipeline.doctor import compare_environments, examine_labels
 from pipeline.findings import Section, report_json, report_table, verdict
 from pipeline.folders import examine_folder
 from pipeline.machine import examine_machine
+from pipeline.remote import list_tree
 
 ROOT = Path(__file__).parent.parent
 IS_ROOT = os.geteuid() == 0
@@ -111,6 +115,27 @@ def test_the_way_out_of_a_hidden_name_works(names, tmp_path, monkeypatch):
 def test_a_folder_that_python_passes_over_is_no_problem(names, tmp_path):
     (tmp_path / "pipeline").mkdir()  # no __init__.py: a package further down the path goes before it
     assert told(names()) == []
+
+
+def test_a_folder_that_hides_an_installed_module_is_a_problem(names, tmp_path, monkeypatch):
+    """Where ours is found by an import hook, as an editable installation's is, any folder of the name goes before it."""
+    site = tmp_path / "site"
+    (site / "pipeline").mkdir(parents=True)
+    (site / "trainer").mkdir()
+    (site / "trainer" / "__init__.py").write_text("")
+    (site / "cli.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setattr(packages.sys, "executable", bare_python(tmp_path))
+    assert (
+        f"pipeline is the folder {site}/pipeline, which has no __init__.py: it is not ours, or what is left of ours."
+        " Delete or rename it, then pip install --force-reinstall deit-cli" in told(names())
+    )
+
+
+def bare_python(folder: Path) -> str:
+    """Return an interpreter without site-packages, in which nothing of ours is installed."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    return str(folder / "venv" / "bin" / "python")
 
 
 def test_names_from_two_places_are_a_problem(names, tmp_path, monkeypatch):
@@ -465,6 +490,56 @@ def is_being_written(path: Path) -> bool:
         return False
 
 
+# --- buckets -------------------------------------------------------------------------------------------------------
+
+
+def names_in(url: str) -> list[str]:
+    return list(list_tree(url))
+
+
+def test_a_bucket_takes_a_file_once_and_keeps_nothing_of_the_trial():
+    section = examine_bucket("memory://doctor-sound")
+    assert told(section) + told(section, warnings=True) == []
+    assert value(section, "creating only") == "yes"
+    assert "/s over 8.4 MB" in value(section, "writing")
+    assert names_in("memory://doctor-sound") == []
+
+
+def test_a_store_that_overwrites_is_warned_of(monkeypatch):
+    """As some stores do, which do not know the condition and ignore it."""
+    system, _ = remote.file_system("memory://x")
+    real = type(system).pipe_file
+    monkeypatch.setattr(type(system), "pipe_file", lambda self, path, data, mode="x", **_: real(self, path, data))
+    section = examine_bucket("memory://doctor-careless")
+    assert told(section) == []
+    assert "gives a name a second time" in told(section, warnings=True)[0]
+    assert names_in("memory://doctor-careless") == []
+
+
+@pytest.mark.slow
+def test_a_real_store_is_looked_at_and_its_refusals_are_named(tmp_path, monkeypatch):
+    with s3_server(tmp_path) as url:
+        credentials(monkeypatch, url)
+        section = examine_bucket(f"s3://{BUCKET}/shards")
+        assert told(section) == []
+        assert value(section, "creating only") == "yes"
+        assert names_in(f"s3://{BUCKET}/shards") == []
+        (problem,) = told(examine_bucket("s3://no-such-bucket/shards"))
+        assert "there is no such bucket" in problem
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("https://host/shards", "is on a web server, which takes no files"),
+        ("file:///tmp/shards", "a URL must begin with http://"),
+    ],
+)
+def test_what_takes_no_files_is_a_problem(url, why):
+    (problem,) = told(examine_bucket(url))
+    assert why in problem
+
+
 # --- label sets ----------------------------------------------------------------------------------------------------
 
 
@@ -585,6 +660,24 @@ def test_the_command_survives_broken_packages_and_a_hidden_name(tmp_path):
     assert any("no image can be decoded" in line for line in problems)
     assert any("the label set could not be looked at: it ended the interpreter" in line for line in problems)
     assert output.splitlines()[-1].startswith(f"{len(problems)} problems, ")
+
+
+@pytest.mark.slow
+def test_the_command_runs_where_nothing_but_click_is_installed(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in ("click", "packaging"):
+        (site / name).symlink_to(Path(importlib.import_module(name).__file__ or "").parent)
+    done = subprocess.run(
+        [bare_python(tmp_path), "-P", "-c", "import cli; cli.main()", "doctor", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{site}"},
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "! PROBLEM: torch is missing. pip install 'torch>=" in done.stdout
+    assert "! PROBLEM: no image can be decoded: No module named 'numpy'" in done.stdout
+    assert "hard links               yes" in done.stdout
 
 
 def test_data_without_labels_is_misuse(tmp_path):
