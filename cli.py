@@ -410,7 +410,7 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
 
 @commands.group()
 def labels() -> None:
-    """Look into a label set: info, verify, show."""
+    """Look into a label set: info, verify, show; import others' labels."""
 
 
 LABELS = click.argument("folder")  # or a URL
@@ -485,6 +485,29 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     label_set = LabelSet.open(folder)
     contact_sheet(label_set, open_source(data or label_set.plan.source.location), out, samples=samples, views=views)
     click.echo(str(out))
+
+
+@labels.command(name="import")
+@click.argument("kind", metavar="FORMAT", type=click.Choice(["fkd", "tinyvit"]))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--num-classes", default=1000, help="The teacher's classes; every stored class is checked against it.")
+@click.option("--topk", type=int, show_default="all that are stored", help="Classes to keep of each view.")
+def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None) -> None:
+    """Import published labels (FORMAT: fkd, tinyvit) into Parquet tables, and say what is lost.
+
+    The tables can be read and compared; they are no label set, because their views cannot be replayed.
+
+    \b
+    Examples:
+      deit-cli labels import fkd FKD_soft_label/imagenet/train fkd-labels
+      deit-cli labels import tinyvit teacher_logits tinyvit-labels --num-classes 21841
+    """
+    from pipeline.importing import import_labels, import_table
+
+    with shown_progress() as progress:
+        record = import_labels(kind, path, out, num_classes=num_classes, topk=topk, progress=progress)
+    click.echo(import_table(record, out))
 
 
 @commands.command()

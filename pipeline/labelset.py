@@ -25,6 +25,7 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.ids import canonical_json
+from pipeline.imported import IMPORT_NAME, refusal
 from pipeline.labels import (
     Contents,
     LabelsFooter,
@@ -73,6 +74,8 @@ class LabelSet:
         """Open a folder; use `LabelSet.open`, which refuses sets that are not complete."""
         plan = _read_part(folder, PLAN_NAME)
         if plan is None:
+            if (found := _read_part(folder, IMPORT_NAME)) is not None:
+                raise LabelSetMismatch(refusal(found, folder))
             raise LabelSetError(
                 f"{folder} is not a label set: it has no {PLAN_NAME}. Make one with: deit-cli precompute"
             )
