@@ -426,7 +426,7 @@ def estimate(
     Example:
       deit-cli estimate --data imagenet/train --teacher regnety_160 --views 0:300 --students 5 --epochs 300
     """
-    config, asked = _split(values | {"out": Path()}, PrecomputeConfig, TeacherConfig)
+    config, asked = _split(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = _recipe(recipe, overrides)
     from pipeline import estimate as estimating
     from pipeline.engines import load_here
@@ -503,7 +503,7 @@ def stage1(
     Example:
       deit-cli bench stage1 --data imagenet/train --teacher regnety_160
     """
-    config, asked = _split(values | {"out": Path()}, PrecomputeConfig, TeacherConfig)
+    config, asked = _split(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = _recipe(recipe, overrides)
     from pipeline.engines import load_here
     from pipeline.estimate import pace, plan_machine

@@ -305,8 +305,8 @@ def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[
         loss.backward()
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-    export_model(config.output / "last", state.student.model.state_dict(), hub_config=hub_config(state.student))
-    return config.output, comparison.to_dict() if same else {}
+    export_model(config.folder / "last", state.student.model.state_dict(), hub_config=hub_config(state.student))
+    return config.folder, comparison.to_dict() if same else {}
 
 
 def target_of(answer: Answer) -> dict[str, torch.Tensor]:

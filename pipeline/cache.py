@@ -24,6 +24,7 @@ from pipeline import remote
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, StorageError
 from pipeline.storage import TEMPORARY_PREFIX, pretty_json, refusals_named, replace_file, sweep_temporaries
 from pipeline.units import byte_size, parse_bytes
+from pipeline.urls import join_url, parent_url, url_name
 
 log = logging.getLogger("deit_cli.cache")
 
@@ -96,7 +97,7 @@ class ShardCache:
     def _path(self, url: str, size: int | None, sha256: str | None) -> Path:
         """Return where a file lies; what is promised of it is in its name, so a changed promise is another file."""
         digest = hashlib.blake2b(json.dumps([url, size, sha256]).encode(), digest_size=16).hexdigest()
-        return self.folder / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', remote.url_name(url))[-80:]}"
+        return self.folder / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', url_name(url))[-80:]}"
 
     def _is_here(self, path: Path, *, use: bool) -> bool:
         """Return whether a whole file is here; `use` dates it."""
@@ -248,17 +249,17 @@ class RemoteFile:
     @property
     def stem(self) -> str:
         """Its name without the extension."""
-        return os.path.splitext(remote.url_name(self.url))[0]
+        return os.path.splitext(url_name(self.url))[0]
 
     @property
     def suffix(self) -> str:
         """Its extension, with the dot."""
-        return os.path.splitext(remote.url_name(self.url))[1]
+        return os.path.splitext(url_name(self.url))[1]
 
     @property
     def parent(self) -> "RemoteFolder":
         """The folder that it lies in."""
-        return RemoteFolder(remote.parent_url(self.url), self.cache)
+        return RemoteFolder(parent_url(self.url), self.cache)
 
     def fetch(self) -> Path:
         """Return its local path, see `ShardCache.fetch`."""
@@ -283,7 +284,7 @@ class RemoteFolder:
         return self.url < other.url
 
     def __truediv__(self, name: object) -> RemoteFile:
-        return RemoteFile(remote.join_url(self.url, str(name)), self.cache)
+        return RemoteFile(join_url(self.url, str(name)), self.cache)
 
 
 class Prefetch:

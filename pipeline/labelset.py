@@ -49,10 +49,11 @@ from pipeline.manifest import (
     short,
 )
 from pipeline.recipe import Recipe
-from pipeline.remote import is_url, read_url
+from pipeline.remote import read_url
 from pipeline.samples import keys_sha256
 from pipeline.sources import Source
 from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
+from pipeline.urls import is_url
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 

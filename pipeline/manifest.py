@@ -187,7 +187,7 @@ class Plan(Record):
         """Return the recipe as an object."""
         return Recipe.from_dict(self.recipe)
 
-    def check_same(self, other: "Plan", *, folder: Path) -> None:
+    def check_same(self, other: "Plan", *, folder: str | Path) -> None:
         """Raise LabelSetMismatch, naming the first part that differs, unless `other` is the same label set."""
         for part in ("recipe", "teacher", "source"):
             mine, theirs = getattr(self, f"{part}_id"), getattr(other, f"{part}_id")

@@ -76,19 +76,20 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
         recipe=recipe, teacher=teacher.identity, source=record_of(source), topk=topk, precision=config.precision
     )
     # Listed before the plan is looked for: another run that begins just now writes its plan before anything else.
-    present = [path.name for path in config.out.iterdir()] if config.out.is_dir() else []
-    above = next(folder for folder in config.out.absolute().parents if folder.exists())
+    out = config.folder
+    present = [path.name for path in out.iterdir()] if out.is_dir() else []
+    above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
         raise UsageError(f"--out {config.out}: {above} is a file: choose a folder in a folder")
-    if (config.out / PLAN_NAME).is_file():
-        existing = read_plan(config.out)
+    if (out / PLAN_NAME).is_file():
+        existing = read_plan(out)
         existing.check_same(plan, folder=config.out)
         plan = existing
-    elif config.out.exists() and not config.out.is_dir():
+    elif out.exists() and not out.is_dir():
         raise UsageError(f"--out {config.out} is a file: choose a folder")
     elif any(not name.startswith(TEMPORARY_PREFIX) for name in present):
         raise LabelSetMismatch(f"{config.out} is not empty and holds no label set: choose another --out")
-    manifest = sealed_manifest(config.out)
+    manifest = sealed_manifest(out)
     sealed = sorted((range(*block) for block in manifest.view_blocks), key=lambda b: b.start) if manifest else []
     asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
     _check_no_gap(sealed, asked, config.views)
@@ -131,16 +132,16 @@ def precompute(
     if config.engine == "ray":
         connect_ray(config.address)  # before hours of indexing
     _check_accuracy(config, teacher, source)
-    claim(config.out, work.plan, work.blocks)
-    check_untouched(config.out, work.blocks)
-    sweep_temporaries(config.out)
+    claim(config.folder, work.plan, work.blocks)
+    check_untouched(config.folder, work.blocks)
+    sweep_temporaries(config.folder)
     tasks = [LabelTask(shard.name, views) for views in work.blocks for shard in source.shards]
     mine = rank.share(tasks)
     if rank.world_size > 1:
         log.info("rank %d of %d: %d of %d label shards", rank.rank, rank.world_size, len(mine), len(tasks))
     job = Job(config, work.plan, recipe, source, plan_loaders(config.workers, cores, devices[0]), cores)
     samples = index_samples(
-        config.out,
+        config.folder,
         work.plan,
         source,
         shards=list(dict.fromkeys(task.shard for task in mine)),
@@ -150,12 +151,12 @@ def precompute(
     )
     _warn_of_sorted_classes(recipe, samples)
     _label(job, teacher, devices, mine, samples, progress)
-    if missing := sum(not path.is_file() for path in paths_of(config.out, tasks)):
+    if missing := sum(not path.is_file() for path in paths_of(config.folder, tasks)):
         log.info("%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks))
         return None
-    sweep_temporaries(config.out)  # of processes that were lost meanwhile
-    seal(config.out, work.plan, work.blocks)
-    return LabelSet.open(config.out)
+    sweep_temporaries(config.folder)  # of processes that were lost meanwhile
+    seal(config.folder, work.plan, work.blocks)
+    return LabelSet.open(config.folder)
 
 
 def _label(

@@ -10,23 +10,21 @@ names the address, what was expected and what came.
 import hashlib
 import io
 import logging
-import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 import fsspec
 from fsspec.callbacks import Callback
 from fsspec.config import conf
 
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
+from pipeline.urls import EXTRAS, check_url, is_web
 
 log = logging.getLogger("deit_cli.remote")
 
-EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "hf": "hub", "memory": "http"}
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 DEADLINE_S = 900.0  # after which nothing is begun again
 CONNECT_TIMEOUT_S = 20.0
@@ -60,40 +58,6 @@ class Received:
 
     bytes: int
     sha256: str
-
-
-def is_url(text: str | os.PathLike[str]) -> bool:
-    """Return whether this is a URL, and no path."""
-    return "://" in os.fspath(text)
-
-
-def check_url(url: str) -> str:
-    """Return the scheme of a URL, or raise StorageError: others may name local files or even commands."""
-    scheme = url.partition("://")[0]
-    if scheme not in EXTRAS:
-        raise StorageError(f"{url}: a URL must begin with http://, https://, s3://, gs:// or hf://, got {scheme}://")
-    return scheme
-
-
-def url_name(url: str) -> str:
-    """Return the last part of the path of a URL."""
-    return unquote(_path(url)).rstrip("/").rpartition("/")[2]
-
-
-def join_url(url: str, name: str) -> str:
-    """Return the URL of a file below a folder; what a web address asks for behind `?` stays."""
-    if not is_web(url):
-        return f"{url.rstrip('/')}/{name}"
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-
-
-def parent_url(url: str) -> str:
-    """Return the URL of the folder that a file lies in."""
-    if not is_web(url):
-        return url.rstrip("/").rpartition("/")[0]
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
 
 
 def receive(
@@ -368,12 +332,3 @@ def _reason(error: Exception) -> str:
         return f"no answer for {STALL_TIMEOUT_S:g} s"
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def is_web(url: str) -> bool:
-    """Return whether a URL is a web address, and no object store's."""
-    return url.startswith(("http://", "https://"))
-
-
-def _path(url: str) -> str:
-    return urlsplit(url).path if is_web(url) else url.partition("://")[2]

@@ -21,7 +21,7 @@ from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache
 from pipeline.errors import SourceError
 from pipeline.ids import sha256_json
 from pipeline.parquet_source import open_parquets
-from pipeline.remote import check_url, is_url, list_url
+from pipeline.remote import list_url
 from pipeline.samples import (
     IMAGE_EXTENSIONS,
     Sample,
@@ -32,6 +32,7 @@ from pipeline.samples import (
     reading,
 )
 from pipeline.tar_source import open_tars
+from pipeline.urls import check_url, is_url
 
 __all__ = ["Sample", "Source", "SourceShard", "open_source"]
 

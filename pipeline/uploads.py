@@ -17,19 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError
-from pipeline.remote import (
-    Interrupted,
-    check_url,
-    file_system,
-    is_web,
-    named,
-    read_url,
-    receive,
-    retried,
-    status_of,
-    url_name,
-)
+from pipeline.remote import Interrupted, file_system, named, read_url, receive, retried, status_of
 from pipeline.storage import refusals_named, sha256_file
+from pipeline.urls import check_url, is_web, url_name
 
 log = logging.getLogger("deit_cli.uploads")
 

@@ -153,7 +153,7 @@ def test_a_file_of_precompute_reaches_its_configs(tmp_path):
     text = "data: images\nout: shards\nviews: 30:50\nteacher: [a, b]\nteacher-path: [x, y]\nbatch-size: auto\npretrained: no"
     params, _ = parsed("precompute", "-c", str(written(tmp_path, text)))
     config, teacher = cli._split(params, PrecomputeConfig, TeacherConfig)
-    assert (config.data, config.out, config.views, config.batch_size) == ("images", Path("shards"), (30, 50), "auto")
+    assert (config.data, config.out, config.views, config.batch_size) == ("images", "shards", (30, 50), "auto")
     assert (teacher.teacher, teacher.teacher_checkpoint) == (("a", "b"), (Path("x"), Path("y")))
     assert teacher.pretrained is False
     for views, found in (("7", (0, 7)), ("[2, 5]", (2, 5)), ("'3:4'", (3, 4))):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
-    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
+    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
     "pipeline.storage", "pipeline.remote", "pipeline.uploads", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.labels", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",

@@ -76,7 +76,7 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
         run = Run(config, recipe, share, running, progress)
         with run.alone, run.recorder, BackgroundWriter() as writer, stop_request() as told:
             run.go(writer, told)
-    return config.output
+    return config.folder
 
 
 class Run:
@@ -95,8 +95,8 @@ class Run:
         world.check_same((self.meta, self.state.next_update), "settings and checkpoint")
         self.alone = contextlib.ExitStack()
         if world.leads:
-            self.alone.enter_context(only_run_in(config.output))
-            sweep_temporaries(config.output)
+            self.alone.enter_context(only_run_in(config.folder))
+            sweep_temporaries(config.folder)
             save_config(config, self.data)
             announce(config, self.data, self.order, self.state, share)
         self.recorder = self._open_recorder() if world.leads else Recorder()
@@ -150,7 +150,7 @@ class Run:
     def _open_recorder(self) -> Recorder:
         config = self.config
         return open_recorder(
-            config.output,
+            config.folder,
             next_index=self.state.next_update,
             tensorboard=config.log_tensorboard,
             wandb=config.log_wandb,
@@ -216,7 +216,7 @@ class Run:
                 self._evaluate(epoch, self.eval_source)
             self.state.evaluated = self.state.next_update
             if self.running.world.leads:
-                save_evaluation(self.config.output, self.state)
+                save_evaluation(self.config.folder, self.state)
 
     def _evaluate(self, epoch: int, source: Source) -> None:
         """Evaluate the student and its EMA on all ranks, and keep the better one if it is the best so far."""
@@ -237,13 +237,13 @@ class Run:
                 weights = student.model.state_dict()
                 check_finite(weights)
                 if world.leads:
-                    export_model(self.config.output / "best", weights, hub_config=hub_config(student))
+                    export_model(self.config.folder / "best", weights, hub_config=hub_config(student))
 
     def _save(self, writer: BackgroundWriter, exports: bool) -> None:
         """Copy the state, and write it while training goes on; rank 0 does so for all."""
         if not self.running.world.leads:
             return
-        state, output = self.state, self.config.output
+        state, output = self.state, self.config.folder
         tensors = snapshot(pack_training(state.student, state.optimizer, state.ema))
         meta = self.meta | {"next_update": state.next_update}
         described = hub_config(state.student)
@@ -269,8 +269,8 @@ class Run:
         samples = [{"keys": list(batch.keys), "views": list(batch.views)} for batch in sound]
         record = {"update": update, "loss": str(loss), "batches": samples}
         tensors = {f"{number}.{field}": getattr(batch, field) for number, batch in enumerate(sound) for field in _SAVED}
-        save_state(self.config.output / f"{name}.safetensors", tensors, record)
-        path = self.config.output / f"{name}.json"
+        save_state(self.config.folder / f"{name}.safetensors", tensors, record)
+        path = self.config.folder / f"{name}.json"
         replace_file(path, lambda file: write_json(file, record))
         return TrainingError(
             f"the loss of update {update} is {loss}; its samples are listed in {path}, their pixels and labels in"

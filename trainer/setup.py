@@ -94,9 +94,9 @@ def check_output(config: TrainConfig) -> None:
         raise UsageError(f"--output must be a local folder, got {config.output}: a run writes its files there")
     if config.resume == "auto":
         return
-    if (config.output / STATE_NAME).is_file():
+    if (config.folder / STATE_NAME).is_file():
         raise UsageError(f"{config.output} already holds a run: continue it with --resume, or choose another --output")
-    if kept := next((name for name in ("last", "best") if (config.output / name).is_dir()), None):
+    if kept := next((name for name in ("last", "best") if (config.folder / name).is_dir()), None):
         raise UsageError(
             f"{config.output} holds {kept}/ of a run whose {STATE_NAME} is gone: choose another --output, or start anew and"
             " replace it with --resume"
@@ -175,7 +175,7 @@ def _views(config: TrainConfig, data: Data) -> range | None:
 def build_state(config: TrainConfig, data: Data, order: Order, device: torch.device) -> State:
     """Build student, optimizer and EMA from the configuration and its seed, the same on every rank."""
     torch.manual_seed(config.seed)
-    continues = (config.output / STATE_NAME).is_file()  # then what it started from is not needed any more
+    continues = (config.folder / STATE_NAME).is_file()  # then what it started from is not needed any more
     student = create_student(
         config.model,
         num_classes=data.num_classes,
@@ -236,7 +236,7 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
 
 def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     """Bring the state to where the run in --output stopped; refuse a run of other settings."""
-    path = config.output / STATE_NAME
+    path = config.folder / STATE_NAME
     if not path.is_file():
         return
     tensors, saved = load_state(path)
@@ -258,7 +258,7 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
         )
     unpack_training(tensors, state.student, state.optimizer, state.ema)
     state.next_update = saved["next_update"]
-    state.evaluated, state.best_top1 = _last_evaluation(config.output)
+    state.evaluated, state.best_top1 = _last_evaluation(config.folder)
     log.info("continuing at update %d", state.next_update)
 
 
@@ -287,12 +287,12 @@ def save_config(config: TrainConfig, data: Data) -> None:
             "labelset_id": data.label_set.plan.labelset_id,
             "teacher": data.label_set.plan.teacher.model_dump(mode="json"),
         }
-    replace_file(config.output / CONFIG_NAME, lambda file: write_json(file, resolved))
+    replace_file(config.folder / CONFIG_NAME, lambda file: write_json(file, resolved))
     settings = plain_settings(config)
     settings.pop("resume")  # a way to call the command, not a setting of the run
     if data.label_set is None:  # else the labels say the recipe
         settings |= recipe_settings(data.recipe)
-    replace_file(config.output / SETTINGS_NAME, lambda file: _write_yaml(file, settings))
+    replace_file(config.folder / SETTINGS_NAME, lambda file: _write_yaml(file, settings))
 
 
 def announce(config: TrainConfig, data: Data, order: Order, state: State, share: Share) -> None:
