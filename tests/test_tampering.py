@@ -31,7 +31,6 @@ from pipeline.errors import (
     DeitCliError,
     LabelSetCorrupt,
     LabelSetError,
-    LabelSetMismatch,
     StorageError,
     UsageError,
 )
