@@ -17,7 +17,7 @@ from pipeline.ids import canonical_json, sha256_json
 from pipeline.labels import FORMAT, MAX_TOPK, VERSION
 from pipeline.recipe import Recipe
 from pipeline.records import Count, Name, Record, Sha256, View, is_version
-from pipeline.storage import load_json, read_json, sha256_file
+from pipeline.storage import load_json, pretty_json, read_json, read_small, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
@@ -342,20 +342,23 @@ def parse_plan(data: bytes, name: object) -> Plan:
 def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`, and check that it is the one that was written, for the plan that lies beside it."""
     path = folder / MANIFEST_NAME
-    return _checked_manifest(read_json(path), path, sha256_file(folder / PLAN_NAME))
+    return parse_manifest(read_small(path), path, plan_sha256=sha256_file(folder / PLAN_NAME))
 
 
 def parse_manifest(data: bytes, name: object, *, plan_sha256: str) -> Manifest:
     """Check the bytes of a `manifest.json` that stands beside a plan of this hash; `name` is for errors."""
-    return _checked_manifest(load_json(data, name), name, plan_sha256)
-
-
-def _checked_manifest(values: Any, name: object, plan_sha256: str) -> Manifest:
+    values = load_json(data, name)
     manifest = _load_record(values, Manifest, name)
     if manifest.shards is None and "shards" in values:
         raise LabelSetCorrupt(f"{name}: shards: must be a list of names, or absent for all source shards")
     if manifest.content_sha256 != manifest.to_json()["content_sha256"]:
         raise LabelSetCorrupt(f"{name}: its content does not have the hash that it states: it was changed")
+    # The hash covers what the JSON says. Other white space, or a digit more of a number, says the same, and is damage too.
+    if data != pretty_json(values):
+        raise LabelSetCorrupt(
+            f"{name}: it says what it said, in other bytes (white space, or how a number is written): it was changed."
+            " Copy it again"
+        )
     if plan_sha256 != manifest.plan_sha256:
         raise LabelSetMismatch(
             f"{name} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has {short(plan_sha256)}…"

@@ -10,9 +10,10 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
     "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml",
-    "pipeline.recipe", "pipeline.config", "pipeline.config_file", "pipeline.options", "pipeline.storage", "pipeline.findings", "pipeline.machine", "pipeline.folders",
-    "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.buckets", "pipeline.mirror", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg",
-    "pipeline.decode", "pipeline.probing", "pipeline.owners", "pipeline.packages", "pipeline.encoding", "pipeline.labels", "pipeline.imported", "pipeline.manifest",
+    "pipeline.recipe", "pipeline.config", "pipeline.config_file", "pipeline.options", "pipeline.storage", "pipeline.findings", "pipeline.machine",
+    "pipeline.folders", "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.buckets", "pipeline.mirror", "pipeline.cache", "pipeline.records",
+    "pipeline.turbojpeg", "pipeline.decode", "pipeline.probing", "pipeline.owners", "pipeline.packages", "pipeline.encoding", "pipeline.labels", "pipeline.imported",
+    "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
     "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
