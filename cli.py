@@ -489,11 +489,11 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
 
 @labels.command(name="import")
 @click.argument("kind", metavar="FORMAT", type=click.Choice(["fkd", "tinyvit"]))
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("path")
+@click.argument("out")
 @click.option("--num-classes", default=1000, help="The teacher's classes; every stored class is checked against it.")
 @click.option("--topk", type=int, show_default="all that are stored", help="Classes to keep of each view.")
-def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None) -> None:
+def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) -> None:
     """Import published labels (FORMAT: fkd, tinyvit) into Parquet tables, and say what is lost.
 
     The tables can be read and compared; they are no label set, because their views cannot be replayed.

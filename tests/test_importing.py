@@ -585,7 +585,7 @@ def test_tables_of_another_import_are_not_taken_for_ones_own(tmp_path):
         run("fkd", write_fkd(tmp_path / "other", "smoothing"), tmp_path / "out")
 
 
-def wrong_places(tmp: Path) -> list[tuple[str, Path, Path, dict[str, Any], type[DeitCliError], str]]:
+def wrong_places(tmp: Path) -> list[tuple[str, Any, Any, dict[str, Any], type[DeitCliError], str]]:
     fkd = write_fkd(tmp / "fkd")
     run("fkd", fkd, tmp / "done")
     (tmp / "full").mkdir()
@@ -599,6 +599,8 @@ def wrong_places(tmp: Path) -> list[tuple[str, Path, Path, dict[str, Any], type[
         ("fkd", fkd, tmp / "full", {}, ImportedLabelsError, "full is not empty and holds no import that was interrupted"),
         ("fkd", fkd, fkd, {}, ImportedLabelsError, "is the folder of the labels themselves"),
         ("fkd", fkd, tmp / "out", {"num_classes": 30}, ImportedLabelsError, "a class is not in 0..29"),
+        ("fkd", "s3://bucket/fkd", tmp / "out", {}, UsageError, "s3://bucket/fkd is a URL: copy them first"),
+        ("fkd", fkd, "s3://bucket/out", {}, UsageError, "s3://bucket/out is a URL: copy them first"),
         ("fkd", fkd, tmp / "out", {"num_classes": 0}, UsageError, "--num-classes must be in 1..2147483647, got 0"),
         ("fkd", fkd, tmp / "out", {"topk": -1}, UsageError, "--topk must be in 0..4096, got -1"),
     ]  # fmt: skip
