@@ -42,12 +42,15 @@ ANY_LOSS = (
     "class names and their order are not recorded; classes are numbers",
     "no hash of the images is recorded: whether your copy has the same ones cannot be proved",
 )
-USE = (
-    "look at what a teacher says: agreement with class labels, entropy, hard samples",
-    "distil on the level of images: the mean over the views of an image is a soft label that needs no view",
+ANY_USE = (
+    "look at what a teacher says: entropy, its most frequent classes, hard samples",
     "compare with other label sets of the same images, by key",
     "train with the program that made them, on the files that were imported",
 )
+IMAGE_USE: dict[Foreign, str] = {
+    "fkd": "distil on the level of images: the mean over the crops of an image is a soft label that needs no crop",
+    "tinyvit": "distil on the level of images, where its settings had no mixup and no CutMix: the mean over the epochs of an image",
+}
 LOSSES: dict[Foreign, tuple[str, ...]] = {
     "fkd": (
         "its random crops and flips are recorded, but not the pixels, nor how they were resized, so nothing proves that a view is the one that the teacher saw",
@@ -299,7 +302,7 @@ def _record(kind: Foreign, tables: _Tables, reader: Reader) -> ImportRecord:
         source_files=reader.files,
         source_bytes=reader.bytes,
         lost=(*LOSSES[kind], *_further_losses(kind, tables), *ANY_LOSS),
-        use=USE,
+        use=(*ANY_USE, IMAGE_USE[kind]),
         columns={name: COLUMNS[name] for name in names},
         files=tuple(tables.parts),
     )
