@@ -9,14 +9,14 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
-    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
+    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.remedies", "pipeline.pins", "pipeline.comparing", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
     "pipeline.storage", "pipeline.remote", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.labels", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
     "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
     "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling",
     "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
-    "pipeline.inspection", "pipeline.tables", "pipeline",
+    "pipeline.inspection", "pipeline.signing", "pipeline.relabelling", "pipeline.reports", "pipeline.threads", "pipeline.image_checks", "pipeline.verifying", "pipeline.tables", "pipeline",
     "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
     "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
     "cli",
@@ -35,6 +35,10 @@ TEACHER_SIDE = {
     "pipeline.measuring",
     "pipeline.estimate",
     "pipeline.tables",
+    "pipeline.relabelling",
+    "pipeline.reports",
+    "pipeline.image_checks",
+    "pipeline.verifying",
 }
 
 # Third parties, and the only modules that may import them.
@@ -57,6 +61,7 @@ KEEPERS = {
     "PIL": {"pipeline.decode", "trainer.demo"},
     "cv2": {"pipeline.randaugment", "pipeline.loading"},
     "ray": {"pipeline.ray_engine"},
+    "model_signing": {"pipeline.signing"},
     "webdataset": {"trainer.demo"},
     "sklearn": {"trainer.demo"},
 }
