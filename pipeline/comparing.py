@@ -118,7 +118,7 @@ def compare_names(what: str, mine: Sequence[str] | None, theirs: Sequence[str] |
         limit: names to give, at most.
     """
     plural = {"class": "classes"}.get(what, f"{what}s")
-    if mine == theirs:
+    if (mine is None) == (theirs is None) and list(mine or ()) == list(theirs or ()):
         return ""
     if mine is None or theirs is None:
         here, there = ("no names", "names") if mine is None else ("names", "no names")

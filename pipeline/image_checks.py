@@ -29,7 +29,7 @@ def check_images(
     """
     location, source, before = config.data or label_set.plan.source.location, None, len(report.problems)
     with report.noting(location, "source", "Pass --data, or --no-probes to leave the images out"):
-        source = open_source(location)
+        source = label_set.labelled_part(open_source(location))
         if config.data is None:
             label_set.check_source(source)
     if source is None:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
 from pipeline.comparing import Comparison, Listing, compare_names
+from pipeline.encoding import LabelRows
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetError,
@@ -24,9 +25,9 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.ids import canonical_json
+from pipeline.imported import IMPORT_NAME, refusal
 from pipeline.labels import (
     Contents,
-    LabelRows,
     LabelsFooter,
     SampleRows,
     read_labels_footer,
@@ -44,15 +45,17 @@ from pipeline.manifest import (
     parse_manifest,
     parse_plan,
     read_probes,
+    shards_of,
     short,
 )
 from pipeline.pins import check_pin
 from pipeline.recipe import Recipe
 from pipeline.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
-from pipeline.remote import is_url, read_url
+from pipeline.remote import read_url
 from pipeline.samples import keys_sha256
 from pipeline.sources import Source
 from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
+from pipeline.urls import is_url
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 
@@ -72,6 +75,8 @@ class LabelSet:
         """Open a folder; use `LabelSet.open`, which refuses sets that are not complete."""
         plan = _read_part(folder, PLAN_NAME)
         if plan is None:
+            if (found := _read_part(folder, IMPORT_NAME)) is not None:
+                raise LabelSetMismatch(refusal(found, folder))
             raise LabelSetError(
                 f"{folder} is not a label set: it has no {PLAN_NAME}. Make one with: deit-cli precompute"
             )
@@ -88,6 +93,7 @@ class LabelSet:
             raise LabelSetMismatch(
                 f"{folder}: {PLAN_NAME} is of label set {mine}, {MANIFEST_NAME} of {theirs}. {DAMAGED_PLAN}"
             )
+        self._records = {record.name: record for record in shards_of(self.manifest, self.plan, folder / MANIFEST_NAME)}
         self._entries = {(e.kind, e.shard, e.view_start): e for e in self.manifest.files}
         self._recent: OrderedDict[FileEntry, tuple[Any, Contents]] = OrderedDict()
 
@@ -140,8 +146,13 @@ class LabelSet:
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """Names of the source shards, in order."""
-        return tuple(shard.name for shard in self.plan.source.shards)
+        """Names of the source shards that are here, in order: all of the plan's, or some."""
+        return tuple(self._records)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of these source shards, the bad ones too."""
+        return sum(record.num_samples for record in self._records.values())
 
     @property
     def views(self) -> range:
@@ -153,8 +164,7 @@ class LabelSet:
         """Read the samples of a source shard, and check them against the plan's hash of keys and class labels."""
         entry = self._entry("samples", shard, 0)
         file = self.read_file(entry)
-        record = next(record for record in self.plan.source.shards if record.name == shard)
-        samples = checked_samples(file, self.plan, record)
+        samples = checked_samples(file, self.plan, self._records[shard])
         if len(samples) != entry.rows:
             raise LabelSetCorrupt(f"{file.name} has {len(samples)} rows, the manifest says {entry.rows}")
         return samples
@@ -177,20 +187,22 @@ class LabelSet:
     def check_source(self, source: Source) -> None:
         """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled.
 
-        The keys of a remote source would cost a download of all of it, so there names of shards and classes are
-        compared, and keys and bytes image by image when they are used.
+        Where the set holds some source shards only, a source of these alone will do, and one that has others too. The
+        keys of a remote source would cost a download of all of it, so there names of shards and classes are compared,
+        and keys and bytes image by image when they are used.
         """
-        mine, theirs = self.plan.source, None if source.is_remote else record_of(source)
-        names = [shard.name for shard in source.shards]
-        same = (source.class_names, names) == (mine.class_names, list(self.shards))
-        if same and (theirs is None or theirs.id == mine.id):
+        source = self.labelled_part(source)
+        mine, theirs = tuple(self._records.values()), None if source.is_remote else record_of(source)
+        classes, names = self.plan.source.class_names, tuple(shard.name for shard in source.shards)
+        same = (source.class_names, names) == (classes, self.shards)
+        if same and (theirs is None or theirs.shards == mine):
             return
         differences = [
-            compare_names("class", mine.class_names, source.class_names),
+            compare_names("class", classes, source.class_names),
             compare_names("shard", self.shards, names),
             *([] if theirs is None else self._compare_keys(source, theirs)),
         ]
-        other = "" if theirs is None else f" (id {short(theirs.id)})"
+        other = "" if theirs is None or self.manifest.shards is not None else f" (id {short(theirs.id)})"
         raise LabelSetMismatch(
             f"{self.folder} labels source {short(self.plan.source_id)}, {source.location}{other} is another:"
             f" {'; '.join(filter(None, differences))}. Pass the --data that was labelled"
@@ -199,10 +211,10 @@ class LabelSet:
     def _compare_keys(self, source: Source, theirs: SourceRecord) -> list[str]:
         """Say which samples of a local source differ, reading only the samples files of source shards that do."""
         comparison = Comparison()
-        mine, others = ({record.name: record for record in r.shards} for r in (self.plan.source, theirs))
-        for name in dict.fromkeys((*mine, *others)):
-            if mine.get(name) != others.get(name):
-                table = self.samples(name) if name in mine else None
+        others = {record.name: record for record in theirs.shards}
+        for name in dict.fromkeys((*self._records, *others)):
+            if self._records.get(name) != others.get(name):
+                table = self.samples(name) if name in self._records else None
                 shard = source.shard(name) if name in others else None
                 comparison.add(
                     name,
@@ -210,6 +222,22 @@ class LabelSet:
                     Listing(shard.keys, shard.class_labels) if shard else Listing(),
                 )
         return comparison.result().describe(limit=3)
+
+    def labelled_part(self, source: Source) -> Source:
+        """Return what the labels are of: the source, or those shards of it that are here if these are only some.
+
+        Raises:
+            LabelSetMismatch: it lacks one of those.
+        """
+        if self.manifest.shards is None:
+            return source
+        found = {shard.name for shard in source.shards}
+        if lacking := [name for name in self.shards if name not in found]:
+            raise LabelSetMismatch(
+                f"{self.folder} labels {len(self.shards)} source shards, and {source.location} lacks {len(lacking)} of them,"
+                f" such as {lacking[0]!r}. Pass the --data that was labelled, or the part of it that has these"
+            )
+        return source.only(self.shards)
 
     def read_file(self, entry: FileEntry) -> Contents:
         """Return a file's bytes after checking their length and SHA-256.
@@ -289,7 +317,7 @@ class LabelSet:
         return self._entry("labels", shard, block[0])
 
     def check_complete(self) -> None:
-        """Raise unless the set is sealed: it holds every source shard's samples, and labels for every block of views."""
+        """Raise unless the set is sealed: it holds the samples of every source shard of it, and labels for every block."""
         if not self.manifest.sealed:
             raise LabelSetIncomplete(
                 f"{self.folder} is not sealed: some of its labels do not exist yet. {INCOMPLETE_SET}"

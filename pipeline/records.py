@@ -32,7 +32,7 @@ def is_version(values: Any, name: str, version: int) -> bool:
 def other_version(values: Any, name: str, version: int) -> str:
     """Say of which format and version a JSON object is instead, and what to do where it is a later one of ours."""
     if not isinstance(values, dict):
-        return f"holds {type(values).__name__}, no object; this version reads ({name!r}, {version})"
+        return f"says {type(values).__name__}; this version reads {(name, version)}"
     found = values.get("version")
     if values.get("format") == name and type(found) is int and found > version:
         return (

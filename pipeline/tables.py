@@ -107,6 +107,11 @@ def parts_table(rates: Rates, together: Tick, machine: Machine, reachable: Pace)
     return "\n".join(line for line in lines if line)
 
 
+def _shards(source: Mapping[str, Any]) -> str:
+    here, of_plan = source["shards"], source["shards_of_plan"]
+    return f"{here} shards" if here == of_plan else f"{here} of {of_plan} shards (a subset)"
+
+
 def info_table(summary: Mapping[str, Any]) -> str:
     """Return what `inspection.summarise` found, for people."""
     teacher, source, recipe = summary["teacher"], summary["source"], summary["recipe"]
@@ -125,7 +130,7 @@ def info_table(summary: Mapping[str, Any]) -> str:
         ("recipe", f"{summary['recipe_id'][:12]}: " + ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))),
         (
             "source",
-            f"{source['kind']} {source['location']}: {source['images']:,} images in {source['shards']} shards, {source['unlabelled']:,} unlabelled",
+            f"{source['kind']} {source['location']}: {source['images']:,} images in {_shards(source)}, {source['unlabelled']:,} unlabelled",
         ),
         (
             "bad images",
@@ -152,11 +157,12 @@ def verify_lines(report: Report) -> str:
         *(f"note: {note}" for note in report.notes),
     ]
     bad = {problem.rule for problem in report.problems}
-    looked = f"{count(report.files, 'file')}, {byte_size(report.bytes)}"
     if not bad & {"plan", "manifest", "sealed", "present", "length", "sha256", "content"}:
-        lines.append(f"{looked}: lengths, hashes, schemas and rows are as promised")
+        lines.append(
+            f"{count(report.files, 'file')}: lengths, hashes, schemas and rows are as promised ({byte_size(report.bytes)})"
+        )
     else:
-        lines.append(f"{looked} looked at")
+        lines.append(f"{count(report.files, 'file')} looked at ({byte_size(report.bytes)})")
     if report.manifest_sha256:
         lines.append(
             f"manifest {pin_of(report.manifest_sha256)}{f', signed by {report.signed_by}' if report.signed_by else ''}"
