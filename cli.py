@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline.config import PrecomputeConfig, TeacherConfig
+from pipeline.config import PrecomputeConfig, TeacherConfig, VerifyConfig
 from pipeline.errors import DeitCliError, StoppedError, UsageError
 from pipeline.options import (
     AS_JSON,
@@ -176,6 +176,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
     help="Label set, folder or URL: also measure agreement with the teacher on its first view.",
 )
 @click.option("--labels-data", help="Images of the label set; by default where it found them.")
+@click.option("--expect-manifest", metavar="sha256:HEX", help="Refuse --labels whose manifest has other bytes.")
 @click.option(
     "--num-classes",
     type=click.IntRange(1),
@@ -410,16 +411,20 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
 
 @commands.group()
 def labels() -> None:
-    """Look into a label set: info, verify, show; import others' labels."""
+    """Look into a label set: info, verify, show; sign one; import others' labels."""
 
 
 LABELS = click.argument("folder")  # or a URL
+EXPECT_MANIFEST = click.option(
+    "--expect-manifest", metavar="sha256:HEX", help="Refuse a manifest of other bytes; `labels info` prints its hash."
+)
 
 
 @labels.command()
 @LABELS
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def info(folder: str, as_json: bool) -> None:
+@EXPECT_MANIFEST
+@AS_JSON
+def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
     """Say what is inside: teacher, recipe, views, K, agreement, entropy, kept mass.
 
     \b
@@ -430,39 +435,58 @@ def info(folder: str, as_json: bool) -> None:
     from pipeline.labelset import LabelSet
     from pipeline.tables import info_table
 
-    summary = summarise(LabelSet.open(folder))
+    summary = summarise(LabelSet.open(folder, expect_manifest=expect_manifest))
     click.echo(json.dumps(summary, indent=1) if as_json else info_table(summary))
 
 
 @labels.command()
 @LABELS
-@click.option("--data", help="Images; by default where the label set found them.")
-@click.option("--probes/--no-probes", default=True, help="Also render the replay probes again (needs the images).")
-def verify(folder: str, data: str | None, probes: bool) -> None:
-    """Check every hash and every row, and render the replay probes again.
+@options_of(VerifyConfig)
+@click.option(
+    "--teacher", "--teacher-model", "teacher", multiple=True, help="Label random views again with it, and compare."
+)
+@options_of(TeacherConfig, skip=frozenset({"teacher", "compile"}))
+@AS_JSON
+def verify(folder: str, as_json: bool, **values: Any) -> None:
+    """Look at every file, row, probe and image, and list all that is wrong with what repairs it.
+
+    A URL is read anew, not from the cache. With --teacher the teacher is asked again for a random sample of views.
+
+    \b
+    Examples:
+      deit-cli labels verify shards
+      deit-cli labels verify shards --data imagenet/train --teacher regnety_160 --relabel 512
+      deit-cli labels verify s3://bucket/shards --public-key team.pub --no-probes
+    """
+    (config,) = split_values(values, VerifyConfig)
+    asked = split_values(values, TeacherConfig)[0] if values["teacher"] else None
+    from pipeline.errors import LabelSetError
+    from pipeline.tables import verify_lines
+    from pipeline.verifying import verify as verify_set
+
+    with shown_progress() as progress:
+        report = verify_set(folder, config, asked, progress=progress)
+    click.echo(json.dumps(report.to_dict(), indent=1) if as_json else verify_lines(report))
+    if report.problems:
+        raise LabelSetError(f"{folder}: {report.summary()}")
+
+
+@labels.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--private-key", type=click.Path(path_type=Path), help="PEM of an elliptic curve; without it Sigstore is asked."
+)
+@click.option("--identity-token", help="Of Sigstore; by default the CI job's own, or a browser asks.")
+def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> None:
+    """Sign the manifest, which holds the hash of every other file: writes manifest.json.sig beside it.
 
     \b
     Example:
-      deit-cli labels verify shards
+      deit-cli labels sign shards --private-key team.pem
     """
-    from pipeline.errors import LabelSetCorrupt
-    from pipeline.labelset import LabelSet
-    from pipeline.replay import check_replay
-    from pipeline.sources import open_source
+    from pipeline.signing import sign as sign_set
 
-    label_set = LabelSet.open(folder)
-    problems = label_set.verify()
-    for problem in problems:
-        click.echo(problem)
-    if problems:
-        raise LabelSetCorrupt(
-            f"{folder}: {len(problems)} of {len(label_set.manifest.files)} files are not as the manifest promises"
-        )
-    click.echo(f"{len(label_set.manifest.files)} files: lengths, hashes, schemas and rows are as promised")
-    if probes:
-        difference = check_replay(label_set, open_source(data or label_set.plan.source.location))
-        exact = "every pixel equal" if not difference else f"mean difference up to {difference:.3f} of 255"
-        click.echo(f"{len(label_set.manifest.probes)} replay probes rendered again: {exact}")
+    click.echo(str(sign_set(folder, private_key=private_key, identity_token=identity_token)))
 
 
 @labels.command()

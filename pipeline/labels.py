@@ -22,7 +22,8 @@ from pipeline.config import Precision
 from pipeline.encoding import LabelRows, content_xxh3, find_problem, index_dtype
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
 from pipeline.ids import canonical_json
-from pipeline.records import Count, Name, Record, Sha256, View, Xxh3, is_version
+from pipeline.records import Count, Name, Record, Sha256, View, Xxh3, is_version, other_version
+from pipeline.remedies import DAMAGED_FILE
 from pipeline.storage import parse_json
 
 FORMAT = "deit-cli-labels"
@@ -222,7 +223,7 @@ def read_all_views(file: Path | Contents) -> list[LabelRows]:
     footer = file.labels_layout
     views = [_read_row_group(file, footer, view) for view in range(footer.view_start, footer.view_stop)]
     if content_xxh3(views) != footer.content_xxh3:
-        raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states; delete it and rerun")
+        raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states. {DAMAGED_FILE}")
     return views
 
 
@@ -322,8 +323,7 @@ def _footer(file: pq.ParquetFile, path: str, kind: type[Footer]) -> Footer:
     except (ValueError, RecursionError) as error:
         raise LabelSetCorrupt(f"{path}: its footer is not valid JSON: {error}") from error
     if not is_version(values, FORMAT, VERSION):
-        found = (values.get("format"), values.get("version")) if isinstance(values, dict) else values
-        raise LabelSetMismatch(f"{path} is {found}; this version reads ({FORMAT!r}, {VERSION})")
+        raise LabelSetMismatch(f"{path} {other_version(values, FORMAT, VERSION)}")
     expected = "labels" if kind is LabelsFooter else "samples"
     try:
         footer = kind.model_validate_json(canonical_json(values))

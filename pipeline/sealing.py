@@ -22,6 +22,7 @@ from pipeline.manifest import (
     read_probes,
     samples_path,
 )
+from pipeline.remedies import PULL, damaged_file
 from pipeline.storage import pretty_json, publish_file, replace_file, sha256_file, sync_folder
 
 MANIFEST_PROBES = 8
@@ -122,11 +123,10 @@ def check_untouched(out: Path, blocks: Sequence[range]) -> None:
     for entry in sealed.files if sealed else ():
         path, views = out / entry.path, (entry.view_start, entry.view_stop)
         if path.is_file() and sha256_file(path) != entry.sha256:
-            again = "run again" if entry.kind == "samples" else f"run with --views {views[0]}:{views[1]}"
-            raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and {again}")
+            raise LabelSetCorrupt(f"{path} is not as it was sealed. {damaged_file(entry.views)}")
         if not path.is_file() and entry.kind == "labels" and views not in looked_at:
             raise LabelSetCorrupt(
-                f"{path} is missing: run with --views {views[0]}:{views[1]} first, which makes it again"
+                f"{path} is missing: run with --views {views[0]}:{views[1]} first, which makes it again, or {PULL}"
             )
 
 

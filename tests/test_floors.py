@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
-    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml",
+    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.remedies", "pipeline.pins", "pipeline.comparing", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml",
     "pipeline.recipe", "pipeline.config", "pipeline.config_file", "pipeline.options", "pipeline.storage", "pipeline.findings", "pipeline.machine",
     "pipeline.folders", "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.buckets", "pipeline.mirror", "pipeline.cache", "pipeline.records",
     "pipeline.turbojpeg", "pipeline.decode", "pipeline.probing", "pipeline.owners", "pipeline.packages", "pipeline.encoding", "pipeline.labels", "pipeline.imported",
@@ -20,6 +20,7 @@ ORDER = [
     "pipeline.fkd", "pipeline.tinyvit", "pipeline.importing",
     "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.outputs", "pipeline.labelling", "pipeline.subsets", "pipeline.dispatch",
     "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate", "pipeline.inspection",
+    "pipeline.signing", "pipeline.relabelling", "pipeline.reports", "pipeline.threads", "pipeline.image_checks", "pipeline.verifying",
     "pipeline.tables", "pipeline.doctor", "pipeline",
     "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
     "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.console", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
@@ -40,6 +41,10 @@ TEACHER_SIDE = {
     "pipeline.measuring",
     "pipeline.estimate",
     "pipeline.tables",
+    "pipeline.relabelling",
+    "pipeline.reports",
+    "pipeline.image_checks",
+    "pipeline.verifying",
 }
 
 # Third parties, and the only modules that may import them.
@@ -64,6 +69,7 @@ KEEPERS = {
     "PIL": {"pipeline.decode", "pipeline.probing", "trainer.demo"},
     "cv2": {"pipeline.randaugment", "pipeline.loading"},
     "ray": {"pipeline.ray_engine"},
+    "model_signing": {"pipeline.signing"},
     "webdataset": {"trainer.demo"},
     "sklearn": {"trainer.demo"},
 }

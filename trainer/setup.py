@@ -77,7 +77,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
         if not labels:
             raise UsageError(f"{source.location} has no class labels to train on")
         return Data(source, None, recipe or PRESETS["deit"], source.num_classes or max(labels) + 1, source.class_names)
-    label_set = LabelSet.open(config.labels, cache=cache)
+    label_set = LabelSet.open(config.labels, cache=cache, expect_manifest=config.expect_manifest)
     if recipe is not None and recipe.id != label_set.recipe.id:
         difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
         raise LabelSetMismatch(f"{config.labels} was made with another recipe{difference}. Leave --recipe out")
@@ -229,6 +229,7 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
         "views_per_update": order.batch_size,
         "recipe_id": data.recipe.id,
         "labelset_id": data.label_set.plan.labelset_id if data.label_set else None,
+        "expect_manifest": config.expect_manifest,
         "repeated_aug": order.repeated_aug,
         "views": [order.views.start, order.views.stop] if order.views else None,
         "source_id": data.label_set.plan.source_id if data.label_set else record_of(data.source).id,
@@ -243,6 +244,13 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
         return
     tensors, saved = load_state(path)
     found = {name: saved.get(name) for name in meta}
+    pin = found.pop("expect_manifest")
+    meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
+    if pin is not None and config.expect_manifest is None:  # another pin is a decision, none may be an oversight
+        raise CheckpointError(
+            f"{path} belongs to a run that is pinned to one manifest: pass --expect-manifest {pin}, or the pin of the"
+            " manifest as it is now, where you know why it changed"
+        )
     views, mine = found["views_per_update"], meta["views_per_update"]
     if found | {"views_per_update": mine} == meta and views != mine:
         raise CheckpointError(
