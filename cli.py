@@ -554,8 +554,8 @@ def doctor(context: click.Context, out: str | None, labels: str | None, data: st
       deit-cli doctor
       deit-cli doctor --out /scratch/shards --labels shards --data imagenet/train
     """
-    from pipeline.doctor import examine
-    from pipeline.findings import report_json, report_table, verdict
+    from pipeline.doctor.examine import examine
+    from pipeline.doctor.findings import report_json, report_table, verdict
 
     if data is not None and labels is None:
         raise UsageError("--data names the images of --labels: pass that too")
