@@ -513,11 +513,11 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
 
 @labels.command(name="import")
 @click.argument("kind", metavar="FORMAT", type=click.Choice(["fkd", "tinyvit"]))
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("path")
+@click.argument("out")
 @click.option("--num-classes", default=1000, help="The teacher's classes; every stored class is checked against it.")
 @click.option("--topk", type=int, show_default="all that are stored", help="Classes to keep of each view.")
-def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None) -> None:
+def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) -> None:
     """Import published labels (FORMAT: fkd, tinyvit) into Parquet tables, and say what is lost.
 
     The tables can be read and compared; they are no label set, because their views cannot be replayed.
@@ -537,15 +537,14 @@ def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None
 @commands.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Also look whether a folder is fit to be written to: up to 256 MB are, and deleted again.",
+    metavar="FOLDER|URL",
+    help="Also look whether a place is fit to be written to: up to 256 MB are (8 MB to a URL), and deleted again.",
 )
 @click.option("--labels", metavar="FOLDER|URL", help="Also render the replay probes of a label set again.")
 @click.option("--data", help="Images of --labels; by default where the label set found them.")
 @AS_JSON
 @click.pass_context
-def doctor(context: click.Context, out: Path | None, labels: str | None, data: str | None, as_json: bool) -> None:
+def doctor(context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool) -> None:
     """Say what is wrong with this machine before a long run does: packages, GPUs, decoders, memory, limits, names.
 
     Exits with 0 where nothing is wrong, warnings apart, and with 1 where something is.

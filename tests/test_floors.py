@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.remedies", "pipeline.pins", "pipeline.comparing", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml",
     "pipeline.recipe", "pipeline.config", "pipeline.config_file", "pipeline.options", "pipeline.storage", "pipeline.findings", "pipeline.machine",
-    "pipeline.folders", "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.mirror", "pipeline.cache", "pipeline.records",
-    "pipeline.turbojpeg", "pipeline.decode", "pipeline.probing", "pipeline.packages", "pipeline.encoding", "pipeline.labels", "pipeline.imported",
+    "pipeline.folders", "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.buckets", "pipeline.mirror", "pipeline.cache", "pipeline.records",
+    "pipeline.turbojpeg", "pipeline.decode", "pipeline.probing", "pipeline.owners", "pipeline.packages", "pipeline.encoding", "pipeline.labels", "pipeline.imported",
     "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
