@@ -53,6 +53,7 @@ from pipeline.sources import Source
 from pipeline.storage import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named
 from pipeline.teacher_loading import load_teacher
 from pipeline.threads import Telling, in_threads
+from pipeline.units import count
 from pipeline.urls import is_url, join_url
 
 REMOTE_THREADS = 8  # they wait for a server most of the time
@@ -163,8 +164,8 @@ def _open_each(report: Report, folder: Path | RemoteFolder, error: DeitCliError)
             else:
                 report.manifest_sha256 = hashlib.sha256(content).hexdigest()
                 manifest = parse_manifest(content, folder / name, plan_sha256=None)
-    if len(report.problems) == before:  # each is sound: they do not belong together
-        report.problems.append(Problem(MANIFEST_NAME, "manifest", str(error), DAMAGED_PLAN))
+    if len(report.problems) == before:  # each is sound, but the manifest, which states its own hash, knows another plan
+        report.problems.append(Problem(PLAN_NAME, "plan", str(error), DAMAGED_PLAN))
         return None, manifest
     return plan, manifest
 
@@ -291,13 +292,13 @@ def _read(folder: Path | RemoteFolder, task: _Task, *, keep: bool) -> tuple[byte
     path = folder / task.path
     if task.entry:
         check_length(path, task.entry, folder)
-    digest, count = hashlib.sha256(), 0
+    digest, size = hashlib.sha256(), 0
     with refusals_named(path), path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             buffer.write(block)
-            count += len(block)
-    return _kept(buffer), count, digest.hexdigest()
+            size += len(block)
+    return _kept(buffer), size, digest.hexdigest()
 
 
 class _Nowhere(io.RawIOBase):
@@ -353,13 +354,15 @@ def _note_others(report: Report, folder: Path, tasks: Sequence[_Task]) -> None:
     temporary = sorted(name for name in present if Path(name).name.startswith(TEMPORARY_PREFIX))
     others = sorted(present - known - set(temporary))
     if others:
+        one = len(others) == 1
+        are, they, them = ("is", "It", "it") if one else ("are", "They", "them")
         report.notes.append(
-            f"{len(others):,} files are not in the manifest, so no reader looks at them: {_first(others)}. They may be of a"
-            " run that has not sealed them yet; else delete them"
+            f"{count(len(others), 'file')} {are} not in the manifest, so no reader looks at {them}: {_first(others)}."
+            f" {they} may be of a run that has not sealed {them} yet; else delete {them}"
         )
     if temporary:
         report.notes.append(
-            f"{len(temporary):,} temporary files of writers that work here or were killed: {_first(temporary)}"
+            f"{count(len(temporary), 'temporary file')} of writers that work here or were killed: {_first(temporary)}"
         )
 
 
