@@ -379,7 +379,9 @@ def evaluate(**values: Any) -> None:
     click.echo(json.dumps(result, indent=1) if as_json else score_table(result))
 
 
-OF_PRECOMPUTE = frozenset({"out", "engine", "address", "on_bad_image", "min_teacher_accuracy", "accuracy_samples"})
+OF_PRECOMPUTE = frozenset(
+    {"out", "engine", "address", "on_bad_image", "include_images", "min_teacher_accuracy", "accuracy_samples"}
+)
 SECONDS = click.option(
     "--seconds",
     type=click.FloatRange(0.1, 600),
@@ -615,7 +617,6 @@ def verify(folder: str, data: str | None, probes: bool) -> None:
     from pipeline.errors import LabelSetCorrupt
     from pipeline.labelset import LabelSet
     from pipeline.replay import check_replay
-    from pipeline.sources import open_source
 
     label_set = LabelSet.open(folder)
     problems = label_set.verify()
@@ -627,7 +628,7 @@ def verify(folder: str, data: str | None, probes: bool) -> None:
         )
     click.echo(f"{len(label_set.manifest.files)} files: lengths, hashes, schemas and rows are as promised")
     if probes:
-        difference = check_replay(label_set, open_source(data or label_set.plan.source.location))
+        difference = check_replay(label_set, label_set.open_source(data))
         exact = "every pixel equal" if not difference else f"mean difference up to {difference:.3f} of 255"
         click.echo(f"{len(label_set.manifest.probes)} replay probes rendered again: {exact}")
 
@@ -647,10 +648,9 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     """
     from pipeline.inspection import contact_sheet
     from pipeline.labelset import LabelSet
-    from pipeline.sources import open_source
 
     label_set = LabelSet.open(folder)
-    contact_sheet(label_set, open_source(data or label_set.plan.source.location), out, samples=samples, views=views)
+    contact_sheet(label_set, label_set.open_source(data), out, samples=samples, views=views)
     click.echo(str(out))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from pydantic import ValidationError
 
 from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
@@ -36,6 +37,7 @@ from pipeline.labels import (
     read_view,
 )
 from pipeline.manifest import (
+    IMAGES_FOLDER,
     MANIFEST_NAME,
     PLAN_NAME,
     FileEntry,
@@ -49,10 +51,11 @@ from pipeline.manifest import (
     short,
 )
 from pipeline.recipe import Recipe
-from pipeline.remote import is_url, read_url
+from pipeline.remote import is_url, join_url, read_url
 from pipeline.samples import keys_sha256
-from pipeline.sources import Source
-from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
+from pipeline.sources import Source, open_source
+from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named, sha256_file
+from pipeline.tar_source import TarShard
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 
@@ -190,6 +193,32 @@ class LabelSet:
                 f"{first_difference(ours, found)}. Pass the --data that was labelled"
             )
 
+    @property
+    def has_images(self) -> bool:
+        """Whether it is self-contained: the images that were labelled are in it."""
+        return any(entry.kind == "images" for entry in self.manifest.files)
+
+    def open_source(self, data: str | None = None, *, cache: ShardCache | None = None) -> Source:
+        """Open the images: those at `data`, or else the set's own, or else those where it found them.
+
+        Args:
+            data: a source, which goes before all others; None: there is none.
+            cache: through which a remote `data` is read; None: the default one.
+        """
+        if data is None and self.has_images:
+            return self._own_images()
+        return open_source(data or self.plan.source.location, cache=cache)
+
+    def _own_images(self) -> Source:
+        names = self.plan.source.class_names
+        shards = tuple(
+            TarShard(name, self._file(self._entry("images", name, 0)), None if names is None else len(names))
+            for name in self.shards
+        )
+        folder = self.folder
+        parent = f"{folder}/{IMAGES_FOLDER}" if isinstance(folder, Path) else join_url(folder.url, IMAGES_FOLDER)
+        return Source(parent, "tar", names, shards)
+
     def verify(self) -> list[str]:
         """Check every byte and every row of the set; return the problems found, nothing for a sound set."""
         problems: list[str] = []
@@ -197,9 +226,11 @@ class LabelSet:
             try:
                 if entry.kind == "samples":
                     self.samples(entry.shard)
+                elif entry.kind == "images":
+                    self._verify_images(entry)
                 else:
                     self._verify_rows(entry, self.read_file(entry))
-            except (LabelSetError, StorageError) as error:
+            except (LabelSetError, StorageError, SourceError) as error:
                 problems.append(str(error))
         return list(dict.fromkeys(problems))  # a damaged samples file spoils every label shard of it
 
@@ -290,6 +321,8 @@ class LabelSet:
                 f"{self.folder}: its views {blocks} have a gap. Compute the missing ones with --views"
             )
         expected = {("samples", name, 0, 0) for name in self.shards}
+        if self.has_images:
+            expected |= {("images", name, 0, 0) for name in self.shards}
         expected |= {("labels", name, start, stop) for name in self.shards for start, stop in blocks}
         found = {(e.kind, e.shard, e.view_start, e.view_stop) for e in self.manifest.files}
         for what, difference in (("lacks", expected - found), ("has an unknown", found - expected)):
@@ -304,6 +337,23 @@ class LabelSet:
             raise LabelSetCorrupt(
                 f"{file} has {footer.rows_per_view} rows a view, the manifest says {entry.rows} in all"
             )
+
+    def _verify_images(self, entry: FileEntry) -> None:
+        """Hash a tar as it streams from the disk, for it may be large, and compare what is in it with the samples."""
+        file = self._file(entry)
+        found = read_local(file, sha256_file)
+        if found != entry.sha256:
+            raise LabelSetCorrupt(
+                f"{file} has SHA-256 {short(found)}…, the manifest says {short(entry.sha256)}…: it is damaged."
+                f" Delete it and run the same deit-cli precompute again{self._newer_manifest()}"
+            )
+        samples = self.samples(entry.shard)
+        shard = self._own_images().shard(entry.shard)
+        if (shard.keys, shard.class_labels) != (samples.key, samples.class_label) or entry.rows != len(samples):
+            raise LabelSetCorrupt(f"{file} does not have the keys and class labels of its samples file")
+        for sample, expected in zip(shard, samples.image_xxh3, strict=True):
+            if xxhash.xxh3_128_digest(sample.image) != expected:
+                raise LabelSetCorrupt(f"{file}: image {sample.key!r} has other bytes than its samples file says")
 
     def _verify_rows(self, entry: FileEntry, file: Contents) -> None:
         self._check_footer(entry, file)

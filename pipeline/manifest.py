@@ -21,6 +21,7 @@ from pipeline.storage import load_json, read_json, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
+IMAGES_FOLDER = "images"
 
 Channels = tuple[float, float, float]
 _RecordT = TypeVar("_RecordT", bound=Record)
@@ -211,9 +212,9 @@ class Plan(Record):
 class FileEntry(Record):
     """One complete file of the set. Its path follows from kind, shard and views."""
 
-    kind: Literal["samples", "labels"]
+    kind: Literal["samples", "labels", "images"]
     shard: Name
-    view_start: View  # 0 and 0 for samples
+    view_start: View  # 0 and 0 for samples and images
     view_stop: View
     rows: Count
     bytes: Count
@@ -224,6 +225,8 @@ class FileEntry(Record):
         """Path inside the label set."""
         if self.kind == "samples":
             return samples_path(self.shard)
+        if self.kind == "images":
+            return images_path(self.shard)
         return labels_path(self.shard, range(self.view_start, self.view_stop))
 
 
@@ -297,6 +300,11 @@ class Manifest(Record):
 def samples_path(shard: str) -> PurePosixPath:
     """Return where the samples of a source shard stand in a label set."""
     return PurePosixPath("samples") / f"{shard}.parquet"
+
+
+def images_path(shard: str) -> PurePosixPath:
+    """Return where the images of a source shard stand in a self-contained label set."""
+    return PurePosixPath(IMAGES_FOLDER) / f"{shard}.tar"
 
 
 def labels_path(shard: str, views: range) -> PurePosixPath:

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from pipeline.labels import MAX_TOPK, SampleRows, label_bytes
 from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import PLAN_NAME, Plan, read_plan
 from pipeline.mixing import mix_batch
+from pipeline.packing import Packing, check_packable, pack_images, plan_packing
 from pipeline.progress import Progress, Tally
 from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.ray_engine import connect_ray, run_ray
@@ -43,12 +45,14 @@ class Work:
         blocks: of views; sealed ones among those asked come along, to be completed where a file was deleted.
         num_samples: of the source.
         views_to_label: views that no sealed block holds yet.
+        packing: how the images are packed into the set; None: not at all.
     """
 
     plan: Plan
     blocks: tuple[range, ...]
     num_samples: int
     views_to_label: int
+    packing: Packing | None
 
     @property
     def teacher_passes(self) -> int:
@@ -93,7 +97,11 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
     _check_no_gap(sealed, asked, config.views)
     again = [block for block in sealed if block.start < config.views[1] and block.stop > config.views[0]]
-    return Work(plan, (*again, *_cut(asked, config.views_per_shard)), source.num_samples, len(asked))
+    packing = plan_packing(config.out, config.include_images)
+    if packing:
+        check_packable(source)
+    blocks = (*again, *_cut(asked, config.views_per_shard))
+    return Work(plan, blocks, source.num_samples, len(asked), packing)
 
 
 def choose_topk(asked: int | None, num_classes: int) -> int:
@@ -138,23 +146,24 @@ def precompute(
     mine = rank.share(tasks)
     if rank.world_size > 1:
         log.info("rank %d of %d: %d of %d label shards", rank.rank, rank.world_size, len(mine), len(tasks))
-    job = Job(config, work.plan, recipe, source, plan_loaders(config.workers, cores, devices[0]), cores)
-    samples = index_samples(
-        config.out,
-        work.plan,
-        source,
-        shards=list(dict.fromkeys(task.shard for task in mine)),
-        on_bad_image=config.on_bad_image,
-        workers=job.workers * len(devices),
-        progress=progress,
-    )
+    loaders = plan_loaders(config.workers, cores, devices[0])
+    reading: dict[str, Any] = {
+        "shards": list(dict.fromkeys(task.shard for task in mine)),
+        "on_bad_image": config.on_bad_image,
+        "workers": loaders * len(devices),
+        "progress": progress,
+    }
+    if work.packing:
+        source = pack_images(config.out, work.plan, source, work.packing, **reading)
+    job = Job(config, work.plan, recipe, source, loaders, cores, work.packing.changes if work.packing else None)
+    samples = index_samples(config.out, work.plan, source, **reading)
     _warn_of_sorted_classes(recipe, samples)
     _label(job, teacher, devices, mine, samples, progress)
     if missing := sum(not path.is_file() for path in paths_of(config.out, tasks)):
         log.info("%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks))
         return None
     sweep_temporaries(config.out)  # of processes that were lost meanwhile
-    seal(config.out, work.plan, work.blocks)
+    seal(config.out, work.plan, work.blocks, images=work.packing is not None)
     return LabelSet.open(config.out)
 
 
