@@ -1,10 +1,12 @@
 """Every setting of stage 1 but the recipe. The command line takes its options from here."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UsageError
+from pipeline.staging import working_folder
 
 Precision = Literal["float16", "float32"]
 MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of views
@@ -65,7 +67,7 @@ class PrecomputeConfig:
     data: str = field(
         metadata={"help": "Images: a folder class/name.jpg, tars (train-{000..127}.tar), or image Parquet."}
     )
-    out: Path = field(metadata={"help": "Folder of the label set; run the same command again to continue it."})
+    out: str = field(metadata={"help": "Folder or URL of the label set; run the same command again to continue it."})
     views: tuple[int, int] = option(
         (0, 30), "View numbers START:STOP, or how many from 0; one view for each epoch of training."
     )
@@ -95,7 +97,13 @@ class PrecomputeConfig:
     min_teacher_accuracy: float = option(0.0, "Refuse a teacher below this top-1 on centre crops, percent.")
     accuracy_samples: int = option(256, "Labelled images on which the teacher is measured first; 0: none.")
 
+    @property
+    def folder(self) -> Path:
+        """Where this machine writes the label set: `out`, or the folder that stands for a URL."""
+        return working_folder(self.out)
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", os.fspath(self.out))  # a Path will do
         start, stop = self.views
         if not 0 <= start < stop <= MAX_VIEW:
             raise UsageError(f"--views must be START:STOP with 0 <= START < STOP <= {MAX_VIEW}, got {start}:{stop}")

@@ -63,7 +63,7 @@ class Job:
     def samples(self, shard: str) -> SampleRows:
         """Read the samples of a source shard, which indexing wrote."""
         record = next(record for record in self.plan.source.shards if record.name == shard)
-        return checked_samples(self.config.out / samples_path(shard), self.plan, record)
+        return checked_samples(self.config.folder / samples_path(shard), self.plan, record)
 
 
 Tell = Callable[[Report], None]
@@ -160,7 +160,7 @@ class _Desk:
 
     def _publish(self, task: LabelTask, draft: LabelDraft) -> None:
         job = self._job
-        future = self._writer.submit(publish_draft, job.config.out, job.plan, draft, self._environment)
+        future = self._writer.submit(publish_draft, job.config.folder, job.plan, draft, self._environment)
         self._writes.append((task, future))
         self._collect(UNWRITTEN)
 
@@ -178,7 +178,7 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
     Raises:
         LabelSetError: a file stands there that is damaged, of another label set, or of other pixels.
     """
-    path = job.config.out / labels_path(task.shard, task.views)
+    path = job.config.folder / labels_path(task.shard, task.views)
     if not path.is_file():
         return False
     try:

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache
 from pipeline.errors import SourceError
 from pipeline.ids import sha256_json
 from pipeline.parquet_source import open_parquets
-from pipeline.remote import check_url, is_url, list_url
+from pipeline.remote import list_url
 from pipeline.samples import (
     IMAGE_EXTENSIONS,
     Sample,
@@ -32,6 +32,7 @@ from pipeline.samples import (
     reading,
 )
 from pipeline.tar_source import open_tars
+from pipeline.urls import check_url, is_url
 
 __all__ = ["Sample", "Source", "SourceShard", "open_source"]
 
@@ -75,6 +76,11 @@ class Source:
             if shard.name == name:
                 return shard
         raise SourceError(f"{self.location} has no source shard {name!r}")
+
+    def only(self, names: Sequence[str]) -> "Source":
+        """Return the source of these source shards of it alone, in this order."""
+        found = {shard.name: shard for shard in self.shards}
+        return replace(self, shards=tuple(found[name] for name in names))
 
     @property
     def is_remote(self) -> bool:

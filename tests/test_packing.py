@@ -216,7 +216,7 @@ def test_the_bare_option_means_the_original_files(tmp_path):
         "precompute", "--data", str(tmp_path), "--include-images", "--out", str(tmp_path / "set"), "--dry-run"
     )
     assert "include_images: original" in said or "no image in this folder" in said
-    assert code == 1
+    assert code == 1, said
 
 
 # --- what cannot be packed --------------------------------------------------------------------------------------
