@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from pipeline.manifest import (
 )
 from pipeline.recipe import Recipe
 from pipeline.remote import is_url, read_url
-from pipeline.samples import keys_sha256
+from pipeline.samples import check_name, keys_sha256
 from pipeline.sources import Source
 from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
 
@@ -86,6 +86,7 @@ class LabelSet:
             mine, theirs = short(self.plan.labelset_id), short(self.manifest.labelset_id)
             raise LabelSetMismatch(f"{folder}: {PLAN_NAME} is of label set {mine}, {MANIFEST_NAME} of {theirs}")
         self._entries = {(e.kind, e.shard, e.view_start): e for e in self.manifest.files}
+        self._records = {record.name: record for record in self.plan.source.shards}
         self._recent: OrderedDict[FileEntry, tuple[Any, Contents]] = OrderedDict()
 
     @classmethod
@@ -146,8 +147,7 @@ class LabelSet:
         """Read the samples of a source shard, and check them against the plan's hash of keys and class labels."""
         entry = self._entry("samples", shard, 0)
         file = self.read_file(entry)
-        record = next(record for record in self.plan.source.shards if record.name == shard)
-        samples = checked_samples(file, self.plan, record)
+        samples = checked_samples(file, self.plan, self._records[shard])
         if len(samples) != entry.rows:
             raise LabelSetCorrupt(f"{file.name} has {len(samples)} rows, the manifest says {entry.rows}")
         return samples
@@ -289,6 +289,12 @@ class LabelSet:
             raise LabelSetIncomplete(
                 f"{self.folder}: its views {blocks} have a gap. Compute the missing ones with --views"
             )
+        wanted = len(self.shards) * (1 + len(blocks))
+        if wanted > 1000 + 2 * len(self.manifest.files):  # two long lists have a product that no memory holds
+            raise LabelSetCorrupt(
+                f"{self.folder}: the sealed manifest lists {len(self.manifest.files)} files, {len(self.shards)} source"
+                f" shards and {len(blocks)} blocks of views need {wanted}"
+            )
         expected = {("samples", name, 0, 0) for name in self.shards}
         expected |= {("labels", name, start, stop) for name in self.shards for start, stop in blocks}
         found = {(e.kind, e.shard, e.view_start, e.view_stop) for e in self.manifest.files}
@@ -359,6 +365,7 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
 
     Raises:
         LabelSetMismatch: it is of another label set or source shard, or its keys or class labels are not the plan's.
+        LabelSetCorrupt: a key or class label is one that no source can have.
     """
     footer = read_samples_footer(file)
     mine = (plan.labelset_id, plan.source_id, record.name)
@@ -368,7 +375,23 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
         raise LabelSetMismatch(
             f"{file}: its keys and class labels are not those that the plan names for {record.name!r}"
         )
+    _check_sample_values(samples, plan.teacher.num_classes, file)
     return samples
+
+
+def _check_sample_values(samples: SampleRows, num_classes: int, file: Path | Contents) -> None:
+    """Refuse what nobody can have indexed: it would end up in terminals, in paths of other tools, in a loss."""
+    if len(set(samples.key)) != len(samples):
+        key = next(key for key, count in Counter(samples.key).items() if count > 1)
+        raise LabelSetCorrupt(f"{file}: the key {key!r} stands there twice")
+    try:
+        for key in samples.key:
+            check_name(key, "sample key")
+    except SourceError as error:
+        raise LabelSetCorrupt(f"{file}: {error}") from error
+    for row, label in enumerate(samples.class_label):
+        if label is not None and not 0 <= label < num_classes:
+            raise LabelSetCorrupt(f"{file}: row {row}: class label must be in 0..{num_classes - 1}, got {label}")
 
 
 def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: range) -> LabelsFooter:

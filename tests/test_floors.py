@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
     "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
-    "pipeline.storage", "pipeline.remote", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.labels", "pipeline.manifest",
+    "pipeline.storage", "pipeline.remote", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.pages", "pipeline.labels", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
-    "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
+    "pipeline.devices", "pipeline.weights", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
     "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
     "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling",
     "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
@@ -41,7 +41,7 @@ TEACHER_SIDE = {
 KEEPERS = {
     "click": {"cli"},
     "rich": {"cli"},
-    "timm": {"pipeline.teacher_loading", "trainer.student", "trainer.starts", "trainer.optim", "trainer.setup"},
+    "timm": {"pipeline.weights", "pipeline.teacher_loading", "trainer.student", "trainer.starts", "trainer.optim", "trainer.setup"},
     "pyarrow": {"pipeline.labels", "pipeline.parquet_source"},
     "pydantic": {
         "pipeline.teacher_loading",
