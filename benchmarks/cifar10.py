@@ -189,7 +189,7 @@ class Bench:
     def evaluate(self, run: Path) -> dict[str, float]:
         """Return top-1 by way of reading the heads."""
         scores = evaluate_checkpoint(
-            checkpoint=run / "last",
+            checkpoint=str(run / "last"),
             model=None,
             pretrained=False,
             data=str(self.test),
@@ -305,8 +305,8 @@ def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[
         loss.backward()
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-    export_model(config.output / "last", state.student.model.state_dict(), hub_config=hub_config(state.student))
-    return config.output, comparison.to_dict() if same else {}
+    export_model(config.folder / "last", state.student.model.state_dict(), hub_config=hub_config(state.student))
+    return config.folder, comparison.to_dict() if same else {}
 
 
 def target_of(answer: Answer) -> dict[str, torch.Tensor]:

@@ -1,10 +1,13 @@
 """Every setting of stage 1 but the recipe. The command line takes its options from here."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UsageError
+from pipeline.pins import parse_pin
+from pipeline.staging import working_folder
 
 Precision = Literal["float16", "float32"]
 MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of views
@@ -63,7 +66,7 @@ class PrecomputeConfig:
     data: str = field(
         metadata={"help": "Images: a folder class/name.jpg, tars (train-{000..127}.tar), or image Parquet."}
     )
-    out: Path = field(metadata={"help": "Folder of the label set; run the same command again to continue it."})
+    out: str = field(metadata={"help": "Folder or URL of the label set; run the same command again to continue it."})
     views: tuple[int, int] = option(
         (0, 30), "View numbers START:STOP, or how many from 0; one view for each epoch of training."
     )
@@ -87,7 +90,13 @@ class PrecomputeConfig:
     min_teacher_accuracy: float = option(0.0, "Refuse a teacher below this top-1 on centre crops, percent.")
     accuracy_samples: int = option(256, "Labelled images on which the teacher is measured first; 0: none.")
 
+    @property
+    def folder(self) -> Path:
+        """Where this machine writes the label set: `out`, or the folder that stands for a URL."""
+        return working_folder(self.out)
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", os.fspath(self.out))  # a Path will do
         start, stop = self.views
         if not 0 <= start < stop <= MAX_VIEW:
             raise UsageError(f"--views must be START:STOP with 0 <= START < STOP <= {MAX_VIEW}, got {start}:{stop}")
@@ -108,3 +117,36 @@ class PrecomputeConfig:
             raise UsageError("--min-teacher-accuracy needs --accuracy-samples above 0, got 0")
         if self.address != "auto" and self.engine != "ray":
             raise UsageError(f"--address {self.address} is of a Ray cluster: pass --engine ray as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """What of a label set to check, beside every byte and row of it."""
+
+    data: str | None = option(
+        None, "A copy of the images, all of which are compared; without it only those of the probes are looked at."
+    )
+    probes: bool = option(True, "Render the replay probes again (needs the images).")
+    expect_manifest: str | None = option(
+        None, "sha256:HEX, as `labels info` prints it: a manifest of other bytes is a problem."
+    )
+    public_key: Path | None = option(None, "PEM of the key that must have signed the manifest.")
+    identity: str | None = option(
+        None, "Of Sigstore, that must have signed the manifest: a mail address, or a CI workflow's URL."
+    )
+    identity_provider: str | None = option(None, "Who vouches for it, such as https://accounts.google.com.")
+    relabel: int = option(256, "Random views that --teacher is asked for again.")
+    relabel_seed: int = option(0, "Of the choice of those views.")
+    threads: int | None = option(None, "Files read at a time; by default one for each core, or eight for a URL.")
+
+    def __post_init__(self) -> None:
+        if self.expect_manifest is not None:
+            parse_pin(self.expect_manifest)
+        if self.public_key is not None and self.identity is not None:
+            raise UsageError("pass --public-key or --identity, whichever signed the manifest, not both")
+        if (self.identity is None) != (self.identity_provider is None):
+            raise UsageError("--identity and --identity-provider belong together: pass both or none")
+        for name, low, high in (("relabel", 1, 10**7), ("relabel_seed", 0, 2**63 - 1), ("threads", 1, 256)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} must be in {low}..{high}, got {value}")

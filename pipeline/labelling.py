@@ -19,6 +19,7 @@ from pipeline.loading import Whereabouts
 from pipeline.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
 from pipeline.progress import Report
 from pipeline.recipe import Recipe
+from pipeline.remedies import damaged_file, ended
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
 from pipeline.replay import compare_probes
 from pipeline.sources import Source
@@ -61,7 +62,7 @@ class Job:
     def samples(self, shard: str) -> SampleRows:
         """Read the samples of a source shard, which indexing wrote."""
         record = next(record for record in self.plan.source.shards if record.name == shard)
-        return checked_samples(self.config.out / samples_path(shard), self.plan, record)
+        return checked_samples(self.config.folder / samples_path(shard), self.plan, record)
 
 
 Tell = Callable[[Report], None]
@@ -158,7 +159,7 @@ class _Desk:
 
     def _publish(self, task: LabelTask, draft: LabelDraft) -> None:
         job = self._job
-        future = self._writer.submit(publish_draft, job.config.out, job.plan, draft, self._environment)
+        future = self._writer.submit(publish_draft, job.config.folder, job.plan, draft, self._environment)
         self._writes.append((task, future))
         self._collect(UNWRITTEN)
 
@@ -176,7 +177,7 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
     Raises:
         LabelSetError: a file stands there that is damaged, of another label set, or of other pixels.
     """
-    path = job.config.out / labels_path(task.shard, task.views)
+    path = job.config.folder / labels_path(task.shard, task.views)
     if not path.is_file():
         return False
     try:
@@ -184,7 +185,7 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
         if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
             raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file")
     except (LabelSetCorrupt, LabelSetMismatch) as error:
-        raise type(error)(f"{error}. Delete it and run again: it will be made anew") from error
+        raise type(error)(ended(error, damaged_file(task.views))) from error
     compare_probes(read_probes(footer.probes, path), job.recipe, job.source, {task.shard: samples}.__getitem__)
     return True
 

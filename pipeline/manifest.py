@@ -12,17 +12,17 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.config import Precision
-from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
+from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
 from pipeline.ids import canonical_json, sha256_json
-from pipeline.labels import FORMAT, MAX_TOPK, VERSION
+from pipeline.labels import FORMAT, MAX_SHARD_SAMPLES, MAX_TOPK, VERSION
 from pipeline.recipe import Recipe
-from pipeline.records import Count, Name, Record, Sha256, Text, View, is_version
-from pipeline.storage import load_json, pretty_json, read_json, read_small, sha256_file
+from pipeline.records import Count, Name, Record, Sha256, Text, View, is_version, other_version
+from pipeline.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, damaged_json
+from pipeline.storage import parse_json, pretty_json, read_small, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 
-MAX_SHARD_SAMPLES = 2**22  # of one source shard, whose samples file is read as a whole
 MAX_FILE_BYTES = 2**31  # of a file of the set, which is read as a whole; ImageNet's are of some MB
 MAX_PROBES = 64  # each is rendered before training; 8 are stored
 
@@ -191,7 +191,7 @@ class Plan(Record):
         """Return the recipe as an object."""
         return Recipe.from_dict(self.recipe)
 
-    def check_same(self, other: "Plan", *, folder: Path) -> None:
+    def check_same(self, other: "Plan", *, folder: str | Path) -> None:
         """Raise LabelSetMismatch, naming the first part that differs, unless `other` is the same label set."""
         for part in ("recipe", "teacher", "source"):
             mine, theirs = getattr(self, f"{part}_id"), getattr(other, f"{part}_id")
@@ -228,7 +228,12 @@ class FileEntry(Record):
         """Path inside the label set."""
         if self.kind == "samples":
             return samples_path(self.shard)
-        return labels_path(self.shard, range(self.view_start, self.view_stop))
+        return labels_path(self.shard, self.views)
+
+    @property
+    def views(self) -> range:
+        """The views of a label shard; none of a samples file."""
+        return range(self.view_start, self.view_stop)
 
 
 class Probe(Record):
@@ -261,7 +266,8 @@ class Manifest(Record):
     Attributes:
         labelset_id: of the plan.
         plan_sha256: of the bytes of plan.json.
-        sealed: whether everything that the plan and the blocks promise is there.
+        sealed: whether everything that source shards and blocks promise is there.
+        shards: the source shards that are here, in the plan's order, where they are not all of them; else None.
         view_blocks: start and stop of each block of views.
         files: complete files; none before sealing.
         probes: replay probes from among the files' footers.
@@ -274,6 +280,7 @@ class Manifest(Record):
     labelset_id: Sha256
     plan_sha256: Sha256
     sealed: bool
+    shards: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     view_blocks: tuple[tuple[View, View], ...]
     files: tuple[FileEntry, ...]
     probes: Annotated[tuple[Probe, ...], Field(max_length=MAX_PROBES)]
@@ -282,7 +289,8 @@ class Manifest(Record):
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields with the hash over the others filled in, as they are stored."""
-        content = self.model_dump(mode="json", exclude={"content_sha256"})
+        absent = {"content_sha256"} if self.shards is not None else {"content_sha256", "shards"}
+        content = self.model_dump(mode="json", exclude=absent)
         return content | {"content_sha256": sha256_json(content)}
 
     @model_validator(mode="after")
@@ -298,6 +306,28 @@ class Manifest(Record):
         return self
 
 
+def shards_of(manifest: Manifest, plan: Plan, name: object) -> tuple[ShardRecord, ...]:
+    """Return the plan's record of every source shard that a set holds, in order; `name` is for errors.
+
+    Raises:
+        LabelSetCorrupt: the manifest names others, or not in the plan's order, or all of them.
+    """
+    if manifest.shards is None:
+        return plan.source.shards
+    named = set(manifest.shards)
+    records = tuple(record for record in plan.source.shards if record.name in named)
+    if tuple(record.name for record in records) != manifest.shards:
+        known = {record.name for record in plan.source.shards}
+        unknown = next((f"{shard!r} is none of them" for shard in manifest.shards if shard not in known), None)
+        raise LabelSetCorrupt(
+            f"{name}: shards must be source shards of the plan, each once and in its order:"
+            f" {unknown or 'they are not in that order'}"
+        )
+    if len(records) == len(plan.source.shards):
+        raise LabelSetCorrupt(f"{name}: shards names all {len(records)} source shards: it must be absent then")
+    return records
+
+
 def samples_path(shard: str) -> PurePosixPath:
     """Return where the samples of a source shard stand in a label set."""
     return PurePosixPath("samples") / f"{shard}.parquet"
@@ -310,12 +340,12 @@ def labels_path(shard: str, views: range) -> PurePosixPath:
 
 def read_plan(folder: Path) -> Plan:
     """Read and check `plan.json`."""
-    return _load_record(read_json(folder / PLAN_NAME), Plan, folder / PLAN_NAME)
+    return parse_plan(read_small(folder / PLAN_NAME), folder / PLAN_NAME)
 
 
 def parse_plan(data: bytes, name: object) -> Plan:
     """Check the bytes of a `plan.json`; `name` is for errors."""
-    return _load_record(load_json(data, name), Plan, name)
+    return _load_record(_load_json(data, name), Plan, name)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -324,23 +354,38 @@ def read_manifest(folder: Path) -> Manifest:
     return parse_manifest(read_small(path), path, plan_sha256=sha256_file(folder / PLAN_NAME))
 
 
-def parse_manifest(data: bytes, name: object, *, plan_sha256: str) -> Manifest:
-    """Check the bytes of a `manifest.json` that stands beside a plan of this hash; `name` is for errors."""
-    values = load_json(data, name)
+def parse_manifest(data: bytes, name: object, *, plan_sha256: str | None) -> Manifest:
+    """Check the bytes of a `manifest.json` that stands beside a plan of this hash; `name` is for errors.
+
+    Without the hash of a plan (None) the manifest is checked by itself.
+    """
+    values = _load_json(data, name)
     manifest = _load_record(values, Manifest, name)
+    if manifest.shards is None and "shards" in values:
+        raise LabelSetCorrupt(f"{name}: shards: must be a list of names, or absent for all source shards")
     if manifest.content_sha256 != manifest.to_json()["content_sha256"]:
-        raise LabelSetCorrupt(f"{name}: its content does not have the hash that it states: it was changed")
+        raise LabelSetCorrupt(
+            f"{name}: its content does not have the hash that it states: it was changed. {DAMAGED_MANIFEST}"
+        )
     # The hash covers what the JSON says. Other white space, or a digit more of a number, says the same, and is damage too.
     if data != pretty_json(values):
         raise LabelSetCorrupt(
             f"{name}: it says what it said, in other bytes (white space, or how a number is written): it was changed."
-            " Copy it again"
+            f" {DAMAGED_MANIFEST}"
         )
-    if plan_sha256 != manifest.plan_sha256:
+    if plan_sha256 is not None and plan_sha256 != manifest.plan_sha256:
         raise LabelSetMismatch(
-            f"{name} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has {short(plan_sha256)}…"
+            f"{name} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has"
+            f" {short(plan_sha256)}…. {DAMAGED_PLAN}"
         )
     return manifest
+
+
+def _load_json(data: bytes, name: object) -> Any:
+    try:
+        return parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{name}: not valid JSON: {error}. {damaged_json(name)}") from error
 
 
 def read_probes(values: list[dict[str, Any]], path: object) -> list[Probe]:
@@ -394,14 +439,13 @@ def _labelset_id(ids: dict[str, str], topk: int, precision: str) -> str:
 
 def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
     if not is_version(values, FORMAT, VERSION):
-        found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
-        raise LabelSetMismatch(f"{path} says {found}; this version reads {(FORMAT, VERSION)}")
+        raise LabelSetMismatch(f"{path} {other_version(values, FORMAT, VERSION)}")
     try:
         # As text, because JSON has no tuples: there, strict mode takes lists for them.
         return kind.model_validate_json(canonical_json(values))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in _TEACHER_TAGS)
-        raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}") from error
+        raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}. {damaged_json(path)}") from error
     except DeitCliError as error:
-        raise LabelSetMismatch(f"{path}: {error}") from error
+        raise LabelSetMismatch(f"{path}: {error}. {damaged_json(path)}") from error

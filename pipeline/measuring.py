@@ -3,11 +3,11 @@
 import contextlib
 import io
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import MAX_VIEW, Precision, PrecomputeConfig
 from pipeline.decode import decode
+from pipeline.encoding import content_xxh3, encode_rows
 from pipeline.errors import BadImageError, SourceError, UsageError
 from pipeline.labelling import AHEAD
-from pipeline.labels import LabelsFooter, content_xxh3, encode_rows, write_labels
+from pipeline.labels import LabelsFooter, write_labels
 from pipeline.mixing import draw_mix, mix_batch
 from pipeline.precompute import precompute
 from pipeline.progress import Tick
@@ -195,7 +196,9 @@ def measure_together(
         "min_teacher_accuracy": 0,
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
-        precompute(replace(config, out=Path(folder) / "labels", **changes), recipe, teacher, head, progress=progress)
+        precompute(
+            replace(config, out=os.path.join(folder, "labels"), **changes), recipe, teacher, head, progress=progress
+        )
     (began, first), (ended, last) = ticks[min(FILLING, len(ticks)) - 1], ticks[-1]
     busy = None
     if first.teacher_busy is not None and last.teacher_busy is not None and ended > began:

@@ -144,7 +144,13 @@ def state(tick: Tick) -> str:
     if found := tick.done - tick.made:
         parts.append(f"{found:,} of them made before")
     if tick.made:
-        unit = {"index": "source shards", "label": "views"}.get(tick.phase, tick.phase)
+        unit = {
+            "index": "source shards",
+            "label": "views",
+            "verify": "files",
+            "compare": "source shards",
+            "relabel": "views",
+        }.get(tick.phase, tick.phase)
         parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {unit}/s")
     if tick.made and tick.left_s:
         hours, rest = divmod(int(tick.left_s), 3600)

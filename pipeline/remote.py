@@ -1,30 +1,33 @@
 """Remote files through fsspec: receive one, read a small one, list a folder; what may pass is tried again.
 
+Writing is in `uploads`.
+
 Libraries disagree about failures: fsspec does not try again after a 503, and a body that is cut without Content-Length
 passes for a whole one. Here every answer is measured against what was announced, every wait has a limit, and an error
 names the address, what was expected and what came.
 """
 
+import datetime
 import hashlib
 import io
 import logging
-import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 import fsspec
 from fsspec.callbacks import Callback
 from fsspec.config import conf
 
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
+from pipeline.storage import replace_file
+from pipeline.urls import EXTRAS, check_url, is_web
 
 log = logging.getLogger("deit_cli.remote")
 
-EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "hf": "hub", "memory": "http"}
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 DEADLINE_S = 900.0  # after which nothing is begun again
 CONNECT_TIMEOUT_S = 20.0
@@ -32,6 +35,18 @@ STALL_TIMEOUT_S = 60.0  # without a single byte
 BLOCK_BYTES = 16 << 20  # of one request to an object store
 RANGE_BYTES = 1 << 20  # where only the end of a file is wanted
 _MAY_PASS = frozenset({408, 425, 429})  # of the answers 4xx; 5xx may pass too
+# What S3 answers with 400 or 409 where the transfer failed, or another writer was at it just then.
+_MAY_PASS_S3 = frozenset(
+    {
+        "BadDigest",
+        "ConditionalRequestConflict",
+        "IncompleteBody",
+        "OperationAborted",
+        "RequestTimeout",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+_NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"})  # of botocore
 
 Result = TypeVar("Result")
 
@@ -46,40 +61,6 @@ class Received:
 
     bytes: int
     sha256: str
-
-
-def is_url(text: str | os.PathLike[str]) -> bool:
-    """Return whether this is a URL, and no path."""
-    return "://" in os.fspath(text)
-
-
-def check_url(url: str) -> str:
-    """Return the scheme of a URL, or raise StorageError: others may name local files or even commands."""
-    scheme = url.partition("://")[0]
-    if scheme not in EXTRAS:
-        raise StorageError(f"{url}: a URL must begin with http://, https://, s3://, gs:// or hf://, got {scheme}://")
-    return scheme
-
-
-def url_name(url: str) -> str:
-    """Return the last part of the path of a URL."""
-    return unquote(_path(url)).rstrip("/").rpartition("/")[2]
-
-
-def join_url(url: str, name: str) -> str:
-    """Return the URL of a file below a folder; what a web address asks for behind `?` stays."""
-    if not _is_web(url):
-        return f"{url.rstrip('/')}/{name}"
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-
-
-def parent_url(url: str) -> str:
-    """Return the URL of the folder that a file lies in."""
-    if not _is_web(url):
-        return url.rstrip("/").rpartition("/")[0]
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
 
 
 def receive(
@@ -110,7 +91,7 @@ def receive(
     try:
         _transfer(url, sink)
     except Exception as error:
-        raise sink.error or _named(url, error) from error
+        raise sink.error or named(url, error) from error
     sink.begin()  # an empty file has no first byte
     if sink.announced not in (None, sink.received) or (sink.announced is None and sink.received < (size or 0)):
         expected = size if sink.announced is None else sink.announced
@@ -139,6 +120,20 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
             log.warning("%s: %s; trying again in %g s", url, error, delay)
             pause(delay)
     raise AssertionError("the last try returns or raises")
+
+
+def receive_file(url: str, path: Path) -> None:
+    """Swap a local file for a remote one, as a whole; see `receive` for what it may raise."""
+
+    def write(file: BinaryIO) -> None:
+        retried(url, lambda: begin_anew(file))
+
+    def begin_anew(file: BinaryIO) -> None:
+        file.seek(0)
+        file.truncate()
+        receive(url, file)
+
+    replace_file(path, write)
 
 
 def read_url(url: str, *, max_bytes: int) -> bytes:
@@ -171,11 +166,11 @@ def read_ranges(url: str, use: Callable[[Any], Result]) -> Result:
 
     def attempt() -> Result:
         try:
-            system, path = _file_system(url)
+            system, path = file_system(url)
             with system.open(path, "rb", block_size=RANGE_BYTES, cache_type="readahead") as file:
                 return use(file)
         except Exception as error:
-            raise _named(url, error) from error
+            raise named(url, error) from error
 
     return retried(url, attempt)
 
@@ -187,19 +182,74 @@ def list_url(url: str) -> list[str]:
         RemoteFileMissing: there is no such folder.
         StorageError: web servers have no such list.
     """
-    if _is_web(url):
+    if is_web(url):
         raise StorageError(f"{url}: a web server has no list of its files: name them, as in train-{{000..127}}.tar")
 
     def attempt() -> list[str]:
         try:
-            system, path = _file_system(url)
+            system, path = file_system(url)
             entries = system.ls(path, detail=True, refresh=True)
         except Exception as error:
-            raise _named(url, error) from error
+            raise named(url, error) from error
         files = [entry["name"] for entry in entries if entry["type"] == "file"]
         return sorted(name.rstrip("/").rpartition("/")[2] for name in files)
 
     return retried(url, attempt)
+
+
+def list_tree(url: str) -> dict[str, str]:
+    """Return every file below a folder of a bucket, by its path in it, with a token that changes with its content.
+
+    Never from a list that was asked for earlier. A folder that is not there has no files.
+    """
+
+    def attempt() -> dict[str, str]:
+        try:
+            system, path = file_system(url)
+            found = system.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:
+            raise named(url, error) from error
+        top = path.strip("/") + "/"
+        files = {name.strip("/"): entry for name, entry in found.items() if entry["type"] == "file"}
+        return {name.removeprefix(top): _token(entry) for name, entry in files.items() if name.startswith(top)}
+
+    return retried(url, attempt)
+
+
+def info_of(url: str) -> dict[str, Any] | None:
+    """Return what the store says of a file now, never from a list; None where there is none, or a folder."""
+
+    def attempt() -> dict[str, Any] | None:
+        try:
+            system, path = file_system(url)
+            refresh = {"refresh": True} if check_url(url) in ("s3", "hf") else {}
+            if check_url(url) in ("gs", "hf"):
+                system.invalidate_cache()
+            info = system.info(path, **refresh)
+        except Exception as error:
+            found = named(url, error)
+            if isinstance(found, RemoteFileMissing):
+                return None
+            raise found from error
+        return info if info["type"] == "file" else None
+
+    return retried(url, attempt)
+
+
+def token_of(url: str) -> str | None:
+    """Return the token of one file, see `list_tree`; None where there is none."""
+    info = info_of(url)
+    return None if info is None else _token(info)
+
+
+def _token(entry: dict[str, Any]) -> str:
+    """Return the store's own mark of a content, and its length."""
+    marks = ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime")
+    mark = next((entry[name] for name in marks if entry.get(name) is not None), "")
+    mark = mark.timestamp() if isinstance(mark, datetime.datetime) else mark  # in memory: one in lists, the other alone
+    return f"{entry['size']} {mark}"
 
 
 class _Sink:
@@ -258,8 +308,8 @@ class _Sink:
 
 
 def _transfer(url: str, sink: _Sink) -> None:
-    system, path = _file_system(url)
-    if _is_web(url):
+    system, path = file_system(url)
+    if is_web(url):
         # Without this a server may compress, and the announced length would be that of something else.
         headers = {**getattr(system, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
         system.get_file(path, sink, callback=sink.callback, chunk_size=1 << 20, headers=headers)
@@ -270,11 +320,12 @@ def _transfer(url: str, sink: _Sink) -> None:
             sink.write(block)
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL and the path in it; credentials and settings are fsspec's own."""
     scheme = check_url(url)
     try:
-        return fsspec.url_to_fs(url, **(_web_options(scheme) if _is_web(url) else {}))
+        # No listing is kept: what a store said a while ago of a folder is nothing to decide by.
+        return fsspec.url_to_fs(url, **(_web_options(scheme) if is_web(url) else {"use_listings_cache": False}))
     except ImportError as error:
         raise StorageError(
             f'{url}: {scheme}:// needs a package that is not installed ({error}): pip install "deit-cli[{EXTRAS[scheme]}]"'
@@ -288,45 +339,68 @@ def _web_options(scheme: str) -> dict[str, Any]:
     return {"client_kwargs": {**conf.get(scheme, {}).get("client_kwargs", {}), "timeout": timeout}}
 
 
-def _named(url: str, error: Exception) -> Exception:
-    """Return the error of ours for what a file system raised: one to stop at, or one that may pass."""
+def named(url: str, error: Exception, *, doing: str = "read") -> Exception:
+    """Return the error of ours for what a file system raised: one to stop at, or one that may pass.
+
+    Args:
+        url: of the file.
+        error: what was raised.
+        doing: `read` or `written`, for the message.
+    """
     if isinstance(error, (DeitCliError, Interrupted)):
         return error
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        return _named(url, error.__cause__)  # fsspec's `info` takes every failure for a missing file
-    status = _status(error)
+    status, code = status_of(error), _s3_code(error)
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception) and not code:
+        return named(url, error.__cause__, doing=doing)  # fsspec's `info` takes every failure for a missing file
+    if code == "NoSuchBucket":
+        return RemoteFileMissing(f"{url}: there is no such bucket. Check the address, or make it first")
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return RemoteFileMissing(f"{url}: there is no such file ({status or 404}). Check the address")
+    if code == "RequestTimeTooSkewed":
+        return RemoteFileRefused(
+            f"{url}: access is refused: the clocks of this machine and of the store differ. Set this one"
+        )
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return RemoteFileRefused(f"{url}: no credentials are known for it: {_reason(error)}")
     if isinstance(error, PermissionError) or status in (401, 403):
         return RemoteFileRefused(f"{url}: access is refused ({status or 403}). Check the address and your credentials")
+    if code in _MAY_PASS_S3:
+        return Interrupted(_reason(error))
     if isinstance(error, (ValueError, TypeError, NotImplementedError)) or (
         status is not None and 300 <= status < 500 and status not in _MAY_PASS
     ):
-        return StorageError(f"{url}: cannot be read: {_reason(error)}")
+        return StorageError(f"{url}: cannot be {doing}: {_reason(error)}")
     return Interrupted(_reason(error))
 
 
-def _status(error: Exception) -> int | None:
-    """Return the HTTP status in an error of aiohttp, gcsfs or huggingface_hub."""
+def status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status in an error of aiohttp, gcsfs, huggingface_hub or botocore (whose errors s3fs translates)."""
     found = getattr(error, "status", None)  # of aiohttp, whose `code` warns that it is old
     if found is None:
-        found = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+        response = getattr(error, "response", None)
+        found = getattr(error, "code", None) or getattr(response, "status_code", None)
+        if isinstance(response, dict):
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if found is None and isinstance(error, OSError) and _s3_code(error):
+        return status_of(error.__cause__)
     return int(str(found)) if re.fullmatch("[1-5][0-9][0-9]", str(found)) else None
 
 
+def _s3_code(error: BaseException) -> str:
+    """Return S3's own name of an error, or nothing."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
 def _reason(error: Exception) -> str:
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
-        return f"the server answers {status} {getattr(error, 'message', '')}".rstrip()
+        about = getattr(error, "message", "") or (str(error.args[-1]) if _s3_code(error) and error.args else "")
+        return f"the server answers {status} {about}".rstrip()
     if isinstance(error, TimeoutError):
         return f"no answer for {STALL_TIMEOUT_S:g} s"
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _is_web(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
-def _path(url: str) -> str:
-    return urlsplit(url).path if _is_web(url) else url.partition("://")[2]

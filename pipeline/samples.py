@@ -17,6 +17,7 @@ from pipeline.errors import SourceError, StorageError
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 MAX_KEY_BYTES = 1024
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million pixels without compression have a quarter
 MAX_LABEL = 2**31 - 1  # class labels are stored as int32
 
 Place = TypeVar("Place")
@@ -130,6 +131,12 @@ def check_name(name: str, what: str) -> str:
     if CONTROL_CHARACTERS.search(name):
         raise SourceError(f"{what} must not contain control characters, got {name!r}. Rename it")
     return name
+
+
+def check_image_bytes(size: int, what: object) -> None:
+    """Raise SourceError for an encoded image that nobody can mean: its place may be a claim, or a hole in a sparse file."""
+    if size > MAX_IMAGE_BYTES:
+        raise SourceError(f"{what}: an image must have at most {MAX_IMAGE_BYTES} bytes, got {size}")
 
 
 def check_label(label: int, num_classes: int | None, where: str) -> int:

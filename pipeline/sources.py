@@ -10,7 +10,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,17 +21,19 @@ from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache
 from pipeline.errors import SourceError
 from pipeline.ids import sha256_json
 from pipeline.parquet_source import open_parquets
-from pipeline.remote import check_url, is_url, list_url
+from pipeline.remote import list_url
 from pipeline.samples import (
     IMAGE_EXTENSIONS,
     Sample,
     ShardIndex,
     SourceShard,
+    check_image_bytes,
     check_name,
     keys_sha256,
     reading,
 )
 from pipeline.tar_source import open_tars
+from pipeline.urls import check_url, is_url
 
 __all__ = ["Sample", "Source", "SourceShard", "open_source"]
 
@@ -75,6 +77,11 @@ class Source:
             if shard.name == name:
                 return shard
         raise SourceError(f"{self.location} has no source shard {name!r}")
+
+    def only(self, names: Sequence[str]) -> "Source":
+        """Return the source of these source shards of it alone, in this order."""
+        found = {shard.name: shard for shard in self.shards}
+        return replace(self, shards=tuple(found[name] for name in names))
 
     @property
     def is_remote(self) -> bool:
@@ -174,6 +181,8 @@ def _expand(pattern: str) -> list[str]:
 
 def _open_files(location: str, paths: Files) -> Source:
     suffixes = {path.suffix for path in paths}
+    if odd := next((path for path in paths if isinstance(path, Path) and not path.is_file()), None):
+        raise SourceError(f"{odd}: named like a file of images, but not a file (a broken link, a folder, or a pipe)")
     if suffixes == {".tar"}:
         return _checked(Source(location, "tar", *open_tars(paths)))
     if suffixes == {".parquet"}:
@@ -246,6 +255,9 @@ class FolderShard(SourceShard[str]):
         """Read one file."""
         path = self.root / place
         with reading(path):
+            check_image_bytes(path.stat().st_size, path)
+            if not path.is_file():  # a pipe would be waited for
+                raise SourceError(f"{path}: is no longer a file")
             return path.read_bytes()
 
 

@@ -24,7 +24,7 @@ from pipeline.errors import TeacherError, UsageError
 from pipeline.manifest import AnyTeacher, EnsembleIdentity, TeacherIdentity
 from pipeline.teacher import Network, Teacher
 from pipeline.views import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.weights import check_size, read_hub_config, read_tensors
+from pipeline.tensors import check_size, read_hub_config, read_tensors
 
 # timm's untagged `regnety_160` is another network, trained on ImageNet-12k; DeiT's teacher is this one.
 DEIT_TEACHERS = {"regnety_160": "regnety_160.deit_in1k"}

@@ -192,7 +192,7 @@ def test_the_loop_itself_has_these_losses(data, teacher, tmp_path):
         drop_path=0.0, model_ema=False, workers=0, log_interval=1, **TINY,
     )  # fmt: skip
     train(config)
-    first = next(line for line in read_metrics(config.output) if line["kind"] == "train")
+    first = next(line for line in read_metrics(config.folder) if line["kind"] == "train")
     data_ = open_data(config)
     batch = BatchRenderer(Catalogue(data_.source, label_set), data_.recipe, make_order(config, data_))(0)
     assert isinstance(batch, Batch)

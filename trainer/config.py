@@ -4,12 +4,15 @@ Names and defaults are DeiT's and timm's where the meaning is the same (Touvron 
 written once, here: the command line takes its options, helps and defaults from these fields.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.config import option
 from pipeline.errors import UsageError
+from pipeline.pins import parse_pin
+from pipeline.staging import working_folder
 from pipeline.units import parse_bytes
 
 DistillationType = Literal["none", "soft", "hard"]
@@ -28,6 +31,7 @@ FREE_ON_RESUME = frozenset(
         "compile",
         "views",
         "labels",
+        "expect_manifest",
         "cache_dir",
         "cache_size",
         "data",
@@ -55,19 +59,22 @@ class TrainConfig:
     labels: str | None = option(
         None, "Label set made by precompute, folder or URL; not needed for --distillation-type none."
     )
+    expect_manifest: str | None = option(
+        None, "sha256:HEX, as `labels info` prints it: refuse --labels whose manifest has other bytes."
+    )
     data: str | None = option(None, "Images; by default where the label set found them.", "--data-path")
     cache_dir: Path | None = option(None, "Where files behind URLs are kept; by default ~/.cache/deit-cli.")
     cache_size: str = option("100GB", "Of that folder, at most; what was used longest ago goes first.")
-    output: Path = option(Path("runs/student"), "Folder of the run.", "--output-dir")
+    output: str = option("runs/student", "Folder or URL of the run.", "--output-dir")
     model: str = option("deit_tiny_distilled_patch16_224", "timm name, or deit-ti, deit-s, deit-b.")
     img_size: int | None = option(None, "Pixels; by default the views'.", "--input-size")
     patch_size: int | None = option(None, "Pixels; by default the model's.")
     embed_dim: int | None = option(None, "Width D; by default the model's.")
     depth: int | None = option(None, "Transformer blocks; by default the model's.")
     num_heads: int | None = option(None, "Attention heads; by default the model's.")
-    init: Path | None = option(
+    init: str | None = option(
         None,
-        "Start from these weights: a folder that a run exported, or a file (ours, timm's or DeiT's). Positions are"
+        "Start from these weights, path or URL: a folder that a run exported, or a file (ours, timm's or DeiT's). Positions are"
         " interpolated to another image size; heads of other classes are made anew.",
         "--initial-checkpoint",
     )
@@ -136,6 +143,9 @@ class TrainConfig:
     amp_dtype: AmpDtype = option("auto", "Of the forward pass; by default bfloat16 on CUDA, else float32.")
 
     def __post_init__(self) -> None:
+        for name in ("output", "init"):  # a Path will do
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else os.fspath(value))
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -152,12 +162,21 @@ class TrainConfig:
             )
         if self.distillation_type == "none" and self.labels is None and self.data is None:
             raise UsageError("--distillation-type none needs --data (or --labels, whose views it then uses)")
+        if self.expect_manifest is not None:
+            parse_pin(self.expect_manifest)
+            if self.labels is None:
+                raise UsageError("--expect-manifest names the manifest of --labels: pass them too")
         if self.warmup > self.epochs:
             raise UsageError(f"--warmup-epochs must be at most --epochs ({self.epochs}), got {self.warmup:g}")
         if self.init is not None and self.pretrained:
             raise UsageError("start from --init or from --pretrained, not from both")
         if self.linear_probe and self.init is None and not self.pretrained:
             raise UsageError("--linear-probe trains heads on features that are there: pass --init or --pretrained too")
+
+    @property
+    def folder(self) -> Path:
+        """Where this machine writes the run: `output`, or the folder that stands for a URL."""
+        return working_folder(self.output)
 
     @property
     def warmup(self) -> float:

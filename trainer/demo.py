@@ -150,7 +150,7 @@ def draw_curves(runs: dict[str, Path], path: Path) -> None:
 def _train(output: Path, seed: int, recipe: Recipe, progress: Callable[[Any], None], **settings: Any) -> Path:
     # DeiT's EMA averages over 25,000 updates, more than the demo has.
     config = TrainConfig(
-        output=output, seed=seed, model_ema=False, log_interval=10**6, checkpoint_interval=50, **settings
+        output=str(output), seed=seed, model_ema=False, log_interval=10**6, checkpoint_interval=50, **settings
     )
     return train(config, recipe if config.labels is None else None, progress=progress)
 
@@ -163,7 +163,7 @@ def _label(
     precompute: Callable[..., LabelSet | None],
     progress: Callable[[Any], None],
 ) -> LabelSet:
-    config = PrecomputeConfig(data=str(training), out=out / "labels", views=(0, VIEWS))
+    config = PrecomputeConfig(data=str(training), out=str(out / "labels"), views=(0, VIEWS))
     teacher = load_teacher(TeacherConfig(teacher=(str(out / "teacher" / "last"),), device=str(resolve_device("auto"))))
     label_set = precompute(config, recipe, teacher, open_source(config.data), progress=progress)
     if label_set is None:
@@ -173,7 +173,7 @@ def _label(
 
 def _evaluate(run: Path, data: Path) -> dict[str, Any]:
     return evaluate_checkpoint(
-        checkpoint=run / "last",
+        checkpoint=str(run / "last"),
         model=None,
         pretrained=False,
         data=str(data),

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from torch import Tensor
 from pipeline.cache import open_cache
 from pipeline.draws import stream_of
 from pipeline.errors import StoppedError, TrainingError
+from pipeline.mirror import Mirror, mirror_of
+from pipeline.ranks import rank_from
 from pipeline.recipe import Recipe
 from pipeline.sources import Source, open_source
 from pipeline.storage import replace_file, sweep_temporaries
@@ -28,6 +31,7 @@ from trainer.order import Order, Share
 from trainer.pace import Pace, Progress
 from trainer.parallel import Consensus, OnRank, joined_world, lost_ranks_named
 from trainer.setup import (
+    LOCK_NAME,
     STATE_NAME,
     State,
     announce,
@@ -66,26 +70,44 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
         TrainingError: the loss is no number.
         WorkerError: a loader process or another rank was lost.
     """
-    check_output(config)
     check_trackers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
-    with joined_world(config.device, config.workers) as world, lost_ranks_named(world):
+    with mirrored(config) as mirror, joined_world(config.device, config.workers) as world, lost_ranks_named(world):
+        check_output(config)
         share = Share(world.rank, world.size, config.grad_accum_steps)
         running = Running(
             world=world, dtype=forward_dtype(config.amp_dtype, world.device), batch_size=config.batch_size
         )
-        run = Run(config, recipe, share, running, progress)
+        run = Run(config, recipe, share, running, progress, mirror)
         with run.alone, run.recorder, BackgroundWriter() as writer, stop_request() as told:
             run.go(writer, told)
-    return config.output
+    return config.folder
+
+
+@contextlib.contextmanager
+def mirrored(config: TrainConfig) -> Iterator[Mirror | None]:
+    """Bring a run whose --output is a URL, and let the first rank send it for as long as the block runs."""
+    mirror = mirror_of(config.output, config.folder, last=STATE_NAME, leave=frozenset({LOCK_NAME}))
+    with contextlib.ExitStack() as stack:
+        if mirror is not None:
+            mirror.bring()
+            if rank_from(os.environ, arrays=False).rank == 0:
+                stack.enter_context(mirror.sending())
+        yield mirror
 
 
 class Run:
     """One training run on one rank: its parts, put together once."""
 
     def __init__(
-        self, config: TrainConfig, recipe: Recipe | None, share: Share, running: Running, progress: Progress | None
+        self,
+        config: TrainConfig,
+        recipe: Recipe | None,
+        share: Share,
+        running: Running,
+        progress: Progress | None,
+        mirror: Mirror | None = None,
     ) -> None:
-        self.config, self.share, self.running = config, share, running
+        self.config, self.share, self.running, self.mirror = config, share, running, mirror
         world = running.world
         self.data = open_data(config, recipe)
         self.order = make_order(config, self.data, share)
@@ -95,8 +117,8 @@ class Run:
         world.check_same((self.meta, self.state.next_update), "settings and checkpoint")
         self.alone = contextlib.ExitStack()
         if world.leads:
-            self.alone.enter_context(only_run_in(config.output))
-            sweep_temporaries(config.output)
+            self.alone.enter_context(only_run_in(config.folder))
+            sweep_temporaries(config.folder)
             save_config(config, self.data)
             announce(config, self.data, self.order, self.state, share)
         self.recorder = self._open_recorder() if world.leads else Recorder()
@@ -150,7 +172,7 @@ class Run:
     def _open_recorder(self) -> Recorder:
         config = self.config
         return open_recorder(
-            config.output,
+            config.folder,
             next_index=self.state.next_update,
             tensorboard=config.log_tensorboard,
             wandb=config.log_wandb,
@@ -216,7 +238,7 @@ class Run:
                 self._evaluate(epoch, self.eval_source)
             self.state.evaluated = self.state.next_update
             if self.running.world.leads:
-                save_evaluation(self.config.output, self.state)
+                save_evaluation(self.config.folder, self.state)
 
     def _evaluate(self, epoch: int, source: Source) -> None:
         """Evaluate the student and its EMA on all ranks, and keep the better one if it is the best so far."""
@@ -237,13 +259,15 @@ class Run:
                 weights = student.model.state_dict()
                 check_finite(weights)
                 if world.leads:
-                    export_model(self.config.output / "best", weights, hub_config=hub_config(student))
+                    export_model(self.config.folder / "best", weights, hub_config=hub_config(student))
 
     def _save(self, writer: BackgroundWriter, exports: bool) -> None:
         """Copy the state, and write it while training goes on; rank 0 does so for all."""
         if not self.running.world.leads:
             return
-        state, output = self.state, self.config.output
+        if self.mirror is not None:
+            self.mirror.check()
+        state, output = self.state, self.config.folder
         tensors = snapshot(pack_training(state.student, state.optimizer, state.ema))
         meta = self.meta | {"next_update": state.next_update}
         described = hub_config(state.student)
@@ -269,8 +293,8 @@ class Run:
         samples = [{"keys": list(batch.keys), "views": list(batch.views)} for batch in sound]
         record = {"update": update, "loss": str(loss), "batches": samples}
         tensors = {f"{number}.{field}": getattr(batch, field) for number, batch in enumerate(sound) for field in _SAVED}
-        save_state(self.config.output / f"{name}.safetensors", tensors, record)
-        path = self.config.output / f"{name}.json"
+        save_state(self.config.folder / f"{name}.safetensors", tensors, record)
+        path = self.config.folder / f"{name}.json"
         replace_file(path, lambda file: write_json(file, record))
         return TrainingError(
             f"the loss of update {update} is {loss}; its samples are listed in {path}, their pixels and labels in"

@@ -4,13 +4,13 @@ import contextlib
 import copy
 import logging
 import math
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -186,7 +186,7 @@ def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Ru
         tempfile.TemporaryDirectory() as folder,
         _only_errors(),
     ):
-        asked = replace(config, output=Path(folder) / "run", **changes)
+        asked = replace(config, output=os.path.join(folder, "run"), **changes)
         dtype = forward_dtype(config.amp_dtype, world.device)
         running = Running(world=world, dtype=dtype, batch_size=config.batch_size)
         run = Run(asked, recipe, Share(passes=config.grad_accum_steps), running, None)

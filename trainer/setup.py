@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
 from pipeline.storage import pretty_json, read_json, refusals_named, replace_file
+from pipeline.weights import weights_here
 from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig
 from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
@@ -77,7 +77,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
         if not labels:
             raise UsageError(f"{source.location} has no class labels to train on")
         return Data(source, None, recipe or PRESETS["deit"], source.num_classes or max(labels) + 1, source.class_names)
-    label_set = LabelSet.open(config.labels, cache=cache)
+    label_set = LabelSet.open(config.labels, cache=cache, expect_manifest=config.expect_manifest)
     if recipe is not None and recipe.id != label_set.recipe.id:
         difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
         raise LabelSetMismatch(f"{config.labels} was made with another recipe{difference}. Leave --recipe out")
@@ -85,18 +85,19 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     difference = check_replay(label_set, source)
     if not difference:
         log.info("%d replay probes: every pixel as the teacher saw it", len(label_set.manifest.probes))
+    if label_set.manifest.shards is not None:
+        shards = len(label_set.shards), len(label_set.plan.source.shards)
+        log.warning("%s holds %d of %d source shards: only their images are trained on", config.labels, *shards)
     return Data(source, label_set, label_set.recipe, label_set.num_classes, label_set.class_names)
 
 
 def check_output(config: TrainConfig) -> None:
     """Raise UsageError if --output holds a run that nobody asked to continue, or what a run without its state has left."""
-    if re.match(r"[a-z][a-z0-9+]+:/", str(config.output)):  # a Path has made one slash of two
-        raise UsageError(f"--output must be a local folder, got {config.output}: a run writes its files there")
     if config.resume == "auto":
         return
-    if (config.output / STATE_NAME).is_file():
+    if (config.folder / STATE_NAME).is_file():
         raise UsageError(f"{config.output} already holds a run: continue it with --resume, or choose another --output")
-    if kept := next((name for name in ("last", "best") if (config.output / name).is_dir()), None):
+    if kept := next((name for name in ("last", "best") if (config.folder / name).is_dir()), None):
         raise UsageError(
             f"{config.output} holds {kept}/ of a run whose {STATE_NAME} is gone: choose another --output, or start anew and"
             " replace it with --resume"
@@ -175,7 +176,7 @@ def _views(config: TrainConfig, data: Data) -> range | None:
 def build_state(config: TrainConfig, data: Data, order: Order, device: torch.device) -> State:
     """Build student, optimizer and EMA from the configuration and its seed, the same on every rank."""
     torch.manual_seed(config.seed)
-    continues = (config.output / STATE_NAME).is_file()  # then what it started from is not needed any more
+    continues = (config.folder / STATE_NAME).is_file()  # then what it started from is not needed any more
     student = create_student(
         config.model,
         num_classes=data.num_classes,
@@ -212,7 +213,7 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
 def _start(config: TrainConfig, student: Student) -> None:
     """Load the weights to start from, and say what was done to fit them."""
     if config.init is not None:
-        changes = start_from(student, config.init)
+        changes = start_from(student, weights_here(config.init))
         log.info("starting from %s: %s", config.init, "; ".join(changes) or "all weights as they are")
     if config.pretrained:
         there = student.model.pretrained_cfg["num_classes"]
@@ -228,19 +229,30 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
         "views_per_update": order.batch_size,
         "recipe_id": data.recipe.id,
         "labelset_id": data.label_set.plan.labelset_id if data.label_set else None,
+        "expect_manifest": config.expect_manifest,
         "repeated_aug": order.repeated_aug,
         "views": [order.views.start, order.views.stop] if order.views else None,
         "source_id": data.label_set.plan.source_id if data.label_set else record_of(data.source).id,
+        "shards": list(data.label_set.shards) if data.label_set and data.label_set.manifest.shards else None,
     }
 
 
 def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     """Bring the state to where the run in --output stopped; refuse a run of other settings."""
-    path = config.output / STATE_NAME
+    path = config.folder / STATE_NAME
     if not path.is_file():
         return
     tensors, saved = load_state(path)
+    if not isinstance(saved, dict) or type(saved.get("next_update")) is not int or saved["next_update"] < 0:
+        raise CheckpointError(f"{path} does not say after which update it was saved: it is no state of a run")
     found = {name: saved.get(name) for name in meta}
+    pin = found.pop("expect_manifest")
+    meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
+    if pin is not None and config.expect_manifest is None:  # another pin is a decision, none may be an oversight
+        raise CheckpointError(
+            f"{path} belongs to a run that is pinned to one manifest: pass --expect-manifest {pin}, or the pin of the"
+            " manifest as it is now, where you know why it changed"
+        )
     views, mine = found["views_per_update"], meta["views_per_update"]
     if found | {"views_per_update": mine} == meta and views != mine:
         raise CheckpointError(
@@ -248,9 +260,9 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
             " --grad-accum-steps x ranks): change these so that their product is the same"
         )
     if found["views"] != meta["views"] and found | {"views": meta["views"]} == meta:
-        start, stop = found["views"] or (0, 0)
+        views = ":".join(map(str, found["views"])) if isinstance(found["views"], list) else str(found["views"])
         raise CheckpointError(
-            f"{path} belongs to a run on views {start}:{stop}, this one has {meta['views']}: pass --views {start}:{stop}"
+            f"{path} belongs to a run on views {views}, this one has {meta['views']}: pass --views {views}"
         )
     if found != meta:
         raise CheckpointError(
@@ -258,7 +270,7 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
         )
     unpack_training(tensors, state.student, state.optimizer, state.ema)
     state.next_update = saved["next_update"]
-    state.evaluated, state.best_top1 = _last_evaluation(config.output)
+    state.evaluated, state.best_top1 = _last_evaluation(config.folder)
     log.info("continuing at update %d", state.next_update)
 
 
@@ -268,9 +280,11 @@ def _last_evaluation(output: Path) -> tuple[int, float]:
     if not path.is_file():
         return 0, -1.0
     record = read_json(path)
-    if not isinstance(record, dict) or not isinstance(record.get("update"), int):
+    values = record if isinstance(record, dict) else {}
+    update, best = values.get("update"), values.get("best_top1", -1.0)
+    if type(update) is not int or type(best) not in (int, float) or not -1 <= best <= 100:
         raise CheckpointError(f"{path} is damaged: delete it, and the best weights are chosen anew from here on")
-    return record["update"], float(record.get("best_top1", -1.0))
+    return update, float(best)
 
 
 def save_evaluation(output: Path, state: State) -> None:
@@ -287,12 +301,12 @@ def save_config(config: TrainConfig, data: Data) -> None:
             "labelset_id": data.label_set.plan.labelset_id,
             "teacher": data.label_set.plan.teacher.model_dump(mode="json"),
         }
-    replace_file(config.output / CONFIG_NAME, lambda file: write_json(file, resolved))
+    replace_file(config.folder / CONFIG_NAME, lambda file: write_json(file, resolved))
     settings = plain_settings(config)
     settings.pop("resume")  # a way to call the command, not a setting of the run
     if data.label_set is None:  # else the labels say the recipe
         settings |= recipe_settings(data.recipe)
-    replace_file(config.output / SETTINGS_NAME, lambda file: _write_yaml(file, settings))
+    replace_file(config.folder / SETTINGS_NAME, lambda file: _write_yaml(file, settings))
 
 
 def announce(config: TrainConfig, data: Data, order: Order, state: State, share: Share) -> None:

