@@ -7,7 +7,6 @@ every opening goes through `fetch` (or `read_local`), and nothing is decided by 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,14 +14,21 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from pipeline import remote
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, StorageError
-from pipeline.storage import TEMPORARY_PREFIX, pretty_json, refusals_named, replace_file, sweep_temporaries
+from pipeline.storage import (
+    TEMPORARY_PREFIX,
+    locked,
+    pretty_json,
+    refusals_named,
+    replace_file,
+    sweep_temporaries,
+)
 from pipeline.units import byte_size, parse_bytes
 from pipeline.urls import join_url, parent_url, url_name
 
@@ -128,7 +134,7 @@ class ShardCache:
         """
         with refusals_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(_lock(path), wait=ahead is None) as mine:
+        with locked(_lock(path), wait=ahead is None) as mine:
             if not mine:
                 return False
             if not self._is_here(path, use=ahead is None):  # else another process was quicker
@@ -157,7 +163,7 @@ class ShardCache:
                 begin=lambda announced: self._take_room(url, file, announced or size, ahead),
                 check=check,
             )
-            with contextlib.suppress(NoRoom), _locked(self.folder / ".lock"):
+            with contextlib.suppress(NoRoom), locked(self.folder / ".lock"):
                 self._make_room(0, older_than=None)  # for what came without an announced length
             if sha256 is not None and received.sha256 != sha256:
                 raise RemoteFileCorrupt(
@@ -179,7 +185,7 @@ class ShardCache:
     def _take_room(self, url: str, file: BinaryIO, need: int | None, ahead: threading.Event | None) -> None:
         """Make room for a download, and take it: its file has its full length from its first byte on."""
         self._refuse_larger(url, need or 0)
-        with _locked(self.folder / ".lock"):
+        with locked(self.folder / ".lock"):
             self._make_room(need or 0, older_than=None if ahead is None else time.time() - IN_USE_S)
             if need:
                 file.truncate(need)
@@ -227,7 +233,7 @@ class ShardCache:
 
     def _evict(self, path: Path) -> bool:
         """Delete a file, unless it is being downloaded; its sidecar goes first, so that no half of it is believed."""
-        with refusals_named(path), _locked(_lock(path), wait=False) as mine:
+        with refusals_named(path), locked(_lock(path), wait=False) as mine:
             if mine:
                 for part in (_sidecar(path), path, _lock(path)):
                     part.unlink(missing_ok=True)
@@ -412,33 +418,3 @@ def _last_use(path: Path) -> float:
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
     return 0.0
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file, across processes and threads; without `wait`, give False where another holds it.
-
-    Whoever evicts a file deletes its lock, so a lock counts only if its name still leads to it.
-    """
-    while True:
-        with refusals_named(path):
-            file = path.open("ab")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            try:
-                if _leads_to(path, file):
-                    yield True
-                    return
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do in a process that has forked since
-
-
-def _leads_to(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False

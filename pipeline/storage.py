@@ -6,6 +6,7 @@ except by `replace_file`, which swaps one complete file for another.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -58,6 +59,67 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     with refusals_named(path), _temporary_file(path, write) as temporary:
         os.replace(temporary, path)
         _fsync_folder(path.parent)
+
+
+def publish_partial(partial: Path, path: Path) -> bool:
+    """Give a complete file of the same folder its name, as `publish_file` does; the old name goes in any case.
+
+    Returns:
+        True if this call gave the name, False if another file had it.
+    """
+    with refusals_named(path):
+        try:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            _link(partial, path)
+        except FileExistsError:
+            return False
+        finally:
+            partial.unlink(missing_ok=True)
+        _fsync_folder(path.parent)
+        return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file, across processes and threads; without `wait`, give False where another holds it.
+
+    Whoever deletes the file deletes its lock, so a lock counts only if its name still leads to it.
+    """
+    while True:
+        with refusals_named(path):
+            file = path.open("ab")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                if _leads_to(path, file):
+                    yield True
+                    return
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do in a process that has forked since
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes out that ask for the same; where a file system has no such locks, nobody is kept out."""
+    with refusals_named(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, durably."""
+    with refusals_named(folder):
+        _make_folder(folder)
 
 
 def sweep_temporaries(folder: Path) -> int:
@@ -173,6 +235,13 @@ def _make_folder(folder: Path) -> None:
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _fsync_folder(folder.parent)
+
+
+def _leads_to(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _link(temporary: Path, path: Path) -> None:
