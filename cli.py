@@ -6,10 +6,7 @@ import logging
 import os
 import signal
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,20 @@ import click
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.errors import DeitCliError, StoppedError, UsageError
+from pipeline.options import (
+    AS_JSON,
+    LOG_JSON,
+    SECONDS,
+    chosen_recipe,
+    config_option,
+    options_of,
+    recipe_fields,
+    recipe_options,
+    say_settings,
+    split_values,
+)
 from trainer.config import TrainConfig
+from trainer.console import ToStderr, shown_progress
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -67,168 +77,6 @@ def main() -> None:
     sys.exit(code)
 
 
-class ToStderr(logging.Handler):
-    """Messages to whatever stderr is at the time: a progress bar takes its place for as long as it is shown."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one message."""
-        click.echo(self.format(record), err=True)
-
-
-class ViewsType(click.ParamType):
-    """START:STOP, or a number of views from 0."""
-
-    name = "START:STOP"
-
-    @staticmethod
-    def text(views: tuple[int, int]) -> str:
-        """Return how a user would write it."""
-        return f"{views[0]}:{views[1]}"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Turn the text into two numbers."""
-        if isinstance(value, tuple):
-            return value
-        start, colon, stop = str(value).partition(":")
-        try:
-            return (int(start or 0), int(stop)) if colon else (0, int(start))
-        except ValueError:
-            self.fail(f"{value!r} is not START:STOP, such as 0:30", param, ctx)
-
-
-class NumberOrAuto(click.ParamType):
-    """A whole number, or `auto`."""
-
-    name = "INTEGER|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """Turn the text into a number, unless it is `auto`."""
-        text = str(value).lower()
-        try:
-            return text if text == "auto" else int(text)
-        except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor auto", param, ctx)
-
-
-def options_of(config: type, *, skip: frozenset[str] = frozenset()) -> Callable[[Any], Any]:
-    """Return a decorator that adds an option for every field of a config: its help, its type, its default."""
-    hints = typing.get_type_hints(config)
-
-    def decorate(command: Any) -> Any:
-        for field in reversed(dataclasses.fields(config)):
-            if field.name not in skip:
-                command = _option(field, hints[field.name])(command)
-        return command
-
-    return decorate
-
-
-def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Any], Any]:
-    flag = field.name.replace("_", "-")
-    kind, repeats = _plain_type(hint)
-    declaration = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    default: Any = field.default
-    if _click_type(kind).__class__ is ViewsType and isinstance(default, tuple):
-        default = ViewsType.text(default)
-    known: dict[str, Any] = {"required": True} if default is dataclasses.MISSING else {"default": default}
-    if (bare := field.metadata.get("bare")) is not None:
-        known |= {"is_flag": False, "flag_value": bare}
-    shown = default is not dataclasses.MISSING and default not in (None, False, ())
-    return click.option(
-        declaration,
-        *field.metadata.get("flags", ()),
-        field.name,
-        type=None if kind is bool else _click_type(kind),
-        help=field.metadata["help"],
-        show_default=shown,
-        multiple=repeats,
-        **known,
-    )
-
-
-def _plain_type(hint: Any) -> tuple[Any, bool]:
-    """Return the type of one value of a field, without its None, and whether the option repeats."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return (kinds[0] if len(kinds) == 1 else NumberOrAuto()), False
-    if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
-        return typing.get_args(hint)[0], True
-    return hint, False
-
-
-def _click_type(kind: Any) -> Any:
-    if typing.get_origin(kind) is typing.Literal:
-        return click.Choice(typing.get_args(kind))
-    if kind is Path:
-        return click.Path(path_type=Path)
-    return ViewsType() if typing.get_origin(kind) is tuple else kind
-
-
-def recipe_options(command: Any) -> Any:
-    """Add --recipe and --set."""
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="FIELD=VALUE",
-        help="Change a field of the recipe, such as img_size=32; repeatable.",
-    )(command)
-    return click.option(
-        "--recipe", default=None, show_default="deit", help="deit, deit-384, crop-flip, none, or a YAML file."
-    )(command)
-
-
-LOG_JSON = click.option(
-    "--log-json",
-    type=click.Path(path_type=Path),
-    help="Append messages and progress to this file, a JSON object a line.",
-)
-
-
-RECIPE_FIELDS = "deit_cli.recipe_fields"  # what a file of settings says under `set`, in the command's context
-
-
-def config_option(*kinds: type) -> Callable[[Any], Any]:
-    """Return a decorator that adds -c/--config: a file with the fields of these configs, under what is passed."""
-
-    def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-        if path is None:
-            return
-        from pipeline.config_file import read_settings
-
-        settings = read_settings(path, *kinds)
-        context.meta[RECIPE_FIELDS] = {str(k).replace("-", "_"): v for k, v in settings.pop("set", {}).items()}
-        context.default_map = settings
-
-    return click.option(
-        "-c",
-        "--config",
-        type=click.Path(path_type=Path),
-        metavar="FILE.yaml",
-        is_eager=True,
-        expose_value=False,
-        callback=read,
-        help="Take these options from a YAML file (name: value); what is passed here goes before it.",
-    )
-
-
-def _recipe(name: str | None, overrides: tuple[str, ...]) -> Any:
-    from pipeline.recipe import load_recipe, parse_override
-
-    return load_recipe(name or "deit", _recipe_fields() | dict(parse_override(text) for text in overrides))
-
-
-def _recipe_fields() -> dict[str, Any]:
-    return click.get_current_context().meta.get(RECIPE_FIELDS, {})
-
-
-def _say_settings(*configs: Any, recipe: Any) -> None:
-    from pipeline.config_file import describe_settings
-
-    changes = describe_settings(recipe) if recipe is not None else ""
-    log.info("settings: %s%s", describe_settings(*configs), f"; recipe: {changes}" if changes else "")
-
-
 @click.group(context_settings=CONTEXT)
 @click.version_option(package_name="deit-cli")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
@@ -255,17 +103,17 @@ def precompute(
       deit-cli precompute --data imagenet/train --teacher regnety_160 --out shards --views 0:300
       torchrun --nproc-per-node 8 --no-python deit-cli precompute --data imagenet/train --out shards
     """
-    config, asked = _split(values, PrecomputeConfig, TeacherConfig)
-    chosen = _recipe(recipe, overrides)
-    _say_settings(config, asked, recipe=chosen)
+    config, asked = split_values(values, PrecomputeConfig, TeacherConfig)
+    chosen = chosen_recipe(recipe, overrides)
+    say_settings(config, asked, recipe=chosen)
     from pipeline import precompute as stage1
     from pipeline.engines import load_here
     from pipeline.tables import plan_table
 
-    with _progress(log_json) as progress:
+    with shown_progress(log_json) as progress:
         loaded, source = load_here(config, asked)
         if dry_run:
-            click.echo(plan_table(stage1.plan_work(config, chosen, loaded, source)))
+            click.echo(plan_table(stage1.look_ahead(config, chosen, loaded, source)))
             return
         label_set = stage1.precompute(config, chosen, loaded, source, progress=progress)
     if label_set is None:
@@ -273,14 +121,7 @@ def precompute(
         return
     views = label_set.views
     click.echo(
-        f"{label_set.folder}: views {views.start}:{views.stop} of {source.num_samples:,} images, sealed. Look: deit-cli labels show {label_set.folder}"
-    )
-
-
-def _split(values: dict[str, Any], *kinds: type) -> Any:
-    """Make one config of each kind from the values of its own options."""
-    return tuple(
-        kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}) for kind in kinds
+        f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed. Look: deit-cli labels show {config.out}"
     )
 
 
@@ -299,7 +140,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
       deit-cli train --distillation-type none --data imagenet/train --model resnet50 --output runs/teacher
     """
     config = TrainConfig(**values)
-    chosen = _recipe(recipe, overrides) if recipe is not None or overrides or _recipe_fields() else None
+    chosen = chosen_recipe(recipe, overrides) if recipe is not None or overrides or recipe_fields() else None
     from pipeline.ranks import rank_from
     from trainer.loop import train as run
     from trainer.pace import Step, summary
@@ -308,9 +149,9 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
     last: Step | None = None
     if not leads:  # of several ranks, one speaks
         log.setLevel(logging.WARNING)
-    _say_settings(config, recipe=chosen)
+    say_settings(config, recipe=chosen)
 
-    with _progress(log_json if leads else None) as progress:
+    with shown_progress(log_json if leads else None) as progress:
 
         def update(step: Step) -> None:
             nonlocal last
@@ -319,14 +160,13 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
 
         folder = run(config, chosen, progress=update)
     if leads:
-        click.echo(summary(folder, last))
+        click.echo(summary(folder, last, location=config.output))
 
 
 @commands.command()
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="Folder that a run exported (last, best), or a file of weights.",
+    help="Folder that a run exported (last, best), or a file of weights; path or URL.",
 )
 @click.option("--model", help="timm name, for a file of weights or --pretrained.")
 @click.option("--pretrained", is_flag=True, help="timm's published weights.")
@@ -380,13 +220,6 @@ def evaluate(**values: Any) -> None:
 
 
 OF_PRECOMPUTE = frozenset({"out", "engine", "address", "on_bad_image", "min_teacher_accuracy", "accuracy_samples"})
-SECONDS = click.option(
-    "--seconds",
-    type=click.FloatRange(0.1, 600),
-    default=2.0,
-    help="Spent on each measurement, about.",
-)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 @commands.command()
@@ -426,11 +259,11 @@ def estimate(
     Example:
       deit-cli estimate --data imagenet/train --teacher regnety_160 --views 0:300 --students 5 --epochs 300
     """
-    config, asked = _split(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
-    chosen = _recipe(recipe, overrides)
+    config, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
+    chosen = chosen_recipe(recipe, overrides)
     from pipeline import estimate as estimating
+    from pipeline.encoding import label_bytes
     from pipeline.engines import load_here
-    from pipeline.labels import label_bytes
     from pipeline.measuring import forward_flops, measure_rates, training_step_s
     from pipeline.precompute import choose_topk
     from pipeline.tables import estimate_table
@@ -503,8 +336,8 @@ def stage1(
     Example:
       deit-cli bench stage1 --data imagenet/train --teacher regnety_160
     """
-    config, asked = _split(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
-    chosen = _recipe(recipe, overrides)
+    config, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
+    chosen = chosen_recipe(recipe, overrides)
     from pipeline.engines import load_here
     from pipeline.estimate import pace, plan_machine
     from pipeline.measuring import measure_rates, measure_together
@@ -568,7 +401,7 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
       deit-cli bench stage2 --labels shards --model deit-s
     """
     config = TrainConfig(**values)
-    chosen = _recipe(recipe, overrides) if recipe is not None or overrides or _recipe_fields() else None
+    chosen = chosen_recipe(recipe, overrides) if recipe is not None or overrides or recipe_fields() else None
     from trainer.measuring import measure_training, stage2_table
 
     found = measure_training(config, chosen, seconds=seconds)
@@ -577,7 +410,7 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
 
 @commands.group()
 def labels() -> None:
-    """Look into a label set: info, verify, show."""
+    """Look into a label set: info, verify, show; import others' labels."""
 
 
 LABELS = click.argument("folder")  # or a URL
@@ -654,6 +487,60 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     click.echo(str(out))
 
 
+@labels.command(name="import")
+@click.argument("kind", metavar="FORMAT", type=click.Choice(["fkd", "tinyvit"]))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--num-classes", default=1000, help="The teacher's classes; every stored class is checked against it.")
+@click.option("--topk", type=int, show_default="all that are stored", help="Classes to keep of each view.")
+def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None) -> None:
+    """Import published labels (FORMAT: fkd, tinyvit) into Parquet tables, and say what is lost.
+
+    The tables can be read and compared; they are no label set, because their views cannot be replayed.
+
+    \b
+    Examples:
+      deit-cli labels import fkd FKD_soft_label/imagenet/train fkd-labels
+      deit-cli labels import tinyvit teacher_logits tinyvit-labels --num-classes 21841
+    """
+    from pipeline.importing import import_labels, import_table
+
+    with shown_progress() as progress:
+        record = import_labels(kind, path, out, num_classes=num_classes, topk=topk, progress=progress)
+    click.echo(import_table(record, out))
+
+
+@commands.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Also look whether a folder is fit to be written to: up to 256 MB are, and deleted again.",
+)
+@click.option("--labels", metavar="FOLDER|URL", help="Also render the replay probes of a label set again.")
+@click.option("--data", help="Images of --labels; by default where the label set found them.")
+@AS_JSON
+@click.pass_context
+def doctor(context: click.Context, out: Path | None, labels: str | None, data: str | None, as_json: bool) -> None:
+    """Say what is wrong with this machine before a long run does: packages, GPUs, decoders, memory, limits, names.
+
+    Exits with 0 where nothing is wrong, warnings apart, and with 1 where something is.
+
+    \b
+    Examples:
+      deit-cli doctor
+      deit-cli doctor --out /scratch/shards --labels shards --data imagenet/train
+    """
+    from pipeline.doctor import examine
+    from pipeline.findings import report_json, report_table, verdict
+
+    if data is not None and labels is None:
+        raise UsageError("--data names the images of --labels: pass that too")
+    sections = examine(out=out, labels=labels, data=data)
+    click.echo(json.dumps(report_json(sections), indent=1) if as_json else report_table(sections))
+    context.exit(1 if verdict(sections)[0] else 0)
+
+
 @commands.command()
 @click.option(
     "--out",
@@ -674,7 +561,7 @@ def demo(out: Path, seed: int) -> None:
     from pipeline.teacher_loading import load_teacher
     from trainer.demo import run_demo
 
-    with _progress() as progress:
+    with shown_progress() as progress:
         click.echo(
             run_demo(
                 out,
@@ -685,68 +572,6 @@ def demo(out: Path, seed: int) -> None:
                 progress=progress,
             )
         )
-
-
-@contextmanager
-def _progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
-    """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
-    from pipeline.progress import json_log
-
-    with _bar() if sys.stderr.isatty() else _lines() as show, json_log(log_json) as write:
-
-        def update(tick: Any) -> None:
-            show(tick)
-            write(tick)
-
-        yield update
-
-
-@contextmanager
-def _lines() -> Iterator[Callable[[Any], None]]:
-    from pipeline.progress import now_and_then, say
-    from trainer import pace
-
-    say_step = pace.now_and_then()
-    with now_and_then(say, every_s=60) as say_tick:
-        yield lambda tick: say_step(tick) if isinstance(tick, pace.Step) else say_tick(tick)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[Any], None]]:
-    from rich import progress as bars
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.text import Text
-
-    from pipeline.progress import state
-    from trainer import pace
-
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(bar_width=None),
-        bars.TextColumn("{task.fields[count]}", style="progress.download"),
-        bars.TextColumn("{task.fields[left]}"),
-    )
-    rows = bars.Progress(*columns, expand=True)
-    live = Live(rows, console=Console(stderr=True), transient=True)
-    tasks: dict[str, bars.TaskID] = {}
-
-    def update(tick: Any) -> None:
-        if tick.phase not in tasks:
-            tasks[tick.phase] = rows.add_task(tick.phase, count="", left="")
-        shown: dict[str, Any] = {"count": f"{tick.done:,}/{tick.total:,}"}
-        if isinstance(tick, pace.Step):
-            done = f"{100 * tick.done // tick.total} %"
-            shown = {"description": pace.place(tick), "count": done, "left": pace.left(tick)}
-        below = pace.state(tick) if isinstance(tick, pace.Step) else state(tick)
-        rows.update(tasks[tick.phase], completed=tick.done, total=tick.total, **shown)
-        live.update(Group(rows, Text(below)))
-        live.start()  # only now: before it there may be questions to the user
-
-    try:
-        yield update
-    finally:
-        live.stop()
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ class Bench:
     def evaluate(self, run: Path) -> dict[str, float]:
         """Return top-1 by way of reading the heads."""
         scores = evaluate_checkpoint(
-            checkpoint=run / "last",
+            checkpoint=str(run / "last"),
             model=None,
             pretrained=False,
             data=str(self.test),

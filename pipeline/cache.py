@@ -21,14 +21,7 @@ from typing import BinaryIO, TypeVar
 
 from pipeline import remote
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, StorageError
-from pipeline.storage import (
-    TEMPORARY_PREFIX,
-    locked,
-    pretty_json,
-    refusals_named,
-    replace_file,
-    sweep_temporaries,
-)
+from pipeline.storage import TEMPORARY_PREFIX, locked, pretty_json, refusals_named, replace_file, sweep_temporaries
 from pipeline.units import byte_size, parse_bytes
 from pipeline.urls import join_url, parent_url, url_name
 

@@ -59,7 +59,9 @@ def download(url: str, path: Path, *, size: int, sha256: str, stop: threading.Ev
                 continue
             if received.sha256 == sha256:
                 return publish_partial(partial, path)
-            log.warning("%s has SHA-256 %s…, not %s…; fetching it from its start", url, received.sha256[:12], sha256[:12])
+            log.warning(
+                "%s has SHA-256 %s…, not %s…; fetching it from its start", url, received.sha256[:12], sha256[:12]
+            )
         os.truncate(partial, 0)
     raise RemoteFileCorrupt(
         f"{url} has SHA-256 {received.sha256[:12]}…, {sha256[:12]}… is promised: it was changed or replaced"

@@ -7,15 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.labels import (
-    LabelRows,
-    LabelsFooter,
-    SampleRows,
-    content_xxh3,
-    encode_rows,
-    index_dtype,
-    write_labels,
-)
+from pipeline.encoding import LabelRows, content_xxh3, encode_rows, index_dtype
+from pipeline.labels import LabelsFooter, SampleRows, write_labels
 from pipeline.manifest import Plan, Probe, labels_path
 from pipeline.recipe import Recipe
 from pipeline.rendering import ViewBatch

@@ -17,6 +17,7 @@ DeitCliError                    exit code 1: cannot
 │   ├── LabelSetMismatch        sound, but made from another recipe, teacher, source or format
 │   ├── LabelSetIncomplete      not sealed: rows are missing
 │   └── ReplayError             this machine renders other pixels than the teacher saw
+├── ImportedLabelsError         labels of another format are damaged, or not in its layout
 ├── CheckpointError             a checkpoint that is damaged or belongs to another run
 ├── TrainingError               the run cannot go on (non-finite loss, say)
 └── StoppedError                exit code 128 + signal: a signal stopped the run after a checkpoint
@@ -117,6 +118,10 @@ class LabelSetIncomplete(LabelSetError):
 
 class ReplayError(LabelSetError):
     """This machine renders other pixels than those the teacher answered for."""
+
+
+class ImportedLabelsError(DeitCliError):
+    """Labels of another format cannot be imported: damaged, unsafe, or not in its layout."""
 
 
 class CheckpointError(DeitCliError):

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.decode import decode
+from pipeline.encoding import LabelRows
 from pipeline.errors import LabelSetError
-from pipeline.labels import LabelRows, SampleRows
+from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.replay import check_image, pair_of
@@ -44,6 +45,7 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
             "kind": plan.source.kind,
             "location": plan.source.location,
             "shards": len(tables),
+            "shards_of_plan": len(plan.source.shards),
             "images": sum(map(len, tables.values())),
             "unlabelled": sum(label is None for table in tables.values() for label in table.class_label),
             "bad": bad,

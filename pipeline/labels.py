@@ -7,7 +7,7 @@ answers for one source shard and one block of views: row group i is view `view_s
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
@@ -15,11 +15,11 @@ from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from pipeline.config import Precision
+from pipeline.encoding import LabelRows, content_xxh3, find_problem, index_dtype
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
 from pipeline.ids import canonical_json
 from pipeline.records import Count, Name, Record, Sha256, View, Xxh3, is_version
@@ -30,28 +30,6 @@ VERSION = 1
 FOOTER_KEY = b"deit_cli"
 MAX_TOPK = 4096
 _WRITE = {"compression": "zstd", "compression_level": 3, "use_dictionary": False, "write_page_checksum": True}
-
-
-@dataclass(frozen=True)
-class LabelRows:
-    """The teacher's answers for one view of one source shard.
-
-    Attributes:
-        row: uint32 [N], rising: the samples' rows in the samples file.
-        hard: uint16 [N], argmax class (uint32 where C > 65536).
-        topk_index: as `hard`, [N, K], most probable first; K may be 0.
-        topk_prob: float16 or float32 [N, K], probabilities at temperature 1.
-        tail_mass: as `topk_prob`, [N], 1 minus the kept probability.
-    """
-
-    row: NDArray[np.uint32]
-    hard: NDArray[np.unsignedinteger]
-    topk_index: NDArray[np.unsignedinteger]
-    topk_prob: NDArray[np.floating]
-    tail_mass: NDArray[np.floating]
-
-    def __len__(self) -> int:
-        return len(self.row)
 
 
 @dataclass(frozen=True)
@@ -130,17 +108,6 @@ class LabelsFooter(Record):
 Footer = TypeVar("Footer", SamplesFooter, LabelsFooter)
 
 
-def index_dtype(num_classes: int) -> np.dtype[np.unsignedinteger]:
-    """Return uint16, or uint32 where there are more than 65,536 classes."""
-    return np.dtype(np.uint16 if num_classes <= 65536 else np.uint32)
-
-
-def label_bytes(num_classes: int, topk: int, precision: Precision) -> int:
-    """Return the bytes of one label before compression: class, K indices and probabilities, tail."""
-    index, prob = index_dtype(num_classes).itemsize, np.dtype(precision).itemsize
-    return index + topk * (index + prob) + (prob if topk else 0)
-
-
 def labels_schema(num_classes: int, topk: int, precision: Precision) -> pa.Schema:
     """Return the exact schema of label shards; K = 0 has no top-k columns."""
     index, prob = pa.from_numpy_dtype(index_dtype(num_classes)), pa.from_numpy_dtype(np.dtype(precision))
@@ -163,15 +130,6 @@ SAMPLES_SCHEMA = pa.schema(
         pa.field("bad", pa.string()),
     ]
 )
-
-
-def content_xxh3(views: Sequence[LabelRows]) -> str:
-    """Return the xxh3-128 over all values: for each view row, hard, topk_index, topk_prob, tail_mass, little-endian."""
-    digest = xxhash.xxh3_128()
-    for rows in views:
-        for field in fields(rows):
-            digest.update(np.ascontiguousarray(getattr(rows, field.name)).data)
-    return digest.hexdigest()
 
 
 def write_labels(file: BinaryIO, views: Sequence[LabelRows], footer: LabelsFooter) -> None:
@@ -221,15 +179,28 @@ class Contents:
         data = pa.BufferReader(self.data)
         return _guarded(self.name, lambda: pq.ParquetFile(data, page_checksum_verification=True))
 
+    @cached_property
+    def labels_footer(self) -> LabelsFooter:
+        """What a label shard says of itself, parsed once."""
+        return _footer(self.parquet, self.name, LabelsFooter)
+
+    @cached_property
+    def labels_layout(self) -> LabelsFooter:
+        """The footer again, after schema and row groups were found to be as it says."""
+        footer = self.labels_footer
+        _check_layout(self.parquet, self.name, footer)
+        return footer
+
 
 def read_labels_footer(file: Path | Contents) -> LabelsFooter:
     """Read what a label shard says of itself, without its rows."""
-    return _footer(*_open(file), LabelsFooter)
+    return _contents(file).labels_footer
 
 
 def read_samples_footer(file: Path | Contents) -> SamplesFooter:
     """Read what a samples file says of itself, without its rows."""
-    return _footer(*_open(file), SamplesFooter)
+    file = _contents(file)
+    return _footer(file.parquet, file.name, SamplesFooter)
 
 
 def read_view(file: Path | Contents, view: int) -> LabelRows:
@@ -238,26 +209,27 @@ def read_view(file: Path | Contents, view: int) -> LabelRows:
     Raises:
         LabelSetCorrupt: the file is not what its footer says.
     """
-    parquet, name = _open(file)
-    footer = _checked_labels(parquet, name)
+    file = _contents(file)
+    footer = file.labels_layout
     if not footer.view_start <= view < footer.view_stop:
-        raise LabelSetCorrupt(f"{name} holds views {footer.view_start}..{footer.view_stop - 1}, not {view}")
-    return _read_row_group(parquet, name, footer, view)
+        raise LabelSetCorrupt(f"{file} holds views {footer.view_start}..{footer.view_stop - 1}, not {view}")
+    return _read_row_group(file, footer, view)
 
 
 def read_all_views(file: Path | Contents) -> list[LabelRows]:
     """Read a whole label shard, and check its content hash too."""
-    parquet, name = _open(file)
-    footer = _checked_labels(parquet, name)
-    views = [_read_row_group(parquet, name, footer, view) for view in range(footer.view_start, footer.view_stop)]
+    file = _contents(file)
+    footer = file.labels_layout
+    views = [_read_row_group(file, footer, view) for view in range(footer.view_start, footer.view_stop)]
     if content_xxh3(views) != footer.content_xxh3:
-        raise LabelSetCorrupt(f"{name}: its rows do not have the hash that its footer states; delete it and rerun")
+        raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states; delete it and rerun")
     return views
 
 
 def read_samples(file: Path | Contents) -> SampleRows:
     """Read a samples file."""
-    parquet, name = _open(file)
+    contents = _contents(file)
+    parquet, name = contents.parquet, contents.name
     footer = _footer(parquet, name, SamplesFooter)
     _check_schema(parquet, SAMPLES_SCHEMA, name)
     if parquet.metadata.num_rows != footer.rows:
@@ -304,9 +276,8 @@ def _read(path: Path) -> Contents:
         raise LabelSetCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _open(file: Path | Contents) -> tuple[pq.ParquetFile, str]:
-    contents = _read(file) if isinstance(file, Path) else file
-    return contents.parquet, contents.name
+def _contents(file: Path | Contents) -> Contents:
+    return _read(file) if isinstance(file, Path) else file
 
 
 def _base64_marks(text: bytes) -> tuple[bytes, ...]:
@@ -369,13 +340,11 @@ def _footer(file: pq.ParquetFile, path: str, kind: type[Footer]) -> Footer:
     return footer
 
 
-def _checked_labels(file: pq.ParquetFile, path: str) -> LabelsFooter:
-    footer = _footer(file, path, LabelsFooter)
+def _check_layout(file: pq.ParquetFile, path: str, footer: LabelsFooter) -> None:
     _check_schema(file, labels_schema(footer.num_classes, footer.topk, footer.precision), path)
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     if len(groups) != footer.view_stop - footer.view_start or set(groups) - {footer.rows_per_view}:
         raise LabelSetCorrupt(f"{path}: row groups {groups[:4]}… are not {footer.rows_per_view} rows for each view")
-    return footer
 
 
 def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
@@ -387,82 +356,31 @@ def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
         )
 
 
-def _read_row_group(file: pq.ParquetFile, path: str, footer: LabelsFooter, view: int) -> LabelRows:
-    table = _guarded(path, lambda: file.read_row_group(view - footer.view_start, use_threads=False))
-    prob, index = np.dtype(footer.precision), index_dtype(footer.num_classes)
-    size, topk = len(table), footer.topk
+def _read_row_group(file: Contents, footer: LabelsFooter, view: int) -> LabelRows:
+    group = view - footer.view_start
+    table = _guarded(file.name, lambda: file.parquet.read_row_group(group, use_threads=False))
+    size, topk, prob = len(table), footer.topk, np.dtype(footer.precision)
     rows = LabelRows(
-        row=_numpy(table["row"]),
-        hard=_numpy(table["hard"]),
-        topk_index=_matrix(table["topk_index"], topk) if topk else np.empty((size, 0), index),
+        row=_values(table["row"]),
+        hard=_values(table["hard"]),
+        topk_index=_matrix(table["topk_index"], topk) if topk else np.empty((size, 0), index_dtype(footer.num_classes)),
         topk_prob=_matrix(table["topk_prob"], topk) if topk else np.empty((size, 0), prob),
-        tail_mass=_numpy(table["tail_mass"]) if topk else np.empty(0, prob),
+        tail_mass=_values(table["tail_mass"]) if topk else np.empty(0, prob),
     )
-    _check_values(rows, path, view, footer.num_classes)
-    if not (_numpy(table["view"]) == view).all():
-        raise LabelSetCorrupt(f"{path}: row group {view - footer.view_start} must hold view {view} alone")
+    if problem := find_problem(rows, footer.num_classes):
+        raise LabelSetCorrupt(f"{file}: view {view}: {problem}")
+    if not (_values(table["view"]) == view).all():
+        raise LabelSetCorrupt(f"{file}: row group {group} must hold view {view} alone")
     return rows
 
 
-def _numpy(column: pa.ChunkedArray) -> NDArray[Any]:
-    return (
-        column.combine_chunks().to_numpy(zero_copy_only=False) if column.num_chunks != 1 else column.chunk(0).to_numpy()
-    )
+def _values(column: pa.ChunkedArray) -> NDArray[Any]:
+    return _whole(column).to_numpy()
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
-    return np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks]).reshape(-1, width)
+    return _whole(column).flatten().to_numpy().reshape(-1, width)
 
 
-def _check_values(rows: LabelRows, path: str, view: int, num_classes: int) -> None:
-    """Refuse values that no teacher can have answered."""
-    prob, tail = rows.topk_prob.astype(np.float32), rows.tail_mass.astype(np.float32)
-    problems = [
-        (bool((np.diff(rows.row.astype(np.int64)) <= 0).any()), "rows do not rise"),
-        (bool((np.diff(np.sort(rows.topk_index, axis=1), axis=1) == 0).any()), "a class stands twice in top-k"),
-        (
-            bool((rows.hard >= num_classes).any() or (rows.topk_index >= num_classes).any()),
-            f"a class is not below {num_classes}",
-        ),
-        (
-            not bool(((prob >= 0) & (prob <= 1)).all() and ((tail >= 0) & (tail <= 1)).all()),
-            "a probability is outside 0..1",
-        ),
-        (bool((np.diff(prob, axis=1) > 0).any()), "probabilities do not fall"),
-        (bool(prob.shape[1] and (np.abs(prob.sum(1) + tail - 1) > 0.01).any()), "probabilities do not add to 1"),
-        (bool(prob.shape[1] and (rows.topk_index[:, 0] != rows.hard).any()), "`hard` is not the first of top-k"),
-    ]
-    for found, what in problems:
-        if found:
-            raise LabelSetCorrupt(f"{path}: view {view}: {what}")
-
-
-def encode_rows(
-    row: NDArray[np.int64],
-    hard: NDArray[Any],
-    index: NDArray[Any],
-    prob: NDArray[np.float32],
-    *,
-    num_classes: int,
-    precision: Precision,
-) -> LabelRows:
-    """Turn the teacher's float32 answers into stored rows, sorted by row.
-
-    Args:
-        row: int [N], samples' rows.
-        hard: int [N], argmax.
-        index: int [N, K].
-        prob: float32 [N, K], full-precision probabilities; the tail is 1 minus their sum.
-        num_classes: C.
-        precision: of the stored probabilities.
-    """
-    order = np.argsort(row, kind="stable")
-    tail = np.clip(1.0 - prob.astype(np.float64).sum(1), 0.0, 1.0) if prob.shape[1] else np.empty(0)
-    kind = index_dtype(num_classes)
-    return LabelRows(
-        row=row[order].astype(np.uint32),
-        hard=hard[order].astype(kind),
-        topk_index=index[order].astype(kind),
-        topk_prob=prob[order].astype(precision),
-        tail_mass=(tail[order] if prob.shape[1] else tail).astype(precision),
-    )
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
+from pipeline.encoding import LabelRows
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetError,
@@ -24,9 +25,9 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.ids import canonical_json
+from pipeline.imported import IMPORT_NAME, refusal
 from pipeline.labels import (
     Contents,
-    LabelRows,
     LabelsFooter,
     SampleRows,
     read_all_views,
@@ -46,6 +47,7 @@ from pipeline.manifest import (
     parse_manifest,
     parse_plan,
     read_probes,
+    shards_of,
     short,
 )
 from pipeline.recipe import Recipe
@@ -72,6 +74,8 @@ class LabelSet:
         """Open a folder; use `LabelSet.open`, which refuses sets that are not complete."""
         plan = _read_part(folder, PLAN_NAME)
         if plan is None:
+            if (found := _read_part(folder, IMPORT_NAME)) is not None:
+                raise LabelSetMismatch(refusal(found, folder))
             raise LabelSetError(
                 f"{folder} is not a label set: it has no {PLAN_NAME}. Make one with: deit-cli precompute"
             )
@@ -86,6 +90,7 @@ class LabelSet:
         if self.manifest.labelset_id != self.plan.labelset_id:
             mine, theirs = short(self.plan.labelset_id), short(self.manifest.labelset_id)
             raise LabelSetMismatch(f"{folder}: {PLAN_NAME} is of label set {mine}, {MANIFEST_NAME} of {theirs}")
+        self._records = {record.name: record for record in shards_of(self.manifest, self.plan, folder / MANIFEST_NAME)}
         self._entries = {(e.kind, e.shard, e.view_start): e for e in self.manifest.files}
         self._recent: OrderedDict[FileEntry, tuple[Any, Contents]] = OrderedDict()
 
@@ -134,8 +139,13 @@ class LabelSet:
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """Names of the source shards, in order."""
-        return tuple(shard.name for shard in self.plan.source.shards)
+        """Names of the source shards that are here, in order: all of the plan's, or some."""
+        return tuple(self._records)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of these source shards, the bad ones too."""
+        return sum(record.num_samples for record in self._records.values())
 
     @property
     def views(self) -> range:
@@ -147,8 +157,7 @@ class LabelSet:
         """Read the samples of a source shard, and check them against the plan's hash of keys and class labels."""
         entry = self._entry("samples", shard, 0)
         file = self.read_file(entry)
-        record = next(record for record in self.plan.source.shards if record.name == shard)
-        samples = checked_samples(file, self.plan, record)
+        samples = checked_samples(file, self.plan, self._records[shard])
         if len(samples) != entry.rows:
             raise LabelSetCorrupt(f"{file.name} has {len(samples)} rows, the manifest says {entry.rows}")
         return samples
@@ -171,10 +180,12 @@ class LabelSet:
     def check_source(self, source: Source) -> None:
         """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled.
 
-        The keys of a remote source would cost a download of all of it, so there names of shards and classes are
+        Where the set holds some source shards only, a source of these alone will do, and one that has others too. The keys of a remote source would cost a download of all of it, so there names of shards and classes are
         compared, and keys and bytes image by image when they are used.
         """
-        mine, theirs = self.plan.source, None if source.is_remote else record_of(source)
+        source = self.labelled_part(source)
+        mine = self.plan.source.model_copy(update={"shards": tuple(self._records.values())})
+        theirs = None if source.is_remote else record_of(source)
         if theirs is None:
             names = [shard.name for shard in source.shards]
             ours, found = (
@@ -184,12 +195,28 @@ class LabelSet:
             whose = "has other shards or classes"
         else:
             ours, found = (r.model_dump(mode="json", include={"class_names", "shards"}) for r in (mine, theirs))
-            whose = f"is source {short(theirs.id)}"
+            whose = f"is source {short(theirs.id)}" if self.manifest.shards is None else "has others of that name"
         if ours != found:
             raise LabelSetMismatch(
                 f"{self.folder} labels source {short(self.plan.source_id)}, {source.location} {whose}"
                 f"{first_difference(ours, found)}. Pass the --data that was labelled"
             )
+
+    def labelled_part(self, source: Source) -> Source:
+        """Return what the labels are of: the source, or those shards of it that are here if these are only some.
+
+        Raises:
+            LabelSetMismatch: it lacks one of those.
+        """
+        if self.manifest.shards is None:
+            return source
+        found = {shard.name for shard in source.shards}
+        if lacking := [name for name in self.shards if name not in found]:
+            raise LabelSetMismatch(
+                f"{self.folder} labels {len(self.shards)} source shards, and {source.location} lacks {len(lacking)} of them,"
+                f" such as {lacking[0]!r}. Pass the --data that was labelled, or the part of it that has these"
+            )
+        return source.only(self.shards)
 
     def verify(self) -> list[str]:
         """Check every byte and every row of the set; return the problems found, nothing for a sound set."""
@@ -282,7 +309,7 @@ class LabelSet:
         return self._entry("labels", shard, block[0])
 
     def _check_coverage(self) -> None:
-        """A sealed set holds every source shard's samples, and its labels for every block of views."""
+        """A sealed set holds the samples of every source shard of it, and their labels for every block of views."""
         blocks = sorted(self.manifest.view_blocks)
         if not blocks:
             raise LabelSetIncomplete(f"{self.folder} holds no views")

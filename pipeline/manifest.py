@@ -17,7 +17,7 @@ from pipeline.ids import canonical_json, sha256_json
 from pipeline.labels import FORMAT, MAX_TOPK, VERSION
 from pipeline.recipe import Recipe
 from pipeline.records import Count, Name, Record, Sha256, View, is_version
-from pipeline.storage import load_json, read_json, sha256_file
+from pipeline.storage import load_json, pretty_json, read_json, read_small, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
@@ -257,7 +257,8 @@ class Manifest(Record):
     Attributes:
         labelset_id: of the plan.
         plan_sha256: of the bytes of plan.json.
-        sealed: whether everything that the plan and the blocks promise is there.
+        sealed: whether everything that source shards and blocks promise is there.
+        shards: the source shards that are here, in the plan's order, where they are not all of them; else None.
         view_blocks: start and stop of each block of views.
         files: complete files; none before sealing.
         probes: replay probes from among the files' footers.
@@ -270,6 +271,7 @@ class Manifest(Record):
     labelset_id: Sha256
     plan_sha256: Sha256
     sealed: bool
+    shards: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     view_blocks: tuple[tuple[View, View], ...]
     files: tuple[FileEntry, ...]
     probes: tuple[Probe, ...]
@@ -278,7 +280,8 @@ class Manifest(Record):
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields with the hash over the others filled in, as they are stored."""
-        content = self.model_dump(mode="json", exclude={"content_sha256"})
+        absent = {"content_sha256"} if self.shards is not None else {"content_sha256", "shards"}
+        content = self.model_dump(mode="json", exclude=absent)
         return content | {"content_sha256": sha256_json(content)}
 
     @model_validator(mode="after")
@@ -292,6 +295,28 @@ class Manifest(Record):
         if len(set(paths)) != len(paths):
             raise ValueError("one file is listed twice")
         return self
+
+
+def shards_of(manifest: Manifest, plan: Plan, name: object) -> tuple[ShardRecord, ...]:
+    """Return the plan's record of every source shard that a set holds, in order; `name` is for errors.
+
+    Raises:
+        LabelSetCorrupt: the manifest names others, or not in the plan's order, or all of them.
+    """
+    if manifest.shards is None:
+        return plan.source.shards
+    named = set(manifest.shards)
+    records = tuple(record for record in plan.source.shards if record.name in named)
+    if tuple(record.name for record in records) != manifest.shards:
+        known = {record.name for record in plan.source.shards}
+        unknown = next((f"{shard!r} is none of them" for shard in manifest.shards if shard not in known), None)
+        raise LabelSetCorrupt(
+            f"{name}: shards must be source shards of the plan, each once and in its order:"
+            f" {unknown or 'they are not in that order'}"
+        )
+    if len(records) == len(plan.source.shards):
+        raise LabelSetCorrupt(f"{name}: shards names all {len(records)} source shards: it must be absent then")
+    return records
 
 
 def samples_path(shard: str) -> PurePosixPath:
@@ -317,18 +342,23 @@ def parse_plan(data: bytes, name: object) -> Plan:
 def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`, and check that it is the one that was written, for the plan that lies beside it."""
     path = folder / MANIFEST_NAME
-    return _checked_manifest(read_json(path), path, sha256_file(folder / PLAN_NAME))
+    return parse_manifest(read_small(path), path, plan_sha256=sha256_file(folder / PLAN_NAME))
 
 
 def parse_manifest(data: bytes, name: object, *, plan_sha256: str) -> Manifest:
     """Check the bytes of a `manifest.json` that stands beside a plan of this hash; `name` is for errors."""
-    return _checked_manifest(load_json(data, name), name, plan_sha256)
-
-
-def _checked_manifest(values: Any, name: object, plan_sha256: str) -> Manifest:
+    values = load_json(data, name)
     manifest = _load_record(values, Manifest, name)
+    if manifest.shards is None and "shards" in values:
+        raise LabelSetCorrupt(f"{name}: shards: must be a list of names, or absent for all source shards")
     if manifest.content_sha256 != manifest.to_json()["content_sha256"]:
         raise LabelSetCorrupt(f"{name}: its content does not have the hash that it states: it was changed")
+    # The hash covers what the JSON says. Other white space, or a digit more of a number, says the same, and is damage too.
+    if data != pretty_json(values):
+        raise LabelSetCorrupt(
+            f"{name}: it says what it said, in other bytes (white space, or how a number is written): it was changed."
+            " Copy it again"
+        )
     if plan_sha256 != manifest.plan_sha256:
         raise LabelSetMismatch(
             f"{name} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has {short(plan_sha256)}…"

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import MAX_VIEW, Precision, PrecomputeConfig
 from pipeline.decode import decode
+from pipeline.encoding import content_xxh3, encode_rows
 from pipeline.errors import BadImageError, SourceError, UsageError
 from pipeline.labelling import AHEAD
-from pipeline.labels import LabelsFooter, content_xxh3, encode_rows, write_labels
+from pipeline.labels import LabelsFooter, write_labels
 from pipeline.mixing import draw_mix, mix_batch
 from pipeline.precompute import precompute
 from pipeline.progress import Tick

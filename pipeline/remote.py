@@ -7,6 +7,7 @@ passes for a whole one. Here every answer is measured against what was announced
 names the address, what was expected and what came.
 """
 
+import datetime
 import hashlib
 import io
 import logging
@@ -14,6 +15,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -21,6 +23,7 @@ from fsspec.callbacks import Callback
 from fsspec.config import conf
 
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
+from pipeline.storage import replace_file
 from pipeline.urls import EXTRAS, check_url, is_web
 
 log = logging.getLogger("deit_cli.remote")
@@ -122,6 +125,20 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
     raise AssertionError("the last try returns or raises")
 
 
+def receive_file(url: str, path: Path) -> None:
+    """Swap a local file for a remote one, as a whole; see `receive` for what it may raise."""
+
+    def write(file: BinaryIO) -> None:
+        retried(url, lambda: begin_anew(file))
+
+    def begin_anew(file: BinaryIO) -> None:
+        file.seek(0)
+        file.truncate()
+        receive(url, file)
+
+    replace_file(path, write)
+
+
 def read_url(url: str, *, max_bytes: int) -> bytes:
     """Return a small remote file as it is now: plans, manifests, class names.
 
@@ -181,6 +198,61 @@ def list_url(url: str) -> list[str]:
         return sorted(name.rstrip("/").rpartition("/")[2] for name in files)
 
     return retried(url, attempt)
+
+
+def list_tree(url: str) -> dict[str, str]:
+    """Return every file below a folder of a bucket, by its path in it, with a token that changes with its content.
+
+    Never from a list that was asked for earlier. A folder that is not there has no files.
+    """
+
+    def attempt() -> dict[str, str]:
+        try:
+            system, path = file_system(url)
+            found = system.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:
+            raise named(url, error) from error
+        top = path.strip("/") + "/"
+        files = {name.strip("/"): entry for name, entry in found.items() if entry["type"] == "file"}
+        return {name.removeprefix(top): _token(entry) for name, entry in files.items() if name.startswith(top)}
+
+    return retried(url, attempt)
+
+
+def info_of(url: str) -> dict[str, Any] | None:
+    """Return what the store says of a file now, never from a list; None where there is none, or a folder."""
+
+    def attempt() -> dict[str, Any] | None:
+        try:
+            system, path = file_system(url)
+            refresh = {"refresh": True} if check_url(url) in ("s3", "hf") else {}
+            if check_url(url) in ("gs", "hf"):
+                system.invalidate_cache()
+            info = system.info(path, **refresh)
+        except Exception as error:
+            found = named(url, error)
+            if isinstance(found, RemoteFileMissing):
+                return None
+            raise found from error
+        return info if info["type"] == "file" else None
+
+    return retried(url, attempt)
+
+
+def token_of(url: str) -> str | None:
+    """Return the token of one file, see `list_tree`; None where there is none."""
+    info = info_of(url)
+    return None if info is None else _token(info)
+
+
+def _token(entry: dict[str, Any]) -> str:
+    """Return the store's own mark of a content, and its length."""
+    marks = ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime")
+    mark = next((entry[name] for name in marks if entry.get(name) is not None), "")
+    mark = mark.timestamp() if isinstance(mark, datetime.datetime) else mark  # in memory: one in lists, the other alone
+    return f"{entry['size']} {mark}"
 
 
 class _Sink:

@@ -1,7 +1,7 @@
 """Plan first, manifest last: how a label set is claimed, and how what is complete of it is committed."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -27,9 +27,17 @@ from pipeline.storage import pretty_json, publish_file, replace_file, sha256_fil
 MANIFEST_PROBES = 8
 
 
-def claim(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
-    """Write the plan first, create-only, and an open manifest that says which views are on the way."""
+def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[], None] = lambda: None) -> None:
+    """Write the plan first, create-only, and an open manifest that says which views are on the way.
+
+    Args:
+        out: folder of the label set.
+        plan: what it is to be.
+        blocks: of views.
+        offer: is called when the plan is there; where `out` stands for a URL, it may bring that of another machine.
+    """
     publish_file(out / PLAN_NAME, lambda file: _write(file, plan.model_dump(mode="json")))
+    offer()
     read_plan(out).check_same(plan, folder=out)  # another writer may have been first
     opened = Manifest(
         labelset_id=plan.labelset_id,
@@ -43,14 +51,21 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
     publish_file(out / MANIFEST_NAME, lambda file: _write(file, opened.to_json()))
 
 
-def seal(out: Path, plan: Plan, blocks: Sequence[range]) -> None:
-    """List every complete file with its hash, and replace the manifest: the commit."""
+def seal(out: Path, plan: Plan, blocks: Sequence[range], shards: tuple[str, ...] | None = None) -> None:
+    """List every complete file with its hash, and replace the manifest: the commit.
+
+    Args:
+        out: the folder; it may hold a sealed set, whose blocks of views are listed too.
+        plan: of the label set.
+        blocks: of views, complete.
+        shards: source shards that it holds, in the plan's order, if they are not all of them.
+    """
     bounds = {(block.start, block.stop) for block in blocks}
     manifest = None
     # Hashing takes minutes, in which another run may seal other views: it is looked again, so that they are not lost.
     while manifest is None or not bounds.issuperset(_sealed_blocks(out)):
         bounds |= _sealed_blocks(out)
-        manifest = _list_files(out, plan, sorted(bounds))
+        manifest = _list_files(out, plan, sorted(bounds), shards)
     listed = {folder for entry in manifest.files for folder in (out / entry.path).parents}
     for folder in sorted(folder for folder in listed if folder.is_relative_to(out)):
         sync_folder(folder)  # a killed run may have named its last file without doing so
@@ -62,16 +77,16 @@ def _sealed_blocks(out: Path) -> set[tuple[int, int]]:
     return set(sealed.view_blocks) if sealed else set()
 
 
-def _list_files(out: Path, plan: Plan, bounds: Sequence[tuple[int, int]]) -> Manifest:
-    """Return the manifest of these blocks of views, after looking at every file of theirs."""
+def _list_files(out: Path, plan: Plan, bounds: Sequence[tuple[int, int]], chosen: tuple[str, ...] | None) -> Manifest:
+    """Return the manifest of these blocks of views and source shards, after looking at every file of theirs."""
     for (start, stop), (following, _) in itertools.pairwise(bounds):
         if following < stop:
             raise LabelSetMismatch(
                 f"{out}: another run has meanwhile sealed views {start}:{stop} in blocks of another size."
                 " Run the same command again: it takes those"
             )
-    shards = [shard.name for shard in plan.source.shards]
-    files = [_samples_entry(out, record) for record in plan.source.shards]
+    shards = dict.fromkeys(chosen or (shard.name for shard in plan.source.shards))
+    files = [_samples_entry(out, record) for record in plan.source.shards if record.name in shards]
     probes: list[Probe] = []
     environments: list[dict[str, str]] = []
     for start, stop in bounds:
@@ -83,16 +98,21 @@ def _list_files(out: Path, plan: Plan, bounds: Sequence[tuple[int, int]]) -> Man
             environments += [footer.environment] if footer.environment not in environments else []
     if sealed := sealed_manifest(out):
         _check_same_samples(sealed, files, out)
-    step = max(1, -(-len(probes) // MANIFEST_PROBES))
     return Manifest(
         labelset_id=plan.labelset_id,
         plan_sha256=sha256_file(out / PLAN_NAME),
         sealed=True,
+        shards=chosen,
         view_blocks=tuple(bounds),
         files=tuple(files),
-        probes=tuple(probes[::step]),
+        probes=thin_probes(probes),
         environments=tuple(environments),
     )
+
+
+def thin_probes(probes: Sequence[Probe]) -> tuple[Probe, ...]:
+    """Return at most MANIFEST_PROBES of the probes of all label shards, evenly spaced."""
+    return tuple(probes[:: max(1, -(-len(probes) // MANIFEST_PROBES))])
 
 
 def check_untouched(out: Path, blocks: Sequence[range]) -> None:
@@ -114,6 +134,11 @@ def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> 
     """The older labels are those of the images that the sealed samples files name, so these cannot change."""
     found = {entry.path: entry for entry in files}
     for old in sealed.files:
+        if old.kind == "samples" and old.path not in found:
+            raise LabelSetMismatch(
+                f"{out}: another run has meanwhile sealed further source shards, such as {old.shard!r}."
+                " Run the same command again: it takes those"
+            )
         if old.kind == "samples" and found[old.path] != old:
             raise LabelSetMismatch(
                 f"{out / old.path} was made again, and is not the one that was sealed: the images are others than those that"

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +76,11 @@ class Source:
             if shard.name == name:
                 return shard
         raise SourceError(f"{self.location} has no source shard {name!r}")
+
+    def only(self, names: Sequence[str]) -> "Source":
+        """Return the source of these source shards of it alone, in this order."""
+        found = {shard.name: shard for shard in self.shards}
+        return replace(self, shards=tuple(found[name] for name in names))
 
     @property
     def is_remote(self) -> bool:

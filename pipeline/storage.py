@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -81,29 +81,6 @@ def publish_partial(partial: Path, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file, across processes and threads; without `wait`, give False where another holds it.
-
-    Whoever deletes the file deletes its lock, so a lock counts only if its name still leads to it.
-    """
-    while True:
-        with refusals_named(path):
-            file = path.open("ab")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            try:
-                if _leads_to(path, file):
-                    yield True
-                    return
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do in a process that has forked since
-
-
-@contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Keep other processes out that ask for the same; where a file system has no such locks, nobody is kept out."""
     with refusals_named(folder):
@@ -128,13 +105,24 @@ def sweep_temporaries(folder: Path) -> int:
     Those that may not be deleted, because they are another user's, are left to him.
     """
     swept = 0
-    for path in folder.rglob(".tmp-*"):
+    for path in dead_temporaries(folder.rglob(f"{TEMPORARY_PREFIX}*")):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            swept += 1
+    return swept
+
+
+def dead_temporaries(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield those of these paths that are temporary files whose writers on this host are dead."""
+    for path in paths:
         match = _TEMPORARY.fullmatch(path.name)
         if match and path.is_file() and match["host"] == _host() and not _is_alive(int(match["pid"])):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-                swept += 1
-    return swept
+            yield path
+
+
+def temporary_name() -> str:
+    """Return a new name for a temporary file: it says whose it is, so that it can be swept when its writer is dead."""
+    return f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def sync_folder(folder: Path) -> None:
@@ -215,9 +203,32 @@ def _no_constant(name: str) -> NoReturn:
 
 
 @contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file, across processes and threads; without `wait`, give False where another holds it.
+
+    A lock may be deleted together with what it guards, so it counts only if its name still leads to it.
+    """
+    while True:
+        with refusals_named(path):
+            file = path.open("ab")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                if _leads_to(path, file):
+                    yield True
+                    return
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do in a process that has forked since
+
+
+@contextlib.contextmanager
 def _temporary_file(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
     _make_folder(path.parent)
-    temporary = path.parent / f".tmp-{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
+    temporary = path.parent / temporary_name()
     try:
         with temporary.open("xb") as file:
             write(file)
@@ -235,13 +246,6 @@ def _make_folder(folder: Path) -> None:
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _fsync_folder(folder.parent)
-
-
-def _leads_to(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -304,3 +308,10 @@ def _is_alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _leads_to(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -105,6 +105,11 @@ def parts_table(rates: Rates, together: Tick, machine: Machine, reachable: Pace)
     return "\n".join(line for line in lines if line)
 
 
+def _shards(source: Mapping[str, Any]) -> str:
+    here, of_plan = source["shards"], source["shards_of_plan"]
+    return f"{here} shards" if here == of_plan else f"{here} of {of_plan} shards (a subset)"
+
+
 def info_table(summary: Mapping[str, Any]) -> str:
     """Return what `inspection.summarise` found, for people."""
     teacher, source, recipe = summary["teacher"], summary["source"], summary["recipe"]
@@ -122,7 +127,7 @@ def info_table(summary: Mapping[str, Any]) -> str:
         ("recipe", f"{summary['recipe_id'][:12]}: " + ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))),
         (
             "source",
-            f"{source['kind']} {source['location']}: {source['images']:,} images in {source['shards']} shards, {source['unlabelled']:,} unlabelled",
+            f"{source['kind']} {source['location']}: {source['images']:,} images in {_shards(source)}, {source['unlabelled']:,} unlabelled",
         ),
         (
             "bad images",

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError
-from pipeline.remote import Interrupted, file_system, named, read_url, receive, retried, status_of
+from pipeline.remote import (
+    Interrupted,
+    file_system,
+    info_of,
+    named,
+    read_url,
+    receive,
+    retried,
+    status_of,
+)
 from pipeline.storage import refusals_named, sha256_file
 from pipeline.urls import check_url, is_web, url_name
 
@@ -85,7 +94,7 @@ def url_info(url: str) -> int | None:
     Raises:
         StorageError: the store could not be asked, or does not say (a web server may not).
     """
-    info = _info(url)
+    info = info_of(url)
     if info is None:
         return None
     if not isinstance(info.get("size"), int):
@@ -252,7 +261,7 @@ def _commit(system: Any, path: str, content: _Content, *, replace: bool, version
     place, api = system.resolve_path(path), HfApi()
     where = {"repo_id": place.repo_id, "repo_type": place.repo_type, "revision": place.revision}
     parent = version or api.repo_info(**where).sha
-    if not replace and _info(content.url) is not None:
+    if not replace and info_of(content.url) is not None:
         raise FileExistsError(content.url)
     source = content.source if isinstance(content.source, bytes) else str(content.source)
     operation = CommitOperationAdd(path_in_repo=place.path_in_repo, path_or_fileobj=source)
@@ -275,29 +284,9 @@ def _write_error(content: _Content, error: Exception) -> Exception:
     return found
 
 
-def _info(url: str) -> dict[str, Any] | None:
-    """Return what the store says of a file now; None where there is none, or a folder."""
-
-    def attempt() -> dict[str, Any] | None:
-        try:
-            system, path = file_system(url)
-            refresh = {"refresh": True} if check_url(url) in ("s3", "hf") else {}
-            if check_url(url) in ("gs", "hf"):
-                system.invalidate_cache()
-            info = system.info(path, **refresh)
-        except Exception as error:
-            found = named(url, error)
-            if isinstance(found, RemoteFileMissing):
-                return None
-            raise found from error
-        return info if info["type"] == "file" else None
-
-    return retried(url, attempt)
-
-
 def _version(url: str) -> str | None:
     """Return what the store calls the present version of a file, `` where it has no name for it; None where there is none."""
-    info = _info(url)
+    info = info_of(url)
     if info is None:
         return None
     if check_url(url) == "hf":
@@ -325,7 +314,7 @@ def _holds_now(content: _Content) -> bool:
 
 def _holds(content: _Content, size: int | None = None) -> bool | None:
     size = content.size if size is None else size
-    info = _info(content.url)
+    info = info_of(content.url)
     if info is None:
         return None
     if info.get("size") != size:
@@ -355,7 +344,7 @@ def _received_sha256(content: _Content, size: int) -> str:
 
 def _check_arrived(content: _Content) -> None:
     """Compare the length, and the checksum where the store gives one, of what was just stored."""
-    info = _info(content.url)
+    info = info_of(content.url)
     if info is None or info.get("size") != content.size or _same_checksum(content, info) is False:
         found = "no file" if info is None else f"{info.get('size')} bytes"
         raise RemoteFileCorrupt(

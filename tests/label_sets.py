@@ -21,6 +21,7 @@ from pipeline.manifest import TeacherIdentity
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe
 from pipeline.sources import open_source
+from pipeline.storage import pretty_json
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import weights_sha256
 
@@ -132,7 +133,7 @@ def seal_again(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda ma
     manifest["plan_sha256"] = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
     change(manifest)
     manifest["content_sha256"] = sha256_json({k: v for k, v in manifest.items() if k != "content_sha256"})
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(pretty_json(manifest))
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import torch
 from builders import teacher_from
 from label_sets import CLASSES, MeanColour, config_of, write_tar
 
-from pipeline.labels import LabelRows
+from pipeline.encoding import LabelRows
 from pipeline.labelset import LabelSet
 from pipeline.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
 from pipeline.precompute import precompute

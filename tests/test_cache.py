@@ -16,7 +16,7 @@ import pytest
 from web_server import WebServer, web_server
 
 from pipeline import cache as caching
-from pipeline import remote
+from pipeline import remote, storage
 from pipeline.cache import RemoteFile, ShardCache, open_cache, prefetch, read_local
 from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError, UsageError
 from pipeline.units import parse_bytes
@@ -407,14 +407,14 @@ def test_a_lock_whose_file_was_evicted_is_no_lock(tmp_path):
     path, order, go = tmp_path / "x.lock", [], threading.Event()
 
     def hold(name: str, until: threading.Event | None) -> None:
-        with caching._locked(path):
+        with storage.locked(path):
             order.append(name)
             if until:
                 until.wait(20)
                 order.append(f"{name} ends")
 
     with ThreadPoolExecutor(2) as pool:
-        with caching._locked(path):
+        with storage.locked(path):
             pool.submit(hold, "waited", None)
             time.sleep(0.2)
             path.unlink()

@@ -307,7 +307,7 @@ def test_several_teachers_and_an_automatic_batch_size_reach_the_config():
         command = cli.commands.commands["precompute"]
         context = command.make_context("precompute", ["--data", "images", "--out", "labels", *arguments])
         options = {name: value for name, value in context.params.items() if name != "log_json"}
-        return cli._split(options, cli.PrecomputeConfig, cli.TeacherConfig)
+        return cli.split_values(options, cli.PrecomputeConfig, cli.TeacherConfig)
 
     config, teachers = parsed("--teacher", "a", "--teacher-model", "b", "--teacher-path", "x", "--teacher-path", "y")
     assert teachers.teacher == ("a", "b")
@@ -389,7 +389,7 @@ def test_on_a_terminal_there_is_a_bar_of_its_width_and_messages_stand_above_it()
 import logging, time, cli
 from trainer.pace import Step
 logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[cli.ToStderr()])
-with cli._progress() as update:
+with cli.shown_progress() as update:
     values = dict(total=375300, made=9, epoch=299, per_epoch=1251, lr=4.9e-4, images_per_s=12345.0, data_wait=0.03)
     update(Step(done=375000, update=951, numbers={"loss": 3.21}, left_s=7200.0, **values))
     logging.getLogger("deit_cli").warning("a message")

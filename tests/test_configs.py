@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cli
+from pipeline import options
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.config_file import describe_settings, read_settings, recipe_settings
 from pipeline.errors import DeitCliError, UsageError
@@ -40,7 +41,7 @@ def written(folder: Path, text: str) -> Path:
 def parsed(command: str, *arguments: str) -> tuple[dict, dict]:
     """Return what click makes of these arguments, and the recipe fields of the file."""
     context = cli.commands.commands[command].make_context(command, list(arguments))
-    return context.params, context.meta.get(cli.RECIPE_FIELDS, {})
+    return context.params, context.meta.get(options.RECIPE_FIELDS, {})
 
 
 def train_config(*arguments: str) -> TrainConfig:
@@ -152,7 +153,7 @@ def test_what_is_passed_goes_before_the_file_wherever_it_stands(tmp_path):
 def test_a_file_of_precompute_reaches_its_configs(tmp_path):
     text = "data: images\nout: shards\nviews: 30:50\nteacher: [a, b]\nteacher-path: [x, y]\nbatch-size: auto\npretrained: no"
     params, _ = parsed("precompute", "-c", str(written(tmp_path, text)))
-    config, teacher = cli._split(params, PrecomputeConfig, TeacherConfig)
+    config, teacher = cli.split_values(params, PrecomputeConfig, TeacherConfig)
     assert (config.data, config.out, config.views, config.batch_size) == ("images", "shards", (30, 50), "auto")
     assert (teacher.teacher, teacher.teacher_checkpoint) == (("a", "b"), (Path("x"), Path("y")))
     assert teacher.pretrained is False
@@ -182,7 +183,7 @@ def test_recipe_fields_of_the_file_and_of_the_command_line_add_up(tmp_path):
     @cli.config_option(TrainConfig)
     @cli.recipe_options
     def show(recipe, overrides):
-        click.echo(json.dumps(cli._recipe(recipe, overrides).to_dict()))
+        click.echo(json.dumps(cli.chosen_recipe(recipe, overrides).to_dict()))
 
     try:
         for arguments, expected in (

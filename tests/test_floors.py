@@ -9,16 +9,20 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
-    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
-    "pipeline.storage", "pipeline.remote", "pipeline.uploads", "pipeline.cache", "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.labels", "pipeline.manifest",
+    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml",
+    "pipeline.recipe", "pipeline.config", "pipeline.config_file", "pipeline.options", "pipeline.storage", "pipeline.findings", "pipeline.machine",
+    "pipeline.folders", "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.mirror", "pipeline.cache", "pipeline.records",
+    "pipeline.turbojpeg", "pipeline.decode", "pipeline.probing", "pipeline.packages", "pipeline.encoding", "pipeline.labels", "pipeline.imported",
+    "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
     "pipeline.devices", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
     "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
-    "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.labelling",
-    "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate",
-    "pipeline.inspection", "pipeline.tables", "pipeline",
+    "pipeline.fkd", "pipeline.tinyvit", "pipeline.importing",
+    "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.outputs", "pipeline.labelling", "pipeline.subsets", "pipeline.dispatch",
+    "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate", "pipeline.inspection",
+    "pipeline.tables", "pipeline.doctor", "pipeline",
     "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
-    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
+    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.console", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip
 TEACHER_SIDE = {
@@ -31,6 +35,7 @@ TEACHER_SIDE = {
     "pipeline.precompute",
     "pipeline.drafts",
     "pipeline.indexing",
+    "pipeline.outputs",
     "pipeline.inspection",
     "pipeline.measuring",
     "pipeline.estimate",
@@ -39,14 +44,15 @@ TEACHER_SIDE = {
 
 # Third parties, and the only modules that may import them.
 KEEPERS = {
-    "click": {"cli"},
-    "rich": {"cli"},
+    "click": {"cli", "pipeline.options", "trainer.console"},
+    "rich": {"trainer.console"},
     "timm": {"pipeline.teacher_loading", "trainer.student", "trainer.starts", "trainer.optim", "trainer.setup"},
-    "pyarrow": {"pipeline.labels", "pipeline.parquet_source"},
+    "pyarrow": {"pipeline.labels", "pipeline.imported", "pipeline.parquet_source"},
     "pydantic": {
         "pipeline.teacher_loading",
         "pipeline.records",
         "pipeline.labels",
+        "pipeline.imported",
         "pipeline.manifest",
         "pipeline.labelset",
     },
@@ -55,7 +61,7 @@ KEEPERS = {
     "aiohttp": {"pipeline.remote"},
     "huggingface_hub": {"pipeline.uploads"},
     "matplotlib": {"pipeline.inspection", "trainer.demo"},
-    "PIL": {"pipeline.decode", "trainer.demo"},
+    "PIL": {"pipeline.decode", "pipeline.probing", "trainer.demo"},
     "cv2": {"pipeline.randaugment", "pipeline.loading"},
     "ray": {"pipeline.ray_engine"},
     "webdataset": {"trainer.demo"},

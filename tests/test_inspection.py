@@ -124,6 +124,7 @@ def test_the_summary_says_what_the_set_is_made_of(label_set, data):
         "kind": "tar",
         "location": data,
         "shards": 2,
+        "shards_of_plan": 2,
         "images": 23,
         "unlabelled": 5,  # 0, 5, 10, 15 and 20
         "bad": [],

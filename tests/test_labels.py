@@ -18,17 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline.encoding import LabelRows, content_xxh3, encode_rows, index_dtype
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
 from pipeline.labels import (
     FOOTER_KEY,
     SAMPLES_SCHEMA,
-    LabelRows,
     LabelsFooter,
     SampleRows,
     SamplesFooter,
-    content_xxh3,
-    encode_rows,
-    index_dtype,
     labels_schema,
     read_all_views,
     read_labels_footer,

@@ -30,6 +30,7 @@ from label_sets import (
     write_tar,
 )
 
+from pipeline.encoding import LabelRows, content_xxh3, encode_rows
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetError,
@@ -40,10 +41,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.labels import (
-    LabelRows,
     LabelsFooter,
-    content_xxh3,
-    encode_rows,
     read_all_views,
     read_labels_footer,
     read_samples,

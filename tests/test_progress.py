@@ -154,7 +154,7 @@ def test_how_far_a_run_came_is_said_when_it_fails(clock):
 def test_where_there_is_no_terminal_there_is_no_bar_and_stdout_is_left_alone(monkeypatch, capsys, caplog):
     caplog.set_level(logging.INFO, logger="deit_cli")
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    with cli._progress() as update:
+    with cli.shown_progress() as update:
         for done in range(1, 11):
             update(Tick("label", done, 10, 1.0, done))
     assert [record.getMessage() for record in caplog.records] == ["label 10 of 10  10 views/s"]

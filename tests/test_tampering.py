@@ -1,8 +1,7 @@
-"""Change anything: either an error of ours says so, or not one label is different.
+"""Change anything: an error of ours says so.
 
 Parquet alone notices a tenth of single flipped bits. Here every file is covered: samples, label shards and plan by the
-SHA-256 in the manifest, the manifest by the SHA-256 of its own content. What is left is JSON that says the same in other
-characters: white space in the manifest, and a seventeenth digit that names the same double.
+SHA-256 in the manifest, the manifest by the SHA-256 of its own content and by the one text that this content has.
 """
 
 import dataclasses
@@ -27,16 +26,15 @@ from label_sets import (
     write_tar,
 )
 
+from pipeline.encoding import content_xxh3
 from pipeline.errors import (
     DeitCliError,
     LabelSetCorrupt,
     LabelSetError,
-    LabelSetMismatch,
     StorageError,
     UsageError,
 )
 from pipeline.labels import (
-    content_xxh3,
     read_all_views,
     read_labels_footer,
     read_samples,
@@ -118,19 +116,16 @@ def test_no_flipped_bit_changes_a_label_unnoticed(copied, count):
         changed = flipped(path.read_bytes(), bit)
         result = tried(path, changed, copied, sound)
         found[path.suffix, result] += 1
-        if result == "same labels":
-            assert path.name == "manifest.json", (path, bit)
-            assert json.loads(path.read_bytes()) == json.loads(changed), (path, bit)
+        assert result == "refused", (path, bit)
     print(dict(found))
     assert found.total() == count
-    assert {result for _, result in found} <= {"refused", "same labels"}
     assert found[".parquet", "refused"] > count / 2
 
 
 @pytest.mark.parametrize("step", [89, pytest.param(1, marks=pytest.mark.slow)])  # 89: each bit of a byte in turn
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
 def test_every_flipped_bit_of_plan_and_manifest_is_refused(tmp_path, name, step):
-    """All of them, of the golden set: a flip passes only where the JSON reads to the very same values."""
+    """All of them, of the golden set: white space too, and the last digit of a number that would read as the same."""
     folder = Path(shutil.copytree(GOLDEN, tmp_path / "set"))
     data, accepted = (folder / name).read_bytes(), []
     for bit in range(0, len(data) * 8, step):
@@ -140,8 +135,7 @@ def test_every_flipped_bit_of_plan_and_manifest_is_refused(tmp_path, name, step)
         except (LabelSetError, StorageError):
             continue
         accepted.append(flipped(data, bit))
-    assert [content for content in accepted if json.loads(content) != json.loads(data)] == []
-    assert len(accepted) == (2 if (name, step) == ("manifest.json", 1) else 0)  # the last digit of one `lam`
+    assert accepted == []
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
@@ -165,28 +159,28 @@ def test_no_overwritten_run_of_bytes_changes_a_label_unnoticed(copied):
         at, size = rng.randrange(len(data)), rng.randrange(1, 200)
         filling = (bytes(size), other[:size])[number % 2][: len(data) - at]
         content = data[:at] + filling + data[at + len(filling) :]
-        if content != data and json_value(path, content) != json_value(path, data):
+        if content != data:
             found[tried(path, content, copied, sound)] += 1
     assert found["refused"] > 50
-    assert found["WRONG"] == 0
-
-
-def json_value(path: Path, content: bytes) -> object:
-    """Return what a JSON file says (other bytes may say the same), or the bytes themselves."""
-    try:
-        return json.loads(content) if path.suffix == ".json" else content
-    except ValueError:
-        return content
+    assert found.keys() == {"refused"}
 
 
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
-def test_white_space_in_json_changes_nothing_but_the_plan_s_hash(copied, name):
-    sound, value = use(copied), json.loads((copied / name).read_text())
-    (copied / name).write_text(json.dumps(value, indent=7, ensure_ascii=True).replace("\n", "\r\n"))
-    if name == "plan.json":
-        with pytest.raises(LabelSetMismatch, match=r"belongs to another plan\.json"):
-            use(copied)
-        seal_again(copied)
+def test_json_that_says_the_same_in_other_bytes_is_refused(copied, name):
+    """A checkout that turned line ends, say. Of the plan the manifest knows the bytes, of itself it has one text."""
+    data = (copied / name).read_bytes()
+    text = "belongs to another plan.json" if name == "plan.json" else "says what it said, in other bytes"
+    spaced = json.dumps(json.loads(data), indent=7, ensure_ascii=True).encode()
+    for other in (data.replace(b"\n", b"\r\n"), data + b"\n", data[:-1], b" " + data, spaced):
+        (copied / name).write_bytes(other)
+        with pytest.raises(LabelSetError, match=text):
+            LabelSet.open(copied)
+
+
+def test_another_text_of_the_plan_is_fine_where_the_manifest_names_it(copied):
+    sound, plan = use(copied), copied / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_bytes()), indent=7))
+    seal_again(copied)
     assert use(copied) == sound
 
 

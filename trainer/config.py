@@ -67,9 +67,9 @@ class TrainConfig:
     embed_dim: int | None = option(None, "Width D; by default the model's.")
     depth: int | None = option(None, "Transformer blocks; by default the model's.")
     num_heads: int | None = option(None, "Attention heads; by default the model's.")
-    init: Path | None = option(
+    init: str | None = option(
         None,
-        "Start from these weights: a folder that a run exported, or a file (ours, timm's or DeiT's). Positions are"
+        "Start from these weights, path or URL: a folder that a run exported, or a file (ours, timm's or DeiT's). Positions are"
         " interpolated to another image size; heads of other classes are made anew.",
         "--initial-checkpoint",
     )
@@ -138,7 +138,9 @@ class TrainConfig:
     amp_dtype: AmpDtype = option("auto", "Of the forward pass; by default bfloat16 on CUDA, else float32.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output", os.fspath(self.output))  # a Path will do
+        for name in ("output", "init"):  # a Path will do
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else os.fspath(value))
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

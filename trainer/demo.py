@@ -173,7 +173,7 @@ def _label(
 
 def _evaluate(run: Path, data: Path) -> dict[str, Any]:
     return evaluate_checkpoint(
-        checkpoint=run / "last",
+        checkpoint=str(run / "last"),
         model=None,
         pretrained=False,
         data=str(data),

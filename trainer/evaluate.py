@@ -1,9 +1,9 @@
 """Accuracy of the class head, the distillation head and their fusions; agreement with the teacher's stored answers."""
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from pipeline.mixing import MixBatch, apply_mix
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
+from pipeline.weights import weights_here
 from trainer.batch import Batch
 from trainer.config import AmpDtype
 from trainer.order import Order, count_units
@@ -46,7 +47,7 @@ class Running:
 
 def evaluate_checkpoint(
     *,
-    checkpoint: Path | None,
+    checkpoint: str | None,
     model: str | None,
     pretrained: bool,
     data: str | None,
@@ -63,7 +64,7 @@ def evaluate_checkpoint(
     """Open a student, measure what was asked, and return it as plain JSON values.
 
     Args:
-        checkpoint: see `open_student`, as `model` and `pretrained`.
+        checkpoint: path or URL; see `open_student`, as `model` and `pretrained`.
         data: labelled images to measure accuracy on, or None.
         labels: label set to measure agreement on, or None.
         labels_data: its images; None takes them from where it found them.
@@ -78,7 +79,8 @@ def evaluate_checkpoint(
     label_set = LabelSet.open(labels) if labels else None
     source = open_source(data) if data else None
     classes = num_classes or (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
-    student = open_student(checkpoint, model=model, num_classes=classes, pretrained=pretrained)
+    here = weights_here(os.fspath(checkpoint)) if checkpoint else None
+    student = open_student(here, model=model, num_classes=classes, pretrained=pretrained)
     where = resolve_device(device)
     world = World(0, 1, where, plan_workers(workers, where))
     running = Running(world=world, dtype=forward_dtype(amp_dtype, where), batch_size=batch_size)

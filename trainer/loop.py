@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from torch import Tensor
 from pipeline.cache import open_cache
 from pipeline.draws import stream_of
 from pipeline.errors import StoppedError, TrainingError
+from pipeline.mirror import Mirror, mirror_of
+from pipeline.ranks import rank_from
 from pipeline.recipe import Recipe
 from pipeline.sources import Source, open_source
 from pipeline.storage import replace_file, sweep_temporaries
@@ -28,6 +31,7 @@ from trainer.order import Order, Share
 from trainer.pace import Pace, Progress
 from trainer.parallel import Consensus, OnRank, joined_world, lost_ranks_named
 from trainer.setup import (
+    LOCK_NAME,
     STATE_NAME,
     State,
     announce,
@@ -66,26 +70,44 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
         TrainingError: the loss is no number.
         WorkerError: a loader process or another rank was lost.
     """
-    check_output(config)
     check_trackers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
-    with joined_world(config.device, config.workers) as world, lost_ranks_named(world):
+    with mirrored(config) as mirror, joined_world(config.device, config.workers) as world, lost_ranks_named(world):
+        check_output(config)
         share = Share(world.rank, world.size, config.grad_accum_steps)
         running = Running(
             world=world, dtype=forward_dtype(config.amp_dtype, world.device), batch_size=config.batch_size
         )
-        run = Run(config, recipe, share, running, progress)
+        run = Run(config, recipe, share, running, progress, mirror)
         with run.alone, run.recorder, BackgroundWriter() as writer, stop_request() as told:
             run.go(writer, told)
     return config.folder
+
+
+@contextlib.contextmanager
+def mirrored(config: TrainConfig) -> Iterator[Mirror | None]:
+    """Bring a run whose --output is a URL, and let the first rank send it for as long as the block runs."""
+    mirror = mirror_of(config.output, config.folder, last=STATE_NAME, leave=frozenset({LOCK_NAME}))
+    with contextlib.ExitStack() as stack:
+        if mirror is not None:
+            mirror.bring()
+            if rank_from(os.environ, arrays=False).rank == 0:
+                stack.enter_context(mirror.sending())
+        yield mirror
 
 
 class Run:
     """One training run on one rank: its parts, put together once."""
 
     def __init__(
-        self, config: TrainConfig, recipe: Recipe | None, share: Share, running: Running, progress: Progress | None
+        self,
+        config: TrainConfig,
+        recipe: Recipe | None,
+        share: Share,
+        running: Running,
+        progress: Progress | None,
+        mirror: Mirror | None = None,
     ) -> None:
-        self.config, self.share, self.running = config, share, running
+        self.config, self.share, self.running, self.mirror = config, share, running, mirror
         world = running.world
         self.data = open_data(config, recipe)
         self.order = make_order(config, self.data, share)
@@ -243,6 +265,8 @@ class Run:
         """Copy the state, and write it while training goes on; rank 0 does so for all."""
         if not self.running.world.leads:
             return
+        if self.mirror is not None:
+            self.mirror.check()
         state, output = self.state, self.config.folder
         tensors = snapshot(pack_training(state.student, state.optimizer, state.ema))
         meta = self.meta | {"next_update": state.next_update}

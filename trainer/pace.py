@@ -228,27 +228,29 @@ def span(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
-def summary(folder: Path, last: Step | None) -> str:
+def summary(folder: Path, last: Step | None, *, location: str | None = None) -> str:
     """Return what a run came to, in three lines at most.
 
     Args:
         folder: of the run, which is over.
         last: what this start said last; None where nothing was left to do.
+        location: what the user calls the folder.
     """
+    name = (location or str(folder)).rstrip("/")
     lines = read_metrics(folder)
     trained = [line for line in lines if line["kind"] == "train"]
     scored = [line for line in lines if line["kind"] == "eval"]
-    said = [_work(folder, trained, last)]
+    said = [_work(name, trained, last)]
     results = [_losses(trained)] if trained else []
     if scored:
         best = max(scored, key=lambda line: line["top1"])  # the first of equals, as in the loop
         results.append(f"best top-1 {best['top1']:.2f} % after epoch {best['epoch']} ({best['weights']})")
     said += ["; ".join(results)] if results else []
-    said.append(f"weights in {folder / 'last'}" + (f", the best in {folder / 'best'}" if scored else ""))
+    said.append(f"weights in {name}/last" + (f", the best in {name}/best" if scored else ""))
     return "\n".join(said)
 
 
-def _work(folder: Path, trained: list[dict], last: Step | None) -> str:
+def _work(folder: str, trained: list[dict], last: Step | None) -> str:
     if last is None:
         return f"{folder}: was trained before; nothing was left to do"
     how = f"in {span(last.elapsed_s)}, {rate(last.mean_images_per_s)}"

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
 from pipeline.storage import pretty_json, read_json, refusals_named, replace_file
+from pipeline.weights import weights_here
 from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig
 from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
@@ -85,13 +85,14 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     difference = check_replay(label_set, source)
     if not difference:
         log.info("%d replay probes: every pixel as the teacher saw it", len(label_set.manifest.probes))
+    if label_set.manifest.shards is not None:
+        shards = len(label_set.shards), len(label_set.plan.source.shards)
+        log.warning("%s holds %d of %d source shards: only their images are trained on", config.labels, *shards)
     return Data(source, label_set, label_set.recipe, label_set.num_classes, label_set.class_names)
 
 
 def check_output(config: TrainConfig) -> None:
     """Raise UsageError if --output holds a run that nobody asked to continue, or what a run without its state has left."""
-    if re.match(r"[a-z][a-z0-9+]+:/", str(config.output)):  # a Path has made one slash of two
-        raise UsageError(f"--output must be a local folder, got {config.output}: a run writes its files there")
     if config.resume == "auto":
         return
     if (config.folder / STATE_NAME).is_file():
@@ -212,7 +213,7 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
 def _start(config: TrainConfig, student: Student) -> None:
     """Load the weights to start from, and say what was done to fit them."""
     if config.init is not None:
-        changes = start_from(student, config.init)
+        changes = start_from(student, weights_here(config.init))
         log.info("starting from %s: %s", config.init, "; ".join(changes) or "all weights as they are")
     if config.pretrained:
         there = student.model.pretrained_cfg["num_classes"]
@@ -231,6 +232,7 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
         "repeated_aug": order.repeated_aug,
         "views": [order.views.start, order.views.stop] if order.views else None,
         "source_id": data.label_set.plan.source_id if data.label_set else record_of(data.source).id,
+        "shards": list(data.label_set.shards) if data.label_set and data.label_set.manifest.shards else None,
     }
 
 

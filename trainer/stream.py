@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pipeline.cache import RemoteFile, prefetch
 from pipeline.decode import decode
+from pipeline.encoding import LabelRows
 from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
-from pipeline.labels import LabelRows, SampleRows
+from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.loading import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
@@ -46,8 +47,9 @@ class Catalogue:
     """The samples of every source shard: from the label set where there is one, else from the source itself."""
 
     def __init__(self, source: Source, label_set: LabelSet | None) -> None:
-        self.source, self.label_set = source, label_set
-        self.names = tuple(shard.name for shard in source.shards)
+        self.source = source if label_set is None else label_set.labelled_part(source)
+        self.label_set = label_set
+        self.names = tuple(shard.name for shard in self.source.shards)
 
     @property
     def is_remote(self) -> bool:

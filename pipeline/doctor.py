@@ -1,0 +1,131 @@
+"""Doctor: look at everything that the commands rely on, and say what is wrong and the way out, before they do.
+
+Nothing that is looked at may bring it down: packages are imported in other processes, and what cannot be looked at is
+itself a finding.
+"""
+
+import dataclasses
+import json
+import logging
+import traceback
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DeitCliError
+from pipeline.findings import Finding, Row, Section
+from pipeline.folders import examine_folder
+from pipeline.machine import examine_machine
+from pipeline.packages import examine_packages
+from pipeline.probing import first_line, try_all
+
+LABELS_TIMEOUT_S = 900.0  # its images may have to be downloaded
+
+log = logging.getLogger("deit_cli.doctor")
+
+
+def examine(*, out: Path | None = None, labels: str | None = None, data: str | None = None) -> list[Section]:
+    """Look at machine, packages and decoders, and where asked at a folder and a label set.
+
+    Args:
+        out: folder to be written to, or None.
+        labels: label set whose replay probes to render again, folder or URL, or None.
+        data: its images; None: where it found them.
+    """
+    sections = [
+        *_looked("machine", lambda: [examine_machine()]),
+        *_looked("packages", lambda: examine_packages(Path.cwd())),
+    ]
+    if out is not None:
+        sections += _looked(f"folder {out}", lambda: [examine_folder(out)])
+    if labels is not None:
+        sections += _looked(f"labels {labels}", lambda: [_examine_apart(labels, data)])
+    return sections
+
+
+def _looked(title: str, look: Callable[[], list[Section]]) -> list[Section]:
+    """Return what an examination finds; one that fails is a finding, and the others go on."""
+    try:
+        return look()
+    except Exception as error:  # whatever a broken machine may raise, the rest of the report is wanted all the more
+        log.debug("%s", traceback.format_exc())
+        section = Section(title)
+        section.problem(f"this could not be looked at: {first_line(error)}", "deit-cli -v doctor says where")
+        return [section]
+
+
+def _examine_apart(labels: str, data: str | None) -> Section:
+    """Examine a label set in another process, which a broken decoder may end."""
+    arguments = json.dumps([labels, data])
+    (trial,) = try_all([f"{__name__}:tell_labels {arguments}"], timeout_s=LABELS_TIMEOUT_S)
+    section = Section(f"labels {labels}")
+    if trial.result is None:
+        section.problem(f"the label set could not be looked at: {trial.error}", "Mend the packages named above")
+        return section
+    section.rows += [Row(**row) for row in trial.result["rows"]]
+    section.findings += [Finding(**finding) for finding in trial.result["findings"]]
+    return section
+
+
+def tell_labels(labels: str, data: str | None) -> dict[str, Any]:
+    """Return what `examine_labels` finds, as plain JSON values."""
+    return dataclasses.asdict(examine_labels(labels, data))
+
+
+def examine_labels(labels: str, data: str | None) -> Section:
+    """Open a label set, render its replay probes again, and compare the versions that made it with those here."""
+    section = Section(f"labels {labels}")
+    try:
+        from pipeline.labelset import LabelSet
+        from pipeline.replay import check_replay
+        from pipeline.sources import open_source
+    except Exception as error:
+        section.problem(f"a label set cannot be read: {first_line(error)}", "Mend the packages named above")
+        return section
+    try:
+        label_set = LabelSet.open(labels)
+        plan = label_set.plan
+        section.row("label set", f"{plan.labelset_id[:12]}, views {label_set.views.start}:{label_set.views.stop}")
+        section.row("teacher", plan.teacher.name)
+        for name, text, value in compare_environments(label_set.manifest.environments):
+            section.row(name, text, value)
+        location = data or plan.source.location
+        section.row("images", location)
+        difference = check_replay(label_set, open_source(location))
+    except DeitCliError as error:
+        section.row("replay", "no")
+        what, _, way_out = str(error).partition(". ")
+        section.problem(what, way_out or "deit-cli labels verify says more; --data names another copy of the images")
+        return section
+    probes = len(label_set.manifest.probes)
+    section.row(
+        "replay",
+        f"{probes} probes: {'every pixel equal' if not difference else f'up to {difference:.3f} of 255 away'}",
+        {"probes": probes, "difference": difference},
+    )
+    if difference:
+        section.warning(
+            f"views are rendered up to {difference:.3f} of 255 away from what the teacher saw: rounding, which training accepts",
+            "For equal pixels install the versions that made the labels",
+        )
+    return section
+
+
+def compare_environments(recorded: Iterable[dict[str, str]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return for each recorded package the versions that made the labels and the one here: name, text, value."""
+    then: dict[str, list[str]] = {}
+    for environment in recorded:
+        for name, version in sorted(environment.items()):
+            if version not in then.setdefault(name, []):
+                then[name].append(version)
+    rows: list[tuple[str, str, dict[str, Any]]] = []
+    for name, versions in then.items():
+        try:
+            now = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            now = None  # device and dtype are no packages
+        made = ", ".join(versions)
+        text = f"{made} then and here" if versions == [now] else f"{made} then" + (f", {now} here" if now else "")
+        rows.append((name, text, {"then": versions, "here": now}))
+    return rows

@@ -1,0 +1,365 @@
+"""Which packages are here and work, who owns the names of ours, what torch sees, and whether the decoders agree."""
+
+import contextlib
+import importlib
+import json
+import platform
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from pipeline.findings import Section
+from pipeline.probing import TIMEOUT_S, Trial, try_all
+from pipeline.units import byte_size, count
+
+DRIVER = Path("/proc/driver/nvidia/version")
+OURS = ("pipeline", "trainer", "cli")
+DISTRIBUTION = "deit-cli"
+NEVER_ASKED = frozenset({"test"})  # extras of those who work on the project
+GPUS, DECODERS = "pipeline.probing:see_gpus", "pipeline.probing:compare_decoders"
+_SLOW = (
+    "torch",
+    "torchvision",
+    "timm",
+    "webdataset",
+)  # those that import torch: one process after another would take long
+_MODULES = {
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}
+_RESOLVE = """
+import importlib.util, json
+found = {}
+for name in NAMES:
+    try:
+        spec = importlib.util.find_spec(name)
+    except Exception:
+        spec = None
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    found[name] = spec and (spec.origin or (places or [None])[0])
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A distribution that the project asks for.
+
+    Attributes:
+        name: of the distribution.
+        asked: the requirement, such as `timm>=1.0.31`.
+        version: that is installed; None if none is.
+        fits: whether the version is one that was asked for.
+    """
+
+    name: str
+    asked: str
+    version: str | None
+    fits: bool
+
+    @property
+    def module(self) -> str:
+        """The name that it is imported by."""
+        return _MODULES.get(self.name.lower(), self.name.replace("-", "_"))
+
+
+def examine_packages(folder: Path) -> list[Section]:
+    """Look at everything that is imported; every import happens in other processes, since it may end them.
+
+    Args:
+        folder: where a fresh interpreter would be started to see what it imports; the working directory.
+    """
+    names = Section("names")
+    packages = Section("packages")
+    extras = Section("extras")
+    required, optional = _asked_for(packages)
+    present = [p.module for p in required if p.version] + [
+        p.module for each in optional.values() for p in each if p.version
+    ]
+    slow = [name for name in _SLOW if name in present]
+    fast = [name for name in dict.fromkeys(present) if name not in _SLOW]
+    with ThreadPoolExecutor(3) as pool:
+        heavy = pool.submit(try_all, [*slow, *([GPUS] if "torch" in slow else [])])
+        light = pool.submit(try_all, [*fast, DECODERS])
+        _names(names, folder)
+        trials = {trial.name: trial for trial in (*heavy.result(), *light.result())}
+    _packages(packages, required, trials)
+    _extras(extras, optional, trials)
+    return [names, packages, extras, _devices(trials.get(GPUS)), _decoders(trials[DECODERS])]
+
+
+def _asked_for(section: Section) -> tuple[list[Package], dict[str, list[Package]]]:
+    """Return the required packages, and those of each extra; from pyproject.toml in a checkout, else as installed."""
+    try:
+        requirements: Any = importlib.import_module("packaging.requirements")
+    except ImportError:
+        section.problem("the package packaging is missing, so versions cannot be compared", "pip install packaging")
+        return [], {}
+    base, extras = _declared(section, requirements.Requirement)
+    return (
+        [package for each in base for package in _wanted(each)],
+        {
+            name: [package for each in of_extra for package in _wanted(each)]
+            for name, of_extra in extras.items()
+            if name not in NEVER_ASKED
+        },
+    )
+
+
+def _declared(section: Section, parse: Any) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Return the requirements of this machine, and those of each extra; `parse` makes one of a line."""
+    with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
+        project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+        if project["name"] == DISTRIBUTION:
+            extras = {name: map(parse, lines) for name, lines in project["optional-dependencies"].items()}
+            return _of_this_machine(map(parse, project["dependencies"])), {
+                name: _of_this_machine(each) for name, each in extras.items()
+            }
+    try:
+        of_ours = metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        section.problem(f"{DISTRIBUTION} is not installed, so what it needs is not known", "pip install .")
+        return [], {}
+    everything = [parse(line) for line in of_ours.requires or []]
+    base = _of_this_machine(everything)
+    return base, {
+        extra: [each for each in _of_this_machine(everything, extra) if each not in base]
+        for extra in of_ours.metadata.get_all("Provides-Extra") or []
+    }
+
+
+def _of_this_machine(requirements: Iterable[Any], extra: str = "") -> list[Any]:
+    return [each for each in requirements if each.marker is None or each.marker.evaluate({"extra": extra})]
+
+
+def _wanted(requirement: Any) -> list[Package]:
+    """Return a requirement as a package, with what the extras that it names ask for."""
+    version = _version(requirement.name)
+    fits = version is not None and requirement.specifier.contains(version, prereleases=True)
+    packages = [Package(requirement.name, f"{requirement.name}{requirement.specifier}", version, fits)]
+    lines = metadata.requires(requirement.name) or [] if version and requirement.extras else []
+    for nested in map(type(requirement), lines):
+        if nested.marker and any(nested.marker.evaluate({"extra": extra}) for extra in requirement.extras):
+            found = _version(nested.name)
+            packages.append(Package(nested.name, nested.name, found, found is not None))
+    return packages
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages(section: Section, required: Sequence[Package], trials: Mapping[str, Trial]) -> None:
+    section.row("python", f"{platform.python_version()}  {sys.executable}", platform.python_version())
+    for package in required:
+        _package(section, package, trials.get(package.module))
+    owners = metadata.packages_distributions()
+    for package in required:
+        several = sorted({name.lower() for name in owners.get(package.module, ())})
+        if package.version and len(several) > 1:
+            section.warning(
+                f"{' and '.join(several)} both own {package.module}: what was installed last has overwritten the other",
+                f"pip uninstall {' '.join(several)}, then pip install '{package.asked}'",
+            )
+
+
+def _package(section: Section, package: Package, trial: Trial | None) -> None:
+    if package.version is None:
+        section.row(package.name, "missing")
+        section.problem(f"{package.name} is missing", f"pip install '{package.asked}'")
+    elif trial and trial.error:
+        section.row(package.name, f"{package.version}, but it cannot be imported", package.version)
+        section.problem(
+            f"{package.name} {package.version} is installed and cannot be imported: {trial.error}",
+            f"pip install --force-reinstall '{package.asked}'",
+        )
+    else:
+        section.row(package.name, package.version)
+        if not package.fits:
+            section.problem(
+                f"{package.name} must be {package.asked.removeprefix(package.name)}, it is {package.version}",
+                f"pip install '{package.asked}'",
+            )
+
+
+def _extras(section: Section, optional: Mapping[str, Sequence[Package]], trials: Mapping[str, Trial]) -> None:
+    for extra, packages in sorted(optional.items()):
+        if not packages:
+            section.row(extra, "not for this machine")
+            continue
+        missing = [package.name for package in packages if package.version is None]
+        way_in = f"pip install '{DISTRIBUTION}[{extra}]'"
+        if missing:
+            section.row(extra, f"not installed: {way_in}", {"missing": missing})
+            continue
+        versions = {package.name: package.version for package in packages}
+        section.row(extra, ", ".join(f"{name} {version}" for name, version in versions.items()), versions)
+        for package in packages:
+            trial = trials.get(package.module)
+            if trial and trial.error:
+                section.warning(
+                    f"{package.name} {package.version} of the extra {extra} is installed and cannot be imported: {trial.error}",
+                    f"pip install --force-reinstall '{package.asked}', if you need it",
+                )
+            elif not package.fits:
+                section.warning(f"the extra {extra} asks for {package.asked}, {package.version} is installed", way_in)
+
+
+def _names(section: Section, folder: Path) -> None:
+    """Say where our names resolve for a fresh interpreter in a folder, and for one that does not look there."""
+    here, elsewhere = _resolved(folder, safe=False), _resolved(folder, safe=True)
+    owners = metadata.packages_distributions()
+    for name in OURS:
+        found = elsewhere[name] or here[name]
+        several = sorted({owner.lower().replace("_", "-") for owner in owners.get(name, ())})
+        section.row(name, f"{found or 'nowhere'}  ({_owned_by(several)})", {"path": found, "owners": several})
+        if len(several) > 1:
+            section.problem(
+                f"{' and '.join(several)} both own the name {name}: what was installed last has overwritten the other",
+                f"Give {DISTRIBUTION} an environment of its own (python -m venv .venv), or uninstall the other and run"
+                f" pip install --force-reinstall {DISTRIBUTION}",
+            )
+    if nowhere := [name for name in OURS if not here[name] and not elsewhere[name]]:
+        section.problem(
+            f"a fresh interpreter cannot import {', '.join(nowhere)}", f"pip install --force-reinstall {DISTRIBUTION}"
+        )
+    if shadowed := [name for name in OURS if elsewhere[name] and here[name] != elsewhere[name]]:
+        theirs = ", ".join(sorted({str(_root(elsewhere[name] or "")) for name in shadowed}))
+        section.problem(
+            f"programs started in {folder} take {', '.join(shadowed)} from there, and not from {theirs}",
+            "Start them in another folder, rename what is there, or set PYTHONSAFEPATH=1",
+        )
+    if alone := [name for name in OURS if here[name] and not elsewhere[name]]:
+        section.warning(f"{', '.join(alone)} can be imported in {folder} alone", "pip install -e .")
+    _places(section, [path for path in elsewhere.values() if path])
+
+
+def _places(section: Section, paths: Sequence[str]) -> None:
+    """Look whether our names stand in one folder, and in the one that our distribution was installed in."""
+    roots, homes = {_root(path) for path in paths}, _homes()
+    if len(roots) > 1:
+        section.problem(
+            f"{', '.join(OURS)} come from {len(roots)} places: {', '.join(map(str, sorted(roots)))}",
+            f"Another project has these names too: give {DISTRIBUTION} an environment of its own (python -m venv .venv)",
+        )
+    elif roots and homes and not roots & set(homes):
+        section.warning(
+            f"programs take them from {min(roots)}, while {DISTRIBUTION} is installed from {homes[0]}",
+            f"Unset PYTHONPATH, or pip install -e {min(roots)}",
+        )
+
+
+def _root(path: str) -> Path:
+    """Return the folder in which a resolved name stands: the parent of a package's folder, or of a module."""
+    place = Path(path).resolve()
+    return place.parent.parent if place.name == "__init__.py" else place.parent
+
+
+def _owned_by(owners: Sequence[str]) -> str:
+    if not owners:
+        return "of no installed package"
+    return " and ".join(f"{owner} {_version(owner) or ''}".strip() for owner in owners)
+
+
+def _resolved(folder: Path, *, safe: bool) -> dict[str, str | None]:
+    """Return where a fresh interpreter finds our names, looking into the folder that it starts in or not."""
+    options = ["-P"] if safe else []
+    code = f"NAMES = {OURS!r}{_RESOLVE}"
+    try:
+        done = subprocess.run(
+            [sys.executable, *options, "-c", code], cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        return json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return dict.fromkeys(OURS)
+
+
+def _homes() -> list[Path]:
+    """Return the folders that our distribution is installed in, or from where it is installed to be edited."""
+    homes: list[Path] = []
+    for found in metadata.distributions(name=DISTRIBUTION):
+        home = Path(str(found.locate_file("")))
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            told = json.loads(found.read_text("direct_url.json") or "{}")
+            if told["dir_info"]["editable"]:
+                home = Path(url2pathname(urlparse(told["url"]).path))
+        homes.append(home.resolve())
+    return homes
+
+
+def _devices(trial: Trial | None) -> Section:
+    section = Section("GPUs")
+    if trial is None or trial.result is None:
+        section.row("CUDA", f"unknown: {trial.error if trial else 'torch is missing'}")
+        return section
+    found, driver = trial.result, _driver()
+    for index, device in enumerate(found["devices"]):
+        bf16 = "bfloat16" if device["bf16"] else "no fast bfloat16: pass --dtype float16 or float32"
+        section.row(f"cuda:{index}", f"{device['name']}, {byte_size(device['memory'])}, {bf16}", device)
+    if found["devices"]:
+        section.row(
+            "CUDA", f"torch is built for {found['built_for']}, driver {driver or 'unknown'}", found["built_for"]
+        )
+        return section
+    section.row("CUDA", f"no GPU; torch is built for {found['built_for'] or 'CPUs alone'}", found["built_for"])
+    if driver and not found["built_for"]:
+        section.problem(
+            f"there is an NVIDIA driver ({driver}), and this torch is built for CPUs alone",
+            "Install a torch that is built for CUDA: https://pytorch.org/get-started/locally",
+        )
+    elif driver:
+        section.problem(
+            f"there is an NVIDIA driver ({driver}), and torch built for CUDA {found['built_for']} sees no GPU",
+            "Does nvidia-smi see one? Look at CUDA_VISIBLE_DEVICES; update the driver, or install a torch for an older CUDA",
+        )
+    return section
+
+
+def _driver() -> str | None:
+    """Return the version of the NVIDIA kernel driver, None where there is none."""
+    with contextlib.suppress(OSError):
+        words = DRIVER.read_text().split()
+        return next((word for word in words if word[:1].isdigit() and "." in word), None)
+    return None
+
+
+def _decoders(trial: Trial) -> Section:
+    section = Section("decoders")
+    if trial.result is None:
+        section.row("self-test", "could not run")
+        section.problem(f"no image can be decoded: {trial.error}", "Mend the packages named above")
+        return section
+    found = trial.result
+    section.row("formats", ", ".join(found["formats"]), found["formats"])
+    section.row("JPEG", f"libjpeg-turbo: simplejpeg's; Pillow's is {found['libjpeg_turbo']}", found["libjpeg_turbo"])
+    region = (
+        "yes"
+        if found["region"]
+        else f"no libjpeg-turbo 3: pip install '{DISTRIBUTION}[region]' (optional, a sixth faster)"
+    )
+    section.row("region of a JPEG", region, found["region"])
+    if "WEBP" not in found["formats"]:
+        section.warning("Pillow reads no WebP here", "pip install --force-reinstall Pillow, if your images are WebP")
+    wrong = {name: far for name, far in found["differences"].items() if far != 0}
+    agreed = count(len(found["differences"]), "decoder")
+    section.row("self-test", "differs" if wrong else f"{agreed} give the same pixels", found["differences"])
+    for name, far in wrong.items():
+        how = "did not decode" if far is None else f"differs by up to {far} of 255"
+        section.problem(
+            f"decoding {name} in the self-test {how} from Pillow's pixels: labels made elsewhere may not fit",
+            "pip install --force-reinstall simplejpeg Pillow" + (" turbojpeg" if name == "region" else ""),
+        )
+    return section

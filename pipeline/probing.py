@@ -1,0 +1,214 @@
+"""Trials in a process of their own: whether packages can be imported, what torch sees, whether decoders agree.
+
+A broken package may raise anything, print anything, or end the interpreter. So each trial is announced before it is made
+and told when it is over, a marked JSON line each; whoever reads them knows at which trial the process was lost.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How one trial ended.
+
+    Attributes:
+        name: what was tried, as `try_all` takes it.
+        result: what it told; None if it failed.
+        error: why it failed, one line.
+    """
+
+    name: str
+    result: Any
+    error: str | None
+
+
+def try_all(names: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> list[Trial]:
+    """Make trials in one process, and in another one what is left when a trial has ended it.
+
+    Args:
+        names: each a module to import, or `module:function` to call, with a list of arguments in JSON behind it.
+        timeout_s: that a process may take.
+    """
+    trials: list[Trial] = []
+    while left := names[len(trials) :]:
+        trials += _try_some(left, timeout_s)
+    return trials
+
+
+def fresh_environment() -> dict[str, str]:
+    """Return this environment, with this very copy of the project to import from, whatever the working directory has."""
+    root = str(Path(__file__).parent.parent)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+def _try_some(names: Sequence[str], timeout_s: float) -> list[Trial]:
+    """Return the trials that came to an end, and the one at which the process was lost; at least one."""
+    mark = secrets.token_hex(16)  # what else a module may print begins with something else
+    command = [sys.executable, "-P", "-c", "from pipeline.probing import main; main()", mark, *names]
+    late = False
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=fresh_environment(),
+    ) as process:
+        try:
+            told, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            late = True
+            process.kill()
+            told, errors = process.communicate()
+    trials, begun = _parse(told.splitlines(), mark)
+    if len(trials) == len(names) and not late:
+        return trials
+    at = begun or names[min(len(trials), len(names) - 1)]
+    reason = f"it took more than {timeout_s:.0f} s" if late else _how_it_ended(process.returncode, errors)
+    return [*trials[: len(names) - 1], Trial(at, None, reason)]
+
+
+def _parse(lines: Iterable[str], mark: str) -> tuple[list[Trial], str | None]:
+    """Return the trials that ended, and the name of one that began and did not."""
+    trials: list[Trial] = []
+    begun: str | None = None
+    for line in lines:
+        if not line.startswith(mark):
+            continue
+        told = json.loads(line.removeprefix(mark))
+        if "began" in told:
+            begun = told["began"]
+        else:
+            begun = None
+            trials.append(Trial(told["name"], told["result"], told["error"]))
+    return trials, begun
+
+
+def _how_it_ended(code: int, errors: str) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"it ended the interpreter with {signal.Signals(-code).name}"
+    last = errors.strip().splitlines()[-1:] or [""]
+    return f"it ended the interpreter with exit code {code}{': ' if last[0] else ''}{last[0][:200]}"
+
+
+def main() -> None:
+    """Make the trials named on the command line, and tell of each behind the mark that stands before them."""
+    mark, *names = sys.argv[1:]
+    for name in names:
+        _tell(mark, {"began": name})
+        result, error = None, None
+        try:
+            result = _call(name) if ":" in name else _import(name)
+        except BaseException as failure:  # a module may raise what it likes, SystemExit too
+            error = first_line(failure)
+        _tell(mark, {"name": name, "result": result, "error": error})
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error as one short line, with its kind where its text alone says little."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    kind = type(error).__name__
+    return text[:300] if isinstance(error, ImportError) and text else f"{kind}: {text[:300]}" if text else kind
+
+
+def _tell(mark: str, told: dict[str, Any]) -> None:
+    # A module may have printed half a line, or put something else in the place of sys.stdout.
+    os.write(1, f"\n{mark}{json.dumps(told)}\n".encode())
+
+
+def _import(name: str) -> str:
+    return str(getattr(importlib.import_module(name), "__file__", None))
+
+
+def _call(name: str) -> Any:
+    module, _, call = name.partition(":")
+    function, _, arguments = call.partition(" ")
+    return getattr(importlib.import_module(module), function)(*json.loads(arguments or "[]"))
+
+
+def see_gpus() -> dict[str, Any]:
+    """Return what torch says of GPUs."""
+    torch: Any = importlib.import_module("torch")
+    found: dict[str, Any] = {"built_for": torch.version.cuda or torch.version.hip, "devices": []}
+    with contextlib.suppress(Exception):  # a name that torch may drop; only the text depends on it
+        found["driver_cuda"] = torch._C._cuda_getDriverVersion() or None
+    found["available"] = bool(torch.cuda.is_available())
+    for index in range(torch.cuda.device_count() if found["available"] else 0):
+        device = torch.cuda.get_device_properties(index)
+        found["devices"].append(
+            {
+                "name": device.name,
+                "memory": device.total_memory,
+                "capability": f"{device.major}.{device.minor}",
+                "bf16": device.major >= 8,
+            }
+        )
+    return found
+
+
+def compare_decoders() -> dict[str, Any]:
+    """Decode a JPEG of smooth colours with each decoder, and a PNG and a WebP; return how far from Pillow each is.
+
+    Returns:
+        `versions`, `formats` that Pillow reads, `region` (path of the library or None), and `differences`: for each
+        decoder the largest difference of a pixel from Pillow's, 0 where all are equal; None where it did not decode.
+    """
+    import io
+
+    import numpy as np
+    import simplejpeg
+    from PIL import Image, features
+
+    from pipeline import turbojpeg
+    from pipeline.decode import decode
+
+    y, x = np.mgrid[0:208, 0:256]
+    smooth = [127 + 60 * np.sin(x / 9 + c) + 60 * np.cos(y / 7 - c) for c in range(3)]
+    pixels = np.clip(np.stack(smooth, axis=2), 0, 255).astype(np.uint8)
+
+    def encoded(kind: str, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    def far(found: Any, expected: Any) -> int:
+        return int(np.abs(found.astype(int) - expected).max()) if found.shape == expected.shape else 255
+
+    jpeg = encoded("JPEG", quality=90, subsampling=2)
+    pillow = np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    exact = simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=False, fastupsample=False, strict=True)
+    differences: dict[str, int | None] = {"simplejpeg": far(exact, pillow)}
+    if turbojpeg.is_installed():
+        part = turbojpeg.decode_region(jpeg, (60, 70, 90, 100))
+        differences["region"] = None
+        if part is not None:
+            found, top, left = part
+            height, width = found.shape[:2]
+            inner = (slice(60 - top, 150 - top), slice(70 - left, 170 - left))
+            differences["region"] = far(found[inner], pillow[top : top + height, left : left + width][inner])
+    formats = {"PNG": "zlib", "WEBP": "webp"}
+    for kind, feature in formats.items():
+        if features.check(feature):
+            options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+            differences[kind] = far(decode(encoded(kind, **options), key=kind), pixels)
+    return {
+        "libjpeg_turbo": features.version_feature("libjpeg_turbo"),
+        "formats": ["JPEG", *(kind for kind, feature in formats.items() if features.check(feature))],
+        "region": turbojpeg.is_installed(),
+        "differences": differences,
+    }

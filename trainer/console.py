@@ -1,0 +1,80 @@
+"""What is seen while a command runs: messages on stderr, a bar on a terminal, elsewhere a line now and then."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class ToStderr(logging.Handler):
+    """Messages to whatever stderr is at the time: a progress bar takes its place for as long as it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        click.echo(self.format(record), err=True)
+
+
+@contextmanager
+def shown_progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
+    """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
+    from pipeline.progress import json_log
+
+    with _bar() if sys.stderr.isatty() else _lines() as show, json_log(log_json) as write:
+
+        def update(tick: Any) -> None:
+            show(tick)
+            write(tick)
+
+        yield update
+
+
+@contextmanager
+def _lines() -> Iterator[Callable[[Any], None]]:
+    from pipeline.progress import now_and_then, say
+    from trainer import pace
+
+    say_step = pace.now_and_then()
+    with now_and_then(say, every_s=60) as say_tick:
+        yield lambda tick: say_step(tick) if isinstance(tick, pace.Step) else say_tick(tick)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Any], None]]:
+    from rich import progress as bars
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from pipeline.progress import state
+    from trainer import pace
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=None),
+        bars.TextColumn("{task.fields[count]}", style="progress.download"),
+        bars.TextColumn("{task.fields[left]}"),
+    )
+    rows = bars.Progress(*columns, expand=True)
+    live = Live(rows, console=Console(stderr=True), transient=True)
+    tasks: dict[str, bars.TaskID] = {}
+
+    def update(tick: Any) -> None:
+        if tick.phase not in tasks:
+            tasks[tick.phase] = rows.add_task(tick.phase, count="", left="")
+        shown: dict[str, Any] = {"count": f"{tick.done:,}/{tick.total:,}"}
+        if isinstance(tick, pace.Step):
+            done = f"{100 * tick.done // tick.total} %"
+            shown = {"description": pace.place(tick), "count": done, "left": pace.left(tick)}
+        below = pace.state(tick) if isinstance(tick, pace.Step) else state(tick)
+        rows.update(tasks[tick.phase], completed=tick.done, total=tick.total, **shown)
+        live.update(Group(rows, Text(below)))
+        live.start()  # only now: before it there may be questions to the user
+
+    try:
+        yield update
+    finally:
+        live.stop()
