@@ -82,7 +82,7 @@ class LabelSet:
         manifest = _read_part(folder, MANIFEST_NAME)
         if manifest is None:
             raise LabelSetIncomplete(
-                f"{folder} has no {MANIFEST_NAME}: run the same deit-cli precompute again to complete it"
+                f"{folder} has no {MANIFEST_NAME}: run the same deit-cli precompute (or labels push, or pull) again to complete it"
             )
         self.folder = folder
         self.plan = parse_plan(plan, folder / PLAN_NAME)

@@ -21,13 +21,13 @@ class Tick:
     """How far one phase of a run is.
 
     Attributes:
-        phase: `index` counts source shards, `label` counts views.
+        phase: `index` counts source shards, `label` counts views, `push` and `pull` count files.
         done: of them, those that were there before included.
         total: of them.
         elapsed_s: seconds since the phase began.
         made: of `done`, what this run made itself.
         teacher_busy: share of the time in which the teachers computed, 0..1; None where there is none.
-        bytes_written: of label shards.
+        bytes_written: of label shards, or of files that were moved.
     """
 
     phase: str
@@ -142,9 +142,11 @@ def state(tick: Tick) -> str:
     """Return rate, time left, how busy the teacher is, and bytes written, as far as they are known."""
     parts = []
     if found := tick.done - tick.made:
-        parts.append(f"{found:,} of them made before")
+        parts.append(f"{found:,} of them {'there' if tick.phase in ('push', 'pull') else 'made'} before")
     if tick.made:
-        unit = {"index": "source shards", "label": "views"}.get(tick.phase, tick.phase)
+        unit = {"index": "source shards", "label": "views", "push": "files", "pull": "files"}.get(
+            tick.phase, tick.phase
+        )
         parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {unit}/s")
     if tick.made and tick.left_s:
         hours, rest = divmod(int(tick.left_s), 3600)
