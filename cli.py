@@ -18,6 +18,7 @@ from pipeline.options import (
     AS_JSON,
     LOG_JSON,
     SECONDS,
+    ViewsType,
     chosen_recipe,
     config_option,
     options_of,
@@ -413,7 +414,7 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
 
 @commands.group()
 def labels() -> None:
-    """Look into a label set: info, verify, show; sign one; import others' labels."""
+    """Look into a label set: info, verify, show; share it: push, pull, sign; import others' labels."""
 
 
 LABELS = click.argument("folder")  # or a URL
@@ -510,6 +511,56 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     label_set = LabelSet.open(folder)
     contact_sheet(label_set, label_set.open_source(data), out, samples=samples, views=views)
     click.echo(str(out))
+
+
+WORKERS = click.option("-j", "--workers", type=click.IntRange(1, 256), default=8, help="Files that move at a time.")
+
+
+@labels.command()
+@LABELS
+@click.argument("url", metavar="URL|FOLDER")
+@WORKERS
+def push(folder: str, url: str, workers: int) -> None:
+    """Send a sealed label set to a bucket or another folder: what is missing there, checked by its hash.
+
+    The same command continues what was cut. Views or source shards that are there already, of the same label set, stay,
+    and what comes is added to them.
+
+    \b
+    Example:
+      deit-cli labels push shards s3://bucket/shards
+    """
+    from pipeline.sharing import moved_line, push
+
+    with shown_progress() as progress:
+        moved = push(Path(folder), url, workers=workers, progress=progress)
+    click.echo(moved_line(url, moved, "sent"))
+
+
+@labels.command()
+@click.argument("url", metavar="URL|FOLDER")
+@LABELS
+@click.option("--views", type=ViewsType(), help="Only these; whole blocks come.  [default: all]")
+@click.option(
+    "--shards", multiple=True, metavar="NAME", help="Only this source shard, or those of a pattern; repeatable."
+)
+@WORKERS
+def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str, ...], workers: int) -> None:
+    """Bring a label set, or a part of it, into a folder: what is missing there, checked by its hash.
+
+    The same command continues what was cut, in the middle of a file too. A part is a label set of its own; more views or
+    source shards may be pulled beside it later.
+
+    \b
+    Examples:
+      deit-cli labels pull s3://bucket/shards shards
+      deit-cli labels pull https://host/shards shards --views 0:100 --shards 'train-0000*'
+    """
+    from pipeline.sharing import moved_line, pull
+
+    with shown_progress() as progress:
+        moved = pull(url, Path(folder), views=views, shards=shards or None, workers=workers, progress=progress)
+    click.echo(moved_line(folder, moved, "received"))
 
 
 @labels.command(name="import")
