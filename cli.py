@@ -220,7 +220,9 @@ def evaluate(**values: Any) -> None:
     click.echo(json.dumps(result, indent=1) if as_json else score_table(result))
 
 
-OF_PRECOMPUTE = frozenset({"out", "engine", "address", "on_bad_image", "min_teacher_accuracy", "accuracy_samples"})
+OF_PRECOMPUTE = frozenset(
+    {"out", "engine", "address", "on_bad_image", "include_images", "min_teacher_accuracy", "accuracy_samples"}
+)
 
 
 @commands.command()
@@ -504,10 +506,9 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     """
     from pipeline.inspection import contact_sheet
     from pipeline.labelset import LabelSet
-    from pipeline.sources import open_source
 
     label_set = LabelSet.open(folder)
-    contact_sheet(label_set, open_source(data or label_set.plan.source.location), out, samples=samples, views=views)
+    contact_sheet(label_set, label_set.open_source(data), out, samples=samples, views=views)
     click.echo(str(out))
 
 
@@ -554,8 +555,8 @@ def doctor(context: click.Context, out: str | None, labels: str | None, data: st
       deit-cli doctor
       deit-cli doctor --out /scratch/shards --labels shards --data imagenet/train
     """
-    from pipeline.doctor import examine
-    from pipeline.findings import report_json, report_table, verdict
+    from pipeline.doctor.examine import examine
+    from pipeline.doctor.findings import report_json, report_table, verdict
 
     if data is not None and labels is None:
         raise UsageError("--data names the images of --labels: pass that too")

@@ -23,6 +23,8 @@ from pipeline.turbojpeg import decode_region
 # classification set comes near.
 MAX_PIXELS = 89_478_485
 
+SHRUNK_QUALITY = 95  # of the JPEGs that `shrink` makes
+
 # Where libjpeg-turbo and Pillow make the same RGB. For CMYK and YCCK they do not: Pillow is the reference there.
 _TURBO_COLOURS = frozenset({"YCbCr", "Gray"})
 
@@ -71,6 +73,33 @@ def decode_around(image: bytes, box: Box, *, key: str) -> tuple[NDArray[np.uint8
     """
     part = decode_region(image, box) if image[:3] == _JPEG else None
     return part or (decode(image, key=key), 0, 0)
+
+
+def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
+    """Return an image with its shorter side resized to `shorter` pixels, as a JPEG of quality 95 (4:2:0), RGB.
+
+    An image that is not larger is returned as it is, byte for byte: nothing is enlarged, or encoded again for nothing.
+
+    Args:
+        image: the encoded file.
+        shorter: pixels.
+        key: the sample key, for the error.
+
+    Raises:
+        BadImageError: as `decode` does.
+    """
+    pixels = decode(image, key=key)
+    height, width = pixels.shape[:2]
+    least = min(height, width)
+    if least <= shorter:
+        return image
+    size = (shorter * width // least, shorter * height // least)
+    buffer = io.BytesIO()
+    with _named_errors(key):  # Pillow's bicubic is antialiased
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(
+            buffer, "JPEG", quality=SHRUNK_QUALITY, subsampling="4:2:0"
+        )
+    return buffer.getvalue()
 
 
 def image_size(image: bytes, *, key: str) -> tuple[int, int]:

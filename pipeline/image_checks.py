@@ -14,7 +14,7 @@ from pipeline.progress import Progress
 from pipeline.remedies import DAMAGED_MANIFEST
 from pipeline.replay import compare_probes
 from pipeline.reports import Problem, Report
-from pipeline.sources import Source, open_source
+from pipeline.sources import Source
 from pipeline.threads import Telling, in_threads
 
 OTHER_DATA = "Pass the --data that was labelled, or mend this copy"
@@ -25,16 +25,19 @@ def check_images(
 ) -> Source | None:
     """Compare images and probes, as far as was asked and as can be; return the images, if they are those labelled.
 
-    Without `config.data` only keys and class labels, and the images of the probes, are compared.
+    Without `config.data`, of a set that has no images of its own, only keys and class labels, and the images of the
+    probes, are compared.
     """
-    location, source, before = config.data or label_set.plan.source.location, None, len(report.problems)
+    own = config.data is None and label_set.has_images
+    location = label_set.folder if own else config.data or label_set.plan.source.location
+    source, before = None, len(report.problems)
     with report.noting(location, "source", "Pass --data, or --no-probes to leave the images out"):
-        source = label_set.labelled_part(open_source(location))
+        source = label_set.labelled_part(label_set.open_source(config.data))
         if config.data is None:
             label_set.check_source(source)
     if source is None:
         return None
-    if config.data is not None:
+    if own or config.data is not None:
         compare_images(report, label_set, source, threads=threads, progress=progress)
     if any(problem.rule == "source" for problem in report.problems[before:]):
         return None

@@ -36,6 +36,7 @@ from pipeline.labels import (
     read_view,
 )
 from pipeline.manifest import (
+    IMAGES_FOLDER,
     MANIFEST_NAME,
     PLAN_NAME,
     FileEntry,
@@ -53,9 +54,10 @@ from pipeline.recipe import Recipe
 from pipeline.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
 from pipeline.remote import read_url
 from pipeline.samples import keys_sha256
-from pipeline.sources import Source
+from pipeline.sources import Source, open_source
 from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
-from pipeline.urls import is_url
+from pipeline.tar_source import TarShard
+from pipeline.urls import is_url, join_url
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 
@@ -239,6 +241,32 @@ class LabelSet:
             )
         return source.only(self.shards)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether it is self-contained: the images that were labelled are in it."""
+        return any(entry.kind == "images" for entry in self.manifest.files)
+
+    def open_source(self, data: str | None = None, *, cache: ShardCache | None = None) -> Source:
+        """Open the images: those at `data`, or else the set's own, or else those where it found them.
+
+        Args:
+            data: a source, which goes before all others; None: there is none.
+            cache: through which a remote `data` is read; None: the default one.
+        """
+        if data is None and self.has_images:
+            return self._own_images()
+        return open_source(data or self.plan.source.location, cache=cache)
+
+    def _own_images(self) -> Source:
+        names = self.plan.source.class_names
+        shards = tuple(
+            TarShard(name, self._file(self._entry("images", name, 0)), None if names is None else len(names))
+            for name in self.shards
+        )
+        folder = self.folder
+        parent = f"{folder}/{IMAGES_FOLDER}" if isinstance(folder, Path) else join_url(folder.url, IMAGES_FOLDER)
+        return Source(parent, "tar", names, shards)
+
     def read_file(self, entry: FileEntry) -> Contents:
         """Return a file's bytes after checking their length and SHA-256.
 
@@ -330,6 +358,8 @@ class LabelSet:
                 f"{self.folder}: its views {blocks} have a gap. Compute the missing ones with --views"
             )
         expected = {("samples", name, 0, 0) for name in self.shards}
+        if self.has_images:
+            expected |= {("images", name, 0, 0) for name in self.shards}
         expected |= {("labels", name, start, stop) for name in self.shards for start, stop in blocks}
         found = {(e.kind, e.shard, e.view_start, e.view_stop) for e in self.manifest.files}
         for what, difference in (("lacks", expected - found), ("has an unknown", found - expected)):

@@ -22,6 +22,7 @@ from pipeline.storage import parse_json, pretty_json, read_small, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
+IMAGES_FOLDER = "images"
 
 Channels = tuple[float, float, float]
 _RecordT = TypeVar("_RecordT", bound=Record)
@@ -212,9 +213,9 @@ class Plan(Record):
 class FileEntry(Record):
     """One complete file of the set. Its path follows from kind, shard and views."""
 
-    kind: Literal["samples", "labels"]
+    kind: Literal["samples", "labels", "images"]
     shard: Name
-    view_start: View  # 0 and 0 for samples
+    view_start: View  # 0 and 0 for samples and images
     view_stop: View
     rows: Count
     bytes: Count
@@ -225,6 +226,8 @@ class FileEntry(Record):
         """Path inside the label set."""
         if self.kind == "samples":
             return samples_path(self.shard)
+        if self.kind == "images":
+            return images_path(self.shard)
         return labels_path(self.shard, self.views)
 
     @property
@@ -328,6 +331,11 @@ def shards_of(manifest: Manifest, plan: Plan, name: object) -> tuple[ShardRecord
 def samples_path(shard: str) -> PurePosixPath:
     """Return where the samples of a source shard stand in a label set."""
     return PurePosixPath("samples") / f"{shard}.parquet"
+
+
+def images_path(shard: str) -> PurePosixPath:
+    """Return where the images of a source shard stand in a self-contained label set."""
+    return PurePosixPath(IMAGES_FOLDER) / f"{shard}.tar"
 
 
 def labels_path(shard: str, views: range) -> PurePosixPath:

@@ -21,7 +21,7 @@ class Tick:
     """How far one phase of a run is.
 
     Attributes:
-        phase: `index` counts source shards, `label` counts views.
+        phase: `pack` and `index` count source shards, `label` counts views.
         done: of them, those that were there before included.
         total: of them.
         elapsed_s: seconds since the phase began.
@@ -145,6 +145,7 @@ def state(tick: Tick) -> str:
         parts.append(f"{found:,} of them made before")
     if tick.made:
         unit = {
+            "pack": "source shards",
             "index": "source shards",
             "label": "views",
             "verify": "files",

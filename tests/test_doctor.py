@@ -15,12 +15,13 @@ from builders import files_of, make_labels, write_tars
 from label_sets import seal_again
 from s3_server import BUCKET, credentials, s3_server
 
-from pipeline import folders, machine, owners, packages, probing, remote, storage
-from pipeline.buckets import examine_bucket
-from pipeline.doctor import compare_environments, examine_labels
-from pipeline.findings import Section, report_json, report_table, verdict
-from pipeline.folders import examine_folder
-from pipeline.machine import examine_machine
+from pipeline import remote, storage
+from pipeline.doctor import folders, machine, owners, packages, probing
+from pipeline.doctor.buckets import examine_bucket
+from pipeline.doctor.examine import compare_environments, examine_labels
+from pipeline.doctor.findings import Section, report_json, report_table, verdict
+from pipeline.doctor.folders import examine_folder
+from pipeline.doctor.machine import examine_machine
 from pipeline.remote import list_tree
 
 ROOT = Path(__file__).parent.parent
@@ -347,7 +348,7 @@ def test_the_machine_is_described():
 
 
 def test_a_low_limit_of_open_files_is_a_warning_with_the_way_out():
-    script = "from pipeline.machine import examine_machine as e; print(*[f for f in e().findings], sep='\\n')"
+    script = "from pipeline.doctor.machine import examine_machine as e; print(*[f for f in e().findings], sep='\\n')"
     command = f'ulimit -Sn 200 && "{sys.executable}" -c "{script}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
     (line,) = [line for line in done.stdout.splitlines() if "open 200 files" in line]
@@ -491,7 +492,7 @@ def test_what_killed_writers_left_behind_is_counted(tmp_path):
 
 
 def test_a_doctor_killed_while_it_writes_leaves_what_is_swept(tmp_path):
-    script = "import sys; from pathlib import Path; from pipeline import folders; folders.MOST_S = 600; folders.examine_folder(Path(sys.argv[1]))"
+    script = "import sys; from pathlib import Path; from pipeline.doctor import folders; folders.MOST_S = 600; folders.examine_folder(Path(sys.argv[1]))"
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT) as process:
         while not any(map(is_being_written, tmp_path.iterdir())):
             assert process.poll() is None

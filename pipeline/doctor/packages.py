@@ -12,15 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.findings import Section
-from pipeline.owners import DISTRIBUTION, examine_names, owners_of
-from pipeline.probing import Trial, try_all
+from pipeline.doctor.findings import Section
+from pipeline.doctor.owners import DISTRIBUTION, examine_names, owners_of
+from pipeline.doctor.probing import Trial, try_all
 from pipeline.units import byte_size, count
 
 DRIVER = Path("/proc/driver/nvidia/version")
 NEVER_ASKED = frozenset({"test"})  # extras of those who work on the project
 _NOT_TRIED = ("sklearn", "wandb")  # seconds of import; without them everything but the demo's digits and W&B works
-GPUS, DECODERS = "pipeline.probing:see_gpus", "pipeline.probing:compare_decoders"
+GPUS, DECODERS = "pipeline.doctor.probing:see_gpus", "pipeline.doctor.probing:compare_decoders"
 _SLOW = (
     "torch",
     "torchvision",
@@ -103,7 +103,7 @@ def _asked_for(section: Section) -> tuple[list[Package], dict[str, list[Package]
 def _declared(section: Section, parse: Any) -> tuple[list[Any], dict[str, list[Any]]]:
     """Return the requirements of this machine, and those of each extra; `parse` makes one of a line."""
     with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
-        project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+        project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
         if project["name"] == DISTRIBUTION:
             extras = {name: map(parse, lines) for name, lines in project["optional-dependencies"].items()}
             return _of_this_machine(map(parse, project["dependencies"])), {

@@ -3,8 +3,8 @@
 import os
 import time
 
+from pipeline.doctor.findings import Section
 from pipeline.errors import StorageError
-from pipeline.findings import Section
 from pipeline.remote import file_system, read_url
 from pipeline.storage import temporary_name
 from pipeline.units import byte_size

@@ -13,12 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.doctor.findings import Finding, Row, Section
+from pipeline.doctor.folders import examine_folder
+from pipeline.doctor.machine import examine_machine
+from pipeline.doctor.packages import examine_packages
+from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
-from pipeline.findings import Finding, Row, Section
-from pipeline.folders import examine_folder
-from pipeline.machine import examine_machine
-from pipeline.packages import examine_packages
-from pipeline.probing import first_line, try_all
 from pipeline.staging import working_folder
 from pipeline.urls import is_url
 
@@ -61,7 +61,7 @@ def _examine_place(out: str) -> list[Section]:
     """Look at a folder; of a URL, at the bucket and at the folder of this machine that stands for it."""
     if not is_url(out):
         return [examine_folder(Path(out))]
-    from pipeline.buckets import examine_bucket  # needs fsspec
+    from pipeline.doctor.buckets import examine_bucket  # needs fsspec
 
     return [examine_bucket(out), examine_folder(working_folder(out))]
 

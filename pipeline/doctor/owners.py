@@ -14,8 +14,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from pipeline.findings import Section
-from pipeline.probing import TIMEOUT_S
+from pipeline.doctor.findings import Section
+from pipeline.doctor.probing import TIMEOUT_S
 
 OURS = ("pipeline", "trainer", "cli")
 DISTRIBUTION = "deit-cli"
