@@ -18,6 +18,7 @@ from pipeline.sources import Source
 from pipeline.threads import Telling, in_threads
 
 OTHER_DATA = "Pass the --data that was labelled, or mend this copy"
+OTHER_IMAGES = "Its labels are of other images than those in it: get the damaged files again, or ask whoever made it"
 
 
 def check_images(
@@ -38,7 +39,8 @@ def check_images(
     if source is None:
         return None
     if own or config.data is not None:
-        compare_images(report, label_set, source, threads=threads, progress=progress)
+        way_out = OTHER_IMAGES if own else OTHER_DATA
+        compare_images(report, label_set, source, threads=threads, progress=progress, way_out=way_out)
     if any(problem.rule == "source" for problem in report.problems[before:]):
         return None
     if config.probes:
@@ -47,7 +49,13 @@ def check_images(
 
 
 def compare_images(
-    report: Report, label_set: LabelSet, source: Source, *, threads: int, progress: Progress = lambda _: None
+    report: Report,
+    label_set: LabelSet,
+    source: Source,
+    *,
+    threads: int,
+    progress: Progress = lambda _: None,
+    way_out: str = OTHER_DATA,
 ) -> None:
     """Compare keys, class labels and hashes of all images of a copy with those that were labelled.
 
@@ -59,7 +67,7 @@ def compare_images(
         ("shard", label_set.shards, names),
     ):
         if (text := compare_names(what, mine, theirs, limit=10)) != "":
-            report.problems.append(Problem(source.location, "source", f"{source.location}: {text}", OTHER_DATA))
+            report.problems.append(Problem(source.location, "source", f"{source.location}: {text}", way_out))
     shards = list(dict.fromkeys((*label_set.shards, *names)))
     tell = Telling("compare", len(shards), progress)
     comparison, local = Comparison(), threading.local()
@@ -76,15 +84,16 @@ def compare_images(
 
     for shard, result in in_threads(shards, read, threads):
         if isinstance(result, DeitCliError):
-            with report.noting(source.location if isinstance(result, SourceError) else shard, "images", OTHER_DATA):
+            with report.noting(source.location if isinstance(result, SourceError) else shard, "images", way_out):
                 raise result
         else:
             report.images += len(result[1].keys)
             comparison.add(shard, *result)
         tell()
     report.differences = comparison.result()
+    report.differences.sort()
     report.problems += [
-        Problem(source.location, "images", f"{source.location}: {line}", OTHER_DATA)
+        Problem(source.location, "images", f"{source.location}: {line}", way_out)
         for line in report.differences.describe(limit=10)
     ]
 

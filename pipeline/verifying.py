@@ -91,7 +91,7 @@ def verify(
     _check_files(report, folder, plan, tasks, threads, progress)
     if isinstance(folder, Path):
         _note_others(report, folder, tasks)
-    if report.label_set and (config.probes or config.data or asked):
+    if report.label_set and (config.probes or config.data or asked or report.label_set.has_images):
         report.source = check_images(report, report.label_set, config, threads=threads, progress=progress)
         if asked and report.source:
             _ask_again(report, report.label_set, report.source, config, asked, progress)

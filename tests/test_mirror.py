@@ -176,14 +176,14 @@ def test_other_images_under_the_same_keys_are_refused_when_another_machine_was_f
 def test_two_machines_that_seal_other_views_at_the_same_time_lose_none(data, whole, bucket, machine, monkeypatch):
     real = outputs.seal
 
-    def seal_late(*args: Any) -> None:
+    def seal_late(*args: Any, **how: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(outputs, "seal", real)
             machine("b")
             label(f"{bucket}/set", data, views=(2, 4))
         machine("a")
         monkeypatch.setattr(outputs, "seal", real)
-        real(*args)
+        real(*args, **how)
 
     monkeypatch.setattr(outputs, "seal", seal_late)
     label_set = label(f"{bucket}/set", data, views=(0, 2))
