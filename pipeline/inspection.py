@@ -38,6 +38,7 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
     return {
         "labelset_id": plan.labelset_id,
         "sealed": manifest.sealed,
+        "teacher_name": plan.teacher.name,
         "teacher": plan.teacher.model_dump(mode="json"),
         "recipe_id": plan.recipe_id,
         "recipe": plan.recipe,
@@ -55,6 +56,7 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
         "precision": plan.precision,
         "labels": rows,
         "label_bytes": size,
+        "image_bytes": sum(entry.bytes for entry in manifest.files if entry.kind == "images") or None,
         "bytes_per_label": size / rows if rows else None,
         "environments": list(manifest.environments),
         **_look_at_labels(label_set, tables),
