@@ -21,7 +21,7 @@ class Tick:
     """How far one phase of a run is.
 
     Attributes:
-        phase: `pack` and `index` count source shards, `label` counts views.
+        phase: `pack` and `index` count source shards, `label` counts views, `export` counts tars.
         done: of them, those that were there before included.
         total: of them.
         elapsed_s: seconds since the phase began.
@@ -144,7 +144,9 @@ def state(tick: Tick) -> str:
     if found := tick.done - tick.made:
         parts.append(f"{found:,} of them made before")
     if tick.made:
-        unit = {"pack": "source shards", "index": "source shards", "label": "views"}.get(tick.phase, tick.phase)
+        unit = {"pack": "source shards", "index": "source shards", "label": "views", "export": "tars"}.get(
+            tick.phase, tick.phase
+        )
         parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {unit}/s")
     if tick.made and tick.left_s:
         hours, rest = divmod(int(tick.left_s), 3600)
