@@ -25,6 +25,7 @@ _UNITS = {  # what each phase counts
     "relabel": "views",
     "push": "files",
     "pull": "files",
+    "export": "tars",
 }
 
 
