@@ -36,6 +36,7 @@ from pipeline.manifest import (
     FileEntry,
     Manifest,
     Plan,
+    label_blocks,
     labels_path,
     parse_manifest,
     parse_plan,
@@ -213,17 +214,11 @@ def _tasks(folder: Path | RemoteFolder, plan: Plan | None, manifest: Manifest | 
     for name in names:
         if (folder / samples_path(name)).is_file():
             yield _Task("samples", name, range(0), str(samples_path(name)), None)
-    blocks = sorted(path.name for path in (folder / "labels").glob("views-*-*"))
-    for block in blocks:
-        first, _, last = block.removeprefix("views-").partition("-")
-        if max(len(first), len(last)) <= 10 and f"{first}{last}".isdecimal():
-            views = range(int(first), int(last) + 1)
-            paths = {name: labels_path(name, views) for name in names}
-            yield from (
-                _Task("labels", name, views, str(path), None)
-                for name, path in paths.items()
-                if (folder / path).is_file()
-            )
+    for views in label_blocks(folder):
+        paths = {name: labels_path(name, views) for name in names}
+        yield from (
+            _Task("labels", name, views, str(path), None) for name, path in paths.items() if (folder / path).is_file()
+        )
 
 
 def _check_files(
