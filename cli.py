@@ -18,6 +18,7 @@ from pipeline.options import (
     AS_JSON,
     LOG_JSON,
     SECONDS,
+    ViewsType,
     chosen_recipe,
     config_option,
     options_of,
@@ -413,7 +414,7 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
 
 @commands.group()
 def labels() -> None:
-    """Look into a label set: info, verify, show; sign one; import others' labels."""
+    """Look into a label set: info, verify, show; share it: push, pull, sign, card, export; import others' labels."""
 
 
 LABELS = click.argument("folder")  # or a URL
@@ -512,6 +513,56 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     click.echo(str(out))
 
 
+WORKERS = click.option("-j", "--workers", type=click.IntRange(1, 256), default=8, help="Files that move at a time.")
+
+
+@labels.command()
+@LABELS
+@click.argument("url", metavar="URL|FOLDER")
+@WORKERS
+def push(folder: str, url: str, workers: int) -> None:
+    """Send a sealed label set to a bucket or another folder: what is missing there, checked by its hash.
+
+    The same command continues what was cut. Views or source shards that are there already, of the same label set, stay,
+    and what comes is added to them.
+
+    \b
+    Example:
+      deit-cli labels push shards s3://bucket/shards
+    """
+    from pipeline.sharing import moved_line, push
+
+    with shown_progress() as progress:
+        moved = push(Path(folder), url, workers=workers, progress=progress)
+    click.echo(moved_line(url, moved, "sent"))
+
+
+@labels.command()
+@click.argument("url", metavar="URL|FOLDER")
+@LABELS
+@click.option("--views", type=ViewsType(), help="Only these; whole blocks come.  [default: all]")
+@click.option(
+    "--shards", multiple=True, metavar="NAME", help="Only this source shard, or those of a pattern; repeatable."
+)
+@WORKERS
+def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str, ...], workers: int) -> None:
+    """Bring a label set, or a part of it, into a folder: what is missing there, checked by its hash.
+
+    The same command continues what was cut, in the middle of a file too. A part is a label set of its own; more views or
+    source shards may be pulled beside it later.
+
+    \b
+    Examples:
+      deit-cli labels pull s3://bucket/shards shards
+      deit-cli labels pull https://host/shards shards --views 0:100 --shards 'train-0000*'
+    """
+    from pipeline.sharing import moved_line, pull
+
+    with shown_progress() as progress:
+        moved = pull(url, Path(folder), views=views, shards=shards or None, workers=workers, progress=progress)
+    click.echo(moved_line(folder, moved, "received"))
+
+
 @labels.command(name="import")
 @click.argument("kind", metavar="FORMAT", type=click.Choice(["fkd", "tinyvit"]))
 @click.argument("path")
@@ -563,6 +614,84 @@ def doctor(context: click.Context, out: str | None, labels: str | None, data: st
     sections = examine(out=out, labels=labels, data=data)
     click.echo(json.dumps(report_json(sections), indent=1) if as_json else report_table(sections))
     context.exit(1 if verdict(sections)[0] else 0)
+
+
+@labels.command()
+@LABELS
+@click.option("--license", "identifier", help="The Hub's identifier of the licence, such as cc-by-4.0, or other.")
+@click.option("--license-name", help="Of a licence without identifier.")
+@click.option("--license-link", help="Where it is to be read.")
+@click.option("--replace", is_flag=True, help="Also a README.md that somebody has written or changed.")
+def card(
+    folder: str, identifier: str | None, license_name: str | None, license_link: str | None, replace: bool
+) -> None:
+    """Write the dataset card, README.md, anew: what the set holds, under which licence, how to load it.
+
+    \b
+    Example:
+      deit-cli labels card shards --license cc-by-4.0
+    """
+    from pipeline.card import CARD_NAME, Licence, write_card
+    from pipeline.labelset import LabelSet
+
+    if identifier is None and (license_name or license_link):
+        raise UsageError("--license-name and --license-link are of a --license: pass --license other as well")
+    licence = Licence(identifier, license_name, license_link) if identifier else None
+    if not write_card(LabelSet.open(folder), licence, replace=replace):
+        raise UsageError(
+            f"{folder}/{CARD_NAME} is not as deit-cli wrote it: pass --replace to write it anew all the same"
+        )
+    click.echo(f"{folder}/{CARD_NAME}")
+
+
+@labels.command()
+@LABELS
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data", help="Images; by default the set's own, or those where it found them.")
+@click.option("--views", type=ViewsType(), default=None, show_default="the first", help="Views START:STOP to export.")
+@click.option(
+    "--pixels",
+    type=click.Choice(["views", "originals"]),
+    default="views",
+    help="Views as the teacher saw them, or the original files, which it saw only where the recipe changes nothing.",
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(["png", "jpeg"]),
+    default="png",
+    help="Of views: png loses nothing but the rounding of mixup, jpeg (quality 95, 4:4:4) is smaller.",
+)
+@click.option("--format", "kind", type=click.Choice(["webdataset"]), default="webdataset", help="Of the export.")
+@click.option(
+    "-j", "--workers", "--num-workers", type=click.IntRange(0, 1024), help="Processes; by default one a core."
+)
+def export(
+    folder: str,
+    out: Path,
+    data: str | None,
+    views: tuple[int, int] | None,
+    pixels: Any,
+    encoding: Any,
+    kind: str,
+    workers: int | None,
+) -> None:
+    """Write images with the teacher's hard labels beside them, for timm and `datasets` as they are.
+
+    \b
+    Example:
+      deit-cli labels export shards exported --views 0:10
+    """
+    from pipeline.exporting import ExportConfig, export_labels
+    from pipeline.labelset import LabelSet
+    from pipeline.loading import usable_cores
+
+    config = ExportConfig(
+        views=views, pixels=pixels, encoding=encoding, workers=usable_cores() if workers is None else workers
+    )
+    label_set = LabelSet.open(folder)
+    with shown_progress() as progress:
+        count = export_labels(label_set, label_set.open_source(data), out, config, progress=progress)
+    click.echo(f"{out}: {count:,} images in {kind} tars")
 
 
 @commands.command()

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -23,12 +24,17 @@ from pipeline.turbojpeg import decode_region
 # classification set comes near.
 MAX_PIXELS = 89_478_485
 
-SHRUNK_QUALITY = 95  # of the JPEGs that `shrink` makes
+JPEG_QUALITY = 95  # of what is encoded here
+
+# Encoders make about ten. Each scan of a progressive JPEG goes over all of its pixels, and may itself be empty: 350 kB of them
+# took a minute.
+MAX_SCANS = 100
 
 # Where libjpeg-turbo and Pillow make the same RGB. For CMYK and YCCK they do not: Pillow is the reference there.
 _TURBO_COLOURS = frozenset({"YCbCr", "Gray"})
 
 _JPEG = b"\xff\xd8\xff"
+_SCAN = b"\xff\xda"
 
 # Pillow's warnings can be switched off for the whole process only, so threads take turns.
 _PILLOW = threading.Lock()
@@ -94,11 +100,18 @@ def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
     if least <= shorter:
         return image
     size = (shorter * width // least, shorter * height // least)
-    buffer = io.BytesIO()
     with _named_errors(key):  # Pillow's bicubic is antialiased
-        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(
-            buffer, "JPEG", quality=SHRUNK_QUALITY, subsampling="4:2:0"
-        )
+        resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        return encode(np.asarray(resized), "JPEG", subsampling="4:2:0")
+
+
+def encode(
+    pixels: NDArray[np.uint8], kind: Literal["PNG", "JPEG"], *, subsampling: Literal["4:4:4", "4:2:0"] = "4:4:4"
+) -> bytes:
+    """Encode pixels, uint8 [H, W, 3], RGB: as PNG, which loses nothing, or as JPEG of quality 95."""
+    buffer = io.BytesIO()
+    options = {"quality": JPEG_QUALITY, "subsampling": subsampling} if kind == "JPEG" else {}
+    Image.fromarray(pixels).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -123,6 +136,8 @@ def _named_errors(key: str) -> Iterator[None]:
 
 def _format_of(image: bytes) -> str:
     if image[:3] == _JPEG:
+        if (scans := image.count(_SCAN)) > MAX_SCANS:
+            raise _Refused(f"too many scans: {scans}, at most {MAX_SCANS} are read")
         return "JPEG"
     if image[:8] == b"\x89PNG\r\n\x1a\n":
         return "PNG"

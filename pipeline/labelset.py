@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ from pipeline.pins import check_pin
 from pipeline.recipe import Recipe
 from pipeline.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
 from pipeline.remote import read_url
-from pipeline.samples import keys_sha256
+from pipeline.samples import check_name, keys_sha256
 from pipeline.sources import Source, open_source
 from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
 from pipeline.tar_source import TarShard
@@ -357,6 +357,12 @@ class LabelSet:
             raise LabelSetIncomplete(
                 f"{self.folder}: its views {blocks} have a gap. Compute the missing ones with --views"
             )
+        wanted = len(self.shards) * (1 + len(blocks))
+        if wanted > 1000 + 2 * len(self.manifest.files):  # two long lists have a product that no memory holds
+            raise LabelSetCorrupt(
+                f"{self.folder}: the sealed manifest lists {len(self.manifest.files)} files, {len(self.shards)} source"
+                f" shards and {len(blocks)} blocks of views need {wanted}"
+            )
         expected = {("samples", name, 0, 0) for name in self.shards}
         if self.has_images:
             expected |= {("images", name, 0, 0) for name in self.shards}
@@ -418,6 +424,7 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
 
     Raises:
         LabelSetMismatch: it is of another label set or source shard, or its keys or class labels are not the plan's.
+        LabelSetCorrupt: a key or class label is one that no source can have.
     """
     footer = read_samples_footer(file)
     mine = (plan.labelset_id, plan.source_id, record.name)
@@ -427,7 +434,23 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
         raise LabelSetMismatch(
             f"{file}: its keys and class labels are not those that the plan names for {record.name!r}"
         )
+    _check_sample_values(samples, plan.teacher.num_classes, file)
     return samples
+
+
+def _check_sample_values(samples: SampleRows, num_classes: int, file: Path | Contents) -> None:
+    """Refuse what nobody can have indexed: it would end up in terminals, in paths of other tools, in a loss."""
+    if len(set(samples.key)) != len(samples):
+        key = next(key for key, count in Counter(samples.key).items() if count > 1)
+        raise LabelSetCorrupt(f"{file}: the key {key!r} stands there twice")
+    try:
+        for key in samples.key:
+            check_name(key, "sample key")
+    except SourceError as error:
+        raise LabelSetCorrupt(f"{file}: {error}") from error
+    for row, label in enumerate(samples.class_label):
+        if label is not None and not 0 <= label < num_classes:
+            raise LabelSetCorrupt(f"{file}: row {row}: class label must be in 0..{num_classes - 1}, got {label}")
 
 
 def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: range) -> LabelsFooter:
@@ -443,6 +466,9 @@ def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: 
         raise LabelSetMismatch(
             f"{file} says (views, classes, K, precision) {found}, its place in the set says {expected}"
         )
+    samples = next(record.num_samples for record in plan.source.shards if record.name == shard)
+    if footer.rows_per_view > samples:
+        raise LabelSetCorrupt(f"{file} says {footer.rows_per_view} rows a view, its source shard has {samples} samples")
     read_probes(footer.probes, file)
     return footer
 

@@ -14,15 +14,18 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 from pipeline.config import Precision
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
 from pipeline.ids import canonical_json, sha256_json
-from pipeline.labels import FORMAT, MAX_TOPK, VERSION
+from pipeline.labels import FORMAT, MAX_SHARD_SAMPLES, MAX_TOPK, VERSION
 from pipeline.recipe import Recipe
-from pipeline.records import Count, Name, Record, Sha256, View, is_version, other_version
+from pipeline.records import Count, Name, Record, Sha256, Text, View, is_version, other_version
 from pipeline.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, damaged_json
 from pipeline.storage import parse_json, pretty_json, read_small, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 IMAGES_FOLDER = "images"
+
+MAX_FILE_BYTES = 2**31  # of a file of the set, which is read as a whole; ImageNet's are of some MB
+MAX_PROBES = 64  # each is rendered before training; 8 are stored
 
 Channels = tuple[float, float, float]
 _RecordT = TypeVar("_RecordT", bound=Record)
@@ -41,13 +44,13 @@ class TeacherIdentity(Record):
         class_names: in the order of its outputs, where it knows them.
     """
 
-    name: Annotated[str, Field(min_length=1, max_length=500)]
+    name: Annotated[Text, Field(min_length=1, max_length=500)]
     weights_sha256: Sha256
     img_size: Annotated[int, Field(ge=1, le=4096)]
     mean: Channels
     std: Channels
     num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
-    class_names: tuple[str, ...] | None
+    class_names: tuple[Text, ...] | None
 
     @model_validator(mode="after")
     def _names_are_classes(self) -> Self:
@@ -120,7 +123,7 @@ class ShardRecord(Record):
     """One source shard: its name, its number of samples, and a hash over their keys and class labels."""
 
     name: Name
-    num_samples: Count
+    num_samples: Annotated[int, Field(ge=0, le=MAX_SHARD_SAMPLES)]
     keys_sha256: Sha256
 
 
@@ -128,8 +131,8 @@ class SourceRecord(Record):
     """Where the images came from. The location is where they lay; it is no part of the identity."""
 
     kind: Literal["folder", "tar", "parquet"]
-    location: str
-    class_names: tuple[str, ...] | None
+    location: Text
+    class_names: tuple[Text, ...] | None
     shards: tuple[ShardRecord, ...]
 
     @property
@@ -218,7 +221,7 @@ class FileEntry(Record):
     view_start: View  # 0 and 0 for samples and images
     view_stop: View
     rows: Count
-    bytes: Count
+    bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
     sha256: Sha256
 
     @property
@@ -283,8 +286,8 @@ class Manifest(Record):
     shards: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     view_blocks: tuple[tuple[View, View], ...]
     files: tuple[FileEntry, ...]
-    probes: tuple[Probe, ...]
-    environments: tuple[dict[str, str], ...]
+    probes: Annotated[tuple[Probe, ...], Field(max_length=MAX_PROBES)]
+    environments: tuple[dict[Text, Text], ...]
     content_sha256: Sha256 | None = None  # None while it is being made
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline.config import ORIGINAL, BadImagePolicy
-from pipeline.decode import SHRUNK_QUALITY, decode, shrink
+from pipeline.decode import JPEG_QUALITY, decode, shrink
 from pipeline.errors import BadImageError, LabelSetError, LabelSetMismatch, SourceError, UsageError
 from pipeline.labels import SampleRows
 from pipeline.labelset import checked_samples
@@ -49,7 +49,7 @@ class Packing:
         """What a person reads about it."""
         if self.shorter is None:
             return _AS_THEY_WERE
-        return f"shorter side at most {self.shorter} px: Pillow bicubic, JPEG quality {SHRUNK_QUALITY} 4:2:0"
+        return f"shorter side at most {self.shorter} px: Pillow bicubic, JPEG quality {JPEG_QUALITY} 4:2:0"
 
     @property
     def changes(self) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.card import refresh_card
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode
 from pipeline.encoding import label_bytes
@@ -216,7 +217,9 @@ def _precompute(
         return None
     sweep_temporaries(config.folder)  # of processes that were lost meanwhile
     commit(config.folder, work.plan, work.blocks, work.shards, images=work.packing is not None, mirror=mirror)
-    return LabelSet.open(config.folder)
+    label_set = LabelSet.open(config.folder)
+    refresh_card(label_set)
+    return label_set
 
 
 def _label(

@@ -9,6 +9,7 @@ from pipeline.storage import SAFE_NAME
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$", max_length=200)]
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # may be shown on a terminal
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 View = Annotated[int, Field(ge=0, le=2**31)]
 

@@ -36,6 +36,7 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
         blocks: of views.
         offer: is called when the plan is there; where `out` stands for a URL, it may bring that of another machine.
     """
+    _refuse_links(out, blocks)
     publish_file(out / PLAN_NAME, lambda file: _write(file, plan.model_dump(mode="json")))
     offer()
     read_plan(out).check_same(plan, folder=out)  # another writer may have been first
@@ -49,6 +50,13 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
         environments=(),
     )
     publish_file(out / MANIFEST_NAME, lambda file: _write(file, opened.to_json()))
+
+
+def _refuse_links(out: Path, blocks: Sequence[range]) -> None:
+    """A folder of the set that is a link would have us write elsewhere, and every reader refuses what lies outside."""
+    for folder in (out / "samples", *((out / labels_path("x", block)).parent for block in blocks)):
+        if not folder.resolve().is_relative_to(out.resolve()):
+            raise LabelSetCorrupt(f"{folder} points outside the label set: nothing is written there. Delete the link")
 
 
 def seal(

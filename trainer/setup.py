@@ -243,6 +243,8 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     if not path.is_file():
         return
     tensors, saved = load_state(path)
+    if not isinstance(saved, dict) or type(saved.get("next_update")) is not int or saved["next_update"] < 0:
+        raise CheckpointError(f"{path} does not say after which update it was saved: it is no state of a run")
     found = {name: saved.get(name) for name in meta}
     pin = found.pop("expect_manifest")
     meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
@@ -258,9 +260,9 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
             " --grad-accum-steps x ranks): change these so that their product is the same"
         )
     if found["views"] != meta["views"] and found | {"views": meta["views"]} == meta:
-        start, stop = found["views"] or (0, 0)
+        views = ":".join(map(str, found["views"])) if isinstance(found["views"], list) else str(found["views"])
         raise CheckpointError(
-            f"{path} belongs to a run on views {start}:{stop}, this one has {meta['views']}: pass --views {start}:{stop}"
+            f"{path} belongs to a run on views {views}, this one has {meta['views']}: pass --views {views}"
         )
     if found != meta:
         raise CheckpointError(
@@ -278,9 +280,11 @@ def _last_evaluation(output: Path) -> tuple[int, float]:
     if not path.is_file():
         return 0, -1.0
     record = read_json(path)
-    if not isinstance(record, dict) or not isinstance(record.get("update"), int):
+    values = record if isinstance(record, dict) else {}
+    update, best = values.get("update"), values.get("best_top1", -1.0)
+    if type(update) is not int or type(best) not in (int, float) or not -1 <= best <= 100:
         raise CheckpointError(f"{path} is damaged: delete it, and the best weights are chosen anew from here on")
-    return record["update"], float(record.get("best_top1", -1.0))
+    return update, float(best)
 
 
 def save_evaluation(output: Path, state: State) -> None:
