@@ -219,7 +219,8 @@ def test_a_wrong_pin_is_a_problem_beside_others(copied):
 
 @pytest.mark.parametrize("count", [150, pytest.param(1500, marks=pytest.mark.slow)])
 def test_no_flipped_bit_of_any_file_goes_unnoticed(copied, count):
-    rng, names = random.Random(count), [path for path in files_of(copied)]
+    """The card, README.md, is for people and no part of the set."""
+    rng, names = random.Random(count), [path for path in files_of(copied) if path.suffix in (".json", ".parquet")]
     for path in rng.choices(names, [path.stat().st_size for path in names], k=count):
         good = path.read_bytes()
         data = bytearray(good)
