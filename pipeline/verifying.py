@@ -90,7 +90,7 @@ def verify(
         _check_signature(report, config, report.manifest_sha256)
     tasks = list(_tasks(folder, plan, manifest))
     _check_files(report, folder, plan, tasks, threads, progress)
-    if isinstance(folder, Path):
+    if isinstance(folder, Path) and manifest and manifest.files:
         _note_others(report, folder, tasks)
     if report.label_set and (config.probes or config.data or asked or report.label_set.has_images):
         report.source = check_images(report, report.label_set, config, threads=threads, progress=progress)
