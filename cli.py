@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline.config import PrecomputeConfig, TeacherConfig
+from pipeline.config import PrecomputeConfig, TeacherConfig, VerifyConfig
 from pipeline.errors import DeitCliError, StoppedError, UsageError
 from pipeline.options import (
     AS_JSON,
@@ -177,6 +177,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
     help="Label set, folder or URL: also measure agreement with the teacher on its first view.",
 )
 @click.option("--labels-data", help="Images of the label set; by default where it found them.")
+@click.option("--expect-manifest", metavar="sha256:HEX", help="Refuse --labels whose manifest has other bytes.")
 @click.option(
     "--num-classes",
     type=click.IntRange(1),
@@ -413,16 +414,20 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
 
 @commands.group()
 def labels() -> None:
-    """Look into a label set, and pass it on: info, verify, show, card, export; import others' labels."""
+    """Look into a label set: info, verify, show; share it: push, pull, sign, card, export; import others' labels."""
 
 
 LABELS = click.argument("folder")  # or a URL
+EXPECT_MANIFEST = click.option(
+    "--expect-manifest", metavar="sha256:HEX", help="Refuse a manifest of other bytes; `labels info` prints its hash."
+)
 
 
 @labels.command()
 @LABELS
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def info(folder: str, as_json: bool) -> None:
+@EXPECT_MANIFEST
+@AS_JSON
+def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
     """Say what is inside: teacher, recipe, views, K, agreement, entropy, kept mass.
 
     \b
@@ -433,38 +438,58 @@ def info(folder: str, as_json: bool) -> None:
     from pipeline.labelset import LabelSet
     from pipeline.tables import info_table
 
-    summary = summarise(LabelSet.open(folder))
+    summary = summarise(LabelSet.open(folder, expect_manifest=expect_manifest))
     click.echo(json.dumps(summary, indent=1) if as_json else info_table(summary))
 
 
 @labels.command()
 @LABELS
-@click.option("--data", help="Images; by default where the label set found them.")
-@click.option("--probes/--no-probes", default=True, help="Also render the replay probes again (needs the images).")
-def verify(folder: str, data: str | None, probes: bool) -> None:
-    """Check every hash and every row, and render the replay probes again.
+@options_of(VerifyConfig)
+@click.option(
+    "--teacher", "--teacher-model", "teacher", multiple=True, help="Label random views again with it, and compare."
+)
+@options_of(TeacherConfig, skip=frozenset({"teacher", "compile"}))
+@AS_JSON
+def verify(folder: str, as_json: bool, **values: Any) -> None:
+    """Look at every file, row, probe and image, and list all that is wrong with what repairs it.
+
+    A URL is read anew, not from the cache. With --teacher the teacher is asked again for a random sample of views.
+
+    \b
+    Examples:
+      deit-cli labels verify shards
+      deit-cli labels verify shards --data imagenet/train --teacher regnety_160 --relabel 512
+      deit-cli labels verify s3://bucket/shards --public-key team.pub --no-probes
+    """
+    (config,) = split_values(values, VerifyConfig)
+    asked = split_values(values, TeacherConfig)[0] if values["teacher"] else None
+    from pipeline.errors import LabelSetError
+    from pipeline.tables import verify_lines
+    from pipeline.verifying import verify as verify_set
+
+    with shown_progress() as progress:
+        report = verify_set(folder, config, asked, progress=progress)
+    click.echo(json.dumps(report.to_dict(), indent=1) if as_json else verify_lines(report))
+    if report.problems:
+        raise LabelSetError(f"{folder}: {report.summary()}")
+
+
+@labels.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--private-key", type=click.Path(path_type=Path), help="PEM of an elliptic curve; without it Sigstore is asked."
+)
+@click.option("--identity-token", help="Of Sigstore; by default the CI job's own, or a browser asks.")
+def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> None:
+    """Sign the manifest, which holds the hash of every other file: writes manifest.json.sig beside it.
 
     \b
     Example:
-      deit-cli labels verify shards
+      deit-cli labels sign shards --private-key team.pem
     """
-    from pipeline.errors import LabelSetCorrupt
-    from pipeline.labelset import LabelSet
-    from pipeline.replay import check_replay
+    from pipeline.signing import sign as sign_set
 
-    label_set = LabelSet.open(folder)
-    problems = label_set.verify()
-    for problem in problems:
-        click.echo(problem)
-    if problems:
-        raise LabelSetCorrupt(
-            f"{folder}: {len(problems)} of {len(label_set.manifest.files)} files are not as the manifest promises"
-        )
-    click.echo(f"{len(label_set.manifest.files)} files: lengths, hashes, schemas and rows are as promised")
-    if probes:
-        difference = check_replay(label_set, label_set.open_source(data))
-        exact = "every pixel equal" if not difference else f"mean difference up to {difference:.3f} of 255"
-        click.echo(f"{len(label_set.manifest.probes)} replay probes rendered again: {exact}")
+    click.echo(str(sign_set(folder, private_key=private_key, identity_token=identity_token)))
 
 
 @labels.command()
@@ -488,13 +513,63 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     click.echo(str(out))
 
 
+WORKERS = click.option("-j", "--workers", type=click.IntRange(1, 256), default=8, help="Files that move at a time.")
+
+
+@labels.command()
+@LABELS
+@click.argument("url", metavar="URL|FOLDER")
+@WORKERS
+def push(folder: str, url: str, workers: int) -> None:
+    """Send a sealed label set to a bucket or another folder: what is missing there, checked by its hash.
+
+    The same command continues what was cut. Views or source shards that are there already, of the same label set, stay,
+    and what comes is added to them.
+
+    \b
+    Example:
+      deit-cli labels push shards s3://bucket/shards
+    """
+    from pipeline.sharing import moved_line, push
+
+    with shown_progress() as progress:
+        moved = push(Path(folder), url, workers=workers, progress=progress)
+    click.echo(moved_line(url, moved, "sent"))
+
+
+@labels.command()
+@click.argument("url", metavar="URL|FOLDER")
+@LABELS
+@click.option("--views", type=ViewsType(), help="Only these; whole blocks come.  [default: all]")
+@click.option(
+    "--shards", multiple=True, metavar="NAME", help="Only this source shard, or those of a pattern; repeatable."
+)
+@WORKERS
+def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str, ...], workers: int) -> None:
+    """Bring a label set, or a part of it, into a folder: what is missing there, checked by its hash.
+
+    The same command continues what was cut, in the middle of a file too. A part is a label set of its own; more views or
+    source shards may be pulled beside it later.
+
+    \b
+    Examples:
+      deit-cli labels pull s3://bucket/shards shards
+      deit-cli labels pull https://host/shards shards --views 0:100 --shards 'train-0000*'
+    """
+    from pipeline.sharing import moved_line, pull
+
+    with shown_progress() as progress:
+        moved = pull(url, Path(folder), views=views, shards=shards or None, workers=workers, progress=progress)
+    click.echo(moved_line(folder, moved, "received"))
+
+
 @labels.command(name="import")
 @click.argument("kind", metavar="FORMAT", type=click.Choice(["fkd", "tinyvit"]))
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("path")
+@click.argument("out")
 @click.option("--num-classes", default=1000, help="The teacher's classes; every stored class is checked against it.")
 @click.option("--topk", type=int, show_default="all that are stored", help="Classes to keep of each view.")
-def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None) -> None:
+def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) -> None:
     """Import published labels (FORMAT: fkd, tinyvit) into Parquet tables, and say what is lost.
 
     The tables can be read and compared; they are no label set, because their views cannot be replayed.
@@ -514,15 +589,14 @@ def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None
 @commands.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Also look whether a folder is fit to be written to: up to 256 MB are, and deleted again.",
+    metavar="FOLDER|URL",
+    help="Also look whether a place is fit to be written to: up to 256 MB are (8 MB to a URL), and deleted again.",
 )
 @click.option("--labels", metavar="FOLDER|URL", help="Also render the replay probes of a label set again.")
 @click.option("--data", help="Images of --labels; by default where the label set found them.")
 @AS_JSON
 @click.pass_context
-def doctor(context: click.Context, out: Path | None, labels: str | None, data: str | None, as_json: bool) -> None:
+def doctor(context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool) -> None:
     """Say what is wrong with this machine before a long run does: packages, GPUs, decoders, memory, limits, names.
 
     Exits with 0 where nothing is wrong, warnings apart, and with 1 where something is.
@@ -532,8 +606,8 @@ def doctor(context: click.Context, out: Path | None, labels: str | None, data: s
       deit-cli doctor
       deit-cli doctor --out /scratch/shards --labels shards --data imagenet/train
     """
-    from pipeline.doctor import examine
-    from pipeline.findings import report_json, report_table, verdict
+    from pipeline.doctor.examine import examine
+    from pipeline.doctor.findings import report_json, report_table, verdict
 
     if data is not None and labels is None:
         raise UsageError("--data names the images of --labels: pass that too")

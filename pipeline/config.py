@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UsageError
+from pipeline.pins import parse_pin
 from pipeline.staging import working_folder
 
 Precision = Literal["float16", "float32"]
@@ -135,3 +136,36 @@ class PrecomputeConfig:
     def shorter_side(self) -> int | None:
         """Pixels to which included images are shrunk; None: not at all."""
         return None if self.include_images in (None, ORIGINAL) else int(self.include_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """What of a label set to check, beside every byte and row of it."""
+
+    data: str | None = option(
+        None, "A copy of the images, all of which are compared; without it only those of the probes are looked at."
+    )
+    probes: bool = option(True, "Render the replay probes again (needs the images).")
+    expect_manifest: str | None = option(
+        None, "sha256:HEX, as `labels info` prints it: a manifest of other bytes is a problem."
+    )
+    public_key: Path | None = option(None, "PEM of the key that must have signed the manifest.")
+    identity: str | None = option(
+        None, "Of Sigstore, that must have signed the manifest: a mail address, or a CI workflow's URL."
+    )
+    identity_provider: str | None = option(None, "Who vouches for it, such as https://accounts.google.com.")
+    relabel: int = option(256, "Random views that --teacher is asked for again.")
+    relabel_seed: int = option(0, "Of the choice of those views.")
+    threads: int | None = option(None, "Files read at a time; by default one for each core, or eight for a URL.")
+
+    def __post_init__(self) -> None:
+        if self.expect_manifest is not None:
+            parse_pin(self.expect_manifest)
+        if self.public_key is not None and self.identity is not None:
+            raise UsageError("pass --public-key or --identity, whichever signed the manifest, not both")
+        if (self.identity is None) != (self.identity_provider is None):
+            raise UsageError("--identity and --identity-provider belong together: pass both or none")
+        for name, low, high in (("relabel", 1, 10**7), ("relabel_seed", 0, 2**63 - 1), ("threads", 1, 256)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} must be in {low}..{high}, got {value}")

@@ -26,10 +26,15 @@ MAX_PIXELS = 89_478_485
 
 JPEG_QUALITY = 95  # of what is encoded here
 
+# Encoders make about ten. Each scan of a progressive JPEG goes over all of its pixels, and may itself be empty: 350 kB of them
+# took a minute.
+MAX_SCANS = 100
+
 # Where libjpeg-turbo and Pillow make the same RGB. For CMYK and YCCK they do not: Pillow is the reference there.
 _TURBO_COLOURS = frozenset({"YCbCr", "Gray"})
 
 _JPEG = b"\xff\xd8\xff"
+_SCAN = b"\xff\xda"
 
 # Pillow's warnings can be switched off for the whole process only, so threads take turns.
 _PILLOW = threading.Lock()
@@ -131,6 +136,8 @@ def _named_errors(key: str) -> Iterator[None]:
 
 def _format_of(image: bytes) -> str:
     if image[:3] == _JPEG:
+        if (scans := image.count(_SCAN)) > MAX_SCANS:
+            raise _Refused(f"too many scans: {scans}, at most {MAX_SCANS} are read")
         return "JPEG"
     if image[:8] == b"\x89PNG\r\n\x1a\n":
         return "PNG"

@@ -19,6 +19,7 @@ from pipeline.loading import Whereabouts
 from pipeline.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
 from pipeline.progress import Report
 from pipeline.recipe import Recipe
+from pipeline.remedies import damaged_file, ended
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
 from pipeline.replay import compare_probes
 from pipeline.sources import Source
@@ -186,7 +187,7 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
         if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
             raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file")
     except (LabelSetCorrupt, LabelSetMismatch) as error:
-        raise type(error)(f"{error}. Delete it and run again: it will be made anew") from error
+        raise type(error)(ended(error, damaged_file(task.views))) from error
     compare_probes(read_probes(footer.probes, path), job.recipe, job.source, {task.shard: samples}.__getitem__)
     return True
 

@@ -21,6 +21,7 @@ from pipeline.manifest import (
     read_plan,
     read_probes,
 )
+from pipeline.remedies import PULL, damaged_file
 from pipeline.storage import pretty_json, publish_file, replace_file, sha256_file, sync_folder
 
 MANIFEST_PROBES = 8
@@ -35,6 +36,7 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
         blocks: of views.
         offer: is called when the plan is there; where `out` stands for a URL, it may bring that of another machine.
     """
+    _refuse_links(out, blocks)
     publish_file(out / PLAN_NAME, lambda file: _write(file, plan.model_dump(mode="json")))
     offer()
     read_plan(out).check_same(plan, folder=out)  # another writer may have been first
@@ -48,6 +50,13 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
         environments=(),
     )
     publish_file(out / MANIFEST_NAME, lambda file: _write(file, opened.to_json()))
+
+
+def _refuse_links(out: Path, blocks: Sequence[range]) -> None:
+    """A folder of the set that is a link would have us write elsewhere, and every reader refuses what lies outside."""
+    for folder in (out / "samples", *((out / labels_path("x", block)).parent for block in blocks)):
+        if not folder.resolve().is_relative_to(out.resolve()):
+            raise LabelSetCorrupt(f"{folder} points outside the label set: nothing is written there. Delete the link")
 
 
 def seal(
@@ -139,11 +148,10 @@ def check_untouched(out: Path, blocks: Sequence[range]) -> None:
                 raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and run again")
             continue
         if path.is_file() and sha256_file(path) != entry.sha256:
-            again = "run again" if entry.kind == "samples" else f"run with --views {views[0]}:{views[1]}"
-            raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and {again}")
+            raise LabelSetCorrupt(f"{path} is not as it was sealed. {damaged_file(entry.views)}")
         if not path.is_file() and entry.kind == "labels" and views not in looked_at:
             raise LabelSetCorrupt(
-                f"{path} is missing: run with --views {views[0]}:{views[1]} first, which makes it again"
+                f"{path} is missing: run with --views {views[0]}:{views[1]} first, which makes it again, or {PULL}"
             )
 
 

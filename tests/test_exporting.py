@@ -27,7 +27,6 @@ from pipeline.replay import pair_of
 from pipeline.sources import open_source
 from pipeline.views import draw_view, render
 
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -279,7 +278,9 @@ def test_the_page_names_every_field_of_the_json(labels, tmp_path):
     export(labels, tmp_path / "out")
     (first, *_) = samples_in(tmp_path / "out/train-000000-view-00000.tar").values()
     page = (ROOT / "docs/export.md").read_text().split("| field of `.json`")[1].split("\n\n")[0]
-    assert set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in page.splitlines()[2:]))) == {*json.loads(first["json"])}
+    assert set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in page.splitlines()[2:]))) == {
+        *json.loads(first["json"])
+    }
 
 
 def test_the_command_exports_a_moved_self_contained_set(tmp_path):
