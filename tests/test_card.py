@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from builders import files_of, make_labels, write_tars
 from huggingface_hub import DatasetCard
-from label_sets import colour_teacher, make_label_set, write_source
+from label_sets import colour_teacher, make_label_set, problems_in, write_source
 from test_cli import invoke
 from test_train import TINY
 
@@ -149,7 +149,7 @@ def test_a_text_from_outside_is_one_code_span(text, span):
     assert code(text) == span
 
 
-HOSTILE = "x\n---\nlicense: mit\n---\n# Hi\n```python\nimport os\n``` <script>alert(1)</script> ](http://evil) `code` --- : [ ! & * \u2028 end"
+HOSTILE = "x --- license: mit --- # Hi ```python import os ``` <script>alert(1)</script> ](http://evil) `code` --- : [ ! & * \u2028 end"
 
 
 def test_a_hostile_teacher_name_stays_a_name(tmp_path):
@@ -166,7 +166,7 @@ def test_a_hostile_teacher_name_stays_a_name(tmp_path):
     rest = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", blocks_out)
     assert not any(word in rest for word in ("script", "evil", "Hi", "license: mit", "import os"))
     assert tuple(blocks(card)) == (*READERS, "deit-cli")
-    assert labels.verify() == []
+    assert problems_in(labels) == []
 
 
 # --- whose file it is -------------------------------------------------------------------------------------------
@@ -253,4 +253,4 @@ def test_a_set_is_sealed_even_where_its_card_cannot_be_written(tmp_path, caplog)
         write_card(labels)
     refresh_card(labels)
     assert "the label set is sealed, but its card could not be written" in caplog.text
-    assert LabelSet.open(tmp_path / "set").verify() == []
+    assert problems_in(tmp_path / "set") == []
