@@ -228,6 +228,24 @@ def test_a_licence_that_was_written_is_kept(tmp_path):
     assert header["license"] == "other"
 
 
+def test_a_part_that_is_pulled_has_a_card_of_its_own_and_its_licence(tmp_path):
+    data = write_tars(tmp_path / "data")
+    make_labels(tmp_path / "set", data, views=(0, 4), views_per_shard=2, include_images="20")
+    assert invoke("labels", "card", str(tmp_path / "set"), "--license", "cc-by-4.0")[0] == 0
+    shutil.rmtree(data)
+    place, part, copy = (str(tmp_path / name) for name in ("pushed", "part", "copy"))
+    assert invoke("labels", "push", str(tmp_path / "set"), place)[0] == 0
+    assert files_of(tmp_path / "pushed") == files_of(tmp_path / "set")
+    assert invoke("labels", "pull", place, part, "--views", "2:4")[0] == 0
+    card = (tmp_path / "part/README.md").read_text()
+    assert is_untouched(card)
+    assert "**Views** 2..3: 46 labels" in card
+    assert licence_of(card) == Licence("cc-by-4.0", None, None)
+    assert invoke("labels", "pull", place, copy)[0] == 0
+    make_labels(tmp_path / "copy", f"{copy}/images", views=(4, 6))  # the images of a copy are a source
+    assert "**Views** 0..5" in (tmp_path / "copy/README.md").read_text()
+
+
 @pytest.mark.parametrize("identifier", ["MIT License", "", "-x", "a\nb"])
 def test_a_licence_that_is_no_identifier_is_refused(identifier):
     with pytest.raises(UsageError, match=r"--license must be an identifier of the Hub, such as cc-by-4\.0"):
