@@ -563,10 +563,14 @@ def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str
       deit-cli labels pull s3://bucket/shards shards
       deit-cli labels pull https://host/shards shards --views 0:100 --shards 'train-0000*'
     """
+    from pipeline.card import refresh_card
+    from pipeline.labelset import LabelSet
     from pipeline.sharing import moved_line, pull
 
     with shown_progress() as progress:
         moved = pull(url, Path(folder), views=views, shards=shards or None, workers=workers, progress=progress)
+    if views or shards or moved.found_files:  # the card that came is of the whole
+        refresh_card(LabelSet.open(folder))
     click.echo(moved_line(folder, moved, "received"))
 
 
