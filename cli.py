@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline.config import PrecomputeConfig, TeacherConfig
+from pipeline.config import PrecomputeConfig, TeacherConfig, VerifyConfig
 from pipeline.errors import DeitCliError, StoppedError, UsageError
 from pipeline.options import (
     AS_JSON,
@@ -177,6 +177,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
     help="Label set, folder or URL: also measure agreement with the teacher on its first view.",
 )
 @click.option("--labels-data", help="Images of the label set; by default where it found them.")
+@click.option("--expect-manifest", metavar="sha256:HEX", help="Refuse --labels whose manifest has other bytes.")
 @click.option(
     "--num-classes",
     type=click.IntRange(1),
@@ -220,7 +221,9 @@ def evaluate(**values: Any) -> None:
     click.echo(json.dumps(result, indent=1) if as_json else score_table(result))
 
 
-OF_PRECOMPUTE = frozenset({"out", "engine", "address", "on_bad_image", "min_teacher_accuracy", "accuracy_samples"})
+OF_PRECOMPUTE = frozenset(
+    {"out", "engine", "address", "on_bad_image", "include_images", "min_teacher_accuracy", "accuracy_samples"}
+)
 
 
 @commands.command()
@@ -411,16 +414,20 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
 
 @commands.group()
 def labels() -> None:
-    """Look into a label set: info, verify, show; share it: push, pull; import others' labels."""
+    """Look into a label set: info, verify, show; share it: push, pull, sign, card, export; import others' labels."""
 
 
 LABELS = click.argument("folder")  # or a URL
+EXPECT_MANIFEST = click.option(
+    "--expect-manifest", metavar="sha256:HEX", help="Refuse a manifest of other bytes; `labels info` prints its hash."
+)
 
 
 @labels.command()
 @LABELS
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def info(folder: str, as_json: bool) -> None:
+@EXPECT_MANIFEST
+@AS_JSON
+def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
     """Say what is inside: teacher, recipe, views, K, agreement, entropy, kept mass.
 
     \b
@@ -431,39 +438,58 @@ def info(folder: str, as_json: bool) -> None:
     from pipeline.labelset import LabelSet
     from pipeline.tables import info_table
 
-    summary = summarise(LabelSet.open(folder))
+    summary = summarise(LabelSet.open(folder, expect_manifest=expect_manifest))
     click.echo(json.dumps(summary, indent=1) if as_json else info_table(summary))
 
 
 @labels.command()
 @LABELS
-@click.option("--data", help="Images; by default where the label set found them.")
-@click.option("--probes/--no-probes", default=True, help="Also render the replay probes again (needs the images).")
-def verify(folder: str, data: str | None, probes: bool) -> None:
-    """Check every hash and every row, and render the replay probes again.
+@options_of(VerifyConfig)
+@click.option(
+    "--teacher", "--teacher-model", "teacher", multiple=True, help="Label random views again with it, and compare."
+)
+@options_of(TeacherConfig, skip=frozenset({"teacher", "compile"}))
+@AS_JSON
+def verify(folder: str, as_json: bool, **values: Any) -> None:
+    """Look at every file, row, probe and image, and list all that is wrong with what repairs it.
+
+    A URL is read anew, not from the cache. With --teacher the teacher is asked again for a random sample of views.
+
+    \b
+    Examples:
+      deit-cli labels verify shards
+      deit-cli labels verify shards --data imagenet/train --teacher regnety_160 --relabel 512
+      deit-cli labels verify s3://bucket/shards --public-key team.pub --no-probes
+    """
+    (config,) = split_values(values, VerifyConfig)
+    asked = split_values(values, TeacherConfig)[0] if values["teacher"] else None
+    from pipeline.errors import LabelSetError
+    from pipeline.tables import verify_lines
+    from pipeline.verifying import verify as verify_set
+
+    with shown_progress() as progress:
+        report = verify_set(folder, config, asked, progress=progress)
+    click.echo(json.dumps(report.to_dict(), indent=1) if as_json else verify_lines(report))
+    if report.problems:
+        raise LabelSetError(f"{folder}: {report.summary()}")
+
+
+@labels.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--private-key", type=click.Path(path_type=Path), help="PEM of an elliptic curve; without it Sigstore is asked."
+)
+@click.option("--identity-token", help="Of Sigstore; by default the CI job's own, or a browser asks.")
+def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> None:
+    """Sign the manifest, which holds the hash of every other file: writes manifest.json.sig beside it.
 
     \b
     Example:
-      deit-cli labels verify shards
+      deit-cli labels sign shards --private-key team.pem
     """
-    from pipeline.errors import LabelSetCorrupt
-    from pipeline.labelset import LabelSet
-    from pipeline.replay import check_replay
-    from pipeline.sources import open_source
+    from pipeline.signing import sign as sign_set
 
-    label_set = LabelSet.open(folder)
-    problems = label_set.verify()
-    for problem in problems:
-        click.echo(problem)
-    if problems:
-        raise LabelSetCorrupt(
-            f"{folder}: {len(problems)} of {len(label_set.manifest.files)} files are not as the manifest promises"
-        )
-    click.echo(f"{len(label_set.manifest.files)} files: lengths, hashes, schemas and rows are as promised")
-    if probes:
-        difference = check_replay(label_set, open_source(data or label_set.plan.source.location))
-        exact = "every pixel equal" if not difference else f"mean difference up to {difference:.3f} of 255"
-        click.echo(f"{len(label_set.manifest.probes)} replay probes rendered again: {exact}")
+    click.echo(str(sign_set(folder, private_key=private_key, identity_token=identity_token)))
 
 
 @labels.command()
@@ -481,10 +507,9 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     """
     from pipeline.inspection import contact_sheet
     from pipeline.labelset import LabelSet
-    from pipeline.sources import open_source
 
     label_set = LabelSet.open(folder)
-    contact_sheet(label_set, open_source(data or label_set.plan.source.location), out, samples=samples, views=views)
+    contact_sheet(label_set, label_set.open_source(data), out, samples=samples, views=views)
     click.echo(str(out))
 
 
@@ -540,11 +565,11 @@ def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str
 
 @labels.command(name="import")
 @click.argument("kind", metavar="FORMAT", type=click.Choice(["fkd", "tinyvit"]))
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("path")
+@click.argument("out")
 @click.option("--num-classes", default=1000, help="The teacher's classes; every stored class is checked against it.")
 @click.option("--topk", type=int, show_default="all that are stored", help="Classes to keep of each view.")
-def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None) -> None:
+def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) -> None:
     """Import published labels (FORMAT: fkd, tinyvit) into Parquet tables, and say what is lost.
 
     The tables can be read and compared; they are no label set, because their views cannot be replayed.
@@ -564,15 +589,14 @@ def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None
 @commands.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Also look whether a folder is fit to be written to: up to 256 MB are, and deleted again.",
+    metavar="FOLDER|URL",
+    help="Also look whether a place is fit to be written to: up to 256 MB are (8 MB to a URL), and deleted again.",
 )
 @click.option("--labels", metavar="FOLDER|URL", help="Also render the replay probes of a label set again.")
 @click.option("--data", help="Images of --labels; by default where the label set found them.")
 @AS_JSON
 @click.pass_context
-def doctor(context: click.Context, out: Path | None, labels: str | None, data: str | None, as_json: bool) -> None:
+def doctor(context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool) -> None:
     """Say what is wrong with this machine before a long run does: packages, GPUs, decoders, memory, limits, names.
 
     Exits with 0 where nothing is wrong, warnings apart, and with 1 where something is.
@@ -582,14 +606,92 @@ def doctor(context: click.Context, out: Path | None, labels: str | None, data: s
       deit-cli doctor
       deit-cli doctor --out /scratch/shards --labels shards --data imagenet/train
     """
-    from pipeline.doctor import examine
-    from pipeline.findings import report_json, report_table, verdict
+    from pipeline.doctor.examine import examine
+    from pipeline.doctor.findings import report_json, report_table, verdict
 
     if data is not None and labels is None:
         raise UsageError("--data names the images of --labels: pass that too")
     sections = examine(out=out, labels=labels, data=data)
     click.echo(json.dumps(report_json(sections), indent=1) if as_json else report_table(sections))
     context.exit(1 if verdict(sections)[0] else 0)
+
+
+@labels.command()
+@LABELS
+@click.option("--license", "identifier", help="The Hub's identifier of the licence, such as cc-by-4.0, or other.")
+@click.option("--license-name", help="Of a licence without identifier.")
+@click.option("--license-link", help="Where it is to be read.")
+@click.option("--replace", is_flag=True, help="Also a README.md that somebody has written or changed.")
+def card(
+    folder: str, identifier: str | None, license_name: str | None, license_link: str | None, replace: bool
+) -> None:
+    """Write the dataset card, README.md, anew: what the set holds, under which licence, how to load it.
+
+    \b
+    Example:
+      deit-cli labels card shards --license cc-by-4.0
+    """
+    from pipeline.card import CARD_NAME, Licence, write_card
+    from pipeline.labelset import LabelSet
+
+    if identifier is None and (license_name or license_link):
+        raise UsageError("--license-name and --license-link are of a --license: pass --license other as well")
+    licence = Licence(identifier, license_name, license_link) if identifier else None
+    if not write_card(LabelSet.open(folder), licence, replace=replace):
+        raise UsageError(
+            f"{folder}/{CARD_NAME} is not as deit-cli wrote it: pass --replace to write it anew all the same"
+        )
+    click.echo(f"{folder}/{CARD_NAME}")
+
+
+@labels.command()
+@LABELS
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data", help="Images; by default the set's own, or those where it found them.")
+@click.option("--views", type=ViewsType(), default=None, show_default="the first", help="Views START:STOP to export.")
+@click.option(
+    "--pixels",
+    type=click.Choice(["views", "originals"]),
+    default="views",
+    help="Views as the teacher saw them, or the original files, which it saw only where the recipe changes nothing.",
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(["png", "jpeg"]),
+    default="png",
+    help="Of views: png loses nothing but the rounding of mixup, jpeg (quality 95, 4:4:4) is smaller.",
+)
+@click.option("--format", "kind", type=click.Choice(["webdataset"]), default="webdataset", help="Of the export.")
+@click.option(
+    "-j", "--workers", "--num-workers", type=click.IntRange(0, 1024), help="Processes; by default one a core."
+)
+def export(
+    folder: str,
+    out: Path,
+    data: str | None,
+    views: tuple[int, int] | None,
+    pixels: Any,
+    encoding: Any,
+    kind: str,
+    workers: int | None,
+) -> None:
+    """Write images with the teacher's hard labels beside them, for timm and `datasets` as they are.
+
+    \b
+    Example:
+      deit-cli labels export shards exported --views 0:10
+    """
+    from pipeline.exporting import ExportConfig, export_labels
+    from pipeline.labelset import LabelSet
+    from pipeline.loading import usable_cores
+
+    config = ExportConfig(
+        views=views, pixels=pixels, encoding=encoding, workers=usable_cores() if workers is None else workers
+    )
+    label_set = LabelSet.open(folder)
+    with shown_progress() as progress:
+        count = export_labels(label_set, label_set.open_source(data), out, config, progress=progress)
+    click.echo(f"{out}: {count:,} images in {kind} tars")
 
 
 @commands.command()

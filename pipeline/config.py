@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UsageError
+from pipeline.pins import parse_pin
 from pipeline.staging import working_folder
 
 Precision = Literal["float16", "float32"]
@@ -13,6 +14,8 @@ MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of vie
 BadImagePolicy = Literal["fail", "skip"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["local", "ray"]
+ORIGINAL = "original"  # --include-images: the encoded files as they are
+MAX_SHORTER = 4096
 
 
 def option(default: Any, text: str, *flags: str, bare: str | None = None) -> Any:
@@ -86,6 +89,12 @@ class PrecomputeConfig:
     )
     address: str = option("auto", "Of the Ray cluster (--engine ray).")
     on_bad_image: BadImagePolicy = option("fail", "An image that cannot be decoded stops the run, or is left out.")
+    include_images: str | None = option(
+        None,
+        "Make the set self-contained: pack the images into it, as they are, or (a number of pixels) shrunk to this"
+        " shorter side, which is then what teacher and students see.",
+        bare=ORIGINAL,
+    )
     min_teacher_accuracy: float = option(0.0, "Refuse a teacher below this top-1 on centre crops, percent.")
     accuracy_samples: int = option(256, "Labelled images on which the teacher is measured first; 0: none.")
 
@@ -112,7 +121,51 @@ class PrecomputeConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
         if not 0 <= self.min_teacher_accuracy <= 100:
             raise UsageError(f"--min-teacher-accuracy is a percentage, 0..100, got {self.min_teacher_accuracy}")
+        asked = self.include_images
+        if asked not in (None, ORIGINAL) and not (asked.isdecimal() and 1 <= int(asked) <= MAX_SHORTER):
+            raise UsageError(
+                f"--include-images takes {ORIGINAL} (the files as they are) or the pixels of the shorter side,"
+                f" 1..{MAX_SHORTER}, got {asked}"
+            )
         if self.min_teacher_accuracy and not self.accuracy_samples:
             raise UsageError("--min-teacher-accuracy needs --accuracy-samples above 0, got 0")
         if self.address != "auto" and self.engine != "ray":
             raise UsageError(f"--address {self.address} is of a Ray cluster: pass --engine ray as well")
+
+    @property
+    def shorter_side(self) -> int | None:
+        """Pixels to which included images are shrunk; None: not at all."""
+        return None if self.include_images in (None, ORIGINAL) else int(self.include_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """What of a label set to check, beside every byte and row of it."""
+
+    data: str | None = option(
+        None, "A copy of the images, all of which are compared; without it only those of the probes are looked at."
+    )
+    probes: bool = option(True, "Render the replay probes again (needs the images).")
+    expect_manifest: str | None = option(
+        None, "sha256:HEX, as `labels info` prints it: a manifest of other bytes is a problem."
+    )
+    public_key: Path | None = option(None, "PEM of the key that must have signed the manifest.")
+    identity: str | None = option(
+        None, "Of Sigstore, that must have signed the manifest: a mail address, or a CI workflow's URL."
+    )
+    identity_provider: str | None = option(None, "Who vouches for it, such as https://accounts.google.com.")
+    relabel: int = option(256, "Random views that --teacher is asked for again.")
+    relabel_seed: int = option(0, "Of the choice of those views.")
+    threads: int | None = option(None, "Files read at a time; by default one for each core, or eight for a URL.")
+
+    def __post_init__(self) -> None:
+        if self.expect_manifest is not None:
+            parse_pin(self.expect_manifest)
+        if self.public_key is not None and self.identity is not None:
+            raise UsageError("pass --public-key or --identity, whichever signed the manifest, not both")
+        if (self.identity is None) != (self.identity_provider is None):
+            raise UsageError("--identity and --identity-provider belong together: pass both or none")
+        for name, low, high in (("relabel", 1, 10**7), ("relabel_seed", 0, 2**63 - 1), ("threads", 1, 256)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} must be in {low}..{high}, got {value}")

@@ -16,7 +16,8 @@ DeitCliError                    exit code 1: cannot
 │   ├── LabelSetCorrupt         bytes that are not what the manifest promises
 │   ├── LabelSetMismatch        sound, but made from another recipe, teacher, source or format
 │   ├── LabelSetIncomplete      not sealed: rows are missing
-│   └── ReplayError             this machine renders other pixels than the teacher saw
+│   ├── ReplayError             this machine renders other pixels than the teacher saw
+│   └── SignatureError          a signature that is missing, damaged, or of somebody or something else
 ├── ImportedLabelsError         labels of another format are damaged, or not in its layout
 ├── CheckpointError             a checkpoint that is damaged or belongs to another run
 ├── TrainingError               the run cannot go on (non-finite loss, say)
@@ -118,6 +119,10 @@ class LabelSetIncomplete(LabelSetError):
 
 class ReplayError(LabelSetError):
     """This machine renders other pixels than those the teacher answered for."""
+
+
+class SignatureError(LabelSetError):
+    """The manifest has no signature, or one that is damaged, of another signer, or of another manifest."""
 
 
 class ImportedLabelsError(DeitCliError):

@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.decode import decode
 from pipeline.encoding import LabelRows
 from pipeline.errors import LabelSetError
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
-from pipeline.replay import check_image, pair_of
+from pipeline.pins import pin_of
+from pipeline.replay import pair_of, rendered_view
 from pipeline.sources import Source
 from pipeline.storage import replace_file
-from pipeline.views import draw_view, render
 
 MAX_ROWS = (
     200_000  # labels after which a summary stops reading; a sample that large has an error below 0.3 percentage points
@@ -37,7 +36,9 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
     bad = [f"{key}: {why}" for table in tables.values() for key, why in zip(table.key, table.bad, strict=True) if why]
     return {
         "labelset_id": plan.labelset_id,
+        "manifest": pin_of(label_set.manifest_sha256),
         "sealed": manifest.sealed,
+        "teacher_name": plan.teacher.name,
         "teacher": plan.teacher.model_dump(mode="json"),
         "recipe_id": plan.recipe_id,
         "recipe": plan.recipe,
@@ -55,6 +56,7 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
         "precision": plan.precision,
         "labels": rows,
         "label_bytes": size,
+        "image_bytes": sum(entry.bytes for entry in manifest.files if entry.kind == "images") or None,
         "bytes_per_label": size / rows if rows else None,
         "environments": list(manifest.environments),
         **_look_at_labels(label_set, tables),
@@ -160,7 +162,7 @@ def _tile(label_set: LabelSet, source: Source, name: str, row: int, view: int) -
     samples = label_set.samples(name)
     partner, mix = pair_of(label_set.recipe, samples, row, view)
     rows = [row] if partner is None else [row, partner]
-    batch = torch.from_numpy(np.stack([_rendered(label_set, source, name, samples, r, view) for r in rows]))
+    batch = torch.from_numpy(np.stack([rendered_view(label_set, source, name, samples, r, view) for r in rows]))
     mixes = mix_batch([(0, 1 if partner is not None else -1)], [mix], len(rows))
     mixed = apply_mix(batch.permute(0, 3, 1, 2), mixes)[0].permute(1, 2, 0)
     labels = label_set.read(name, view)
@@ -168,16 +170,6 @@ def _tile(label_set: LabelSet, source: Source, name: str, row: int, view: int) -
     return Tile(
         mixed.round().clamp(0, 255).byte().numpy(), _caption(label_set, samples, row, partner, mix, view, labels, at)
     )
-
-
-def _rendered(
-    label_set: LabelSet, source: Source, name: str, samples: SampleRows, row: int, view: int
-) -> NDArray[np.uint8]:
-    sample = source.shard(name)[row]
-    check_image(sample, samples, row, shard=name)
-    image = decode(sample.image, key=sample.key)
-    drawn = draw_view(label_set.recipe, sample.key, view, height=image.shape[0], width=image.shape[1])
-    return render(image, drawn)
 
 
 def _cut(name: str) -> str:

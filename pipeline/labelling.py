@@ -19,6 +19,7 @@ from pipeline.loading import Whereabouts
 from pipeline.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
 from pipeline.progress import Report
 from pipeline.recipe import Recipe
+from pipeline.remedies import damaged_file, ended
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
 from pipeline.replay import compare_probes
 from pipeline.sources import Source
@@ -49,6 +50,7 @@ class Job:
         source: of the images.
         workers: loader processes of each teacher process.
         cores: that each teacher process may use for a teacher on the CPU.
+        images: what was done to the images before they were labelled; None: nothing.
     """
 
     config: PrecomputeConfig
@@ -57,6 +59,7 @@ class Job:
     source: Source
     workers: int
     cores: int
+    images: str | None = None
 
     def samples(self, shard: str) -> SampleRows:
         """Read the samples of a source shard, which indexing wrote."""
@@ -115,7 +118,7 @@ class _Desk:
             device=device_name(teacher.device),
             dtype=str(teacher.dtype).removeprefix("torch."),
             compiled=teacher.config.compile,
-        )
+        ) | ({"images": job.images} if job.images else {})
 
     def __enter__(self) -> "_Desk":
         return self
@@ -184,7 +187,7 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
         if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
             raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file")
     except (LabelSetCorrupt, LabelSetMismatch) as error:
-        raise type(error)(f"{error}. Delete it and run again: it will be made anew") from error
+        raise type(error)(ended(error, damaged_file(task.views))) from error
     compare_probes(read_probes(footer.probes, path), job.recipe, job.source, {task.shard: samples}.__getitem__)
     return True
 

@@ -19,16 +19,24 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from pipeline.config import Precision
-from pipeline.encoding import LabelRows, content_xxh3, find_problem, index_dtype
+from pipeline.encoding import LabelRows, content_xxh3, find_problem, index_dtype, label_bytes
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
 from pipeline.ids import canonical_json
-from pipeline.records import Count, Name, Record, Sha256, View, Xxh3, is_version
+from pipeline.pages import Chunk, largest_page
+from pipeline.records import Count, Name, Record, Sha256, View, Xxh3, is_version, other_version
+from pipeline.remedies import DAMAGED_FILE
 from pipeline.storage import parse_json
 
 FORMAT = "deit-cli-labels"
 VERSION = 1
 FOOTER_KEY = b"deit_cli"
 MAX_TOPK = 4096
+MAX_SHARD_SAMPLES = 2**22  # of one source shard, whose samples file is read as a whole
+# What a file may make a reader hold at once. Pages have a MiB by every writer's default.
+MAX_PAGE_BYTES = 16 << 20
+MAX_VIEW_BYTES = 1 << 30
+MAX_SAMPLES_BYTES = 1 << 30
+_BATCH_ROWS = 16  # of a samples file, whose texts may be a page long each: the bound is looked at after so many
 _WRITE = {"compression": "zstd", "compression_level": 3, "use_dictionary": False, "write_page_checksum": True}
 
 
@@ -222,7 +230,7 @@ def read_all_views(file: Path | Contents) -> list[LabelRows]:
     footer = file.labels_layout
     views = [_read_row_group(file, footer, view) for view in range(footer.view_start, footer.view_stop)]
     if content_xxh3(views) != footer.content_xxh3:
-        raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states; delete it and rerun")
+        raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states. {DAMAGED_FILE}")
     return views
 
 
@@ -234,7 +242,11 @@ def read_samples(file: Path | Contents) -> SampleRows:
     _check_schema(parquet, SAMPLES_SCHEMA, name)
     if parquet.metadata.num_rows != footer.rows:
         raise LabelSetCorrupt(f"{name} has {parquet.metadata.num_rows} rows, its footer says {footer.rows}")
-    columns = _guarded(name, lambda: parquet.read().to_pydict())
+    if footer.rows > MAX_SHARD_SAMPLES:
+        raise LabelSetCorrupt(f"{name} has {footer.rows} rows, at most {MAX_SHARD_SAMPLES} are read")
+    for group in range(parquet.metadata.num_row_groups):
+        _check_pages(contents, group)
+    columns = _guarded(name, lambda: _bounded_rows(parquet, name)).to_pydict()
     if columns["row"] != list(range(footer.rows)):
         raise LabelSetCorrupt(f"{name}: rows must be 0..{footer.rows - 1} in order")
     return SampleRows(
@@ -246,6 +258,32 @@ def read_samples(file: Path | Contents) -> SampleRows:
         width=np.array(columns["width"], np.uint32),
         bad=tuple(columns["bad"]),
     )
+
+
+def _bounded_rows(parquet: pq.ParquetFile, name: str) -> pa.Table:
+    """Read a whole file, counting its bytes on the way: a dictionary or shared prefixes can unpack to any length."""
+    batches, size = [], 0
+    for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
+        size += batch.nbytes
+        if size > MAX_SAMPLES_BYTES:
+            raise LabelSetCorrupt(f"{name} unpacks to more than {MAX_SAMPLES_BYTES} bytes. {DAMAGED_FILE}")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, schema=SAMPLES_SCHEMA)
+
+
+def _check_pages(file: Contents, group: int) -> None:
+    """Refuse a row group of which a page says that it unpacks to more than any writer makes; pyarrow would do it."""
+    columns = file.parquet.metadata.row_group(group)
+    chunks = []
+    for number in range(columns.num_columns):
+        column = columns.column(number)
+        starts = [column.data_page_offset, column.dictionary_page_offset]
+        chunks.append(Chunk(min(at for at in starts if at is not None), column.total_compressed_size))
+    largest = _guarded(file.name, lambda: largest_page(file.data, chunks))
+    if largest > MAX_PAGE_BYTES:
+        raise LabelSetCorrupt(
+            f"{file}: a page in it unpacks to {largest} bytes, at most {MAX_PAGE_BYTES} are read. {DAMAGED_FILE}"
+        )
 
 
 def _element(kind: pa.DataType) -> pa.Field:
@@ -322,8 +360,7 @@ def _footer(file: pq.ParquetFile, path: str, kind: type[Footer]) -> Footer:
     except (ValueError, RecursionError) as error:
         raise LabelSetCorrupt(f"{path}: its footer is not valid JSON: {error}") from error
     if not is_version(values, FORMAT, VERSION):
-        found = (values.get("format"), values.get("version")) if isinstance(values, dict) else values
-        raise LabelSetMismatch(f"{path} is {found}; this version reads ({FORMAT!r}, {VERSION})")
+        raise LabelSetMismatch(f"{path} {other_version(values, FORMAT, VERSION)}")
     expected = "labels" if kind is LabelsFooter else "samples"
     try:
         footer = kind.model_validate_json(canonical_json(values))
@@ -345,6 +382,9 @@ def _check_layout(file: pq.ParquetFile, path: str, footer: LabelsFooter) -> None
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     if len(groups) != footer.view_stop - footer.view_start or set(groups) - {footer.rows_per_view}:
         raise LabelSetCorrupt(f"{path}: row groups {groups[:4]}… are not {footer.rows_per_view} rows for each view")
+    size = footer.rows_per_view * label_bytes(footer.num_classes, footer.topk, footer.precision)
+    if size > MAX_VIEW_BYTES:
+        raise LabelSetCorrupt(f"{path}: one view takes {size} bytes of memory, at most {MAX_VIEW_BYTES} are read")
 
 
 def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
@@ -358,6 +398,7 @@ def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
 
 def _read_row_group(file: Contents, footer: LabelsFooter, view: int) -> LabelRows:
     group = view - footer.view_start
+    _check_pages(file, group)
     table = _guarded(file.name, lambda: file.parquet.read_row_group(group, use_threads=False))
     size, topk, prob = len(table), footer.topk, np.dtype(footer.precision)
     rows = LabelRows(

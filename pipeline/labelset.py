@@ -5,14 +5,14 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
+from pipeline.comparing import Comparison, Listing, compare_names
 from pipeline.encoding import LabelRows
 from pipeline.errors import (
     LabelSetCorrupt,
@@ -30,32 +30,34 @@ from pipeline.labels import (
     Contents,
     LabelsFooter,
     SampleRows,
-    read_all_views,
     read_labels_footer,
     read_samples,
     read_samples_footer,
     read_view,
 )
 from pipeline.manifest import (
+    IMAGES_FOLDER,
     MANIFEST_NAME,
     PLAN_NAME,
     FileEntry,
     Plan,
     ShardRecord,
     SourceRecord,
-    first_difference,
     parse_manifest,
     parse_plan,
     read_probes,
     shards_of,
     short,
 )
+from pipeline.pins import check_pin
 from pipeline.recipe import Recipe
+from pipeline.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
 from pipeline.remote import read_url
-from pipeline.samples import keys_sha256
-from pipeline.sources import Source
+from pipeline.samples import check_name, keys_sha256
+from pipeline.sources import Source, open_source
 from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
-from pipeline.urls import is_url
+from pipeline.tar_source import TarShard
+from pipeline.urls import is_url, join_url
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 
@@ -68,9 +70,10 @@ class LabelSet:
 
     Attributes:
         folder: where it lies: a path, or a URL with the cache that it is read through. As text, what the user passed.
+        manifest_sha256: of the very bytes of `manifest.json` that were parsed: what a pin names.
     """
 
-    def __init__(self, folder: Path | RemoteFolder) -> None:
+    def __init__(self, folder: Path | RemoteFolder, *, expect_manifest: str | None = None) -> None:
         """Open a folder; use `LabelSet.open`, which refuses sets that are not complete."""
         plan = _read_part(folder, PLAN_NAME)
         if plan is None:
@@ -81,42 +84,48 @@ class LabelSet:
             )
         manifest = _read_part(folder, MANIFEST_NAME)
         if manifest is None:
-            raise LabelSetIncomplete(
-                f"{folder} has no {MANIFEST_NAME}: run the same deit-cli precompute (or labels push, or pull) again to complete it"
-            )
+            raise LabelSetIncomplete(f"{folder} has no {MANIFEST_NAME}. {INCOMPLETE_SET}")
         self.folder = folder
+        self.manifest_sha256 = hashlib.sha256(manifest).hexdigest()
+        check_pin(expect_manifest, self.manifest_sha256, folder / MANIFEST_NAME)
         self.plan = parse_plan(plan, folder / PLAN_NAME)
         self.manifest = parse_manifest(manifest, folder / MANIFEST_NAME, plan_sha256=hashlib.sha256(plan).hexdigest())
         if self.manifest.labelset_id != self.plan.labelset_id:
             mine, theirs = short(self.plan.labelset_id), short(self.manifest.labelset_id)
-            raise LabelSetMismatch(f"{folder}: {PLAN_NAME} is of label set {mine}, {MANIFEST_NAME} of {theirs}")
+            raise LabelSetMismatch(
+                f"{folder}: {PLAN_NAME} is of label set {mine}, {MANIFEST_NAME} of {theirs}. {DAMAGED_PLAN}"
+            )
         self._records = {record.name: record for record in shards_of(self.manifest, self.plan, folder / MANIFEST_NAME)}
         self._entries = {(e.kind, e.shard, e.view_start): e for e in self.manifest.files}
         self._recent: OrderedDict[FileEntry, tuple[Any, Contents]] = OrderedDict()
 
     @classmethod
-    def open(cls, location: str | os.PathLike[str], *, cache: ShardCache | None = None) -> "LabelSet":
+    def open(
+        cls,
+        location: str | os.PathLike[str],
+        *,
+        cache: ShardCache | None = None,
+        expect_manifest: str | None = None,
+    ) -> "LabelSet":
         """Open a complete label set; of a local one, check that every promised file is there with its length.
 
         Args:
             location: a folder, or the URL of one. Plan and manifest of a URL are read as they are now.
             cache: through which the other files of a URL are read; None: the default one.
+            expect_manifest: pin, `sha256:` and the hash that `manifest.json` must have; None: any.
 
         Raises:
             LabelSetIncomplete: it is not sealed.
             LabelSetCorrupt: a file is missing or has another length.
-            LabelSetMismatch: it is of another format version, or its parts do not belong together.
+            LabelSetMismatch: it is of another format version, its parts do not belong together, or it is not the pinned one.
         """
         text = os.fspath(location)
-        label_set = cls(RemoteFolder(text, cache or open_cache()) if is_url(text) else Path(text))
-        if not label_set.manifest.sealed:
-            raise LabelSetIncomplete(
-                f"{location} is not sealed: some of its labels do not exist yet. Run the same deit-cli precompute again to complete it"
-            )
-        label_set._check_coverage()
+        folder = RemoteFolder(text, cache or open_cache()) if is_url(text) else Path(text)
+        label_set = cls(folder, expect_manifest=expect_manifest)
+        label_set.check_complete()
         for entry in label_set.manifest.files:
             if isinstance(label_set.folder, Path):
-                _check_length(label_set.folder / entry.path, entry, label_set.folder)
+                check_length(label_set.folder / entry.path, entry, label_set.folder)
         return label_set
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,27 +189,41 @@ class LabelSet:
     def check_source(self, source: Source) -> None:
         """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled.
 
-        Where the set holds some source shards only, a source of these alone will do, and one that has others too. The keys of a remote source would cost a download of all of it, so there names of shards and classes are
-        compared, and keys and bytes image by image when they are used.
+        Where the set holds some source shards only, a source of these alone will do, and one that has others too. The
+        keys of a remote source would cost a download of all of it, so there names of shards and classes are compared,
+        and keys and bytes image by image when they are used.
         """
         source = self.labelled_part(source)
-        mine = self.plan.source.model_copy(update={"shards": tuple(self._records.values())})
-        theirs = None if source.is_remote else record_of(source)
-        if theirs is None:
-            names = [shard.name for shard in source.shards]
-            ours, found = (
-                {"class_names": classes and list(classes), "shards": shards}
-                for classes, shards in ((mine.class_names, list(self.shards)), (source.class_names, names))
-            )
-            whose = "has other shards or classes"
-        else:
-            ours, found = (r.model_dump(mode="json", include={"class_names", "shards"}) for r in (mine, theirs))
-            whose = f"is source {short(theirs.id)}" if self.manifest.shards is None else "has others of that name"
-        if ours != found:
-            raise LabelSetMismatch(
-                f"{self.folder} labels source {short(self.plan.source_id)}, {source.location} {whose}"
-                f"{first_difference(ours, found)}. Pass the --data that was labelled"
-            )
+        mine, theirs = tuple(self._records.values()), None if source.is_remote else record_of(source)
+        classes, names = self.plan.source.class_names, tuple(shard.name for shard in source.shards)
+        same = (source.class_names, names) == (classes, self.shards)
+        if same and (theirs is None or theirs.shards == mine):
+            return
+        differences = [
+            compare_names("class", classes, source.class_names),
+            compare_names("shard", self.shards, names),
+            *([] if theirs is None else self._compare_keys(source, theirs)),
+        ]
+        other = "" if theirs is None or self.manifest.shards is not None else f" (id {short(theirs.id)})"
+        raise LabelSetMismatch(
+            f"{self.folder} labels source {short(self.plan.source_id)}, {source.location}{other} is another:"
+            f" {'; '.join(filter(None, differences))}. Pass the --data that was labelled"
+        )
+
+    def _compare_keys(self, source: Source, theirs: SourceRecord) -> list[str]:
+        """Say which samples of a local source differ, reading only the samples files of source shards that do."""
+        comparison = Comparison()
+        others = {record.name: record for record in theirs.shards}
+        for name in dict.fromkeys((*self._records, *others)):
+            if self._records.get(name) != others.get(name):
+                table = self.samples(name) if name in self._records else None
+                shard = source.shard(name) if name in others else None
+                comparison.add(
+                    name,
+                    Listing(table.key, table.class_label) if table else Listing(),
+                    Listing(shard.keys, shard.class_labels) if shard else Listing(),
+                )
+        return comparison.result().describe(limit=3)
 
     def labelled_part(self, source: Source) -> Source:
         """Return what the labels are of: the source, or those shards of it that are here if these are only some.
@@ -218,18 +241,31 @@ class LabelSet:
             )
         return source.only(self.shards)
 
-    def verify(self) -> list[str]:
-        """Check every byte and every row of the set; return the problems found, nothing for a sound set."""
-        problems: list[str] = []
-        for entry in self.manifest.files:
-            try:
-                if entry.kind == "samples":
-                    self.samples(entry.shard)
-                else:
-                    self._verify_rows(entry, self.read_file(entry))
-            except (LabelSetError, StorageError) as error:
-                problems.append(str(error))
-        return list(dict.fromkeys(problems))  # a damaged samples file spoils every label shard of it
+    @property
+    def has_images(self) -> bool:
+        """Whether it is self-contained: the images that were labelled are in it."""
+        return any(entry.kind == "images" for entry in self.manifest.files)
+
+    def open_source(self, data: str | None = None, *, cache: ShardCache | None = None) -> Source:
+        """Open the images: those at `data`, or else the set's own, or else those where it found them.
+
+        Args:
+            data: a source, which goes before all others; None: there is none.
+            cache: through which a remote `data` is read; None: the default one.
+        """
+        if data is None and self.has_images:
+            return self._own_images()
+        return open_source(data or self.plan.source.location, cache=cache)
+
+    def _own_images(self) -> Source:
+        names = self.plan.source.class_names
+        shards = tuple(
+            TarShard(name, self._file(self._entry("images", name, 0)), None if names is None else len(names))
+            for name in self.shards
+        )
+        folder = self.folder
+        parent = f"{folder}/{IMAGES_FOLDER}" if isinstance(folder, Path) else join_url(folder.url, IMAGES_FOLDER)
+        return Source(parent, "tar", names, shards)
 
     def read_file(self, entry: FileEntry) -> Contents:
         """Return a file's bytes after checking their length and SHA-256.
@@ -241,7 +277,7 @@ class LabelSet:
         """
         file = self._file(entry)
         if isinstance(file, Path):
-            _check_length(file, entry, self.folder)
+            check_length(file, entry, self.folder)
             with refusals_named(file):
                 return self._read_checked(entry, file, file)
         try:
@@ -250,7 +286,7 @@ class LabelSet:
             file.discard()  # it was sound when it was downloaded: its copy was damaged on this disk since
             return read_local(file, lambda path: self._read_checked(entry, file, path))
         except (RemoteFileMissing, RemoteFileCorrupt) as error:
-            raise LabelSetCorrupt(f"{error}{self._newer_manifest()}") from error
+            raise LabelSetCorrupt(f"{error}. {REMOTE_FILE}{self._newer_manifest()}") from error
 
     def _read_checked(self, entry: FileEntry, name: Path | RemoteFile, path: Path) -> Contents:
         with path.open("rb") as file:
@@ -273,7 +309,7 @@ class LabelSet:
             self._recent.pop(entry, None)
             raise LabelSetCorrupt(
                 f"{file} has SHA-256 {short(found)}…, the manifest says {short(entry.sha256)}…: it is damaged."
-                f" Delete it and run the same deit-cli precompute again{self._newer_manifest()}"
+                f" {damaged_file(entry.views)}{self._newer_manifest()}"
             )
 
     def _newer_manifest(self) -> str:
@@ -308,8 +344,12 @@ class LabelSet:
             raise LabelSetMismatch(f"{self.folder} holds views {self.views.start}..{self.views.stop - 1}, not {view}")
         return self._entry("labels", shard, block[0])
 
-    def _check_coverage(self) -> None:
-        """A sealed set holds the samples of every source shard of it, and their labels for every block of views."""
+    def check_complete(self) -> None:
+        """Raise unless the set is sealed: it holds the samples of every source shard of it, and labels for every block."""
+        if not self.manifest.sealed:
+            raise LabelSetIncomplete(
+                f"{self.folder} is not sealed: some of its labels do not exist yet. {INCOMPLETE_SET}"
+            )
         blocks = sorted(self.manifest.view_blocks)
         if not blocks:
             raise LabelSetIncomplete(f"{self.folder} holds no views")
@@ -317,7 +357,15 @@ class LabelSet:
             raise LabelSetIncomplete(
                 f"{self.folder}: its views {blocks} have a gap. Compute the missing ones with --views"
             )
+        wanted = len(self.shards) * (1 + len(blocks))
+        if wanted > 1000 + 2 * len(self.manifest.files):  # two long lists have a product that no memory holds
+            raise LabelSetCorrupt(
+                f"{self.folder}: the sealed manifest lists {len(self.manifest.files)} files, {len(self.shards)} source"
+                f" shards and {len(blocks)} blocks of views need {wanted}"
+            )
         expected = {("samples", name, 0, 0) for name in self.shards}
+        if self.has_images:
+            expected |= {("images", name, 0, 0) for name in self.shards}
         expected |= {("labels", name, start, stop) for name in self.shards for start, stop in blocks}
         found = {(e.kind, e.shard, e.view_start, e.view_stop) for e in self.manifest.files}
         for what, difference in (("lacks", expected - found), ("has an unknown", found - expected)):
@@ -333,29 +381,18 @@ class LabelSet:
                 f"{file} has {footer.rows_per_view} rows a view, the manifest says {entry.rows} in all"
             )
 
-    def _verify_rows(self, entry: FileEntry, file: Contents) -> None:
-        self._check_footer(entry, file)
-        usable = self.samples(entry.shard).usable
-        for view, rows in enumerate(read_all_views(file), entry.view_start):
-            if not np.array_equal(rows.row, usable):
-                raise LabelSetCorrupt(
-                    f"{file}: view {view} must have the {len(usable)} usable rows of its samples file"
-                )
 
-
-def _check_length(path: Path, entry: FileEntry, folder: Path | RemoteFolder) -> None:
+def check_length(path: Path, entry: FileEntry, folder: Path | RemoteFolder) -> None:
     """Raise LabelSetCorrupt unless a file of a local set is there, in it, and as long as promised."""
     if not path.resolve().is_relative_to(Path(str(folder)).resolve()):
         raise LabelSetCorrupt(f"{path} points outside the label set")
     if not path.is_file():
-        raise LabelSetCorrupt(
-            f"{path} is missing, but the manifest promises it. Run the same deit-cli precompute again"
-        )
+        raise LabelSetCorrupt(f"{path} is missing, but the manifest promises it. {missing_file(entry.views)}")
     size = path.stat().st_size
     if size != entry.bytes:
         raise LabelSetCorrupt(
             f"{path} has {size} bytes, the manifest says {entry.bytes}: it was cut or changed."
-            " Delete it and run the same deit-cli precompute again"
+            f" {damaged_file(entry.views)}"
         )
 
 
@@ -387,6 +424,7 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
 
     Raises:
         LabelSetMismatch: it is of another label set or source shard, or its keys or class labels are not the plan's.
+        LabelSetCorrupt: a key or class label is one that no source can have.
     """
     footer = read_samples_footer(file)
     mine = (plan.labelset_id, plan.source_id, record.name)
@@ -396,7 +434,23 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
         raise LabelSetMismatch(
             f"{file}: its keys and class labels are not those that the plan names for {record.name!r}"
         )
+    _check_sample_values(samples, plan.teacher.num_classes, file)
     return samples
+
+
+def _check_sample_values(samples: SampleRows, num_classes: int, file: Path | Contents) -> None:
+    """Refuse what nobody can have indexed: it would end up in terminals, in paths of other tools, in a loss."""
+    if len(set(samples.key)) != len(samples):
+        key = next(key for key, count in Counter(samples.key).items() if count > 1)
+        raise LabelSetCorrupt(f"{file}: the key {key!r} stands there twice")
+    try:
+        for key in samples.key:
+            check_name(key, "sample key")
+    except SourceError as error:
+        raise LabelSetCorrupt(f"{file}: {error}") from error
+    for row, label in enumerate(samples.class_label):
+        if label is not None and not 0 <= label < num_classes:
+            raise LabelSetCorrupt(f"{file}: row {row}: class label must be in 0..{num_classes - 1}, got {label}")
 
 
 def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: range) -> LabelsFooter:
@@ -412,6 +466,9 @@ def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: 
         raise LabelSetMismatch(
             f"{file} says (views, classes, K, precision) {found}, its place in the set says {expected}"
         )
+    samples = next(record.num_samples for record in plan.source.shards if record.name == shard)
+    if footer.rows_per_view > samples:
+        raise LabelSetCorrupt(f"{file} says {footer.rows_per_view} rows a view, its source shard has {samples} samples")
     read_probes(footer.probes, file)
     return footer
 

@@ -12,15 +12,20 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.config import Precision
-from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
+from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
 from pipeline.ids import canonical_json, sha256_json
-from pipeline.labels import FORMAT, MAX_TOPK, VERSION
+from pipeline.labels import FORMAT, MAX_SHARD_SAMPLES, MAX_TOPK, VERSION
 from pipeline.recipe import Recipe
-from pipeline.records import Count, Name, Record, Sha256, View, is_version
-from pipeline.storage import load_json, pretty_json, read_json, read_small, sha256_file
+from pipeline.records import Count, Name, Record, Sha256, Text, View, is_version, other_version
+from pipeline.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, damaged_json
+from pipeline.storage import parse_json, pretty_json, read_small, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
+IMAGES_FOLDER = "images"
+
+MAX_FILE_BYTES = 2**31  # of a file of the set, which is read as a whole; ImageNet's are of some MB
+MAX_PROBES = 64  # each is rendered before training; 8 are stored
 
 Channels = tuple[float, float, float]
 _RecordT = TypeVar("_RecordT", bound=Record)
@@ -39,13 +44,13 @@ class TeacherIdentity(Record):
         class_names: in the order of its outputs, where it knows them.
     """
 
-    name: Annotated[str, Field(min_length=1, max_length=500)]
+    name: Annotated[Text, Field(min_length=1, max_length=500)]
     weights_sha256: Sha256
     img_size: Annotated[int, Field(ge=1, le=4096)]
     mean: Channels
     std: Channels
     num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
-    class_names: tuple[str, ...] | None
+    class_names: tuple[Text, ...] | None
 
     @model_validator(mode="after")
     def _names_are_classes(self) -> Self:
@@ -118,7 +123,7 @@ class ShardRecord(Record):
     """One source shard: its name, its number of samples, and a hash over their keys and class labels."""
 
     name: Name
-    num_samples: Count
+    num_samples: Annotated[int, Field(ge=0, le=MAX_SHARD_SAMPLES)]
     keys_sha256: Sha256
 
 
@@ -126,8 +131,8 @@ class SourceRecord(Record):
     """Where the images came from. The location is where they lay; it is no part of the identity."""
 
     kind: Literal["folder", "tar", "parquet"]
-    location: str
-    class_names: tuple[str, ...] | None
+    location: Text
+    class_names: tuple[Text, ...] | None
     shards: tuple[ShardRecord, ...]
 
     @property
@@ -211,12 +216,12 @@ class Plan(Record):
 class FileEntry(Record):
     """One complete file of the set. Its path follows from kind, shard and views."""
 
-    kind: Literal["samples", "labels"]
+    kind: Literal["samples", "labels", "images"]
     shard: Name
-    view_start: View  # 0 and 0 for samples
+    view_start: View  # 0 and 0 for samples and images
     view_stop: View
     rows: Count
-    bytes: Count
+    bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
     sha256: Sha256
 
     @property
@@ -224,7 +229,14 @@ class FileEntry(Record):
         """Path inside the label set."""
         if self.kind == "samples":
             return samples_path(self.shard)
-        return labels_path(self.shard, range(self.view_start, self.view_stop))
+        if self.kind == "images":
+            return images_path(self.shard)
+        return labels_path(self.shard, self.views)
+
+    @property
+    def views(self) -> range:
+        """The views of a label shard; none of a samples file."""
+        return range(self.view_start, self.view_stop)
 
 
 class Probe(Record):
@@ -274,8 +286,8 @@ class Manifest(Record):
     shards: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     view_blocks: tuple[tuple[View, View], ...]
     files: tuple[FileEntry, ...]
-    probes: tuple[Probe, ...]
-    environments: tuple[dict[str, str], ...]
+    probes: Annotated[tuple[Probe, ...], Field(max_length=MAX_PROBES)]
+    environments: tuple[dict[Text, Text], ...]
     content_sha256: Sha256 | None = None  # None while it is being made
 
     def to_json(self) -> dict[str, Any]:
@@ -324,6 +336,11 @@ def samples_path(shard: str) -> PurePosixPath:
     return PurePosixPath("samples") / f"{shard}.parquet"
 
 
+def images_path(shard: str) -> PurePosixPath:
+    """Return where the images of a source shard stand in a self-contained label set."""
+    return PurePosixPath(IMAGES_FOLDER) / f"{shard}.tar"
+
+
 def labels_path(shard: str, views: range) -> PurePosixPath:
     """Return where the labels of a source shard and a block of views stand in a label set."""
     return PurePosixPath("labels") / f"views-{views.start:05d}-{views.stop - 1:05d}" / f"{shard}.parquet"
@@ -331,12 +348,12 @@ def labels_path(shard: str, views: range) -> PurePosixPath:
 
 def read_plan(folder: Path) -> Plan:
     """Read and check `plan.json`."""
-    return _load_record(read_json(folder / PLAN_NAME), Plan, folder / PLAN_NAME)
+    return parse_plan(read_small(folder / PLAN_NAME), folder / PLAN_NAME)
 
 
 def parse_plan(data: bytes, name: object) -> Plan:
     """Check the bytes of a `plan.json`; `name` is for errors."""
-    return _load_record(load_json(data, name), Plan, name)
+    return _load_record(_load_json(data, name), Plan, name)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -345,25 +362,38 @@ def read_manifest(folder: Path) -> Manifest:
     return parse_manifest(read_small(path), path, plan_sha256=sha256_file(folder / PLAN_NAME))
 
 
-def parse_manifest(data: bytes, name: object, *, plan_sha256: str) -> Manifest:
-    """Check the bytes of a `manifest.json` that stands beside a plan of this hash; `name` is for errors."""
-    values = load_json(data, name)
+def parse_manifest(data: bytes, name: object, *, plan_sha256: str | None) -> Manifest:
+    """Check the bytes of a `manifest.json` that stands beside a plan of this hash; `name` is for errors.
+
+    Without the hash of a plan (None) the manifest is checked by itself.
+    """
+    values = _load_json(data, name)
     manifest = _load_record(values, Manifest, name)
     if manifest.shards is None and "shards" in values:
         raise LabelSetCorrupt(f"{name}: shards: must be a list of names, or absent for all source shards")
     if manifest.content_sha256 != manifest.to_json()["content_sha256"]:
-        raise LabelSetCorrupt(f"{name}: its content does not have the hash that it states: it was changed")
+        raise LabelSetCorrupt(
+            f"{name}: its content does not have the hash that it states: it was changed. {DAMAGED_MANIFEST}"
+        )
     # The hash covers what the JSON says. Other white space, or a digit more of a number, says the same, and is damage too.
     if data != pretty_json(values):
         raise LabelSetCorrupt(
             f"{name}: it says what it said, in other bytes (white space, or how a number is written): it was changed."
-            " Copy it again"
+            f" {DAMAGED_MANIFEST}"
         )
-    if plan_sha256 != manifest.plan_sha256:
+    if plan_sha256 is not None and plan_sha256 != manifest.plan_sha256:
         raise LabelSetMismatch(
-            f"{name} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has {short(plan_sha256)}…"
+            f"{name} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has"
+            f" {short(plan_sha256)}…. {DAMAGED_PLAN}"
         )
     return manifest
+
+
+def _load_json(data: bytes, name: object) -> Any:
+    try:
+        return parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{name}: not valid JSON: {error}. {damaged_json(name)}") from error
 
 
 def read_probes(values: list[dict[str, Any]], path: object) -> list[Probe]:
@@ -417,14 +447,13 @@ def _labelset_id(ids: dict[str, str], topk: int, precision: str) -> str:
 
 def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
     if not is_version(values, FORMAT, VERSION):
-        found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
-        raise LabelSetMismatch(f"{path} says {found}; this version reads {(FORMAT, VERSION)}")
+        raise LabelSetMismatch(f"{path} {other_version(values, FORMAT, VERSION)}")
     try:
         # As text, because JSON has no tuples: there, strict mode takes lists for them.
         return kind.model_validate_json(canonical_json(values))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in _TEACHER_TAGS)
-        raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}") from error
+        raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}. {damaged_json(path)}") from error
     except DeitCliError as error:
-        raise LabelSetMismatch(f"{path}: {error}") from error
+        raise LabelSetMismatch(f"{path}: {error}. {damaged_json(path)}") from error

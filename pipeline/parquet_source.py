@@ -22,7 +22,15 @@ import xxhash
 from pipeline.cache import RemoteFile, read_local
 from pipeline.errors import RemoteFileMissing, SourceError, StorageError
 from pipeline.remote import read_ranges
-from pipeline.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_label, check_name, reading
+from pipeline.samples import (
+    IMAGE_EXTENSIONS,
+    ShardIndex,
+    SourceShard,
+    check_image_bytes,
+    check_label,
+    check_name,
+    reading,
+)
 
 log = logging.getLogger("deit_cli.parquet_source")
 
@@ -30,6 +38,7 @@ ROWS_PER_SHARD = 4096
 CACHE_BYTES = 256 << 20  # two row groups of 1,000 ImageNet photographs, the largest common size
 MAX_ROW_GROUP_BYTES = 2 << 30  # what one process may be made to hold for one image
 MAX_ROW_GROUP_ROWS = 1 << 20  # a footer may claim any number; images come in thousands
+MAX_METADATA_BYTES = 16 << 20  # names of half a million classes
 _BATCH_ROWS = 16  # the bound is checked this often: dictionary encoding can unpack 780 bytes to 10 MB a row
 _LABEL_COLUMNS = ("label", "labels", "fine_label")  # usual names; fine_label is CIFAR-100's
 
@@ -121,6 +130,7 @@ class ParquetShard(SourceShard[ParquetPlace]):
             image = column[place.row].as_py()
         if image is None or image["bytes"] is None:
             raise SourceError(f"{self._where(place)}: no image bytes (a path to a file elsewhere is not followed)")
+        check_image_bytes(len(image["bytes"]), self._where(place))
         return image["bytes"]
 
     def _places(self) -> list[ParquetPlace]:
@@ -297,6 +307,10 @@ def _is_image(kind: pa.DataType) -> bool:
 def _features(path: Path | RemoteFile, schema: pa.Schema) -> dict[str, Any]:
     """Return the column features that `datasets` writes into the schema metadata."""
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
+    if len(text) > MAX_METADATA_BYTES:
+        raise SourceError(
+            f"{path}: its 'huggingface' schema metadata has {len(text)} bytes, at most {MAX_METADATA_BYTES} are read"
+        )
     try:
         features = json.loads(text).get("info", {}).get("features", {})
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}

@@ -16,12 +16,25 @@ from pipeline.units import byte_size
 log = logging.getLogger("deit_cli")
 
 
+_UNITS = {  # what each phase counts
+    "pack": "source shards",
+    "index": "source shards",
+    "label": "views",
+    "verify": "files",
+    "compare": "source shards",
+    "relabel": "views",
+    "push": "files",
+    "pull": "files",
+    "export": "tars",
+}
+
+
 @dataclass(frozen=True)
 class Tick:
     """How far one phase of a run is.
 
     Attributes:
-        phase: `index` counts source shards, `label` counts views, `push` and `pull` count files.
+        phase: `pack` and `index` count source shards, `label` counts views; others as `_UNITS` says.
         done: of them, those that were there before included.
         total: of them.
         elapsed_s: seconds since the phase began.
@@ -144,9 +157,7 @@ def state(tick: Tick) -> str:
     if found := tick.done - tick.made:
         parts.append(f"{found:,} of them {'there' if tick.phase in ('push', 'pull') else 'made'} before")
     if tick.made:
-        unit = {"index": "source shards", "label": "views", "push": "files", "pull": "files"}.get(
-            tick.phase, tick.phase
-        )
+        unit = _UNITS.get(tick.phase, tick.phase)
         parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {unit}/s")
     if tick.made and tick.left_s:
         hours, rest = divmod(int(tick.left_s), 3600)

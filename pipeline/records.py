@@ -9,6 +9,7 @@ from pipeline.storage import SAFE_NAME
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$", max_length=200)]
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # may be shown on a terminal
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 View = Annotated[int, Field(ge=0, le=2**31)]
 
@@ -27,3 +28,16 @@ def is_version(values: Any, name: str, version: int) -> bool:
         and type(values.get("version")) is int
         and values["version"] == version
     )
+
+
+def other_version(values: Any, name: str, version: int) -> str:
+    """Say of which format and version a JSON object is instead, and what to do where it is a later one of ours."""
+    if not isinstance(values, dict):
+        return f"says {type(values).__name__}; this version reads {(name, version)}"
+    found = values.get("version")
+    if values.get("format") == name and type(found) is int and found > version:
+        return (
+            f"was made by a newer deit-cli: it is of format v{found}, this one reads v{version}."
+            " Upgrade: pip install --upgrade deit-cli"
+        )
+    return f"says {(values.get('format'), found)}; this version reads {(name, version)}"

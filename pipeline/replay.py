@@ -54,7 +54,7 @@ def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) ->
         raise LabelSetMismatch(
             f"image {sample.key!r} of {shard} has other bytes than the one that was labelled ({len(sample.image)} bytes"
             f" of XXH3 {found.hex()[:8]}…, then {samples.image_bytes[row]} of {samples.image_xxh3[row].hex()[:8]}…)."
-            " Pass the --data that was labelled"
+            f" Pass the --data that was labelled; deit-cli labels verify with --data finds all that differ"
         )
 
 
@@ -115,9 +115,22 @@ def pair_of(recipe: Recipe, samples: SampleRows, row: int, view: int) -> tuple[i
     raise ReplayError(f"row {row} is no usable sample")
 
 
-def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
+def rendered_view(
+    label_set: LabelSet, source: Source, shard: str, samples: SampleRows, row: int, view: int
+) -> NDArray[np.uint8]:
+    """Render one view before mixing, uint8 [H, W, 3], of the very image that was labelled."""
+    sample = source.shard(shard)[row]
+    check_image(sample, samples, row, shard=shard)
+    return _rendered(label_set.recipe, sample, view)
+
+
+def _rendered(recipe: Recipe, sample: Sample, view: int) -> NDArray[np.uint8]:
     image = decode(sample.image, key=sample.key)
-    pixels = render(image, draw_view(recipe, sample.key, probe.view, height=image.shape[0], width=image.shape[1]))
+    return render(image, draw_view(recipe, sample.key, view, height=image.shape[0], width=image.shape[1]))
+
+
+def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
+    pixels = _rendered(recipe, sample, probe.view)
     if _sha256(pixels) == probe.pixels_sha256:
         return 0.0
     then = _probe_sample(probe)

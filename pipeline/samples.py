@@ -16,6 +16,8 @@ from pipeline.errors import SourceError, StorageError
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 MAX_KEY_BYTES = 1024
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million pixels without compression have a quarter
 MAX_LABEL = 2**31 - 1  # class labels are stored as int32
 
 Place = TypeVar("Place")
@@ -126,9 +128,15 @@ def check_name(name: str, what: str) -> str:
         raise SourceError(f"{what} must be valid UTF-8, got {name!r}. Rename it") from None
     if not 0 < size <= MAX_KEY_BYTES:
         raise SourceError(f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}. Rename it")
-    if re.search(r"[\x00-\x1f\x7f-\x9f]", name):
+    if CONTROL_CHARACTERS.search(name):
         raise SourceError(f"{what} must not contain control characters, got {name!r}. Rename it")
     return name
+
+
+def check_image_bytes(size: int, what: object) -> None:
+    """Raise SourceError for an encoded image that nobody can mean: its place may be a claim, or a hole in a sparse file."""
+    if size > MAX_IMAGE_BYTES:
+        raise SourceError(f"{what}: an image must have at most {MAX_IMAGE_BYTES} bytes, got {size}")
 
 
 def check_label(label: int, num_classes: int | None, where: str) -> int:

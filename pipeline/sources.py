@@ -27,6 +27,7 @@ from pipeline.samples import (
     Sample,
     ShardIndex,
     SourceShard,
+    check_image_bytes,
     check_name,
     keys_sha256,
     reading,
@@ -180,6 +181,8 @@ def _expand(pattern: str) -> list[str]:
 
 def _open_files(location: str, paths: Files) -> Source:
     suffixes = {path.suffix for path in paths}
+    if odd := next((path for path in paths if isinstance(path, Path) and not path.is_file()), None):
+        raise SourceError(f"{odd}: named like a file of images, but not a file (a broken link, a folder, or a pipe)")
     if suffixes == {".tar"}:
         return _checked(Source(location, "tar", *open_tars(paths)))
     if suffixes == {".parquet"}:
@@ -252,6 +255,9 @@ class FolderShard(SourceShard[str]):
         """Read one file."""
         path = self.root / place
         with reading(path):
+            check_image_bytes(path.stat().st_size, path)
+            if not path.is_file():  # a pipe would be waited for
+                raise SourceError(f"{path}: is no longer a file")
             return path.read_bytes()
 
 

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, NoReturn
 from pipeline.errors import StorageError
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
-MAX_JSON_BYTES = 256 * 2**20  # an ImageNet manifest of 300 views is about 10 MB
+MAX_JSON_BYTES = 64 * 2**20  # an ImageNet manifest of 300 views is about 10 MB
+MAX_JSON_VALUES = 4_000_000  # a manifest of that size has half as many; 64 MiB of brackets would become 4 GB of objects
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9.-]+)-(?P<pid>\d+)-[0-9a-f]{16}")
 # What link(2) answers where a file system has no hard links (exFAT, some network mounts).
@@ -156,6 +157,8 @@ def read_small(path: Path) -> bytes:
     """Return the bytes of a JSON file, whose size is bounded."""
     with refusals_named(path):
         size = path.stat().st_size
+        if not path.is_file():
+            raise StorageError(f"{path}: a plain file must be here, not a folder, pipe or device")
         if size > MAX_JSON_BYTES:
             raise StorageError(f"{path}: a JSON file may have at most {MAX_JSON_BYTES} bytes, this one has {size}")
         return path.read_bytes()
@@ -175,10 +178,14 @@ def load_json(data: bytes, name: object) -> Any:
 
 def parse_json(data: bytes) -> Any:
     """Parse JSON strictly; raises ValueError (or RecursionError) with the reason."""
+    # Each value but the outermost stands behind one of these. Texts hold some too, but no plan or manifest so many.
+    if (count := sum(map(data.count, (b"[", b"{", b",")))) > MAX_JSON_VALUES:
+        raise ValueError(f"it has up to {count} values, at most {MAX_JSON_VALUES} are read")
     value = json.loads(
         data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
     )
-    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate escape is no text: raises UnicodeEncodeError
+    if b"\\u" in data:
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate escape is no text: raises UnicodeEncodeError
     return value
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 from pipeline.estimate import Estimate, Machine, Pace
 from pipeline.measuring import Rates
+from pipeline.pins import pin_of
 from pipeline.precompute import Work
 from pipeline.progress import Tick
+from pipeline.reports import Report
 from pipeline.units import byte_size, count, duration
 
 LIMITS = {
@@ -117,6 +119,7 @@ def info_table(summary: Mapping[str, Any]) -> str:
     first, stop = summary["views"]
     rows = [
         ("label set", f"{summary['labelset_id'][:12]}, {'sealed' if summary['sealed'] else 'not sealed'}"),
+        ("manifest", summary["manifest"]),
         *(
             (
                 "teacher",
@@ -138,6 +141,7 @@ def info_table(summary: Mapping[str, Any]) -> str:
             "stored",
             f"K = {summary['topk']}, {summary['precision']}, {summary['labels']:,} labels, {summary['bytes_per_label']:.1f} bytes each",
         ),
+        *([("images", f"{byte_size(summary['image_bytes'])}, in the set")] if summary["image_bytes"] else []),
         ("agreement", "-" if hit is None else f"{hit:.1f} %: hard label is the class label of the larger part"),
         ("entropy", "-" if entropy is None else f"{entropy:.3f} nats (tail spread evenly)"),
         ("kept mass", "-" if kept is None else f"{kept:.4f}"),
@@ -145,3 +149,34 @@ def info_table(summary: Mapping[str, Any]) -> str:
     ]
     looked = f"agreement, entropy and kept mass over {summary['labels_looked_at']:,} labels"
     return _two_columns(rows) + f"\n{'':15}{looked}"
+
+
+def verify_lines(report: Report) -> str:
+    """Return what a verification found: all problems, then notes, then what is as promised."""
+    lines = [
+        *(f"{problem.rule}: {problem}" for problem in report.problems),
+        *(f"note: {note}" for note in report.notes),
+    ]
+    bad = {problem.rule for problem in report.problems}
+    if not bad & {"plan", "manifest", "sealed", "present", "length", "sha256", "content"}:
+        lines.append(
+            f"{count(report.files, 'file')}: lengths, hashes, schemas and rows are as promised ({byte_size(report.bytes)})"
+        )
+    else:
+        lines.append(f"{count(report.files, 'file')} looked at ({byte_size(report.bytes)})")
+    if report.manifest_sha256:
+        lines.append(
+            f"manifest {pin_of(report.manifest_sha256)}{f', signed by {report.signed_by}' if report.signed_by else ''}"
+        )
+    if report.pixels is not None:
+        exact = "every pixel equal" if not report.pixels else f"mean difference up to {report.pixels:.3f} of 255"
+        probes = len(report.label_set.manifest.probes) if report.label_set else 0
+        lines.append(f"{count(probes, 'replay probe')} rendered again: {exact}")
+    if report.images is not None and not bad & {"source", "images"}:
+        lines.append(
+            f"{count(report.images, 'image')} compared: keys, class labels and bytes are those that were labelled"
+        )
+    if report.relabelled:
+        lines.append(report.relabelled.describe())
+        lines += [f"note: {flip}" for flip in report.relabelled.near_flips()[:10]]
+    return "\n".join(lines)

@@ -20,13 +20,22 @@ from typing import Any, NamedTuple
 from pipeline.cache import RemoteFile, read_local
 from pipeline.errors import RemoteFileMissing, RemoteFileRefused, SourceError
 from pipeline.remote import read_url
-from pipeline.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_label, check_name, reading
+from pipeline.samples import (
+    IMAGE_EXTENSIONS,
+    ShardIndex,
+    SourceShard,
+    check_image_bytes,
+    check_label,
+    check_name,
+    reading,
+)
 
 BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)
 MAX_EXTENSION_BYTES = 1 << 20  # PAX records and long names: 1 MiB is a thousand times what names need
 MAX_CLS_BYTES = 32
 MAX_JSON_BYTES = 16 << 20
+MAX_PADDING_BYTES = 64 << 20  # zeros behind the end; tar writes 10 kB, and a sparse file could have any number
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _USTAR = b"ustar\x0000"  # PAX tars too
@@ -126,6 +135,7 @@ class TarShard(SourceShard[TarPlace]):
 
     def read_image(self, place: TarPlace) -> bytes:
         """Read one member's data."""
+        check_image_bytes(place.size, f"{self.path}: byte {place.offset}")
         with opened(self.path) as archive:
             return archive.read(place.offset, place.size)
 
@@ -154,7 +164,11 @@ def _class_names(files: dict[str, Path | RemoteFile]) -> tuple[str, ...] | None:
 
 def _read_if_there(file: Path | RemoteFile) -> bytes | None:
     if isinstance(file, Path):
-        return file.read_bytes() if file.exists() else None
+        if not file.exists():
+            return None
+        if not file.is_file() or file.stat().st_size > MAX_JSON_BYTES:
+            raise SourceError(f"{file}: class names must be a plain file of at most {MAX_JSON_BYTES} bytes")
+        return file.read_bytes()
     try:
         return read_url(file.url, max_bytes=MAX_JSON_BYTES)
     except (RemoteFileMissing, RemoteFileRefused):  # where nobody may list, S3 answers 403 for what is not there
@@ -386,6 +400,8 @@ def _check_global(archive: Archive, offset: int, size: int) -> None:
 
 def _check_end(archive: Archive, offset: int) -> None:
     """Check that a zero block at `offset` begins the end marker: a second one follows, and then only zeros."""
+    if archive.size - offset > MAX_PADDING_BYTES:
+        raise archive.error(offset, f"{archive.size - offset} bytes behind the end of the archive. Write it anew")
     if archive.size < offset + 2 * BLOCK or archive.size % BLOCK:
         raise archive.error(offset, "the file is cut off: one zero block where two end an archive. Copy it again")
     for position in range(offset, archive.size, 1 << 20):

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from pipeline.config import TeacherConfig
 from pipeline.devices import resolve_device
-from pipeline.errors import DeitCliError, TeacherError, UsageError
+from pipeline.errors import TeacherError, UsageError
 from pipeline.manifest import AnyTeacher, EnsembleIdentity, TeacherIdentity
 from pipeline.teacher import Network, Teacher
+from pipeline.tensors import check_size, read_hub_config, read_tensors
 from pipeline.views import IMAGENET_MEAN, IMAGENET_STD
 
 # timm's untagged `regnety_160` is another network, trained on ImageNet-12k; DeiT's teacher is this one.
@@ -98,6 +99,8 @@ def _from_timm(name: str, *, checkpoint: Path | None, pretrained: bool, num_clas
         raise UsageError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     if checkpoint is not None:
         return _from_checkpoint(wanted, checkpoint)
+    if wanted.startswith(LOCAL):
+        _check_folder(Path(wanted.removeprefix(LOCAL)))
     module: Any = None
     with _named_failure(f"cannot load teacher {wanted}", "Pass --teacher-checkpoint, or --no-pretrained for a trial"):
         if pretrained:
@@ -116,13 +119,21 @@ def _from_checkpoint(name: str, checkpoint: Path) -> tuple[Any, str]:
     if not checkpoint.is_file():
         raise UsageError(f"--teacher-checkpoint {checkpoint}: no such file")
     with _named_failure(f"cannot load {checkpoint} into teacher {name}", "Pass the --teacher that it was saved from"):
-        state = timm.models.load_state_dict(str(checkpoint), device="cpu", weights_only=True)
+        state = read_tensors(checkpoint)
         classifier = (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).classifier
         weight = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
         kwargs: dict[str, Any] = {} if weight is None else {"num_classes": len(weight)}
         module: Any = timm.create_model(name, pretrained=False, **kwargs)
         module.load_state_dict(state, strict=True)
     return module, module.pretrained_cfg["architecture"]
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse an exported folder whose configuration and weights contradict each other, before it takes memory."""
+    weights = folder / "model.safetensors"
+    if (folder / "config.json").is_file() and weights.is_file():
+        with _named_failure(f"cannot load teacher {folder}", "Export it again"):
+            check_size(folder, read_hub_config(folder), read_tensors(weights))
 
 
 def _from_function(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -149,7 +160,7 @@ def _named_failure(what: str, remedy: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (DeitCliError, KeyboardInterrupt):
+    except (TeacherError, UsageError, KeyboardInterrupt):
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -14,7 +14,7 @@ from builders import teacher_from
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.config import PrecomputeConfig
+from pipeline.config import PrecomputeConfig, VerifyConfig
 from pipeline.ids import sha256_json
 from pipeline.labelset import LabelSet
 from pipeline.manifest import TeacherIdentity
@@ -24,6 +24,7 @@ from pipeline.sources import open_source
 from pipeline.storage import pretty_json
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import weights_sha256
+from pipeline.verifying import verify
 
 CLASSES = ("red", "green", "blue")
 RECIPE = Recipe(img_size=16, mix_block=4)
@@ -134,6 +135,12 @@ def seal_again(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda ma
     change(manifest)
     manifest["content_sha256"] = sha256_json({k: v for k, v in manifest.items() if k != "content_sha256"})
     path.write_bytes(pretty_json(manifest))
+
+
+def problems_in(label_set: LabelSet | Path) -> list[str]:
+    """Return what `labels verify --no-probes` finds wrong with a label set, nothing for a sound one."""
+    location = label_set.folder if isinstance(label_set, LabelSet) else label_set
+    return [str(problem) for problem in verify(str(location), VerifyConfig(probes=False)).problems]
 
 
 def files_of(folder: Path) -> list[Path]:

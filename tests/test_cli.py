@@ -169,7 +169,7 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
         (["evaluate", "--data", data, "--checkpoint", data], 1, "is no exported model"),
         (["evaluate", "--checkpoint", data], 2, "pass --data to measure accuracy"),
         (["labels", "info", data], 1, "is not a label set"),
-        (["labels", "verify", labels, "--data", corrupt], 1, "Pass the --data that was labelled"),
+        (["labels", "verify", labels, "--data", corrupt], 1, "problems (2 images, 1 source)"),
         (["labels", "show", labels, "--data", str(tmp / "nothing")], 1, "does not exist"),
     ]  # fmt: skip
 

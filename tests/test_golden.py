@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from label_sets import problems_in
 
 from pipeline.decode import decode
 from pipeline.draws import stream_of
@@ -118,7 +119,7 @@ def test_the_folder_holds_exactly_the_committed_files():
 
 def test_it_opens_and_verifies():
     opened = label_set()
-    assert opened.verify() == []
+    assert problems_in(opened) == []
     assert (opened.shards, opened.views, opened.num_classes) == ((SHARD,), range(3), 3)
     assert opened.class_names == ("red", "green", "blue")
 

@@ -24,6 +24,7 @@ from label_sets import (
     config_of,
     files_of,
     make_label_set,
+    problems_in,
     read_everything,
     seal_again,
     write_source,
@@ -81,7 +82,7 @@ def copied(made, tmp_path) -> Path:
 
 def test_a_sound_set_says_what_it_is(made, images):
     opened = LabelSet.open(made)
-    assert opened.verify() == []
+    assert problems_in(opened) == []
     assert (opened.shards, opened.views, opened.num_classes) == (("train-0", "train-1"), range(4), 3)
     assert (opened.class_names, opened.recipe) == (CLASSES, RECIPE)
     assert opened.plan.source.location == str(images)
@@ -129,14 +130,14 @@ def test_files_that_the_manifest_does_not_list_are_ignored(copied, made):
     opened = LabelSet.open(copied)
     assert (opened.views, opened.shards) == (range(4), ("train-0", "train-1"))
     assert list(read_everything(opened)) == list(read_everything(LabelSet.open(made)))
-    assert opened.verify() == []
+    assert problems_in(opened) == []
 
 
 def test_hard_labels_alone_take_no_columns(images, tmp_path):
     opened = make_label_set(images, tmp_path / "set", topk=0)
     rows = opened.read("train-0", 0)
     assert (rows.topk_index.shape, rows.topk_prob.shape, rows.tail_mass.shape) == ((5, 0), (5, 0), (0,))
-    assert opened.verify() == []
+    assert problems_in(opened) == []
 
 
 def test_every_class_kept_leaves_no_tail(images, tmp_path):
@@ -161,7 +162,7 @@ def test_a_folder_name_that_is_too_long_is_an_error_of_ours(tmp_path):
 
 def test_a_set_without_manifest_is_incomplete(copied):
     (copied / "manifest.json").unlink()
-    with pytest.raises(LabelSetIncomplete, match=r"has no manifest\.json: run the same deit-cli precompute again"):
+    with pytest.raises(LabelSetIncomplete, match=r"has no manifest\.json\. .*run the same deit-cli precompute again"):
         LabelSet.open(copied)
 
 
@@ -272,7 +273,7 @@ def test_verify_names_every_damaged_file_and_no_other(copied):
     flip(copied / FIRST)
     flip(copied / "samples/train-1.parquet")
     (copied / LATER).write_bytes(b"short")
-    problems = LabelSet(copied).verify()
+    problems = problems_in(LabelSet(copied))
     names = [str(path.relative_to(copied)) for path in files_of(copied)]
     named = {name for name in names if any(name in text for text in problems)}
     assert named == {FIRST, LATER, "samples/train-1.parquet"}
@@ -298,7 +299,7 @@ def test_two_shards_that_were_exchanged_are_refused_whatever_the_manifest_says(c
     opened = LabelSet.open(copied)
     with pytest.raises(LabelSetMismatch, match=f"{FIRST} says it is 'train-1' of label set .*, not 'train-0'"):
         opened.read("train-0", 0)
-    assert len(opened.verify()) == 2
+    assert len(problems_in(opened)) == 2
 
 
 def test_two_samples_files_that_were_exchanged_are_refused_whatever_the_manifest_says(copied):
@@ -316,7 +317,7 @@ def test_two_blocks_that_were_exchanged_are_not_read_as_each_other(copied):
         LabelSetMismatch, match=rf"{FIRST} says \(views, .*\) \(2, 4, .*, its place in the set says \(0, 2, "
     ):
         opened.read("train-0", 0)
-    assert len(opened.verify()) == 2
+    assert len(problems_in(opened)) == 2
 
 
 def test_a_shard_of_another_set_is_refused_whatever_the_manifest_says(copied, images, tmp_path):
@@ -359,7 +360,7 @@ def test_a_linked_folder_that_lies_outside_is_refused(copied, tmp_path):
 
 def test_a_set_may_be_reached_through_a_link(copied, tmp_path):
     (tmp_path / "link").symlink_to(copied)
-    assert LabelSet.open(tmp_path / "link").verify() == []
+    assert problems_in(LabelSet.open(tmp_path / "link")) == []
 
 
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
@@ -424,7 +425,7 @@ def test_a_footer_that_is_not_the_plan_s_is_refused(copied, change, footer):
     opened = LabelSet.open(copied)
     with pytest.raises(LabelSetError, match=FIRST):
         opened.read("train-0", 0)
-    assert len(opened.verify()) == 1
+    assert len(problems_in(opened)) == 1
 
 
 def last_row_moved(rows: LabelRows) -> LabelRows:
@@ -443,14 +444,14 @@ ROWS = [
 def test_labels_of_other_rows_are_found_by_verify(copied, change, count, text):
     rewrite(copied / FIRST, change, rows_per_view=len(change(read_all_views(copied / FIRST)[0])))
     seal_again(copied, lambda m: entries(m, kind="labels", shard="train-0")[0].update(rows=count))
-    (problem,) = LabelSet.open(copied).verify()
-    assert problem == f"{copied / FIRST}: {text}" or problem == f"{copied / FIRST} {text}"
+    (problem,) = problems_in(LabelSet.open(copied))
+    assert problem.startswith((f"{copied / FIRST}: {text}. Fetch it", f"{copied / FIRST} {text}. Fetch it"))
 
 
 def test_a_footer_whose_probes_are_none_is_refused(copied):
     rewrite(copied / FIRST, lambda rows: rows, probes=[{"row": 1}])
     seal_again(copied)
-    (problem,) = LabelSet.open(copied).verify()
+    (problem,) = problems_in(LabelSet.open(copied))
     assert "a probe in its footer" in problem
 
 
@@ -484,7 +485,7 @@ def test_a_wrong_number_of_rows_in_the_manifest_is_refused(copied):
 
     seal_again(copied, lie)
     opened = LabelSet.open(copied)
-    assert len(opened.verify()) == 6
+    assert len(problems_in(opened)) == 6
     with pytest.raises(LabelSetCorrupt, match=f"{SAMPLES} has 5 rows, the manifest says 6"):
         opened.samples("train-0")
 
@@ -516,24 +517,27 @@ def other_source(folder: Path, change: str) -> Path:
 
 
 SOURCES = [
-    # what differs, where the error points
-    ("key", "shards.0.keys_sha256"),
-    ("class label", "shards.0.keys_sha256"),
-    ("order", "shards.0.keys_sha256"),
-    ("number", "shards.0.keys_sha256"),
-    ("name", "shards.1.name: train-1, not train-2"),
-    ("shards", "shards: 2 entries, not 1"),
-    ("class names", "class_names.2: blue, not grey"),
+    # what differs, what the error names
+    ("key", "1 sample is missing: 'n000' of train-0; 1 sample is new: 'n9' of train-0. Pass"),
+    ("class label", "1 sample is with another class label: 'n000' of train-0 (class 1, labelled as class 0). Pass"),
+    ("order", "1 sample is in another place (same keys, other order): 'n000' of train-0. Pass"),
+    ("number", "1 sample is missing: 'n004' of train-0. Pass"),
+    ("name", "the copy lacks the shard 'train-1' and has the new shard 'train-2'; 4 samples are in another place"),
+    (
+        "shards",
+        "the copy lacks the shard 'train-1'; 4 samples are missing: 'n005' of train-1, 'n006' of train-1, 'n007' of",
+    ),
+    ("class names", "the copy lacks the class 'blue' and has the new class 'grey'. Pass"),
 ]
 
 
-@pytest.mark.parametrize(("change", "place"), SOURCES, ids=[change for change, _ in SOURCES])
-def test_another_source_is_refused_with_the_first_difference(made, tmp_path, change, place):
+@pytest.mark.parametrize(("change", "names"), SOURCES, ids=[change for change, _ in SOURCES])
+def test_another_source_is_refused_with_the_names_of_what_differs(made, tmp_path, change, names):
     source = open_source(other_source(tmp_path / "other", change))
     with pytest.raises(LabelSetMismatch) as caught:
         LabelSet.open(made).check_source(source)
     assert f"{made} labels source" in str(caught.value)
-    assert f"({place}" in str(caught.value)
+    assert f"is another: {names}" in str(caught.value)
     assert str(caught.value).endswith("Pass the --data that was labelled")
 
 

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 import torch
 from builders import before_update, interrupt, make_labels, named_files, small_recipe, small_teacher, write_tars
+from label_sets import problems_in
 from s3_server import BUCKET, credentials, s3_server
 from test_train import TINY, state_of
 
@@ -153,7 +154,7 @@ def test_fault_15_an_old_listing_costs_work_and_nothing_else(data, whole, bucket
     label_set = label(f"{bucket}/set", data)
     assert label_set is not None
     assert at(f"{bucket}/set") == whole  # the first writer's files, and a manifest of those
-    assert label_set.verify() == []
+    assert problems_in(label_set) == []
 
 
 def test_other_images_under_the_same_keys_are_refused_when_another_machine_was_first(
@@ -175,14 +176,14 @@ def test_other_images_under_the_same_keys_are_refused_when_another_machine_was_f
 def test_two_machines_that_seal_other_views_at_the_same_time_lose_none(data, whole, bucket, machine, monkeypatch):
     real = outputs.seal
 
-    def seal_late(*args: Any) -> None:
+    def seal_late(*args: Any, **how: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(outputs, "seal", real)
             machine("b")
             label(f"{bucket}/set", data, views=(2, 4))
         machine("a")
         monkeypatch.setattr(outputs, "seal", real)
-        real(*args)
+        real(*args, **how)
 
     monkeypatch.setattr(outputs, "seal", seal_late)
     label_set = label(f"{bucket}/set", data, views=(0, 2))

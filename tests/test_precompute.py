@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from builders import CLASSES, encoded, files_of, make_labels, photo, small_recipe, small_teacher, write_tars
+from label_sets import problems_in
 from PIL import Image
 from webdataset.writer import TarWriter
 
@@ -192,7 +193,7 @@ def test_skipped_images_have_a_reason_and_move_no_row(tmp_path, labelled):
     assert (samples.bad[3] and "truncated" in samples.bad[3].lower()) or "premature" in samples.bad[3].lower()
     assert samples.usable.tolist() == [row for row in range(13) if row != 3]
     assert skipped.read("train-000000", 0).row.tolist() == samples.usable.tolist()
-    assert skipped.verify() == []
+    assert problems_in(skipped) == []
     whole = labelled.read("train-000000", 0)  # block 1 (rows 8..12) has no bad image: its labels are the same
     np.testing.assert_array_equal(skipped.read("train-000000", 0).hard[7:], whole.hard[8:])
 
@@ -263,7 +264,7 @@ def test_an_image_folder_and_its_png_copy_have_other_bytes_but_one_process(tmp_p
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.png").write_bytes(encoded(photo(number), "PNG"))
     label_set = make_labels(tmp_path / "set", str(tmp_path / "images"))
-    assert label_set.verify() == []
+    assert problems_in(label_set) == []
     assert sum(map(len, (label_set.samples(s) for s in label_set.shards))) == 9
 
 

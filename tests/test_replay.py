@@ -239,7 +239,7 @@ def test_the_same_pixels_encoded_again_are_refused_too(made, tmp_path):
 
 def test_another_key_is_refused(made, tmp_path):
     other = source_with(tmp_path / "other", "zebra", coloured_png(0))
-    with pytest.raises(LabelSetMismatch, match="keys_sha256"):
+    with pytest.raises(LabelSetMismatch, match="missing: 'n000' of train-0; 1 sample is new: 'zebra' of train-0"):
         check_replay(LabelSet.open(made), open_source(other))
 
 

@@ -410,5 +410,5 @@ def test_pretty_json_refuses_nan():
 
 
 def test_a_folder_is_no_json_file(tmp_path):
-    with pytest.raises(StorageError, match="Is a directory"):
+    with pytest.raises(StorageError, match="a plain file must be here, not a folder"):
         read_json(tmp_path)

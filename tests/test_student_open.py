@@ -210,7 +210,7 @@ def with_args(**changes) -> Callable[[dict[str, Any]], Any]:
 
 DAMAGED_CONFIGS = [
     # what, how, what is said
-    ("a list", lambda config: [config], r" cannot be loaded \(TypeError\): ."),
+    ("a list", lambda config: [config], r"/config\.json must hold an object, got list"),
     ("nothing", lambda config: {}, r" cannot be loaded \(KeyError\): 'architecture'"),
     ("no architecture", without("architecture"), r" cannot be loaded \(KeyError\): 'architecture'"),
     (
@@ -240,7 +240,7 @@ def test_a_damaged_configuration_is_refused_by_name_in_one_line(folder, what, da
 @pytest.mark.parametrize("text", [b"", b"{", b'{"architecture": "deit', b"\xff\xfe"])
 def test_a_configuration_that_is_no_json_is_refused_by_name(folder, text):
     (folder / "config.json").write_bytes(text)
-    with pytest.raises(CheckpointError, match=r"last cannot be loaded \((JSONDecodeError|UnicodeDecodeError)\): ."):
+    with pytest.raises(CheckpointError, match=r"last/config\.json: not valid JSON: ."):
         open_student(folder)
 
 

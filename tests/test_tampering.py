@@ -20,6 +20,7 @@ from label_sets import (
     coloured_png,
     files_of,
     make_label_set,
+    problems_in,
     read_everything,
     seal_again,
     write_source,
@@ -72,7 +73,7 @@ def use(folder: Path) -> list[tuple]:
     """Open, read and verify all of a set; the problems that verify lists count as an error."""
     opened = LabelSet.open(folder)
     everything = list(read_everything(opened))
-    if problems := opened.verify():
+    if problems := problems_in(opened):
         raise LabelSetError("; ".join(problems))
     return everything
 
@@ -420,7 +421,7 @@ def test_other_images_do_not_come_in_where_a_samples_file_was_deleted(copied, tm
 def test_a_sealed_file_that_was_deleted_is_made_again_to_the_byte(copied, images, name):
     data = (copied / name).read_bytes()
     (copied / name).unlink()
-    assert make_label_set(images, copied).verify() == []
+    assert problems_in(make_label_set(images, copied)) == []
     assert (copied / name).read_bytes() == data
 
 
@@ -442,7 +443,7 @@ def test_a_run_that_was_killed_before_its_plan_was_there_can_be_run_again(images
     (tmp_path / "set").mkdir()
     stray = tmp_path / "set/.tmp-host-99999-0123456789abcdef"  # of another host: nobody here may delete it
     stray.write_bytes(b"{")
-    assert make_label_set(images, tmp_path / "set").verify() == []
+    assert problems_in(make_label_set(images, tmp_path / "set")) == []
     assert stray.read_bytes() == b"{"
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from pipeline.config import option
 from pipeline.errors import UsageError
+from pipeline.pins import parse_pin
 from pipeline.staging import working_folder
 from pipeline.units import parse_bytes
 
@@ -30,6 +31,7 @@ FREE_ON_RESUME = frozenset(
         "compile",
         "views",
         "labels",
+        "expect_manifest",
         "cache_dir",
         "cache_size",
         "data",
@@ -56,6 +58,9 @@ class TrainConfig:
 
     labels: str | None = option(
         None, "Label set made by precompute, folder or URL; not needed for --distillation-type none."
+    )
+    expect_manifest: str | None = option(
+        None, "sha256:HEX, as `labels info` prints it: refuse --labels whose manifest has other bytes."
     )
     data: str | None = option(None, "Images; by default where the label set found them.", "--data-path")
     cache_dir: Path | None = option(None, "Where files behind URLs are kept; by default ~/.cache/deit-cli.")
@@ -157,6 +162,10 @@ class TrainConfig:
             )
         if self.distillation_type == "none" and self.labels is None and self.data is None:
             raise UsageError("--distillation-type none needs --data (or --labels, whose views it then uses)")
+        if self.expect_manifest is not None:
+            parse_pin(self.expect_manifest)
+            if self.labels is None:
+                raise UsageError("--expect-manifest names the manifest of --labels: pass them too")
         if self.warmup > self.epochs:
             raise UsageError(f"--warmup-epochs must be at most --epochs ({self.epochs}), got {self.warmup:g}")
         if self.init is not None and self.pretrained:

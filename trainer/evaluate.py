@@ -53,6 +53,7 @@ def evaluate_checkpoint(
     data: str | None,
     labels: str | None,
     labels_data: str | None = None,
+    expect_manifest: str | None = None,
     num_classes: int | None = None,
     agreement_samples: int,
     batch_size: int,
@@ -68,6 +69,7 @@ def evaluate_checkpoint(
         data: labelled images to measure accuracy on, or None.
         labels: label set to measure agreement on, or None.
         labels_data: its images; None takes them from where it found them.
+        expect_manifest: pin of its manifest; None: any.
         num_classes: C of a file of weights; None takes that of `data` or `labels`.
         agreement_samples: views to measure agreement on, at most.
         batch_size: images in one forward pass.
@@ -76,7 +78,7 @@ def evaluate_checkpoint(
         device: torch device, or `auto`.
         amp_dtype: of the forward pass.
     """
-    label_set = LabelSet.open(labels) if labels else None
+    label_set = LabelSet.open(labels, expect_manifest=expect_manifest) if labels else None
     source = open_source(data) if data else None
     classes = num_classes or (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
     here = weights_here(os.fspath(checkpoint)) if checkpoint else None
@@ -89,7 +91,7 @@ def evaluate_checkpoint(
     if source:
         result["scores"], result["images"] = evaluate(student, source, running, crop_pct=crop_pct)
     if label_set:
-        images = open_source(labels_data or label_set.plan.source.location)
+        images = label_set.open_source(labels_data)
         check_replay(label_set, images)
         result["agreement"], result["agreement_views"] = measure_agreement(
             student, label_set, images, running, limit=agreement_samples

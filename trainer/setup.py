@@ -77,11 +77,11 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
         if not labels:
             raise UsageError(f"{source.location} has no class labels to train on")
         return Data(source, None, recipe or PRESETS["deit"], source.num_classes or max(labels) + 1, source.class_names)
-    label_set = LabelSet.open(config.labels, cache=cache)
+    label_set = LabelSet.open(config.labels, cache=cache, expect_manifest=config.expect_manifest)
     if recipe is not None and recipe.id != label_set.recipe.id:
         difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
         raise LabelSetMismatch(f"{config.labels} was made with another recipe{difference}. Leave --recipe out")
-    source = open_source(config.data or label_set.plan.source.location, cache=cache)
+    source = label_set.open_source(config.data, cache=cache)
     difference = check_replay(label_set, source)
     if not difference:
         log.info("%d replay probes: every pixel as the teacher saw it", len(label_set.manifest.probes))
@@ -229,6 +229,7 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
         "views_per_update": order.batch_size,
         "recipe_id": data.recipe.id,
         "labelset_id": data.label_set.plan.labelset_id if data.label_set else None,
+        "expect_manifest": config.expect_manifest,
         "repeated_aug": order.repeated_aug,
         "views": [order.views.start, order.views.stop] if order.views else None,
         "source_id": data.label_set.plan.source_id if data.label_set else record_of(data.source).id,
@@ -242,7 +243,16 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     if not path.is_file():
         return
     tensors, saved = load_state(path)
+    if not isinstance(saved, dict) or type(saved.get("next_update")) is not int or saved["next_update"] < 0:
+        raise CheckpointError(f"{path} does not say after which update it was saved: it is no state of a run")
     found = {name: saved.get(name) for name in meta}
+    pin = found.pop("expect_manifest")
+    meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
+    if pin is not None and config.expect_manifest is None:  # another pin is a decision, none may be an oversight
+        raise CheckpointError(
+            f"{path} belongs to a run that is pinned to one manifest: pass --expect-manifest {pin}, or the pin of the"
+            " manifest as it is now, where you know why it changed"
+        )
     views, mine = found["views_per_update"], meta["views_per_update"]
     if found | {"views_per_update": mine} == meta and views != mine:
         raise CheckpointError(
@@ -250,9 +260,9 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
             " --grad-accum-steps x ranks): change these so that their product is the same"
         )
     if found["views"] != meta["views"] and found | {"views": meta["views"]} == meta:
-        start, stop = found["views"] or (0, 0)
+        views = ":".join(map(str, found["views"])) if isinstance(found["views"], list) else str(found["views"])
         raise CheckpointError(
-            f"{path} belongs to a run on views {start}:{stop}, this one has {meta['views']}: pass --views {start}:{stop}"
+            f"{path} belongs to a run on views {views}, this one has {meta['views']}: pass --views {views}"
         )
     if found != meta:
         raise CheckpointError(
@@ -270,9 +280,11 @@ def _last_evaluation(output: Path) -> tuple[int, float]:
     if not path.is_file():
         return 0, -1.0
     record = read_json(path)
-    if not isinstance(record, dict) or not isinstance(record.get("update"), int):
+    values = record if isinstance(record, dict) else {}
+    update, best = values.get("update"), values.get("best_top1", -1.0)
+    if type(update) is not int or type(best) not in (int, float) or not -1 <= best <= 100:
         raise CheckpointError(f"{path} is damaged: delete it, and the best weights are chosen anew from here on")
-    return record["update"], float(record.get("best_top1", -1.0))
+    return update, float(best)
 
 
 def save_evaluation(output: Path, state: State) -> None:

@@ -3,7 +3,6 @@
 Everything that is done to the weights is said. What is not named here must fit exactly, as in evaluation.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateI
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from trainer.student import Student, load_exactly, read_state
+from pipeline.tensors import read_hub_config, read_tensors
+from trainer.student import Student, load_exactly
 
 _TOKEN = "dist_token"  # of DeiT's distilled models; its position is the second one
 
@@ -22,7 +22,7 @@ def start_from(student: Student, path: Path) -> list[str]:
 
     Args:
         student: receives the weights; what the checkpoint cannot give keeps its initial values.
-        path: a folder that a run exported, or a file of weights as for `trainer.student.load_weights`.
+        path: a folder that a run exported, or a file of weights as for `pipeline.tensors.read_tensors`.
 
     Returns:
         What was changed to make them fit, a phrase each; empty if nothing was.
@@ -31,7 +31,7 @@ def start_from(student: Student, path: Path) -> list[str]:
         CheckpointError: unreadable, or of another architecture; the student is unchanged.
     """
     file, class_names = _find(path)
-    found = read_state(file)
+    found = read_tensors(file)
     if odd := next((n for n, t in found.items() if t.is_floating_point() and not torch.isfinite(t).all()), None):
         raise CheckpointError(
             f"{file}: {odd} holds what is no number: it was spoiled in training. Start from an earlier one"
@@ -54,11 +54,8 @@ def _find(path: Path) -> tuple[Path, tuple[str, ...] | None]:
         raise CheckpointError(f"{path}: this folder holds no model.safetensors. {hint}")
     if not config.is_file():
         return weights, None
-    try:
-        names = json.loads(config.read_bytes()).get("label_names")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{config} cannot be read: {error}") from error
-    return weights, tuple(map(str, names)) if isinstance(names, list) else None
+    names = read_hub_config(path).get("label_names")
+    return weights, None if names is None else tuple(names)
 
 
 def _fit_heads(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import timm
-from timm.models import get_model_input_config, load_state_dict
+from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, StorageError, UsageError
+from pipeline.tensors import check_size, read_hub_config, read_tensors
 
 SHORT_NAMES = {
     "deit-ti": "deit_tiny_distilled_patch16_224",
@@ -166,7 +167,7 @@ def load_weights(student: Student, path: Path) -> None:
     Raises:
         CheckpointError: unreadable, or of another model; the student is unchanged.
     """
-    found = read_state(path)
+    found = read_tensors(path)
     _check_classes(student, found, path)
     load_exactly(student, found, path)
 
@@ -181,7 +182,10 @@ def load_exactly(student: Student, found: dict[str, Tensor], path: Path) -> None
                 f"{path}: {name} has shape {list(found[name].shape)}, this model needs {list(tensor.shape)}. "
                 "Build the student with the image size, patch size and width of the checkpoint."
             )
-    student.model.load_state_dict(found)
+    try:
+        student.model.load_state_dict(found)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {_one_line(error)}") from error
 
 
 def hub_config(student: Student) -> dict[str, Any]:
@@ -222,25 +226,6 @@ def _build(name: str, img_size: int | None, asked: dict[str, Any], num_classes: 
         # timm would leave out the last columns and rows without a word.
         raise UsageError(f"the image size must be a multiple of the patch size {patch[0]}, got {img_size}")
     return built
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights as plain tensors, see `load_weights`; CheckpointError if it is none."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such checkpoint file")
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # hostile bytes lead torch's reader to almost any exception
-        raise CheckpointError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}). Objects that need code to load are "
-            "refused: save the state dict alone, best as safetensors."
-        ) from error
-    odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
-    if odd is not None or not state:
-        raise CheckpointError(
-            f"{path} holds no state dict: " + ("it is empty" if odd is None else f"{odd} is no tensor")
-        )
-    return state
 
 
 def _check_classes(student: Student, found: dict[str, Tensor], path: Path) -> None:
@@ -296,11 +281,13 @@ def _open_folder(folder: Path) -> Student:
         raise CheckpointError(
             f"{folder} is no exported model: it has no config.json and model.safetensors. A run keeps them in last/ and best/"
         )
+    described = read_hub_config(folder)
+    check_size(folder, described, read_tensors(weights))
     try:
         # timm would bend weights to a configuration that contradicts them: build first, then load exactly.
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
         config = model.pretrained_cfg
-        student = Student(model, img_size=config["input_size"][-1], class_names=config.get("label_names"))
+        student = Student(model, img_size=config["input_size"][-1], class_names=described.get("label_names"))
     except Exception as error:  # a damaged configuration fails in many ways below timm
         raise CheckpointError(f"{folder} cannot be loaded ({type(error).__name__}): {_one_line(error)}") from error
     if student.class_names is not None and len(student.class_names) != student.num_classes:

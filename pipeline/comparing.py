@@ -1,0 +1,181 @@
+"""How another copy of a source differs from the one that was labelled: by names of shards and classes, keys, images.
+
+Copies of one collection differ in quiet ways: an image was left out, another order, other bytes under the same key. A hash
+says that they differ; whoever has to mend it needs the names.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The samples of one source shard in order: sequences of one length.
+
+    Attributes:
+        keys: sample keys.
+        class_labels: None where unlabelled.
+        hashes: XXH3-128 of the encoded images, 16 bytes each; empty where they were not read.
+    """
+
+    keys: Sequence[str] = ()
+    class_labels: Sequence[int | None] = ()
+    hashes: Sequence[bytes] = ()
+
+
+@dataclass
+class Differences:
+    """What differs, sample by sample; each is named `'key' of shard`.
+
+    Attributes:
+        missing: samples that were labelled and are not in the copy.
+        new: samples of the copy that were not labelled.
+        moved: samples in another order, or in another source shard.
+        relabelled: with both class labels.
+        changed: images of other bytes.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    relabelled: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+    def sort(self) -> None:
+        """Bring the names of each kind in order, where source shards were added in any."""
+        for names in (self.missing, self.new, self.moved, self.relabelled, self.changed):
+            names.sort()
+
+    def describe(self, limit: int) -> list[str]:
+        """Return a line for each kind of difference: how many, and the first `limit` by name; none where all is equal."""
+        kinds = (
+            ("missing", self.missing),
+            ("new", self.new),
+            ("in another place (same keys, other order)", self.moved),
+            ("with another class label", self.relabelled),
+            ("with other image bytes", self.changed),
+        )
+        return [f"{_count(len(names))} {what}: {_first(names, limit)}" for what, names in kinds if names]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One sample: its source shard, its class label, and the hash of its image (None where it was not read)."""
+
+    shard: str
+    class_label: int | None
+    xxh3: bytes | None
+
+
+class Comparison:
+    """Compares two sources one source shard after the other; only what has no counterpart in its shard is kept."""
+
+    def __init__(self) -> None:
+        self._found = Differences()
+        self._mine: defaultdict[str, list[_Place]] = defaultdict(list)
+        self._theirs: defaultdict[str, list[_Place]] = defaultdict(list)
+
+    def add(self, shard: str, mine: Listing, theirs: Listing) -> None:
+        """Take one source shard, labelled and in the copy; an empty listing for one that is not there."""
+        places = {key: at for at, key in enumerate(theirs.keys)}
+        both = {key: (at, places[key]) for at, key in enumerate(mine.keys) if key in places}
+        stayed = _longest_rise([there for _, there in both.values()])
+        for key, (at, there) in both.items():
+            self._compare(key, _place(shard, mine, at), _place(shard, theirs, there))
+            if there not in stayed:
+                self._found.moved.append(_named(key, shard))
+        for listing, rest in ((mine, self._mine), (theirs, self._theirs)):
+            for at, key in enumerate(listing.keys):
+                if key not in both:
+                    rest[key].append(_place(shard, listing, at))
+
+    def result(self) -> Differences:
+        """Return all differences, once every source shard was added."""
+        for key, labelled in self._mine.items():
+            others = self._theirs.pop(key, [])
+            for mine, theirs in zip(labelled, others, strict=False):
+                self._found.moved.append(f"{_named(key, mine.shard)} (now of {theirs.shard})")
+                self._compare(key, mine, theirs)
+            self._found.missing += [_named(key, place.shard) for place in labelled[len(others) :]]
+            self._found.new += [_named(key, place.shard) for place in others[len(labelled) :]]
+        self._found.new += [_named(key, place.shard) for key, places in self._theirs.items() for place in places]
+        self._mine.clear()
+        self._theirs.clear()
+        return self._found
+
+    def _compare(self, key: str, mine: _Place, theirs: _Place) -> None:
+        name = _named(key, mine.shard)
+        if mine.class_label != theirs.class_label:
+            self._found.relabelled.append(f"{name} ({_label(theirs)}, labelled as {_label(mine)})")
+        if None not in (mine.xxh3, theirs.xxh3) and mine.xxh3 != theirs.xxh3:
+            self._found.changed.append(name)
+
+
+def compare_names(what: str, mine: Sequence[str] | None, theirs: Sequence[str] | None, limit: int = 3) -> str:
+    """Say how names of shards or classes differ, in which the order counts; nothing where they are equal.
+
+    Args:
+        what: `shard` or `class`.
+        mine: of the label set; None where there are none.
+        theirs: of the copy.
+        limit: names to give, at most.
+    """
+    plural = {"class": "classes"}.get(what, f"{what}s")
+    if (mine is None) == (theirs is None) and list(mine or ()) == list(theirs or ()):
+        return ""
+    if mine is None or theirs is None:
+        here, there = ("no names", "names") if mine is None else ("names", "no names")
+        return f"the labelled {plural} have {here}, those of the copy {there}"
+    missing, new = (_first([repr(n) for n in a if n not in b], limit) for a, b in _both_ways(mine, theirs))
+    if missing or new:
+        lacks, has = f"lacks the {what} {missing}" if missing else "", f"has the new {what} {new}" if new else ""
+        return f"the copy {' and '.join(filter(None, (lacks, has)))}"
+    at = next((at for at, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+    if at is None:
+        return f"the copy has {len(theirs)} {plural}, {len(mine)} were labelled"
+    return f"the {plural} are in another order: number {at} is {theirs[at]!r}, labelled as {mine[at]!r}"
+
+
+def _longest_rise(places: Sequence[int]) -> set[int]:
+    """Return the members of a longest rising subsequence: what need not move for the rest to be in order.
+
+    Without it, one sample that moved to the end would count as all samples moved. Fredman, Discrete Mathematics 11 (1975).
+    """
+    ends: list[int] = []  # the least last member of a rise of each length
+    lengths = []
+    for place in places:
+        length = bisect_left(ends, place)
+        ends[length : length + 1] = [place]
+        lengths.append(length)
+    rise: set[int] = set()
+    for place, length in zip(reversed(places), reversed(lengths), strict=True):
+        if length == len(ends) - 1 - len(rise):
+            rise.add(place)
+    return rise
+
+
+def _both_ways(mine: Sequence[str], theirs: Sequence[str]) -> Iterable[tuple[Sequence[str], set[str]]]:
+    return (mine, set(theirs)), (theirs, set(mine))
+
+
+def _place(shard: str, listing: Listing, at: int) -> _Place:
+    return _Place(shard, listing.class_labels[at], listing.hashes[at] if listing.hashes else None)
+
+
+def _named(key: str, shard: str) -> str:
+    return f"{key!r} of {shard}"
+
+
+def _label(place: _Place) -> str:
+    return "unlabelled" if place.class_label is None else f"class {place.class_label}"
+
+
+def _count(number: int) -> str:
+    return f"{number:,} {'sample is' if number == 1 else 'samples are'}"
+
+
+def _first(names: Sequence[str], limit: int) -> str:
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,123 @@
+"""Do these images, and the pixels that are rendered from them, fit a label set? Every one is looked at, and all misfits named."""
+
+import copy
+import threading
+
+import xxhash
+
+from pipeline.comparing import Comparison, Listing, compare_names
+from pipeline.config import VerifyConfig
+from pipeline.errors import DeitCliError, SourceError
+from pipeline.labelset import LabelSet
+from pipeline.manifest import MANIFEST_NAME
+from pipeline.progress import Progress
+from pipeline.remedies import DAMAGED_MANIFEST
+from pipeline.replay import compare_probes
+from pipeline.reports import Problem, Report
+from pipeline.sources import Source
+from pipeline.threads import Telling, in_threads
+
+OTHER_DATA = "Pass the --data that was labelled, or mend this copy"
+OTHER_IMAGES = "Its labels are of other images than those in it: get the damaged files again, or ask whoever made it"
+
+
+def check_images(
+    report: Report, label_set: LabelSet, config: VerifyConfig, *, threads: int, progress: Progress
+) -> Source | None:
+    """Compare images and probes, as far as was asked and as can be; return the images, if they are those labelled.
+
+    Without `config.data`, of a set that has no images of its own, only keys and class labels, and the images of the
+    probes, are compared.
+    """
+    own = config.data is None and label_set.has_images
+    location = label_set.folder if own else config.data or label_set.plan.source.location
+    source, before = None, len(report.problems)
+    with report.noting(location, "source", "Pass --data, or --no-probes to leave the images out"):
+        source = label_set.labelled_part(label_set.open_source(config.data))
+        if config.data is None:
+            label_set.check_source(source)
+    if source is None:
+        return None
+    if own or config.data is not None:
+        way_out = OTHER_IMAGES if own else OTHER_DATA
+        compare_images(report, label_set, source, threads=threads, progress=progress, way_out=way_out)
+    if any(problem.rule == "source" for problem in report.problems[before:]):
+        return None
+    if config.probes:
+        _check_probes(report, label_set, source)
+    return source
+
+
+def compare_images(
+    report: Report,
+    label_set: LabelSet,
+    source: Source,
+    *,
+    threads: int,
+    progress: Progress = lambda _: None,
+    way_out: str = OTHER_DATA,
+) -> None:
+    """Compare keys, class labels and hashes of all images of a copy with those that were labelled.
+
+    Several source shards are read at a time; of each only what differs is kept.
+    """
+    names = [shard.name for shard in source.shards]
+    for what, mine, theirs in (
+        ("class", label_set.plan.source.class_names, source.class_names),
+        ("shard", label_set.shards, names),
+    ):
+        if (text := compare_names(what, mine, theirs, limit=10)) != "":
+            report.problems.append(Problem(source.location, "source", f"{source.location}: {text}", way_out))
+    shards = list(dict.fromkeys((*label_set.shards, *names)))
+    tell = Telling("compare", len(shards), progress)
+    comparison, local = Comparison(), threading.local()
+    report.images = 0
+
+    def read(shard: str) -> tuple[Listing, Listing] | DeitCliError:
+        own = local.__dict__.setdefault("label_set", copy.copy(label_set))  # each keeps recent files of its own
+        try:
+            mine = _labelled(own, shard) if shard in label_set.shards else Listing()
+            theirs = _listed(source, shard) if shard in names else Listing()
+        except DeitCliError as error:
+            return error
+        return mine, theirs
+
+    for shard, result in in_threads(shards, read, threads):
+        if isinstance(result, DeitCliError):
+            with report.noting(source.location if isinstance(result, SourceError) else shard, "images", way_out):
+                raise result
+        else:
+            report.images += len(result[1].keys)
+            comparison.add(shard, *result)
+        tell()
+    report.differences = comparison.result()
+    report.differences.sort()
+    report.problems += [
+        Problem(source.location, "images", f"{source.location}: {line}", way_out)
+        for line in report.differences.describe(limit=10)
+    ]
+
+
+def _labelled(label_set: LabelSet, shard: str) -> Listing:
+    samples = label_set.samples(shard)
+    return Listing(samples.key, samples.class_label, samples.image_xxh3)
+
+
+def _listed(source: Source, shard: str) -> Listing:
+    """Read every image of a source shard, one after the other, and keep its hash."""
+    there = source.shard(shard)
+    return Listing(there.keys, there.class_labels, [xxhash.xxh3_128_digest(sample.image) for sample in there])
+
+
+def _check_probes(report: Report, label_set: LabelSet, source: Source) -> None:
+    """Render all probes; where that fails, one by one, so that each that does is named."""
+    probes = label_set.manifest.probes
+    if not probes:
+        text = f"{label_set.folder} has no replay probes: nothing shows that its labels fit these pixels"
+        report.problems.append(Problem(MANIFEST_NAME, "probe", text, DAMAGED_MANIFEST))
+    try:
+        report.pixels = compare_probes(probes, label_set.recipe, source, label_set.samples)
+    except DeitCliError:
+        for probe in probes:
+            with report.noting(f"probe of row {probe.row} of {probe.shard}, view {probe.view}", "probe"):
+                compare_probes([probe], label_set.recipe, source, label_set.samples)

@@ -1,0 +1,122 @@
+"""How much memory the pages of a Parquet file ask for: read from their headers, before anything is unpacked.
+
+A page of some kB may say that it unpacks to 2 GiB, and zstd can keep that promise; pyarrow takes the memory at once. The
+footer says nothing that binds it. So the headers (Thrift, compact protocol) are walked where pyarrow will find them.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 12
+_WHOLE = (4, 5, 6)  # int16, int32, int64: all of them zigzag varints
+_HEADER_BYTES = 256  # a header's; what else could lie in so few unpacks to some MiB at most
+_UNPACKED, _PACKED = 2, 3  # fields of a page header: uncompressed_page_size, compressed_page_size
+
+
+class Chunk(NamedTuple):
+    """Where the pages of one column of one row group lie, in bytes."""
+
+    start: int
+    size: int
+
+
+def largest_page(data: bytes, chunks: Iterable[Chunk]) -> int:
+    """Return the bytes that the largest page unpacks to; ValueError where the headers cannot be followed."""
+    largest = 0
+    for chunk in chunks:
+        at, stop = chunk.start, chunk.start + chunk.size
+        if not 0 <= at <= stop <= len(data):
+            raise ValueError("a column lies outside of the file")
+        if (sizes := _begins_plainly(data, at, stop)) and 0 <= stop - at - sizes[1] <= _HEADER_BYTES:
+            largest = max(largest, sizes[0])  # one page, as good as always: ten times as fast
+            continue
+        while at < stop:
+            header = _Reader(data, at, stop)
+            fields = header.numbers()
+            unpacked, packed = fields.get(_UNPACKED, -1), fields.get(_PACKED, -1)
+            if unpacked < 0 or not 0 <= packed <= stop - header.at:
+                raise ValueError("a page header does not fit its column")
+            largest = max(largest, unpacked)
+            at = header.at + packed
+    return largest
+
+
+def _begins_plainly(data: bytes, at: int, stop: int) -> tuple[int, int] | None:
+    """Return unpacked and packed size of the page whose header begins here, if they stand there as every writer puts them."""
+    values: list[int] = []
+    for _ in range(3):  # fields 1 to 3, each an int32 one field on: type, unpacked, packed
+        value = shift = 0
+        if at >= stop or data[at] != 0x15:
+            return None
+        while True:
+            at += 1
+            if at >= stop or shift > 28:
+                return None
+            value |= (data[at] & 0x7F) << shift
+            shift += 7
+            if data[at] < 0x80:
+                break
+        at += 1
+        values.append(value >> 1 ^ -(value & 1))
+    return (values[1], values[2]) if min(values) >= 0 else None
+
+
+class _Reader:
+    """Reads one Thrift struct, and no further than `stop`."""
+
+    def __init__(self, data: bytes, at: int, stop: int) -> None:
+        self._data, self.at, self._stop = data, at, stop
+
+    def numbers(self, depth: int = 0) -> dict[int, int]:
+        """Return the whole numbers of a struct by field; all else is passed over."""
+        if depth > 8:
+            raise ValueError("a page header is nested too deep")
+        found: dict[int, int] = {}
+        field = 0
+        while (head := self._byte()) & 15 != _STOP:
+            field = field + (head >> 4) if head >> 4 else self._zigzag()
+            if head & 15 in _WHOLE:
+                found[field] = self._zigzag()
+            else:
+                self._pass(head & 15, depth, in_field=True)
+        return found
+
+    def _pass(self, kind: int, depth: int, *, in_field: bool = False) -> None:
+        if kind in (_TRUE, _FALSE, _BYTE):
+            self.at += 0 if in_field and kind != _BYTE else 1
+        elif kind in _WHOLE:
+            self._varint()
+        elif kind == _DOUBLE:
+            self.at += 8
+        elif kind == _BINARY:
+            size = self._varint()
+            self.at += size
+        elif kind in (_LIST, _SET):
+            head = self._byte()
+            for _ in range(self._varint() if head >> 4 == 15 else head >> 4):
+                self._pass(head & 15, depth)
+        elif kind == _STRUCT:
+            self.numbers(depth + 1)
+        else:
+            raise ValueError(f"a page header has a field of kind {kind}")
+        if self.at > self._stop:
+            raise ValueError("a page header is cut off")
+
+    def _byte(self) -> int:
+        if self.at >= self._stop:
+            raise ValueError("a page header is cut off")
+        self.at += 1
+        return self._data[self.at - 1]
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while (byte := self._byte()) & 0x80:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if shift > 63:
+                raise ValueError("a number of a page header is too long")
+        return value | byte << shift
+
+    def _zigzag(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)

@@ -1,0 +1,279 @@
+"""Ask the teacher again for a few labelled views: do the stored answers come from it, and from these pixels?
+
+Hashes show that a file is as it was written; this shows that what was written is true. Answers of another device or dtype
+differ in their last bits, and where two classes are nearly equally likely the argmax flips. Such a flip is told apart from
+a wrong label by its margin: what must have changed for it is the distance between the two classes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.draws import stream_of
+from pipeline.errors import LabelSetCorrupt, LabelSetError, TeacherError
+from pipeline.labels import LabelRows, SampleRows
+from pipeline.labelset import LabelSet
+from pipeline.manifest import first_difference, short
+from pipeline.mixing import Mix, mix_batch
+from pipeline.progress import Progress, Tick
+from pipeline.replay import pair_of, rendered_view
+from pipeline.sources import Source
+from pipeline.teacher import Teacher, one_thread
+from pipeline.units import count
+
+PAIRS_AT_ONCE = 16
+# Change of a probability that rounding explains. A logit of about 10 is off by 10 * 2^-9 in bfloat16 after its last
+# rounding alone, and by several times that after a hundred layers; a GPU's float32 convolutions keep 10 bits (TF32).
+ROUNDING = {"float32 on a CPU": 1e-3, "float32": 0.02, "float16": 0.02, "bfloat16": 0.1}
+STORED = {"float32": 1e-6, "float16": 1e-3}  # what storing a probability changes at most, with some room
+STORED_OTHERWISE = 0.03
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One view of which the teacher now says another class than the stored one.
+
+    Attributes:
+        margin: the larger of the distances between the two most probable classes, then and now, 0..1.
+    """
+
+    shard: str
+    key: str
+    view: int
+    stored: int
+    now: int
+    margin: float
+
+    def __str__(self) -> str:
+        return (
+            f"view {self.view} of {self.key!r} of {self.shard}: class {self.stored} is stored, the teacher says"
+            f" {self.now} by a margin of {self.margin:.2g}"
+        )
+
+
+@dataclass(frozen=True)
+class Relabelled:
+    """How stored answers and those of now agree.
+
+    Attributes:
+        views: that were compared.
+        agreeing: of them, those of the same hard label.
+        mean_kl: nats from the stored distribution to that of now over the kept classes and the rest; None with K = 0.
+        max_kl: likewise, of the worst view.
+        max_difference: of a kept probability; None with K = 0.
+        flips: views of another hard label, the largest margin first.
+        rounding: change of a probability up to which rounding explains it, on the devices and dtypes of then and now.
+        stored_rounding: the same for how the set stores probabilities.
+    """
+
+    views: int
+    agreeing: int
+    mean_kl: float | None
+    max_kl: float | None
+    max_difference: float | None
+    flips: tuple[Flip, ...]
+    rounding: float
+    stored_rounding: float
+
+    def problems(self) -> list[str]:
+        """Return what rounding does not explain, a line each."""
+        wrong = [flip for flip in self.flips if flip.margin > self.rounding]
+        lines = [str(flip) for flip in wrong[:10]]
+        if len(wrong) > 10:
+            lines.append(f"and {len(wrong) - 10:,} more views of another class")
+        limit = self.rounding + self.stored_rounding
+        if self.max_difference is not None and self.max_difference > limit:
+            lines.append(f"a stored probability differs by {self.max_difference:.3g}, rounding explains {limit:.3g}")
+        return lines
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        text = f"{self.views:,} views labelled again: {100 * self.agreeing / self.views:.2f} % of hard labels agree"
+        if self.mean_kl is not None:
+            text += f", KL {self.mean_kl:.2g} nats (worst {self.max_kl:.2g}), probabilities within {self.max_difference:.2g}"
+        near = self.near_flips()
+        return text + (f"; {count(len(near), 'flip')} at a margin up to {near[0].margin:.2g}: rounding" if near else "")
+
+    def near_flips(self) -> list[Flip]:
+        """Return the flips that rounding explains, the largest margin first."""
+        return [flip for flip in self.flips if flip.margin <= self.rounding]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self) | {"flips": [asdict(flip) for flip in self.flips]}
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One pair of one view, to be answered for: both of them see the same mix."""
+
+    shard: str
+    view: int
+    rows: tuple[int, ...]
+    mix: Mix
+
+
+def relabel(
+    label_set: LabelSet,
+    source: Source,
+    teacher: Teacher,
+    *,
+    views: int,
+    seed: int = 0,
+    progress: Progress = lambda _: None,
+) -> Relabelled:
+    """Label at least so many random views again, and compare.
+
+    Args:
+        label_set: sound, as far as it is read.
+        source: its images.
+        teacher: the one that labelled it.
+        views: to compare, in pairs that were mixed with each other.
+        seed: of the choice.
+        progress: hears of views.
+
+    Raises:
+        TeacherError: this is another teacher.
+        LabelSetError: an image or a file is not as the set says.
+    """
+    _check_teacher(label_set, teacher)
+    samples = {name: label_set.samples(name) for name in label_set.shards}
+    pairs = _choose(label_set, samples, views, seed)
+    compared = _Compared()
+    with one_thread(teacher.device):
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            part = pairs[start : start + PAIRS_AT_ONCE]
+            _compare(label_set, source, teacher, samples, part, compared)
+            progress(Tick("relabel", len(compared.kl), max(views, len(compared.kl)), made=len(compared.kl)))
+    return compared.result(rounding_of(label_set, teacher), STORED.get(label_set.plan.precision, STORED_OTHERWISE))
+
+
+def rounding_of(label_set: LabelSet, teacher: Teacher) -> float:
+    """Return by how much rounding moves a probability between the machines that labelled and this one."""
+    then = [(each.get("dtype", "").partition(" ")[0], each.get("device")) for each in label_set.manifest.environments]
+    now = str(teacher.dtype).removeprefix("torch."), teacher.device.type
+    names = ["float32 on a CPU" if each == ("float32", "cpu") else each[0] for each in (*then, now)]
+    return max(ROUNDING.get(name, max(ROUNDING.values())) for name in names)
+
+
+def _check_teacher(label_set: LabelSet, teacher: Teacher) -> None:
+    mine, theirs = label_set.plan.teacher, teacher.identity
+    if mine.id != theirs.id:
+        difference = first_difference(mine.model_dump(mode="json"), theirs.model_dump(mode="json"))
+        raise TeacherError(
+            f"{label_set.folder} was labelled by {mine.name} (id {short(mine.id)}), --teacher is {theirs.name}"
+            f" (id {short(theirs.id)}){difference}. Pass the teacher that labelled it, with its --teacher-checkpoint"
+        )
+
+
+def _choose(label_set: LabelSet, samples: dict[str, SampleRows], views: int, seed: int) -> list[_Pair]:
+    """Draw pairs, every labelled view with equal chance, until there are enough views; at most all of them."""
+    usable = {name: table.usable for name, table in samples.items()}
+    ends = np.cumsum([len(rows) for rows in usable.values()])
+    total = int(ends[-1]) if len(ends) else 0
+    if not total:
+        raise LabelSetError(f"{label_set.folder} has no usable image to label again")
+    draws = stream_of(label_set.plan.labelset_id, str(seed), "relabel")
+    names, chosen, found = list(usable), {}, 0
+    wanted = min(views, total * len(label_set.views))
+    while found < wanted:
+        number = draws.integer(total * len(label_set.views))
+        place, view = number // len(label_set.views), label_set.views.start + number % len(label_set.views)
+        shard = names[int(np.searchsorted(ends, place, side="right"))]
+        row = int(usable[shard][place - int(ends[names.index(shard)])])  # counted from the end of the shard
+        partner, mix = pair_of(label_set.recipe, samples[shard], row, view)
+        rows = (row,) if partner is None else (row, partner)
+        if (shard, view, min(rows)) not in chosen:
+            chosen[shard, view, min(rows)] = _Pair(shard, view, rows, mix)
+            found += len(rows)
+    return sorted(chosen.values(), key=lambda pair: (pair.shard, pair.view, pair.rows))
+
+
+def _compare(
+    label_set: LabelSet,
+    source: Source,
+    teacher: Teacher,
+    samples: dict[str, SampleRows],
+    pairs: list[_Pair],
+    compared: "_Compared",
+) -> None:
+    """Render the views of some pairs, ask the teacher, and add what its answers differ by."""
+    images, places = [], []
+    for pair in pairs:
+        at = len(images)
+        places.append((at, at + 1 if len(pair.rows) == 2 else -1))
+        images += [
+            rendered_view(label_set, source, pair.shard, samples[pair.shard], row, pair.view) for row in pair.rows
+        ]
+    mix = mix_batch(places, [pair.mix for pair in pairs], len(images))
+    num_classes = label_set.num_classes
+    answer = teacher.ask(torch.from_numpy(np.stack(images)), mix, num_classes).result()
+    prob = np.zeros((len(images), num_classes))
+    np.put_along_axis(prob, answer.topk_index, answer.topk_prob, axis=1)
+    for number, (pair, row, rows, at) in enumerate(_stored(label_set, pairs)):
+        compared.add(
+            pair.shard, samples[pair.shard].key[row], pair.view, rows, at, int(answer.hard[number]), prob[number]
+        )
+
+
+def _stored(label_set: LabelSet, pairs: list[_Pair]) -> Iterator[tuple[_Pair, int, LabelRows, int]]:
+    """Yield each view with its stored rows and the place in them."""
+    for pair in pairs:
+        rows = label_set.read(pair.shard, pair.view)
+        for row in pair.rows:
+            at = int(np.searchsorted(rows.row, row))
+            if at == len(rows) or rows.row[at] != row:
+                raise LabelSetCorrupt(f"{label_set.folder}: view {pair.view} of row {row} of {pair.shard} has no label")
+            yield pair, row, rows, at
+
+
+class _Compared:
+    """What comparisons have come to so far."""
+
+    def __init__(self) -> None:
+        self.kl: list[float] = []
+        self._difference: list[float] = []
+        self._flips: list[Flip] = []
+        self._has_probabilities = False
+
+    def add(
+        self, shard: str, key: str, view: int, rows: LabelRows, at: int, hard: int, prob: NDArray[np.float64]
+    ) -> None:
+        """Compare one stored label with the teacher's probabilities, float64 [C]."""
+        stored, index = rows.topk_prob[at].astype(float), rows.topk_index[at].astype(np.int64)
+        self._has_probabilities = bool(len(index))
+        tail = float(rows.tail_mass[at]) if len(index) else 1.0
+        self.kl.append(_kl(np.append(stored, tail), np.append(prob[index], max(0.0, 1 - prob[index].sum()))))
+        self._difference.append(float(np.abs(stored - prob[index]).max(initial=0)))
+        if hard != int(rows.hard[at]):
+            margins = [_margin(np.sort(prob)[::-1])] + ([_margin(stored)] if len(stored) > 1 else [])
+            self._flips.append(Flip(shard, key, view, int(rows.hard[at]), hard, max(margins)))
+
+    def result(self, rounding: float, stored_rounding: float) -> Relabelled:
+        """Return all of it in numbers."""
+        there = self._has_probabilities
+        return Relabelled(
+            views=len(self.kl),
+            agreeing=len(self.kl) - len(self._flips),
+            mean_kl=float(np.mean(self.kl)) if there else None,
+            max_kl=max(self.kl) if there else None,
+            max_difference=max(self._difference) if there else None,
+            flips=tuple(sorted(self._flips, key=lambda flip: -flip.margin)),
+            rounding=rounding,
+            stored_rounding=stored_rounding,
+        )
+
+
+def _margin(falling: NDArray[np.float64]) -> float:
+    return float(falling[0] - falling[1]) if len(falling) > 1 else 1.0
+
+
+def _kl(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+    """Return KL(mine || theirs) in nats; what one rounded to 0 counts as the least probability of float16."""
+    least = 2.0**-24
+    mine, theirs = np.maximum(mine, least), np.maximum(theirs, least)
+    return float(max(0.0, (mine * np.log(mine / theirs)).sum() - mine.sum() + theirs.sum()))

@@ -1,0 +1,106 @@
+"""What a verification found: problems, each with its way out, and what was looked at."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.comparing import Differences
+from pipeline.errors import DeitCliError, UsageError
+from pipeline.labelset import LabelSet
+from pipeline.pins import pin_of
+from pipeline.relabelling import Relabelled
+from pipeline.remedies import ended
+from pipeline.sources import Source
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it must be.
+
+    Attributes:
+        file: what it is about: a path inside the set, or where the images lie.
+        rule: what was checked: `plan`, `manifest`, `pin`, `signature`, `sealed`, `present`, `length`, `sha256`, `content`,
+            `source`, `images`, `probe`, `teacher`.
+        text: what was found and what was expected, with the full name.
+        way_out: what repairs it.
+    """
+
+    file: str
+    rule: str
+    text: str
+    way_out: str
+
+    def __str__(self) -> str:
+        return ended(self.text, self.way_out) if self.way_out else self.text
+
+
+@dataclass
+class Report:
+    """What was looked at, and what is wrong with it.
+
+    Attributes:
+        location: folder or URL.
+        label_set: None where plan or manifest are damaged.
+        manifest_sha256: of the bytes of the manifest; None where there is none.
+        files: of tables that were read.
+        bytes: of them.
+        problems: all that were found.
+        notes: what is worth knowing and wrong with nothing.
+        source: the images, where they were opened.
+        pixels: largest mean difference of a replayed probe, in levels of 255; None where none was rendered.
+        images: how many images were compared; None where none were.
+        differences: of those images.
+        signed_by: key or identity that signed the manifest; None where that was not asked.
+        relabelled: what the teacher says now of some views; None where it was not asked.
+    """
+
+    location: str
+    label_set: LabelSet | None = None
+    manifest_sha256: str | None = None
+    files: int = 0
+    bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    source: Source | None = None
+    pixels: float | None = None
+    images: int | None = None
+    differences: Differences = field(default_factory=Differences)
+    signed_by: str | None = None
+    relabelled: Relabelled | None = None
+
+    @contextlib.contextmanager
+    def noting(self, file: object, rule: str, way_out: str = "") -> Iterator[None]:
+        """Turn what is refused inside the block into a problem; a misuse remains an error."""
+        try:
+            yield
+        except UsageError:
+            raise
+        except DeitCliError as error:
+            text = str(error)
+            if not any(text.startswith(known.text) for known in self.problems):  # a file that was named before
+                self.problems.append(Problem(str(file), rule, text, way_out))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, for machines."""
+        return {
+            "location": self.location,
+            "sound": not self.problems,
+            "labelset_id": self.label_set.plan.labelset_id if self.label_set else None,
+            "manifest": pin_of(self.manifest_sha256) if self.manifest_sha256 else None,
+            "files": self.files,
+            "bytes": self.bytes,
+            "problems": [vars(problem) for problem in self.problems],
+            "notes": self.notes,
+            "probes": None if self.pixels is None else {"mean_difference_of_255": self.pixels},
+            "images": None if self.images is None else {"compared": self.images} | vars(self.differences),
+            "signed_by": self.signed_by,
+            "teacher": self.relabelled.to_dict() if self.relabelled else None,
+        }
+
+    def summary(self) -> str:
+        """Return how many problems there are, and of which rules."""
+        rules = Counter(problem.rule for problem in self.problems)
+        kinds = ", ".join(f"{count:,} {rule}" for rule, count in rules.most_common())
+        return f"{len(self.problems):,} {'problem' if len(self.problems) == 1 else 'problems'} ({kinds})"

@@ -1,0 +1,182 @@
+"""Signatures of the manifest, by OpenSSF's model-signing: who vouches for a label set.
+
+The manifest holds the hash of every other file, so a signature over `manifest.json` covers all of the set. It lies beside
+it as `manifest.json.sig`, a Sigstore bundle over the folder with this one file in it, which `model_signing verify` checks
+too (with `--ignore_unsigned_files`). Keys work offline; identities (Sigstore) need the network, for signing and for checking.
+"""
+
+import base64
+import contextlib
+import hashlib
+import importlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import SignatureError, StorageError, UsageError
+from pipeline.labelset import LabelSet
+from pipeline.manifest import MANIFEST_NAME
+from pipeline.pins import pin_of
+from pipeline.remote import read_url
+from pipeline.storage import MAX_JSON_BYTES, read_small, replace_file
+from pipeline.urls import is_url, join_url
+
+SIGNATURE_NAME = "manifest.json.sig"
+MAX_SIGNATURE_BYTES = 1 << 20  # an identity's bundle, with its certificate and log entry, has about 10 kB
+_SIGN_AGAIN = "Sign it again with deit-cli labels sign, or fetch manifest and signature again"
+
+_OTHER_SIGNER = (
+    "Ask whoever published the set for the key or identity it is signed with; do not use it until they agree"
+)
+
+
+def sign(folder: Path, *, private_key: Path | None = None, identity_token: str | None = None) -> Path:
+    """Sign the manifest of a label set, and return where the signature lies.
+
+    Args:
+        folder: of the set, local.
+        private_key: PEM of an elliptic curve (P-256, P-384 or P-521); None signs with an identity of Sigstore: that of the
+            machine (a CI job's, say), or the one that a browser asks for.
+        identity_token: of Sigstore, where there is no browser.
+
+    Raises:
+        SignatureError: the key cannot be used, or Sigstore gave no signature.
+    """
+    LabelSet(folder).check_complete()  # nobody should vouch for what no reader takes
+    manifest = read_small(folder / MANIFEST_NAME)
+    way_out = "Sigstore needs the network and an identity" if private_key is None else "Pass an EC private key in PEM"
+    config = _library("signing").Config()
+    with _only(manifest) as (view, signature), _named(f"{folder / MANIFEST_NAME} cannot be signed", way_out):
+        if private_key is not None:
+            _check_key(private_key, "--private-key")
+            config.use_elliptic_key_signer(private_key=private_key)
+        else:
+            config.use_sigstore_signer(use_ambient_credentials=identity_token is None, identity_token=identity_token)
+        config.set_hashing_config(_hashing()).sign(view, signature)
+        bundle = signature.read_bytes()
+    path = folder / SIGNATURE_NAME
+    replace_file(path, lambda file: _write(file, bundle))
+    return path
+
+
+def check_signature(
+    location: str,
+    *,
+    manifest_sha256: str,
+    public_key: Path | None = None,
+    identity: str | None = None,
+    identity_provider: str | None = None,
+) -> str:
+    """Check the signature of a manifest, and return who made it, for people.
+
+    Args:
+        location: folder or URL of the set.
+        manifest_sha256: of the manifest that was looked at: the signature must be of that very one.
+        public_key: PEM; None checks an identity.
+        identity: whose signature it must be, such as a mail address or the URL of a CI workflow.
+        identity_provider: who vouches for the identity, such as `https://accounts.google.com`.
+
+    Raises:
+        SignatureError: it is missing, damaged, of another key or identity, or of another manifest.
+    """
+    name = f"{location.rstrip('/')}/{SIGNATURE_NAME}"
+    bundle = _read(location, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+    manifest = _read(location, MANIFEST_NAME, MAX_JSON_BYTES)
+    signed = _signed_sha256(bundle, name)
+    found = hashlib.sha256(manifest).hexdigest()
+    for sha256, what in ((found, "the manifest has"), (manifest_sha256, "the manifest that was verified has")):
+        if signed != sha256:
+            raise SignatureError(
+                f"{name} is of another manifest: it signs {pin_of(signed)}, {what} {pin_of(sha256)}. {_SIGN_AGAIN}"
+            )
+    config = _library("verifying").Config().set_hashing_config(_hashing())
+    with _only(manifest) as (view, signature):
+        signature.write_bytes(bundle)
+        if public_key is not None:
+            _check_key(public_key, "--public-key")
+            who = f"the key {public_key}"
+            with _named(f"{name} was not made by {who}", _OTHER_SIGNER):
+                config.use_elliptic_key_verifier(public_key=public_key).verify(view, signature)
+        else:
+            who = f"{identity} of {identity_provider}"
+            with _named(f"{name} was not made by {who}, or Sigstore cannot be asked", _OTHER_SIGNER):
+                config.use_sigstore_verifier(identity=identity, oidc_issuer=identity_provider).verify(view, signature)
+    return who
+
+
+def _read(location: str, name: str, max_bytes: int) -> bytes:
+    try:
+        if is_url(location):
+            return read_url(join_url(location, name), max_bytes=max_bytes)
+        path = Path(location) / name
+        if path.is_file() and path.stat().st_size > max_bytes:
+            raise SignatureError(f"{path} has {path.stat().st_size} bytes, such a file has at most {max_bytes}")
+        return read_small(path)
+    except StorageError as error:
+        raise SignatureError(f"{error}. {_SIGN_AGAIN}, or leave --public-key and --identity out") from error
+
+
+def _signed_sha256(bundle: bytes, name: str) -> str:
+    """Return the SHA-256 of the manifest that a signature says it is over; whether it is genuine is not looked at here.
+
+    A signature of the same signer over something else must not pass, whatever it makes the library leave out.
+    """
+    try:
+        payload = json.loads(base64.b64decode(json.loads(bundle)["dsseEnvelope"]["payload"], validate=True))
+        predicate = payload["predicate"]
+        (resource,) = predicate["resources"]
+        if (resource["name"], resource["algorithm"]) != (MANIFEST_NAME, "sha256"):
+            raise ValueError(
+                f"it is over {resource['name']!r} by {resource['algorithm']!r}, not {MANIFEST_NAME} by sha256"
+            )
+        return str(resource["digest"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SignatureError(
+            f"{name} is no signature of a manifest, or damaged: {type(error).__name__}: {error}. {_SIGN_AGAIN}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _only(manifest: bytes) -> Iterator[tuple[Path, Path]]:
+    """Give a folder that holds these bytes as `manifest.json` and nothing else, and a path for the signature beside it."""
+    with tempfile.TemporaryDirectory(prefix="deit-cli-sign-") as root:
+        view = Path(root) / "labels"
+        view.mkdir()
+        (view / MANIFEST_NAME).write_bytes(manifest)
+        yield view, Path(root) / SIGNATURE_NAME
+
+
+def _hashing() -> Any:
+    return _library("hashing").Config().use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
+
+
+def _library(part: str) -> Any:
+    try:
+        return importlib.import_module(f"model_signing.{part}")
+    except ImportError as error:
+        raise UsageError(
+            f'signatures need a package that is not installed ({error}): pip install "deit-cli[sign]"'
+        ) from error
+
+
+def _check_key(path: Path, option: str) -> None:
+    if not path.is_file():
+        raise UsageError(f"{option} {path}: no such file")
+
+
+@contextlib.contextmanager
+def _named(what: str, way_out: str) -> Iterator[None]:
+    """The library raises as many kinds of exceptions as there are libraries below it; the user needs one line."""
+    try:
+        yield
+    except (SignatureError, UsageError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise SignatureError(f"{what}: {text}. {way_out}") from error
+
+
+def _write(file: Any, data: bytes) -> None:
+    file.write(data)
