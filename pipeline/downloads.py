@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from pipeline.errors import RemoteFileCorrupt
-from pipeline.remote import Received, receive, retried
+from pipeline.remote import Interrupted, Received, receive, retried
 from pipeline.storage import locked, make_folder, publish_partial, refusals_named
 
 log = logging.getLogger("deit_cli.downloads")
@@ -81,4 +81,8 @@ def _continue(url: str, partial: Path, size: int, stop: threading.Event) -> Rece
             file.truncate(0)
             here = 0
         check(here)
-        return receive(url, file, size=size, start=here, check=check)
+        try:
+            return receive(url, file, size=size, start=here, check=check)
+        except Interrupted:
+            check(here)  # whoever ends a process cuts its connections
+            raise

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -37,6 +37,7 @@ from pipeline.storage import pretty_json
 from pipeline.subsets import probes_in, subset_manifest
 from pipeline.unions import contains, unite
 from pipeline.units import byte_size, count
+from pipeline.uploads import refuse_web
 from pipeline.urls import is_url
 
 log = logging.getLogger("deit_cli.sharing")
@@ -81,10 +82,11 @@ def push(folder: Path, location: str, *, workers: int = WORKERS, progress: Progr
     Raises:
         LabelSetMismatch: another label set is there, or another file under the name of one of these.
         LabelSetIncomplete: either is not sealed, or together they leave a gap.
-        LabelSetCorrupt: a file of the folder is damaged.
-        StorageError: the destination cannot be written.
+        LabelSetCorrupt: a file of the folder is missing, or has another length.
+        StorageError: a file of the folder is damaged, or the destination cannot be written.
     """
     _refuse_same(str(folder), location)
+    refuse_web(location)
     label_set, here, there = LabelSet.open(folder), Folder(folder), open_place(location)
 
     def move(file: Promise, stop: threading.Event) -> bool:
@@ -263,20 +265,23 @@ def _move_all(
     def one(entry: FileEntry, stop: threading.Event) -> int | None:
         return entry.bytes if move(_promise(entry), stop) else None
 
-    for brought in in_threads(entries, one, workers=workers):
-        tick = Tick(
-            phase=phase,
-            done=tick.done + 1,
-            total=len(entries),
-            elapsed_s=time.monotonic() - began,
-            made=tick.made + (brought is not None),
-            bytes_written=tick.bytes_written + (brought or 0),
-        )
-        progress(tick)
+    with contextlib.closing(in_threads(entries, one, workers=workers)) as moves:  # whatever happens here ends them
+        for brought in moves:
+            tick = Tick(
+                phase=phase,
+                done=tick.done + 1,
+                total=len(entries),
+                elapsed_s=time.monotonic() - began,
+                made=tick.made + (brought is not None),
+                bytes_written=tick.bytes_written + (brought or 0),
+            )
+            progress(tick)
     return tick
 
 
-def in_threads(jobs: Iterable[Job], run: Callable[[Job, threading.Event], Result], *, workers: int) -> Iterator[Result]:
+def in_threads(
+    jobs: Iterable[Job], run: Callable[[Job, threading.Event], Result], *, workers: int
+) -> Generator[Result, None, None]:
     """Yield results as they come; the first failure is raised as soon as the jobs that are being done have ended.
 
     The threads are daemons: a process that is told to end does not wait for a transfer, which may be cut anywhere.

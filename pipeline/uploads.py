@@ -77,7 +77,7 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
     Raises:
         StorageError: it could not be written, or other writers were quicker every time.
     """
-    _refuse_web(url)
+    refuse_web(url)
     for _ in range(_SWAPS):
         version, old = _version(url), _read(url, max_bytes)
         new = change(old)
@@ -183,7 +183,7 @@ class _Content:
 
 
 def _put(content: _Content, *, replace: bool) -> bool:
-    _refuse_web(content.url)
+    refuse_web(content.url)
     _ = content.size  # a local file that cannot be read is no business of the store's
     tries = 0
 
@@ -353,6 +353,7 @@ def _check_arrived(content: _Content) -> None:
         )
 
 
-def _refuse_web(url: str) -> None:
+def refuse_web(url: str) -> None:
+    """Raise StorageError for an address of the web."""
     if is_web(url):
         raise StorageError(f"{url}: a web server takes no files; push to a bucket, or to a folder that it serves")
