@@ -9,7 +9,7 @@ from pipeline.errors import UsageError
 from pipeline.pins import parse_pin
 from pipeline.staging import working_folder
 
-Precision = Literal["float16", "float32"]
+Precision = Literal["float16", "float32", "log8"]
 MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of views
 BadImagePolicy = Literal["fail", "skip"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -73,7 +73,11 @@ class PrecomputeConfig:
         (0, 30), "View numbers START:STOP, or how many from 0; one view for each epoch of training."
     )
     topk: int | None = option(None, "Most probable classes to store, by default 10 or all; 0: the hard label alone.")
-    precision: Precision = option("float16", "Of the stored probabilities.")
+    precision: Precision = option(
+        "float16",
+        "Of the stored probabilities: float32; float16 (0.05 % off at most, 33 bytes a label at K = 10); log8 (5 %,"
+        " 21 bytes, 1.7e-4 nats of KL divergence).",
+    )
     views_per_shard: int = option(30, "Views in one file: the unit of work, and of loss at a crash.")
     batch_size: int | Literal["auto"] = option(
         "auto",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.encoding import LabelRows, content_xxh3, encode_rows, index_dtype
+from pipeline.encoding import LabelRows, content_xxh3, encode_rows, from_codes, index_dtype, prob_dtype
 from pipeline.labels import LabelsFooter, SampleRows, write_labels
 from pipeline.manifest import Plan, Probe, labels_path
 from pipeline.recipe import Recipe
@@ -27,11 +27,12 @@ class LabelDraft:
         self.shard, self.views, self._samples, self._plan = shard, views, samples, plan
         self._row = samples.usable.astype(np.uint32)
         shape = (len(views), len(self._row))
-        index, prob = index_dtype(plan.teacher.num_classes), np.dtype(plan.precision)
+        index, prob = index_dtype(plan.teacher.num_classes), prob_dtype(plan.precision)
+        self._coded = plan.precision == "log8" and plan.topk > 0
         self._hard = np.zeros(shape, index)
         self._index = np.zeros((*shape, plan.topk), index)
-        self._prob = np.zeros((*shape, plan.topk), prob)
-        self._tail = np.zeros(shape if plan.topk else (len(views), 0), prob)
+        self._prob = np.zeros((*shape, plan.topk), np.uint8 if self._coded else prob)  # or their codes
+        self._tail = np.zeros(shape if plan.topk and not self._coded else (len(views), 0), prob)
         self._left = shape[0] * shape[1]
         self.probes: list[Probe] = []
 
@@ -55,8 +56,9 @@ class LabelDraft:
         plan = self._plan
         stored = encode_rows(rows, hard, index, prob, num_classes=plan.teacher.num_classes, precision=plan.precision)
         at = view - self.views.start, np.searchsorted(self._row, stored.row)
-        self._hard[at], self._index[at], self._prob[at] = stored.hard, stored.topk_index, stored.topk_prob
-        if plan.topk:
+        self._hard[at], self._index[at] = stored.hard, stored.topk_index
+        self._prob[at] = stored.topk_code if self._coded else stored.topk_prob
+        if plan.topk and not self._coded:
             self._tail[at] = stored.tail_mass
         self._left -= len(rows)
 
@@ -71,6 +73,9 @@ class LabelDraft:
 
     def rows_of_views(self) -> list[LabelRows]:
         """Return the rows as they are stored, view by view."""
+        if self._coded:
+            classes, coded = self._plan.teacher.num_classes, zip(self._index, self._prob, strict=True)
+            return [LabelRows(self._row, i[:, 0], i, *from_codes(code, classes), code) for i, code in coded]
         columns = zip(self._hard, self._index, self._prob, self._tail, strict=True)
         return [LabelRows(self._row, *column) for column in columns]
 

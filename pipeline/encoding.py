@@ -1,7 +1,12 @@
-"""Label rows: what a teacher answered, how it is rounded, and what no teacher can have answered."""
+"""Label rows: what a teacher answered, how it is rounded, and what no teacher can have answered.
+
+`log8` stores K bytes for K probabilities and the tail: how many tenths of a nat each lies below the one before it. Only
+ratios are rounded, each from what is decoded of the one before, so no logit is off by more than half a step however
+large K is, and the sum is exactly 1 again.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +14,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.config import Precision
+
+LOG8_STEP = 0.1  # nats; the mean KL divergence that it costs is below 2e-4 nats, see benchmarks/README.md
+LOG8_ZERO = 255  # a code: this probability is 0, and so are those after it
+_FAR = 1100  # steps: exp(-110) is 0 in float32
+_STEPS = np.where(np.arange(256) == LOG8_ZERO, _FAR, np.arange(256)).astype(np.uint32)
+_FALLEN = np.where(np.arange(_FAR + 1) == _FAR, 0.0, np.exp(-LOG8_STEP * np.arange(_FAR + 1)))
 
 COMPARED_TOPK = 64  # up to this K every rank is compared with every other; sorting is faster above
 SUM_TOLERANCE = 0.01  # float16 moves a probability, and so their sum, by 0.0005 of itself at most
@@ -24,6 +35,7 @@ class LabelRows:
         topk_index: as `hard`, [N, K], most probable first; K may be 0.
         topk_prob: float16 or float32 [N, K], probabilities at temperature 1.
         tail_mass: as `topk_prob`, [N], 1 minus the kept probability.
+        topk_code: uint8 [N, K], what is stored in place of the two where the precision is `log8`; else None.
     """
 
     row: NDArray[np.uint32]
@@ -31,6 +43,7 @@ class LabelRows:
     topk_index: NDArray[np.unsignedinteger]
     topk_prob: NDArray[np.floating]
     tail_mass: NDArray[np.floating]
+    topk_code: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.row)
@@ -41,10 +54,55 @@ def index_dtype(num_classes: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype(np.uint16 if num_classes <= 65536 else np.uint32)
 
 
+def prob_dtype(precision: Precision) -> np.dtype[np.floating]:
+    """Return the type of probabilities as they are read: float32 for codes, else as they are stored."""
+    return np.dtype(np.float32 if precision == "log8" else precision)
+
+
 def label_bytes(num_classes: int, topk: int, precision: Precision) -> int:
     """Return the bytes of one label before compression: class, K indices and probabilities, tail."""
-    index, prob = index_dtype(num_classes).itemsize, np.dtype(precision).itemsize
+    index, prob = index_dtype(num_classes).itemsize, prob_dtype(precision).itemsize
+    if precision == "log8" and topk:
+        return topk * (index + 1)
     return index + topk * (index + prob) + (prob if topk else 0)
+
+
+def to_codes(prob: NDArray[np.float32], tail: NDArray[np.float64], num_classes: int) -> NDArray[np.uint8]:
+    """Return the `log8` codes of probabilities that do not rise.
+
+    Args:
+        prob: float32 [N, K], K >= 1.
+        tail: float64 [N], what is not kept.
+        num_classes: C.
+
+    Returns:
+        uint8 [N, K]. Code i < K - 1 is the ratio of probability i to i + 1, the last one that of the last probability to
+        the mean of the C - K classes that are not kept; in steps of LOG8_STEP nats, at most 254. LOG8_ZERO: it is 0.
+    """
+    rest = tail / max(1, num_classes - prob.shape[1])
+    values = np.concatenate([prob.astype(np.float64), rest[:, None]], axis=1)
+    with np.errstate(divide="ignore"):
+        below = np.log(values[:, :1] / values) / LOG8_STEP  # steps below the first; infinite for 0
+    codes = np.empty(prob.shape, np.uint8)
+    fallen = np.zeros(len(prob))  # as decoded
+    for rank in range(prob.shape[1]):
+        target = below[:, rank + 1]
+        step = np.clip(np.rint(np.minimum(target, _FAR) - fallen), 0, LOG8_ZERO - 1)
+        step[(target >= _FAR) | (fallen >= _FAR)] = LOG8_ZERO
+        codes[:, rank] = step
+        fallen += _STEPS[codes[:, rank]]
+    return codes
+
+
+def from_codes(codes: NDArray[np.uint8], num_classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return probabilities, float32 [N, K], and tail mass, float32 [N], of `log8` codes, uint8 [N, K]."""
+    size, topk = codes.shape
+    values = np.ones((size, topk + 1))
+    fallen = np.cumsum(_STEPS[codes], axis=1, dtype=np.uint32)
+    values[:, 1:] = _FALLEN[np.minimum(fallen, _FAR)]
+    values[:, topk] *= num_classes - topk
+    values /= values.sum(1, keepdims=True)
+    return values[:, :topk].astype(np.float32), values[:, topk].astype(np.float32)
 
 
 def encode_rows(
@@ -67,23 +125,31 @@ def encode_rows(
         precision: of the stored probabilities.
     """
     order = np.argsort(row, kind="stable")
-    tail = np.clip(1.0 - prob.astype(np.float64).sum(1), 0.0, 1.0) if prob.shape[1] else np.empty(0)
-    kind = index_dtype(num_classes)
+    kind, stored, topk = index_dtype(num_classes), prob_dtype(precision), prob.shape[1]
+    prob = prob[order]
+    tail = np.clip(1.0 - prob.astype(np.float64).sum(1), 0.0, 1.0) if topk else np.empty(0)
+    codes = to_codes(prob, tail, num_classes) if precision == "log8" and topk else None
+    kept, left = (prob.astype(stored), tail.astype(stored)) if codes is None else from_codes(codes, num_classes)
     return LabelRows(
         row=row[order].astype(np.uint32),
         hard=hard[order].astype(kind),
         topk_index=index[order].astype(kind),
-        topk_prob=prob[order].astype(precision),
-        tail_mass=(tail[order] if prob.shape[1] else tail).astype(precision),
+        topk_prob=kept,
+        tail_mass=left,
+        topk_code=codes,
     )
 
 
 def content_xxh3(views: Sequence[LabelRows]) -> str:
-    """Return the xxh3-128 over all values: for each view row, hard, topk_index, topk_prob, tail_mass, little-endian."""
+    """Return the xxh3-128 over all stored values, little-endian.
+
+    For each view these are row, hard, topk_index, topk_prob, tail_mass; with codes row, topk_index, topk_code.
+    """
     digest = xxhash.xxh3_128()
     for rows in views:
-        for field in fields(rows):
-            digest.update(np.ascontiguousarray(getattr(rows, field.name)).data)
+        floats = (rows.hard, rows.topk_index, rows.topk_prob, rows.tail_mass)
+        for column in (rows.row, *(floats if rows.topk_code is None else (rows.topk_index, rows.topk_code))):
+            digest.update(np.ascontiguousarray(column).data)
     return digest.hexdigest()
 
 

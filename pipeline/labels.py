@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from pipeline.config import Precision
-from pipeline.encoding import LabelRows, content_xxh3, find_problem, index_dtype, label_bytes
+from pipeline.encoding import LabelRows, content_xxh3, find_problem, from_codes, index_dtype, label_bytes, prob_dtype
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
 from pipeline.ids import canonical_json
 from pipeline.pages import Chunk, largest_page
@@ -37,7 +37,14 @@ MAX_PAGE_BYTES = 16 << 20
 MAX_VIEW_BYTES = 1 << 30
 MAX_SAMPLES_BYTES = 1 << 30
 _BATCH_ROWS = 16  # of a samples file, whose texts may be a page long each: the bound is looked at after so many
-_WRITE = {"compression": "zstd", "compression_level": 3, "use_dictionary": False, "write_page_checksum": True}
+_WRITE: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 3,
+    "use_dictionary": False,
+    "write_page_checksum": True,
+}
+# A teacher's forward pass of a view costs a hundred times the 10 us; each byte is published, stored and read many times.
+_WRITE_LABELS = _WRITE | {"compression_level": 15}
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,19 @@ Footer = TypeVar("Footer", SamplesFooter, LabelsFooter)
 
 
 def labels_schema(num_classes: int, topk: int, precision: Precision) -> pa.Schema:
-    """Return the exact schema of label shards; K = 0 has no top-k columns."""
-    index, prob = pa.from_numpy_dtype(index_dtype(num_classes)), pa.from_numpy_dtype(np.dtype(precision))
-    columns = [("view", pa.uint32()), ("row", pa.uint32()), ("hard", index)]
-    if topk:
+    """Return the exact schema of label shards; K = 0 has no top-k columns, and with codes `hard` is the first of top-k."""
+    index, prob = pa.from_numpy_dtype(index_dtype(num_classes)), pa.from_numpy_dtype(prob_dtype(precision))
+    columns = [("view", pa.uint32()), ("row", pa.uint32())]
+    if topk and precision == "log8":
+        columns += [
+            ("topk_index", pa.list_(_element(index), topk)),
+            ("topk_code", pa.list_(_element(pa.uint8()), topk)),
+        ]
+    elif topk:
         lists = [("topk_index", pa.list_(_element(index), topk)), ("topk_prob", pa.list_(_element(prob), topk))]
-        columns += [*lists, ("tail_mass", prob)]
+        columns += [("hard", index), *lists, ("tail_mass", prob)]
+    else:
+        columns += [("hard", index)]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
 
 
@@ -144,13 +158,24 @@ def write_labels(file: BinaryIO, views: Sequence[LabelRows], footer: LabelsFoote
     """Write one label shard: a row group for each view."""
     schema = labels_schema(footer.num_classes, footer.topk, footer.precision)
     # Bytes of one significance side by side compress best; rows and views are runs, so their differences do.
-    encoding = {"view": "DELTA_BINARY_PACKED", "row": "DELTA_BINARY_PACKED", "hard": "BYTE_STREAM_SPLIT"}
-    if footer.topk:
-        lists = ["topk_index.list.element", "topk_prob.list.element", "tail_mass"]
-        encoding |= dict.fromkeys(lists, "BYTE_STREAM_SPLIT")
-    with pq.ParquetWriter(file, schema.with_metadata(_metadata(footer)), column_encoding=encoding, **_WRITE) as writer:
+    encoding = {name: _ENCODINGS[name] for name in schema.names}
+    encoding = {f"{name}.list.element" if name.startswith("topk_") else name: how for name, how in encoding.items()}
+    with pq.ParquetWriter(
+        file, schema.with_metadata(_metadata(footer)), column_encoding=encoding, **_WRITE_LABELS
+    ) as writer:
         for view, rows in enumerate(views, footer.view_start):
             writer.write_table(_labels_table(rows, view, schema), row_group_size=max(1, len(rows)))
+
+
+_ENCODINGS = {
+    "view": "DELTA_BINARY_PACKED",
+    "row": "DELTA_BINARY_PACKED",
+    "hard": "BYTE_STREAM_SPLIT",
+    "topk_index": "BYTE_STREAM_SPLIT",
+    "topk_prob": "BYTE_STREAM_SPLIT",
+    "tail_mass": "BYTE_STREAM_SPLIT",
+    "topk_code": "PLAIN",
+}
 
 
 def write_samples(file: BinaryIO, samples: SampleRows, footer: SamplesFooter) -> None:
@@ -295,13 +320,11 @@ def _metadata(footer: SamplesFooter | LabelsFooter) -> dict[bytes, bytes]:
 
 
 def _labels_table(rows: LabelRows, view: int, schema: pa.Schema) -> pa.Table:
-    arrays = [pa.array(np.full(len(rows), view, np.uint32)), pa.array(rows.row), pa.array(rows.hard)]
-    for name, values in (("topk_index", rows.topk_index), ("topk_prob", rows.topk_prob)):
-        if name in schema.names:
-            flat = pa.array(np.ascontiguousarray(values).ravel())
-            arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field(name).type))
-    if "tail_mass" in schema.names:
-        arrays.append(pa.array(rows.tail_mass))
+    arrays = [pa.array(np.full(len(rows), view, np.uint32))]
+    for field in list(schema)[1:]:
+        values = pa.array(np.ascontiguousarray(getattr(rows, field.name)).ravel())
+        is_list = pa.types.is_fixed_size_list(field.type)
+        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=field.type) if is_list else values)
     return pa.table(arrays, schema=schema)
 
 
@@ -382,7 +405,8 @@ def _check_layout(file: pq.ParquetFile, path: str, footer: LabelsFooter) -> None
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     if len(groups) != footer.view_stop - footer.view_start or set(groups) - {footer.rows_per_view}:
         raise LabelSetCorrupt(f"{path}: row groups {groups[:4]}… are not {footer.rows_per_view} rows for each view")
-    size = footer.rows_per_view * label_bytes(footer.num_classes, footer.topk, footer.precision)
+    read_as: Precision = "float32" if footer.precision == "log8" else footer.precision
+    size = footer.rows_per_view * label_bytes(footer.num_classes, footer.topk, read_as)
     if size > MAX_VIEW_BYTES:
         raise LabelSetCorrupt(f"{path}: one view takes {size} bytes of memory, at most {MAX_VIEW_BYTES} are read")
 
@@ -400,19 +424,26 @@ def _read_row_group(file: Contents, footer: LabelsFooter, view: int) -> LabelRow
     group = view - footer.view_start
     _check_pages(file, group)
     table = _guarded(file.name, lambda: file.parquet.read_row_group(group, use_threads=False))
-    size, topk, prob = len(table), footer.topk, np.dtype(footer.precision)
-    rows = LabelRows(
-        row=_values(table["row"]),
-        hard=_values(table["hard"]),
-        topk_index=_matrix(table["topk_index"], topk) if topk else np.empty((size, 0), index_dtype(footer.num_classes)),
-        topk_prob=_matrix(table["topk_prob"], topk) if topk else np.empty((size, 0), prob),
-        tail_mass=_values(table["tail_mass"]) if topk else np.empty(0, prob),
-    )
+    rows = _rows_of(table, footer)
     if problem := find_problem(rows, footer.num_classes):
         raise LabelSetCorrupt(f"{file}: view {view}: {problem}")
     if not (_values(table["view"]) == view).all():
         raise LabelSetCorrupt(f"{file}: row group {group} must hold view {view} alone")
     return rows
+
+
+def _rows_of(table: pa.Table, footer: LabelsFooter) -> LabelRows:
+    size, topk, prob = len(table), footer.topk, prob_dtype(footer.precision)
+    if not topk:
+        empty = np.empty((size, 0), index_dtype(footer.num_classes))
+        return LabelRows(
+            _values(table["row"]), _values(table["hard"]), empty, np.empty((size, 0), prob), np.empty(0, prob)
+        )
+    row, index = _values(table["row"]), _matrix(table["topk_index"], topk)
+    if footer.precision == "log8":
+        codes = _matrix(table["topk_code"], topk)
+        return LabelRows(row, index[:, 0], index, *from_codes(codes, footer.num_classes), codes)
+    return LabelRows(row, _values(table["hard"]), index, _matrix(table["topk_prob"], topk), _values(table["tail_mass"]))
 
 
 def _values(column: pa.ChunkedArray) -> NDArray[Any]:

@@ -36,7 +36,7 @@ from pipeline.labels import (
     write_samples,
 )
 
-FIELDS = [field.name for field in dataclasses.fields(LabelRows)]
+FIELDS = [field.name for field in dataclasses.fields(LabelRows) if field.name != "topk_code"]
 
 
 def answers(rows: int, classes: int, topk: int, seed: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
