@@ -253,6 +253,15 @@ def test_a_part_is_a_label_set_and_can_be_completed(spot, made, tmp_path, part, 
     assert content(tmp_path / "here") == content(made / "set")
 
 
+def test_another_manifest_than_the_pinned_one_is_not_pulled(spot, made, tmp_path):
+    push(made / "set", spot.target)
+    pin = hashlib.sha256((made / "set/manifest.json").read_bytes()).hexdigest()
+    pull(spot.url, tmp_path / "here", expect_manifest=f"sha256:{pin}")
+    with pytest.raises(LabelSetMismatch, match=f"{pin[:12]}"):
+        pull(spot.url, tmp_path / "not", expect_manifest=f"sha256:{'0' * 64}")
+    assert not (tmp_path / "not").exists()
+
+
 def test_parts_that_leave_a_hole_are_refused_before_anything_moves(spot, made, tmp_path):
     push(made / "set", spot.target)
     pull(spot.url, tmp_path / "here", views=(0, 2), shards=["train-0"])
