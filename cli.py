@@ -117,12 +117,17 @@ def precompute(
             click.echo(plan_table(stage1.look_ahead(config, chosen, loaded, source)))
             return
         label_set = stage1.precompute(config, chosen, loaded, source, progress=progress)
+    click.echo(_labelled(config, label_set))
+
+
+def _labelled(config: PrecomputeConfig, label_set: Any) -> str:
+    """Return what labelling came to."""
     if label_set is None:
-        click.echo(f"{config.out}: this rank's label shards are complete; the rank that ends last seals the set")
-        return
+        return f"{config.out}: this rank's label shards are complete; the rank that ends last seals the set"
     views = label_set.views
-    click.echo(
-        f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed. Look: deit-cli labels show {config.out}"
+    return (
+        f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed."
+        f" Look: deit-cli labels show {config.out}"
     )
 
 
@@ -414,10 +419,12 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
 
 @commands.group()
 def labels() -> None:
-    """Look into a label set: info, verify, show; share it: push, pull, sign, card, export; import others' labels."""
+    """Look into a label set, make one larger (merge, extend), share it (push, pull, sign, card, export)."""
 
 
 LABELS = click.argument("folder")  # or a URL
+# What the plan of a set decides when it is extended, or `extend` asks for by itself.
+FROM_PLAN = frozenset({"data", "out", "views", "topk", "precision", "views_per_shard", "include_images"})
 EXPECT_MANIFEST = click.option(
     "--expect-manifest", metavar="sha256:HEX", help="Refuse a manifest of other bytes; `labels info` prints its hash."
 )
@@ -564,9 +571,12 @@ def pull(
       deit-cli labels pull s3://bucket/shards shards
       deit-cli labels pull https://host/shards shards --views 0:100 --shards 'train-0000*'
     """
+    from pipeline.card import refresh_card
+    from pipeline.labelset import LabelSet
     from pipeline.sharing import moved_line, pull
 
     with shown_progress() as progress:
+<<<<<<< HEAD
         moved = pull(
             url,
             Path(folder),
@@ -576,7 +586,65 @@ def pull(
             workers=workers,
             progress=progress,
         )
+=======
+        moved = pull(url, Path(folder), views=views, shards=shards or None, workers=workers, progress=progress)
+    if views or shards or moved.found_files:  # the card that came is of the whole
+        refresh_card(LabelSet.open(folder))
+>>>>>>> main
     click.echo(moved_line(folder, moved, "received"))
+
+
+@labels.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("sets", nargs=-1, required=True, metavar="SET...")
+def merge(out: Path, sets: tuple[str, ...]) -> None:
+    """Make one label set of views or source shards that several machines made of one identity.
+
+    Sets may be sealed, parts, or folders of ranks and stopped runs, which never were. What is complete is sealed; OUT may
+    hold a set of the same identity, and grows. Nothing is overwritten, and the same command continues a killed one.
+
+    \b
+    Example:
+      deit-cli labels merge shards machine-a/shards machine-b/shards
+    """
+    from pipeline.merging import merge as merge_sets
+    from pipeline.merging import merged_lines
+
+    with shown_progress() as progress:
+        merged = merge_sets(out, sets, progress=progress)
+    click.echo(merged_lines(out, merged))
+
+
+@labels.command()
+@LABELS
+@click.option("--views", type=ViewsType(), required=True, help="View numbers START:STOP that the set is to have too.")
+@click.option("--data", help="Images; by default the set's own, or where it found them.")
+@click.option(
+    "--teacher",
+    "--teacher-model",
+    "teacher",
+    multiple=True,
+    help="By default the set's, by its resolved name; pass the file or module of a teacher that has no public name.",
+)
+@options_of(PrecomputeConfig, skip=FROM_PLAN)
+@options_of(TeacherConfig, skip=frozenset({"teacher"}))
+@LOG_JSON
+def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path | None, **values: Any) -> None:
+    """Label more views of a set: recipe, teacher, K and precision are those of its plan. Another teacher is refused.
+
+    \b
+    Example:
+      deit-cli labels extend shards --views 30:60
+    """
+    from pipeline.engines import load_here
+    from pipeline.extending import extension
+    from pipeline.precompute import precompute as stage1
+
+    config, asked, recipe = extension(folder, values, data=data, views=views)
+    with shown_progress(log_json) as progress:
+        teacher, source = load_here(config, asked)
+        label_set = stage1(config, recipe, teacher, source, progress=progress)
+    click.echo(_labelled(config, label_set))
 
 
 @labels.command(name="import")

@@ -184,7 +184,7 @@ class LabelSet:
         They are what `cache.prefetch` takes; a local set has none.
         """
         entries = [self._entry("samples", shard, 0)] + ([] if view is None else [self._labels_entry(shard, view)])
-        return tuple(file for file in map(self._file, entries) if isinstance(file, RemoteFile))
+        return tuple(file for file in map(self.file_of, entries) if isinstance(file, RemoteFile))
 
     def check_source(self, source: Source) -> None:
         """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled.
@@ -260,7 +260,7 @@ class LabelSet:
     def _own_images(self) -> Source:
         names = self.plan.source.class_names
         shards = tuple(
-            TarShard(name, self._file(self._entry("images", name, 0)), None if names is None else len(names))
+            TarShard(name, self.file_of(self._entry("images", name, 0)), None if names is None else len(names))
             for name in self.shards
         )
         folder = self.folder
@@ -275,7 +275,7 @@ class LabelSet:
         Raises:
             LabelSetCorrupt: the file is missing, has another length, or other bytes.
         """
-        file = self._file(entry)
+        file = self.file_of(entry)
         if isinstance(file, Path):
             check_length(file, entry, self.folder)
             with refusals_named(file):
@@ -324,7 +324,8 @@ class LabelSet:
         mine, now = short(str(self.manifest.content_sha256)), short(str(found))
         return f" (the manifest has changed since it was opened: its content was {mine}…, now it is {now}…)"
 
-    def _file(self, entry: FileEntry) -> Path | RemoteFile:
+    def file_of(self, entry: FileEntry) -> Path | RemoteFile:
+        """Return where a file lies, with what the manifest promises of it."""
         file = self.folder / entry.path
         if isinstance(file, Path):
             return file

@@ -4,6 +4,7 @@ Both are strict JSON: unknown fields, duplicate keys, NaN and unsafe names are r
 JSON; `labelset_id` covers recipe, teacher, source and the stored precision, so any of them changes it.
 """
 
+import re
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -344,6 +345,16 @@ def images_path(shard: str) -> PurePosixPath:
 def labels_path(shard: str, views: range) -> PurePosixPath:
     """Return where the labels of a source shard and a block of views stand in a label set."""
     return PurePosixPath("labels") / f"views-{views.start:05d}-{views.stop - 1:05d}" / f"{shard}.parquet"
+
+
+def label_blocks(folder: Path) -> list[range]:
+    """Return the blocks of views for which a folder holds label shards, by the names of their folders, in order."""
+    blocks = []
+    for path in sorted((folder / "labels").glob("views-*-*")):
+        first, _, last = path.name.removeprefix("views-").partition("-")
+        if max(len(first), len(last)) <= 10 and re.fullmatch("[0-9]+-[0-9]+", f"{first}-{last}"):
+            blocks.append(range(int(first), int(last) + 1))
+    return sorted(blocks, key=lambda block: (block.start, block.stop))
 
 
 def read_plan(folder: Path) -> Plan:

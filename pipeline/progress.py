@@ -26,6 +26,7 @@ _UNITS = {  # what each phase counts
     "push": "files",
     "pull": "files",
     "export": "tars",
+    "merge": "files",
 }
 
 

@@ -20,6 +20,7 @@ from typing import TypeVar, cast
 from pipeline.errors import LabelSetMismatch, RemoteFileRefused, UsageError
 from pipeline.labelset import LabelSet
 from pipeline.manifest import (
+    IMAGES_FOLDER,
     MANIFEST_NAME,
     PLAN_NAME,
     FileEntry,
@@ -42,6 +43,7 @@ from pipeline.urls import is_url
 log = logging.getLogger("deit_cli.sharing")
 
 CARD_NAME = "README.md"
+CLASSES_NAME = f"{IMAGES_FOLDER}/classes.txt"
 SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
 WORKERS = 8  # files at a time
 
@@ -241,9 +243,19 @@ def _taken(right: bool | None, held: bool | None, file: Promise, target: Place) 
 
 
 def _carry(source: Place, target: Place, *, signed: bool) -> None:
+<<<<<<< HEAD
     """Take along what lies beside the files: the card where there is none, and the signature of this very manifest."""
     card, signature = (_read_optional(source, name) for name in (CARD_NAME, SIGNATURE_NAME))
     if card is not None and not target.put(card, CARD_NAME):
+=======
+    """Take along what lies beside the files: the card where there is none, and the signature of this very manifest.
+
+    And the class names of packed images, so that these are a source there too.
+    """
+    if (classes := source.read(CLASSES_NAME)) is not None:
+        target.put(classes, CLASSES_NAME)
+    if (card := source.read(CARD_NAME)) is not None and not target.put(card, CARD_NAME):
+>>>>>>> main
         log.info("%s/%s is another one, and stays", target, CARD_NAME)
     if signature is not None and signed:
         target.put(signature, SIGNATURE_NAME, replace=True)

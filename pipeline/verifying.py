@@ -36,6 +36,7 @@ from pipeline.manifest import (
     FileEntry,
     Manifest,
     Plan,
+    label_blocks,
     labels_path,
     parse_manifest,
     parse_plan,
@@ -89,7 +90,7 @@ def verify(
         _check_signature(report, config, report.manifest_sha256)
     tasks = list(_tasks(folder, plan, manifest))
     _check_files(report, folder, plan, tasks, threads, progress)
-    if isinstance(folder, Path):
+    if isinstance(folder, Path) and manifest and manifest.files:
         _note_others(report, folder, tasks)
     if report.label_set and (config.probes or config.data or asked or report.label_set.has_images):
         report.source = check_images(report, report.label_set, config, threads=threads, progress=progress)
@@ -213,17 +214,11 @@ def _tasks(folder: Path | RemoteFolder, plan: Plan | None, manifest: Manifest | 
     for name in names:
         if (folder / samples_path(name)).is_file():
             yield _Task("samples", name, range(0), str(samples_path(name)), None)
-    blocks = sorted(path.name for path in (folder / "labels").glob("views-*-*"))
-    for block in blocks:
-        first, _, last = block.removeprefix("views-").partition("-")
-        if max(len(first), len(last)) <= 10 and f"{first}{last}".isdecimal():
-            views = range(int(first), int(last) + 1)
-            paths = {name: labels_path(name, views) for name in names}
-            yield from (
-                _Task("labels", name, views, str(path), None)
-                for name, path in paths.items()
-                if (folder / path).is_file()
-            )
+    for views in label_blocks(folder):
+        paths = {name: labels_path(name, views) for name in names}
+        yield from (
+            _Task("labels", name, views, str(path), None) for name, path in paths.items() if (folder / path).is_file()
+        )
 
 
 def _check_files(

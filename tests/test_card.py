@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from builders import files_of, make_labels, write_tars
 from huggingface_hub import DatasetCard
-from label_sets import colour_teacher, make_label_set, write_source
+from label_sets import colour_teacher, make_label_set, problems_in, write_source
 from test_cli import invoke
 from test_train import TINY
 
@@ -149,7 +149,7 @@ def test_a_text_from_outside_is_one_code_span(text, span):
     assert code(text) == span
 
 
-HOSTILE = "x\n---\nlicense: mit\n---\n# Hi\n```python\nimport os\n``` <script>alert(1)</script> ](http://evil) `code` --- : [ ! & * \u2028 end"
+HOSTILE = "x --- license: mit --- # Hi ```python import os ``` <script>alert(1)</script> ](http://evil) `code` --- : [ ! & * \u2028 end"
 
 
 def test_a_hostile_teacher_name_stays_a_name(tmp_path):
@@ -166,7 +166,7 @@ def test_a_hostile_teacher_name_stays_a_name(tmp_path):
     rest = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", blocks_out)
     assert not any(word in rest for word in ("script", "evil", "Hi", "license: mit", "import os"))
     assert tuple(blocks(card)) == (*READERS, "deit-cli")
-    assert labels.verify() == []
+    assert problems_in(labels) == []
 
 
 # --- whose file it is -------------------------------------------------------------------------------------------
@@ -228,6 +228,24 @@ def test_a_licence_that_was_written_is_kept(tmp_path):
     assert header["license"] == "other"
 
 
+def test_a_part_that_is_pulled_has_a_card_of_its_own_and_its_licence(tmp_path):
+    data = write_tars(tmp_path / "data")
+    make_labels(tmp_path / "set", data, views=(0, 4), views_per_shard=2, include_images="20")
+    assert invoke("labels", "card", str(tmp_path / "set"), "--license", "cc-by-4.0")[0] == 0
+    shutil.rmtree(data)
+    place, part, copy = (str(tmp_path / name) for name in ("pushed", "part", "copy"))
+    assert invoke("labels", "push", str(tmp_path / "set"), place)[0] == 0
+    assert files_of(tmp_path / "pushed") == files_of(tmp_path / "set")
+    assert invoke("labels", "pull", place, part, "--views", "2:4")[0] == 0
+    card = (tmp_path / "part/README.md").read_text()
+    assert is_untouched(card)
+    assert "**Views** 2..3: 46 labels" in card
+    assert licence_of(card) == Licence("cc-by-4.0", None, None)
+    assert invoke("labels", "pull", place, copy)[0] == 0
+    make_labels(tmp_path / "copy", f"{copy}/images", views=(4, 6))  # the images of a copy are a source
+    assert "**Views** 0..5" in (tmp_path / "copy/README.md").read_text()
+
+
 @pytest.mark.parametrize("identifier", ["MIT License", "", "-x", "a\nb"])
 def test_a_licence_that_is_no_identifier_is_refused(identifier):
     with pytest.raises(UsageError, match=r"--license must be an identifier of the Hub, such as cc-by-4\.0"):
@@ -253,4 +271,4 @@ def test_a_set_is_sealed_even_where_its_card_cannot_be_written(tmp_path, caplog)
         write_card(labels)
     refresh_card(labels)
     assert "the label set is sealed, but its card could not be written" in caplog.text
-    assert LabelSet.open(tmp_path / "set").verify() == []
+    assert problems_in(tmp_path / "set") == []

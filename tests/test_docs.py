@@ -16,6 +16,7 @@ PAGES = (
     "docs/sharing.md",
     "docs/clusters.md",
     "docs/recipes.md",
+    "docs/export.md",
     "docs/import.md",
     "docs/trust.md",
     "benchmarks/README.md",

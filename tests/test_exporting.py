@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from pipeline.mixing import apply_mix, mix_batch
 from pipeline.replay import pair_of
 from pipeline.sources import open_source
 from pipeline.views import draw_view, render
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +264,23 @@ def test_datasets_reads_the_hard_labels(tmp_path, unlabelled):
     )
     for found in json.loads(script(DATASETS, str(tmp_path / "out"), home=tmp_path)):
         assert found == [values for _, values in expected]
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_runs(labels, tmp_path):
+    pytest.importorskip("datasets")
+    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), flags=re.DOTALL)
+    export(labels, tmp_path / "exported")
+    assert script(text, home=tmp_path) == f"{labels.read('train-000000', 0).hard[0]} (16, 16)"
+
+
+def test_the_page_names_every_field_of_the_json(labels, tmp_path):
+    export(labels, tmp_path / "out")
+    (first, *_) = samples_in(tmp_path / "out/train-000000-view-00000.tar").values()
+    page = (ROOT / "docs/export.md").read_text().split("| field of `.json`")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in page.splitlines()[2:]))) == {
+        *json.loads(first["json"])
+    }
 
 
 def test_the_command_exports_a_moved_self_contained_set(tmp_path):

@@ -193,6 +193,29 @@ def test_two_machines_that_seal_other_views_at_the_same_time_lose_none(data, who
     assert at(f"{bucket}/set").keys() == whole.keys()
 
 
+@EVERYWHERE
+def test_a_self_contained_set_is_sent_with_its_images_and_its_card(data, bucket, machine, tmp_path):
+    make_labels(tmp_path / "set", data, include_images="20", **SETTINGS)
+    label(f"{bucket}/set", data, include_images="20")
+    assert at(f"{bucket}/set") == named_files(tmp_path / "set")
+    machine("b")
+    more = label(f"{bucket}/set", str(tmp_path / "set/images"), views=(4, 6))  # another machine, without the source
+    assert more is not None
+    assert more.has_images
+    assert b"**Views** 0..5" in at(f"{bucket}/set")["README.md"]
+    far = LabelSet.open(f"{bucket}/set")
+    assert far.open_source().shard("train-000001").keys == open_source(data).shard("train-000001").keys
+    assert problems_in(far) == []
+
+
+def test_machines_that_pack_images_differently_are_stopped(data, bucket, monkeypatch):
+    """The other machine's tar appears in the bucket after this one has looked, and has other bytes."""
+    list_nothing_at_first(monkeypatch)
+    fsspec.filesystem("memory").pipe("/bucket/set/images/train-000000.tar", b"another Pillow's")
+    with pytest.raises(LabelSetMismatch, match=r"another machine has packed other images, or with another Pillow"):
+        label(f"{bucket}/set", data, include_images="20")
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/set", "https://host/set"])
 def test_a_web_server_is_no_place_to_write_to(data, url):
     with pytest.raises(UsageError, match=r"a web server takes no files\. Write to a bucket"):

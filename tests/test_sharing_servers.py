@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from label_sets import files_of, make_label_set, read_everything, seal_again, write_source
+from label_sets import files_of, make_label_set, problems_in, read_everything, seal_again, write_source
 from nginx_server import nginx_server
 from s3_server import BUCKET, Proxy, client, credentials, proxy, s3_server
 from test_train import TINY, assert_same_state
@@ -247,7 +247,7 @@ def test_a_part_is_a_label_set_and_can_be_completed(spot, made, tmp_path, part, 
     pull(spot.url, tmp_path / "here", **part)
     label_set = LabelSet.open(tmp_path / "here")
     assert len(label_set.manifest.files) == files
-    assert label_set.verify() == []
+    assert problems_in(label_set) == []
     assert label_set.manifest.probes
     pull(spot.url, tmp_path / "here")
     assert content(tmp_path / "here") == content(made / "set")
@@ -311,7 +311,7 @@ def test_two_who_push_other_views_at_once_lose_none(spot, made, tmp_path):
     assert failures == []
     pull(spot.url, tmp_path / "here")
     label_set = LabelSet.open(tmp_path / "here")
-    assert (label_set.views, label_set.verify()) == (range(4), [])
+    assert (label_set.views, problems_in(label_set)) == (range(4), [])
     assert list(read_everything(label_set)) == list(read_everything(LabelSet.open(made / "set")))
 
 
@@ -451,7 +451,7 @@ def test_an_old_listing_is_not_believed(spot, made, tmp_path):
     spot.files.delete(LARGE)
     assert push(made / "set", spot.target).sent_files == 1
     pull(spot.url, tmp_path / "here")
-    assert LabelSet.open(tmp_path / "here").verify() == []
+    assert problems_in(tmp_path / "here") == []
 
 
 @pytest.mark.parametrize("years", [-10, 10])

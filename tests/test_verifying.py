@@ -141,6 +141,7 @@ def test_with_a_damaged_manifest_files_are_held_against_the_plan(copied):
     report = verify(str(copied), NO_PROBES)
     assert found(report) == [("manifest.json", "manifest"), (FIRST, "content")]
     assert report.files == 6
+    assert report.notes == []  # nobody can say which files are none of the set
     text = str(report.problems[0])
     assert text.startswith(f"{copied / 'manifest.json'}: ")
     assert text.endswith("with --views of all that it held: every file is looked at, and the set sealed anew")
@@ -218,7 +219,8 @@ def test_a_wrong_pin_is_a_problem_beside_others(copied):
 
 @pytest.mark.parametrize("count", [150, pytest.param(1500, marks=pytest.mark.slow)])
 def test_no_flipped_bit_of_any_file_goes_unnoticed(copied, count):
-    rng, names = random.Random(count), [path for path in files_of(copied)]
+    """The card, README.md, is for people and no part of the set."""
+    rng, names = random.Random(count), [path for path in files_of(copied) if path.suffix in (".json", ".parquet")]
     for path in rng.choices(names, [path.stat().st_size for path in names], k=count):
         good = path.read_bytes()
         data = bytearray(good)
