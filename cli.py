@@ -576,7 +576,6 @@ def pull(
     from pipeline.sharing import moved_line, pull
 
     with shown_progress() as progress:
-<<<<<<< HEAD
         moved = pull(
             url,
             Path(folder),
@@ -586,11 +585,8 @@ def pull(
             workers=workers,
             progress=progress,
         )
-=======
-        moved = pull(url, Path(folder), views=views, shards=shards or None, workers=workers, progress=progress)
     if views or shards or moved.found_files:  # the card that came is of the whole
         refresh_card(LabelSet.open(folder))
->>>>>>> main
     click.echo(moved_line(folder, moved, "received"))
 
 

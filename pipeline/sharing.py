@@ -243,19 +243,14 @@ def _taken(right: bool | None, held: bool | None, file: Promise, target: Place) 
 
 
 def _carry(source: Place, target: Place, *, signed: bool) -> None:
-<<<<<<< HEAD
-    """Take along what lies beside the files: the card where there is none, and the signature of this very manifest."""
-    card, signature = (_read_optional(source, name) for name in (CARD_NAME, SIGNATURE_NAME))
-    if card is not None and not target.put(card, CARD_NAME):
-=======
     """Take along what lies beside the files: the card where there is none, and the signature of this very manifest.
 
     And the class names of packed images, so that these are a source there too.
     """
-    if (classes := source.read(CLASSES_NAME)) is not None:
+    classes, card, signature = (_read_optional(source, name) for name in (CLASSES_NAME, CARD_NAME, SIGNATURE_NAME))
+    if classes is not None:
         target.put(classes, CLASSES_NAME)
-    if (card := source.read(CARD_NAME)) is not None and not target.put(card, CARD_NAME):
->>>>>>> main
+    if card is not None and not target.put(card, CARD_NAME):
         log.info("%s/%s is another one, and stays", target, CARD_NAME)
     if signature is not None and signed:
         target.put(signature, SIGNATURE_NAME, replace=True)
