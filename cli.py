@@ -551,8 +551,16 @@ def push(folder: str, url: str, workers: int) -> None:
 @click.option(
     "--shards", multiple=True, metavar="NAME", help="Only this source shard, or those of a pattern; repeatable."
 )
+@EXPECT_MANIFEST
 @WORKERS
-def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str, ...], workers: int) -> None:
+def pull(
+    url: str,
+    folder: str,
+    views: tuple[int, int] | None,
+    shards: tuple[str, ...],
+    expect_manifest: str | None,
+    workers: int,
+) -> None:
     """Bring a label set, or a part of it, into a folder: what is missing there, checked by its hash.
 
     The same command continues what was cut, in the middle of a file too. A part is a label set of its own; more views or
@@ -568,7 +576,15 @@ def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str
     from pipeline.sharing import moved_line, pull
 
     with shown_progress() as progress:
-        moved = pull(url, Path(folder), views=views, shards=shards or None, workers=workers, progress=progress)
+        moved = pull(
+            url,
+            Path(folder),
+            views=views,
+            shards=shards or None,
+            expect_manifest=expect_manifest,
+            workers=workers,
+            progress=progress,
+        )
     if views or shards or moved.found_files:  # the card that came is of the whole
         refresh_card(LabelSet.open(folder))
     click.echo(moved_line(folder, moved, "received"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
 
-from pipeline.errors import LabelSetMismatch, UsageError
+from pipeline.errors import LabelSetMismatch, RemoteFileRefused, UsageError
 from pipeline.labelset import LabelSet
 from pipeline.manifest import (
     IMAGES_FOLDER,
@@ -93,6 +93,7 @@ def push(folder: Path, location: str, *, workers: int = WORKERS, progress: Progr
         held = there.holds(file, folder / file.name)
         return _taken(held if held is not None else there.take(file, folder / file.name), held, file, there)
 
+    workers = 1 if location.startswith("hf://") else workers  # each file is a commit on the one before
     return _transfer("push", label_set, label_set.manifest, here, there, move, workers=workers, progress=progress)
 
 
@@ -102,6 +103,7 @@ def pull(
     *,
     views: tuple[int, int] | None = None,
     shards: Sequence[str] | None = None,
+    expect_manifest: str | None = None,
     workers: int = WORKERS,
     progress: Progress = lambda tick: None,
 ) -> Moved:
@@ -112,6 +114,7 @@ def pull(
         folder: where it is to lie.
         views: start and stop of those that are wanted; whole blocks come. None: all.
         shards: names of source shards, or patterns. None: all.
+        expect_manifest: pin, `sha256:` and the hash that the manifest there must have; None: any.
         workers: files that are brought at a time.
         progress: is told how many files are here.
 
@@ -122,7 +125,11 @@ def pull(
         StorageError: it could not be received or written.
     """
     _refuse_same(location, str(folder))
-    label_set, there, here = LabelSet.open(location), open_place(location), Folder(folder)
+    label_set, there, here = (
+        LabelSet.open(location, expect_manifest=expect_manifest),
+        open_place(location),
+        Folder(folder),
+    )
     manifest = label_set.manifest
     if views is not None or shards is not None:
         manifest = subset_manifest(
@@ -240,15 +247,21 @@ def _carry(source: Place, target: Place, *, signed: bool) -> None:
 
     And the class names of packed images, so that these are a source there too.
     """
-    if (classes := source.read(CLASSES_NAME)) is not None:
+    classes, card, signature = (_read_optional(source, name) for name in (CLASSES_NAME, CARD_NAME, SIGNATURE_NAME))
+    if classes is not None:
         target.put(classes, CLASSES_NAME)
-    if (card := source.read(CARD_NAME)) is not None and not target.put(card, CARD_NAME):
+    if card is not None and not target.put(card, CARD_NAME):
         log.info("%s/%s is another one, and stays", target, CARD_NAME)
-    signature = source.read(SIGNATURE_NAME)
     if signature is not None and signed:
         target.put(signature, SIGNATURE_NAME, replace=True)
-    elif not signed and (signature or target.read(SIGNATURE_NAME)) is not None:
+    elif not signed and (signature or _read_optional(target, SIGNATURE_NAME)) is not None:
         log.warning("%s: no signature covers the manifest that is there now: sign it", target)
+
+
+def _read_optional(place: Place, name: str) -> bytes | None:
+    with contextlib.suppress(RemoteFileRefused):  # so answers a store that may not be listed, and has no such file
+        return place.read(name)
+    return None
 
 
 def _move_all(
@@ -308,9 +321,9 @@ def in_threads(
                 results.put((None, error))
 
     threads = [threading.Thread(target=work, daemon=True, name="transfer") for _ in range(min(workers, left))]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         while left and failure is None:
             with contextlib.suppress(Empty):
                 result, failure = results.get(timeout=0.2)  # so that signals come through

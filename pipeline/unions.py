@@ -86,6 +86,13 @@ def _check_whole(
             raise LabelSetIncomplete(
                 f"{names[0]} and {names[1]} together lack views {stop}:{following}. Bring those first"
             )
+    files = list(files)
+    with_images = {entry.shard for entry in files if entry.kind == "images"}
+    if with_images and (lacking := [shard for shard in shards if shard not in with_images]):
+        raise LabelSetIncomplete(
+            f"{names[0]} and {names[1]} together have the images of some source shards only, not of {lacking[0]!r}."
+            " Choose another address"
+        )
     found = {(entry.shard, entry.view_start, entry.view_stop) for entry in files if entry.kind == "labels"}
     for shard, (start, stop) in itertools.product(shards, blocks):
         if (shard, start, stop) not in found:

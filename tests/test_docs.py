@@ -13,6 +13,7 @@ import cli
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
+    "docs/sharing.md",
     "docs/clusters.md",
     "docs/recipes.md",
     "docs/export.md",
