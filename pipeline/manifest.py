@@ -23,7 +23,7 @@ from pipeline.storage import parse_json, pretty_json, read_small, sha256_file
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 
-MAX_FILE_BYTES = 2**31  # of a file of the set, which is read as a whole; ImageNet's are of some MB
+MAX_FILE_BYTES = 2**30  # of a file of the set, which is read as a whole; ImageNet's are of some MB
 MAX_PROBES = 64  # each is rendered before training; 8 are stored
 
 Channels = tuple[float, float, float]

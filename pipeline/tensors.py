@@ -22,7 +22,9 @@ from pipeline.errors import CheckpointError, StorageError
 from pipeline.samples import CONTROL_CHARACTERS
 from pipeline.storage import read_json
 
-SMALL = 1 << 24  # numbers that any machine has room for: of so small a network loading says more exactly what does not fit
+SMALL = (
+    1 << 24
+)  # numbers that any machine has room for: of so small a network loading says more exactly what does not fit
 _REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # of a network's arguments: how often a part stands in it
 
 

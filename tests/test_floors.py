@@ -51,7 +51,14 @@ TEACHER_SIDE = {
 KEEPERS = {
     "click": {"cli", "pipeline.options", "trainer.console"},
     "rich": {"trainer.console"},
-    "timm": {"pipeline.tensors", "pipeline.teacher_loading", "trainer.student", "trainer.starts", "trainer.optim", "trainer.setup"},
+    "timm": {
+        "pipeline.tensors",
+        "pipeline.teacher_loading",
+        "trainer.student",
+        "trainer.starts",
+        "trainer.optim",
+        "trainer.setup",
+    },
     "pyarrow": {"pipeline.labels", "pipeline.imported", "pipeline.parquet_source"},
     "pydantic": {
         "pipeline.teacher_loading",
