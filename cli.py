@@ -18,6 +18,7 @@ from pipeline.options import (
     AS_JSON,
     LOG_JSON,
     SECONDS,
+    ViewsType,
     chosen_recipe,
     config_option,
     options_of,
@@ -116,12 +117,17 @@ def precompute(
             click.echo(plan_table(stage1.look_ahead(config, chosen, loaded, source)))
             return
         label_set = stage1.precompute(config, chosen, loaded, source, progress=progress)
+    click.echo(_labelled(config, label_set))
+
+
+def _labelled(config: PrecomputeConfig, label_set: Any) -> str:
+    """Return what labelling came to."""
     if label_set is None:
-        click.echo(f"{config.out}: this rank's label shards are complete; the rank that ends last seals the set")
-        return
+        return f"{config.out}: this rank's label shards are complete; the rank that ends last seals the set"
     views = label_set.views
-    click.echo(
-        f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed. Look: deit-cli labels show {config.out}"
+    return (
+        f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed."
+        f" Look: deit-cli labels show {config.out}"
     )
 
 
@@ -220,7 +226,9 @@ def evaluate(**values: Any) -> None:
     click.echo(json.dumps(result, indent=1) if as_json else score_table(result))
 
 
-OF_PRECOMPUTE = frozenset({"out", "engine", "address", "on_bad_image", "min_teacher_accuracy", "accuracy_samples"})
+OF_PRECOMPUTE = frozenset(
+    {"out", "engine", "address", "on_bad_image", "include_images", "min_teacher_accuracy", "accuracy_samples"}
+)
 
 
 @commands.command()
@@ -411,10 +419,12 @@ def stage2(recipe: str | None, overrides: tuple[str, ...], seconds: float, as_js
 
 @commands.group()
 def labels() -> None:
-    """Look into a label set: info, verify, show; sign one; import others' labels."""
+    """Look into a label set, make one larger (merge, extend), share it (push, pull, sign, card, export)."""
 
 
 LABELS = click.argument("folder")  # or a URL
+# What the plan of a set decides when it is extended, or `extend` asks for by itself.
+FROM_PLAN = frozenset({"data", "out", "views", "topk", "precision", "views_per_shard", "include_images"})
 EXPECT_MANIFEST = click.option(
     "--expect-manifest", metavar="sha256:HEX", help="Refuse a manifest of other bytes; `labels info` prints its hash."
 )
@@ -504,20 +514,126 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     """
     from pipeline.inspection import contact_sheet
     from pipeline.labelset import LabelSet
-    from pipeline.sources import open_source
 
     label_set = LabelSet.open(folder)
-    contact_sheet(label_set, open_source(data or label_set.plan.source.location), out, samples=samples, views=views)
+    contact_sheet(label_set, label_set.open_source(data), out, samples=samples, views=views)
     click.echo(str(out))
+
+
+WORKERS = click.option("-j", "--workers", type=click.IntRange(1, 256), default=8, help="Files that move at a time.")
+
+
+@labels.command()
+@LABELS
+@click.argument("url", metavar="URL|FOLDER")
+@WORKERS
+def push(folder: str, url: str, workers: int) -> None:
+    """Send a sealed label set to a bucket or another folder: what is missing there, checked by its hash.
+
+    The same command continues what was cut. Views or source shards that are there already, of the same label set, stay,
+    and what comes is added to them.
+
+    \b
+    Example:
+      deit-cli labels push shards s3://bucket/shards
+    """
+    from pipeline.sharing import moved_line, push
+
+    with shown_progress() as progress:
+        moved = push(Path(folder), url, workers=workers, progress=progress)
+    click.echo(moved_line(url, moved, "sent"))
+
+
+@labels.command()
+@click.argument("url", metavar="URL|FOLDER")
+@LABELS
+@click.option("--views", type=ViewsType(), help="Only these; whole blocks come.  [default: all]")
+@click.option(
+    "--shards", multiple=True, metavar="NAME", help="Only this source shard, or those of a pattern; repeatable."
+)
+@WORKERS
+def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str, ...], workers: int) -> None:
+    """Bring a label set, or a part of it, into a folder: what is missing there, checked by its hash.
+
+    The same command continues what was cut, in the middle of a file too. A part is a label set of its own; more views or
+    source shards may be pulled beside it later.
+
+    \b
+    Examples:
+      deit-cli labels pull s3://bucket/shards shards
+      deit-cli labels pull https://host/shards shards --views 0:100 --shards 'train-0000*'
+    """
+    from pipeline.card import refresh_card
+    from pipeline.labelset import LabelSet
+    from pipeline.sharing import moved_line, pull
+
+    with shown_progress() as progress:
+        moved = pull(url, Path(folder), views=views, shards=shards or None, workers=workers, progress=progress)
+    if views or shards or moved.found_files:  # the card that came is of the whole
+        refresh_card(LabelSet.open(folder))
+    click.echo(moved_line(folder, moved, "received"))
+
+
+@labels.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("sets", nargs=-1, required=True, metavar="SET...")
+def merge(out: Path, sets: tuple[str, ...]) -> None:
+    """Make one label set of views or source shards that several machines made of one identity.
+
+    Sets may be sealed, parts, or folders of ranks and stopped runs, which never were. What is complete is sealed; OUT may
+    hold a set of the same identity, and grows. Nothing is overwritten, and the same command continues a killed one.
+
+    \b
+    Example:
+      deit-cli labels merge shards machine-a/shards machine-b/shards
+    """
+    from pipeline.merging import merge as merge_sets
+    from pipeline.merging import merged_lines
+
+    with shown_progress() as progress:
+        merged = merge_sets(out, sets, progress=progress)
+    click.echo(merged_lines(out, merged))
+
+
+@labels.command()
+@LABELS
+@click.option("--views", type=ViewsType(), required=True, help="View numbers START:STOP that the set is to have too.")
+@click.option("--data", help="Images; by default the set's own, or where it found them.")
+@click.option(
+    "--teacher",
+    "--teacher-model",
+    "teacher",
+    multiple=True,
+    help="By default the set's, by its resolved name; pass the file or module of a teacher that has no public name.",
+)
+@options_of(PrecomputeConfig, skip=FROM_PLAN)
+@options_of(TeacherConfig, skip=frozenset({"teacher"}))
+@LOG_JSON
+def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path | None, **values: Any) -> None:
+    """Label more views of a set: recipe, teacher, K and precision are those of its plan. Another teacher is refused.
+
+    \b
+    Example:
+      deit-cli labels extend shards --views 30:60
+    """
+    from pipeline.engines import load_here
+    from pipeline.extending import extension
+    from pipeline.precompute import precompute as stage1
+
+    config, asked, recipe = extension(folder, values, data=data, views=views)
+    with shown_progress(log_json) as progress:
+        teacher, source = load_here(config, asked)
+        label_set = stage1(config, recipe, teacher, source, progress=progress)
+    click.echo(_labelled(config, label_set))
 
 
 @labels.command(name="import")
 @click.argument("kind", metavar="FORMAT", type=click.Choice(["fkd", "tinyvit"]))
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("path")
+@click.argument("out")
 @click.option("--num-classes", default=1000, help="The teacher's classes; every stored class is checked against it.")
 @click.option("--topk", type=int, show_default="all that are stored", help="Classes to keep of each view.")
-def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None) -> None:
+def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) -> None:
     """Import published labels (FORMAT: fkd, tinyvit) into Parquet tables, and say what is lost.
 
     The tables can be read and compared; they are no label set, because their views cannot be replayed.
@@ -537,15 +653,14 @@ def import_(kind: Any, path: Path, out: Path, num_classes: int, topk: int | None
 @commands.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Also look whether a folder is fit to be written to: up to 256 MB are, and deleted again.",
+    metavar="FOLDER|URL",
+    help="Also look whether a place is fit to be written to: up to 256 MB are (8 MB to a URL), and deleted again.",
 )
 @click.option("--labels", metavar="FOLDER|URL", help="Also render the replay probes of a label set again.")
 @click.option("--data", help="Images of --labels; by default where the label set found them.")
 @AS_JSON
 @click.pass_context
-def doctor(context: click.Context, out: Path | None, labels: str | None, data: str | None, as_json: bool) -> None:
+def doctor(context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool) -> None:
     """Say what is wrong with this machine before a long run does: packages, GPUs, decoders, memory, limits, names.
 
     Exits with 0 where nothing is wrong, warnings apart, and with 1 where something is.
@@ -555,14 +670,92 @@ def doctor(context: click.Context, out: Path | None, labels: str | None, data: s
       deit-cli doctor
       deit-cli doctor --out /scratch/shards --labels shards --data imagenet/train
     """
-    from pipeline.doctor import examine
-    from pipeline.findings import report_json, report_table, verdict
+    from pipeline.doctor.examine import examine
+    from pipeline.doctor.findings import report_json, report_table, verdict
 
     if data is not None and labels is None:
         raise UsageError("--data names the images of --labels: pass that too")
     sections = examine(out=out, labels=labels, data=data)
     click.echo(json.dumps(report_json(sections), indent=1) if as_json else report_table(sections))
     context.exit(1 if verdict(sections)[0] else 0)
+
+
+@labels.command()
+@LABELS
+@click.option("--license", "identifier", help="The Hub's identifier of the licence, such as cc-by-4.0, or other.")
+@click.option("--license-name", help="Of a licence without identifier.")
+@click.option("--license-link", help="Where it is to be read.")
+@click.option("--replace", is_flag=True, help="Also a README.md that somebody has written or changed.")
+def card(
+    folder: str, identifier: str | None, license_name: str | None, license_link: str | None, replace: bool
+) -> None:
+    """Write the dataset card, README.md, anew: what the set holds, under which licence, how to load it.
+
+    \b
+    Example:
+      deit-cli labels card shards --license cc-by-4.0
+    """
+    from pipeline.card import CARD_NAME, Licence, write_card
+    from pipeline.labelset import LabelSet
+
+    if identifier is None and (license_name or license_link):
+        raise UsageError("--license-name and --license-link are of a --license: pass --license other as well")
+    licence = Licence(identifier, license_name, license_link) if identifier else None
+    if not write_card(LabelSet.open(folder), licence, replace=replace):
+        raise UsageError(
+            f"{folder}/{CARD_NAME} is not as deit-cli wrote it: pass --replace to write it anew all the same"
+        )
+    click.echo(f"{folder}/{CARD_NAME}")
+
+
+@labels.command()
+@LABELS
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data", help="Images; by default the set's own, or those where it found them.")
+@click.option("--views", type=ViewsType(), default=None, show_default="the first", help="Views START:STOP to export.")
+@click.option(
+    "--pixels",
+    type=click.Choice(["views", "originals"]),
+    default="views",
+    help="Views as the teacher saw them, or the original files, which it saw only where the recipe changes nothing.",
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(["png", "jpeg"]),
+    default="png",
+    help="Of views: png loses nothing but the rounding of mixup, jpeg (quality 95, 4:4:4) is smaller.",
+)
+@click.option("--format", "kind", type=click.Choice(["webdataset"]), default="webdataset", help="Of the export.")
+@click.option(
+    "-j", "--workers", "--num-workers", type=click.IntRange(0, 1024), help="Processes; by default one a core."
+)
+def export(
+    folder: str,
+    out: Path,
+    data: str | None,
+    views: tuple[int, int] | None,
+    pixels: Any,
+    encoding: Any,
+    kind: str,
+    workers: int | None,
+) -> None:
+    """Write images with the teacher's hard labels beside them, for timm and `datasets` as they are.
+
+    \b
+    Example:
+      deit-cli labels export shards exported --views 0:10
+    """
+    from pipeline.exporting import ExportConfig, export_labels
+    from pipeline.labelset import LabelSet
+    from pipeline.loading import usable_cores
+
+    config = ExportConfig(
+        views=views, pixels=pixels, encoding=encoding, workers=usable_cores() if workers is None else workers
+    )
+    label_set = LabelSet.open(folder)
+    with shown_progress() as progress:
+        count = export_labels(label_set, label_set.open_source(data), out, config, progress=progress)
+    click.echo(f"{out}: {count:,} images in {kind} tars")
 
 
 @commands.command()

@@ -53,7 +53,7 @@ Rows = list[tuple[int, bytes]]  # class, and 44 bytes: what a label of K = 10 ta
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")  # a set's card
 
 
 def damages(folder: Path, count: int, kind: str) -> Iterator[tuple[Path, bytes]]:

@@ -43,6 +43,11 @@ class Differences:
     relabelled: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
+    def sort(self) -> None:
+        """Bring the names of each kind in order, where source shards were added in any."""
+        for names in (self.missing, self.new, self.moved, self.relabelled, self.changed):
+            names.sort()
+
     def describe(self, limit: int) -> list[str]:
         """Return a line for each kind of difference: how many, and the first `limit` by name; none where all is equal."""
         kinds = (

@@ -14,6 +14,8 @@ MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of vie
 BadImagePolicy = Literal["fail", "skip"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["local", "ray"]
+ORIGINAL = "original"  # --include-images: the encoded files as they are
+MAX_SHORTER = 4096
 
 
 def option(default: Any, text: str, *flags: str, bare: str | None = None) -> Any:
@@ -87,6 +89,12 @@ class PrecomputeConfig:
     )
     address: str = option("auto", "Of the Ray cluster (--engine ray).")
     on_bad_image: BadImagePolicy = option("fail", "An image that cannot be decoded stops the run, or is left out.")
+    include_images: str | None = option(
+        None,
+        "Make the set self-contained: pack the images into it, as they are, or (a number of pixels) shrunk to this"
+        " shorter side, which is then what teacher and students see.",
+        bare=ORIGINAL,
+    )
     min_teacher_accuracy: float = option(0.0, "Refuse a teacher below this top-1 on centre crops, percent.")
     accuracy_samples: int = option(256, "Labelled images on which the teacher is measured first; 0: none.")
 
@@ -113,10 +121,21 @@ class PrecomputeConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
         if not 0 <= self.min_teacher_accuracy <= 100:
             raise UsageError(f"--min-teacher-accuracy is a percentage, 0..100, got {self.min_teacher_accuracy}")
+        asked = self.include_images
+        if asked not in (None, ORIGINAL) and not (asked.isdecimal() and 1 <= int(asked) <= MAX_SHORTER):
+            raise UsageError(
+                f"--include-images takes {ORIGINAL} (the files as they are) or the pixels of the shorter side,"
+                f" 1..{MAX_SHORTER}, got {asked}"
+            )
         if self.min_teacher_accuracy and not self.accuracy_samples:
             raise UsageError("--min-teacher-accuracy needs --accuracy-samples above 0, got 0")
         if self.address != "auto" and self.engine != "ray":
             raise UsageError(f"--address {self.address} is of a Ray cluster: pass --engine ray as well")
+
+    @property
+    def shorter_side(self) -> int | None:
+        """Pixels to which included images are shrunk; None: not at all."""
+        return None if self.include_images in (None, ORIGINAL) else int(self.include_images)
 
 
 @dataclass(frozen=True, kw_only=True)

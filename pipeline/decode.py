@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -22,6 +23,8 @@ from pipeline.turbojpeg import decode_region
 # Pillow's own limit (Image.MAX_IMAGE_PIXELS: 256 MiB of RGB). A 24 kB PNG can unpack to 560 MiB; no photograph of a
 # classification set comes near.
 MAX_PIXELS = 89_478_485
+
+JPEG_QUALITY = 95  # of what is encoded here
 
 # Encoders make about ten. Each scan of a progressive JPEG goes over all of its pixels, and may itself be empty: 350 kB of them
 # took a minute.
@@ -76,6 +79,40 @@ def decode_around(image: bytes, box: Box, *, key: str) -> tuple[NDArray[np.uint8
     """
     part = decode_region(image, box) if image[:3] == _JPEG else None
     return part or (decode(image, key=key), 0, 0)
+
+
+def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
+    """Return an image with its shorter side resized to `shorter` pixels, as a JPEG of quality 95 (4:2:0), RGB.
+
+    An image that is not larger is returned as it is, byte for byte: nothing is enlarged, or encoded again for nothing.
+
+    Args:
+        image: the encoded file.
+        shorter: pixels.
+        key: the sample key, for the error.
+
+    Raises:
+        BadImageError: as `decode` does.
+    """
+    pixels = decode(image, key=key)
+    height, width = pixels.shape[:2]
+    least = min(height, width)
+    if least <= shorter:
+        return image
+    size = (shorter * width // least, shorter * height // least)
+    with _named_errors(key):  # Pillow's bicubic is antialiased
+        resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        return encode(np.asarray(resized), "JPEG", subsampling="4:2:0")
+
+
+def encode(
+    pixels: NDArray[np.uint8], kind: Literal["PNG", "JPEG"], *, subsampling: Literal["4:4:4", "4:2:0"] = "4:4:4"
+) -> bytes:
+    """Encode pixels, uint8 [H, W, 3], RGB: as PNG, which loses nothing, or as JPEG of quality 95."""
+    buffer = io.BytesIO()
+    options = {"quality": JPEG_QUALITY, "subsampling": subsampling} if kind == "JPEG" else {}
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def image_size(image: bytes, *, key: str) -> tuple[int, int]:

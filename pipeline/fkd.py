@@ -18,6 +18,7 @@ from its bytes.
 
 import codecs
 import io
+import logging
 import os
 import pickle
 import pickletools
@@ -33,7 +34,11 @@ from pipeline.errors import ImportedLabelsError, SourceError
 from pipeline.imported import ForeignRows, check_answers
 from pipeline.samples import check_name
 from pipeline.storage import refusals_named
+from pipeline.units import count
 
+log = logging.getLogger("deit_cli.fkd")
+
+ENDING = ".tar"
 MAX_FILE_BYTES = 64 * 2**20  # 500 crops of 21,841 classes in float32 are 44 MB
 MAX_CROPS = 100_000
 LARGEST_EXACT = {"float16": 2**11, "float32": 2**24, "float64": 2**53}  # up to there each whole number is its own
@@ -57,6 +62,17 @@ _OPCODES = frozenset(
 )
 _KINDS = {code: np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "b1")}
 _LONGEST_CODEC = 40
+
+
+# What reading a damaged zip or pickle may raise.
+_DAMAGED = (
+    *(ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError, EOFError, MemoryError, OSError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+
+
+class _Refused(Exception):
+    """Why a pickle is not loaded."""
 
 
 class _Kind:
@@ -99,21 +115,37 @@ _STAND_INS = [
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Return the label files below a folder, in order of their paths.
+    """Return the label files below a folder, through links too, in order of their paths.
 
     Raises:
         ImportedLabelsError: there are none.
+        StorageError: a folder cannot be listed.
     """
     found: list[Path] = []
+    others: list[Path] = []
+    seen: set[tuple[int, int]] = set()  # folders, lest a link lead round in a circle
     with refusals_named(folder):
-        for place, below, names in os.walk(folder):
+        for place, below, names in os.walk(folder, onerror=_raise, followlinks=True):
+            stat = os.stat(place)
+            if (stat.st_dev, stat.st_ino) in seen:
+                below.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
             below.sort()
-            found += [Path(place) / name for name in sorted(names) if name.endswith(".tar")]
+            for name in sorted(names):
+                (found if name.endswith(ENDING) else others).append(Path(place) / name)
     if not found:
         raise ImportedLabelsError(
-            f"{folder}: no .tar file below this folder. FKD's labels are class/name.tar: pass the folder of the class folders"
+            f"{folder}: no {ENDING} file below this folder. FKD's labels are class/name.tar: pass the folder of the class folders"
         )
+    if others:
+        more = f", as {count(len(others) - 1, 'other')} of them" if others[1:] else ""
+        log.warning("%s is no %s file and is left out%s", others[0], ENDING, more)
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def read_file(path: Path, folder: Path, *, num_classes: int) -> ForeignRows:
@@ -155,37 +187,18 @@ def _load(path: Path) -> list[Any]:
             raise ImportedLabelsError(f"{path}: a file of labels may have {MAX_FILE_BYTES} bytes, this one has {size}")
         data = path.read_bytes()
     try:
-        _look_through(_pickle_of(data))
+        program = _pickle_of(data)
+        _look_through(program)
         with torch.serialization.safe_globals(_STAND_INS):  # pyright: ignore[reportArgumentType]
-            values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            values = torch.load(_packed_again(program), map_location="cpu", weights_only=True)
         return [value.value if isinstance(value, _Array) else value for value in values]
-    except ImportedLabelsError:
-        raise
-    except (pickle.UnpicklingError, RecursionError, MemoryError, *_DAMAGED) as error:
+    except _DAMAGED as error:
         text = next(iter(str(error).splitlines()), "")[:200]
         raise ImportedLabelsError(
             f"{path}: {size} bytes that torch.save did not write, or damaged: {text or type(error).__name__}. Fetch the file again"
         ) from error
     except _Refused as refused:
         raise ImportedLabelsError(f"{path}: {refused}. It is not loaded: a pickle can run code") from None
-
-
-class _Refused(Exception):
-    """Why a pickle is not loaded."""
-
-
-_DAMAGED = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    EOFError,
-    KeyError,
-    IndexError,
-    AssertionError,
-    OSError,
-    zipfile.BadZipFile,
-)
 
 
 def _pickle_of(data: bytes) -> bytes:
@@ -205,6 +218,16 @@ def _pickle_of(data: bytes) -> bytes:
         if len(pickles) != 1:
             raise _Refused(f"it has {len(pickles)} pickles, and must have one")
         return archive.read(pickles[0])
+
+
+def _packed_again(program: bytes) -> io.BytesIO:
+    """Return a file of torch.save with this pickle alone: torch might find another one in a zip than Python does."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in (("data.pkl", program), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(f"labels/{name}", content)
+    file.seek(0)
+    return file
 
 
 def _look_through(program: bytes) -> None:
@@ -234,16 +257,16 @@ def _checked_arrays(path: Path, values: Any) -> tuple[NDArray[Any], NDArray[Any]
             f"{path}: it must hold three arrays, coordinates, flips and labels; it holds {_kinds(values)}"
         )
     coords, flip, labels = values
-    count = len(labels) if labels.ndim else 0
-    if not 1 <= count <= MAX_CROPS:
-        raise ImportedLabelsError(f"{path}: an image must have 1 to {MAX_CROPS} crops, it has {count}")
-    if coords.shape != (count, 4) or coords.dtype.kind != "f":
+    crops = len(labels) if labels.ndim else 0
+    if not 1 <= crops <= MAX_CROPS:
+        raise ImportedLabelsError(f"{path}: an image must have 1 to {MAX_CROPS} crops, it has {crops}")
+    if coords.shape != (crops, 4) or coords.dtype.kind != "f":
         raise ImportedLabelsError(
-            f"{path}: coordinates must be floating [{count}, 4], they are {coords.dtype} {list(coords.shape)}"
+            f"{path}: coordinates must be floating [{crops}, 4], they are {coords.dtype} {list(coords.shape)}"
         )
-    if flip.shape != (count,) or not np.isin(flip, (0, 1)).all():
+    if flip.shape != (crops,) or not np.isin(flip, (0, 1)).all():
         raise ImportedLabelsError(
-            f"{path}: flips must be {count} times true or false, they are {flip.dtype} {list(flip.shape)}"
+            f"{path}: flips must be {crops} times true or false, they are {flip.dtype} {list(flip.shape)}"
         )
     # In float16 a box that ends with the image may seem to end a little beyond it.
     box = coords.astype(np.float64)
@@ -273,11 +296,13 @@ def _answers(
         hard = labels.astype(np.int64)
         _refuse_impossible(path, hard[:, None], np.ones((len(hard), 1), np.float32), num_classes)
         return hard, np.empty((len(hard), 0), np.int64), np.empty((len(hard), 0), np.float32)
-    if labels.dtype.kind != "f" or labels.ndim not in (2, 3) or (labels.ndim == 3 and labels.shape[1] != 2):
+    shaped = labels.ndim == 2 or (labels.ndim == 3 and labels.shape[1] == 2)
+    if labels.dtype.kind != "f" or not shaped or not labels.size:
         raise ImportedLabelsError(
             f"{path}: labels must be int [N], or floating [N, 2], [N, 2, K] or [N, {num_classes}], they are {labels.dtype} {list(labels.shape)}"
         )
-    native = labels.astype(np.float16 if labels.dtype.itemsize == 2 else np.float32)
+    with np.errstate(over="ignore"):  # infinity is refused below
+        native = labels.astype(np.float16 if labels.dtype.itemsize == 2 else np.float32)
     if labels.ndim == 2 and labels.shape[1] == num_classes > 2:
         order = np.argsort(-native.astype(np.float32), axis=1, kind="stable")
         prob = np.take_along_axis(native, order, axis=1)
@@ -302,9 +327,10 @@ def _whole(path: Path, classes: NDArray[np.floating], kind: np.dtype[Any]) -> ND
     """Return classes that were stored beside probabilities, as whole numbers."""
     if not np.isfinite(classes).all() or (classes != np.rint(classes)).any():
         raise ImportedLabelsError(f"{path}: classes must be whole numbers, they begin {classes.ravel()[:5].tolist()}")
-    if classes.max() > LARGEST_EXACT[kind.newbyteorder("=").name]:
+    largest, exact = int(np.abs(classes).max()), LARGEST_EXACT[kind.newbyteorder("=").name]
+    if largest > exact:
         raise ImportedLabelsError(
-            f"{path}: class {int(classes.max())} is stored in {kind.name}, which rounds whole numbers above {LARGEST_EXACT[kind.newbyteorder('=').name]}:"
+            f"{path}: class {largest} is stored in {kind.name}, which rounds whole numbers above {exact}:"
             " the class is lost. Import labels that were stored in float32"
         )
     return classes.astype(np.int64)

@@ -14,10 +14,11 @@ from pipeline.progress import Progress
 from pipeline.remedies import DAMAGED_MANIFEST
 from pipeline.replay import compare_probes
 from pipeline.reports import Problem, Report
-from pipeline.sources import Source, open_source
+from pipeline.sources import Source
 from pipeline.threads import Telling, in_threads
 
 OTHER_DATA = "Pass the --data that was labelled, or mend this copy"
+OTHER_IMAGES = "Its labels are of other images than those in it: get the damaged files again, or ask whoever made it"
 
 
 def check_images(
@@ -25,17 +26,21 @@ def check_images(
 ) -> Source | None:
     """Compare images and probes, as far as was asked and as can be; return the images, if they are those labelled.
 
-    Without `config.data` only keys and class labels, and the images of the probes, are compared.
+    Without `config.data`, of a set that has no images of its own, only keys and class labels, and the images of the
+    probes, are compared.
     """
-    location, source, before = config.data or label_set.plan.source.location, None, len(report.problems)
+    own = config.data is None and label_set.has_images
+    location = label_set.folder if own else config.data or label_set.plan.source.location
+    source, before = None, len(report.problems)
     with report.noting(location, "source", "Pass --data, or --no-probes to leave the images out"):
-        source = label_set.labelled_part(open_source(location))
+        source = label_set.labelled_part(label_set.open_source(config.data))
         if config.data is None:
             label_set.check_source(source)
     if source is None:
         return None
-    if config.data is not None:
-        compare_images(report, label_set, source, threads=threads, progress=progress)
+    if own or config.data is not None:
+        way_out = OTHER_IMAGES if own else OTHER_DATA
+        compare_images(report, label_set, source, threads=threads, progress=progress, way_out=way_out)
     if any(problem.rule == "source" for problem in report.problems[before:]):
         return None
     if config.probes:
@@ -44,7 +49,13 @@ def check_images(
 
 
 def compare_images(
-    report: Report, label_set: LabelSet, source: Source, *, threads: int, progress: Progress = lambda _: None
+    report: Report,
+    label_set: LabelSet,
+    source: Source,
+    *,
+    threads: int,
+    progress: Progress = lambda _: None,
+    way_out: str = OTHER_DATA,
 ) -> None:
     """Compare keys, class labels and hashes of all images of a copy with those that were labelled.
 
@@ -56,7 +67,7 @@ def compare_images(
         ("shard", label_set.shards, names),
     ):
         if (text := compare_names(what, mine, theirs, limit=10)) != "":
-            report.problems.append(Problem(source.location, "source", f"{source.location}: {text}", OTHER_DATA))
+            report.problems.append(Problem(source.location, "source", f"{source.location}: {text}", way_out))
     shards = list(dict.fromkeys((*label_set.shards, *names)))
     tell = Telling("compare", len(shards), progress)
     comparison, local = Comparison(), threading.local()
@@ -73,15 +84,16 @@ def compare_images(
 
     for shard, result in in_threads(shards, read, threads):
         if isinstance(result, DeitCliError):
-            with report.noting(source.location if isinstance(result, SourceError) else shard, "images", OTHER_DATA):
+            with report.noting(source.location if isinstance(result, SourceError) else shard, "images", way_out):
                 raise result
         else:
             report.images += len(result[1].keys)
             comparison.add(shard, *result)
         tell()
     report.differences = comparison.result()
+    report.differences.sort()
     report.problems += [
-        Problem(source.location, "images", f"{source.location}: {line}", OTHER_DATA)
+        Problem(source.location, "images", f"{source.location}: {line}", way_out)
         for line in report.differences.describe(limit=10)
     ]
 

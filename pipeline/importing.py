@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +31,7 @@ from pipeline.labels import MAX_TOPK
 from pipeline.progress import Progress, Tick
 from pipeline.storage import TEMPORARY_PREFIX, pretty_json, publish_file, refusals_named, sweep_temporaries
 from pipeline.units import byte_size, count
+from pipeline.urls import is_url
 
 PART_BYTES = 64 * 2**20  # of rows in memory
 KEY_BYTES = 100  # that a key may take there, about
@@ -41,12 +42,15 @@ ANY_LOSS = (
     "class names and their order are not recorded; classes are numbers",
     "no hash of the images is recorded: whether your copy has the same ones cannot be proved",
 )
-USE = (
-    "look at what a teacher says: agreement with class labels, entropy, hard samples",
-    "distil on the level of images: the mean over the views of an image is a soft label that needs no view",
+ANY_USE = (
+    "look at what a teacher says: entropy, its most frequent classes, hard samples",
     "compare with other label sets of the same images, by key",
     "train with the program that made them, on the files that were imported",
 )
+IMAGE_USE: dict[Foreign, str] = {
+    "fkd": "distil on the level of images: the mean over the crops of an image is a soft label that needs no crop",
+    "tinyvit": "distil on the level of images, where its settings had no mixup and no CutMix: the mean over the epochs of an image",
+}
 LOSSES: dict[Foreign, tuple[str, ...]] = {
     "fkd": (
         "its random crops and flips are recorded, but not the pixels, nor how they were resized, so nothing proves that a view is the one that the teacher saw",
@@ -99,8 +103,8 @@ class Reader:
 
 def import_labels(
     kind: Foreign,
-    path: Path,
-    out: Path,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     *,
     num_classes: int,
     topk: int | None = None,
@@ -110,16 +114,18 @@ def import_labels(
 
     Args:
         kind: their format.
-        path: folder of them.
-        out: new folder, or the one that an interrupted import of the same labels left.
+        source: folder of them.
+        destination: new folder, or the one that an interrupted import of the same labels left.
         num_classes: C; every class is checked against it.
         topk: classes to keep of each view; None: all that are stored.
         progress: is told how many source files are read.
 
     Raises:
-        ImportedLabelsError: they are damaged, unsafe, or not in the layout of their format; or `out` holds something else.
+        ImportedLabelsError: they are damaged, unsafe, or not in the layout of their format; or the destination holds
+            something else.
     """
     _check_settings(num_classes, topk)
+    path, out = (_local(place) for place in (source, destination))
     _check_out(out, path)
     sweep_temporaries(out)
     reader = _open_fkd(path, num_classes, progress) if kind == "fkd" else _open_tinyvit(path, num_classes, progress)
@@ -130,6 +136,14 @@ def import_labels(
     record = _record(kind, tables, reader)
     _publish(out / IMPORT_NAME, pretty_json(record.model_dump(mode="json")))
     return record
+
+
+def _local(place: str | os.PathLike[str]) -> Path:
+    if is_url(place):
+        raise UsageError(
+            f"labels are imported from a folder into a folder, {os.fspath(place)} is a URL: copy them first"
+        )
+    return Path(place)
 
 
 def _check_settings(num_classes: int, topk: int | None) -> None:
@@ -161,12 +175,12 @@ def _open_fkd(path: Path, num_classes: int, progress: Progress) -> Reader:
             yield Batch("part", fkd.read_file(file, path, num_classes=num_classes))
             progress(Tick("files", done, len(files), time.monotonic() - began, made=done))
 
-    return Reader(len(files), sum(file.stat().st_size for file in files), read())
+    return Reader(len(files), _sizes(files), read())
 
 
 def _open_tinyvit(path: Path, num_classes: int, progress: Progress) -> Reader:
     files = tinyvit.list_files(path)
-    sizes = [file.keys.stat().st_size + file.values.stat().st_size for file in files]
+    size = _sizes([path for file in files for path in (file.keys, file.values)])
     totals = [tinyvit.count_records(file) for file in files]
 
     def read() -> Iterator[Batch]:
@@ -177,7 +191,15 @@ def _open_tinyvit(path: Path, num_classes: int, progress: Progress) -> Reader:
                 done += len(rows)
                 progress(Tick("records", done, sum(totals), time.monotonic() - began, made=done))
 
-    return Reader(2 * len(files), sum(sizes), read())
+    return Reader(2 * len(files), size, read())
+
+
+def _sizes(files: Iterable[Path]) -> int:
+    total = 0
+    for file in files:
+        with refusals_named(file):
+            total += file.stat().st_size
+    return total
 
 
 class _Tables:
@@ -280,7 +302,7 @@ def _record(kind: Foreign, tables: _Tables, reader: Reader) -> ImportRecord:
         source_files=reader.files,
         source_bytes=reader.bytes,
         lost=(*LOSSES[kind], *_further_losses(kind, tables), *ANY_LOSS),
-        use=USE,
+        use=(*ANY_USE, IMAGE_USE[kind]),
         columns={name: COLUMNS[name] for name in names},
         files=tuple(tables.parts),
     )
@@ -302,7 +324,7 @@ def _further_losses(kind: Foreign, tables: _Tables) -> Iterator[str]:
         yield "its keys are positions in somebody's list of images, which you need too"
 
 
-def import_table(record: ImportRecord, out: Path) -> str:
+def import_table(record: ImportRecord, out: str | os.PathLike[str]) -> str:
     """Return what an import made, what it cost, and what is lost, for people."""
     size = sum(part.bytes for part in record.files)
     kept = (
@@ -311,7 +333,10 @@ def import_table(record: ImportRecord, out: Path) -> str:
         else f"hard labels of {record.num_classes} classes"
     )
     rows = [
-        ("imported", f"{count(record.rows, 'label')} into {count(len(record.files), 'table')}: {out}/labels"),
+        (
+            "imported",
+            f"{count(record.rows, 'label')} into {count(len(record.files), 'table')}: {os.fspath(out)}/labels",
+        ),
         ("views", f"{record.views[0]}:{record.views[1] + 1}"),
         ("stored", f"{kept}, {record.precision}" if record.topk else kept),
         (

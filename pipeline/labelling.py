@@ -50,6 +50,7 @@ class Job:
         source: of the images.
         workers: loader processes of each teacher process.
         cores: that each teacher process may use for a teacher on the CPU.
+        images: what was done to the images before they were labelled; None: nothing.
     """
 
     config: PrecomputeConfig
@@ -58,6 +59,7 @@ class Job:
     source: Source
     workers: int
     cores: int
+    images: str | None = None
 
     def samples(self, shard: str) -> SampleRows:
         """Read the samples of a source shard, which indexing wrote."""
@@ -116,7 +118,7 @@ class _Desk:
             device=device_name(teacher.device),
             dtype=str(teacher.dtype).removeprefix("torch."),
             compiled=teacher.config.compile,
-        )
+        ) | ({"images": job.images} if job.images else {})
 
     def __enter__(self) -> "_Desk":
         return self

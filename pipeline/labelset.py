@@ -37,6 +37,7 @@ from pipeline.labels import (
     read_view,
 )
 from pipeline.manifest import (
+    IMAGES_FOLDER,
     MANIFEST_NAME,
     PLAN_NAME,
     FileEntry,
@@ -54,9 +55,10 @@ from pipeline.recipe import Recipe
 from pipeline.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
 from pipeline.remote import read_url
 from pipeline.samples import check_name, keys_sha256
-from pipeline.sources import Source
+from pipeline.sources import Source, open_source
 from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
-from pipeline.urls import is_url
+from pipeline.tar_source import TarShard
+from pipeline.urls import is_url, join_url
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 
@@ -183,7 +185,7 @@ class LabelSet:
         They are what `cache.prefetch` takes; a local set has none.
         """
         entries = [self._entry("samples", shard, 0)] + ([] if view is None else [self._labels_entry(shard, view)])
-        return tuple(file for file in map(self._file, entries) if isinstance(file, RemoteFile))
+        return tuple(file for file in map(self.file_of, entries) if isinstance(file, RemoteFile))
 
     def check_source(self, source: Source) -> None:
         """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled.
@@ -240,6 +242,32 @@ class LabelSet:
             )
         return source.only(self.shards)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether it is self-contained: the images that were labelled are in it."""
+        return any(entry.kind == "images" for entry in self.manifest.files)
+
+    def open_source(self, data: str | None = None, *, cache: ShardCache | None = None) -> Source:
+        """Open the images: those at `data`, or else the set's own, or else those where it found them.
+
+        Args:
+            data: a source, which goes before all others; None: there is none.
+            cache: through which a remote `data` is read; None: the default one.
+        """
+        if data is None and self.has_images:
+            return self._own_images()
+        return open_source(data or self.plan.source.location, cache=cache)
+
+    def _own_images(self) -> Source:
+        names = self.plan.source.class_names
+        shards = tuple(
+            TarShard(name, self.file_of(self._entry("images", name, 0)), None if names is None else len(names))
+            for name in self.shards
+        )
+        folder = self.folder
+        parent = f"{folder}/{IMAGES_FOLDER}" if isinstance(folder, Path) else join_url(folder.url, IMAGES_FOLDER)
+        return Source(parent, "tar", names, shards)
+
     def read_file(self, entry: FileEntry) -> Contents:
         """Return a file's bytes after checking their length and SHA-256.
 
@@ -248,7 +276,7 @@ class LabelSet:
         Raises:
             LabelSetCorrupt: the file is missing, has another length, or other bytes.
         """
-        file = self._file(entry)
+        file = self.file_of(entry)
         if isinstance(file, Path):
             check_length(file, entry, self.folder)
             with refusals_named(file):
@@ -298,7 +326,8 @@ class LabelSet:
         mine, now = short(str(self.manifest.content_sha256)), short(str(found))
         return f" (the manifest has changed since it was opened: its content was {mine}…, now it is {now}…)"
 
-    def _file(self, entry: FileEntry) -> Path | RemoteFile:
+    def file_of(self, entry: FileEntry) -> Path | RemoteFile:
+        """Return where a file lies, with what the manifest promises of it."""
         file = self.folder / entry.path
         if isinstance(file, Path):
             return file
@@ -338,6 +367,8 @@ class LabelSet:
                 f" shards and {len(blocks)} blocks of views need {wanted}"
             )
         expected = {("samples", name, 0, 0) for name in self.shards}
+        if self.has_images:
+            expected |= {("images", name, 0, 0) for name in self.shards}
         expected |= {("labels", name, start, stop) for name in self.shards for start, stop in blocks}
         found = {(e.kind, e.shard, e.view_start, e.view_stop) for e in self.manifest.files}
         for what, difference in (("lacks", expected - found), ("has an unknown", found - expected)):

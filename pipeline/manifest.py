@@ -4,6 +4,7 @@ Both are strict JSON: unknown fields, duplicate keys, NaN and unsafe names are r
 JSON; `labelset_id` covers recipe, teacher, source and the stored precision, so any of them changes it.
 """
 
+import re
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -22,8 +23,9 @@ from pipeline.storage import parse_json, pretty_json, read_small, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
+IMAGES_FOLDER = "images"
 
-MAX_FILE_BYTES = 2**30  # of a file of the set, which is read as a whole; ImageNet's are of some MB
+MAX_FILE_BYTES = 2**30  # of a table of the set, which is read as a whole; ImageNet's are of some MB
 MAX_PROBES = 64  # each is rendered before training; 8 are stored
 
 Channels = tuple[float, float, float]
@@ -215,19 +217,27 @@ class Plan(Record):
 class FileEntry(Record):
     """One complete file of the set. Its path follows from kind, shard and views."""
 
-    kind: Literal["samples", "labels"]
+    kind: Literal["samples", "labels", "images"]
     shard: Name
-    view_start: View  # 0 and 0 for samples
+    view_start: View  # 0 and 0 for samples and images
     view_stop: View
     rows: Count
-    bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+    bytes: Count
     sha256: Sha256
+
+    @model_validator(mode="after")
+    def _a_table_fits_in_memory(self) -> Self:
+        if self.kind != "images" and self.bytes > MAX_FILE_BYTES:
+            raise ValueError(f"a file of {self.kind} has at most {MAX_FILE_BYTES} bytes, got {self.bytes}")
+        return self
 
     @property
     def path(self) -> PurePosixPath:
         """Path inside the label set."""
         if self.kind == "samples":
             return samples_path(self.shard)
+        if self.kind == "images":
+            return images_path(self.shard)
         return labels_path(self.shard, self.views)
 
     @property
@@ -333,9 +343,24 @@ def samples_path(shard: str) -> PurePosixPath:
     return PurePosixPath("samples") / f"{shard}.parquet"
 
 
+def images_path(shard: str) -> PurePosixPath:
+    """Return where the images of a source shard stand in a self-contained label set."""
+    return PurePosixPath(IMAGES_FOLDER) / f"{shard}.tar"
+
+
 def labels_path(shard: str, views: range) -> PurePosixPath:
     """Return where the labels of a source shard and a block of views stand in a label set."""
     return PurePosixPath("labels") / f"views-{views.start:05d}-{views.stop - 1:05d}" / f"{shard}.parquet"
+
+
+def label_blocks(folder: Path) -> list[range]:
+    """Return the blocks of views for which a folder holds label shards, by the names of their folders, in order."""
+    blocks = []
+    for path in sorted((folder / "labels").glob("views-*-*")):
+        first, _, last = path.name.removeprefix("views-").partition("-")
+        if max(len(first), len(last)) <= 10 and re.fullmatch("[0-9]+-[0-9]+", f"{first}-{last}"):
+            blocks.append(range(int(first), int(last) + 1))
+    return sorted(blocks, key=lambda block: (block.start, block.stop))
 
 
 def read_plan(folder: Path) -> Plan:

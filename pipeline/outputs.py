@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetMismatch, UsageError
 from pipeline.labels import SampleRows, read_all_views, read_labels_footer, read_samples
-from pipeline.manifest import MANIFEST_NAME, PLAN_NAME, Plan, parse_plan
+from pipeline.manifest import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, Plan, parse_plan
 from pipeline.mirror import ChangedElsewhere, Mirror, mirror_of
 from pipeline.sealing import seal
 from pipeline.storage import read_small
@@ -41,10 +41,16 @@ def mirrored(config: PrecomputeConfig) -> Iterator[Mirror | None]:
 
 
 def commit(
-    out: Path, plan: Plan, blocks: Sequence[range], shards: tuple[str, ...] | None, *, mirror: Mirror | None
+    out: Path,
+    plan: Plan,
+    blocks: Sequence[range],
+    shards: tuple[str, ...] | None,
+    *,
+    images: bool,
+    mirror: Mirror | None,
 ) -> None:
     """Seal; where another machine has changed the manifest behind a URL meanwhile, seal its views and ours."""
-    seal(out, plan, blocks, shards)
+    seal(out, plan, blocks, shards, images=images)
     while mirror is not None:
         try:
             mirror.send(commit=True)
@@ -52,7 +58,7 @@ def commit(
         except ChangedElsewhere as error:
             log.info("%s: sealing once more, with what is there now", error)
             mirror.bring()
-            seal(out, plan, blocks, shards)
+            seal(out, plan, blocks, shards, images=images)
 
 
 def check_theirs(ours: Path, theirs: Path) -> None:
@@ -69,6 +75,11 @@ def check_theirs(ours: Path, theirs: Path) -> None:
             raise LabelSetMismatch(
                 f"{ours}: another machine has labelled other images under these keys. All machines need the same --data"
             )
+    elif ours.parent.name == IMAGES_FOLDER:
+        raise LabelSetMismatch(
+            f"{ours}: another machine has packed other images, or with another Pillow. All machines need the same --data"
+            " and the same versions"
+        )
     else:
         mine, other = (read_labels_footer(path).model_dump(exclude=_MAY_DIFFER) for path in (ours, theirs))
         read_all_views(theirs)  # its content hash

@@ -5,11 +5,13 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.card import refresh_card
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode
 from pipeline.encoding import label_bytes
@@ -23,6 +25,7 @@ from pipeline.manifest import PLAN_NAME, Plan, SourceRecord, read_plan
 from pipeline.mirror import Mirror
 from pipeline.mixing import mix_batch
 from pipeline.outputs import commit, mirrored
+from pipeline.packing import Packing, check_packable, pack_images, plan_packing
 from pipeline.progress import Progress, Tally
 from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.ray_engine import connect_ray, run_ray
@@ -47,12 +50,14 @@ class Work:
         source: its images; where the folder holds a subset, those source shards alone.
         blocks: of views; sealed ones among those asked come along, to be completed where a file was deleted.
         views_to_label: views that no sealed block holds yet.
+        packing: how the images are packed into the set; None: not at all.
     """
 
     plan: Plan
     source: Source
     blocks: tuple[range, ...]
     views_to_label: int
+    packing: Packing | None
 
     @property
     def num_samples(self) -> int:
@@ -108,7 +113,10 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
     _check_no_gap(sealed, asked, config.views)
     again = [block for block in sealed if block.start < config.views[1] and block.stop > config.views[0]]
-    return Work(plan, source, (*again, *_cut(asked, config.views_per_shard)), len(asked))
+    packing = plan_packing(out, config.include_images)
+    if packing:
+        check_packable(source)
+    return Work(plan, source, (*again, *_cut(asked, config.views_per_shard)), len(asked), packing)
 
 
 def _held_part(out: Path, source: Source) -> tuple[Source, SourceRecord]:
@@ -188,16 +196,17 @@ def _precompute(
     mine = rank.share(tasks)
     if rank.world_size > 1:
         log.info("rank %d of %d: %d of %d label shards", rank.rank, rank.world_size, len(mine), len(tasks))
-    job = Job(config, work.plan, recipe, source, plan_loaders(config.workers, cores, devices[0]), cores)
-    samples = index_samples(
-        config.folder,
-        work.plan,
-        source,
-        shards=list(dict.fromkeys(task.shard for task in mine)),
-        on_bad_image=config.on_bad_image,
-        workers=job.workers * len(devices),
-        progress=progress,
-    )
+    loaders = plan_loaders(config.workers, cores, devices[0])
+    reading: dict[str, Any] = {
+        "shards": list(dict.fromkeys(task.shard for task in mine)),
+        "on_bad_image": config.on_bad_image,
+        "workers": loaders * len(devices),
+        "progress": progress,
+    }
+    if work.packing:
+        source = pack_images(config.folder, work.plan, source, work.packing, **reading)
+    job = Job(config, work.plan, recipe, source, loaders, cores, work.packing.changes if work.packing else None)
+    samples = index_samples(config.folder, work.plan, source, **reading)
     _warn_of_sorted_classes(recipe, samples)
     _label(job, teacher, devices, mine, samples, progress)
     if mirror:
@@ -207,8 +216,10 @@ def _precompute(
         log.info("%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks))
         return None
     sweep_temporaries(config.folder)  # of processes that were lost meanwhile
-    commit(config.folder, work.plan, work.blocks, work.shards, mirror=mirror)
-    return LabelSet.open(config.folder)
+    commit(config.folder, work.plan, work.blocks, work.shards, images=work.packing is not None, mirror=mirror)
+    label_set = LabelSet.open(config.folder)
+    refresh_card(label_set)
+    return label_set
 
 
 def _label(

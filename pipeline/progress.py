@@ -16,18 +16,32 @@ from pipeline.units import byte_size
 log = logging.getLogger("deit_cli")
 
 
+_UNITS = {  # what each phase counts
+    "pack": "source shards",
+    "index": "source shards",
+    "label": "views",
+    "verify": "files",
+    "compare": "source shards",
+    "relabel": "views",
+    "push": "files",
+    "pull": "files",
+    "export": "tars",
+    "merge": "files",
+}
+
+
 @dataclass(frozen=True)
 class Tick:
     """How far one phase of a run is.
 
     Attributes:
-        phase: `index` counts source shards, `label` counts views.
+        phase: `pack` and `index` count source shards, `label` counts views; others as `_UNITS` says.
         done: of them, those that were there before included.
         total: of them.
         elapsed_s: seconds since the phase began.
         made: of `done`, what this run made itself.
         teacher_busy: share of the time in which the teachers computed, 0..1; None where there is none.
-        bytes_written: of label shards.
+        bytes_written: of label shards, or of files that were moved.
     """
 
     phase: str
@@ -142,15 +156,9 @@ def state(tick: Tick) -> str:
     """Return rate, time left, how busy the teacher is, and bytes written, as far as they are known."""
     parts = []
     if found := tick.done - tick.made:
-        parts.append(f"{found:,} of them made before")
+        parts.append(f"{found:,} of them {'there' if tick.phase in ('push', 'pull') else 'made'} before")
     if tick.made:
-        unit = {
-            "index": "source shards",
-            "label": "views",
-            "verify": "files",
-            "compare": "source shards",
-            "relabel": "views",
-        }.get(tick.phase, tick.phase)
+        unit = _UNITS.get(tick.phase, tick.phase)
         parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {unit}/s")
     if tick.made and tick.left_s:
         hours, rest = divmod(int(tick.left_s), 3600)

@@ -23,6 +23,7 @@ from pipeline.progress import Progress, Tick
 from pipeline.replay import pair_of, rendered_view
 from pipeline.sources import Source
 from pipeline.teacher import Teacher, one_thread
+from pipeline.units import count
 
 PAIRS_AT_ONCE = 16
 # Change of a probability that rounding explains. A logit of about 10 is off by 10 * 2^-9 in bfloat16 after its last
@@ -95,7 +96,7 @@ class Relabelled:
         if self.mean_kl is not None:
             text += f", KL {self.mean_kl:.2g} nats (worst {self.max_kl:.2g}), probabilities within {self.max_difference:.2g}"
         near = self.near_flips()
-        return text + (f"; {len(near)} flips at margins up to {near[0].margin:.2g}: rounding" if near else "")
+        return text + (f"; {count(len(near), 'flip')} at a margin up to {near[0].margin:.2g}: rounding" if near else "")
 
     def near_flips(self) -> list[Flip]:
         """Return the flips that rounding explains, the largest margin first."""
@@ -177,9 +178,9 @@ def _choose(label_set: LabelSet, samples: dict[str, SampleRows], views: int, see
     if not total:
         raise LabelSetError(f"{label_set.folder} has no usable image to label again")
     draws = stream_of(label_set.plan.labelset_id, str(seed), "relabel")
-    names, chosen, count = list(usable), {}, 0
+    names, chosen, found = list(usable), {}, 0
     wanted = min(views, total * len(label_set.views))
-    while count < wanted:
+    while found < wanted:
         number = draws.integer(total * len(label_set.views))
         place, view = number // len(label_set.views), label_set.views.start + number % len(label_set.views)
         shard = names[int(np.searchsorted(ends, place, side="right"))]
@@ -188,7 +189,7 @@ def _choose(label_set: LabelSet, samples: dict[str, SampleRows], views: int, see
         rows = (row,) if partner is None else (row, partner)
         if (shard, view, min(rows)) not in chosen:
             chosen[shard, view, min(rows)] = _Pair(shard, view, rows, mix)
-            count += len(rows)
+            found += len(rows)
     return sorted(chosen.values(), key=lambda pair: (pair.shard, pair.view, pair.rows))
 
 

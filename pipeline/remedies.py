@@ -41,4 +41,5 @@ def _with_views(views: range | None) -> str:
 def ended(error: object, way_out: str) -> str:
     """Return the text of an error with a way out at its end, unless it names one already."""
     text = str(error)
-    return text if "deit-cli labels pull" in text else f"{text}. {way_out}"
+    named = "deit-cli labels pull" in text or "Upgrade:" in text
+    return text if named else f"{text}. {way_out}"

@@ -68,6 +68,7 @@ def receive(
     file: BinaryIO,
     *,
     size: int | None = None,
+    start: int = 0,
     begin: Callable[[int | None], None] = lambda announced: None,
     check: Callable[[int], None] = lambda received: None,
 ) -> Received:
@@ -77,6 +78,8 @@ def receive(
         url: of the file.
         file: is written to from its start.
         size: promised bytes, or None.
+        start: bytes of it that are in `file` already, which can then be read too; only the rest is asked for. Whether they
+            were right shows in the hash. A server that sends everything all the same is listened to from the start.
         begin: is called before the first byte with the announced length, None where there is none.
         check: is called before every block with the bytes that will have come; it may raise.
 
@@ -87,7 +90,7 @@ def receive(
         RemoteFileCorrupt: its length is not the promised one.
         StorageError: it is refused for good.
     """
-    sink = _Sink(url, file, size, begin, check)
+    sink = _Sink(url, file, size, start, begin, check)
     try:
         _transfer(url, sink)
     except Exception as error:
@@ -259,25 +262,40 @@ class _Sink:
     network's.
     """
 
-    def __init__(self, url: str, file: BinaryIO, size: int | None, begin: Callable, check: Callable) -> None:
+    def __init__(
+        self, url: str, file: BinaryIO, size: int | None, start: int, begin: Callable, check: Callable
+    ) -> None:
         self._url, self._file, self._size, self._begin, self._check = url, file, size, begin, check
         self.callback = Callback()
         self.digest = hashlib.sha256()
-        self.received = 0
+        self.received = self.start = start
         self.error: Exception | None = None
         self._begun = False
+        while start:  # `file` stands at its start
+            block = file.read(min(start, RANGE_BYTES))
+            self.digest.update(block)
+            start -= len(block)
 
     @property
     def announced(self) -> int | None:
-        return self.callback.size
+        """The length of the whole file, as far as the server announces what it sends."""
+        return None if self.callback.size is None else self.start + self.callback.size
 
     def begin(self) -> None:
         """Before the first byte: a wrong length is refused without receiving it."""
         if not self._begun:
             self._begun = True
+            if self.start and self.callback.size == self._size:
+                self._restart()
             if self.announced is not None:
                 self.refuse_length(self.announced)
             self._begin(self.announced)
+
+    def _restart(self) -> None:
+        """This server takes no ranges, and sends the whole file."""
+        self._file.seek(0)
+        self._file.truncate()
+        self.digest, self.received, self.start = hashlib.sha256(), 0, 0
 
     def refuse_length(self, length: int) -> None:
         if self._size is not None and length != self._size:
@@ -312,10 +330,13 @@ def _transfer(url: str, sink: _Sink) -> None:
     if is_web(url):
         # Without this a server may compress, and the announced length would be that of something else.
         headers = {**getattr(system, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={sink.start}-"} if sink.start else {}
         system.get_file(path, sink, callback=sink.callback, chunk_size=1 << 20, headers=headers)
         return
     with system.open(path, "rb", block_size=BLOCK_BYTES) as remote:
-        sink.callback.set_size(getattr(remote, "size", None))
+        size = getattr(remote, "size", None)
+        sink.callback.set_size(None if size is None else size - sink.start)
+        remote.seek(sink.start)
         while block := remote.read(BLOCK_BYTES):
             sink.write(block)
 
@@ -366,6 +387,8 @@ def named(url: str, error: Exception, *, doing: str = "read") -> Exception:
         return RemoteFileRefused(f"{url}: access is refused ({status or 403}). Check the address and your credentials")
     if code in _MAY_PASS_S3:
         return Interrupted(_reason(error))
+    if status == 416:
+        return RemoteFileCorrupt(f"{url} is shorter than promised (416): it was cut, changed or replaced")
     if isinstance(error, (ValueError, TypeError, NotImplementedError)) or (
         status is not None and 300 <= status < 500 and status not in _MAY_PASS
     ):

@@ -20,7 +20,6 @@ from pipeline.manifest import (
     read_manifest,
     read_plan,
     read_probes,
-    samples_path,
 )
 from pipeline.remedies import PULL, damaged_file
 from pipeline.storage import pretty_json, publish_file, refusals_named, replace_file, sha256_file, sync_folder
@@ -60,7 +59,14 @@ def _refuse_links(out: Path, blocks: Sequence[range]) -> None:
             raise LabelSetCorrupt(f"{folder} points outside the label set: nothing is written there. Delete the link")
 
 
-def seal(out: Path, plan: Plan, blocks: Sequence[range], shards: tuple[str, ...] | None = None) -> None:
+def seal(
+    out: Path,
+    plan: Plan,
+    blocks: Sequence[range],
+    shards: tuple[str, ...] | None = None,
+    *,
+    images: bool = False,
+) -> None:
     """List every complete file with its hash, and replace the manifest: the commit.
 
     Args:
@@ -68,13 +74,14 @@ def seal(out: Path, plan: Plan, blocks: Sequence[range], shards: tuple[str, ...]
         plan: of the label set.
         blocks: of views, complete.
         shards: source shards that it holds, in the plan's order, if they are not all of them.
+        images: whether its images are in it; where they are sealed they stay.
     """
     bounds = {(block.start, block.stop) for block in blocks}
     manifest = None
     # Hashing takes minutes, in which another run may seal other views: it is looked again, so that they are not lost.
     while manifest is None or not bounds.issuperset(_sealed_blocks(out)):
         bounds |= _sealed_blocks(out)
-        manifest = _list_files(out, plan, sorted(bounds), shards)
+        manifest = _list_files(out, plan, sorted(bounds), shards, images)
     listed = {folder for entry in manifest.files for folder in (out / entry.path).parents}
     for folder in sorted(folder for folder in listed if folder.is_relative_to(out)):
         sync_folder(folder)  # a killed run may have named its last file without doing so
@@ -86,7 +93,9 @@ def _sealed_blocks(out: Path) -> set[tuple[int, int]]:
     return set(sealed.view_blocks) if sealed else set()
 
 
-def _list_files(out: Path, plan: Plan, bounds: Sequence[tuple[int, int]], chosen: tuple[str, ...] | None) -> Manifest:
+def _list_files(
+    out: Path, plan: Plan, bounds: Sequence[tuple[int, int]], chosen: tuple[str, ...] | None, images: bool
+) -> Manifest:
     """Return the manifest of these blocks of views and source shards, after looking at every file of theirs."""
     for (start, stop), (following, _) in itertools.pairwise(bounds):
         if following < stop:
@@ -107,6 +116,10 @@ def _list_files(out: Path, plan: Plan, bounds: Sequence[tuple[int, int]], chosen
             environments += [footer.environment] if footer.environment not in environments else []
     if sealed := sealed_manifest(out):
         _check_same_samples(sealed, files, out)
+    known = {entry.shard: entry for entry in sealed.files if entry.kind == "images"} if sealed else {}
+    if images or known:  # a tar is hashed once: a later manifest vouches for the bytes that the first one did
+        records = [record for record in plan.source.shards if record.name in shards]
+        files += [known.get(record.name) or _images_entry(out, record) for record in records]
     return Manifest(
         labelset_id=plan.labelset_id,
         plan_sha256=sha256_file(out / PLAN_NAME),
@@ -130,6 +143,10 @@ def check_untouched(out: Path, blocks: Sequence[range]) -> None:
     looked_at = {(block.start, block.stop) for block in blocks}
     for entry in sealed.files if sealed else ():
         path, views = out / entry.path, (entry.view_start, entry.view_stop)
+        if entry.kind == "images":  # its sealed entry stays, so its bytes are vouched for by nothing new
+            if path.is_file() and path.stat().st_size != entry.bytes:
+                raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and run again")
+            continue
         if path.is_file() and sha256_file(path) != entry.sha256:
             raise LabelSetCorrupt(f"{path} is not as it was sealed. {damaged_file(entry.views)}")
         if not path.is_file() and entry.kind == "labels" and views not in looked_at:
@@ -158,22 +175,23 @@ def _samples_entry(out: Path, record: ShardRecord) -> FileEntry:
     return _entry(out, kind="samples", shard=record.name, views=range(0), rows=record.num_samples)
 
 
+def _images_entry(out: Path, record: ShardRecord) -> FileEntry:
+    return _entry(out, kind="images", shard=record.name, views=range(0), rows=record.num_samples)
+
+
 def _labels_entry(out: Path, footer: LabelsFooter) -> FileEntry:
     views = range(footer.view_start, footer.view_stop)
     return _entry(out, kind="labels", shard=footer.shard, views=views, rows=footer.rows_per_view * len(views))
 
 
-def _entry(out: Path, *, kind: Literal["samples", "labels"], shard: str, views: range, rows: int) -> FileEntry:
-    path = out / (samples_path(shard) if kind == "samples" else labels_path(shard, views))
-    return FileEntry(
-        kind=kind,
-        shard=shard,
-        view_start=views.start,
-        view_stop=views.stop,
-        rows=rows,
-        bytes=path.stat().st_size,
-        sha256=sha256_file(path),
+def _entry(
+    out: Path, *, kind: Literal["samples", "labels", "images"], shard: str, views: range, rows: int
+) -> FileEntry:
+    entry = FileEntry(
+        kind=kind, shard=shard, view_start=views.start, view_stop=views.stop, rows=rows, bytes=0, sha256="0" * 64
     )
+    path = out / entry.path
+    return entry.model_copy(update={"bytes": path.stat().st_size, "sha256": sha256_file(path)})
 
 
 def sealed_manifest(out: Path) -> Manifest | None:

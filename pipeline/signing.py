@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SignatureError, StorageError, UsageError
+from pipeline.labelset import LabelSet
 from pipeline.manifest import MANIFEST_NAME
 from pipeline.pins import pin_of
 from pipeline.remote import read_url
@@ -43,6 +44,7 @@ def sign(folder: Path, *, private_key: Path | None = None, identity_token: str |
     Raises:
         SignatureError: the key cannot be used, or Sigstore gave no signature.
     """
+    LabelSet(folder).check_complete()  # nobody should vouch for what no reader takes
     manifest = read_small(folder / MANIFEST_NAME)
     way_out = "Sigstore needs the network and an identity" if private_key is None else "Pass an EC private key in PEM"
     config = _library("signing").Config()

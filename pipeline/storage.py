@@ -62,6 +62,44 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
         _fsync_folder(path.parent)
 
 
+def publish_partial(partial: Path, path: Path) -> bool:
+    """Give a complete file of the same folder its name, as `publish_file` does; the old name goes in any case.
+
+    Returns:
+        True if this call gave the name, False if another file had it.
+    """
+    with refusals_named(path):
+        try:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            _link(partial, path)
+        except FileExistsError:
+            return False
+        finally:
+            partial.unlink(missing_ok=True)
+        _fsync_folder(path.parent)
+        return True
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes out that ask for the same; where a file system has no such locks, nobody is kept out."""
+    with refusals_named(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, durably."""
+    with refusals_named(folder):
+        _make_folder(folder)
+
+
 def sweep_temporaries(folder: Path) -> int:
     """Delete temporary files below `folder` whose writers on this host are dead; return how many.
 

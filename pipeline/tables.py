@@ -141,6 +141,7 @@ def info_table(summary: Mapping[str, Any]) -> str:
             "stored",
             f"K = {summary['topk']}, {summary['precision']}, {summary['labels']:,} labels, {summary['bytes_per_label']:.1f} bytes each",
         ),
+        *([("images", f"{byte_size(summary['image_bytes'])}, in the set")] if summary["image_bytes"] else []),
         ("agreement", "-" if hit is None else f"{hit:.1f} %: hard label is the class label of the larger part"),
         ("entropy", "-" if entropy is None else f"{entropy:.3f} nats (tail spread evenly)"),
         ("kept mass", "-" if kept is None else f"{kept:.4f}"),

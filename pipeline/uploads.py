@@ -37,12 +37,13 @@ PARTS_AT_ONCE = 4
 _SWAPS = 100  # writers that came between, one after the other
 
 
-def put_file(path: Path, url: str, *, replace: bool = False) -> bool:
+def put_file(path: Path, url: str, *, sha256: str | None = None, replace: bool = False) -> bool:
     """Upload a local file whole.
 
     Args:
         path: of the file; it must not change meanwhile.
         url: its name there: s3://, gs:// or hf://.
+        sha256: promised hash of the file, or None; another file is not sent.
         replace: swap what is there, atomically, instead of leaving it.
 
     Returns:
@@ -51,9 +52,9 @@ def put_file(path: Path, url: str, *, replace: bool = False) -> bool:
 
     Raises:
         RemoteFileRefused: there is no access.
-        StorageError: it could not be written; what stood under the name before still does.
+        StorageError: it could not be written, or is not the promised one; what stood under the name before still does.
     """
-    return _put(_Content(url, path), replace=replace)
+    return _put(_Content(url, path, sha256), replace=replace)
 
 
 def put_bytes(data: bytes, url: str, *, replace: bool = False) -> bool:
@@ -76,7 +77,7 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
     Raises:
         StorageError: it could not be written, or other writers were quicker every time.
     """
-    _refuse_web(url)
+    refuse_web(url)
     for _ in range(_SWAPS):
         version, old = _version(url), _read(url, max_bytes)
         new = change(old)
@@ -101,12 +102,19 @@ def url_info(url: str) -> int | None:
     return info["size"]
 
 
-def holds(url: str, path: Path, *, sha256: str | None = None) -> bool | None:
+def holds(url: str, path: Path, *, size: int | None = None, sha256: str | None = None) -> bool | None:
     """Return whether a remote file has the bytes of a local one; None where there is none.
 
     Length and the store's own checksum decide where they can; otherwise the file is read back and its SHA-256 compared.
+
+    Args:
+        url: of the remote file.
+        path: of the local one.
+        size: of the bytes that the local one should have; None: those that it has.
+        sha256: likewise.
     """
-    return _holds(_Content(url, path, sha256))
+    content = _Content(url, path, sha256)
+    return _holds(content, content.size if size is None else size)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,21 @@ class _Content:
         if isinstance(self.source, bytes):
             return self.source
         with refusals_named(self.source):
-            return self.source.read_bytes()
+            data = self.source.read_bytes()
+        self._check(hashlib.sha256(data).hexdigest())
+        return data
+
+    def check_parts(self) -> None:
+        """Look at a file that is too large to be held in memory, before it is sent."""
+        assert isinstance(self.source, Path)
+        if self.known_sha256 is not None:
+            self._check(sha256_file(self.source))
+
+    def _check(self, found: str) -> None:
+        if self.known_sha256 not in (None, found):
+            raise StorageError(
+                f"{self.source} has SHA-256 {found[:12]}…, {str(self.known_sha256)[:12]}… is promised: it is damaged, and not sent"
+            )
 
     @cached_property
     def size(self) -> int:
@@ -140,7 +162,10 @@ class _Content:
     @cached_property
     def md5(self) -> str:
         """MD5, as object stores name what they hold; it finds accidents, not forgers."""
-        return hashlib.md5(self.data, usedforsecurity=False).hexdigest()
+        if isinstance(self.source, bytes):
+            return hashlib.md5(self.source, usedforsecurity=False).hexdigest()
+        with refusals_named(self.source), self.source.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
     @cached_property
     def parts_md5(self) -> str:
@@ -158,7 +183,7 @@ class _Content:
 
 
 def _put(content: _Content, *, replace: bool) -> bool:
-    _refuse_web(content.url)
+    refuse_web(content.url)
     _ = content.size  # a local file that cannot be read is no business of the store's
     tries = 0
 
@@ -205,6 +230,7 @@ def _send(content: _Content, *, replace: bool, version: str | None = None) -> No
         return _send_generation(system, path, content, version)
     condition = {"IfMatch": version} if scheme == "s3" and version else {}
     if content.goes_in_parts and scheme in ("s3", "gs"):
+        content.check_parts()
         some = {"max_concurrency": PARTS_AT_ONCE} if scheme == "s3" else {}
         system.put_file(str(content.source), path, mode=mode, chunksize=PART_BYTES, **some)
     else:
@@ -286,14 +312,15 @@ def _holds_now(content: _Content) -> bool:
     return found
 
 
-def _holds(content: _Content) -> bool | None:
+def _holds(content: _Content, size: int | None = None) -> bool | None:
+    size = content.size if size is None else size
     info = info_of(content.url)
     if info is None:
         return None
-    if info.get("size") != content.size:
+    if info.get("size") != size:
         return False
     same = _same_checksum(content, info)
-    return _received_sha256(content) == content.sha256 if same is None else same
+    return same or _received_sha256(content, size) == content.sha256  # a damaged local file has another checksum
 
 
 def _same_checksum(content: _Content, info: dict[str, Any]) -> bool | None:
@@ -307,10 +334,10 @@ def _same_checksum(content: _Content, info: dict[str, Any]) -> bool | None:
     return True if content.goes_in_parts and tag == content.parts_md5 else None
 
 
-def _received_sha256(content: _Content) -> str:
+def _received_sha256(content: _Content, size: int) -> str:
     def attempt() -> str:
         with open(os.devnull, "wb") as nowhere:
-            return receive(content.url, nowhere, size=content.size).sha256
+            return receive(content.url, nowhere, size=size).sha256
 
     return retried(content.url, attempt)
 
@@ -326,6 +353,7 @@ def _check_arrived(content: _Content) -> None:
         )
 
 
-def _refuse_web(url: str) -> None:
+def refuse_web(url: str) -> None:
+    """Raise StorageError for an address of the web."""
     if is_web(url):
         raise StorageError(f"{url}: a web server takes no files; push to a bucket, or to a folder that it serves")

@@ -37,6 +37,7 @@ from pipeline.manifest import (
     FileEntry,
     Manifest,
     Plan,
+    label_blocks,
     labels_path,
     parse_manifest,
     parse_plan,
@@ -54,6 +55,7 @@ from pipeline.sources import Source
 from pipeline.storage import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named
 from pipeline.teacher_loading import load_teacher
 from pipeline.threads import Telling, in_threads
+from pipeline.units import count
 from pipeline.urls import is_url, join_url
 
 REMOTE_THREADS = 8  # they wait for a server most of the time
@@ -89,9 +91,9 @@ def verify(
         _check_signature(report, config, report.manifest_sha256)
     tasks = list(_tasks(folder, plan, manifest))
     _check_files(report, folder, plan, tasks, threads, progress)
-    if isinstance(folder, Path):
+    if isinstance(folder, Path) and manifest and manifest.files:
         _note_others(report, folder, tasks)
-    if report.label_set and (config.probes or config.data or asked):
+    if report.label_set and (config.probes or config.data or asked or report.label_set.has_images):
         report.source = check_images(report, report.label_set, config, threads=threads, progress=progress)
         if asked and report.source:
             _ask_again(report, report.label_set, report.source, config, asked, progress)
@@ -164,8 +166,8 @@ def _open_each(report: Report, folder: Path | RemoteFolder, error: DeitCliError)
             else:
                 report.manifest_sha256 = hashlib.sha256(content).hexdigest()
                 manifest = parse_manifest(content, folder / name, plan_sha256=None)
-    if len(report.problems) == before:  # each is sound: they do not belong together
-        report.problems.append(Problem(MANIFEST_NAME, "manifest", str(error), DAMAGED_PLAN))
+    if len(report.problems) == before:  # each is sound, but the manifest, which states its own hash, knows another plan
+        report.problems.append(Problem(PLAN_NAME, "plan", str(error), DAMAGED_PLAN))
         return None, manifest
     return plan, manifest
 
@@ -213,17 +215,11 @@ def _tasks(folder: Path | RemoteFolder, plan: Plan | None, manifest: Manifest | 
     for name in names:
         if (folder / samples_path(name)).is_file():
             yield _Task("samples", name, range(0), str(samples_path(name)), None)
-    blocks = sorted(path.name for path in (folder / "labels").glob("views-*-*"))
-    for block in blocks:
-        first, _, last = block.removeprefix("views-").partition("-")
-        if max(len(first), len(last)) <= 10 and f"{first}{last}".isdecimal():
-            views = range(int(first), int(last) + 1)
-            paths = {name: labels_path(name, views) for name in names}
-            yield from (
-                _Task("labels", name, views, str(path), None)
-                for name, path in paths.items()
-                if (folder / path).is_file()
-            )
+    for views in label_blocks(folder):
+        paths = {name: labels_path(name, views) for name in names}
+        yield from (
+            _Task("labels", name, views, str(path), None) for name, path in paths.items() if (folder / path).is_file()
+        )
 
 
 def _check_files(
@@ -292,16 +288,16 @@ def _read(folder: Path | RemoteFolder, task: _Task, *, keep: bool) -> tuple[byte
     path = folder / task.path
     if task.entry:
         check_length(path, task.entry, folder)
-    digest, count = hashlib.sha256(), 0
+    digest, size = hashlib.sha256(), 0
     with refusals_named(path):
-        if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-            raise StorageError(f"{path}: a file of a label set is a plain file of at most {MAX_FILE_BYTES} bytes")
+        if path.exists() and (not path.is_file() or (keep and path.stat().st_size > MAX_FILE_BYTES)):
+            raise StorageError(f"{path}: a table of a label set is a plain file of at most {MAX_FILE_BYTES} bytes")
     with refusals_named(path), fits_in_memory(path), path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             buffer.write(block)
-            count += len(block)
-    return _kept(buffer), count, digest.hexdigest()
+            size += len(block)
+    return _kept(buffer), size, digest.hexdigest()
 
 
 class _Nowhere(io.RawIOBase):
@@ -357,13 +353,15 @@ def _note_others(report: Report, folder: Path, tasks: Sequence[_Task]) -> None:
     temporary = sorted(name for name in present if Path(name).name.startswith(TEMPORARY_PREFIX))
     others = sorted(present - known - set(temporary))
     if others:
+        one = len(others) == 1
+        are, they, them = ("is", "It", "it") if one else ("are", "They", "them")
         report.notes.append(
-            f"{len(others):,} files are not in the manifest, so no reader looks at them: {_first(others)}. They may be of a"
-            " run that has not sealed them yet; else delete them"
+            f"{count(len(others), 'file')} {are} not in the manifest, so no reader looks at {them}: {_first(others)}."
+            f" {they} may be of a run that has not sealed {them} yet; else delete {them}"
         )
     if temporary:
         report.notes.append(
-            f"{len(temporary):,} temporary files of writers that work here or were killed: {_first(temporary)}"
+            f"{count(len(temporary), 'temporary file')} of writers that work here or were killed: {_first(temporary)}"
         )
 
 

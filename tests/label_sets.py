@@ -144,5 +144,5 @@ def problems_in(label_set: LabelSet | Path) -> list[str]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return every file of a folder, in order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """Return every file of a folder, in order, but a label set's card, for which no manifest vouches."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")

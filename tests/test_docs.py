@@ -11,7 +11,15 @@ import pytest
 import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/clusters.md", "docs/recipes.md", "docs/import.md", "benchmarks/README.md")
+PAGES = (
+    "README.md",
+    "docs/clusters.md",
+    "docs/recipes.md",
+    "docs/export.md",
+    "docs/import.md",
+    "docs/trust.md",
+    "benchmarks/README.md",
+)
 
 
 def shown_in(page: str) -> list[str]:

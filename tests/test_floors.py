@@ -9,21 +9,32 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
-    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.remedies", "pipeline.pins", "pipeline.comparing", "pipeline.urls", "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml",
-    "pipeline.recipe", "pipeline.config", "pipeline.config_file", "pipeline.options", "pipeline.storage", "pipeline.findings", "pipeline.machine",
-    "pipeline.folders", "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.mirror", "pipeline.cache", "pipeline.records",
-    "pipeline.turbojpeg", "pipeline.decode", "pipeline.probing", "pipeline.packages", "pipeline.pages", "pipeline.encoding", "pipeline.labels", "pipeline.imported",
-    "pipeline.manifest",
-    "pipeline.samples", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
-    "pipeline.devices", "pipeline.tensors", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset", "pipeline.replay",
-    "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading", "pipeline.progress",
+    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.remedies", "pipeline.pins", "pipeline.comparing", "pipeline.urls",
+    "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
+    "pipeline.options",
+    "pipeline.storage", "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.downloads", "pipeline.mirror",
+    "pipeline.cache",
+    "pipeline.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.pages", "pipeline.encoding", "pipeline.labels",
+    "pipeline.imported", "pipeline.manifest",
+    "pipeline.samples", "pipeline.tar_writing", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
+    "pipeline.devices", "pipeline.tensors", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset",
+    "pipeline.replay",
+    "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading",
+    "pipeline.progress", "pipeline.threads",
     "pipeline.fkd", "pipeline.tinyvit", "pipeline.importing",
-    "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.outputs", "pipeline.labelling", "pipeline.subsets", "pipeline.dispatch",
-    "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.measuring", "pipeline.estimate", "pipeline.inspection",
-    "pipeline.signing", "pipeline.relabelling", "pipeline.reports", "pipeline.threads", "pipeline.image_checks", "pipeline.verifying",
-    "pipeline.tables", "pipeline.doctor", "pipeline",
-    "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel", "trainer.losses", "trainer.optim",
-    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.console", "trainer.stopping", "trainer.evaluate", "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
+    "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.outputs", "pipeline.packing", "pipeline.labelling",
+    "pipeline.inspection", "pipeline.card", "pipeline.merging",
+    "pipeline.subsets", "pipeline.unions", "pipeline.places", "pipeline.sharing",
+    "pipeline.dispatch", "pipeline.engines", "pipeline.ray_engine", "pipeline.precompute", "pipeline.extending", "pipeline.measuring",
+    "pipeline.estimate", "pipeline.exporting", "pipeline.signing", "pipeline.relabelling", "pipeline.reports", "pipeline.image_checks",
+    "pipeline.verifying", "pipeline.tables",
+    "pipeline.doctor.findings", "pipeline.doctor.machine", "pipeline.doctor.folders", "pipeline.doctor.buckets", "pipeline.doctor.probing",
+    "pipeline.doctor.owners", "pipeline.doctor.packages", "pipeline.doctor.examine", "pipeline.doctor",
+    "pipeline",
+    "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel",
+    "trainer.losses", "trainer.optim",
+    "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.console", "trainer.stopping", "trainer.evaluate",
+    "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip
 TEACHER_SIDE = {
@@ -36,8 +47,11 @@ TEACHER_SIDE = {
     "pipeline.precompute",
     "pipeline.drafts",
     "pipeline.indexing",
+    "pipeline.packing",
     "pipeline.outputs",
     "pipeline.inspection",
+    "pipeline.card",
+    "pipeline.exporting",
     "pipeline.measuring",
     "pipeline.estimate",
     "pipeline.tables",
@@ -73,7 +87,7 @@ KEEPERS = {
     "aiohttp": {"pipeline.remote"},
     "huggingface_hub": {"pipeline.uploads"},
     "matplotlib": {"pipeline.inspection", "trainer.demo"},
-    "PIL": {"pipeline.decode", "pipeline.probing", "trainer.demo"},
+    "PIL": {"pipeline.decode", "pipeline.doctor.probing", "trainer.demo"},
     "cv2": {"pipeline.randaugment", "pipeline.loading"},
     "ray": {"pipeline.ray_engine"},
     "model_signing": {"pipeline.signing"},
@@ -84,7 +98,7 @@ NO_TORCH = set(ORDER[: ORDER.index("pipeline.devices")]) | {"trainer.config", "t
 
 
 def modules() -> dict[str, Path]:
-    paths = [*ROOT.glob("pipeline/*.py"), *ROOT.glob("trainer/*.py"), ROOT / "cli.py"]
+    paths = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("trainer/**/*.py"), ROOT / "cli.py"]
     return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
 
 
@@ -105,7 +119,7 @@ def test_every_module_has_its_place_in_the_order():
 
 @pytest.mark.parametrize("name", ORDER)
 def test_a_module_imports_only_what_stands_before_it(name):
-    ours = imports(modules()[name]) & set(ORDER) - {"pipeline", "trainer"}
+    ours = imports(modules()[name]) & set(ORDER) - {"pipeline", "pipeline.doctor", "trainer"}
     assert {other for other in ours if ORDER.index(other) >= ORDER.index(name)} == set()
 
 

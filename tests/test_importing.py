@@ -188,6 +188,18 @@ def test_arrays_of_numpy_one_and_of_other_byte_orders_are_read(tmp_path):
         np.testing.assert_array_equal(found.more[name], column)
 
 
+def test_links_are_followed_but_not_round_in_a_circle_and_other_files_are_named(tmp_path, caplog):
+    folder = write_fkd(tmp_path / "fkd")
+    (folder / "n02").rename(tmp_path / "elsewhere")
+    (folder / "n02").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(folder)
+    (folder / "n01" / "n01_99.tar.part").write_bytes(b"half")
+    record = run("fkd", folder, tmp_path / "out")
+    assert (record.source_files, record.rows) == (4, 4 * CROPS)
+    assert sorted(set(rows_of(tmp_path / "out")["key"])) == FKD_KEYS
+    assert f"{folder}/n01/n01_99.tar.part is no .tar file and is left out" in caplog.text
+
+
 def change_pickle(path: Path, change) -> None:
     """Write a file of torch.save again, with another program in it."""
     with zipfile.ZipFile(path) as archive:
@@ -241,6 +253,25 @@ def unicode(text: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(text)) + text.encode()
 
 
+def test_arrays_of_nothing_are_refused(tmp_path):
+    folder = write_fkd(tmp_path / "fkd")
+    path = folder / "n02" / "n02_3.tar"
+    coords, flip, _ = fkd_state(2)
+    torch.save([coords, flip, np.zeros((CROPS, 2, 1), np.float32)], path)
+    empty = unicode("\0" * (CROPS * 8))
+
+    def change(program: bytes) -> bytes:
+        assert empty in program
+        shape = pickle.BININT1 + b"\x02" + pickle.BININT1 + b"\x01" + pickle.TUPLE3
+        assert shape in program
+        program = program.replace(shape, pickle.BININT1 + b"\x02" + pickle.BININT1 + b"\x00" + pickle.TUPLE3)
+        return program.replace(empty, unicode(""))
+
+    change_pickle(path, change)
+    with pytest.raises(ImportedLabelsError, match=r"they are float32 \[6, 2, 0\]"):
+        run("fkd", folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", hostile_pickles())
 def test_a_hostile_pickle_is_refused_and_nothing_of_it_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -290,6 +321,9 @@ def bad_states() -> dict[str, tuple[Any, str]]:
         "three rows a crop": ([coords, flip, labels.repeat(2, 1)], "labels must be int [N], or floating"),
         "other classes": ([coords, flip, probabilities(2, CROPS, 30)], "it has probabilities of 30 classes, not of 40: pass --num-classes 30"),
         "a hard class past C": ([coords, flip, np.full(CROPS, 40)], "crop 0: a class is not in 0..39"),
+        "classes beyond all": ([coords, flip, np.full((CROPS, 2), -1e300)], "is stored in float64, which rounds whole numbers above"),
+        "probabilities beyond all": ([coords, flip, np.full((CROPS, 2), (1, 1e300))], "crop 0: a probability is NaN or infinite"),
+        "unsigned classes beyond all": ([coords, flip, np.full(CROPS, 2**32 - 1, np.uint32)], "crop 0: a class is not in 0..39"),
         "booleans": ([coords, flip, flip], "labels must be int [N], or floating"),
         "another K": (fkd_state(2, "smoothing"), "'n02/n02_3' has 1 classes a view in float32, the labels before it have 5 in float32"),
         "another precision": (fkd_state(2, half=True), "has 5 classes a view in float16, the labels before it have 5 in float32"),
@@ -551,7 +585,7 @@ def test_tables_of_another_import_are_not_taken_for_ones_own(tmp_path):
         run("fkd", write_fkd(tmp_path / "other", "smoothing"), tmp_path / "out")
 
 
-def wrong_places(tmp: Path) -> list[tuple[str, Path, Path, dict[str, Any], type[DeitCliError], str]]:
+def wrong_places(tmp: Path) -> list[tuple[str, Any, Any, dict[str, Any], type[DeitCliError], str]]:
     fkd = write_fkd(tmp / "fkd")
     run("fkd", fkd, tmp / "done")
     (tmp / "full").mkdir()
@@ -565,6 +599,8 @@ def wrong_places(tmp: Path) -> list[tuple[str, Path, Path, dict[str, Any], type[
         ("fkd", fkd, tmp / "full", {}, ImportedLabelsError, "full is not empty and holds no import that was interrupted"),
         ("fkd", fkd, fkd, {}, ImportedLabelsError, "is the folder of the labels themselves"),
         ("fkd", fkd, tmp / "out", {"num_classes": 30}, ImportedLabelsError, "a class is not in 0..29"),
+        ("fkd", "s3://bucket/fkd", tmp / "out", {}, UsageError, "s3://bucket/fkd is a URL: copy them first"),
+        ("fkd", fkd, "s3://bucket/out", {}, UsageError, "s3://bucket/out is a URL: copy them first"),
         ("fkd", fkd, tmp / "out", {"num_classes": 0}, UsageError, "--num-classes must be in 1..2147483647, got 0"),
         ("fkd", fkd, tmp / "out", {"topk": -1}, UsageError, "--topk must be in 0..4096, got -1"),
     ]  # fmt: skip

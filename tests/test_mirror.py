@@ -176,14 +176,14 @@ def test_other_images_under_the_same_keys_are_refused_when_another_machine_was_f
 def test_two_machines_that_seal_other_views_at_the_same_time_lose_none(data, whole, bucket, machine, monkeypatch):
     real = outputs.seal
 
-    def seal_late(*args: Any) -> None:
+    def seal_late(*args: Any, **how: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(outputs, "seal", real)
             machine("b")
             label(f"{bucket}/set", data, views=(2, 4))
         machine("a")
         monkeypatch.setattr(outputs, "seal", real)
-        real(*args)
+        real(*args, **how)
 
     monkeypatch.setattr(outputs, "seal", seal_late)
     label_set = label(f"{bucket}/set", data, views=(0, 2))
@@ -191,6 +191,29 @@ def test_two_machines_that_seal_other_views_at_the_same_time_lose_none(data, who
     assert label_set.views == range(4)
     assert LabelSet.open(f"{bucket}/set").views == range(4)
     assert at(f"{bucket}/set").keys() == whole.keys()
+
+
+@EVERYWHERE
+def test_a_self_contained_set_is_sent_with_its_images_and_its_card(data, bucket, machine, tmp_path):
+    make_labels(tmp_path / "set", data, include_images="20", **SETTINGS)
+    label(f"{bucket}/set", data, include_images="20")
+    assert at(f"{bucket}/set") == named_files(tmp_path / "set")
+    machine("b")
+    more = label(f"{bucket}/set", str(tmp_path / "set/images"), views=(4, 6))  # another machine, without the source
+    assert more is not None
+    assert more.has_images
+    assert b"**Views** 0..5" in at(f"{bucket}/set")["README.md"]
+    far = LabelSet.open(f"{bucket}/set")
+    assert far.open_source().shard("train-000001").keys == open_source(data).shard("train-000001").keys
+    assert problems_in(far) == []
+
+
+def test_machines_that_pack_images_differently_are_stopped(data, bucket, monkeypatch):
+    """The other machine's tar appears in the bucket after this one has looked, and has other bytes."""
+    list_nothing_at_first(monkeypatch)
+    fsspec.filesystem("memory").pipe("/bucket/set/images/train-000000.tar", b"another Pillow's")
+    with pytest.raises(LabelSetMismatch, match=r"another machine has packed other images, or with another Pillow"):
+        label(f"{bucket}/set", data, include_images="20")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/set", "https://host/set"])

@@ -287,9 +287,9 @@ def test_a_run_whose_state_is_gone_is_not_replaced_unasked(made, tmp_path):
     assert (tmp_path / "run/last/model.safetensors").read_bytes() == kept
 
 
-def test_a_run_is_written_to_local_folders_only(made):
-    with pytest.raises(UsageError, match="--output must be a local folder, got https:"):
-        train(config(made.folder, Path("https://host/run")))
+def test_a_run_is_not_written_to_a_web_server(made):
+    with pytest.raises(DeitCliError, match="https://host/run: a web server takes no files"):
+        train(config(made.folder, "https://host/run"))
 
 
 def test_a_run_goes_on_without_the_weights_that_it_started_from(made, tmp_path):

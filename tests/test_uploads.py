@@ -70,6 +70,7 @@ def test_holds_compares_content(place, tmp_path):
         assert holds(f"{place}/a", tmp_path / "a") is same
 
 
+@pytest.mark.slow
 def test_of_eight_writers_of_one_name_one_wins(between, store):
     url = f"s3://{BUCKET}/race"
     for turn in range(3):
@@ -99,7 +100,7 @@ def test_no_writer_loses_what_another_added(place):
 
 
 @pytest.mark.parametrize("fault", ["reset", "lost", "cut-request", 503, 500, 429])
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_failed_upload_is_tried_again(between, store, tmp_path, monkeypatch, fault, large):
     """Faults 15 to 17: refused, cut in the middle, or stored and the answer lost."""
     monkeypatch.setattr(uploads, "PART_BYTES", 5 << 20)

@@ -91,7 +91,7 @@ def evaluate_checkpoint(
     if source:
         result["scores"], result["images"] = evaluate(student, source, running, crop_pct=crop_pct)
     if label_set:
-        images = open_source(labels_data or label_set.plan.source.location)
+        images = label_set.open_source(labels_data)
         check_replay(label_set, images)
         result["agreement"], result["agreement_views"] = measure_agreement(
             student, label_set, images, running, limit=agreement_samples

@@ -81,7 +81,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     if recipe is not None and recipe.id != label_set.recipe.id:
         difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
         raise LabelSetMismatch(f"{config.labels} was made with another recipe{difference}. Leave --recipe out")
-    source = open_source(config.data or label_set.plan.source.location, cache=cache)
+    source = label_set.open_source(config.data, cache=cache)
     difference = check_replay(label_set, source)
     if not difference:
         log.info("%d replay probes: every pixel as the teacher saw it", len(label_set.manifest.probes))

@@ -1,10 +1,8 @@
-"""Which packages are here and work, who owns the names of ours, what torch sees, and whether the decoders agree."""
+"""Which packages are here and work, what torch sees, and whether the decoders agree."""
 
 import contextlib
 import importlib
-import json
 import platform
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,18 +11,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
-from pipeline.findings import Section
-from pipeline.probing import TIMEOUT_S, Trial, try_all
+from pipeline.doctor.findings import Section
+from pipeline.doctor.owners import DISTRIBUTION, examine_names, owners_of
+from pipeline.doctor.probing import Trial, try_all
 from pipeline.units import byte_size, count
 
 DRIVER = Path("/proc/driver/nvidia/version")
-OURS = ("pipeline", "trainer", "cli")
-DISTRIBUTION = "deit-cli"
 NEVER_ASKED = frozenset({"test"})  # extras of those who work on the project
-GPUS, DECODERS = "pipeline.probing:see_gpus", "pipeline.probing:compare_decoders"
+_NOT_TRIED = ("sklearn", "wandb")  # seconds of import; without them everything but the demo's digits and W&B works
+GPUS, DECODERS = "pipeline.doctor.probing:see_gpus", "pipeline.doctor.probing:compare_decoders"
 _SLOW = (
     "torch",
     "torchvision",
@@ -37,18 +33,6 @@ _MODULES = {
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
 }
-_RESOLVE = """
-import importlib.util, json
-found = {}
-for name in NAMES:
-    try:
-        spec = importlib.util.find_spec(name)
-    except Exception:
-        spec = None
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    found[name] = spec and (spec.origin or (places or [None])[0])
-print(json.dumps(found))
-"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +63,6 @@ def examine_packages(folder: Path) -> list[Section]:
     Args:
         folder: where a fresh interpreter would be started to see what it imports; the working directory.
     """
-    names = Section("names")
     packages = Section("packages")
     extras = Section("extras")
     required, optional = _asked_for(packages)
@@ -87,14 +70,15 @@ def examine_packages(folder: Path) -> list[Section]:
         p.module for each in optional.values() for p in each if p.version
     ]
     slow = [name for name in _SLOW if name in present]
-    fast = [name for name in dict.fromkeys(present) if name not in _SLOW]
+    fast = [name for name in dict.fromkeys(present) if name not in (*_SLOW, *_NOT_TRIED)]
     with ThreadPoolExecutor(3) as pool:
         heavy = pool.submit(try_all, [*slow, *([GPUS] if "torch" in slow else [])])
         light = pool.submit(try_all, [*fast, DECODERS])
-        _names(names, folder)
+        names = examine_names(folder)
         trials = {trial.name: trial for trial in (*heavy.result(), *light.result())}
     _packages(packages, required, trials)
     _extras(extras, optional, trials)
+    _conflicts(packages, [*required, *(package for each in optional.values() for package in each)])
     return [names, packages, extras, _devices(trials.get(GPUS)), _decoders(trials[DECODERS])]
 
 
@@ -119,7 +103,7 @@ def _asked_for(section: Section) -> tuple[list[Package], dict[str, list[Package]
 def _declared(section: Section, parse: Any) -> tuple[list[Any], dict[str, list[Any]]]:
     """Return the requirements of this machine, and those of each extra; `parse` makes one of a line."""
     with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
-        project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+        project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
         if project["name"] == DISTRIBUTION:
             extras = {name: map(parse, lines) for name, lines in project["optional-dependencies"].items()}
             return _of_this_machine(map(parse, project["dependencies"])), {
@@ -166,9 +150,9 @@ def _packages(section: Section, required: Sequence[Package], trials: Mapping[str
     section.row("python", f"{platform.python_version()}  {sys.executable}", platform.python_version())
     for package in required:
         _package(section, package, trials.get(package.module))
-    owners = metadata.packages_distributions()
+    installed = metadata.packages_distributions()
     for package in required:
-        several = sorted({name.lower() for name in owners.get(package.module, ())})
+        several = owners_of(package.module, installed)
         if package.version and len(several) > 1:
             section.warning(
                 f"{' and '.join(several)} both own {package.module}: what was installed last has overwritten the other",
@@ -195,6 +179,21 @@ def _package(section: Section, package: Package, trial: Trial | None) -> None:
             )
 
 
+def _conflicts(section: Section, packages: Sequence[Package]) -> None:
+    """Warn where a package of ours asks for another version of one of its own than is installed."""
+    for package in {package.name: package for package in packages if package.version}.values():
+        for line in metadata.requires(package.name) or []:
+            wanted: Any = importlib.import_module("packaging.requirements").Requirement(line)
+            if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+                continue
+            found = _version(wanted.name)
+            if found is None or not wanted.specifier.contains(found, prereleases=True):
+                section.warning(
+                    f"{package.name} {package.version} asks for {wanted.name}{wanted.specifier}, {f'{found} is installed' if found else 'which is missing'}",
+                    f"pip install --upgrade '{package.asked}'",
+                )
+
+
 def _extras(section: Section, optional: Mapping[str, Sequence[Package]], trials: Mapping[str, Trial]) -> None:
     for extra, packages in sorted(optional.items()):
         if not packages:
@@ -216,88 +215,6 @@ def _extras(section: Section, optional: Mapping[str, Sequence[Package]], trials:
                 )
             elif not package.fits:
                 section.warning(f"the extra {extra} asks for {package.asked}, {package.version} is installed", way_in)
-
-
-def _names(section: Section, folder: Path) -> None:
-    """Say where our names resolve for a fresh interpreter in a folder, and for one that does not look there."""
-    here, elsewhere = _resolved(folder, safe=False), _resolved(folder, safe=True)
-    owners = metadata.packages_distributions()
-    for name in OURS:
-        found = elsewhere[name] or here[name]
-        several = sorted({owner.lower().replace("_", "-") for owner in owners.get(name, ())})
-        section.row(name, f"{found or 'nowhere'}  ({_owned_by(several)})", {"path": found, "owners": several})
-        if len(several) > 1:
-            section.problem(
-                f"{' and '.join(several)} both own the name {name}: what was installed last has overwritten the other",
-                f"Give {DISTRIBUTION} an environment of its own (python -m venv .venv), or uninstall the other and run"
-                f" pip install --force-reinstall {DISTRIBUTION}",
-            )
-    if nowhere := [name for name in OURS if not here[name] and not elsewhere[name]]:
-        section.problem(
-            f"a fresh interpreter cannot import {', '.join(nowhere)}", f"pip install --force-reinstall {DISTRIBUTION}"
-        )
-    if shadowed := [name for name in OURS if elsewhere[name] and here[name] != elsewhere[name]]:
-        theirs = ", ".join(sorted({str(_root(elsewhere[name] or "")) for name in shadowed}))
-        section.problem(
-            f"programs started in {folder} take {', '.join(shadowed)} from there, and not from {theirs}",
-            "Start them in another folder, rename what is there, or set PYTHONSAFEPATH=1",
-        )
-    if alone := [name for name in OURS if here[name] and not elsewhere[name]]:
-        section.warning(f"{', '.join(alone)} can be imported in {folder} alone", "pip install -e .")
-    _places(section, [path for path in elsewhere.values() if path])
-
-
-def _places(section: Section, paths: Sequence[str]) -> None:
-    """Look whether our names stand in one folder, and in the one that our distribution was installed in."""
-    roots, homes = {_root(path) for path in paths}, _homes()
-    if len(roots) > 1:
-        section.problem(
-            f"{', '.join(OURS)} come from {len(roots)} places: {', '.join(map(str, sorted(roots)))}",
-            f"Another project has these names too: give {DISTRIBUTION} an environment of its own (python -m venv .venv)",
-        )
-    elif roots and homes and not roots & set(homes):
-        section.warning(
-            f"programs take them from {min(roots)}, while {DISTRIBUTION} is installed from {homes[0]}",
-            f"Unset PYTHONPATH, or pip install -e {min(roots)}",
-        )
-
-
-def _root(path: str) -> Path:
-    """Return the folder in which a resolved name stands: the parent of a package's folder, or of a module."""
-    place = Path(path).resolve()
-    return place.parent.parent if place.name == "__init__.py" else place.parent
-
-
-def _owned_by(owners: Sequence[str]) -> str:
-    if not owners:
-        return "of no installed package"
-    return " and ".join(f"{owner} {_version(owner) or ''}".strip() for owner in owners)
-
-
-def _resolved(folder: Path, *, safe: bool) -> dict[str, str | None]:
-    """Return where a fresh interpreter finds our names, looking into the folder that it starts in or not."""
-    options = ["-P"] if safe else []
-    code = f"NAMES = {OURS!r}{_RESOLVE}"
-    try:
-        done = subprocess.run(
-            [sys.executable, *options, "-c", code], cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-        return json.loads(done.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return dict.fromkeys(OURS)
-
-
-def _homes() -> list[Path]:
-    """Return the folders that our distribution is installed in, or from where it is installed to be edited."""
-    homes: list[Path] = []
-    for found in metadata.distributions(name=DISTRIBUTION):
-        home = Path(str(found.locate_file("")))
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            told = json.loads(found.read_text("direct_url.json") or "{}")
-            if told["dir_info"]["editable"]:
-                home = Path(url2pathname(urlparse(told["url"]).path))
-        homes.append(home.resolve())
-    return homes
 
 
 def _devices(trial: Trial | None) -> Section:

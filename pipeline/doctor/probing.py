@@ -50,14 +50,14 @@ def try_all(names: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> list[Trial
 
 def fresh_environment() -> dict[str, str]:
     """Return this environment, with this very copy of the project to import from, whatever the working directory has."""
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
 
 def _try_some(names: Sequence[str], timeout_s: float) -> list[Trial]:
     """Return the trials that came to an end, and the one at which the process was lost; at least one."""
     mark = secrets.token_hex(16)  # what else a module may print begins with something else
-    command = [sys.executable, "-P", "-c", "from pipeline.probing import main; main()", mark, *names]
+    command = [sys.executable, "-P", "-c", "from pipeline.doctor.probing import main; main()", mark, *names]
     late = False
     with subprocess.Popen(
         command,

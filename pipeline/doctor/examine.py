@@ -13,23 +13,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.doctor.findings import Finding, Row, Section
+from pipeline.doctor.folders import examine_folder
+from pipeline.doctor.machine import examine_machine
+from pipeline.doctor.packages import examine_packages
+from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
-from pipeline.findings import Finding, Row, Section
-from pipeline.folders import examine_folder
-from pipeline.machine import examine_machine
-from pipeline.packages import examine_packages
-from pipeline.probing import first_line, try_all
+from pipeline.staging import working_folder
+from pipeline.urls import is_url
 
 LABELS_TIMEOUT_S = 900.0  # its images may have to be downloaded
 
 log = logging.getLogger("deit_cli.doctor")
 
 
-def examine(*, out: Path | None = None, labels: str | None = None, data: str | None = None) -> list[Section]:
+def examine(*, out: str | None = None, labels: str | None = None, data: str | None = None) -> list[Section]:
     """Look at machine, packages and decoders, and where asked at a folder and a label set.
 
     Args:
-        out: folder to be written to, or None.
+        out: folder or URL to be written to, or None.
         labels: label set whose replay probes to render again, folder or URL, or None.
         data: its images; None: where it found them.
     """
@@ -38,7 +40,7 @@ def examine(*, out: Path | None = None, labels: str | None = None, data: str | N
         *_looked("packages", lambda: examine_packages(Path.cwd())),
     ]
     if out is not None:
-        sections += _looked(f"folder {out}", lambda: [examine_folder(out)])
+        sections += _looked(f"writing to {out}", lambda: _examine_place(out))
     if labels is not None:
         sections += _looked(f"labels {labels}", lambda: [_examine_apart(labels, data)])
     return sections
@@ -53,6 +55,15 @@ def _looked(title: str, look: Callable[[], list[Section]]) -> list[Section]:
         section = Section(title)
         section.problem(f"this could not be looked at: {first_line(error)}", "deit-cli -v doctor says where")
         return [section]
+
+
+def _examine_place(out: str) -> list[Section]:
+    """Look at a folder; of a URL, at the bucket and at the folder of this machine that stands for it."""
+    if not is_url(out):
+        return [examine_folder(Path(out))]
+    from pipeline.doctor.buckets import examine_bucket  # needs fsspec
+
+    return [examine_bucket(out), examine_folder(working_folder(out))]
 
 
 def _examine_apart(labels: str, data: str | None) -> Section:

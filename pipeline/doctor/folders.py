@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.doctor.findings import Section
 from pipeline.errors import StorageError
-from pipeline.findings import Section
 from pipeline.storage import TEMPORARY_PREFIX, dead_temporaries, publish_file, temporary_name
 from pipeline.units import byte_size, count
 

@@ -1,0 +1,315 @@
+"""The dataset card: README.md of a label set, for people and for the Hugging Face Hub.
+
+Names of teachers come from outside, so whatever is not ours stands in code spans, from which no Markdown and no HTML
+gets out, and the header is written by a YAML library. A card says the hash of its own text: one that somebody has
+changed is theirs, and is not written anew unasked.
+"""
+
+import hashlib
+import itertools
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.errors import DeitCliError, UsageError
+from pipeline.inspection import summarise
+from pipeline.labelset import LabelSet
+from pipeline.plain_yaml import parse_yaml, to_yaml
+from pipeline.storage import publish_file, refusals_named, replace_file
+from pipeline.units import byte_size
+
+log = logging.getLogger("deit_cli.card")
+
+CARD_NAME = "README.md"
+MAX_CARD_BYTES = 1 << 20
+MAX_CODE = 200  # characters of a text from outside
+NOT_STATED = "not-stated"
+
+_MARK = re.compile(r"^<!-- written by deit-cli; SHA-256 of all other lines: ([0-9a-f]{64}) -->\n", re.MULTILINE)
+_HEADER = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
+_LICENCE = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What the Hub's header says of the licence.
+
+    Attributes:
+        license: the Hub's identifier, such as `cc-by-4.0`; `other` where it has none.
+        license_name: of a licence without identifier, or None.
+        license_link: where that is to be read, or None.
+    """
+
+    license: str = "other"
+    license_name: str | None = NOT_STATED
+    license_link: str | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", self.license):
+            raise UsageError(
+                f"--license must be an identifier of the Hub, such as cc-by-4.0, or other, got {self.license!r}"
+            )
+
+    @property
+    def text(self) -> str:
+        """One line of the card."""
+        if self.license_name == NOT_STATED:
+            return (
+                "not stated. It depends on those of the teacher's weights and of the images:"
+                " `deit-cli labels card FOLDER --license cc-by-4.0`, say, writes it here"
+            )
+        link = "" if self.license_link is None else f", {code(self.license_link)}"
+        return f"{code(self.license_name or self.license)}{link}"
+
+
+def code(text: str) -> str:
+    """Return a text from outside as a Markdown code span that shows it literally, on one line, of bounded length."""
+    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[: MAX_CODE + 1])
+    shown = shown if len(shown) <= MAX_CODE else shown[:MAX_CODE] + "…"
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    room = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
+    return f"{fence}{room}{shown}{room}{fence}"
+
+
+def refresh_card(label_set: LabelSet) -> None:
+    """Write the card of a set that was just sealed, unless a file of somebody else's has its name.
+
+    The set is complete without it: where it cannot be written, that is said, and no more.
+    """
+    try:
+        if not write_card(label_set):
+            log.info(
+                "%s/%s is not as deit-cli wrote it, so it stays as it is: deit-cli labels card %s --replace",
+                *(label_set.folder, CARD_NAME, label_set.folder),
+            )
+    except DeitCliError as error:
+        log.warning("the label set is sealed, but its card could not be written: %s", error)
+
+
+def write_card(label_set: LabelSet, licence: Licence | None = None, *, replace: bool = False) -> bool:
+    """Write README.md into the folder of a label set.
+
+    Args:
+        label_set: a local one.
+        licence: to state; None: that of the card that is there, or none.
+        replace: also where the file that is there is somebody else's, or was changed.
+
+    Returns:
+        False where such a file is there, and stays.
+
+    Raises:
+        UsageError: the label set is behind a URL.
+        StorageError: the operating system refused.
+    """
+    if not isinstance(label_set.folder, Path):
+        raise UsageError(f"{label_set.folder}: a card is written into a folder; write it there and push it")
+    path = label_set.folder / CARD_NAME
+    there = _read(path)
+    ours = there is not None and is_untouched(there)
+    if there is not None and not ours and not replace:
+        return False
+    kept = licence_of(there) if there is not None and licence is None else None
+    text = render_card(summarise(label_set), label_set, licence or kept or Licence())
+    if there is None:
+        return publish_file(path, lambda file: _write(file, text))
+    if there != text:
+        replace_file(path, lambda file: _write(file, text))
+    return True
+
+
+def is_untouched(text: str) -> bool:
+    """Return whether this is a card of ours that nobody has changed."""
+    marks = _MARK.findall(text)
+    return len(marks) == 1 and marks[0] == _digest(_MARK.sub("", text))
+
+
+def licence_of(text: str) -> Licence | None:
+    """Return the licence that the header of a card states, or None where it states none that we know how to keep."""
+    header = _HEADER.match(text)
+    try:
+        values = parse_yaml(header[1], where=CARD_NAME) if header else None
+        found = {name: str(values[name]) for name in _LICENCE if values.get(name) is not None} if values else {}
+        return Licence(**{"license_name": None, **found}) if "license" in found else None
+    except (DeitCliError, TypeError, AttributeError):
+        return None
+
+
+def render_card(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) -> str:
+    """Return the text of the card; the same set and licence, the same text.
+
+    Args:
+        summary: of `inspection.summarise`.
+        label_set: the set.
+        licence: to state.
+    """
+    header = to_yaml(_header(summary, licence)).decode()
+    body = "\n".join(("", *_about(summary, label_set, licence), "", *_loading(label_set)))
+    rest = f"---\n{header}---\n{body}"
+    mark = f"<!-- written by deit-cli; SHA-256 of all other lines: {_digest(rest)} -->\n"
+    return f"---\n{header}---\n{mark}{body}"
+
+
+def size_category(rows: int) -> str:
+    """Return the Hub's name of a size."""
+    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    for power, (name, following) in enumerate(itertools.pairwise(names), start=3):
+        if 10**power <= rows < 10 ** (power + 1):
+            return f"{name}<n<{following}"
+    return "n<1K" if rows < 1000 else "n>1T"
+
+
+def _header(summary: Mapping[str, Any], licence: Licence) -> dict[str, Any]:
+    stated = {name: value for name in _LICENCE if (value := getattr(licence, name)) is not None}
+    files = {"labels": "labels/*/*.parquet", "samples": "samples/*.parquet"}
+    return stated | {
+        "pretty_name": f"Labels of {summary['teacher_name']}",
+        "task_categories": ["image-classification"],
+        "tags": ["knowledge-distillation", "soft-labels", "deit", "deit-cli"],
+        "size_categories": [size_category(summary["labels"])],
+        "configs": [
+            {"config_name": name, "data_files": [{"split": "train", "path": path}]}
+            | ({"default": True} if name == "labels" else {})
+            for name, path in files.items()
+        ],
+    }
+
+
+def _about(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) -> list[str]:
+    source, teacher, (start, stop) = summary["source"], summary["teacher"], summary["views"]
+    members = teacher.get("members", [teacher])
+    per_view = summary["labels"] and summary["label_bytes"] / summary["labels"]
+    agreement = summary["hard_is_class_label_pct"]
+    return [
+        f"# Labels of {code(summary['teacher_name'])}",
+        "",
+        "What a frozen teacher answered for numbered, reproducible views of images, as Parquet that any reader takes."
+        " A view is a pure function of recipe, sample key and number, so training renders the very pixels that the"
+        " teacher saw. Written by deit-cli; its `docs/format-v1.md` specifies every field.",
+        "",
+        f"- **Licence**: {licence.text}",
+        *(
+            f"- **Teacher**: {code(each['name'])}, {each['num_classes']:,} classes, sees {each['img_size']} px,"
+            f" weights SHA-256 `{each['weights_sha256']}`"
+            for each in members
+        ),
+        *(["- Their probabilities are averaged with equal weight."] if len(members) > 1 else []),
+        f"- **Recipe** `{summary['recipe_id']}`: {code_list(summary['recipe'])}",
+        f"- **Views** {start}..{stop - 1}: {summary['labels']:,} labels of {source['images'] - len(source['bad']):,} images"
+        f" in {source['shards']:,} source shards",
+        f"- **Images**: {source['images']:,}, {len(source['bad']):,} of them cannot be decoded and have no labels,"
+        f" {source['unlabelled']:,} have no class label; {_whereabouts(summary, label_set)}",
+        f"- **Stored**: K = {summary['topk']} most probable classes, probabilities as {summary['precision']};"
+        f" {byte_size(summary['label_bytes'])} of labels, {per_view:.1f} bytes each",
+        *(
+            [f"- **Agreement**: in {agreement:.1f} % of the views looked at (the first {summary['labels_looked_at']:,}), the"
+             " hard label is the class label of the image that makes up the larger part"]
+            if agreement is not None
+            else []
+        ),
+        f"- **Label set** `{summary['labelset_id']}`",
+        *(f"- **Made with** {code_list(each)}" for each in summary["environments"]),
+    ]  # fmt: skip
+
+
+def _whereabouts(summary: Mapping[str, Any], label_set: LabelSet) -> str:
+    if not label_set.has_images:
+        return "they are not in this set: who trains needs a copy of them"
+    made = {each["images"] for each in summary["environments"] if "images" in each}
+    how = f" ({', '.join(map(code, sorted(made)))})" if made else " (the original files)"
+    return f"they are in this set, `images/*.tar`{how}: who shares the set publishes them"
+
+
+def code_list(values: Mapping[str, Any]) -> str:
+    """Return names and values, sorted by name, as code spans."""
+    return ", ".join(code(f"{name} {value}") for name, value in sorted(values.items()))
+
+
+def _loading(label_set: LabelSet) -> list[str]:
+    shard, (start, stop) = label_set.shards[0], min(label_set.manifest.view_blocks)
+    labels = f"labels/views-{start:05d}-{stop - 1:05d}/{shard}.parquet"
+    samples = f"samples/{shard}.parquet"
+    topk = label_set.plan.topk > 0
+    columns = ", ".join(['"hard"', *(['"topk_index"', '"topk_prob"'] if topk else [])])
+    # DuckDB 2.0 reads no float16 whose bytes are split, which is how they compress best.
+    lacks = topk and label_set.plan.precision == "float16"
+    names = columns.replace('"', "").replace(", topk_prob", "" if lacks else ", topk_prob")
+    data = "" if label_set.has_images else " --data IMAGES"
+    return [
+        "## How to load it",
+        "",
+        "In the folder of the set. `row` joins labels and samples of one source shard, which are files of one name;"
+        " row group i of a labels file is its i-th view. These readers do not check hashes; deit-cli does.",
+        *_block(
+            "pyarrow",
+            "python",
+            "import pyarrow.parquet as pq",
+            f'labels = pq.read_table("{labels}", filters=[("view", "==", {start})])',
+            f'keys = pq.read_table("{samples}")["key"].take(labels["row"])',
+            f'print(labels.append_column("key", keys).select(["key", {columns}]).slice(0, 5).to_pylist())',
+        ),
+        *_block(
+            "DuckDB",
+            "python",
+            "import duckdb",
+            'print(duckdb.sql("""',
+            f"    SELECT key, view, {names} FROM read_parquet('labels/*/*.parquet', filename = true) AS l",
+            "    JOIN read_parquet('samples/*.parquet', filename = true) AS s",
+            "    ON l.row = s.row AND parse_filename(l.filename) = parse_filename(s.filename)",
+            f"    WHERE view = {start} ORDER BY key LIMIT 5",
+            '"""))',
+        ),
+        *(["", "(DuckDB 2.0 does not read the float16 columns `topk_prob` and `tail_mass`.)"] if lacks else []),
+        *_block(
+            "Polars",
+            "python",
+            "import polars as pl",
+            r'shard = pl.col("file").str.extract(r"([^/\\]+)\.parquet$")',
+            'labels = pl.scan_parquet("labels/*/*.parquet", include_file_paths="file").with_columns(shard=shard)',
+            'samples = pl.scan_parquet("samples/*.parquet", include_file_paths="file").with_columns(shard=shard)',
+            f'joined = labels.filter(pl.col("view") == {start}).join(samples, on=["shard", "row"])',
+            f'print(joined.select("key", {columns}).head(5).collect())',
+        ),
+        *_block(
+            "datasets",
+            "python",
+            "import os",
+            "from datasets import load_dataset",
+            "folder = os.getcwd()  # or the name of the set on the Hub",
+            'labels = load_dataset(folder, "labels", split="train")',
+            'samples = load_dataset(folder, "samples", split="train")',
+            f'files = {{"labels": "{labels}", "samples": "{samples}"}}  # of one source shard',
+            'shard = {kind: load_dataset("parquet", data_files=file, split="train") for kind, file in files.items()}',
+            'first = shard["labels"][0]',
+            'print(len(labels), len(samples), shard["samples"][first["row"]]["key"], first["hard"])',
+        ),
+        *_block(
+            "deit-cli",
+            "bash",
+            f"deit-cli train --labels .{data} --model deit-s --output ../deit-s",
+        ),
+        "",
+    ]
+
+
+def _block(title: str, language: str, *lines: str) -> list[str]:
+    return ["", f"**{title}**", "", f"```{language}", *lines, "```"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(path: Path) -> str | None:
+    """Return a card that is there, or its first part if it is too large to be one of ours."""
+    with refusals_named(path):
+        if not path.exists() and not path.is_symlink():
+            return None
+        with path.open("rb") as file:
+            return file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
+
+
+def _write(file: BinaryIO, text: str) -> None:
+    file.write(text.encode())

@@ -1,0 +1,138 @@
+"""Where the names `pipeline`, `trainer` and `cli` resolve, and which installed distributions own them.
+
+They are common names. Another distribution may install the same ones, and a folder of such a name hides ours from
+programs that are started beside it.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from pipeline.doctor.findings import Section
+from pipeline.doctor.probing import TIMEOUT_S
+
+OURS = ("pipeline", "trainer", "cli")
+DISTRIBUTION = "deit-cli"
+_RESOLVE = """
+import importlib.util, json
+found = {}
+for name in NAMES:
+    try:
+        spec = importlib.util.find_spec(name)
+    except Exception:
+        spec = None
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    found[name] = spec and (spec.origin or (places or [None])[0])
+print(json.dumps(found))
+"""
+
+
+def examine_names(folder: Path) -> Section:
+    """Say where our names resolve for a fresh interpreter in a folder, and for one that does not look there.
+
+    Args:
+        folder: in which programs are started: the working directory.
+    """
+    section, installed = Section("names"), metadata.packages_distributions()
+    here, elsewhere = _resolved(folder, safe=False), _resolved(folder, safe=True)
+    for name in OURS:
+        found = elsewhere[name] or here[name]
+        several = owners_of(name, installed)
+        section.row(name, f"{found or 'nowhere'}  ({_owned_by(several)})", {"path": found, "owners": several})
+        if len(several) > 1:
+            section.problem(
+                f"{' and '.join(several)} both own the name {name}: what was installed last has overwritten the other",
+                f"Give {DISTRIBUTION} an environment of its own (python -m venv .venv), or uninstall the other and run"
+                f" pip install --force-reinstall {DISTRIBUTION}",
+            )
+    if nowhere := [name for name in OURS if not here[name] and not elsewhere[name]]:
+        section.problem(
+            f"a fresh interpreter cannot import {', '.join(nowhere)}", f"pip install --force-reinstall {DISTRIBUTION}"
+        )
+    for name in OURS:
+        found = elsewhere[name] or here[name]
+        if found and not found.endswith(".py"):
+            section.problem(
+                f"{name} is the folder {found}, which has no __init__.py: it is not ours, or what is left of ours",
+                f"Delete or rename it, then pip install --force-reinstall {DISTRIBUTION}",
+            )
+    if shadowed := [name for name in OURS if elsewhere[name] and here[name] != elsewhere[name]]:
+        theirs = ", ".join(sorted({str(_root(elsewhere[name] or "")) for name in shadowed}))
+        section.problem(
+            f"programs started in {folder} take {', '.join(shadowed)} from there, and not from {theirs}",
+            "Start them in another folder, rename what is there, or set PYTHONSAFEPATH=1",
+        )
+    if alone := [name for name in OURS if here[name] and not elsewhere[name]]:
+        section.warning(f"{', '.join(alone)} can be imported in {folder} alone", "pip install -e .")
+    _places(section, [path for path in elsewhere.values() if path])
+    return section
+
+
+def owners_of(name: str, installed: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the distributions that have installed a top-level name, in plain spelling.
+
+    Args:
+        name: that is imported.
+        installed: what `metadata.packages_distributions` says; it takes a while.
+    """
+    # One that is damaged has no name.
+    return sorted({owner.lower().replace("_", "-") for owner in installed.get(name, ()) if owner})
+
+
+def _places(section: Section, paths: Sequence[str]) -> None:
+    """Look whether our names stand in one folder, and in the one that our distribution was installed in."""
+    roots, homes = {_root(path) for path in paths}, _homes()
+    if len(roots) > 1:
+        section.problem(
+            f"{', '.join(OURS)} come from {len(roots)} places: {', '.join(map(str, sorted(roots)))}",
+            f"Another project has these names too: give {DISTRIBUTION} an environment of its own (python -m venv .venv)",
+        )
+    elif roots and homes and not roots & set(homes):
+        section.warning(
+            f"programs take them from {min(roots)}, while {DISTRIBUTION} is installed from {homes[0]}",
+            f"Unset PYTHONPATH if it names {min(roots)}, or pip install -e it; what an older installation left there can be deleted",
+        )
+
+
+def _root(path: str) -> Path:
+    """Return the folder in which a resolved name stands: the parent of a package's folder, or of a module."""
+    place = Path(path).resolve()
+    return place.parent.parent if place.name == "__init__.py" else place.parent
+
+
+def _owned_by(owners: Sequence[str]) -> str:
+    if not owners:
+        return "of no installed package"
+    return " and ".join(f"{owner} {metadata.version(owner)}" for owner in owners)
+
+
+def _resolved(folder: Path, *, safe: bool) -> dict[str, str | None]:
+    """Return where a fresh interpreter finds our names, looking into the folder that it starts in or not."""
+    options = ["-P"] if safe else []
+    code = f"NAMES = {OURS!r}{_RESOLVE}"
+    try:
+        done = subprocess.run(
+            [sys.executable, *options, "-c", code], cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        return json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return dict.fromkeys(OURS)
+
+
+def _homes() -> list[Path]:
+    """Return the folders that our distribution is installed in, or from where it is installed to be edited."""
+    homes: list[Path] = []
+    for found in metadata.distributions(name=DISTRIBUTION):
+        home = Path(str(found.locate_file("")))
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            told = json.loads(found.read_text("direct_url.json") or "{}")
+            if told["dir_info"]["editable"]:
+                home = Path(url2pathname(urlparse(told["url"]).path))
+        homes.append(home.resolve())
+    return homes

@@ -1,0 +1,313 @@
+"""Labels for readers that know nothing of views: WebDataset tars of images with the hard label beside each.
+
+A label belongs to the pixels that the teacher saw, so what is exported is those: each view rendered, mixed, rounded to
+whole levels, and encoded. timm's `wds/` reader and `datasets` train on it as it is, without any augmentation of theirs.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from pipeline.card import CARD_NAME, code
+from pipeline.decode import encode
+from pipeline.encoding import LabelRows
+from pipeline.errors import DeitCliError, LabelSetMismatch, UsageError
+from pipeline.labels import SampleRows
+from pipeline.labelset import LabelSet
+from pipeline.loading import Mapped, Whereabouts, checked, start_loader
+from pipeline.mixing import apply_mix, mix_blocks
+from pipeline.plain_yaml import to_yaml
+from pipeline.progress import Progress, Tick
+from pipeline.recipe import Recipe
+from pipeline.rendering import Block, BlockRenderer
+from pipeline.replay import check_image, check_replay
+from pipeline.sources import Source
+from pipeline.storage import pretty_json, publish_file, read_json, replace_file, sweep_temporaries
+from pipeline.tar_writing import check_member_key, member_extension, write_tar
+
+log = logging.getLogger("deit_cli.exporting")
+
+ABOUT_NAME = "export.json"
+INFO_NAME = "_info.json"  # timm's
+SPLIT = "train"
+
+Pixels = Literal["views", "originals"]
+Encoding = Literal["png", "jpeg"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What to export.
+
+    Attributes:
+        views: start and stop; None: the first view of the set.
+        pixels: `views`, as the teacher saw them, or `originals`, which it saw only where the recipe changes nothing.
+        encoding: of views; `png` loses nothing but the rounding of mixup, `jpeg` is of quality 95, 4:4:4.
+        workers: loader processes.
+    """
+
+    views: tuple[int, int] | None = None
+    pixels: Pixels = "views"
+    encoding: Encoding = "png"
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export holds: everything that decides its bytes.
+
+    Attributes:
+        labelset_id: of the label set.
+        content_sha256: of its manifest.
+        views: start and stop.
+        pixels: see `ExportConfig`.
+        encoding: see `ExportConfig`; None where the pixels are the originals.
+    """
+
+    labelset_id: str
+    content_sha256: str
+    views: tuple[int, int]
+    pixels: Pixels
+    encoding: Encoding | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return dataclasses.asdict(self) | {"views": list(self.views), "format": "deit-cli-export", "version": 1}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every process of an export must know."""
+
+    label_set: LabelSet
+    source: Source
+    out: Path
+    export: Export
+    class_labels: bool
+    whereabouts: Whereabouts
+
+
+def export_labels(
+    label_set: LabelSet, source: Source, out: Path, config: ExportConfig, *, progress: Progress = lambda _: None
+) -> int:
+    """Write tars of images with their labels, and what timm and `datasets` need to read them.
+
+    One tar holds one view of one source shard. An export that was killed is continued by the same call.
+
+    Args:
+        label_set: whose labels.
+        source: its images.
+        out: folder; new, or one that the same export was begun in.
+        config: what to export.
+        progress: told how many tars are there.
+
+    Returns:
+        number of images exported.
+
+    Raises:
+        UsageError: the set has not these views, or the folder holds something else.
+        LabelSetError: labels or images are not what the manifest promises.
+    """
+    export = plan_export(label_set, config)
+    names = {name: label_set.samples(name) for name in label_set.shards}
+    for name, samples in names.items():
+        for key in samples.key:
+            check_member_key(key, name)
+    check_replay(label_set, source)
+    if config.pixels == "originals" and changes_images(label_set.recipe):
+        log.warning(
+            "the recipe crops, changes or mixes images: the teacher answered for view %d of each, and not for the original"
+            " that is exported with its answer. Leave --pixels out for what the teacher saw",
+            export.views[0],
+        )
+    begin(out, export)
+    labelled = all(label is not None for samples in names.values() for label in samples.class_label)
+    tasks = [(name, view) for view in range(*export.views) for name in label_set.shards]
+    whereabouts = Whereabouts(config.workers)
+    job = _Job(label_set, source, out, export, labelled, whereabouts)
+    loader = start_loader(Mapped(partial(_export_one, job, tasks), len(tasks)), workers=min(config.workers, len(tasks)))
+    began, counts = time.monotonic(), []
+    for count in checked(loader, whereabouts):
+        counts.append(count)
+        progress(Tick("export", len(counts), len(tasks), time.monotonic() - began, len(counts)))
+    files = {tar_name(*task): count for task, count in zip(tasks, counts, strict=True)}
+    replace_file(out / CARD_NAME, partial(_write, data=_readme(label_set, export, labelled).encode()))
+    replace_file(out / INFO_NAME, partial(_write, data=pretty_json(timm_info(files))))  # last: timm needs it
+    return sum(counts)
+
+
+def plan_export(label_set: LabelSet, config: ExportConfig) -> Export:
+    """Return what is to be exported.
+
+    Raises:
+        UsageError: the set has not these views, or originals are asked for with more than one view.
+    """
+    held = label_set.views
+    start, stop = config.views or (held.start, held.start + 1)
+    if not held.start <= start < stop <= held.stop:
+        raise UsageError(
+            f"--views must be START:STOP within the labelled views {held.start}:{held.stop}, got {start}:{stop}"
+        )
+    if config.pixels == "originals" and stop - start > 1:
+        raise UsageError(
+            f"--pixels originals takes the labels of one view, for an image has only one file, got --views {start}:{stop}."
+            f" Pass --views {start}:{start + 1}, or leave --pixels out"
+        )
+    return Export(
+        label_set.plan.labelset_id,
+        str(label_set.manifest.content_sha256),
+        (start, stop),
+        config.pixels,
+        config.encoding if config.pixels == "views" else None,
+    )
+
+
+def changes_images(recipe: Recipe) -> bool:
+    """Return whether a view shows more or less than the whole middle of its image, as it is."""
+    return recipe.crop == "random" or recipe.mixes or bool(recipe.hflip or recipe.aa or recipe.reprob)
+
+
+def begin(out: Path, export: Export) -> None:
+    """Claim a folder for an export, create-only; one in which the same export was begun is continued.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    path = out / ABOUT_NAME
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: choose a folder")
+    if not path.is_file() and out.is_dir() and any(not child.name.startswith(".tmp-") for child in out.iterdir()):
+        raise UsageError(f"{out} is not empty and holds no export: choose another folder")
+    publish_file(path, partial(_write, data=pretty_json(export.to_json())))
+    if (found := read_json(path)) != export.to_json():
+        differing = [name for name, value in export.to_json().items() if (found or {}).get(name) != value]
+        raise UsageError(f"{out} holds another export ({', '.join(differing)} differ): choose another folder")
+    sweep_temporaries(out)
+
+
+def tar_name(shard: str, view: int) -> str:
+    """Return the name of the tar of one view of one source shard."""
+    return f"{shard}-view-{view:05d}.tar"
+
+
+def timm_info(files: dict[str, int]) -> dict[str, Any]:
+    """Return timm's `_info.json` for these tars and their numbers of images; without --target-key it reads `hard`."""
+    split = {
+        "name": SPLIT,
+        "num_samples": sum(files.values()),
+        "filenames": list(files),
+        "shard_lengths": list(files.values()),
+        "alt_label": "hard",
+    }
+    return {"splits": {SPLIT: split}}
+
+
+def _export_one(job: _Job, tasks: Sequence[tuple[str, int]], index: int) -> int | Exception:
+    """Write one tar, and return its number of images. Errors are returned: they cross processes whole."""
+    name, view = tasks[index]
+    try:
+        rows = job.label_set.read(name, view)
+        path = job.out / tar_name(name, view)
+        if not path.is_file():
+            publish_file(path, partial(write_tar, members=_members(job, name, view, rows)))
+        return len(rows)
+    except DeitCliError as error:
+        return error
+
+
+def _members(job: _Job, name: str, view: int, rows: LabelRows) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of one tar: image, class label, labels, image after image."""
+    samples, export = job.label_set.samples(name), job.export
+    if not np.array_equal(rows.row, samples.usable):
+        raise LabelSetMismatch(f"{job.label_set.folder}: view {view} of {name} lacks usable rows of its samples file")
+    images = _views(job, name, samples, view) if export.pixels == "views" else _originals(job, name, samples)
+    for at, (row, image, lam) in enumerate(images):
+        key, label = samples.key[row], samples.class_label[row]
+        stem = f"{key}-view-{view:05d}" if export.pixels == "views" else key
+        yield stem + member_extension(image), image
+        if job.class_labels:
+            yield f"{stem}.cls", b"%d" % label
+        about = {"key": key, "view": view, "hard": int(rows.hard[at]), "labelset_id": export.labelset_id}
+        if lam is not None:
+            about["lam"] = lam
+        if job.class_labels:  # a field that some lack has no type for `datasets`
+            about["class_label"] = label
+        if rows.topk_prob.shape[1]:
+            about["topk_index"] = rows.topk_index[at].tolist()
+            about["topk_prob"] = rows.topk_prob[at].tolist()
+            about["tail_mass"] = float(rows.tail_mass[at])
+        yield f"{stem}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
+
+
+def _views(job: _Job, name: str, samples: SampleRows, view: int) -> Iterator[tuple[int, bytes, float]]:
+    """Yield row, encoded view and its own image's weight in the mix, of every usable sample in the order of rows."""
+    recipe, encoding = job.label_set.recipe, job.export.encoding
+    renderer = BlockRenderer(job.source, recipe, job.whereabouts)
+    for rows in mix_blocks(recipe, samples.usable):
+        alone = range(view, view + 1)
+        batch = renderer((Block(name, alone, alone, rows, samples.take(rows)), view))
+        if isinstance(batch, Exception):
+            raise batch
+        mixed = apply_mix(batch.images.permute(0, 3, 1, 2), batch.mix).round().clamp(0, 255).byte()
+        pixels = mixed.permute(0, 2, 3, 1).contiguous().numpy()
+        for at in np.argsort(batch.rows.numpy()).tolist():
+            image = encode(pixels[at], "PNG" if encoding == "png" else "JPEG")
+            yield int(batch.rows[at]), image, float(batch.mix.lam[at])
+
+
+def _originals(job: _Job, name: str, samples: SampleRows) -> Iterator[tuple[int, bytes, None]]:
+    shard = job.source.shard(name)
+    for row in samples.usable.tolist():
+        job.whereabouts.note(f"image {samples.key[row]!r} of {name}")
+        sample = shard[row]
+        check_image(sample, samples, row, shard=name)
+        yield row, sample.image, None
+
+
+def _readme(label_set: LabelSet, export: Export, labelled: bool) -> str:
+    """Return what the Hub and `datasets` read, and people."""
+    files = [{"split": SPLIT, "path": "*.tar"}]
+    header = to_yaml({"configs": [{"config_name": "default", "data_files": files}]}).decode()
+    start, stop = export.views
+    what = {
+        "png": "Each image is one view as the teacher saw it, mixed, rounded to whole levels, as PNG.",
+        "jpeg": "Each image is one view as the teacher saw it, mixed, rounded to whole levels, as JPEG of quality 95 (4:4:4),"
+        " which moves its pixels a little.",
+        None: f"Each image is an original, with the teacher's answer for its view {start}: only a recipe that changes nothing"
+        " makes these the pixels that the teacher saw.",
+    }[export.encoding]
+    return "\n".join(
+        (
+            f"---\n{header}---",
+            "",
+            f"# Hard labels of {code(label_set.plan.teacher.name)}",
+            "",
+            f"Views {start}..{stop - 1} of label set `{export.labelset_id}`, exported by deit-cli. {what}"
+            " The `.json` beside an image holds the teacher's class, `hard`, and its top K"
+            f"{'; `.cls` is the class label of the image that KEY names' if labelled else ''}."
+            " Where views are mixed, `lam` is that image's share.",
+            "",
+            "A label belongs to these pixels, so train without further augmentation. timm:",
+            "",
+            f"    python train.py --data-dir . --dataset wds/labels --target-key hard --num-classes {label_set.num_classes}"
+            f" --img-size {label_set.recipe.img_size} --no-aug",
+            "",
+            "`datasets`:",
+            "",
+            "    from datasets import load_dataset",
+            '    load_dataset("webdataset", data_files={"train": "*.tar"}, split="train")[0]["json"]["hard"]',
+            "",
+        )
+    )
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)

@@ -1,0 +1,69 @@
+"""Extend: more views of a label set, with everything that makes its identity taken from its plan."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache import RemoteFolder, open_cache
+from pipeline.config import PrecomputeConfig, TeacherConfig
+from pipeline.errors import UsageError
+from pipeline.labelset import LabelSet
+from pipeline.manifest import IMAGES_FOLDER, Plan
+from pipeline.recipe import Recipe
+from pipeline.urls import is_url, join_url
+
+
+def extension(
+    location: str, values: dict[str, Any], *, data: str | None, views: tuple[int, int]
+) -> tuple[PrecomputeConfig, TeacherConfig, Recipe]:
+    """Return the settings with which precompute adds views to a label set.
+
+    Recipe, K, precision and source are those of the plan, a block is as long as the set's last one, and the teacher is the
+    plan's, unless it is named. Whether it is the same one is checked by precompute, before it writes anything.
+
+    Args:
+        location: folder or URL of the set, which may be one that was not sealed yet.
+        values: how to run, by name: fields of PrecomputeConfig that the plan does not decide, and of TeacherConfig.
+        data: the images; None: the set's own, or those where it found them.
+        views: start and stop.
+
+    Raises:
+        LabelSetError: there is no label set.
+        UsageError: one image size for teachers that see several.
+    """
+    label_set = LabelSet(RemoteFolder(location, open_cache()) if is_url(location) else Path(location))
+    plan, (start, stop) = label_set.plan, max(label_set.manifest.view_blocks, default=(0, 0))
+    config = PrecomputeConfig(
+        data=data or _images_of(location, label_set),
+        out=location,
+        views=views,
+        topk=plan.topk,
+        precision=plan.precision,
+        **({"views_per_shard": stop - start} if stop else {}),
+        **_of(PrecomputeConfig, values),
+    )
+    return config, _teacher_of(plan, _of(TeacherConfig, values)), plan.make_recipe()
+
+
+def _images_of(location: str, label_set: LabelSet) -> str:
+    if not label_set.has_images:
+        return label_set.plan.source.location
+    return join_url(location, IMAGES_FOLDER) if is_url(location) else str(Path(location) / IMAGES_FOLDER)
+
+
+def _of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _teacher_of(plan: Plan, asked: dict[str, Any]) -> TeacherConfig:
+    """Return the plan's teacher, run as was asked."""
+    members = plan.teacher.members
+    if not asked.get("teacher"):
+        asked["teacher"] = tuple(member.name for member in members)
+    sizes = {member.img_size for member in members}
+    if asked.get("teacher_img_size") is None and len(sizes) == 1:
+        (asked["teacher_img_size"],) = sizes
+    if len(sizes) > 1 and asked.get("teacher_img_size") is not None:
+        raise UsageError(f"the teachers of this set see {sorted(sizes)} pixels each: leave --teacher-img-size out")
+    return TeacherConfig(**asked)

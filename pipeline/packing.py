@@ -1,0 +1,254 @@
+"""Self-contained sets: the images of a source packed into tars of the label set, which are then what is labelled.
+
+A tar has the keys, class labels and order of its source shard, so that plan and ids are the same with it and without.
+It says in its comment how its images were made, and is written whole or not at all, like every file of a set.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import xxhash
+
+from pipeline.config import ORIGINAL, BadImagePolicy
+from pipeline.decode import JPEG_QUALITY, decode, shrink
+from pipeline.errors import BadImageError, LabelSetError, LabelSetMismatch, SourceError, UsageError
+from pipeline.labels import SampleRows
+from pipeline.labelset import checked_samples
+from pipeline.loading import Mapped, Whereabouts, checked, start_loader
+from pipeline.manifest import IMAGES_FOLDER, Plan, images_path, samples_path
+from pipeline.progress import Progress, Tick
+from pipeline.samples import Sample, keys_sha256
+from pipeline.sealing import sealed_manifest
+from pipeline.sources import Source, SourceShard
+from pipeline.storage import publish_file, refusals_named, sha256_file
+from pipeline.tar_source import TarShard
+from pipeline.tar_writing import check_member_key, member_extension, read_comment, write_tar
+
+log = logging.getLogger("deit_cli.packing")
+
+_COMMENT = "deit-cli images: "
+_AS_THEY_WERE = "the original files"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How images are packed.
+
+    Attributes:
+        shorter: pixels of the shorter side to which larger ones are shrunk; None: their bytes as they are.
+    """
+
+    shorter: int | None
+
+    @property
+    def text(self) -> str:
+        """What a person reads about it."""
+        if self.shorter is None:
+            return _AS_THEY_WERE
+        return f"shorter side at most {self.shorter} px: Pillow bicubic, JPEG quality {JPEG_QUALITY} 4:2:0"
+
+    @property
+    def changes(self) -> str | None:
+        """What was done to the images; None: nothing."""
+        return None if self.shorter is None else self.text
+
+    @property
+    def comment(self) -> str:
+        """Of every tar that is so packed."""
+        return _COMMENT + self.text
+
+    @property
+    def option(self) -> str:
+        """How a user asks for it."""
+        return f"--include-images {self.shorter or ORIGINAL}"
+
+
+def plan_packing(out: Path, include_images: str | None) -> Packing | None:
+    """Return how the images of a set are packed, or None where it has none and none were asked for.
+
+    A set whose images are in it stays so: more views are of the same images.
+
+    Args:
+        out: folder of the set, or where it will be.
+        include_images: what was asked, `original` or a number of pixels; None: nothing.
+
+    Raises:
+        LabelSetMismatch: its images are packed in another way.
+        UsageError: it was begun with images, and now none are asked for.
+    """
+    found = _packed_as(out)
+    asked = Packing(None if include_images == ORIGINAL else int(include_images)) if include_images else None
+    sealed = sealed_manifest(out)
+    if sealed is not None and asked is None:
+        return found if any(entry.kind == "images" for entry in sealed.files) else None
+    if asked is None and found is not None:
+        raise UsageError(f"{out} was begun with images in it: pass {found.option} again, or choose another --out")
+    if found is not None and asked is not None and found != asked:
+        raise LabelSetMismatch(
+            f"{out}/{IMAGES_FOLDER} holds {found.text}, this run asks for {asked.text}. Pass {found.option}, or choose"
+            " another --out"
+        )
+    return asked
+
+
+def _packed_as(out: Path) -> Packing | None:
+    """Return how the tars that are there were packed, by the first one's comment; None where there are none."""
+    first = min((out / IMAGES_FOLDER).glob("*.tar"), default=None)
+    if first is None:
+        return None
+    with refusals_named(first), first.open("rb") as file:
+        text = (read_comment(file) or "").removeprefix(_COMMENT)
+    if text == _AS_THEY_WERE:
+        return Packing(None)
+    shorter = text.removeprefix("shorter side at most ").partition(" ")[0]
+    packing = Packing(int(shorter) if shorter.isdecimal() else 0)
+    if packing.text != text:
+        raise LabelSetError(f"{first} is not a tar that --include-images wrote: move it away, or choose another --out")
+    return packing
+
+
+def check_packable(source: Source) -> None:
+    """Raise SourceError for a sample key that cannot name a file in a WebDataset tar."""
+    for shard in source.shards:
+        for key in shard.keys:
+            check_member_key(key, shard.name)
+
+
+def packed_source(out: Path, source: Source) -> Source:
+    """Return the source that the tars in a label set are, or will be."""
+    folder = out / IMAGES_FOLDER
+    shards = tuple(TarShard(shard.name, folder / f"{shard.name}.tar", source.num_classes) for shard in source.shards)
+    return Source(str(folder), "tar", source.class_names, shards)
+
+
+def pack_images(
+    out: Path,
+    plan: Plan,
+    source: Source,
+    packing: Packing,
+    *,
+    shards: Sequence[str],
+    on_bad_image: BadImagePolicy,
+    workers: int,
+    progress: Progress,
+) -> Source:
+    """Pack these source shards' images where they are not packed yet; return the packed images as a source.
+
+    Args:
+        out: folder of the label set.
+        plan: of the label set.
+        source: of the images.
+        packing: how.
+        shards: names, in the order of their use.
+        on_bad_image: `fail` stops at an image that cannot be decoded; with `skip` its bytes are packed as they are.
+        workers: loader processes.
+        progress: told how far this is.
+
+    Raises:
+        SourceError: an image cannot be decoded and `on_bad_image` is `fail`.
+        LabelSetMismatch: the labels that are there are of other images.
+    """
+    if source.class_names is not None:
+        lines = "".join(f"{name}\n" for name in source.class_names).encode()
+        publish_file(out / IMAGES_FOLDER / "classes.txt", lambda file: _write(file, lines))
+    packed = packed_source(out, source)
+    missing = [name for name in shards if not (out / images_path(name)).is_file()]
+    began = time.monotonic()
+    whereabouts = Whereabouts(workers)
+    pack = partial(_pack_shard, out, plan, source, packing, on_bad_image, whereabouts, missing)
+    loader = start_loader(Mapped(pack, len(missing)), workers=min(workers, len(missing)))
+    for done, _ in enumerate(checked(loader, whereabouts), start=1):
+        progress(Tick("pack", done, len(missing), time.monotonic() - began, done))
+    records = {record.name: record for record in plan.source.shards}
+    for name in shards:
+        shard, record = packed.shard(name), records[name]
+        if keys_sha256(shard.keys, shard.class_labels) != record.keys_sha256:
+            raise LabelSetMismatch(
+                f"{out / images_path(name)} does not hold the images of source shard {name!r}: delete it and run again"
+            )
+    return packed
+
+
+def _pack_shard(
+    out: Path,
+    plan: Plan,
+    source: Source,
+    packing: Packing,
+    on_bad_image: BadImagePolicy,
+    whereabouts: Whereabouts,
+    names: Sequence[str],
+    index: int,
+) -> Exception | None:
+    """Write the tar of one source shard, unless another rank was quicker. Errors are returned: they cross processes."""
+    name = names[index]
+    path = out / images_path(name)
+    try:
+        if path.is_file():
+            return None
+        samples = _samples_of(out, plan, name)
+        members = _members(source.shard(name), packing, samples, on_bad_image, whereabouts)
+        if publish_file(path, partial(write_tar, members=members, comment=packing.comment)):
+            _check_as_sealed(out, path, name)
+    except (SourceError, LabelSetError) as error:
+        return error
+    return None
+
+
+def _samples_of(out: Path, plan: Plan, name: str) -> SampleRows | None:
+    """Return the samples that are labelled already: the set had no images until now, or this tar was deleted."""
+    path = out / samples_path(name)
+    record = next(record for record in plan.source.shards if record.name == name)
+    return checked_samples(path, plan, record) if path.is_file() else None
+
+
+def _members(
+    shard: SourceShard,
+    packing: Packing,
+    samples: SampleRows | None,
+    on_bad_image: BadImagePolicy,
+    whereabouts: Whereabouts,
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of a tar: an image and its class label, sample after sample."""
+    for row in range(len(shard)):
+        whereabouts.note(f"image {shard.keys[row]!r} of {shard.name}")
+        sample = shard[row]
+        image = _packed_image(sample, packing, on_bad_image)
+        if samples is not None and xxhash.xxh3_128_digest(image) != samples.image_xxh3[row]:
+            raise LabelSetMismatch(
+                f"image {sample.key!r} of {shard.name} would be packed with other bytes than those that are labelled:"
+                " pass the --data that was labelled, and how its images were packed, or choose another --out"
+            )
+        yield sample.key + member_extension(image), image
+        if sample.class_label is not None:
+            yield f"{sample.key}.cls", b"%d" % sample.class_label
+
+
+def _packed_image(sample: Sample, packing: Packing, on_bad_image: BadImagePolicy) -> bytes:
+    try:
+        if packing.shorter is not None:
+            return shrink(sample.image, packing.shorter, key=sample.key)
+        if on_bad_image == "fail":
+            decode(sample.image, key=sample.key)  # a tar with a bad image in it could not be mended later
+    except BadImageError as error:
+        if on_bad_image == "fail":
+            raise SourceError(f"{error}. Mend the image, or leave such images out with --on-bad-image skip") from error
+    return sample.image
+
+
+def _check_as_sealed(out: Path, path: Path, name: str) -> None:
+    """A tar that was deleted and packed again must be the one that the sealed manifest lists."""
+    sealed = sealed_manifest(out)
+    for entry in sealed.files if sealed else ():
+        if entry.kind == "images" and entry.shard == name and sha256_file(path) != entry.sha256:
+            raise LabelSetMismatch(
+                f"{path} was packed again, and is not the one that was sealed: another Pillow or Python made it."
+                " Choose another --out"
+            )
+
+
+def _write(file, content: bytes) -> None:
+    file.write(content)

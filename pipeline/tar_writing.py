@@ -1,0 +1,64 @@
+"""Tars whose bytes follow from their members alone: no times, no owners, PAX headers only where a name needs one.
+
+They are written member by member, so memory holds one of them, whatever their number (`tarfile` keeps a record of each).
+"""
+
+import tarfile
+from collections.abc import Iterable
+from typing import BinaryIO
+
+from pipeline.errors import SourceError
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+def write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]], *, comment: str | None = None) -> None:
+    """Write a whole tar.
+
+    Args:
+        file: is written to from its position.
+        members: name and content of each, in order.
+        comment: of the archive, in a global PAX header, which readers of tars pass over.
+    """
+    if comment is not None:
+        file.write(tarfile.TarInfo.create_pax_global_header({"comment": comment}))
+    for name, content in members:
+        info = tarfile.TarInfo(name)  # mode 644, owner 0, mtime 0
+        info.size = len(content)
+        file.write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+        file.write(content)
+        file.write(bytes(-len(content) % BLOCK))
+    file.write(bytes(2 * BLOCK))
+
+
+def read_comment(file: BinaryIO) -> str | None:
+    """Return the comment of a tar that `write_tar` wrote, or None where it has none. It leaves the file somewhere."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            return tar.pax_headers.get("comment")
+    except (tarfile.TarError, EOFError):
+        return None
+
+
+def check_member_key(key: str, where: str) -> str:
+    """Return a sample key that WebDataset reads back from a member's name, or raise SourceError.
+
+    Args:
+        key: the sample key.
+        where: the source shard, for the error.
+    """
+    parts = key.split("/")
+    if "." in parts[-1]:
+        rule = "its last part may have no dot, which is where WebDataset ends a key"
+    elif not {"", ".", ".."}.isdisjoint(parts):
+        rule = "it must be relative, without empty, '.' or '..' parts"
+    else:
+        return key
+    raise SourceError(f"{where}: sample key {key!r} cannot name a file in a WebDataset tar: {rule}. Rename the image")
+
+
+def member_extension(image: bytes) -> str:
+    """Return the extension of an image's format by its first bytes; what is no image is stored as `.jpg`."""
+    if image[:8] == b"\x89PNG\r\n\x1a\n":
+        return ".png"
+    return ".webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else ".jpg"
