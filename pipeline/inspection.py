@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.encoding import LabelRows
-from pipeline.errors import LabelSetError
+from pipeline.errors import LabelSetCorrupt, LabelSetError
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
@@ -73,6 +73,10 @@ def _look_at_labels(label_set: LabelSet, tables: dict[str, SampleRows]) -> dict[
             if seen >= MAX_ROWS:
                 break
             rows = label_set.read(name, view)
+            if not np.array_equal(rows.row, samples.usable):
+                raise LabelSetCorrupt(
+                    f"{label_set.folder}: view {view} of {name} does not have the usable rows of its samples file"
+                )
             seen += len(rows)
             right.append(_hits(label_set, samples, rows, view))
             if rows.topk_prob.shape[1]:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,8 @@ class LabelSet:
             state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) if name is path else ()
             kept, contents = self._recent.get(entry, (None, None))
             if contents is None or kept != state:
-                contents = Contents(str(name), file.read())
+                with fits_in_memory(name):
+                    contents = Contents(str(name), file.read())
                 self._check_bytes(entry, contents)
                 self._recent[entry] = state, contents
         self._recent.move_to_end(entry)
@@ -381,6 +383,15 @@ class LabelSet:
             raise LabelSetCorrupt(
                 f"{file} has {footer.rows_per_view} rows a view, the manifest says {entry.rows} in all"
             )
+
+
+@contextlib.contextmanager
+def fits_in_memory(file: object) -> Iterator[None]:
+    """Name the file that is read as a whole where there is no room for it: its length may be that of a hole."""
+    try:
+        yield
+    except MemoryError as error:
+        raise LabelSetError(f"{file} cannot be read: there is not enough memory for it") from error
 
 
 def check_length(path: Path, entry: FileEntry, folder: Path | RemoteFolder) -> None:

@@ -25,7 +25,7 @@ PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 IMAGES_FOLDER = "images"
 
-MAX_FILE_BYTES = 2**31  # of a file of the set, which is read as a whole; ImageNet's are of some MB
+MAX_FILE_BYTES = 2**30  # of a table of the set, which is read as a whole; ImageNet's are of some MB
 MAX_PROBES = 64  # each is rendered before training; 8 are stored
 
 Channels = tuple[float, float, float]
@@ -222,8 +222,14 @@ class FileEntry(Record):
     view_start: View  # 0 and 0 for samples and images
     view_stop: View
     rows: Count
-    bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+    bytes: Count
     sha256: Sha256
+
+    @model_validator(mode="after")
+    def _a_table_fits_in_memory(self) -> Self:
+        if self.kind != "images" and self.bytes > MAX_FILE_BYTES:
+            raise ValueError(f"a file of {self.kind} has at most {MAX_FILE_BYTES} bytes, got {self.bytes}")
+        return self
 
     @property
     def path(self) -> PurePosixPath:

@@ -22,7 +22,7 @@ from pipeline.manifest import (
     read_probes,
 )
 from pipeline.remedies import PULL, damaged_file
-from pipeline.storage import pretty_json, publish_file, replace_file, sha256_file, sync_folder
+from pipeline.storage import pretty_json, publish_file, refusals_named, replace_file, sha256_file, sync_folder
 
 MANIFEST_PROBES = 8
 
@@ -196,7 +196,9 @@ def _entry(
 
 def sealed_manifest(out: Path) -> Manifest | None:
     """Return the manifest of a folder if it is there and sealed."""
-    if not (out / MANIFEST_NAME).is_file():
+    with refusals_named(out):
+        there = (out / MANIFEST_NAME).is_file()
+    if not there:
         return None
     manifest = read_manifest(out)
     return manifest if manifest.sealed else None

@@ -28,10 +28,11 @@ from pipeline.errors import (
 )
 from pipeline.image_checks import check_images
 from pipeline.labels import Contents, read_all_views
-from pipeline.labelset import LabelSet, check_length, checked_labels_footer, checked_samples
+from pipeline.labelset import LabelSet, check_length, checked_labels_footer, checked_samples, fits_in_memory
 from pipeline.loading import usable_cores
 from pipeline.manifest import (
     MANIFEST_NAME,
+    MAX_FILE_BYTES,
     PLAN_NAME,
     FileEntry,
     Manifest,
@@ -288,7 +289,10 @@ def _read(folder: Path | RemoteFolder, task: _Task, *, keep: bool) -> tuple[byte
     if task.entry:
         check_length(path, task.entry, folder)
     digest, size = hashlib.sha256(), 0
-    with refusals_named(path), path.open("rb") as file:
+    with refusals_named(path):
+        if path.exists() and (not path.is_file() or (keep and path.stat().st_size > MAX_FILE_BYTES)):
+            raise StorageError(f"{path}: a table of a label set is a plain file of at most {MAX_FILE_BYTES} bytes")
+    with refusals_named(path), fits_in_memory(path), path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             buffer.write(block)

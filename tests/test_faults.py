@@ -1149,3 +1149,51 @@ def test_a_source_shard_that_is_lost_while_it_is_read_is_named_and_the_run_goes_
     tar.write_bytes(content)
     make_label_set(data, out)
     assert named_files(out) == whole
+
+
+# 22. Strict umask, odd and long paths
+
+
+@pytest.mark.parametrize("name", ["spaces and ümläuts", "x" * 200, "deep/" * 40 + "set", "100%{}$HOME"])
+def test_fault_22_odd_and_long_names_of_a_label_set_work(images, whole, tmp_path, name):
+    make_label_set(images, tmp_path / name)
+    assert named_files(tmp_path / name) == whole
+
+
+def test_fault_22_a_name_that_is_too_long_is_named(images, tmp_path):
+    with pytest.raises(StorageError, match="File name too long"):
+        make_label_set(images, tmp_path / ("x" * 300))
+
+
+def test_fault_22_a_strict_umask_leaves_what_the_user_can_read(images, whole, tmp_path):
+    before = os.umask(0o077)
+    try:
+        make_label_set(images, tmp_path / "set", views=(0, 2))
+        make_label_set(images, tmp_path / "set", views=(2, 4))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "set").rglob("*.*") if path.is_file()} == {0o600}
+    labels = {name: data for name, data in named_files(tmp_path / "set").items() if name.endswith(".parquet")}
+    assert labels == {name: data for name, data in whole.items() if name.endswith(".parquet")}
+
+
+# 24. Few file descriptors, many shards
+
+
+@pytest.mark.slow
+def test_fault_24_few_file_descriptors_and_many_label_shards_are_enough(tmp_path):
+    """64 descriptors, 300 tars, 600 label files, two loader processes; then all of it is verified."""
+    data, out = write_tars(tmp_path / "data", (2,) * 300), tmp_path / "set"
+    words = ["--teacher=test_resnet", "--no-pretrained", "--teacher-img-size=16", "--set=img_size=16", "--topk=2"]
+    words += ["--views=0:2", "--views-per-shard=1", "--accuracy-samples=0", "--device=cpu", "--workers=2"]
+    for command in (["precompute", f"--data={data}", f"--out={out}", *words], ["labels", "verify", str(out)]):
+        run = subprocess.run(
+            [sys.executable, "-m", "cli", *command],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+        )
+        assert run.returncode == 0, run.stderr
+    assert len(list(out.rglob("labels/*/*.parquet"))) == 600

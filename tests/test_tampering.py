@@ -301,6 +301,47 @@ def test_training_takes_no_step_on_a_changed_label_byte(copied, tmp_path, thread
     assert not (tmp_path / "run/state.safetensors").exists()
 
 
+def by_train(folder: Path, output: Path) -> int:
+    """Do what `train` does before and while it trains, up to every batch of an epoch for each view; return their number."""
+    config = settings(folder, output)
+    data = open_data(config)
+    order = make_order(config, data)
+    renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
+    for index in range(4 * order.steps_per_epoch):
+        batch = renderer(index)
+        if isinstance(batch, Exception):
+            raise batch
+    return 4 * order.steps_per_epoch
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_flipped_bit_or_cut_gets_past_what_training_reads(copied, tmp_path, count):
+    """Of the whole set; ten times as many are in benchmarks/bitrot.py."""
+    assert by_train(copied, tmp_path / "run") > 0
+    rng = random.Random(count)
+    listed = [path for path in files_of(copied) if path.suffix in (".json", ".parquet")]
+    for path, bit in flips(listed, count, seed=count):
+        data = path.read_bytes()
+        for content in (flipped(data, bit), data[: rng.randrange(len(data))]):
+            path.write_bytes(content)
+            with pytest.raises(DeitCliError):
+                by_train(copied, tmp_path / "run")
+        path.write_bytes(data)
+    assert by_train(copied, tmp_path / "run") > 0
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_gets_through_a_whole_training(copied, tmp_path, threads):
+    """The command's own loop from start to end, with student, optimizer and checkpoints."""
+    listed = [path for path in files_of(copied) if path.suffix in (".json", ".parquet")]
+    for number, (path, bit) in enumerate(flips(listed, 30, seed=30)):
+        data = path.read_bytes()
+        path.write_bytes(flipped(data, bit))
+        with pytest.raises(DeitCliError):
+            train(settings(copied, tmp_path / f"run{number}"))
+        path.write_bytes(data)
+
+
 def test_training_on_the_sound_set_does_take_steps(copied, tmp_path, threads):
     """What the tests above rest on."""
     train(settings(copied, tmp_path / "run", epochs=1, log_interval=1))
