@@ -44,7 +44,7 @@ _WRITE: dict[str, Any] = {
     "write_page_checksum": True,
 }
 # A teacher's forward pass of a view costs a hundred times the 10 us; each byte is published, stored and read many times.
-_WRITE_LABELS = _WRITE | {"compression_level": 15}
+_WRITE_LABELS: dict[str, Any] = _WRITE | {"compression_level": 15}
 
 
 @dataclass(frozen=True)
