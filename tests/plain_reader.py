@@ -33,8 +33,7 @@ def read(folder):
         refuse_unless((part["format"], part["version"]) == ("deit-cli-labels", 1), "another format or version")
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     refuse_unless(sha256(canonical) == stated, "manifest.json was changed")
-    refuse_unless(sha256(plan_bytes) == manifest["plan_sha256"], "plan.json is another one")
-    refuse_unless(manifest["sealed"], "not sealed")
+    refuse_unless(sha256(plan_bytes) == manifest["plan_sha256"] and manifest["sealed"], "another plan, or not sealed")
     keys = {}
     for entry in manifest["files"]:
         name = f"{entry['shard']}.parquet"
@@ -47,8 +46,7 @@ def read(folder):
         table = pq.read_table(folder / path)
         if entry["kind"] == "samples":
             keys[entry["shard"]] = table["key"].to_pylist()
-            continue
-        rows = table.to_pydict()
+        rows = table.to_pydict() if entry["kind"] == "labels" else {"row": []}
         values = [[*p, t] for p, t in zip(rows.get("topk_prob", []), rows.get("tail_mass", []), strict=True)]
         if "topk_code" in rows:
             values = decode(np.array(rows["topk_code"]), plan["teacher"]["num_classes"]).tolist()
