@@ -97,12 +97,14 @@ def to_codes(prob: NDArray[np.float32], tail: NDArray[np.float64], num_classes: 
 def from_codes(codes: NDArray[np.uint8], num_classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return probabilities, float32 [N, K], and tail mass, float32 [N], of `log8` codes, uint8 [N, K]."""
     size, topk = codes.shape
-    values = np.ones((size, topk + 1))
-    fallen = np.cumsum(_STEPS[codes], axis=1, dtype=np.uint32)
-    values[:, 1:] = _FALLEN[np.minimum(fallen, _FAR)]
-    values[:, topk] *= num_classes - topk
-    values /= values.sum(1, keepdims=True)
-    return values[:, :topk].astype(np.float32), values[:, topk].astype(np.float32)
+    fallen = np.add.accumulate(_STEPS[codes.T], axis=0)  # [K, N]: a rank is one long run
+    below = _FALLEN[np.minimum(fallen, _FAR, out=fallen)]
+    below[-1] *= num_classes - topk
+    first = 1 / (1 + below.sum(0))
+    prob = np.empty((size, topk), np.float32)
+    prob[:, 0] = first
+    np.multiply(below[:-1], first, out=prob.T[1:], casting="same_kind")
+    return prob, (below[-1] * first).astype(np.float32)
 
 
 def encode_rows(
@@ -170,6 +172,8 @@ def find_problem(rows: LabelRows, num_classes: int) -> str | None:
         return "a class stands twice in top-k"
     if max(rows.hard.max(), rows.topk_index.max()) >= num_classes:
         return f"a class is not below {num_classes}"
+    if rows.topk_code is not None:  # any codes are probabilities, and `hard` is the first of top-k
+        return None
     prob, tail, one = _bits(rows.topk_prob), _bits(rows.tail_mass), _bits(np.ones(1, rows.topk_prob.dtype))[0]
     if prob.max() > one or tail.max() > one:
         return "a probability is outside 0..1"

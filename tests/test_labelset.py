@@ -400,7 +400,8 @@ def recoded(rows: LabelRows, *, topk=2, classes=3, precision="float16") -> Label
 
 
 def first_three(rows: LabelRows) -> LabelRows:
-    return LabelRows(*(getattr(rows, field.name)[:3] for field in dataclasses.fields(rows)))
+    columns = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
+    return LabelRows(**{name: column if column is None else column[:3] for name, column in columns.items()})
 
 
 FOOTERS = [
