@@ -18,7 +18,7 @@ def extension(
 ) -> tuple[PrecomputeConfig, TeacherConfig, Recipe]:
     """Return the settings with which precompute adds views to a label set.
 
-    Recipe, K, precision and source are those of the plan, a block is as long as the set's last one, and the teacher is the
+    Recipe, K, precision and source are those of the plan, a block is as long as the set's longest, and the teacher is the
     plan's, unless it is named. Whether it is the same one is checked by precompute, before it writes anything.
 
     Args:
@@ -32,14 +32,15 @@ def extension(
         UsageError: one image size for teachers that see several.
     """
     label_set = LabelSet(RemoteFolder(location, open_cache()) if is_url(location) else Path(location))
-    plan, (start, stop) = label_set.plan, max(label_set.manifest.view_blocks, default=(0, 0))
+    plan = label_set.plan
+    longest = max((stop - start for start, stop in label_set.manifest.view_blocks), default=0)  # the last may be short
     config = PrecomputeConfig(
         data=data or _images_of(location, label_set),
         out=location,
         views=views,
         topk=plan.topk,
         precision=plan.precision,
-        **({"views_per_shard": stop - start} if stop else {}),
+        **({"views_per_shard": longest} if longest else {}),
         **_of(PrecomputeConfig, values),
     )
     return config, _teacher_of(plan, _of(TeacherConfig, values)), plan.make_recipe()

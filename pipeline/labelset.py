@@ -276,8 +276,8 @@ class LabelSet:
         Raises:
             LabelSetCorrupt: the file is missing, has another length, or other bytes.
         """
-        if recent := self._unchanged(entry):
-            return recent
+        if (unchanged := self._unchanged(entry)) is not None:
+            return unchanged
         file = self.file_of(entry)
         if isinstance(file, Path):
             check_length(file, entry, self.folder)
@@ -292,13 +292,16 @@ class LabelSet:
             raise LabelSetCorrupt(f"{error}. {REMOTE_FILE}{self._newer_manifest()}") from error
 
     def _unchanged(self, entry: FileEntry) -> Contents | None:
-        """Return the bytes that were read from a local file and are still its own, as far as the file system knows."""
+        """Return a file of this disk that is in memory, if it is still the one that was read: most reads end here."""
         kept, contents = self._recent.get(entry, (None, None))
-        with contextlib.suppress(OSError):
-            if contents is not None and kept == _state(os.stat(contents.name)):
-                self._recent.move_to_end(entry)
-                return contents
-        return None
+        if not kept or contents is None:
+            return None
+        try:
+            found = os.stat(contents.name)
+        except OSError:
+            return None
+        self._recent.move_to_end(entry)
+        return contents if kept == _state(found) else None
 
     def _read_checked(self, entry: FileEntry, name: Path | RemoteFile, path: Path) -> Contents:
         with path.open("rb") as file:

@@ -15,10 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.cache import read_local
 from pipeline.card import refresh_card
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, UsageError
-from pipeline.labels import Contents, read_all_views
+from pipeline.labels import Contents, SampleRows, read_all_views
 from pipeline.labelset import LabelSet, checked_labels_footer, checked_samples
 from pipeline.manifest import (
     PLAN_NAME,
@@ -34,8 +37,8 @@ from pipeline.manifest import (
 from pipeline.outputs import check_theirs
 from pipeline.progress import Progress
 from pipeline.remedies import damaged_file
-from pipeline.sealing import claim, seal, sealed_manifest
-from pipeline.storage import TEMPORARY_PREFIX, publish_file, sweep_temporaries
+from pipeline.sealing import check_untouched, claim, seal, sealed_manifest
+from pipeline.storage import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
 from pipeline.threads import Telling
 from pipeline.units import count
 from pipeline.urls import is_url
@@ -81,11 +84,13 @@ def merge(out: Path, locations: Sequence[str], *, progress: Progress = lambda _:
     _refuse_same(out, locations)
     parts = [_open(location) for location in locations]
     plan = _claim(out, parts)
+    _check_found(out, plan)
     sweep_temporaries(out)
     found, tell = 0, Telling("merge", sum(len(part) for part in parts), progress)
     for part in parts:
         for file in part:
-            found += not _take(out / file.path, file)
+            with refusals_named(out / file.path):
+                found += not _take(out / file.path, file)
             tell()
     missing = _seal(out, plan)
     label_set = None if missing else LabelSet.open(out)
@@ -111,12 +116,17 @@ class _File:
             assert label_set is not None
             return None if self.entry.kind == "images" else label_set.read_file(self.entry)
         path, plan = Path(self.part.location) / self.path, self.part.plan
-        contents = Contents(str(path), path.read_bytes())
+        with refusals_named(path):
+            contents = Contents(str(path), path.read_bytes())
         if self.views:
             checked_labels_footer(contents, plan, self.shard, self.views)
-            read_all_views(contents)
+            usable = self.part.usable(self.shard)
+            if any(not np.array_equal(rows.row, usable) for rows in read_all_views(contents)):
+                raise LabelSetCorrupt(
+                    f"{path} does not have the usable rows of its samples file. {damaged_file(self.views)}"
+                )
         else:
-            checked_samples(contents, plan, next(r for r in plan.source.shards if r.name == self.shard))
+            self.part.samples(contents, self.shard)
         return contents
 
 
@@ -125,6 +135,7 @@ class _Part:
 
     def __init__(self, location: str, plan: Plan, label_set: LabelSet | None, folder: Path | None) -> None:
         self.location, self.plan, self.label_set = location, plan, label_set
+        self._usable: dict[str, NDArray[np.int64]] = {}
         self._files = list(self._listed(label_set) if label_set else self._lying(folder or Path(location)))
 
     def __len__(self) -> int:
@@ -132,6 +143,16 @@ class _Part:
 
     def __iter__(self) -> Iterator[_File]:
         return iter(self._files)
+
+    def samples(self, file: Path | Contents, shard: str) -> SampleRows:
+        """Read the samples of a source shard where no manifest lists them, and check them against the plan."""
+        return checked_samples(file, self.plan, next(r for r in self.plan.source.shards if r.name == shard))
+
+    def usable(self, shard: str) -> NDArray[np.int64]:
+        """Return the rows that each view of a source shard must have, where no manifest lists them."""
+        if shard not in self._usable:
+            self._usable[shard] = self.samples(Path(self.location) / samples_path(shard), shard).usable
+        return self._usable[shard]
 
     @property
     def blocks(self) -> list[range]:
@@ -148,7 +169,7 @@ class _Part:
         for name in present:
             yield _File(self, None, Path(samples_path(name)), name, range(0))
         for views in label_blocks(folder):
-            for name in names:
+            for name in present:  # without samples nobody knows whose labels they are
                 path = Path(labels_path(name, views))
                 if (folder / path).is_file():
                     yield _File(self, None, path, name, views)
@@ -203,13 +224,33 @@ def _check_same(plan: Plan, where: str, part: _Part) -> None:
             )
 
 
+def _check_found(out: Path, plan: Plan) -> None:
+    """Check what lies in the result already: a manifest vouches for all that it lists, whoever made it.
+
+    Raises:
+        LabelSetCorrupt: a file is not as it was sealed, or, where none was sealed, not what its footer says.
+    """
+    check_untouched(out, label_blocks(out))
+    sealed = sealed_manifest(out)
+    listed = {Path(entry.path) for entry in sealed.files} if sealed else set()
+    for file in _Part(str(out), plan, None, out):
+        if file.path not in listed:
+            file.check()
+
+
 def _take(path: Path, file: _File) -> bool:
     """Create a file of the result; return False where it was there, of the same images and rows."""
     contents = file.check()
     write = partial(_write, data=contents.data) if contents else partial(_copy_tar, file)
     if publish_file(path, write):
         return True
-    if contents is None:  # a tar: sealing it hashes it, and the manifest of its set has said what it must be
+    if contents is None:
+        assert file.entry is not None
+        if sha256_file(path) != file.entry.sha256:
+            raise LabelSetMismatch(
+                f"{path} has other bytes than the one in {file.part.location}: it is damaged, or was packed from other images"
+                " or with another Pillow. Delete it, or leave that set out"
+            )
         return False
     if contents.data != path.read_bytes():
         theirs = path.with_name(f"{TEMPORARY_PREFIX}theirs-{path.name}")

@@ -21,7 +21,7 @@ from pipeline.indexing import index_samples
 from pipeline.labelling import Job, LabelTask, paths_of
 from pipeline.labels import MAX_TOPK, SampleRows
 from pipeline.labelset import LabelSet, record_of
-from pipeline.manifest import PLAN_NAME, Plan, SourceRecord, read_plan
+from pipeline.manifest import PLAN_NAME, Plan, SourceRecord, label_blocks, read_plan
 from pipeline.mirror import Mirror
 from pipeline.mixing import mix_batch
 from pipeline.outputs import commit, mirrored
@@ -48,7 +48,7 @@ class Work:
     Attributes:
         plan: of the label set.
         source: its images; where the folder holds a subset, those source shards alone.
-        blocks: of views; sealed ones among those asked come along, to be completed where a file was deleted.
+        blocks: of views; sealed and begun ones among those asked come along, to be completed where a file is missing.
         views_to_label: views that no sealed block holds yet.
         packing: how the images are packed into the set; None: not at all.
     """
@@ -116,7 +116,17 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     packing = plan_packing(out, config.include_images)
     if packing:
         check_packable(source)
-    return Work(plan, source, (*again, *_cut(asked, config.views_per_shard)), len(asked), packing)
+    begun = _begun(out, sealed, config.views)
+    new = [view for view in asked if not any(view in block for block in begun)]
+    return Work(plan, source, (*again, *begun, *_cut(new, config.views_per_shard)), len(asked), packing)
+
+
+def _begun(out: Path, sealed: list[range], views: tuple[int, int]) -> list[range]:
+    """Return blocks that lie in the folder unsealed, among those asked: what is done of them is not made in another cut."""
+    inside = [block for block in label_blocks(out) if views[0] <= block.start and block.stop <= views[1]]
+    begun = [block for block in inside if block not in sealed]
+    together = sorted((*sealed, *begun), key=lambda block: block.start)
+    return begun if all(a.stop <= b.start for a, b in itertools.pairwise(together)) else []
 
 
 def _held_part(out: Path, source: Source) -> tuple[Source, SourceRecord]:

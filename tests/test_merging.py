@@ -170,6 +170,68 @@ def test_a_damaged_part_is_refused_and_nothing_of_it_is_taken(whole, tmp_path):
         assert not (tmp_path / f"{name}-set/labels/views-00000-00001/train-000001.parquet").exists()
 
 
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_set_that_changed_since_it_was_sealed_does_not_grow(data, whole, tmp_path):
+    label(tmp_path / "set", data, views=(0, 2))
+    flip(tmp_path / "set/labels/views-00000-00001/train-000001.parquet", 200)
+    before = named_files(tmp_path / "set")
+    with pytest.raises(LabelSetCorrupt, match=r"train-000001.parquet is not as it was sealed"):
+        merge(tmp_path / "set", [str(whole)])
+    assert named_files(tmp_path / "set") == before
+
+
+def rank_folders(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Path, Path]:
+    """Let two ranks label into folders of their own; neither is sealed."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert label(tmp_path / rank, data, **changes) is None
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    return tmp_path / "0", tmp_path / "1"
+
+
+def test_a_rank_merges_the_other_into_its_own_folder(data, whole, tmp_path, monkeypatch):
+    mine, theirs = rank_folders(data, tmp_path, monkeypatch)
+    merge(mine, [str(theirs)])
+    same_files(mine, whole)
+
+
+@pytest.mark.parametrize("name", ["labels/views-00000-00001/train-000000.parquet", "samples/train-000000.parquet"])
+def test_what_lay_in_the_result_is_checked_before_it_is_sealed(data, tmp_path, monkeypatch, name):
+    mine, theirs = rank_folders(data, tmp_path, monkeypatch)
+    flip(mine / name, 200)
+    with pytest.raises(LabelSetCorrupt, match=name.rpartition("/")[2]):
+        merge(mine, [str(theirs)])
+    assert not json.loads((mine / "manifest.json").read_bytes())["sealed"]
+
+
+def test_labels_of_an_open_folder_must_have_the_rows_of_its_samples(data, whole, tmp_path):
+    """As they would where a samples file was brought from another run, which left out other images."""
+    label(tmp_path / "b", write_tars(tmp_path / "other", (9, 8, 7), bad=(4,)))
+    shutil.copy(whole / "samples/train-000000.parquet", tmp_path / "b/samples/train-000000.parquet")
+    (tmp_path / "b/manifest.json").unlink()
+    with pytest.raises(
+        LabelSetCorrupt, match=r"train-000000.parquet does not have the usable rows of its samples file"
+    ):
+        merge(tmp_path / "set", [str(tmp_path / "b")])
+
+
+def test_labels_without_samples_are_not_taken(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "b")
+    (tmp_path / "b/manifest.json").unlink()
+    (tmp_path / "b/samples/train-000001.parquet").unlink()
+    merged = merge(tmp_path / "set", [str(tmp_path / "b")])
+    assert merged.label_set is not None
+    assert merged.label_set.shards == ("train-000000", "train-000002")
+    assert not list((tmp_path / "set").rglob("train-000001.parquet"))
+
+
 def test_misuse_is_refused(whole, tmp_path):
     with pytest.raises(UsageError, match="is both the result and a part"):
         merge(whole, [str(whole)])
@@ -201,6 +263,15 @@ def test_images_that_some_parts_lack_are_left_out_or_refused(data, tmp_path, cap
         LabelSetMismatch, match="those of 'train-000001' are not there: merge sets that all have theirs"
     ):
         merge(tmp_path / "b", [str(tmp_path / "c")])
+
+
+def test_a_tar_that_was_damaged_in_the_result_is_not_sealed(data, tmp_path):
+    label(tmp_path / "a", data, include_images="original")
+    pull(str(tmp_path / "a"), tmp_path / "set")
+    (tmp_path / "set/manifest.json").unlink()
+    flip(tmp_path / "set/images/train-000001.tar", 700)
+    with pytest.raises(LabelSetMismatch, match=r"images/train-000001.tar has other bytes than the one in"):
+        merge(tmp_path / "set", [str(tmp_path / "a")])
 
 
 KILLED = """
@@ -257,6 +328,40 @@ def test_more_views_are_those_of_a_set_that_was_made_at_once(data, whole, tmp_pa
     assert result.exit_code == 0, result.output
     assert "views 0:4 of 24 images, sealed" in result.output
     same_files(tmp_path / "set", whole)
+
+
+def test_a_subset_is_extended_and_stays_one(whole, tmp_path):
+    pull(str(whole), tmp_path / "set", views=(0, 2), shards=["train-000001"])
+    result = extend(tmp_path / "set")
+    assert result.exit_code == 0, result.output
+    assert "views 0:4 of 8 images, sealed" in result.output
+    extended = LabelSet.open(tmp_path / "set")
+    assert (extended.shards, extended.views) == (("train-000001",), range(4))
+    for entry in extended.manifest.files:
+        assert (tmp_path / "set" / entry.path).read_bytes() == (whole / entry.path).read_bytes()
+
+
+def test_blocks_that_were_begun_are_completed_in_their_own_cut(data, tmp_path, monkeypatch):
+    mine, _ = rank_folders(data, tmp_path, monkeypatch, views_per_shard=3)  # the last block is shorter
+    merged = merge(tmp_path / "set", [str(mine)])
+    assert merged.missing
+    blocks = label_blocks(tmp_path / "set")
+    result = extend(tmp_path / "set", "--views", "0:4")
+    assert result.exit_code == 0, result.output
+    assert label_blocks(tmp_path / "set") == blocks
+    assert problems_in(tmp_path / "set") == []
+    label(tmp_path / "once", data, views_per_shard=3)
+    same_files(tmp_path / "set", tmp_path / "once")
+
+
+def test_blocks_of_several_lengths_are_kept(data, tmp_path):
+    label(tmp_path / "set", data, views=(0, 3), views_per_shard=3)
+    label(tmp_path / "set", data, views=(3, 4))
+    (tmp_path / "set/labels/views-00003-00003/train-000001.parquet").unlink()
+    (tmp_path / "set/manifest.json").unlink()
+    label(tmp_path / "set", data, views=(0, 6))  # asks for two views in a block
+    assert label_blocks(tmp_path / "set") == [range(0, 3), range(3, 4), range(4, 6)]
+    assert problems_in(tmp_path / "set") == []
 
 
 def test_another_teacher_is_refused_before_anything_is_written(data, tmp_path):
