@@ -48,7 +48,7 @@ def extension(
 
 def _images_of(location: str, label_set: LabelSet) -> str:
     if not label_set.has_images:
-        return label_set.plan.source.location
+        return label_set.images_location()
     return join_url(location, IMAGES_FOLDER) if is_url(location) else str(Path(location) / IMAGES_FOLDER)
 
 

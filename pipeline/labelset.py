@@ -24,6 +24,7 @@ from pipeline.errors import (
     RemoteFileMissing,
     SourceError,
     StorageError,
+    UsageError,
 )
 from pipeline.ids import canonical_json
 from pipeline.imported import IMPORT_NAME, refusal
@@ -256,7 +257,21 @@ class LabelSet:
         """
         if data is None and self.has_images:
             return self._own_images()
-        return open_source(data or self.plan.source.location, cache=cache)
+        return open_source(data or self.images_location(), cache=cache)
+
+    def images_location(self) -> str:
+        """Return where the set found its images.
+
+        Raises:
+            UsageError: behind a URL, which a stranger may have written into the plan.
+        """
+        location = self.plan.source.location
+        if is_url(location):
+            raise UsageError(
+                f"{self.folder} was labelled from {location}. A label set may be a stranger's, so its URLs are not opened"
+                f" unasked: pass --data {location}, or a copy of it"
+            )
+        return location
 
     def _own_images(self) -> Source:
         names = self.plan.source.class_names
