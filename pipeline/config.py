@@ -76,7 +76,7 @@ class PrecomputeConfig:
     precision: Precision = option(
         "float16",
         "Of the stored probabilities: float32; float16 (0.05 % off at most, 33 bytes a label at K = 10); log8 (5 %,"
-        " 21 bytes, 1.7e-4 nats of KL divergence).",
+        " 19 bytes, 1.7e-4 nats of KL divergence).",
     )
     views_per_shard: int = option(30, "Views in one file: the unit of work, and of loss at a crash.")
     batch_size: int | Literal["auto"] = option(

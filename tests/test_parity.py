@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import make_labels, small_recipe, small_teacher, write_tars
 
+from pipeline.encoding import LOG8_STEP
 from pipeline.labelset import LabelSet
 from pipeline.loading import Mapped, start_loader
 from pipeline.sources import open_source
@@ -107,6 +108,25 @@ def test_float16_costs_no_more_than_its_rounding(data, teacher, tmp_path):
     label_set = labels(tmp_path, data, topk=3)
     mine, theirs = (losses_of(label_set, teacher, t, distillation_type="soft") for t in (stored, online))
     assert mine == pytest.approx(theirs, abs=2e-3)
+
+
+def test_log8_costs_no_more_than_half_a_step_of_each_logit(data, teacher, tmp_path):
+    """All classes are kept, so any difference is that of the codes; hard labels have none."""
+    label_set = labels(tmp_path, data, topk=3, precision="log8")
+    mine, theirs = (losses_of(label_set, teacher, t, distillation_type="hard") for t in (stored, online))
+    assert mine == theirs
+    settings = {"distillation_type": "soft", "distillation_alpha": 1.0}
+    mine, theirs = (losses_of(label_set, teacher, t, **settings)[0] for t in (stored, online))
+    batch, logs = first_batch(label_set)
+    full = online(batch, teacher)
+    p, q = (torch.zeros(len(batch.hard), 3).scatter_(1, t.topk_index, t.topk_prob) for t in (full, batch))
+    ratio = (p / q).log()
+    assert (
+        ratio - ratio.max(1, keepdim=True).values
+    ).abs().max() <= LOG8_STEP + 1e-4  # half a step up, half a step down
+    entropy = [-(x * x.clamp_min(1e-30).log()).sum(1) for x in (p, q)]
+    allowed = (entropy[0] - entropy[1]).abs() + (p - q).abs().sum(1) * logs.abs().max(1).values
+    assert 0 < abs(mine - theirs) <= allowed.mean().item() + 1e-5
 
 
 @pytest.mark.parametrize("tail", ["spread", "renormalise"])
