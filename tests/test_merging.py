@@ -235,6 +235,12 @@ def test_labels_without_samples_are_not_taken(whole, tmp_path):
 def test_misuse_is_refused(whole, tmp_path):
     with pytest.raises(UsageError, match="is both the result and a part"):
         merge(whole, [str(whole)])
+    for out in (whole / "inner", whole.parent):
+        with pytest.raises(UsageError, match="lie one in the other: choose a result apart"):
+            merge(out, [str(whole)])
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is a file: the first folder is the result"):
+        merge(tmp_path / "file", [str(whole)])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     with pytest.raises(LabelSetMismatch, match="is not empty and holds no label set"):
