@@ -231,11 +231,14 @@ def _loading(label_set: LabelSet) -> list[str]:
     shard, (start, stop) = label_set.shards[0], min(label_set.manifest.view_blocks)
     labels = f"labels/views-{start:05d}-{stop - 1:05d}/{shard}.parquet"
     samples = f"samples/{shard}.parquet"
-    topk = label_set.plan.topk > 0
-    columns = ", ".join(['"hard"', *(['"topk_index"', '"topk_prob"'] if topk else [])])
+    plan = label_set.plan
+    coded = plan.topk > 0 and plan.precision == "log8"
+    stored = ["topk_index", "topk_code"] if coded else ["hard", "topk_index", "topk_prob"] if plan.topk else ["hard"]
+    columns = ", ".join(f'"{name}"' for name in stored)
     # DuckDB 2.0 reads no float16 whose bytes are split, which is how they compress best.
-    lacks = topk and label_set.plan.precision == "float16"
-    names = columns.replace('"', "").replace(", topk_prob", "" if lacks else ", topk_prob")
+    lacks = plan.topk > 0 and plan.precision == "float16"
+    names = ", ".join(name for name in stored if not (lacks and name == "topk_prob"))
+    first = '["topk_index"][0]' if coded else '["hard"]'
     data = "" if label_set.has_images else " --data IMAGES"
     return [
         "## How to load it",
@@ -250,6 +253,7 @@ def _loading(label_set: LabelSet) -> list[str]:
             f'keys = pq.read_table("{samples}")["key"].take(labels["row"])',
             f'print(labels.append_column("key", keys).select(["key", {columns}]).slice(0, 5).to_pylist())',
         ),
+        *(_decoding(labels, label_set.num_classes - plan.topk) if coded else ()),
         *_block(
             "DuckDB",
             "python",
@@ -283,7 +287,7 @@ def _loading(label_set: LabelSet) -> list[str]:
             f'files = {{"labels": "{labels}", "samples": "{samples}"}}  # of one source shard',
             'shard = {kind: load_dataset("parquet", data_files=file, split="train") for kind, file in files.items()}',
             'first = shard["labels"][0]',
-            'print(len(labels), len(samples), shard["samples"][first["row"]]["key"], first["hard"])',
+            f'print(len(labels), len(samples), shard["samples"][first["row"]]["key"], first{first})',
         ),
         *_block(
             "deit-cli",
@@ -292,6 +296,22 @@ def _loading(label_set: LabelSet) -> list[str]:
         ),
         "",
     ]
+
+
+def _decoding(labels: str, rest: int) -> list[str]:
+    """Return the block that turns codes into probabilities, `rest` classes not being kept."""
+    return _block(
+        "NumPy, probabilities of the codes",
+        "python",
+        "import numpy as np",
+        "import pyarrow.parquet as pq",
+        f'code = np.stack(pq.read_table("{labels}")["topk_code"].to_numpy())',
+        "fallen = np.exp(-np.cumsum(np.where(code == 255, np.inf, code), axis=1) / 10)",
+        f"fallen[:, -1] *= {rest}  # classes that are not kept",
+        "values = np.column_stack([np.ones(len(fallen)), fallen])",
+        "values /= values.sum(axis=1, keepdims=True)",
+        "print(values[:5])  # K probabilities, most probable first, and the tail mass",
+    )
 
 
 def _block(title: str, language: str, *lines: str) -> list[str]:

@@ -18,7 +18,6 @@ from pipeline.config import Precision
 LOG8_STEP = 0.1  # nats; the mean KL divergence that it costs is below 2e-4 nats, see benchmarks/README.md
 LOG8_ZERO = 255  # a code: this probability is 0, and so are those after it
 _FAR = 1100  # steps: exp(-110) is 0 in float32
-_STEPS = np.where(np.arange(256) == LOG8_ZERO, _FAR, np.arange(256)).astype(np.uint32)
 _FALLEN = np.where(np.arange(_FAR + 1) == _FAR, 0.0, np.exp(-LOG8_STEP * np.arange(_FAR + 1)))
 
 COMPARED_TOPK = 64  # up to this K every rank is compared with every other; sorting is faster above
@@ -47,6 +46,17 @@ class LabelRows:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def part(self, at: slice) -> "LabelRows":
+        """Return some rows; they share their memory with these."""
+        return LabelRows(
+            self.row[at],
+            self.hard[at],
+            self.topk_index[at],
+            self.topk_prob[at],
+            self.tail_mass[at],
+            None if self.topk_code is None else self.topk_code[at],
+        )
 
 
 def index_dtype(num_classes: int) -> np.dtype[np.unsignedinteger]:
@@ -90,19 +100,25 @@ def to_codes(prob: NDArray[np.float32], tail: NDArray[np.float64], num_classes: 
         step = np.clip(np.rint(np.minimum(target, _FAR) - fallen), 0, LOG8_ZERO - 1)
         step[(target >= _FAR) | (fallen >= _FAR)] = LOG8_ZERO
         codes[:, rank] = step
-        fallen += _STEPS[codes[:, rank]]
+        fallen += np.where(step == LOG8_ZERO, _FAR, step)
     return codes
 
 
 def from_codes(codes: NDArray[np.uint8], num_classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return probabilities, float32 [N, K], and tail mass, float32 [N], of `log8` codes, uint8 [N, K]."""
     size, topk = codes.shape
-    values = np.ones((size, topk + 1))
-    fallen = np.cumsum(_STEPS[codes], axis=1, dtype=np.uint32)
-    values[:, 1:] = _FALLEN[np.minimum(fallen, _FAR)]
-    values[:, topk] *= num_classes - topk
-    values /= values.sum(1, keepdims=True)
-    return values[:, :topk].astype(np.float32), values[:, topk].astype(np.float32)
+    codes = np.ascontiguousarray(codes.T)  # [K, N]: a rank is one long run, ten times as fast as row by row
+    fallen, gone = codes.astype(np.uint32), codes == LOG8_ZERO
+    if gone.any():
+        fallen[gone] = _FAR
+    for rank in range(1, topk):
+        fallen[rank] += fallen[rank - 1]
+    values = np.ones((topk + 1, size))
+    _FALLEN.take(fallen, out=values[1:], mode="clip")  # farther than _FAR is 0 too
+    values[topk] *= num_classes - topk
+    values *= 1 / values.sum(axis=0)
+    values = values.astype(np.float32)
+    return np.ascontiguousarray(values[:topk].T), values[topk]
 
 
 def encode_rows(
@@ -153,15 +169,21 @@ def content_xxh3(views: Sequence[LabelRows]) -> str:
     return digest.hexdigest()
 
 
-def find_problem(rows: LabelRows, num_classes: int) -> str | None:
+def find_problem(rows: LabelRows, num_classes: int, views: int = 1) -> str | None:
     """Return what is wrong with values that no teacher can have answered, or None.
 
-    It runs for every view that is read, so it looks at bits: floats of 0 and above order like their bit patterns, and all
+    It runs for everything that is read, so it looks at bits: floats of 0 and above order like their bit patterns, and all
     others (negative ones, NaN, infinity) lie above the pattern of 1.
+
+    Args:
+        rows: of one view, or of several one behind the other.
+        num_classes: C.
+        views: how many of them.
     """
     if not len(rows):
         return None
-    if (rows.row[1:] <= rows.row[:-1]).any():
+    row = rows.row.reshape(views, -1)
+    if (row[:, 1:] <= row[:, :-1]).any():
         return "rows do not rise"
     topk = rows.topk_index.shape[1]
     if not topk:
@@ -170,6 +192,14 @@ def find_problem(rows: LabelRows, num_classes: int) -> str | None:
         return "a class stands twice in top-k"
     if max(rows.hard.max(), rows.topk_index.max()) >= num_classes:
         return f"a class is not below {num_classes}"
+    if rows.topk_code is None and (problem := _find_in_floats(rows)):
+        return problem
+    return "`hard` is not the first of top-k" if (rows.topk_index[:, 0] != rows.hard).any() else None
+
+
+def _find_in_floats(rows: LabelRows) -> str | None:
+    """Return what is wrong with stored probabilities; there are no codes that decode to wrong ones."""
+    topk = rows.topk_prob.shape[1]
     prob, tail, one = _bits(rows.topk_prob), _bits(rows.tail_mass), _bits(np.ones(1, rows.topk_prob.dtype))[0]
     if prob.max() > one or tail.max() > one:
         return "a probability is outside 0..1"
@@ -177,10 +207,17 @@ def find_problem(rows: LabelRows, num_classes: int) -> str | None:
     rises[topk - 1 :: topk] = False  # from the last of a row to the first of the next
     if rises.any():
         return "probabilities do not fall"
-    total = np.einsum("nk->n", rows.topk_prob.astype(np.float32)) + rows.tail_mass
-    if (np.abs(total - 1) > SUM_TOLERANCE).any():
+    if (np.abs(np.einsum("nk->n", _float32(rows.topk_prob)) + rows.tail_mass - 1) > SUM_TOLERANCE).any():
         return "probabilities do not add to 1"
-    return "`hard` is not the first of top-k" if (rows.topk_index[:, 0] != rows.hard).any() else None
+    return None
+
+
+def _float32(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Return values of 0..1 in float32; float16 by its bits, four times as fast as NumPy does it."""
+    if values.dtype != np.float16:
+        return values.astype(np.float32, copy=False)
+    moved = np.left_shift(np.ascontiguousarray(values).view(np.uint16), 13, dtype=np.uint32)
+    return moved.view(np.float32) * np.float32(2**112)  # the exponents' biases are 15 and 127
 
 
 def _bits(values: NDArray[np.floating]) -> NDArray[np.unsignedinteger]:
@@ -188,7 +225,13 @@ def _bits(values: NDArray[np.floating]) -> NDArray[np.unsignedinteger]:
 
 
 def _has_twice(index: NDArray[np.unsignedinteger]) -> bool:
-    if index.shape[1] > COMPARED_TOPK:
+    """Say whether a row of [N, K] holds a value twice."""
+    size, topk = index.shape
+    if topk > COMPARED_TOPK:
         return bool((np.diff(np.sort(index, axis=1), axis=1) == 0).any())
-    ranks = np.ascontiguousarray(index.T)  # [K, N]: a comparison is one long run
-    return any((ranks[apart:] == ranks[:-apart]).any() for apart in range(1, len(ranks)))
+    ranks = np.ascontiguousarray(index.T)  # a rank is one long run: a hundred times as fast as row by row
+    ranks = np.concatenate([ranks, ranks[: topk // 2]])  # and the first follow the last
+    across, down = ranks.strides[1], ranks.strides[0]
+    # Entry [d, k] is rank k + d + 1: at most half around the circle of ranks, each meets each other.
+    others = np.ndarray((topk // 2, topk, size), ranks.dtype, ranks, offset=down, strides=(down, down, across))
+    return bool((ranks[:topk] == others).any())

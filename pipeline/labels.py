@@ -7,7 +7,7 @@ answers for one source shard and one block of views: row group i is view `view_s
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
@@ -36,6 +36,7 @@ MAX_SHARD_SAMPLES = 2**22  # of one source shard, whose samples file is read as 
 MAX_PAGE_BYTES = 16 << 20
 MAX_VIEW_BYTES = 1 << 30
 MAX_SAMPLES_BYTES = 1 << 30
+AHEAD_ROWS = 8192  # of views that are read at once, at most
 _BATCH_ROWS = 16  # of a samples file, whose texts may be a page long each: the bound is looked at after so many
 _WRITE: dict[str, Any] = {
     "compression": "zstd",
@@ -174,7 +175,7 @@ _ENCODINGS = {
     "topk_index": "BYTE_STREAM_SPLIT",
     "topk_prob": "BYTE_STREAM_SPLIT",
     "tail_mass": "BYTE_STREAM_SPLIT",
-    "topk_code": "PLAIN",
+    "topk_code": "BYTE_STREAM_SPLIT",
 }
 
 
@@ -201,6 +202,7 @@ class Contents:
 
     name: str
     data: bytes
+    _ahead: "_Ahead" = field(default_factory=lambda: _Ahead(), init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.name
@@ -224,6 +226,30 @@ class Contents:
         _check_layout(self.parquet, self.name, footer)
         return footer
 
+    def take(self, view: int) -> LabelRows:
+        """Read one view of a label shard; who takes them in order gets them faster."""
+        ahead, footer = self._ahead, self.labels_layout
+        rows = ahead.rows.pop(view, None)
+        if rows is None:
+            ahead.many = 2 * ahead.many if view == ahead.following else 1
+            most = max(1, min(ahead.many, AHEAD_ROWS // max(1, footer.rows_per_view)))
+            run = _read_run(self, footer, range(view, min(view + most, footer.view_stop)))
+            rows, ahead.rows = run.pop(view), run
+        ahead.following = view + 1
+        return rows
+
+
+@dataclass
+class _Ahead:
+    """Views that were read with the one before them, because a call of a library costs as much as a hundred rows.
+
+    Twice as many each time, so who reads a few in a row has as many read as are used.
+    """
+
+    following: int = -1
+    many: int = 1
+    rows: dict[int, LabelRows] = field(default_factory=dict)
+
 
 def read_labels_footer(file: Path | Contents) -> LabelsFooter:
     """Read what a label shard says of itself, without its rows."""
@@ -246,14 +272,14 @@ def read_view(file: Path | Contents, view: int) -> LabelRows:
     footer = file.labels_layout
     if not footer.view_start <= view < footer.view_stop:
         raise LabelSetCorrupt(f"{file} holds views {footer.view_start}..{footer.view_stop - 1}, not {view}")
-    return _read_row_group(file, footer, view)
+    return file.take(view)
 
 
 def read_all_views(file: Path | Contents) -> list[LabelRows]:
     """Read a whole label shard, and check its content hash too."""
     file = _contents(file)
     footer = file.labels_layout
-    views = [_read_row_group(file, footer, view) for view in range(footer.view_start, footer.view_stop)]
+    views = [file.take(view) for view in range(footer.view_start, footer.view_stop)]
     if content_xxh3(views) != footer.content_xxh3:
         raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states. {DAMAGED_FILE}")
     return views
@@ -321,10 +347,10 @@ def _metadata(footer: SamplesFooter | LabelsFooter) -> dict[bytes, bytes]:
 
 def _labels_table(rows: LabelRows, view: int, schema: pa.Schema) -> pa.Table:
     arrays = [pa.array(np.full(len(rows), view, np.uint32))]
-    for field in list(schema)[1:]:
-        values = pa.array(np.ascontiguousarray(getattr(rows, field.name)).ravel())
-        is_list = pa.types.is_fixed_size_list(field.type)
-        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=field.type) if is_list else values)
+    for column in list(schema)[1:]:
+        values = pa.array(np.ascontiguousarray(getattr(rows, column.name)).ravel())
+        is_list = pa.types.is_fixed_size_list(column.type)
+        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=column.type) if is_list else values)
     return pa.table(arrays, schema=schema)
 
 
@@ -420,15 +446,30 @@ def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
         )
 
 
-def _read_row_group(file: Contents, footer: LabelsFooter, view: int) -> LabelRows:
-    group = view - footer.view_start
-    _check_pages(file, group)
-    table = _guarded(file.name, lambda: file.parquet.read_row_group(group, use_threads=False))
+def _read_run(file: Contents, footer: LabelsFooter, views: range) -> dict[int, LabelRows]:
+    """Read and check some views; where a later one is damaged, the first alone."""
+    try:
+        rows = _read_row_groups(file, footer, views)
+    except LabelSetCorrupt:
+        if len(views) == 1:
+            raise
+        return _read_run(file, footer, views[:1])
+    size = footer.rows_per_view
+    return {view: rows.part(slice(place * size, (place + 1) * size)) for place, view in enumerate(views)}
+
+
+def _read_row_groups(file: Contents, footer: LabelsFooter, views: range) -> LabelRows:
+    """Read and check views, one behind the other."""
+    groups = [view - footer.view_start for view in views]
+    for group in groups:
+        _check_pages(file, group)
+    table = _guarded(file.name, lambda: file.parquet.read_row_groups(groups, use_threads=False))
     rows = _rows_of(table, footer)
-    if problem := find_problem(rows, footer.num_classes):
-        raise LabelSetCorrupt(f"{file}: view {view}: {problem}")
-    if not (_values(table["view"]) == view).all():
-        raise LabelSetCorrupt(f"{file}: row group {group} must hold view {view} alone")
+    if problem := find_problem(rows, footer.num_classes, len(views)):
+        raise LabelSetCorrupt(f"{file}: view {views[0]}: {problem}")
+    numbers = _values(table["view"]).reshape(len(views), -1)
+    if (numbers != np.array(views)[:, None]).any():
+        raise LabelSetCorrupt(f"{file}: row group {groups[0]} must hold view {views[0]} alone")
     return rows
 
 
@@ -451,7 +492,9 @@ def _values(column: pa.ChunkedArray) -> NDArray[Any]:
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
-    return _whole(column).flatten().to_numpy().reshape(-1, width)
+    lists = _whole(column)
+    elements = lists.values[lists.offset * width : (lists.offset + len(lists)) * width]
+    return elements.to_numpy().reshape(-1, width)
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

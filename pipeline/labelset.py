@@ -276,6 +276,8 @@ class LabelSet:
         Raises:
             LabelSetCorrupt: the file is missing, has another length, or other bytes.
         """
+        if (unchanged := self._unchanged(entry)) is not None:
+            return unchanged
         file = self.file_of(entry)
         if isinstance(file, Path):
             check_length(file, entry, self.folder)
@@ -289,11 +291,23 @@ class LabelSet:
         except (RemoteFileMissing, RemoteFileCorrupt) as error:
             raise LabelSetCorrupt(f"{error}. {REMOTE_FILE}{self._newer_manifest()}") from error
 
+    def _unchanged(self, entry: FileEntry) -> Contents | None:
+        """Return a file of this disk that is in memory, if it is still the one that was read: most reads end here."""
+        kept, contents = self._recent.get(entry, (None, None))
+        if not kept or contents is None:
+            return None
+        try:
+            found = os.stat(contents.name)
+        except OSError:
+            return None
+        self._recent.move_to_end(entry)
+        return contents if kept == _state(found) else None
+
     def _read_checked(self, entry: FileEntry, name: Path | RemoteFile, path: Path) -> Contents:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             # Bytes in memory stay right whatever happens to a cached copy; a file of ours that changes is to be named.
-            state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) if name is path else ()
+            state = _state(stat) if name is path else ()
             kept, contents = self._recent.get(entry, (None, None))
             if contents is None or kept != state:
                 with fits_in_memory(name):
@@ -392,6 +406,10 @@ def fits_in_memory(file: object) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise LabelSetError(f"{file} cannot be read: there is not enough memory for it") from error
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def check_length(path: Path, entry: FileEntry, folder: Path | RemoteFolder) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from builders import files_of, make_labels, write_tars
 from huggingface_hub import DatasetCard
@@ -52,8 +53,20 @@ def test_the_card_has_a_block_for_each_reader_of_ten_lines_at_most(made):
     assert all("deit" not in found[name] for name in READERS)
 
 
+def test_the_card_of_codes_decodes_them(tmp_path):
+    write_source(tmp_path / "data")
+    labels = make_label_set(tmp_path / "data", tmp_path / "set", topk=2, precision="log8")
+    (title,) = [name for name in blocks((tmp_path / "set/README.md").read_text()) if name.startswith("NumPy")]
+    text = blocks((tmp_path / "set/README.md").read_text())[title]
+    assert len(text.splitlines()) <= 10
+    said = np.array(run_block(text, tmp_path / "set", tmp_path).replace("[", " ").replace("]", " ").split(), float)
+    rows = labels.read("train-0", 0)
+    expected = np.column_stack([rows.topk_prob, rows.tail_mass])[:5]
+    np.testing.assert_allclose(said.reshape(5, 3), expected, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float16", "float32"])
+@pytest.mark.parametrize("precision", ["float16", "float32", "log8"])
 @pytest.mark.parametrize("topk", [0, 2])
 @pytest.mark.parametrize("reader", READERS)
 def test_what_the_card_shows_reads_the_set(reader, topk, precision, tmp_path):
@@ -70,6 +83,7 @@ def test_what_the_card_shows_reads_the_set(reader, topk, precision, tmp_path):
         assert said.split() == [str(4 * 9), "9", first, str(int(rows.hard[0]))]
     if reader == "DuckDB":
         assert ("topk_prob" in said) == (topk > 0 and precision == "float32")
+        assert ("topk_code" in said) == (topk > 0 and precision == "log8")
         assert ("DuckDB 2.0 does not read" in (tmp_path / "set/README.md").read_text()) == (topk > 0 and precision == "float16")  # fmt: skip
 
 

@@ -1,17 +1,31 @@
 """Codes for probabilities: what `log8` keeps, what it costs, and that reading it is fast and exact."""
 
+import dataclasses
 import math
+from itertools import chain, combinations, pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from builders import files_of, make_labels, small_recipe, small_teacher, write_tars
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_labels import assert_equal, footer_of, write
 
-from pipeline.encoding import LOG8_STEP, LOG8_ZERO, encode_rows, find_problem, from_codes, label_bytes, to_codes
-from pipeline.labels import labels_schema
+from pipeline.config import Precision
+from pipeline.encoding import (
+    LOG8_STEP,
+    LOG8_ZERO,
+    LabelRows,
+    encode_rows,
+    find_problem,
+    from_codes,
+    label_bytes,
+    to_codes,
+)
+from pipeline.errors import LabelSetCorrupt
+from pipeline.labels import Contents, labels_schema, read_view
 from pipeline.labelset import LabelSet
 from pipeline.sources import open_source
 
@@ -142,3 +156,97 @@ def test_a_set_of_codes_holds_what_one_of_floats_holds_but_for_rounding(tmp_path
     )
     assert files_of(tmp_path / "again") == files_of(tmp_path / "log8")
     assert again.plan.precision == "log8"
+
+
+def slow_problem(rows: LabelRows, num_classes: int) -> str | None:
+    """Rule 11 of the format page, one value after the other, in the order in which problems are named."""
+    row, index, hard = rows.row.tolist(), rows.topk_index.tolist(), rows.hard.tolist()
+    prob, tail = rows.topk_prob.astype(float).tolist(), rows.tail_mass.astype(float).tolist()
+    rules = {
+        "rows do not rise": all(a < b for a, b in pairwise(row)),
+        "a class stands twice in top-k": all(len(set(each)) == len(each) for each in index),
+        f"a class is not below {num_classes}": all(c < num_classes for c in (*hard, *chain(*index))),
+        "a probability is outside 0..1": all(0 <= p <= 1 and math.copysign(1, p) > 0 for p in (*chain(*prob), *tail)),
+        "probabilities do not fall": all(not a < b for each in prob for a, b in pairwise(each)),
+        "probabilities do not add to 1": all(not abs(sum(p) + t - 1) > 0.01 for p, t in zip(prob, tail, strict=False)),
+        "`hard` is not the first of top-k": all(h == each[0] for h, each in zip(hard, index, strict=True) if each),
+    }
+    return next((problem for problem, holds in rules.items() if not holds), None)
+
+
+def sound_rows(rows: int, topk: int, classes: int, precision: Precision, seed: int) -> LabelRows:
+    prob, _ = answers(rows, topk, classes, seed)
+    index = np.stack([np.random.default_rng(seed + row).permutation(classes)[: max(topk, 1)] for row in range(rows)])
+    kept = np.arange(rows), index[:, 0], index[:, :topk], prob
+    return encode_rows(*kept, num_classes=classes, precision=precision)
+
+
+VALUES = {  # what a damaged or hostile column might hold
+    "row": [0, 1, 2, 2**32 - 1],
+    "hard": [0, 1, 8, 9, 65_535],
+    "topk_index": [0, 1, 8, 9, 65_535],
+    "topk_prob": [0.0, -0.0, 6e-8, 0.1, 0.5, 0.99, 1.0, 1.001, -0.5, math.nan, math.inf, -math.inf],
+    "tail_mass": [0.0, -0.0, 6e-8, 0.009, 0.011, 1.0, 1.001, -0.5, math.nan, math.inf],
+}
+
+
+@given(st.integers(1, 6), st.integers(0, 9), st.sampled_from(["float16", "float32"]), st.integers(0, 99), st.data())
+@settings(max_examples=400)
+def test_the_fast_check_finds_what_the_slow_one_finds(rows, topk, precision, seed, data):
+    found = sound_rows(rows, topk, 9, precision, seed)
+    for name in data.draw(st.lists(st.sampled_from(sorted(VALUES)), max_size=2)):
+        column = getattr(found, name).copy()
+        if column.size:
+            column.reshape(-1)[data.draw(st.integers(0, column.size - 1))] = data.draw(st.sampled_from(VALUES[name]))
+        found = dataclasses.replace(found, **{name: column})
+    assert find_problem(found, 9) == slow_problem(found, 9)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 3, 8, 9, 63, 64, 65, 100])
+def test_a_class_that_stands_twice_is_found_at_any_two_ranks(topk):
+    rows = sound_rows(2, topk, 200, "float32", seed=topk)
+    assert find_problem(rows, 200) is None
+    for first, second in combinations(range(topk), 2):
+        index = rows.topk_index.copy()
+        index[1, second] = index[1, first]
+        hard = index[:, 0]
+        found = dataclasses.replace(rows, topk_index=index, hard=hard)
+        assert find_problem(found, 200) == "a class stands twice in top-k", (first, second)
+
+
+@pytest.mark.parametrize("views", [1, 2, 5])
+def test_several_views_are_checked_as_each_of_them(views):
+    """Rows rise within a view and begin again in the next one."""
+    parts = [sound_rows(4, 3, 9, "float16", seed) for seed in range(views)]
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(LabelRows)}
+    whole = LabelRows(**{name: np.concatenate(each) for name, each in columns.items() if each[0] is not None})
+    assert find_problem(whole, 9, views) is None
+    last = whole.row.copy()
+    last[-1] = last[-2]
+    assert find_problem(dataclasses.replace(whole, row=last), 9, views) == "rows do not rise"
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32", "log8"])
+@pytest.mark.parametrize("topk", [0, 3])
+def test_views_are_the_same_in_whatever_order_they_are_read(tmp_path, precision, topk):
+    views = [sound_rows(5, topk, 9, precision, seed) for seed in range(12)]
+    path = write(tmp_path / "a.parquet", views, footer_of(views, 9, precision, view_start=3))
+    rng = np.random.default_rng(0)
+    orders = [list(range(12)), list(range(12))[::-1], [0, 1, 1, 2, 0, 1, 2, 3, 4, 5, 3, 11], *rng.permutation(12)[None].repeat(3, 0).tolist()]  # fmt: skip
+    for order in orders:
+        contents = Contents("a", path.read_bytes())
+        for view in order:
+            assert_equal(read_view(contents, 3 + view), views[view])
+
+
+def test_a_damaged_view_spoils_none_that_is_read_with_it(tmp_path):
+    views = [sound_rows(5, 3, 9, "float16", seed) for seed in range(8)]
+    tail = views[6].tail_mass.copy()
+    tail[2] = np.nan
+    views[6] = dataclasses.replace(views[6], tail_mass=tail)
+    contents = Contents("a", write(tmp_path / "a.parquet", views, footer_of(views, 9)).read_bytes())
+    for view in range(6):
+        assert_equal(read_view(contents, view), views[view])
+    with pytest.raises(LabelSetCorrupt, match="a: view 6: a probability is outside"):
+        read_view(contents, 6)
+    assert_equal(read_view(contents, 7), views[7])

@@ -254,3 +254,49 @@ def test_the_format_page_shows_the_ids_of_this_set():
     page = PAGE.read_text()
     shown = set(re.findall(r"\b[0-9a-f]{64}\b", page))
     assert set(IDS.values()) <= shown, "the page must quote the ids of the golden set as its worked example"
+
+
+# The same labels with `--precision log8`
+
+LOG8 = Path(__file__).parent / "golden/v1-log8"
+LOG8_SHA256 = {
+    "shards/labels/views-00000-00002/golden-000000.parquet": "1ee9bd26cdf46c099cbafa5471cd93ea4b03e1170cf92f3a98a1409d46298b5f",
+    "shards/manifest.json": "b776f885fc0cdd8785727f14b0b07e3411a1ed7fb0b3c4a1774c8723d1caa6aa",
+    "shards/plan.json": "706b55a5adc1acb92da4bf49f2f3fb83516ba43920991864e5a95c64f24ea680",
+    "shards/samples/golden-000000.parquet": "85ec1104e60cfd48d6205ebc431719fa34dd4b7bc15ccd7403e777ee9ebfa5e6",
+}
+CODES = [
+    [[105, 6], [27, 5], [97, 22], [35, 23], [86, 18], [78, 2]],
+    [[111, 4], [103, 3], [95, 10], [49, 5], [94, 1], [59, 16]],
+    [[84, 10], [108, 2], [97, 21], [52, 8], [16, 2], [29, 13]],
+]
+
+
+def test_the_golden_codes_lie_as_they_were_committed():
+    found = {
+        path.relative_to(LOG8).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in LOG8.rglob("*")
+        if path.is_file()
+    }
+    assert found == LOG8_SHA256
+
+
+def test_the_golden_codes_still_read():
+    coded, exact = LabelSet.open(LOG8 / "shards"), LabelSet.open(GOLDEN / "shards")
+    assert problems_in(coded) == []
+    assert coded.plan.precision == "log8"
+    for view in range(3):
+        rows, floats = coded.read(SHARD, view), exact.read(SHARD, view)
+        assert rows.topk_code is not None
+        assert rows.topk_code.tolist() == CODES[view]
+        assert rows.row.tolist() == ROWS
+        assert rows.topk_index.tolist() == floats.topk_index.tolist() == INDEX[view]
+        assert rows.hard.tolist() == floats.hard.tolist()
+        ratio = rows.topk_prob[:, 1] / rows.topk_prob[:, 0]
+        np.testing.assert_allclose(ratio, np.exp(-0.1 * rows.topk_code[:, 0].astype(float)), rtol=1e-6)
+        np.testing.assert_allclose(rows.topk_prob, floats.topk_prob, rtol=0.06)
+
+
+def test_the_golden_codes_replay():
+    source = open_source(str(GOLDEN / "images"))
+    assert check_replay(LabelSet.open(LOG8 / "shards"), source) <= TOLERANCE
