@@ -178,9 +178,16 @@ class _Part:
 def _refuse_same(out: Path, locations: Sequence[str]) -> None:
     if not locations:
         raise UsageError("name at least one label set to merge into the first folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: the first folder is the result")
     for location in locations:
-        if not is_url(location) and Path(location).resolve() == out.resolve():
+        if is_url(location):
+            continue
+        part, result = Path(location).resolve(), out.resolve()
+        if part == result:
             raise UsageError(f"{location} is both the result and a part: a label set that is there grows by itself")
+        if result.is_relative_to(part) or part.is_relative_to(result):
+            raise UsageError(f"{out} and {location} lie one in the other: choose a result apart from its parts")
 
 
 def _open(location: str) -> _Part:

@@ -21,6 +21,7 @@ from builders import (
 )
 from click.testing import CliRunner
 from label_sets import problems_in
+from web_server import web_server
 
 import cli
 from pipeline import labelling
@@ -86,6 +87,15 @@ def test_ranks_without_a_common_folder_are_merged(data, whole, tmp_path, monkeyp
     monkeypatch.delenv("WORLD_SIZE")
     merged = merge(tmp_path / "set", [str(tmp_path / "0"), str(tmp_path / "1")])
     assert merged.label_set is not None
+    same_files(tmp_path / "set", whole)
+
+
+def test_a_part_may_be_behind_a_url(data, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    label(tmp_path / "a", data, views=(0, 2))
+    label(tmp_path / "b", data, views=(2, 4))
+    with web_server(tmp_path) as server:
+        merge(tmp_path / "set", [str(tmp_path / "a"), f"{server.url}/b"])
     same_files(tmp_path / "set", whole)
 
 
@@ -235,6 +245,12 @@ def test_labels_without_samples_are_not_taken(whole, tmp_path):
 def test_misuse_is_refused(whole, tmp_path):
     with pytest.raises(UsageError, match="is both the result and a part"):
         merge(whole, [str(whole)])
+    for out in (whole / "inner", whole.parent):
+        with pytest.raises(UsageError, match="lie one in the other: choose a result apart"):
+            merge(out, [str(whole)])
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is a file: the first folder is the result"):
+        merge(tmp_path / "file", [str(whole)])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     with pytest.raises(LabelSetMismatch, match="is not empty and holds no label set"):
