@@ -663,3 +663,13 @@ def test_a_file_found_alone_explains_itself(footer, made):
         assert getattr(footer, name) == plan[name]
     assert (footer.shard, footer.view_start, footer.view_stop, footer.rows_per_view) == ("train-0", 0, 2, 5)
     assert {"device", "dtype", "torch"} <= set(footer.environment)
+
+
+def test_a_url_in_a_plan_is_not_opened_unasked(copied):
+    label_set = LabelSet.open(copied)
+    source = label_set.plan.source.model_copy(update={"location": "http://169.254.169.254/latest"})
+    label_set.plan = label_set.plan.model_copy(update={"source": source})
+    with pytest.raises(
+        UsageError, match=r"its URLs are not opened unasked: pass --data http://169\.254\.169\.254/latest"
+    ):
+        label_set.open_source()
