@@ -22,7 +22,7 @@ from pipeline.config import Precision
 from pipeline.encoding import LabelRows, content_xxh3, find_problem, from_codes, index_dtype, label_bytes, prob_dtype
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
 from pipeline.ids import canonical_json
-from pipeline.pages import Chunk, largest_page
+from pipeline.pages import Chunk, column_chunks, largest_page
 from pipeline.records import Count, Name, Record, Sha256, View, Xxh3, is_version, other_version
 from pipeline.remedies import DAMAGED_FILE
 from pipeline.storage import parse_json
@@ -215,6 +215,11 @@ class Contents:
         return _guarded(self.name, lambda: pq.ParquetFile(data, page_checksum_verification=True))
 
     @cached_property
+    def chunks(self) -> list[list[Chunk]]:
+        """Where the columns of each row group lie."""
+        return _guarded(self.name, lambda: column_chunks(self.data))
+
+    @cached_property
     def labels_footer(self) -> LabelsFooter:
         """What a label shard says of itself, parsed once."""
         return _footer(self.parquet, self.name, LabelsFooter)
@@ -324,13 +329,10 @@ def _bounded_rows(parquet: pq.ParquetFile, name: str) -> pa.Table:
 
 def _check_pages(file: Contents, group: int) -> None:
     """Refuse a row group of which a page says that it unpacks to more than any writer makes; pyarrow would do it."""
-    columns = file.parquet.metadata.row_group(group)
-    chunks = []
-    for number in range(columns.num_columns):
-        column = columns.column(number)
-        starts = [column.data_page_offset, column.dictionary_page_offset]
-        chunks.append(Chunk(min(at for at in starts if at is not None), column.total_compressed_size))
-    largest = _guarded(file.name, lambda: largest_page(file.data, chunks))
+    groups = file.chunks
+    if group >= len(groups):
+        raise LabelSetCorrupt(f"{file}: damaged Parquet: its footer lists {len(groups)} row groups. {DAMAGED_FILE}")
+    largest = _guarded(file.name, lambda: largest_page(file.data, groups[group]))
     if largest > MAX_PAGE_BYTES:
         raise LabelSetCorrupt(
             f"{file}: a page in it unpacks to {largest} bytes, at most {MAX_PAGE_BYTES} are read. {DAMAGED_FILE}"
