@@ -478,7 +478,9 @@ def test_a_cut_connection_goes_on_where_it_was_cut(far, large, tmp_path):
     """Fault 15, in one run: what had come is not asked for again."""
     push(large, far.target)
     far.server.sent_bytes = 0
-    sound = [None, None] if far.kind == "s3" else [None]  # the samples of the same name, and of a store the first blocks
+    sound = (
+        [None, None] if far.kind == "s3" else [None]
+    )  # the samples of the same name, and of a store the first blocks
     far.server.faults["GET train-0.parquet"] += [*sound, "cut"]
     pull(far.url, tmp_path / "here", workers=1)
     assert content(tmp_path / "here") == content(large)
