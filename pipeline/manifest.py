@@ -23,6 +23,7 @@ from pipeline.storage import parse_json, pretty_json, read_small, sha256_file
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.json.sig"  # beside it, and none of the set's files
 IMAGES_FOLDER = "images"
 
 MAX_FILE_BYTES = 2**30  # of a table of the set, which is read as a whole; ImageNet's are of some MB

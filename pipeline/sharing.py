@@ -17,12 +17,14 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
 
+from pipeline.card import CARD_NAME
 from pipeline.errors import LabelSetMismatch, RemoteFileRefused, UsageError
 from pipeline.labelset import LabelSet
 from pipeline.manifest import (
     IMAGES_FOLDER,
     MANIFEST_NAME,
     PLAN_NAME,
+    SIGNATURE_NAME,
     FileEntry,
     Manifest,
     Plan,
@@ -42,9 +44,7 @@ from pipeline.urls import is_url
 
 log = logging.getLogger("deit_cli.sharing")
 
-CARD_NAME = "README.md"
 CLASSES_NAME = f"{IMAGES_FOLDER}/classes.txt"
-SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
 WORKERS = 8  # files at a time
 
 Job = TypeVar("Job")
