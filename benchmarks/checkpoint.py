@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stage1 import machine
+from rounds import machine
 
 from trainer.checkpoint import check_finite, pack_training, save_state, snapshot
 from trainer.optim import create_ema, create_optimizer

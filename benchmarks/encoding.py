@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stage1 import machine
+from rounds import machine
 
 from pipeline.config import Precision
 from pipeline.drafts import LabelDraft, publish_draft

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from stage1 import machine
+from rounds import machine
 
 from pipeline.labelset import LabelSet
 

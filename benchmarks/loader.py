@@ -48,8 +48,9 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Nothing but torch is imported up here: a competitor's interpreter has only what that competitor needs.
+# Nothing but torch, NumPy and Pillow is imported up here: a competitor's interpreter has only what that competitor needs.
 import torch
+from photographs import Photo, read_photos, repeated, write_tars
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -60,26 +61,9 @@ LIBRARIES = (
     "torch", "torchvision", "timm", "numpy", "Pillow", "opencv-python-headless", "simplejpeg", "turbojpeg", "webdataset",
     "litdata", "mosaicml-streaming",
 )  # fmt: skip
-Photo = tuple[str, int, bytes]  # name, class, JPEG
 
 
 # --- the same photographs in every format -----------------------------------------------------------------------
-
-
-def read_photos(tar: Path) -> list[Photo]:
-    """Return the photographs of a WebDataset tar."""
-    with tarfile.open(tar) as archive:
-        members = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}  # pyright: ignore[reportOptionalMemberAccess]
-    names = sorted(name.removesuffix(".jpg") for name in members if name.endswith(".jpg"))
-    return [(name, int(members[f"{name}.cls"]), members[f"{name}.jpg"]) for name in names]
-
-
-def repeated(photos: list[Photo], times: int) -> Iterator[Photo]:
-    """Yield the photographs over and over under new names, in an order that mixes them."""
-    order = [(turn, photo) for turn in range(times) for photo in photos]
-    random.Random(0).shuffle(order)
-    for turn, (name, label, image) in order:
-        yield f"{name}-{turn:03}", label, image
 
 
 def write_folders(out: Path, photos: Iterable[Photo]) -> None:
@@ -87,18 +71,6 @@ def write_folders(out: Path, photos: Iterable[Photo]) -> None:
     for name, label, image in photos:
         (out / f"{label:04}").mkdir(exist_ok=True)
         (out / f"{label:04}" / f"{name}.jpg").write_bytes(image)
-
-
-def write_tars(out: Path, photos: Iterable[Photo], size: int = 1000) -> None:
-    """WebDataset tars of `size` photographs."""
-    everything = list(photos)
-    for shard, start in enumerate(range(0, len(everything), size)):
-        with tarfile.open(out / f"train-{shard:06}.tar", "w") as archive:
-            for name, label, image in everything[start : start + size]:
-                for ending, content in (("jpg", image), ("cls", str(label).encode())):
-                    member = tarfile.TarInfo(f"{name}.{ending}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
 
 
 def write_litdata(out: Path, photos: Iterable[Photo]) -> None:
@@ -420,7 +392,7 @@ def main() -> None:
     for each in running.values():
         each.stop()
 
-    from stage1 import machine
+    from rounds import machine
 
     result = {
         "what": "views/s that one loader process brings into the trainer, both on one core; recipe deit, 224 pixels",

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from stage1 import machine
+from rounds import Job, machine
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
@@ -64,7 +64,7 @@ def soft_gather(logits: Tensor, target: TeacherTarget, tau: float) -> Tensor:
     rest = log_prob.sum(dim=-1) - kept.sum(dim=-1)
     divergence = (torch.xlogy(prob, prob) - prob * kept).sum(dim=-1)
     divergence = divergence + num_rest * torch.xlogy(rest_prob, rest_prob) - rest_prob * rest
-    return divergence.sum() * (tau**2 / BATCH)
+    return divergence.sum() * (tau**2 / len(logits))
 
 
 def soft_logsumexp(logits: Tensor, target: TeacherTarget, tau: float) -> Tensor:
@@ -74,7 +74,7 @@ def soft_logsumexp(logits: Tensor, target: TeacherTarget, tau: float) -> Tensor:
     known = ((prob - rest_prob[:, None]) * tempered.gather(1, target.topk_index)).sum(dim=-1)
     crossed = tempered.logsumexp(dim=-1) - known - rest_prob * tempered.sum(dim=-1)
     entropy = torch.xlogy(prob, prob).sum(dim=-1) + num_rest * torch.xlogy(rest_prob, rest_prob)
-    return (entropy + crossed).sum() * (tau**2 / BATCH)
+    return (entropy + crossed).sum() * (tau**2 / len(logits))
 
 
 def soft_ours(logits: Tensor, target: TeacherTarget, tau: float) -> Tensor:
@@ -104,17 +104,17 @@ def class_ours(logits: Tensor, target: ClassTarget) -> Tensor:
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def cases(device: torch.device, num_classes: int) -> tuple[Tensor, dict[str, dict[str, Loss]]]:
+def cases(device: torch.device, num_classes: int, batch: int) -> tuple[Tensor, dict[str, dict[str, Loss]]]:
     """Return logits, and for each loss its forms; the first is what the others must agree with."""
     generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(BATCH, num_classes, generator=generator)).to(device).requires_grad_()
-    top = (4 * torch.randn(BATCH, num_classes, generator=generator)).softmax(dim=-1).to(device).topk(KEPT, dim=-1)
+    logits = (3 * torch.randn(batch, num_classes, generator=generator)).to(device).requires_grad_()
+    top = (4 * torch.randn(batch, num_classes, generator=generator)).softmax(dim=-1).to(device).topk(KEPT, dim=-1)
     teacher = TeacherTarget(top.indices[:, 0], top.indices, top.values, 1 - top.values.sum(dim=-1))
     target = ClassTarget(
-        class_label=torch.randint(num_classes, (BATCH,), generator=generator).to(device),
-        labelled=torch.ones(BATCH, dtype=torch.bool, device=device),
-        partner=torch.arange(BATCH, device=device).flip(0),
-        lam=torch.full((BATCH,), LAM, device=device),
+        class_label=torch.randint(num_classes, (batch,), generator=generator).to(device),
+        labelled=torch.ones(batch, dtype=torch.bool, device=device),
+        partner=torch.arange(batch, device=device).flip(0),
+        lam=torch.full((batch,), LAM, device=device),
     )
     forms: dict[str, dict[str, Loss]] = {}
     for tau in (1.0, 3.0):
@@ -205,8 +205,8 @@ def peak_on_cpu(work: Callable[[], object]) -> int:
     return most
 
 
-def measure(device: torch.device, num_classes: int, rounds: int) -> dict[str, Any]:
-    logits, losses = cases(device, num_classes)
+def measure(device: torch.device, num_classes: int, rounds: int, batch: int = BATCH) -> dict[str, Any]:
+    logits, losses = cases(device, num_classes, batch)
     agreement = {loss: compare(logits, forms) for loss, forms in losses.items()}
     each_form = {(loss, name): form for loss, forms in losses.items() for name, form in forms.items()}
     times = max(3, 20_000 // num_classes)
@@ -229,6 +229,17 @@ def measure(device: torch.device, num_classes: int, rounds: int) -> dict[str, An
             device, num_classes, loss, name, {key: value for key, value in row.items() if key != "rounds"}, flush=True
         )
     return {"array_mib": round(logits.numel() * 4 / 2**20, 1), "largest_difference": agreement, "losses": result}
+
+
+def on_gpu(job: Job) -> None:
+    """Measure the losses of usual and large numbers of classes, and of usual and large batches."""
+    sizes = ((8, 100),) if job.rehearse else ((256, 1000), (1024, 1000), (256, 21841), (1024, 21841))
+    for batch, num_classes in sizes:
+        found = measure(job.device, num_classes, 2 if job.rehearse else 7, batch)
+        for rows in found["losses"].values():
+            for row in rows.values():
+                del row["rounds"]
+        job.note(f"B = {batch}, C = {num_classes}", found)
 
 
 def main() -> None:

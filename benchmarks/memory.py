@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from stage1 import machine
+from rounds import machine
 from webdataset.writer import TarWriter
 
 CASES = [

@@ -30,7 +30,8 @@ import cv2
 import torch
 import webdataset as wds
 from PIL import Image
-from stage1 import blocks_in, machine
+from rounds import machine
+from stage1 import blocks_in
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stage1 import machine
+from rounds import machine
 from torch import Tensor
 
 from pipeline.loading import PREFETCH, Mapped, Slots, _shared_pixels, checked, start_loader

@@ -6,47 +6,54 @@ Rounds alternate in one run: teacher alone, rendering alone, the teacher while o
 precompute. A ratio is taken within a round; medians are quoted. On a CPU the teacher gets `--threads` cores and the loader
 processes their own; with as many cores in the machine as both together, neither takes from the other but caches and memory
 bandwidth, and the third figure says how much that is.
+
+On a GPU `gpu.py` asks another question (`on_gpu`): the teacher of DeiT's paper, eager and compiled, on views in the GPU's memory, on
+views from page-locked memory, and in precompute with more and more loader processes.
 """
 
 import argparse
+import gzip
 import itertools
 import json
 import multiprocessing
 import os
-import platform
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import cv2
 import torch
+from ceilings import matrix_tflops
+from rounds import Job, machine
+from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.engines import limit
 from pipeline.indexing import scan_shard
 from pipeline.labelling import AHEAD, device_name
 from pipeline.loading import Whereabouts, usable_cores
-from pipeline.measuring import measure_together
-from pipeline.mixing import draw_mix, mix_batch
+from pipeline.measuring import forward_flops, measure_rates, measure_together
+from pipeline.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
 from pipeline.sources import Source, open_source
 from pipeline.teacher import Teacher, one_thread
 from pipeline.teacher_loading import load_teacher
+from pipeline.timing import row_s, steady_s, synchronise
 
 
 def teacher_alone(teacher: Teacher, recipe: Recipe, batch: int, seconds: float) -> tuple[float, float]:
     """Return views/s of the teacher on random views in (pinned) memory, and the share of the time it computed."""
-    images = torch.randint(0, 256, (batch, recipe.img_size, recipe.img_size, 3), dtype=torch.uint8)
+    images, mix = random_views(recipe, batch)
     images = images.pin_memory() if teacher.device.type == "cuda" else images
-    pairs = [(at, at + 1) for at in range(0, batch - 1, 2)]
-    mix = mix_batch(pairs, [draw_mix(recipe, "key", at) for at, _ in pairs], batch)
     waiting = [teacher.ask(images, mix, 10) for _ in range(AHEAD + 1)]
     waiting.pop(0).result()
     made, busy, began = 0, teacher.busy_s, time.perf_counter()
@@ -58,6 +65,13 @@ def teacher_alone(teacher: Teacher, recipe: Recipe, batch: int, seconds: float) 
     for pending in waiting:
         pending.result()
     return made / elapsed, busy / elapsed
+
+
+def random_views(recipe: Recipe, batch: int) -> tuple[torch.Tensor, MixBatch]:
+    """Return random pixels, uint8 [batch, H, W, 3], and mixes of neighbours."""
+    images = torch.randint(0, 256, (batch, recipe.img_size, recipe.img_size, 3), dtype=torch.uint8)
+    pairs = [(at, at + 1) for at in range(0, batch - 1, 2)]
+    return images, mix_batch(pairs, [draw_mix(recipe, "key", at) for at, _ in pairs], batch)
 
 
 def rendering_alone(blocks: list[Any], renderer: BlockRenderer, img_size: int, workers: int, seconds: float) -> float:
@@ -135,8 +149,6 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe) -> dict[str, Any]:
-    import tempfile
-
     asked = TeacherConfig(
         teacher=(name,),
         pretrained=False,
@@ -194,18 +206,138 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
     }
 
 
-def machine() -> dict[str, Any]:
-    names = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "simplejpeg", "pyarrow")
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
+# --- on a GPU ---------------------------------------------------------------------------------------------------
+
+PROFILED, TOP_KERNELS = 20, 15  # forward passes in a profile, kernels that are named
+
+
+def on_gpu(job: Job) -> None:
+    """Measure stage 1 with the teacher of DeiT's paper, the most telling figures first."""
+    name = "test_resnet" if job.rehearse else "regnety_160"
+    recipe = load_recipe("deit", {"img_size": 32, "mix_block": 16} if job.rehearse else {})
+    source = open_source(job.source(32 if job.rehearse else 1024))
+    counts = [1] if job.rehearse else [each for each in (15, 8, 4, 2) if each < usable_cores()]
+    seconds = 0.2 if job.rehearse else 8.0
+    batch = recipe.mix_block
+    eager = device_teacher(job, name, compiled=False)
+    job.note("what", {"teacher": name, "img_size": eager.img_size, "dtype": str(eager.dtype), "batch": batch})
+    job.note("eager", teacher_figures(job, eager, recipe, batch))
+    rates = measure_rates(source, recipe, eager, topk=10, precision="float16", least_s=seconds / 8)
+    job.note("parts_us_a_view", {part: round(1e6 * value, 2) for part, value in asdict(rates).items()})
+    job.note("profile_eager", kernels(on_device(eager, recipe, batch), job.out / "trace-stage1-eager.json.gz"))
+    together: dict[str, Any] = {}
+    for workers in counts:
+        if job.has(3.5 * seconds, f"precompute with {workers} loader processes"):
+            together[f"{workers}"] = together_figures(job, eager, recipe, source, workers, seconds)
+            job.note("precompute_eager", together)
+    if job.has(100 if not job.rehearse else 0, "compiled"):
+        compiled = device_teacher(job, name, compiled=True)
+        job.note("compiled", teacher_figures(job, compiled, recipe, batch))
+        job.note("profile_compiled", kernels(on_device(compiled, recipe, batch)))
+        if job.has(3.5 * seconds, "precompute, compiled"):
+            figures = together_figures(job, compiled, recipe, source, counts[0], seconds)
+            job.note("precompute_compiled", {f"{counts[0]}": figures})
+
+
+def device_teacher(job: Job, name: str, *, compiled: bool) -> Teacher:
+    """Load a teacher of random weights onto the GPU."""
+    config = TeacherConfig(
+        teacher=(name,), pretrained=False, compile=compiled and not job.rehearse, device=str(job.device)
     )
+    teacher = load_teacher(config, num_classes=1000)
+    teacher.limit_threads(1)
+    return teacher
+
+
+def on_device(teacher: Teacher, recipe: Recipe, batch: int) -> Callable[[], object]:
+    """Return a forward pass on views that lie in the device's memory: mixed, normalised, ranked."""
+    images, mix = random_views(recipe, batch)
+    images, mix = images.to(teacher.device), mix.to(teacher.device)
+
+    def answer() -> None:
+        with torch.inference_mode():
+            teacher.rank(teacher.logits(apply_mix(images.permute(0, 3, 1, 2), mix)), 10)
+
+    return answer
+
+
+def teacher_figures(job: Job, teacher: Teacher, recipe: Recipe, batch: int) -> dict[str, Any]:
+    """Return views/s of the teacher on views in its memory and from page-locked memory, and what share of the ceiling that is."""
+    device, seconds = teacher.device, 0.2 if job.rehearse else 3.0
+    answer = on_device(teacher, recipe, batch)
+    first_s = row_s(answer, 1, device)  # compiles, and chooses algorithms
+    in_memory = batch / steady_s(answer, device, seconds)
+    with one_thread(device):
+        page_locked, busy = teacher_alone(teacher, recipe, batch, seconds)
+    module = teacher.networks[0].module
+    flops = forward_flops(getattr(module, "_orig_mod", module), teacher.img_size)
+    ceiling = matrix_tflops(device, rehearse=job.rehearse)
     return {
-        "processor": processor,
-        "cores": usable_cores(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in names},
+        "first_pass_s": round(first_s, 2),
+        "in_memory_views_per_s": round(in_memory, 1),
+        "page_locked_views_per_s": round(page_locked, 1),
+        "busy_share": round(busy, 3),
+        "gflop_a_view": round(flops / 1e9, 2),
+        "tflops": round(in_memory * flops / 1e12, 1),
+        "matrix_ceiling_tflops": round(ceiling, 1),
+        "share_of_ceiling": round(in_memory * flops / 1e12 / ceiling, 3),
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else None,
+    }
+
+
+def together_figures(
+    job: Job, teacher: Teacher, recipe: Recipe, source: Source, workers: int, seconds: float
+) -> dict[str, Any]:
+    """Return views/s of the teacher alone, of so many loader processes alone, and of precompute, in one round."""
+    views = 4 if job.rehearse else 30
+    config = PrecomputeConfig(data=str(source.location), out=job.work / "unused", views=(0, views), workers=workers, processes=1)  # fmt: skip
+    with one_thread(teacher.device):
+        alone, _ = teacher_alone(teacher, recipe, recipe.mix_block, seconds / 4)
+    blocks = blocks_in(source, recipe, range(views))
+    rendered = rendering_alone(blocks, BlockRenderer(source, recipe), recipe.img_size, workers, seconds)
+    tick = measure_together(source, recipe, teacher, config, num_images=source.num_samples, seconds=seconds)
+    synchronise(teacher.device)
+    made = tick.per_second or 0.0
+    return {
+        "teacher_alone": round(alone, 1),
+        "rendering_alone": round(rendered, 1),
+        "precompute": round(made, 1),
+        "of_the_slower": round(made / min(alone, rendered), 3),
+        "teacher_busy": tick.teacher_busy,
+    }
+
+
+def kernels(work: Callable[[], object], trace: Path | None = None) -> dict[str, Any]:
+    """Profile some calls: the share of time in which the GPU computes, and the kernels that take most of it.
+
+    Args:
+        work: is called a few times first.
+        trace: where to write a trace for a browser (chrome://tracing), compressed; None: nowhere.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    row_s(work, 3, device)
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=kinds) as seen:
+        wall_s = PROFILED * row_s(work, PROFILED, device)
+    if trace is not None and cuda:
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "trace.json"
+            seen.export_chrome_trace(str(plain))
+            with plain.open("rb") as file, gzip.open(trace, "wb") as packed:
+                shutil.copyfileobj(file, packed)
+    of = (lambda each: each.self_device_time_total) if cuda else (lambda each: each.self_cpu_time_total)
+    # On CUDA the rows of operators repeat what the rows of their kernels have.
+    rows = [each for each in seen.key_averages() if not cuda or each.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(of(each) for each in rows)
+    top = sorted(rows, key=of, reverse=True)[:TOP_KERNELS]
+    return {
+        "calls": PROFILED,
+        "ms_a_call": round(1e3 * wall_s / PROFILED, 3),
+        "device_ms_a_call": round(total / 1e3 / PROFILED, 3),
+        "busy_share": round(total / 1e6 / wall_s, 3),
+        "kernels_a_call": sum(each.count for each in rows) // PROFILED,
+        "top": [[each.key[:90], each.count // PROFILED, round(of(each) / 1e3 / PROFILED, 3)] for each in top],
     }
 
 

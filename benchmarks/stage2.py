@@ -10,28 +10,34 @@ optimizer, EMA and compilation are the same. Ratios are taken within a round; me
 
 The label set is made first, by a small teacher with random weights: the speed of a student does not depend on what its labels
 say. So are the teacher's weights random, but for --pretrained. On a GPU the forward passes are in bfloat16, the teacher is
-channels-last, AdamW is fused and batches are copied from page-locked memory.
+channels-last, AdamW is fused and batches are copied from page-locked memory. `gpu.py` measures there what `on_gpu` says.
 """
 
 import argparse
 import contextlib
 import copy
+import gc
 import json
+import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from stage1 import machine
+from rounds import Job, machine
+from stage1 import kernels
 from timm.loss import SoftTargetCrossEntropy
-from timm.task import TokenDistillationTask
+from timm.task import DistillationTeacher, TokenDistillationTask
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.engines import load_here
+from pipeline.loading import usable_cores
 from pipeline.measuring import forward_flops
 from pipeline.precompute import precompute
 from pipeline.recipe import load_recipe
@@ -39,26 +45,26 @@ from pipeline.timing import Work, row_s
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images, normalise
 from trainer.loop import Run
-from trainer.measuring import batches_in_memory, measure_together, opened_run, update_on
+from trainer.measuring import batches_in_memory, measure_stream, measure_together, opened_run, update_on
 from trainer.optim import create_ema, create_optimizer
 from trainer.stream import Batch
 
 VIEWS = 6
 
 
-def make_labels(args: argparse.Namespace, out: Path) -> Path:
+def make_labels(args: argparse.Namespace, out: Path, recipe: dict[str, Any]) -> Path:
     """Label a few views with a small teacher that knows nothing."""
     asked = TeacherConfig(teacher=("resnet18",), pretrained=False, teacher_img_size=64, device=args.device)
     config = PrecomputeConfig(
         data=args.data, out=out, views=(0, VIEWS), workers=args.workers, accuracy_samples=0, processes=1
     )
     teacher, source = load_here(config, asked)
-    precompute(config, load_recipe("deit", {"img_size": args.img_size}), teacher, source)
+    precompute(config, load_recipe("deit", recipe), teacher, source)
     return out
 
 
 def online_step(run: Run, batch: Batch, teacher: torch.nn.Module) -> Work:
-    """Return a training step of timm's task: the teacher answers in it."""
+    """Return a training step of timm's task: the teacher, a network or timm's wrapper of one, answers in it."""
     config, device, dtype = run.config, run.running.device, run.running.dtype
     student = copy.deepcopy(run.state.student)
     images = normalise(mixed_images(batch, device), student).clone()
@@ -170,6 +176,159 @@ def count_flops(args: argparse.Namespace, name: str, num_classes: int) -> dict[s
     }
 
 
+# --- on a GPU ---------------------------------------------------------------------------------------------------
+
+# Student, batch, compiled: the most telling first. The teacher in the step is measured at the first batch size alone.
+BATCH = 256
+CASES = (
+    ("deit-s", BATCH, True),
+    ("deit-s", BATCH, False),
+    ("deit-ti", BATCH, True),
+    ("deit-b", BATCH, True),
+    ("deit-ti", BATCH, False),
+    ("deit-b", BATCH, False),
+    ("deit-s", 1024, True),
+    ("deit-b", 1024, True),
+    ("deit-ti", 1024, True),
+)
+TOY_CASES = (("deit-ti", 8, False),)
+LOADERS = (15, 8, 4, 2)
+ANCHOR = "NVIDIA publishes 7,700 to 8,000 images/s for a ViT-S of 22 M parameters on one H100, bfloat16, compiled"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cases share.
+
+    Attributes:
+        job: sizes and time.
+        labels: the label set.
+        network: the teacher that answers in the step; one for all, so that it is compiled once.
+        workers: loader processes.
+        seconds: of each competitor in a round.
+        rounds: that alternate.
+    """
+
+    job: Job
+    labels: Path
+    network: torch.nn.Module
+    workers: int
+    seconds: float
+    rounds: int
+
+
+def on_gpu(job: Job) -> None:
+    """Measure stage 2: student alone, from labels, and with the teacher in the step; and how many loaders feed it."""
+    bench = open_bench(job)
+    job.note("what", {"teacher": "regnety_160", "loader_processes": bench.workers, "anchor": ANCHOR})
+    longest = 0.0
+    for name, batch, compiled in TOY_CASES if job.rehearse else CASES:
+        case = f"{name}, {batch}, {'compiled' if compiled else 'eager'}"
+        if not job.has(max(longest, 30.0) if not job.rehearse else 0, case):
+            continue
+        began = time.monotonic()
+        if batch != BATCH:
+            torch.compiler.reset()  # else torch compiles again for batches of any size, which is slower
+        job.note(case, case_figures(bench, name, batch, compiled))
+        if not job.found.get("feeding") and job.has(40.0 if not job.rehearse else 0, "feeding"):
+            job.note("feeding", feeding(bench, name, batch, job.found[case]["alone"]))
+        longest = max(longest, time.monotonic() - began)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def open_bench(job: Job) -> Bench:
+    """Make the label set, and the teacher that answers in the step."""
+    toy = {"img_size": 32, "mix_block": 16}
+    data = job.source(32 if job.rehearse else 4096)
+    workers = 1 if job.rehearse else min(LOADERS[0], usable_cores() - 1)
+    args = argparse.Namespace(data=data, device=str(job.device), workers=workers)
+    labels = make_labels(args, job.work / "stage2-labels", toy if job.rehearse else {})
+    network = timm.create_model("test_resnet" if job.rehearse else "regnety_160", num_classes=1000).eval()
+    network.to(job.device, memory_format=torch.channels_last).requires_grad_(False)
+    return Bench(
+        job=job,
+        labels=labels,
+        network=network,
+        workers=workers,
+        seconds=0.1 if job.rehearse else 2.0,
+        rounds=1 if job.rehearse else 3,
+    )
+
+
+def config_of(bench: Bench, name: str, batch: int, compiled: bool, workers: int | None = None) -> TrainConfig:
+    return TrainConfig(
+        labels=bench.labels,
+        model=name,
+        batch_size=batch,
+        workers=workers or bench.workers,
+        device=str(bench.job.device),
+        compile=compiled,
+        distillation_type="hard",
+        **({"patch_size": 16, "depth": 2} if bench.job.rehearse else {}),
+    )
+
+
+def case_figures(bench: Bench, name: str, batch: int, compiled: bool) -> dict[str, Any]:
+    """Return images/s of a student alone, from labels, and with the teacher in its step, in alternating rounds."""
+    device = bench.job.device
+    torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+    with opened_run(config_of(bench, name, batch, compiled)) as run:
+        batches = batches_in_memory(run)
+        views = len(batches[0].keys)
+        works = {"alone": update_on(run, batches)}
+        if batch <= BATCH:
+            teacher = DistillationTeacher(bench.network, device=device)
+            works["online"] = online_step(run, batches[0], teacher)  # compiles the teacher where the student is
+            works["teacher"] = asking(run, batches[0], teacher)
+        first_s = {kind: round(row_s(work, 1, device), 2) for kind, work in works.items()}  # they compile
+        calls = {kind: max(1, int(bench.seconds / row_s(work, 3, device))) for kind, work in works.items()}
+        rounds = []
+        for _ in range(bench.rounds):
+            together = measure_together(run, seconds=bench.seconds)
+            rates = {kind: views / row_s(work, calls[kind], device) for kind, work in works.items()}
+            rounds.append(rates | {"from_labels": together.images_per_s, "data_wait": together.data_wait})
+        median = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+        ratio = {
+            kind: round(statistics.median(each["from_labels"] / each[kind] for each in rounds), 3)
+            for kind in ("alone", "online")
+            if kind in works
+        }
+        figures = {key: round(value, 3 if key == "data_wait" else 1) for key, value in median.items()}
+        figures |= {"views_per_update": views, "first_call_s": first_s}
+        figures |= {f"from_labels_of_{kind}": value for kind, value in ratio.items()}
+        if "teacher" in works:
+            # What a step of both would take, one after the other, against the student's alone.
+            figures["from_labels_of_online_by_rates"] = round(1 + median["alone"] / median["teacher"], 3)
+        if device.type == "cuda":
+            figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        label = f"trace-stage2-{name}.json.gz" if not compiled and name == "deit-s" else None
+        figures["profile_alone"] = kernels(works["alone"], label and bench.job.out / label)
+        return figures | {"rounds": rounds}
+
+
+def asking(run: Run, batch: Batch, teacher: torch.nn.Module) -> Work:
+    """Return the teacher's part of a step by itself."""
+    images = normalise(mixed_images(batch, run.running.device), run.state.student).clone()
+    dtype = run.running.dtype
+
+    def ask() -> None:
+        with torch.no_grad(), torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            teacher(images)
+
+    return ask
+
+
+def feeding(bench: Bench, name: str, batch: int, student: float) -> dict[str, Any]:
+    """Return the views/s of more and more loader processes, and how many would feed a student of that many images/s."""
+    streams: dict[str, float] = {}
+    for workers in (1,) if bench.job.rehearse else LOADERS:
+        with opened_run(config_of(bench, name, batch, False, workers)) as run:
+            streams[f"{workers}"] = round(measure_stream(run, seconds=bench.seconds), 1)
+    enough = {workers: math.ceil(student * int(workers) / rate) for workers, rate in streams.items()}
+    return {"student": student, "stream_views_per_s": streams, "loaders_that_would_feed_it": enough}
+
+
 def table(results: dict[str, Any]) -> str:
     """Return the results as a table in Markdown."""
     lines = [
@@ -219,7 +378,7 @@ def main() -> None:
     results: dict[str, Any] = {"what": "training from labels against a teacher in every step, images/s"}
     results |= {"machine": args.machine or machine(), **{name: getattr(args, name) for name in asked}, "students": {}}
     with tempfile.TemporaryDirectory() as folder:
-        labels = make_labels(args, Path(folder) / "labels")
+        labels = make_labels(args, Path(folder) / "labels", {"img_size": args.img_size})
         torch.set_num_threads(args.threads)
         for name in args.students:
             results["students"][name] = measure(args, name, labels)

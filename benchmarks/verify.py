@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from stage1 import machine
+from rounds import machine
 
 from pipeline.config import VerifyConfig
 from pipeline.encoding import content_xxh3, encode_rows
