@@ -29,15 +29,12 @@ def ceilings(device: torch.device, *, rehearse: bool) -> dict[str, Any]:
     """Return TFLOP/s of the matrix product, GB/s of the copies, microseconds of a launch."""
     least_s = 0.05 if rehearse else 0.5
     size = TOY_BYTES if rehearse else COPIED_BYTES
-    there, other = (torch.randint(256, (size,), dtype=torch.uint8, device=device) for _ in range(2))
     few = torch.ones(1, device=device)
     found = {
         "matrix_tflops": matrix_tflops(device, rehearse=rehearse),
-        # Read once and written once.
-        "device_copy_gb_per_s": 2 * size / 1e9 / steady_s(lambda: other.copy_(there), device, least_s),
+        "device_copy_gb_per_s": device_copy_gb_per_s(device, size, least_s),
         "launch_us": 1e6 * steady_s(lambda: few.add_(1), device, least_s),
     }
-    del there, other
     views = torch.randint(256, (VIEWS, 224, 224, 3), dtype=torch.uint8)
     ways = {"pageable": views}
     if device.type == "cuda":
@@ -50,6 +47,12 @@ def ceilings(device: torch.device, *, rehearse: bool) -> dict[str, Any]:
         seconds = steady_s(lambda a=source, b=target: b.copy_(a, non_blocking=True), device, least_s)
         found[f"host_to_device_gb_per_s_{name}"] = views.nbytes / 1e9 / seconds
     return {name: round(value, 2) for name, value in found.items()}
+
+
+def device_copy_gb_per_s(device: torch.device, size: int, least_s: float) -> float:
+    """Return what a copy within the device's memory moves, each byte counted as read and as written, GB/s."""
+    there, other = (torch.randint(256, (size,), dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / 1e9 / steady_s(lambda: other.copy_(there), device, least_s)
 
 
 def matrix_tflops(device: torch.device, *, rehearse: bool = False) -> float:

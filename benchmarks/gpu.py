@@ -28,7 +28,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 POLL_S = 0.2
-GRACE_S = 10.0  # after its time a phase may finish the measurement that it is at
+GRACE_S = 5.0  # after its time a phase may finish the measurement that it is at
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--photographs", type=Path, default=found(data, "imagenet-sample"), help="folder with a tar of JPEGs and classes; default DEIT_CLI_DATA's imagenet-sample, else made-up images")  # fmt: skip
     parser.add_argument("--cifar10", type=Path, default=found(data, "cifar10"), help="folder with CIFAR-10 as Parquet; default DEIT_CLI_DATA's cifar10")  # fmt: skip
     parser.add_argument("--work", type=Path, help="folder for large files; default a temporary one")
-    parser.add_argument("--fail", help=argparse.SUPPRESS)  # a phase that is to fail, for the test of this program
+    parser.add_argument("--fail", metavar="PHASE:HOW", help=argparse.SUPPRESS)  # for the tests of this program
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # where a phase's own process writes
     args = parser.parse_args()
     if unknown := sorted(set(args.phases.split(",")) - set(PHASES)):
@@ -107,14 +107,23 @@ def run_phase(args: argparse.Namespace) -> int:
         rehearse=args.rehearse,
     )
     try:
-        if args.fail == args.phases:
-            raise RuntimeError("failed on purpose")
+        if args.fail and args.fail.startswith(f"{args.phases}:"):
+            fail(args.fail.partition(":")[2])
         importlib.import_module(PHASES[args.phases].module).on_gpu(job)
     except BaseException:
         traceback.print_exc()
         write_json(args.part, job.found | {"error": traceback.format_exc()})
         return 1
     return 0
+
+
+def fail(how: str) -> None:
+    """Fail on purpose: with an error, by being killed, or by never ending."""
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while how == "hangs":
+        time.sleep(1)
+    raise RuntimeError(f"failed on purpose ({how})")
 
 
 def run_all(args: argparse.Namespace) -> int:
@@ -184,7 +193,9 @@ class PhaseRun:
         self._log.flush()
         return subprocess.Popen(
             command,
-            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            env=os.environ
+            | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+            | ({"OMP_NUM_THREADS": "1"} if args.rehearse else {}),
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,

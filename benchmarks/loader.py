@@ -34,12 +34,10 @@ import io
 import json
 import os
 import platform
-import random
 import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata

@@ -216,6 +216,8 @@ def on_gpu(job: Job) -> None:
     name = "test_resnet" if job.rehearse else "regnety_160"
     recipe = load_recipe("deit", {"img_size": 32, "mix_block": 16} if job.rehearse else {})
     source = open_source(job.source(32 if job.rehearse else 1024))
+    views = range(4 if job.rehearse else 30)
+    blocks = blocks_in(source, recipe, views)
     counts = [1] if job.rehearse else [each for each in (15, 8, 4, 2) if each < usable_cores()]
     seconds = 0.2 if job.rehearse else 8.0
     batch = recipe.mix_block
@@ -228,14 +230,14 @@ def on_gpu(job: Job) -> None:
     together: dict[str, Any] = {}
     for workers in counts:
         if job.has(3.5 * seconds, f"precompute with {workers} loader processes"):
-            together[f"{workers}"] = together_figures(job, eager, recipe, source, workers, seconds)
+            together[f"{workers}"] = together_figures(eager, recipe, source, blocks, workers, seconds)
             job.note("precompute_eager", together)
     if job.has(100 if not job.rehearse else 0, "compiled"):
         compiled = device_teacher(job, name, compiled=True)
         job.note("compiled", teacher_figures(job, compiled, recipe, batch))
         job.note("profile_compiled", kernels(on_device(compiled, recipe, batch)))
         if job.has(3.5 * seconds, "precompute, compiled"):
-            figures = together_figures(job, compiled, recipe, source, counts[0], seconds)
+            figures = together_figures(compiled, recipe, source, blocks, counts[0], seconds)
             job.note("precompute_compiled", {f"{counts[0]}": figures})
 
 
@@ -286,14 +288,13 @@ def teacher_figures(job: Job, teacher: Teacher, recipe: Recipe, batch: int) -> d
 
 
 def together_figures(
-    job: Job, teacher: Teacher, recipe: Recipe, source: Source, workers: int, seconds: float
+    teacher: Teacher, recipe: Recipe, source: Source, blocks: list[Block], workers: int, seconds: float
 ) -> dict[str, Any]:
     """Return views/s of the teacher alone, of so many loader processes alone, and of precompute, in one round."""
-    views = 4 if job.rehearse else 30
-    config = PrecomputeConfig(data=str(source.location), out=job.work / "unused", views=(0, views), workers=workers, processes=1)  # fmt: skip
+    views = len(blocks[0].views)
+    config = PrecomputeConfig(data=str(source.location), out="", views=(0, views), workers=workers, processes=1)
     with one_thread(teacher.device):
         alone, _ = teacher_alone(teacher, recipe, recipe.mix_block, seconds / 4)
-    blocks = blocks_in(source, recipe, range(views))
     rendered = rendering_alone(blocks, BlockRenderer(source, recipe), recipe.img_size, workers, seconds)
     tick = measure_together(source, recipe, teacher, config, num_images=source.num_samples, seconds=seconds)
     synchronise(teacher.device)

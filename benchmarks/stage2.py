@@ -220,7 +220,7 @@ class Bench:
 def on_gpu(job: Job) -> None:
     """Measure stage 2: student alone, from labels, and with the teacher in the step; and how many loaders feed it."""
     bench = open_bench(job)
-    job.note("what", {"teacher": "regnety_160", "loader_processes": bench.workers, "anchor": ANCHOR})
+    job.note("what", {"teacher": teacher_of(job), "loader_processes": bench.workers, "anchor": ANCHOR})
     longest = 0.0
     for name, batch, compiled in TOY_CASES if job.rehearse else CASES:
         case = f"{name}, {batch}, {'compiled' if compiled else 'eager'}"
@@ -237,6 +237,11 @@ def on_gpu(job: Job) -> None:
         torch.cuda.empty_cache()
 
 
+def teacher_of(job: Job) -> str:
+    """Return the name of the teacher in the step."""
+    return "test_resnet" if job.rehearse else "regnety_160"
+
+
 def open_bench(job: Job) -> Bench:
     """Make the label set, and the teacher that answers in the step."""
     toy = {"img_size": 32, "mix_block": 16}
@@ -244,7 +249,7 @@ def open_bench(job: Job) -> Bench:
     workers = 1 if job.rehearse else min(LOADERS[0], usable_cores() - 1)
     args = argparse.Namespace(data=data, device=str(job.device), workers=workers)
     labels = make_labels(args, job.work / "stage2-labels", toy if job.rehearse else {})
-    network = timm.create_model("test_resnet" if job.rehearse else "regnety_160", num_classes=1000).eval()
+    network = timm.create_model(teacher_of(job), num_classes=1000).eval()
     network.to(job.device, memory_format=torch.channels_last).requires_grad_(False)
     return Bench(
         job=job,
