@@ -1,18 +1,28 @@
 """Accuracy of students that learn from stored labels, alone, and with the teacher in every step: real CIFAR-10.
 
     python benchmarks/cifar10.py --data cifar10 --out benchmarks/results/cifar10.json
-    python benchmarks/cifar10.py --data cifar10 --scale full --device cuda --out cifar10-full.json
+    python benchmarks/cifar10.py --data cifar10 --scale full --device cuda --budget 540 --out benchmarks/results/cifar10_full.json
+    python benchmarks/cifar10.py --table benchmarks/results/cifar10_full.json
 
-A CNN learns from the class labels, answers once for the views of the training images, and small DeiTs learn from what it
-said: every arm is the same network (but for the distillation token) and has the same number of updates and views. All
-training images have class labels. What each size of the experiment is made of stands in `SCALES`.
+A CNN learns from the class labels, answers once for the views of the training images, and small DeiTs learn from its answers:
+every arm is the same network (but for the distillation token) and has the same number of updates and views. All training
+images have class labels. `SCALES` defines each size of the experiment.
 
 `--data` is a folder with Hugging Face's CIFAR-10 as Parquet, `train-*.parquet` and `test-*.parquet`. Results are written
-after each run; the same command goes on where it was interrupted.
+after each run; the same command continues after an interruption, also on another machine that has the result file.
+
+Teacher and labels are in `--work`. A machine without them trains a teacher of its own, with another seed, and appends it to
+`teachers` in the result file. An arm and seed that are in the file are not run again, whichever teacher they learned from. So over
+several machines the spread of an arm is that of students and teachers together, while on one machine all arms share the luck of
+one teacher. The arms run seed by seed: where a machine stops within a seed, the other arms of this seed learn from the next teacher.
+`teacher` of each run says which one it was.
 """
 
 import argparse
+import hashlib
 import json
+import math
+import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -23,17 +33,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from rounds import Job, machine
 from safetensors.torch import load_file
-from stage1 import machine
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.devices import resolve_device
+from pipeline.draws import stream_of
 from pipeline.errors import UsageError
+from pipeline.labelling import device_name
 from pipeline.loading import plan_workers
+from pipeline.manifest import first_difference
 from pipeline.precompute import precompute
 from pipeline.recipe import load_recipe
 from pipeline.sources import open_source
-from pipeline.storage import pretty_json, replace_file
+from pipeline.storage import pretty_json, read_json, replace_file
 from pipeline.teacher import Answer, Teacher
 from pipeline.teacher_loading import load_teacher
 from trainer.checkpoint import export_model
@@ -47,11 +60,14 @@ from trainer.student import hub_config
 
 WITH_TOKEN, WITHOUT = "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"
 HEADS = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
+WHAT = "top-1 on CIFAR-10's test images, percent"
+SPARE = 1.2  # an arm may take so many times what the slowest one took
+ONLINE = 1.5  # an arm with the teacher in every step may take so many times one without; until one is measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """One size of the experiment: everything that decides its numbers but seeds and machine."""
+    """One size of the experiment: everything that decides its numbers but seeds and machine, and how long it takes."""
 
     images: int  # the first of the training file, whose classes are shuffled
     views: int  # of each image; a student sees each of them once
@@ -59,6 +75,13 @@ class Scale:
     teacher_recipe: dict[str, Any]  # of the views that the teacher itself learns from
     teacher: dict[str, Any]
     student: dict[str, Any]
+    prepare_s: float  # guess of the seconds for teacher and labels, until a machine has measured them
+    arm_s: float  # guess of the seconds for one arm, likewise
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the numbers, as plain JSON values."""
+        values = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in values.items() if name not in ("prepare_s", "arm_s")}
 
 
 # Small and strongly compressed images bear less than ImageNet's: no crop below 0.4 of the area, weaker RandAugment.
@@ -76,6 +99,8 @@ SCALES = {
         teacher_recipe=CROP_FLIP,
         teacher={"model": "test_resnet", "epochs": 2, "batch_size": 64, "lr": 3e-3, "warmup_epochs": 0.5},
         student=SMALL_DEIT | {"batch_size": 64, "lr": 2e-3, "warmup_epochs": 0.25},
+        prepare_s=4,
+        arm_s=2,
     ),
     # Twenty minutes on one core of a quiet machine.
     "small": Scale(
@@ -85,6 +110,8 @@ SCALES = {
         teacher_recipe=CROP_FLIP,
         teacher={"model": "test_resnet", "epochs": 18, "batch_size": 128, "lr": 3e-3, "warmup_epochs": 1},
         student=SMALL_DEIT | {"batch_size": 64, "lr": 2e-3, "warmup_epochs": 0.25},
+        prepare_s=330,
+        arm_s=80,
     ),
     # Four times the training of `small`, with the same teacher.
     "medium": Scale(
@@ -94,16 +121,31 @@ SCALES = {
         teacher_recipe=CROP_FLIP,
         teacher={"model": "test_resnet", "epochs": 18, "batch_size": 128, "lr": 3e-3, "warmup_epochs": 1},
         student=SMALL_DEIT | {"batch_size": 64, "lr": 2e-3, "warmup_epochs": 1},
+        prepare_s=480,
+        arm_s=140,
     ),
-    # For a GPU. DeiT-Ti's own width and depth on patches of 4; ResNet-18 sees the images at twice their size, because
-    # its first layers divide them by four.
+    # Sized for one H100 with 16 cores: about a minute for teacher and labels, one to two for an arm. DeiT-Ti's own width and
+    # depth on patches of 4. ResNet-18 sees the images at twice their size, because its first layers divide them by four.
+    # Guessed: an eager update of 512 views takes 18 ms, most of it to launch kernels, so the 3,492 updates of 36 views take 63 s
+    # and ask for 28,000 views/s. Measured on a shared EPYC core: one of 15 loader processes renders 4,500 views/s of a batch
+    # with their labels, 12,000 for the teacher's training, and 9,600 for the labels, so 12 processes are enough.
+    # Mix blocks of 512 halve the teacher's forward passes, which are of one block each.
     "full": Scale(
         images=50_000,
-        views=300,
-        recipe=AUGMENTED,
+        views=36,
+        recipe=HALF_MIXED | {"mix_block": 512},
         teacher_recipe=CROP_FLIP | {"img_size": 64},
-        teacher={"model": "resnet18", "epochs": 100, "batch_size": 256, "lr": 2e-3, "warmup_epochs": 5},
-        student=DEIT_TI | {"batch_size": 512, "lr": 1e-3, "warmup_epochs": 10},
+        teacher={
+            "model": "resnet18",
+            "epochs": 16,
+            "batch_size": 512,
+            "lr": 2e-3,
+            "warmup_epochs": 2,
+            "drop_path": 0.0,  # too few epochs to overfit
+        },
+        student=DEIT_TI | {"batch_size": 512, "lr": 1e-3, "warmup_epochs": 4},
+        prepare_s=75,
+        arm_s=80,
     ),
 }
 
@@ -117,7 +159,7 @@ class Arm:
         kind: `--distillation-type`.
         model: with the distillation token, or without.
         online: no labels are read: `fresh` asks the teacher in each step for views beyond those of the label set, which
-            makes it a replication that shares nothing with the stored labels but the teacher; `same`, of the first seed alone,
+            makes it a replication that shares nothing with the stored labels but the teacher; `same`, of one seed alone,
             asks for its very views.
     """
 
@@ -127,10 +169,10 @@ class Arm:
     online: str | None = None
 
 
-ARMS = {
+ARMS = {  # in the order in which they run
     "alone": Arm("student alone, class labels", "none", WITHOUT),
-    "hard": Arm("hard labels, token", "hard", WITH_TOKEN),
     "soft": Arm("soft labels, token", "soft", WITH_TOKEN),
+    "hard": Arm("hard labels, token", "hard", WITH_TOKEN),
     "hard_one_head": Arm("hard labels, no token", "hard", WITHOUT),
     "soft_one_head": Arm("soft labels, no token", "soft", WITHOUT),
     "hard_online": Arm("hard, token, teacher online, other views", "hard", WITH_TOKEN, "fresh"),
@@ -143,42 +185,44 @@ ARMS = {
 class Bench:
     """The folder of one experiment, and its result file."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.scale, self.device, self.workers = SCALES[args.scale], args.device, args.workers
-        self.work, self.out = args.work / args.scale, args.out
+    def __init__(
+        self, *, name: str, data: Path, work: Path, out: Path, device: str, workers: int | None, compiled: bool = False
+    ) -> None:
+        self.scale, self.device, self.workers, self.compiled = SCALES[name], resolve_device(device), workers, compiled
+        if workers is None and self.device.type == "cpu":
+            self.workers = 0
+        self.work, self.out = work / name, out
+        self.settings = {"name": name, "device": self.device.type} | self.scale.settings()
+        self.results = open_results(out, self.settings)
+        self.teacher = ""  # SHA-256 of its weights; `prepare` sets it
         self.training = self.work / "train.parquet"
-        (self.test,) = sorted(args.data.glob("test-*.parquet"))
-        self._write_training(sorted(args.data.glob("train-*.parquet")))
-        self.results = self._begin(args.scale)
+        (self.test,) = sorted(data.glob("test-*.parquet"))
+        self._files = sorted(data.glob("train-*.parquet"))
 
-    def _write_training(self, files: Sequence[Path]) -> None:
+    @property
+    def card(self) -> str:
+        """The GPU's product name, or cpu."""
+        return device_name(self.device)
+
+    def _write_training(self) -> None:
         """Write the first images of the training files as a source of its own, with its class names."""
         if not self.training.is_file():
-            table = pa.concat_tables([pq.read_table(file) for file in files]).slice(0, self.scale.images)
+            table = pa.concat_tables([pq.read_table(file) for file in self._files]).slice(0, self.scale.images)
             self.training.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.training, lambda file: pq.write_table(table, file, row_group_size=1024))
 
-    def _begin(self, name: str) -> dict[str, Any]:
-        settings = json.loads(
-            json.dumps({"name": name, "device": str(resolve_device(self.device))} | asdict(self.scale))
-        )
-        started = {"what": "top-1 on CIFAR-10's test images, percent", "machine": machine(), "settings": settings}
-        if not self.out.is_file():
-            return started | {"runs": []}
-        found = json.loads(self.out.read_bytes())
-        if any(found[key] != value for key, value in started.items()):
-            raise UsageError(f"{self.out} was made with other settings, or on another machine: choose another --out")
-        return found
-
     def save(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.results["summary"] = summary(self.results["runs"])
         replace_file(self.out, lambda file: file.write(pretty_json(self.results)))
 
     def config(self, name: str, seed: int, **settings: Any) -> TrainConfig:
         return TrainConfig(
             output=self.work / name,
             seed=seed,
-            device=self.device,
+            device=str(self.device),
             workers=self.workers,
+            compile=self.compiled,
             repeated_aug=1,  # three views of an image would leave too few images in a small batch
             model_ema=False,  # DeiT's averages over 25,000 updates
             checkpoint_interval=10,
@@ -196,49 +240,153 @@ class Bench:
             labels=None,
             agreement_samples=0,
             batch_size=256,
-            workers=self.workers,
+            workers=0,  # 4,000 small images take less than it takes to start loader processes
             crop_pct=1.0,
-            device=self.device,
+            device=str(self.device),
             amp_dtype="auto",
         )["scores"]
         return {head: round(values["top1"], 4) for head, values in scores.items()}
 
-    def train_teacher(self) -> None:
-        """Train the CNN on the class labels, unless it is there; note what it scores."""
-        if "teacher" in self.results:
-            return
-        began = time.monotonic()
-        config = self.config("teacher", 0, data=str(self.training), distillation_type="none", **self.scale.teacher)
+    def todo(self, arms: Sequence[str], seeds: int) -> list[tuple[str, int]]:
+        """Return the arms and seeds that have no result yet: all arms of a seed, then the next; the same views last."""
+        done = {(run["arm"], run["seed"]) for run in self.results["runs"]}
+        names = [name for name in ARMS if name in arms]
+        pairs = [(name, seed) for seed in range(seeds) for name in names if ARMS[name].online != "same"]
+        compared = [name for name in names if ARMS[name].online == "same" and name not in {arm for arm, _ in done}]
+        return [pair for pair in pairs if pair not in done] + [(name, 0) for name in compared]
+
+    def go(self, arms: Sequence[str], seeds: int, *, budget_s: float = math.inf) -> list[str]:
+        """Run what has no result yet and ends in time; return the arms and seeds that are left.
+
+        Nothing is begun where teacher, labels and a first arm would take too long. An arm of the same views is left where
+        no student has learned from the stored labels of this folder's teacher: there is nothing to compare it with.
+        """
+        end, todo = time.monotonic() + budget_s, self.todo(arms, seeds)
+        if all(ARMS[name].online == "same" for name, _ in todo) and not self._teacher_note():
+            return [f"{name} {seed}" for name, seed in todo]
+        if todo and (needed := self.preparation_s() + self.arm_s(todo[0][0])) > budget_s:
+            print(f"the budget of {budget_s:.0f} s is too small: teacher, labels and one arm take {needed:.0f} s")
+            return [f"{name} {seed}" for name, seed in todo]
+        if todo:
+            self.prepare()
+        left = []
+        for number, (name, seed) in enumerate(todo):
+            if time.monotonic() + self.arm_s(name) > end:
+                left += [f"{name} {seed}" for name, seed in todo[number:]]
+                break
+            if not self.run(name, seed):
+                left.append(f"{name} {seed}")
+        return left
+
+    def preparation_s(self) -> float:
+        """Return how long teacher and labels will take: 0 where this folder has them."""
+        if "labels" in self._teacher_note():
+            return 0.0
+        known = [each for each in self.results["teachers"] if each.get("device") == self.card]
+        seconds = [each["seconds"] + each["evaluation_s"] + each["labels"]["seconds"] for each in known]
+        return SPARE * max(seconds) if seconds else self.scale.prepare_s
+
+    def arm_s(self, name: str) -> float:
+        """Return how long an arm will take at most, judged by the slowest one on such a device so far."""
+        known = [run for run in self.results["runs"] if run.get("device") == self.card]
+        seconds = {
+            online: [run["seconds"] + run["evaluation_s"] for run in known if is_online(run["arm"]) == online]
+            for online in (False, True)
+        }
+        if mine := seconds[is_online(name)]:
+            return SPARE * max(mine)
+        stored = SPARE * max(seconds[False]) if seconds[False] else self.scale.arm_s
+        return ONLINE * stored if is_online(name) else stored
+
+    def _teacher_note(self) -> dict[str, Any]:
+        """Return what this folder notes of its teacher; empty before there is one."""
+        path = self.work / "teacher.json"
+        if not path.is_file():
+            return {}
+        found = read_json(path)
+        check_settings(path, found["settings"], self.settings)
+        return found["teacher"]
+
+    def _note_teacher(self, teacher: dict[str, Any]) -> None:
+        values = {"settings": self.settings, "teacher": teacher}
+        replace_file(self.work / "teacher.json", lambda file: file.write(pretty_json(values)))
+
+    def prepare(self) -> None:
+        """Train the teacher and make its labels, unless this folder has them; enter it in the results."""
+        self._write_training()
+        teacher = self._teacher_note() or self.train_teacher()
+        if "labels" not in teacher:
+            teacher["labels"] = self.label()
+            self._note_teacher(teacher)
+        self.teacher = teacher["sha256"]
+        if all(each["sha256"] != self.teacher for each in self.results["teachers"]):
+            self.results["teachers"].append(teacher)
+            self.save()
+
+    def train_teacher(self) -> dict[str, Any]:
+        """Train the CNN on the class labels; return its seed, what it scores, and its weights' hash."""
+        began, seed = time.monotonic(), self._teacher_seed()
+        config = self.config("teacher", seed, data=str(self.training), distillation_type="none", **self.scale.teacher)
         run = train(config, load_recipe("deit", self.scale.teacher_recipe))
-        self.results["teacher"] = {"seconds": round(time.monotonic() - began), "top1": self.evaluate(run)["class_head"]}
-        self.save()
+        with (run / "last" / "model.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        teacher = {"sha256": digest, "seed": seed, "seconds": seconds_since(began)}
+        began, top1 = time.monotonic(), self.evaluate(run)["class_head"]
+        teacher |= {"evaluation_s": seconds_since(began), "top1": top1, "device": self.card, "machine": machine()}
+        self._note_teacher(teacher)
+        print("teacher", json.dumps(teacher), flush=True)
+        return teacher
+
+    def _teacher_seed(self) -> int:
+        """Return the seed of the teacher that was begun in this folder; else one that no teacher of the results has."""
+        begun = self.work / "teacher" / "config.json"
+        if begun.is_file():
+            return read_json(begun)["config"]["seed"]
+        return max((each["seed"] + 1 for each in self.results["teachers"]), default=0)
 
     def load_teacher(self) -> Teacher:
-        asked = TeacherConfig(teacher=(str(self.work / "teacher" / "last"),), device=str(resolve_device(self.device)))
+        asked = TeacherConfig(teacher=(str(self.work / "teacher" / "last"),), device=str(self.device))
         return load_teacher(asked)
 
-    def label(self) -> None:
-        """Ask the teacher once for every view."""
+    def label(self) -> dict[str, Any]:
+        """Ask the teacher once for every view; return how long it took, how many views they are, and the size of the labels."""
         began = time.monotonic()
         config = PrecomputeConfig(
             data=str(self.training),
             out=self.work / "labels",
             views=(0, self.scale.views),
+            views_per_shard=self.scale.views,
             workers=self.workers,
             processes=1,
         )
         precompute(config, load_recipe("deit", self.scale.recipe), self.load_teacher(), open_source(self.training))
-        if "labels" not in self.results:
-            size = sum(path.stat().st_size for path in (self.work / "labels" / "labels").rglob("*.parquet"))
-            views = self.scale.views * self.scale.images
-            self.results["labels"] = {"seconds": round(time.monotonic() - began), "views": views, "bytes": size}
-            self.save()
+        size = sum(path.stat().st_size for path in (self.work / "labels" / "labels").rglob("*.parquet"))
+        labels = {"seconds": seconds_since(began), "views": self.scale.views * self.scale.images, "bytes": size}
+        print("labels", json.dumps(labels), flush=True)
+        return labels
 
-    def run(self, name: str, seed: int) -> None:
-        """Train and evaluate one student, unless its result is there."""
-        if any((each["arm"], each["seed"]) == (name, seed) for each in self.results["runs"]):
-            return
-        arm, began = ARMS[name], time.monotonic()
+    def run(self, name: str, seed: int) -> bool:
+        """Train and evaluate one student; return False where there is nothing that it could be compared with."""
+        arm = ARMS[name]
+        if arm.online == "same":
+            if (base := self._comparable(arm.kind)) is None:
+                return False
+            seed = base
+        began, (run, extra) = time.monotonic(), self.train_student(name, seed)
+        seconds = seconds_since(began)
+        began, top1 = time.monotonic(), self.evaluate(run)
+        if arm.online == "same":
+            extra["largest_weight_difference"] = largest_difference(run, self.work / f"{arm.kind}-{seed}")
+        entry = {"arm": name, "seed": seed, "seconds": seconds, "evaluation_s": seconds_since(began), "top1": top1}
+        entry |= {"teacher": self.teacher, "device": self.card, "torch": torch.__version__, "compiled": self.compiled}
+        self.results["runs"].append(entry | extra)
+        self.save()
+        print(name, seed, f"{seconds} s", top1, extra, flush=True)
+        return True
+
+    def train_student(self, name: str, seed: int) -> tuple[Path, dict[str, Any]]:
+        """Train one student; return its folder, and for the same views how the teacher's answers compare."""
+        arm = ARMS[name]
         config = self.config(
             f"{name}-{seed}",
             seed,
@@ -248,19 +396,62 @@ class Bench:
             epochs=self.scale.views,
             **self.scale.student,
         )
-        extra = {}
         if arm.online is None:
-            run = train(config)
-        else:
-            run, extra = train_online(config, self.load_teacher(), same=arm.online == "same")
-        seconds = round(time.monotonic() - began)
-        if arm.online == "same":
-            extra["largest_weight_difference"] = largest_difference(run, self.work / f"{arm.kind}-{seed}")
-        top1 = self.evaluate(run)
-        self.results["runs"].append({"arm": name, "seed": seed, "seconds": seconds, "top1": top1} | extra)
-        self.results["summary"] = summary(self.results["runs"])
-        self.save()
-        print(name, seed, f"{seconds} s", top1, extra, flush=True)
+            return train(config), {}
+        return train_online(config, self.load_teacher(), same=arm.online == "same")
+
+    def _comparable(self, kind: str) -> int | None:
+        """Return the first seed whose student learned here, from stored labels of this teacher; None: there is none."""
+        seeds = [run["seed"] for run in self.results["runs"] if (run["arm"], run["teacher"]) == (kind, self.teacher)]
+        return next((seed for seed in sorted(seeds) if (self.work / f"{kind}-{seed}" / "last").is_dir()), None)
+
+
+def open_results(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the results in a file, or new ones.
+
+    Raises:
+        UsageError: the file is of other settings.
+    """
+    if not out.is_file():
+        return {"what": WHAT, "settings": settings, "teachers": [], "runs": []}
+    found = upgraded(read_json(out))
+    check_settings(out, found["settings"], settings)
+    return found
+
+
+def check_settings(path: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise UsageError with the first field in which a file's settings differ from those that were asked for."""
+    if difference := first_difference(found, asked):
+        raise UsageError(f"{path} was made with other settings{difference}: choose another --out and --work")
+
+
+def upgraded(results: dict[str, Any]) -> dict[str, Any]:
+    """Return results of one machine and one teacher, as older files hold them, in the form of several."""
+    if "teachers" in results:
+        return results
+    kept = {name: value for name, value in results.items() if name not in ("teacher", "labels", "machine")}
+    labels = results.get("labels", {"seconds": 0, "views": 0, "bytes": 0})
+    teacher = {
+        "sha256": None,
+        "seed": 0,
+        "evaluation_s": 0,
+        "device": "cpu",
+        "machine": results["machine"],
+        "labels": labels,
+    }
+    about = {"teacher": None, "device": "cpu", "torch": results["machine"]["versions"]["torch"], "evaluation_s": 0}
+    return kept | {
+        "teachers": [teacher | results["teacher"]] if "teacher" in results else [],
+        "runs": [about | run for run in results["runs"]],
+    }
+
+
+def is_online(name: str) -> bool:
+    return ARMS[name].online is not None
+
+
+def seconds_since(began: float) -> float:
+    return round(time.monotonic() - began, 1)
 
 
 def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[Path, dict[str, Any]]:
@@ -285,9 +476,10 @@ def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[
     device = resolve_device(config.device)
     dtype = forward_dtype(config.amp_dtype, device)
     state = build_state(config, data, order, device)
+    workers = plan_workers(config.workers, device)
     total, comparison = order.steps_per_epoch * config.epochs, Comparison()
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
-    for batch in stream_batches(renderer, range(total), workers=plan_workers(config.workers, device)):
+    for batch in stream_batches(renderer, range(total), workers=workers, pin_memory=device.type == "cuda"):
         answer = teacher.ask(batch.images, batch.mix, data.num_classes).result()
         if same:
             comparison.add(batch, answer)
@@ -300,6 +492,7 @@ def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[
             min_lr=min(config.min_lr, top_rate(config, order)),
         )
         set_learning_rate(state.optimizer, rate)
+        torch.manual_seed(stream_of("step", str(config.seed), str(batch.index)).bits())  # stochastic depth
         asked = replace(batch, **target_of(answer)).to(device)
         loss, _ = batch_loss(config, state.student, state.student, asked, dtype)
         loss.backward()
@@ -348,55 +541,152 @@ def largest_difference(run: Path, other: Path) -> float:
     return max(float((one[name] - two[name]).abs().max()) for name in one)
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return mean, lowest, highest and sample standard deviation over the seeds, by arm and way of reading the heads."""
-    result: dict[str, dict[str, dict[str, float]]] = {}
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return for each arm its seeds, the teachers of these, and the spread of top-1 by way of reading the heads."""
+    result: dict[str, dict[str, Any]] = {}
     for arm in ARMS:
-        mine = [run["top1"] for run in runs if run["arm"] == arm]
-        for head in mine[0] if mine else ():
-            values = [top1[head] for top1 in mine]
-            numbers = {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
-            numbers |= {"std": statistics.stdev(values)} if len(values) > 1 else {}
-            result.setdefault(arm, {})[head] = {key: round(value, 2) for key, value in numbers.items()}
+        mine = [run for run in runs if run["arm"] == arm]
+        if mine:
+            counts = {"seeds": len(mine), "teachers": len({run["teacher"] for run in mine})}
+            heads = {head: spread([run["top1"][head] for run in mine]) for head in mine[0]["top1"]}
+            result[arm] = counts | heads
     return result
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, lowest, highest, and of several values the sample standard deviation."""
+    numbers = {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+    numbers |= {"std": statistics.stdev(values)} if len(values) > 1 else {}
+    return {key: round(value, 2) for key, value in numbers.items()}
 
 
 def table(results: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of a Markdown table: mean (lowest to highest) in percent."""
-    yield "| | seeds | " + " | ".join(head.replace("_", " ") for head in HEADS) + " |"
-    yield "|---|--:|" + "--:|" * len(HEADS)
-    yield f"| teacher, {results['settings']['teacher']['model']} | 1 | {results['teacher']['top1']:.1f} |" + " |" * 3
-    for arm, heads in results.get("summary", {}).items():
-        seeds = sum(run["arm"] == arm for run in results["runs"])
-        cells = [
-            f"{heads[head]['mean']:.1f} ({heads[head]['min']:.1f} to {heads[head]['max']:.1f})" if head in heads else ""
-            for head in HEADS
-        ]
-        yield f"| {ARMS[arm].title} | {seeds} | " + " | ".join(cells) + " |"
+    results = upgraded(results)
+    yield "| | seeds | teachers | " + " | ".join(head.replace("_", " ") for head in HEADS) + " |"
+    yield "|---|--:|--:|" + "--:|" * len(HEADS)
+    if teachers := [each["top1"] for each in results["teachers"]]:
+        cells = [str(len(teachers)), str(len(teachers)), cell(spread(teachers)), "", "", ""]
+        yield f"| teacher, {results['settings']['teacher']['model']} | " + " | ".join(cells) + " |"
+    for arm, found in summary(results["runs"]).items():
+        cells = [str(found["seeds"]), str(found["teachers"]), *(cell(found.get(head)) for head in HEADS)]
+        yield f"| {ARMS[arm].title} | " + " | ".join(cells) + " |"
 
 
-def main() -> None:
+def cell(values: dict[str, float] | None) -> str:
+    return f"{values['mean']:.1f} ({values['min']:.1f} to {values['max']:.1f})" if values else ""
+
+
+def on_budget(
+    data: Path,
+    work: Path,
+    out: Path,
+    *,
+    scale: str,
+    budget_s: float,
+    device: str,
+    workers: int | None,
+    seeds: int,
+    arms: Sequence[str],
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Run what ends in time and has no result yet.
+
+    Args:
+        data: folder with CIFAR-10 as Parquet.
+        work: folder of teacher, labels and students.
+        out: result file, which is continued.
+        scale: name of the size of the experiment.
+        budget_s: seconds for everything; may be infinite.
+        device: torch device, or `auto`.
+        workers: loader processes; None: none on a CPU, all cores but one on a GPU.
+        seeds: of each arm.
+        arms: names of arms.
+        compiled: whether to compile the networks that learn.
+
+    Returns:
+        `results`, what the result file holds; `left_out`, the arms and seeds that are left, such as `soft 1`, in their order.
+
+    Raises:
+        UsageError: the result file is of other settings.
+    """
+    bench = Bench(name=scale, data=data, work=work, out=out, device=device, workers=workers, compiled=compiled)
+    left_out = bench.go(arms, seeds, budget_s=budget_s)
+    return {"results": bench.results, "left_out": left_out}
+
+
+def on_gpu(job: Job) -> None:
+    """Run as many arms as there is time for, after those in the results of the checkout."""
+    if job.cifar10 is None:
+        job.note("left_out", ["everything: there is no CIFAR-10"])
+        return
+    scale = "trial" if job.rehearse else "full"
+    out = job.out / f"cifar10_{scale}.json"
+    known = Path(__file__).parent / "results" / out.name
+    if known.is_file() and not out.exists():
+        job.out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(known, out)
+    arms, seeds = (("alone", "hard"), 1) if job.rehearse else (tuple(ARMS), 3)
+    found = on_budget(
+        job.cifar10,
+        job.work / "cifar10",
+        out,
+        scale=scale,
+        budget_s=job.left(),
+        device=str(job.device),
+        workers=None,
+        seeds=seeds,
+        arms=arms,
+    )
+    for name in ("teachers", "runs", "summary"):
+        job.note(name, found["results"].get(name, []))
+    job.note("left_out", found["left_out"])
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", type=Path, help="print the results in this file as Markdown, and run nothing")
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10 as Parquet")
+    parser.add_argument("--out", type=Path, help="result file; an existing one is continued")
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="teacher, labels and students")
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no arm is begun that would end later; default no limit")  # fmt: skip
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the networks that learn: faster after a minute for each"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="loader processes; default none on a CPU, all cores but one on a GPU"
+    )
     args = parser.parse_args()
-    bench = Bench(args)
-    bench.train_teacher()
-    bench.label()
-    for seed in range(args.seeds):  # all arms of a seed, then the next
-        for name in args.arms:
-            if ARMS[name].online != "same":
-                bench.run(name, seed)
-    for name in args.arms:  # these are compared with the stored labels of the first seed
-        if ARMS[name].online == "same":
-            bench.run(name, 0)
-    print("\n".join(table(bench.results)))
+    if not args.table and not (args.data and args.out):
+        parser.error("pass --data and --out, or --table")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.table:
+        print("\n".join(table(json.loads(args.table.read_bytes()))))
+        return
+    found = on_budget(
+        args.data,
+        args.work,
+        args.out,
+        scale=args.scale,
+        budget_s=args.budget,
+        device=args.device,
+        workers=args.workers,
+        seeds=args.seeds,
+        arms=args.arms,
+        compiled=args.compile,
+    )
+    if found["results"]["runs"]:
+        print("\n".join(table(found["results"])))
+    if found["left_out"]:
+        print(f"left for another run: {', '.join(found['left_out'])}")
 
 
 if __name__ == "__main__":
