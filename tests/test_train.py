@@ -328,6 +328,81 @@ def test_a_compiled_student_learns_what_the_plain_one_does(label_set, tmp_path):
     assert load_state(tmp_path / "True/state.safetensors")[0].keys() == state_of(tmp_path / "False").keys()
 
 
+def test_a_deterministic_run_uses_deterministic_algorithms_only_and_puts_everything_back(
+    label_set, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    seen: list[tuple[bool, bool, bool, str | None]] = []
+
+    def state() -> tuple[bool, bool, bool, str | None]:
+        exact, warn_only = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        return exact, warn_only, torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+    before = state()
+    with before_update(0, lambda: seen.append(state())):
+        train(config(label_set, tmp_path / "run", epochs=1, deterministic=True, device="cpu"))
+    with before_update(0, lambda: seen.append(state())):
+        train(config(label_set, tmp_path / "other", epochs=1, device="cpu"))
+    assert seen == [(True, False, False, ":4096:8"), before]
+    assert state() == before == (False, False, True, None)
+    assert_same_state(tmp_path / "run", tmp_path / "other")  # on a CPU there is nothing to choose
+
+
+def test_a_workspace_that_the_user_chose_stays(label_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    seen: list[str | None] = []
+    with before_update(0, lambda: seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))):
+        train(config(label_set, tmp_path / "run", epochs=1, deterministic=True, device="cpu"))
+    assert [*seen, os.environ["CUBLAS_WORKSPACE_CONFIG"]] == [":16:8"] * 2
+
+
+def test_an_operation_without_a_deterministic_algorithm_is_refused_by_name(label_set, tmp_path):
+    def put() -> None:
+        torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+
+    with (
+        before_update(0, put),
+        pytest.raises(UsageError, match=r"--deterministic: put_ does not have .*Train without it") as caught,
+    ):
+        train(config(label_set, tmp_path / "run", deterministic=True, device="cpu"))
+    assert "\n" not in str(caught.value)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_cublas_that_was_used_too_early_is_named_with_the_way_out(label_set, tmp_path):
+    def as_torch_says() -> None:
+        raise RuntimeError(
+            "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or another call, but this"
+            " operation is not deterministic because it uses CuBLAS and you have CUDA >= 10.2. To enable deterministic behavior"
+            " in this case, you must set an environment variable: CUBLAS_WORKSPACE_CONFIG=:4096:8"
+        )
+
+    with (
+        before_update(0, as_torch_says),
+        pytest.raises(UsageError, match="Set CUBLAS_WORKSPACE_CONFIG=:4096:8 before it starts"),
+    ):
+        train(config(label_set, tmp_path / "run", deterministic=True, device="cpu"))
+
+
+def test_other_errors_of_a_deterministic_run_stay_what_they_are(label_set, tmp_path):
+    def breaks() -> None:
+        raise RuntimeError("a defect")
+
+    with before_update(0, breaks), pytest.raises(RuntimeError, match="a defect"):
+        train(config(label_set, tmp_path / "run", deterministic=True, device="cpu"))
+
+
+def test_a_run_may_go_on_with_deterministic_algorithms(label_set, tmp_path):
+    settings = {"recovery_interval": 1, "repeated_aug": 1}
+    with before_update(2, interrupt), pytest.raises(KeyboardInterrupt):
+        train(config(label_set, tmp_path / "run", device="cpu", **settings))
+    train(config(label_set, tmp_path / "run", resume="auto", deterministic=True, device="cpu", **settings))
+
+
 def test_soft_labels_from_a_hard_set_are_refused(data, tmp_path):
     label_set = make_labels(tmp_path / "set", data, topk=0)
     with pytest.raises(UsageError, match="hard"):

@@ -29,6 +29,7 @@ FREE_ON_RESUME = frozenset(
         "batch_size",
         "grad_accum_steps",
         "compile",
+        "deterministic",
         "views",
         "labels",
         "expect_manifest",
@@ -141,6 +142,10 @@ class TrainConfig:
     device: str = option("auto", "cpu, cuda, cuda:1; by default the GPU of the rank where there is one.")
     compile: bool = option(False, "Compile the student (torch.compile): faster after a minute.", "--torchcompile")
     amp_dtype: AmpDtype = option("auto", "Of the forward pass; by default bfloat16 on CUDA, else float32.")
+    deterministic: bool = option(
+        False,
+        "Use deterministic algorithms only: slower on a GPU, and a resumed run equals an uninterrupted one to the bit.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("output", "init"):  # a Path will do

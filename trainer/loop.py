@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.cache import open_cache
 from pipeline.draws import stream_of
-from pipeline.errors import StoppedError, TrainingError
+from pipeline.errors import StoppedError, TrainingError, UsageError
 from pipeline.mirror import Mirror, mirror_of
 from pipeline.ranks import rank_from
 from pipeline.recipe import Recipe
@@ -54,6 +54,8 @@ from trainer.trackers import check_trackers
 
 log = logging.getLogger("deit_cli.train")
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progress | None = None) -> Path:
     """Train a student, or continue its run; return the run's folder.
@@ -68,10 +70,16 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
     Raises:
         StoppedError: Ctrl-C or SIGTERM; the run is saved.
         TrainingError: the loss is no number.
+        UsageError: the student needs an operation that has no deterministic algorithm, and nothing else was asked for.
         WorkerError: a loader process or another rank was lost.
     """
     check_trackers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
-    with mirrored(config) as mirror, joined_world(config.device, config.workers) as world, lost_ranks_named(world):
+    with (
+        only_deterministic() if config.deterministic else contextlib.nullcontext(),
+        mirrored(config) as mirror,
+        joined_world(config.device, config.workers) as world,
+        lost_ranks_named(world),
+    ):
         check_output(config)
         share = Share(world.rank, world.size, config.grad_accum_steps)
         running = Running(
@@ -81,6 +89,41 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
         with run.alone, run.recorder, BackgroundWriter() as writer, stop_request() as told:
             run.go(writer, told)
     return config.folder
+
+
+@contextlib.contextmanager
+def only_deterministic() -> Iterator[None]:
+    """Let torch use deterministic algorithms only, for as long as the block runs; enter it before CUDA is used.
+
+    Raises:
+        UsageError: an operation has no deterministic algorithm.
+    """
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    benchmark = torch.backends.cudnn.benchmark
+    environment = os.environ.get(CUBLAS_WORKSPACE)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # it chooses algorithms by their time, which is never the same
+    os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # cuBLAS reads it once, when it is used first
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        what, _, why = " ".join(str(error).split()).partition(", but ")
+        if CUBLAS_WORKSPACE in why:
+            raise UsageError(
+                f"--deterministic: this process used cuBLAS with a workspace that is not deterministic. Set"
+                f" {CUBLAS_WORKSPACE}=:4096:8 before it starts"
+            ) from error
+        raise UsageError(f"--deterministic: {what}. Train without it, or choose another --model") from error
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        if environment is None:
+            os.environ.pop(CUBLAS_WORKSPACE, None)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from trainer.batch import Batch
 from trainer.checkpoint import BackgroundWriter
 from trainer.config import TrainConfig
 from trainer.evaluate import Running, forward_dtype
-from trainer.loop import Run, _step
+from trainer.loop import Run, _step, only_deterministic
 from trainer.order import Share
 from trainer.pace import Pace, Step
 from trainer.parallel import joined_world
@@ -182,6 +182,7 @@ def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Ru
         "log_wandb": False,
     }
     with (
+        only_deterministic() if config.deterministic else contextlib.nullcontext(),
         joined_world(config.device, config.workers, {}) as world,
         tempfile.TemporaryDirectory() as folder,
         _only_errors(),

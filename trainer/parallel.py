@@ -145,11 +145,11 @@ class OnRank(nn.Module):
         if world.size > 1:
             # Looking for unused parameters keeps the order in which gradients are summed: DDP would else change it
             # after the first step, and a resumed run could differ in the last bits from one that went on. On a GPU the
-            # bits are not promised, and the search would cost time.
-            search = unused or world.device.type == "cpu"
+            # bits are promised with --deterministic alone, and the search would cost time.
+            exact = world.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # on purpose
             devices = [world.device] if world.device.type == "cuda" else None
-            self._call = DistributedDataParallel(self._call, device_ids=devices, find_unused_parameters=search)
+            self._call = DistributedDataParallel(self._call, device_ids=devices, find_unused_parameters=unused or exact)
 
     def forward(self, images: Tensor) -> Heads:
         """Answer for normalised images, float [B, 3, H, W]."""
