@@ -26,6 +26,7 @@ from pipeline.teacher import Network, Teacher
 from pipeline.teacher_loading import load_teacher
 from pipeline.views import render_views
 
+ROOT = Path(__file__).parent.parent
 CLASSES = ("ant", "bee", "cat")
 SMALL = {"img_size": 16, "mix_block": 8}
 
@@ -139,6 +140,12 @@ def make_labels(
     label_set = precompute(config, recipe or small_recipe(), teacher or small_teacher(source), source)
     assert label_set is not None
     return label_set
+
+
+def with_checkout(*folders: Path | str, **variables: str) -> dict[str, str]:
+    """Return the environment of a subprocess that imports this checkout, then from `folders`, then what this one does."""
+    paths = [ROOT, *folders, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))} | variables
 
 
 def shared_data(name: str) -> Path:

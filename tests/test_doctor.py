@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders import files_of, make_labels, write_tars
+from builders import files_of, make_labels, with_checkout, write_tars
 from label_sets import seal_again
 from s3_server import BUCKET, credentials, s3_server
 
@@ -28,14 +28,18 @@ ROOT = Path(__file__).parent.parent
 IS_ROOT = os.geteuid() == 0
 
 
-def doctor(*arguments: str, cwd: Path, code: int | None = None, **variables: str) -> tuple[int, str]:
-    """Run the command in its own process, as the installed one runs: without the working directory in its path."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+def doctor(
+    *arguments: str, cwd: Path, code: int | None = None, site: tuple[Path, ...] = (), **variables: str
+) -> tuple[int, str]:
+    """Run the command in its own process, as the installed one runs: without the working directory in its path.
+
+    What lies in the folders of `site` hides what is installed.
+    """
     done = subprocess.run(
         [sys.executable, "-P", "-c", "import cli; cli.main()", "doctor", *arguments],
         capture_output=True,
         text=True,
-        env=environment,
+        env=with_checkout(*site, **variables),
         cwd=cwd,
     )
     assert "Traceback" not in done.stderr, done.stderr
@@ -668,9 +672,7 @@ def test_the_command_survives_broken_packages_and_a_hidden_name(tmp_path):
     shadow(here)
     for name, code in (("timm", "raise ImportError('no timm today')"), ("simplejpeg", "import os; os._exit(9)")):
         (site / f"{name}.py").write_text(code)
-    _, output = doctor(
-        "--labels", str(ROOT / "tests/golden/v1/shards"), cwd=here, code=1, PYTHONPATH=f"{ROOT}{os.pathsep}{site}"
-    )
+    _, output = doctor("--labels", str(ROOT / "tests/golden/v1/shards"), cwd=here, code=1, site=(site,))
     problems = [line for line in output.splitlines() if "! PROBLEM: " in line]
     assert any("take pipeline from there" in line for line in problems)
     assert any("timm" in line and "cannot be imported: no timm today" in line for line in problems)

@@ -17,6 +17,7 @@ from builders import (
     small_recipe,
     small_teacher,
     teacher_of,
+    with_checkout,
     write_tars,
 )
 from click.testing import CliRunner
@@ -36,7 +37,6 @@ from pipeline.sharing import pull
 from pipeline.sources import open_source
 
 SETTINGS: dict[str, Any] = {"views": (0, 4), "views_per_shard": 2}
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -311,9 +311,8 @@ def test_fault_1_a_killed_merge_is_continued_by_the_same_command(data, whole, tm
     label(tmp_path / "a", data, views=(0, 2))
     label(tmp_path / "b", data, views=(2, 4))
     parts = [str(tmp_path / "a"), str(tmp_path / "b")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "set"), str(after), *parts]
-    assert subprocess.run(command, env=environment, cwd=tmp_path).returncode == -signal.SIGKILL
+    assert subprocess.run(command, env=with_checkout(), cwd=tmp_path).returncode == -signal.SIGKILL
     assert not (tmp_path / "set/manifest.json").exists() or not json.loads((tmp_path / "set/manifest.json").read_bytes())["sealed"]  # fmt: skip
     merged = merge(tmp_path / "set", parts)
     assert merged.label_set is not None

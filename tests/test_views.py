@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from builders import with_checkout
 from PIL import Image
 from timm.data import auto_augment
 
@@ -84,9 +85,8 @@ print("\\n".join(sorted(lines)))
 
 def in_another_process(order: str, *, hash_seed: str, threads: int) -> subprocess.Popen:
     """Start a fresh interpreter that draws and renders, and prints one line per view."""
-    environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(views.__file__).parents[1])}
     command = [sys.executable, "-c", SUMMARY, order, str(threads)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=with_checkout(PYTHONHASHSEED=hash_seed), stdout=subprocess.PIPE, text=True)
 
 
 def test_views_are_the_same_in_other_processes_with_other_hash_seeds_global_seeds_orders_and_thread_counts():
