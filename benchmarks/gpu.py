@@ -6,7 +6,8 @@
 It runs from a checkout; nothing needs to be installed but the libraries. Each phase is a process of its own with a share
 of the time, so a crash, a hang or a full memory in one of them takes nothing from the others. What a phase has found stands in
 FOLDER/gpu.json at once, with its traceback if it failed; FOLDER/gpu.log has everything that was printed. Time that a phase does
-not need goes to those after it. A phase for which no time is left is named in the JSON, and the next run can ask for it: `--phases`.
+not need goes to those after it. What no time is left for is named in the JSON, and the next run goes on there: `--known` names the JSON
+of an earlier run on such a card, whose results of stage 1 and 2 are kept and not measured again; `--phases` names some phases.
 
 Exit code: 0, or 1 where a phase failed or was cut short; a phase for which no time was left is no failure.
 """
@@ -75,12 +76,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="toy sizes: does everything run?")
     parser.add_argument("--photographs", type=Path, default=found(data, "imagenet-sample"), help="folder with a tar of JPEGs and classes; default DEIT_CLI_DATA's imagenet-sample, else made-up images")  # fmt: skip
     parser.add_argument("--cifar10", type=Path, default=found(data, "cifar10"), help="folder with CIFAR-10 as Parquet; default DEIT_CLI_DATA's cifar10")  # fmt: skip
+    parser.add_argument("--known", type=Path, help="gpu.json of an earlier run on such a card: what it has is not measured again")  # fmt: skip
     parser.add_argument("--work", type=Path, help="folder for large files; default a temporary one")
     parser.add_argument("--fail", metavar="PHASE:HOW", help=argparse.SUPPRESS)  # for the tests of this program
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # where a phase's own process writes
     args = parser.parse_args()
     if unknown := sorted(set(args.phases.split(",")) - set(PHASES)):
         parser.error(f"--phases must be of {', '.join(PHASES)}; got {', '.join(unknown)}")
+    if args.known and not args.known.is_file():
+        parser.error(f"--known {args.known}: no such file")
     for name in ("photographs", "cifar10"):
         if (folder := getattr(args, name)) is not None and not folder.is_dir():
             parser.error(f"--{name} {folder}: no such folder")
@@ -97,24 +101,40 @@ def run_phase(args: argparse.Namespace) -> int:
     """Run one phase in this process; return its exit code."""
     from rounds import Job, write_json
 
-    job = Job(
-        seconds=args.budget,
-        work=args.work,
-        out=args.out,
-        part=args.part,
-        photographs=args.photographs,
-        cifar10=args.cifar10,
-        rehearse=args.rehearse,
-    )
+    found: dict[str, Any] = {}
     try:
+        found = known_results(args) if args.known else {}
+        job = Job(
+            seconds=args.budget,
+            work=args.work,
+            out=args.out,
+            part=args.part,
+            photographs=args.photographs,
+            cifar10=args.cifar10,
+            rehearse=args.rehearse,
+            found=found,
+        )
+        job.note("card", job.card)
         if args.fail and args.fail.startswith(f"{args.phases}:"):
             fail(args.fail.partition(":")[2])
         importlib.import_module(PHASES[args.phases].module).on_gpu(job)
     except BaseException:
         traceback.print_exc()
-        write_json(args.part, job.found | {"error": traceback.format_exc()})
+        write_json(args.part, found | {"error": traceback.format_exc()})
         return 1
     return 0
+
+
+def known_results(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what an earlier run has found of a phase, on a card like this one."""
+    from rounds import Job
+
+    phases = json.loads(args.known.read_text())["phases"]
+    found = phases.get(args.phases, {}).get("result", {})
+    here = Job(seconds=0, work=args.work, out=args.out).card
+    if found.get("card", here) != here:
+        raise ValueError(f"{args.known} has results of {found['card']}, this is {here}: leave --known out")
+    return {name: value for name, value in found.items() if name != "left_out"}
 
 
 def fail(how: str) -> None:
@@ -184,7 +204,7 @@ class PhaseRun:
         args = self._args
         command = [sys.executable, str(HERE / "gpu.py"), "--part", str(self._part), "--phases", self._name]
         command += ["--out", str(args.out), "--work", str(self._work), "--budget", f"{seconds:.1f}"]
-        for name in ("photographs", "cifar10", "fail"):
+        for name in ("photographs", "cifar10", "known", "fail"):
             command += [f"--{name}", str(value)] if (value := getattr(args, name)) is not None else []
         command += ["--rehearse"] if args.rehearse else []
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -16,7 +16,7 @@ def on_gpu(job: Job) -> None:
     """Run them in a process of their own, and note its summary."""
     report = job.work / "tests.xml"
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    command += ["--durations", "10", f"--junitxml={report}"]
+    command += ["--durations", "10", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     log = job.work / "tests.log"
     with log.open("w") as file:
         try:
@@ -32,6 +32,8 @@ def on_gpu(job: Job) -> None:
     if report.is_file():
         cases = list(ElementTree.parse(report).iter("testcase"))
         job.note("seconds", {case.get("name"): float(case.get("time", 0)) for case in cases})
+        properties = [[each.get("name"), each.get("value")] for case in cases for each in case.iter("property")]
+        job.note("properties", properties)
         failures = {case.get("name"): said.text or "" for case in cases for said in (*case.findall("failure"), *case.findall("error"))}  # fmt: skip
         job.note("failures", {name: said[-TEXT:] for name, said in failures.items()})
     if code not in (0, 5):  # 5: none is there

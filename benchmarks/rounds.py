@@ -68,6 +68,8 @@ class Job:
         photographs: folder with a WebDataset tar of JPEGs and classes; None: made-up images.
         cifar10: folder with CIFAR-10 as Parquet; None: there is none.
         rehearse: whether everything is of toy size, to see that it runs.
+        found: results, those of an earlier run that need not be measured again included.
+        began: when the time began, on `time.monotonic`.
     """
 
     seconds: float
@@ -85,6 +87,11 @@ class Job:
         """The GPU where there is one."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    @property
+    def card(self) -> str:
+        """The GPU's name, or cpu."""
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
     def note(self, name: str, value: Any) -> None:
         """Keep a result, print it, and write all of them."""
         self.found[name] = value
@@ -96,9 +103,13 @@ class Job:
         """Return the seconds that are left."""
         return self.began + self.seconds - time.monotonic()
 
+    def lacks(self, name: str, seconds: float) -> bool:
+        """Return whether a result is to be measured: it is not there, and there is time for it, else it is left out."""
+        return name not in self.found and self.has(seconds, name)
+
     def has(self, seconds: float, what: str) -> bool:
-        """Return whether so much time is left; note what is left out otherwise."""
-        if self.left() >= seconds:
+        """Return whether so much time is left (in a rehearsal always); note what is left out otherwise."""
+        if self.rehearse or self.left() >= seconds:
             return True
         self.note("left_out", [*self.found.get("left_out", ()), what])
         return False

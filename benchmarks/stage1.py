@@ -209,6 +209,8 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
 # --- on a GPU ---------------------------------------------------------------------------------------------------
 
 PROFILED, TOP_KERNELS = 20, 15  # forward passes in a profile, kernels that are named
+LOADERS = (15, 8, 4, 2)
+TOGETHER_S, COMPILED_S = 45.0, 90.0  # that precompute took for one number of loaders; guessed: a compiled teacher
 
 
 def on_gpu(job: Job) -> None:
@@ -216,29 +218,60 @@ def on_gpu(job: Job) -> None:
     name = "test_resnet" if job.rehearse else "regnety_160"
     recipe = load_recipe("deit", {"img_size": 32, "mix_block": 16} if job.rehearse else {})
     source = open_source(job.source(32 if job.rehearse else 1024))
-    views = range(4 if job.rehearse else 30)
-    blocks = blocks_in(source, recipe, views)
-    counts = [1] if job.rehearse else [each for each in (15, 8, 4, 2) if each < usable_cores()]
+    blocks = blocks_in(source, recipe, range(4 if job.rehearse else 30))
+    counts = [1] if job.rehearse else [each for each in LOADERS if each < usable_cores()]
     seconds = 0.2 if job.rehearse else 8.0
-    batch = recipe.mix_block
     eager = device_teacher(job, name, compiled=False)
-    job.note("what", {"teacher": name, "img_size": eager.img_size, "dtype": str(eager.dtype), "batch": batch})
-    job.note("eager", teacher_figures(job, eager, recipe, batch))
-    rates = measure_rates(source, recipe, eager, topk=10, precision="float16", least_s=seconds / 8)
-    job.note("parts_us_a_view", {part: round(1e6 * value, 2) for part, value in asdict(rates).items()})
-    job.note("profile_eager", kernels(on_device(eager, recipe, batch), job.out / "trace-stage1-eager.json.gz"))
-    together: dict[str, Any] = {}
-    for workers in counts:
-        if job.has(3.5 * seconds, f"precompute with {workers} loader processes"):
-            together[f"{workers}"] = together_figures(eager, recipe, source, blocks, workers, seconds)
-            job.note("precompute_eager", together)
-    if job.has(100 if not job.rehearse else 0, "compiled"):
+    about = {"teacher": name, "img_size": eager.img_size, "dtype": str(eager.dtype), "batch": recipe.mix_block}
+    job.note("what", about)
+    if job.lacks("eager", 12):
+        job.note("eager", teacher_figures(job, eager, recipe))
+    if job.lacks("parts_us_a_view", 10):
+        rates = measure_rates(source, recipe, eager, topk=10, precision="float16", least_s=seconds / 8)
+        job.note("parts_us_a_view", {part: round(1e6 * value, 2) for part, value in asdict(rates).items()})
+    if job.lacks("forms", 25):
+        job.note("forms", forms(job, eager, recipe.mix_block))
+    if job.lacks("profile_eager", 15):
+        trace = job.out / "trace-stage1-eager.json.gz"
+        job.note("profile_eager", kernels(on_device(eager, recipe, recipe.mix_block), trace))
+    if job.lacks(f"precompute, eager, {counts[0]} loaders", TOGETHER_S):
+        figures = together_figures(eager, recipe, source, blocks, counts[0], seconds)
+        job.note(f"precompute, eager, {counts[0]} loaders", figures)
+    if job.lacks("compiled", COMPILED_S):
         compiled = device_teacher(job, name, compiled=True)
-        job.note("compiled", teacher_figures(job, compiled, recipe, batch))
-        job.note("profile_compiled", kernels(on_device(compiled, recipe, batch)))
-        if job.has(3.5 * seconds, "precompute, compiled"):
+        job.note("compiled", teacher_figures(job, compiled, recipe))
+        job.note("profile_compiled", kernels(on_device(compiled, recipe, recipe.mix_block)))
+        if job.lacks(f"precompute, compiled, {counts[0]} loaders", TOGETHER_S):
             figures = together_figures(compiled, recipe, source, blocks, counts[0], seconds)
-            job.note("precompute_compiled", {f"{counts[0]}": figures})
+            job.note(f"precompute, compiled, {counts[0]} loaders", figures)
+    for workers in reversed(counts[1:]):
+        if job.lacks(f"precompute, eager, {workers} loaders", TOGETHER_S):
+            figures = together_figures(eager, recipe, source, blocks, workers, seconds)
+            job.note(f"precompute, eager, {workers} loaders", figures)
+
+
+def forms(job: Job, teacher: Teacher, batch: int) -> dict[str, float]:
+    """Return views/s of the bare network in each memory format, dtype, and way of choosing cuDNN's algorithms.
+
+    Views are normalised and lie in the device's memory. `benchmark` lets cuDNN time its algorithms and take the fastest.
+    """
+    module, device = teacher.networks[0].module, teacher.device
+    images = torch.randn(batch, 3, teacher.img_size, teacher.img_size, device=device)
+    found: dict[str, float] = {}
+    for layout, memory_format in (("channels last", torch.channels_last), ("contiguous", torch.contiguous_format)):
+        module.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+        pixels = images.contiguous(memory_format=memory_format)
+        for dtype, benchmark in itertools.product((torch.bfloat16, torch.float16), (False, True)):
+            name = f"{layout}, {str(dtype).removeprefix('torch.')}{', benchmark' if benchmark else ''}"
+
+            def answer(pixels: torch.Tensor = pixels, dtype: torch.dtype = dtype) -> None:
+                with torch.inference_mode(), torch.autocast(device.type, dtype=dtype):
+                    module(pixels)
+
+            with torch.backends.cudnn.flags(benchmark=benchmark):
+                found[name] = round(batch / steady_s(answer, device, 0.05 if job.rehearse else 1.0), 1)
+    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return found
 
 
 def device_teacher(job: Job, name: str, *, compiled: bool) -> Teacher:
@@ -263,9 +296,9 @@ def on_device(teacher: Teacher, recipe: Recipe, batch: int) -> Callable[[], obje
     return answer
 
 
-def teacher_figures(job: Job, teacher: Teacher, recipe: Recipe, batch: int) -> dict[str, Any]:
+def teacher_figures(job: Job, teacher: Teacher, recipe: Recipe) -> dict[str, Any]:
     """Return views/s of the teacher on views in its memory and from page-locked memory, and what share of the ceiling that is."""
-    device, seconds = teacher.device, 0.2 if job.rehearse else 3.0
+    device, batch, seconds = teacher.device, recipe.mix_block, 0.2 if job.rehearse else 3.0
     answer = on_device(teacher, recipe, batch)
     first_s = row_s(answer, 1, device)  # compiles, and chooses algorithms
     in_memory = batch / steady_s(answer, device, seconds)
@@ -293,11 +326,15 @@ def together_figures(
     """Return views/s of the teacher alone, of so many loader processes alone, and of precompute, in one round."""
     views = len(blocks[0].views)
     config = PrecomputeConfig(data=str(source.location), out="", views=(0, views), workers=workers, processes=1)
+    began = time.monotonic()
     with one_thread(teacher.device):
         alone, _ = teacher_alone(teacher, recipe, recipe.mix_block, seconds / 4)
+    marks = [time.monotonic()]
     rendered = rendering_alone(blocks, BlockRenderer(source, recipe), recipe.img_size, workers, seconds)
+    marks.append(time.monotonic())
     tick = measure_together(source, recipe, teacher, config, num_images=source.num_samples, seconds=seconds)
     synchronise(teacher.device)
+    marks.append(time.monotonic())
     made = tick.per_second or 0.0
     return {
         "teacher_alone": round(alone, 1),
@@ -305,6 +342,8 @@ def together_figures(
         "precompute": round(made, 1),
         "of_the_slower": round(made / min(alone, rendered), 3),
         "teacher_busy": tick.teacher_busy,
+        # Start and end of processes included.
+        "seconds": [round(b - a, 1) for a, b in itertools.pairwise([began, *marks])],
     }
 
 

@@ -38,7 +38,7 @@ def test_the_rehearsal_runs_every_phase(tmp_path):
     assert results["tests"]["summary"]["exit_code"] in (0, 5)
     assert results["parity"]["stored_against_online"]["float32"]["flips"] == 0
     assert results["parity"]["two_runs"]["differing_files"] == []
-    assert results["stage1"]["precompute_eager"]["1"]["precompute"] > 0
+    assert results["stage1"]["precompute, eager, 1 loaders"]["precompute"] > 0
     case = results["stage2"]["deit-ti, 8, eager"]
     assert min(case[name] for name in ("alone", "online", "from_labels")) > 0
     assert results["stage2"]["feeding"]["stream_views_per_s"]["1"] > 0
@@ -67,6 +67,24 @@ def test_a_phase_that_fails_takes_nothing_from_the_others(tmp_path, how, status,
     assert words.split()[-1] in said
 
 
+@pytest.mark.slow
+def test_what_an_earlier_run_has_found_is_kept_and_not_measured_again(tmp_path):
+    known = tmp_path / "gpu.json"
+    case = {"alone": 12345.0}
+    found = {"card": "cpu", "deit-ti, 8, eager": case, "feeding": {}, "left_out": ["feeding"]}
+    known.write_text(json.dumps({"phases": {"stage2": {"status": "done", "result": found}}}))
+    what = ("--rehearse", "--phases", "stage2", "--known", str(known))
+    code, _, phases = program(tmp_path / "out", *what)
+    assert code == 0
+    assert phases["stage2"]["result"]["deit-ti, 8, eager"] == case
+    assert phases["stage2"]["result"]["feeding"] == {}
+    assert "left_out" not in phases["stage2"]["result"]
+    known.write_text(json.dumps({"phases": {"stage2": {"status": "done", "result": found | {"card": "another card"}}}}))
+    code, _, phases = program(tmp_path / "other", *what)
+    assert code == 1
+    assert "has results of another card, this is cpu: leave --known out" in phases["stage2"]["error"]
+
+
 def test_an_exhausted_budget_says_which_phases_were_left_out(tmp_path):
     code, said, phases = program(tmp_path / "out", "--phases", "facts,losses", "--budget", "2")
     assert code == 0  # nothing failed
@@ -82,6 +100,7 @@ def test_an_exhausted_budget_says_which_phases_were_left_out(tmp_path):
         (("--phases", "facts,lossess"), "--phases must be of facts, tests"),
         (("--photographs", "nowhere"), "--photographs nowhere: no such folder"),
         (("--cifar10", "nowhere"), "--cifar10 nowhere: no such folder"),
+        (("--known", "nowhere"), "--known nowhere: no such file"),
     ],
 )
 def test_misuse_is_named_before_anything_runs(tmp_path, arguments, words):
