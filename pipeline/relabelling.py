@@ -26,9 +26,10 @@ from pipeline.teacher import Teacher, one_thread
 from pipeline.units import count
 
 PAIRS_AT_ONCE = 16
-# Change of a probability that rounding explains. A logit of about 10 is off by 10 * 2^-9 in bfloat16 after its last
-# rounding alone, and by several times that after a hundred layers; a GPU's float32 convolutions keep 10 bits (TF32).
-ROUNDING = {"float32 on a CPU": 1e-3, "float32": 0.02, "float16": 0.02, "bfloat16": 0.1}
+# Change of a probability that rounding explains: 1.7 to 2 times the largest of 2,048 views of EfficientNet-Lite0 on an H200
+# against float32 (benchmarks/results/gpu-h200.json): 0.012 in float32, where convolutions on a GPU keep 10 bits (TF32), 0.025 in
+# float16, 0.17 in bfloat16. On a CPU, 99 % of views are within 0.07 in bfloat16; the tail is long.
+ROUNDING = {"float32 on a CPU": 1e-3, "float32": 0.02, "float16": 0.05, "bfloat16": 0.3}
 STORED = {"float32": 1e-6, "float16": 1e-3}  # what storing a probability changes at most, with some room
 STORED_OTHERWISE = 0.03
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from builders import with_checkout
 
 PATIENCE_S = 120  # for what must happen; none of it takes a tenth of that on an idle machine
 POLL_S = 0.002  # shorter than a file takes to be published by runs that are slowed down
@@ -83,7 +84,7 @@ class Server:
 def serving(module: str) -> Iterator[Server]:
     """Start a server of the runs in `RUNS` of a test module; on leaving, its stdin closes, and it ends."""
     tests = Path(__file__).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    environment = with_checkout(tests, OMP_NUM_THREADS="1")
     command = [sys.executable, "-c", f"import forks, {module}; forks.serve({module}.RUNS)"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

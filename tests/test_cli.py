@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from builders import make_labels, write_tars
+from builders import make_labels, with_checkout, write_tars
 from click.testing import CliRunner
 
 import cli
@@ -31,7 +31,7 @@ def commands(group: click.Group = cli.commands, path: tuple[str, ...] = ()) -> l
 
 def run(*arguments: str, code: int = 0, **variables: str) -> tuple[str, str]:
     """Run the installed command in its own process, with these variables; return stdout and stderr."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")} | variables
+    environment = with_checkout(ROOT / "tests", OMP_NUM_THREADS="1") | variables
     done = subprocess.run(
         [sys.executable, "-c", "import cli; cli.main()", *arguments],
         capture_output=True,

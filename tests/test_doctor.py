@@ -692,7 +692,7 @@ def test_the_command_runs_where_nothing_but_click_is_installed(tmp_path):
         [bare_python(tmp_path), "-P", "-c", "import cli; cli.main()", "doctor", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{site}"},
+        env=with_checkout(site),
     )
     assert (done.returncode, done.stderr) == (1, "")
     assert "! PROBLEM: torch is missing. pip install 'torch>=" in done.stdout

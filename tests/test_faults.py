@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import confident_cnn, files_of, make_labels, named_files, teacher_of, write_tars
+from builders import confident_cnn, files_of, make_labels, named_files, teacher_of, with_checkout, write_tars
 from label_sets import (
     RECIPE,
     colour_teacher,
@@ -280,7 +280,7 @@ def test_fault_02_a_run_that_is_told_to_stop_exits_by_the_rule_leaves_no_process
     command = [sys.executable, "-m", "cli", "precompute", "--data", data, "--out", str(out)]
     command += ["--teacher", "test_faults:slow_cnn", "--set", "img_size=16", "--set", "mix_block=8", "--views", "0:40"]
     command += ["--views-per-shard", "1", "--topk", "2", "--accuracy-samples", "0", "--workers", "1"]
-    environment = os.environ | {"SLOW_TEACHER_S": "0.2", "PYTHONPATH": str(ROOT / "tests"), "FAULT_MARK": str(tmp_path)}
+    environment = with_checkout(ROOT / "tests", SLOW_TEACHER_S="0.2", FAULT_MARK=str(tmp_path))
     with subprocess.Popen(
         [*command, "--processes", str(count)],
         stderr=subprocess.PIPE,
@@ -1197,7 +1197,7 @@ def test_fault_24_few_file_descriptors_and_many_label_shards_are_enough(tmp_path
             capture_output=True,
             text=True,
             timeout=PATIENCE_S,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=with_checkout(),
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
         )
         assert run.returncode == 0, run.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import with_checkout
 
 from pipeline import loading
 from pipeline.errors import WorkerError
@@ -103,13 +104,12 @@ def script(tmp_path) -> Path:
 
 
 def started(script: Path, how: str) -> tuple[subprocess.Popen[str], list[int]]:
-    root = str(Path(__file__).parent.parent)
     process = subprocess.Popen(
         [sys.executable, str(script), how],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"PYTHONPATH": root},
+        env=with_checkout(),
     )
     assert process.stdout is not None
     return process, [int(pid) for pid in process.stdout.readline().split()]

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import encoded, files_of, make_labels, named_files, photo, small_recipe, write_tars
+from builders import encoded, files_of, make_labels, named_files, photo, small_recipe, with_checkout, write_tars
 from label_sets import problems_in, seal_again
 from PIL import Image
 from test_cli import invoke
@@ -444,7 +443,7 @@ label(Path({out!r}), {data!r}, include_images="20", views=(0, 1), accuracy_sampl
 def start(out: Path, data: str) -> subprocess.Popen:
     root = Path(__file__).parent.parent
     code = COMMAND.format(root=str(root), out=str(out), data=data)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = with_checkout(OMP_NUM_THREADS="1")
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import before_update, make_labels, small_recipe, teacher_of, write_tars
+from builders import before_update, make_labels, small_recipe, teacher_of, with_checkout, write_tars
 
 from pipeline.errors import (
     CheckpointError,
@@ -327,7 +327,7 @@ def test_fault_24_few_file_descriptors_and_many_shards_are_enough(tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        env=with_checkout(),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
     )
     assert run.returncode == 0, run.stderr
