@@ -15,7 +15,8 @@ TEXT = 4000  # characters of a failure, its end
 def on_gpu(job: Job) -> None:
     """Run them in a process of their own, and note its summary."""
     report = job.work / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "gpu and not slow" if job.rehearse else "gpu"]
     command += ["--durations", "10", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     log = job.work / "tests.log"
     with log.open("w") as file:

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from builders import with_checkout
 
 from pipeline import loading
@@ -57,16 +56,6 @@ def test_too_little_shared_memory_is_said_before_a_process_dies_of_it(monkeypatc
     monkeypatch.setattr(loading, "SHARED_MEMORY", tmp_path)
     with pytest.raises(WorkerError, match=r"need [\d,]+ MB of shared memory, .* has [\d,]+ MB: use fewer --workers"):
         Slots((2**40,), workers=1, held=1)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_pinned_slots_are_copied_from_asynchronously():
-    slots = Slots((4, 8, 8, 3), workers=1, held=1)
-    slots.pin()
-    slots.pixels.fill_(7)
-    assert slots.pixels.is_pinned()
-    assert slots.pixels.to("cuda", non_blocking=True).eq(7).all()
 
 
 SCRIPT = """

@@ -1,6 +1,6 @@
-"""Fixtures of the tests of a GPU: `pytest -m gpu`. Without one each is skipped by name.
+"""Fixtures of the tests of a GPU: `pytest -m gpu`.
 
-DEIT_CLI_REHEARSE_GPU=1 runs on the CPU what can run there, at toy size, so that these tests do not rot.
+Without a GPU the CPU runs what it can, at toy size, so that these tests do not rot; the others are skipped by name.
 """
 
 import os
@@ -31,12 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU; the CPU in a rehearsal."""
-    if os.environ.get("DEIT_CLI_REHEARSE_GPU") == "1":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU (DEIT_CLI_REHEARSE_GPU=1 runs on the CPU what can run there)")
-    return torch.device("cuda:0")
+    """The GPU; without one the CPU."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def run(*arguments: str, code: int = 0) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_two_teacher_processes_on_one_device_give_the_labels_of_one(device, data, tmp_path, monkeypatch):
     """In the dtype of a run: the same hard labels, and probabilities within what float16 stores."""
     started: list[list[str]] = []

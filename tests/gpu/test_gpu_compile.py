@@ -12,6 +12,7 @@ from trainer.loop import train
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))),
         reason="torch.compile needs a C compiler, and there is none",
@@ -23,6 +24,30 @@ pytestmark = [
 def _fresh():
     """Forget what earlier tests have compiled."""
     torch.compiler.reset()
+
+
+# The student comes first: with torch 2.11 on a CPU its backward pass crashes in a process that has compiled a teacher.
+def test_a_compiled_student_learns_what_the_plain_one_does(device, label_set, tmp_path):
+    """Twelve updates in the dtype of a run, whose losses fall by more than 0.1. Those of bfloat16 are 0.001 from those of float32
+    here, so two ways of rounding to it stay within 0.01."""
+    for compiled in (False, True):
+        config = run_config(
+            label_set,
+            tmp_path / str(compiled),
+            device,
+            compile=compiled,
+            depth=1,
+            drop_path=0.0,
+            epochs=4,
+            warmup_epochs=0,
+            lr=5e-3,
+            model_ema=False,
+        )
+        train(config)
+    plain, fast = (losses_of(tmp_path / name) for name in ("False", "True"))
+    assert fast == pytest.approx(plain, rel=0, abs=0.01)
+    assert min(plain) < plain[0] - 0.1
+    assert state_of(tmp_path / "True").keys() == state_of(tmp_path / "False").keys()
 
 
 def test_a_compiled_teacher_gives_the_labels_of_the_plain_one(device, data, tmp_path):
@@ -40,27 +65,3 @@ def test_a_compiled_teacher_gives_the_labels_of_the_plain_one(device, data, tmp_
     by_class = [np.take_along_axis(columns(s, "topk_prob"), columns(s, "topk_index").argsort(1), 1) for s in (plain, compiled)]  # fmt: skip
     assert np.abs(by_class[0] - by_class[1]).max() < 0.02
     assert len(np.unique(columns(plain, "hard"))) == 3
-
-
-def test_a_compiled_student_learns_what_the_plain_one_does(device, label_set, tmp_path):
-    """Twelve updates in the dtype of a run, whose losses fall by more than 0.1. Those of float32 are 0.001 from those of bfloat16
-    here, so two ways of rounding to bfloat16 stay within 0.01."""
-    for compiled in (False, True):
-        config = run_config(
-            label_set,
-            tmp_path / str(compiled),
-            device,
-            compile=compiled,
-            amp_dtype="bfloat16",
-            depth=1,
-            drop_path=0.0,
-            epochs=4,
-            warmup_epochs=0,
-            lr=5e-3,
-            model_ema=False,
-        )
-        train(config)
-    plain, fast = (losses_of(tmp_path / name) for name in ("False", "True"))
-    assert fast == pytest.approx(plain, rel=0, abs=0.01)
-    assert min(plain) < plain[0] - 0.1
-    assert state_of(tmp_path / "True").keys() == state_of(tmp_path / "False").keys()

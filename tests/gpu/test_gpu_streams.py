@@ -11,7 +11,7 @@ from on_gpu import CNN, busy, labels_of, load, run_config, views_in
 from torch import Tensor
 
 from pipeline.labelling import AHEAD, _Desk
-from pipeline.loading import PREFETCH
+from pipeline.loading import PREFETCH, Slots
 from pipeline.mixing import MixBatch
 from pipeline.sources import open_source
 from pipeline.teacher import Pending
@@ -24,6 +24,20 @@ pytestmark = pytest.mark.gpu
 
 WORKERS = 2
 LATE_S = 0.01
+
+
+def test_the_pages_of_slots_are_locked_while_there_are_slots(gpu):
+    """Given back at the end: memory that another process takes at the same address could else not be locked."""
+    for value in (7, 8):
+        slots = Slots((4, 8, 8, 3), workers=1, held=1)
+        assert not slots.pixels.is_pinned()
+        slots.pin()
+        slots.pixels.fill_(value)
+        assert slots.pixels.is_pinned()
+        copied = slots.pixels.to(gpu, non_blocking=True)
+        torch.cuda.synchronize()
+        assert copied.eq(value).all()
+        del slots
 
 
 def test_stage_1_sees_the_rendered_pixels_however_late_a_gpu_copies_them(device, data, label_set, tmp_path):
