@@ -9,7 +9,8 @@ FOLDER/gpu.json at once, with its traceback if it failed; FOLDER/gpu.log has eve
 not need goes to those after it. What no time is left for is named in the JSON, and the next run goes on there: `--known` names the JSON
 of an earlier run on such a card, whose results of stage 1 and 2 are kept and not measured again; `--phases` names some phases.
 
-Exit code: 0, or 1 where a phase failed or was cut short; a phase for which no time was left is no failure.
+Exit code: 0, or 1 where a phase failed or was cut short; a phase for which no time was left is no failure. 2 for misuse, and where a library
+is missing or too old: then nothing is run.
 """
 
 import argparse
@@ -21,10 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -50,12 +56,12 @@ class Phase:
 
 
 PHASES = {
-    "facts": Phase("ceilings", 1, 5, "the machine and its ceilings"),
-    "tests": Phase("gpu_tests", 6, 30, "pytest -m gpu"),
-    "parity": Phase("parity", 5, 30, "stored labels against the teacher online"),
-    "stage1": Phase("stage1", 9, 40, "precompute against its parts"),
-    "stage2": Phase("stage2", 17, 60, "training from labels, alone and with the teacher"),
-    "losses": Phase("losses", 1.5, 10, "time and memory of the losses"),
+    "facts": Phase("ceilings", 1, 15, "the machine and its ceilings"),
+    "tests": Phase("gpu_tests", 6, 110, "pytest -m gpu"),
+    "parity": Phase("parity", 5, 80, "stored labels against the teacher online"),
+    "stage1": Phase("stage1", 9, 100, "precompute against its parts"),
+    "stage2": Phase("stage2", 17, 130, "training from labels, alone and with the teacher"),
+    "losses": Phase("losses", 1.5, 20, "time and memory of the losses"),
     "cifar10": Phase("cifar10", 8, 155, "accuracy on CIFAR-10"),
 }
 
@@ -64,7 +70,24 @@ def main() -> None:
     args = parse()
     if args.part:
         sys.exit(run_phase(args))
+    if lacking := unmet(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]):
+        print(f"{'; '.join(lacking)}: put wheels into a folder, and the folder on PYTHONPATH", file=sys.stderr)
+        sys.exit(2)
     sys.exit(run_all(args))
+
+
+def unmet(requirements: Iterable[str]) -> list[str]:
+    """Return what is missing or too old of what this project asks for, before any time is spent on it."""
+    lacking = []
+    for requirement in map(Requirement, requirements):
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            lacking.append(f"{requirement.name} is not installed, {requirement} is needed")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            lacking.append(f"{requirement.name} {version} is here, {requirement} is needed")
+    return lacking
 
 
 def parse() -> argparse.Namespace:
@@ -163,8 +186,8 @@ def run_all(args: argparse.Namespace) -> int:
         for number, name in enumerate(asked):
             left = args.budget - (time.monotonic() - began)
             allowed = left * PHASES[name].share / sum(PHASES[each].share for each in asked[number:])
-            runner = PhaseRun(args, name, work, results, log)
-            runner.run(min(left, max(allowed, PHASES[name].least_s)))
+            least_s = 0.0 if args.rehearse else PHASES[name].least_s
+            PhaseRun(args, name, work, results, log).run(min(left, max(allowed, least_s)), least_s)
     results["seconds"] = round(time.monotonic() - began, 1)
     save(args.out, results)
     print(table(results), flush=True)
@@ -178,9 +201,8 @@ class PhaseRun:
         self._args, self._name, self._work, self._results, self._log = args, name, work, results, log
         self._part = work / f"{name}.json"
 
-    def run(self, seconds: float) -> None:
-        """Run it for so many seconds at most, or say that there is no time for it."""
-        least_s = 0 if self._args.rehearse else PHASES[self._name].least_s
+    def run(self, seconds: float, least_s: float) -> None:
+        """Run it for so many seconds at most, or say that there is no time for it: less than it needs at least."""
         if seconds < least_s or seconds <= 0:
             text = f"{max(0.0, seconds):.0f} s were left of --budget, it needs {least_s:.0f}: ask for it with --phases {self._name}"
             self._keep("left out", 0.0, error=text)

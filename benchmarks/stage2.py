@@ -17,11 +17,13 @@ import argparse
 import contextlib
 import copy
 import gc
+import itertools
 import json
 import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,11 +229,28 @@ def on_gpu(job: Job) -> None:
             continue
         if batch != BATCH:
             torch.compiler.reset()  # else torch compiles again for batches of any size, which is slower
-        job.note(case, case_figures(bench, name, batch, compiled))
-        gc.collect()
-        torch.cuda.empty_cache()
+        job.note(case, fitting_figures(bench, name, batch, compiled))
+        release()
     if job.lacks("feeding", FEEDING_S):
         job.note("feeding", feeding(bench))
+
+
+def fitting_figures(bench: Bench, name: str, batch: int, compiled: bool) -> dict[str, Any]:
+    """Return the figures of the largest batch up to this one that fits into the memory: it is halved until one does."""
+    while True:
+        try:
+            return case_figures(bench, name, batch, compiled)
+        except torch.OutOfMemoryError:
+            if batch <= BATCH:
+                raise
+        release()  # not in the handler, which holds the arrays of the failed pass
+        batch //= 2
+
+
+def release() -> None:
+    """Give back the memory of what is not used any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def teacher_of(job: Job) -> str:
@@ -273,8 +292,9 @@ def config_of(bench: Bench, name: str, batch: int, compiled: bool, workers: int 
 
 def case_figures(bench: Bench, name: str, batch: int, compiled: bool) -> dict[str, Any]:
     """Return images/s of a student alone, from labels, and with the teacher in its step, in alternating rounds."""
-    device = bench.job.device
-    torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+    device, began = bench.job.device, time.monotonic()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with opened_run(config_of(bench, name, batch, compiled)) as run:
         batches = batches_in_memory(run)
         views = len(batches[0].keys)
@@ -285,9 +305,10 @@ def case_figures(bench: Bench, name: str, batch: int, compiled: bool) -> dict[st
             works["teacher"] = asking(run, batches[0], teacher)
         first_s = {kind: round(row_s(work, 1, device), 2) for kind, work in works.items()}  # they compile
         calls = {kind: max(1, int(bench.seconds / row_s(work, 3, device))) for kind, work in works.items()}
-        rounds = []
+        rounds, marks = [], [began, time.monotonic()]
         for _ in range(bench.rounds):
             together = measure_together(run, seconds=bench.seconds)
+            marks.append(time.monotonic())
             rates = {kind: views / row_s(work, calls[kind], device) for kind, work in works.items()}
             rounds.append(rates | {"from_labels": together.images_per_s, "data_wait": together.data_wait})
         median = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
@@ -306,7 +327,9 @@ def case_figures(bench: Bench, name: str, batch: int, compiled: bool) -> dict[st
             figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
         label = f"trace-stage2-{name}.json.gz" if not compiled and name == "deit-s" else None
         figures["profile_alone"] = kernels(works["alone"], label and bench.job.out / label)
-        return figures | {"rounds": rounds}
+        # To open the run and call everything once, then each round: the loop with the start of its processes, and the rest.
+        seconds = [round(b - a, 1) for a, b in itertools.pairwise([*marks, time.monotonic()])]
+        return figures | {"rounds": rounds, "seconds": seconds}
 
 
 def asking(run: Run, batch: Batch, teacher: torch.nn.Module) -> Work:

@@ -1,9 +1,11 @@
 """benchmarks/gpu.py loses nothing that a phase has found, whatever becomes of the others, and says what it left out."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,14 @@ def test_an_exhausted_budget_says_which_phases_were_left_out(tmp_path):
         assert phases[name]["status"] == "left out"
         assert f"ask for it with --phases {name}" in phases[name]["error"]
         assert f"{name} is left out" in said
+
+
+def test_a_library_that_is_missing_or_too_old_is_named_with_what_is_needed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    unmet = importlib.import_module("gpu").unmet
+    assert unmet(["click>=8.2", "numpy"]) == []
+    assert unmet(["no-such-library>=2"]) == ["no-such-library is not installed, no-such-library>=2 is needed"]
+    assert unmet(["click>=1000"]) == [f"click {metadata.version('click')} is here, click>=1000 is needed"]
 
 
 @pytest.mark.parametrize(
