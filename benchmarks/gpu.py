@@ -183,6 +183,7 @@ def run_all(args: argparse.Namespace) -> int:
     }
     with tempfile.TemporaryDirectory() as temporary, (args.out / "gpu.log").open("ab") as log:
         work = args.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(asked):
             left = args.budget - (time.monotonic() - began)
             allowed = left * PHASES[name].share / sum(PHASES[each].share for each in asked[number:])
@@ -208,16 +209,18 @@ class PhaseRun:
             self._keep("left out", 0.0, error=text)
             print(f"{self._name} is left out: {text}", flush=True)
             return
-        began = time.monotonic()
+        began, seen = time.monotonic(), None
+        self._part.unlink(missing_ok=True)  # of an earlier run in the same --work
         process = self._start(seconds)
-        seen = None
-        while (code := process.poll()) is None and time.monotonic() - began < seconds + GRACE_S:
-            time.sleep(POLL_S)
-            if self._part.is_file() and (changed := self._part.stat().st_mtime_ns) != seen:
-                seen = changed
-                self._keep("running", time.monotonic() - began)
-        if code is None:
-            end(process)
+        try:
+            while (code := process.poll()) is None and time.monotonic() - began < seconds + GRACE_S:
+                time.sleep(POLL_S)
+                if self._part.is_file() and (changed := self._part.stat().st_mtime_ns) != seen:
+                    seen = changed
+                    self._keep("running", time.monotonic() - began)
+        finally:  # Ctrl-C does not reach it: it has a session of its own
+            if process.poll() is None:
+                end(process)
         status = {0: "done", None: "cut"}.get(code, "failed")
         error = None if code in (0, 1) else f"ended after its {seconds:.0f} s" if code is None else f"exit code {code}"
         self._keep(status, time.monotonic() - began, error=error)
