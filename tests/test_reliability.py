@@ -13,7 +13,8 @@ NAMED = sorted({name for row in ROWS for name in re.findall(r"`(test_[a-z0-9_]+(
 
 
 def names_in(module: str) -> list[str]:
-    return re.findall(r"^ *def (test_\w+)", (ROOT / f"tests/{module}.py").read_text(), flags=re.MULTILINE)
+    (path,) = (ROOT / "tests").rglob(f"{module}.py")
+    return re.findall(r"^ *def (test_\w+)", path.read_text(), flags=re.MULTILINE)
 
 
 def test_every_fault_has_its_row_its_promise_and_its_tests():
