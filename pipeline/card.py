@@ -274,7 +274,7 @@ def _loading(label_set: LabelSet) -> list[str]:
             'labels = pl.scan_parquet("labels/*/*.parquet", include_file_paths="file").with_columns(shard=shard)',
             'samples = pl.scan_parquet("samples/*.parquet", include_file_paths="file").with_columns(shard=shard)',
             f'joined = labels.filter(pl.col("view") == {start}).join(samples, on=["shard", "row"])',
-            f'print(joined.select("key", {columns}).head(5).collect())',
+            f'print(joined.select("key", {columns}).sort("key").head(5).collect())',  # a join keeps no order
         ),
         *_block(
             "datasets",
