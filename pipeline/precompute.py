@@ -48,7 +48,8 @@ class Work:
     Attributes:
         plan: of the label set.
         source: its images; where the folder holds a subset, those source shards alone.
-        blocks: of views; sealed and begun ones among those asked come along, to be completed where a file is missing.
+        blocks: of views, in rising order; sealed and begun ones among those asked come along, to be completed where a file
+            is missing.
         views_to_label: views that no sealed block holds yet.
         packing: how the images are packed into the set; None: not at all.
     """
@@ -118,7 +119,9 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
         check_packable(source)
     begun = _begun(out, sealed, config.views)
     new = [view for view in asked if not any(view in block for block in begun)]
-    return Work(plan, source, (*again, *begun, *_cut(new, config.views_per_shard)), len(asked), packing)
+    # In one order whatever lies in the folder: ranks that begin one after the other must share out the same tasks.
+    blocks = sorted((*again, *begun, *_cut(new, config.views_per_shard)), key=lambda block: block.start)
+    return Work(plan, source, tuple(blocks), len(asked), packing)
 
 
 def _begun(out: Path, sealed: list[range], views: tuple[int, int]) -> list[range]:

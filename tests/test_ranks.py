@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import files_of, make_labels, write_tars
+from builders import files_of, make_labels, small_recipe, small_teacher, write_tars
 
 from pipeline import ranks
+from pipeline.config import PrecomputeConfig
 from pipeline.errors import UsageError
 from pipeline.labelling import LabelTask
+from pipeline.precompute import precompute
 from pipeline.ranks import Rank, plan_cores, plan_devices, plan_loaders, rank_from
+from pipeline.sources import open_source
 
 TASKS = [LabelTask(f"shard-{i}", range(view, view + 2)) for view in (0, 2) for i in range(5)]
 SETTINGS: dict[str, Any] = {"views": (0, 6), "views_per_shard": 2, "workers": 0, "accuracy_samples": 0}
@@ -147,6 +150,21 @@ def test_four_static_ranks_of_which_one_dies_and_is_run_again_make_the_same_file
         out, err = again.communicate(timeout=300)
     assert (out.split()[-1], again.returncode) == ("True", 0), err
     assert files_of(tmp_path / "set") == files_of(whole.folder)
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (2, 0, 3, 1), (1, 3, 0, 2)])
+def test_ranks_that_begin_one_after_the_other_share_out_the_same_tasks(tmp_path, monkeypatch, order):
+    """Each finds files of later blocks of views, which the ranks before it have made, and still makes just its own share."""
+    data = write_tars(tmp_path / "data", (12, 9, 10))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    source, made = open_source(data), []
+    for rank in order:
+        monkeypatch.setenv("RANK", f"{rank}")
+        config = PrecomputeConfig(data=data, out=tmp_path / "set", topk=2, **SETTINGS)
+        sealed = precompute(config, small_recipe(), small_teacher(source), source)
+        made.append(len(list((tmp_path / "set").rglob("labels/*/*.parquet"))))
+        assert (sealed is not None) == (rank == order[-1])
+    assert [b - a for a, b in zip([0, *made], made, strict=False)] == [{0: 3}.get(rank, 2) for rank in order]
 
 
 @pytest.mark.parametrize(
