@@ -144,7 +144,7 @@ class TrainConfig:
     amp_dtype: AmpDtype = option("auto", "Of the forward pass; by default bfloat16 on CUDA, else float32.")
     deterministic: bool = option(
         False,
-        "Use deterministic algorithms only: slower on a GPU, and a resumed run equals an uninterrupted one to the bit.",
+        "Use deterministic algorithms only, which may be slower: a resumed run on a GPU equals an uninterrupted one to the bit.",
     )
 
     def __post_init__(self) -> None:
