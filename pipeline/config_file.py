@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import shlex
 import types
 import typing
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.plain_yaml import read_yaml
-from pipeline.recipe import PRESETS, Recipe
+from pipeline.plain_yaml import read_yaml, to_flow
+from pipeline.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 
 RECIPE_HINTS: dict[str, Any] = {"recipe": str | None, "set": dict}
 
@@ -63,12 +64,30 @@ def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     return {"recipe": nearest} | ({"set": changes(nearest)} if changes(nearest) else {})
 
 
-def describe_settings(*configs: Any) -> str:
-    """Return on one line what differs from the defaults: `labels=shards epochs=100`."""
-    return " ".join(
-        f"{name}={_text(value)}" for config in configs for name, value in plain_settings(config).items()
-        if value != _default(config, name)
-    )  # fmt: skip
+def describe_settings(*configs: Any, recipe: Recipe | None = None) -> str:
+    """Return what differs from the defaults as a shell reads it: `--labels shards --epochs 100 --set img_size=32`.
+
+    The command line makes the same configs and the same recipe of it.
+    """
+    words = [word for config in configs for word in _words(config)]
+    if recipe is not None:
+        settings = recipe_settings(recipe)
+        words += ["--recipe", settings["recipe"]] if settings["recipe"] != DEFAULT_RECIPE else []
+        words += [word for name, value in settings.get("set", {}).items() for word in ("--set", f"{name}={to_flow(value)}")]
+    return shlex.join(words)
+
+
+def _words(config: Any) -> Iterator[str]:
+    """Yield the options of all that differs from a config's defaults, an option that repeats for each of its values."""
+    for name, value in plain_settings(config).items():
+        flag = name.replace("_", "-")
+        if value == _default(config, name):
+            continue
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            yield from (f"--{flag}", str(item))
 
 
 def _known(kinds: tuple[type, ...]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -148,10 +167,6 @@ def _plain(value: Any) -> Any:
 def _default(config: Any, name: str) -> Any:
     default = type(config).__dataclass_fields__[name].default
     return _plain(default)
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else ",".join(value) if isinstance(value, list) else str(value)
 
 
 def _short(value: Any) -> str:

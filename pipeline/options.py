@@ -152,9 +152,9 @@ def config_option(*kinds: type) -> Callable[[Any], Any]:
 
 def chosen_recipe(name: str | None, overrides: tuple[str, ...]) -> Any:
     """Return the recipe of --recipe, --set and the file of settings."""
-    from pipeline.recipe import load_recipe, parse_override
+    from pipeline.recipe import DEFAULT_RECIPE, load_recipe, parse_override
 
-    return load_recipe(name or "deit", recipe_fields() | dict(parse_override(text) for text in overrides))
+    return load_recipe(name or DEFAULT_RECIPE, recipe_fields() | dict(parse_override(text) for text in overrides))
 
 
 def recipe_fields() -> dict[str, Any]:
@@ -163,11 +163,10 @@ def recipe_fields() -> dict[str, Any]:
 
 
 def say_settings(*configs: Any, recipe: Any) -> None:
-    """Log what differs from the defaults."""
+    """Log what differs from the defaults, as options that can be passed again."""
     from pipeline.config_file import describe_settings
 
-    changes = describe_settings(recipe) if recipe is not None else ""
-    log.info("settings: %s%s", describe_settings(*configs), f"; recipe: {changes}" if changes else "")
+    log.info("settings: %s", describe_settings(*configs, recipe=recipe))
 
 
 def split_values(values: dict[str, Any], *kinds: type) -> Any:

@@ -53,6 +53,14 @@ def to_yaml(values: dict[str, Any]) -> bytes:
     return yaml.dump(values, Dumper=_dialect()[1], sort_keys=False, width=10**6).encode()
 
 
+def to_flow(value: Any) -> str:
+    """Return a plain value on one line, such as `[0.4, 1.0]`, that `parse_yaml` reads back unchanged."""
+    import yaml
+
+    text = yaml.dump(value, Dumper=_dialect()[1], default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def _dialect() -> tuple[Any, Any]:
     """Return the loader and the dumper; they agree on what a number is, so that text which looks like one is quoted."""
     import re

@@ -16,6 +16,7 @@ from pipeline.errors import RecipeError, UsageError
 from pipeline.ids import sha256_json
 from pipeline.plain_yaml import parse_yaml, read_yaml
 
+DEFAULT_RECIPE = "deit"  # a preset
 RENDERER = 1  # raise it when the same recipe would give other pixels, partners or mixes
 MAX_IMG_SIZE = 4096
 Crop = Literal["random", "center"]
@@ -140,7 +141,7 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> R
     A YAML file holds recipe fields; `preset: NAME` in it says which preset the others start from (default `deit`).
     """
     values = {} if name_or_path in PRESETS else _read_yaml(Path(name_or_path))
-    preset = values.pop("preset", name_or_path if name_or_path in PRESETS else "deit")
+    preset = values.pop("preset", name_or_path if name_or_path in PRESETS else DEFAULT_RECIPE)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     return Recipe.from_dict(PRESETS[preset].to_dict() | values | (overrides or {}))

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import click
@@ -12,18 +13,20 @@ import pytest
 import torch
 from builders import make_labels, small_recipe, write_tars
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 import cli
 from pipeline import options
 from pipeline.config import PrecomputeConfig, TeacherConfig
-from pipeline.config_file import describe_settings, read_settings, recipe_settings
+from pipeline.config_file import describe_settings, plain_settings, read_settings, recipe_settings
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.labelset import LabelSet
 from pipeline.plain_yaml import parse_yaml, to_yaml
+from pipeline.recipe import _RANGES as recipe_ranges
 from pipeline.recipe import PRESETS, Recipe, load_recipe
 from trainer.checkpoint import export_model
+from trainer.config import _RANGES as train_ranges
 from trainer.config import TrainConfig
 from trainer.student import create_student, hub_config
 
@@ -204,11 +207,99 @@ def test_help_tells_of_the_file_and_a_missing_option_is_still_missing(tmp_path):
     assert (done.exit_code, "Missing option '--out'" in done.output) == (2, True)
 
 
-def test_settings_are_described_by_what_differs():
-    config = TrainConfig(labels=Path("shards"), lr=1e-3, model_ema=False)
-    assert describe_settings(config) == "labels=shards lr=0.001 model_ema=False"
+def test_settings_are_said_as_the_options_that_differ():
+    config = TrainConfig(labels=Path("my shards"), lr=1e-3, model_ema=False)
+    assert describe_settings(config) == "--labels 'my shards' --lr 0.001 --no-model-ema"
     both = PrecomputeConfig(data="x", out=Path("y"), views=(0, 7)), TeacherConfig(teacher=("a", "b"))
-    assert describe_settings(*both) == "data=x out=y views=0:7 teacher=a,b"
+    assert describe_settings(*both) == "--data x --out y --views 0:7 --teacher a --teacher b"
+    recipe = load_recipe("none", {"img_size": 32, "scale": [0.4, 1], "aa": None})
+    assert describe_settings(config, recipe=recipe).endswith("--recipe none --set img_size=32 --set 'scale=[0.4, 1.0]'")
+    assert describe_settings(recipe=Recipe(aa=None, hflip=1e-7)) == "--set hflip=1.0e-07 --set aa=null"
+
+
+RANGES = {TrainConfig: train_ranges, Recipe: recipe_ranges}
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
+SPECIAL = {
+    # field: values that only some texts or pairs are
+    "expect_manifest": st.just("sha256:" + "0a" * 32),
+    "cache_size": st.sampled_from(["1MB", "2TB", "64GiB"]),
+    "include_images": st.sampled_from(["original", "256"]),
+    "views": st.tuples(st.integers(0, 100), st.integers(101, 2**20)),
+    "teacher": st.lists(TEXT, min_size=1, max_size=3).map(tuple),
+    "teacher_checkpoint": st.lists(TEXT.map(Path), min_size=1, max_size=3).map(tuple),
+    "min_teacher_accuracy": st.floats(0, 100),
+    "teacher_img_size": st.integers(1, 4096),
+    "aa": st.sampled_from([None, "rand-m5", "rand-m9-n3-p0.25-mstd0.5-inc1"]),
+    "scale": st.tuples(st.floats(0.01, 0.4), st.floats(0.5, 1)),
+    "ratio": st.tuples(st.floats(0.1, 0.9), st.floats(1, 50)),
+    "renderer": st.just(1),
+}
+
+
+def values_of(kind: type, name: str, hint) -> st.SearchStrategy:
+    """Return values that a field may have, from its type and its range."""
+    if name in SPECIAL:
+        return SPECIAL[name]
+    low, high = next(((low, high) for field, low, high in RANGES.get(kind, []) if field == name), (2, 10**6))
+    choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(choices)
+    wanted = set(choices or [hint])
+    if bool in wanted:
+        return st.booleans()
+    if int in wanted:
+        return st.integers(int(low), int(high))
+    if float in wanted:
+        return st.floats(low, high)
+    return TEXT.map(Path) if Path in wanted else TEXT
+
+
+def settings_of(kind: type) -> st.SearchStrategy:
+    """Return configs of a kind with any of their fields set, those that may stand together."""
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: values_of(kind, field.name, hints[field.name]) for field in dataclasses.fields(kind)}
+    needed = {f.name: fields.pop(f.name) for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+
+    def made(values):
+        try:
+            return kind(**values)
+        except UsageError:  # two that exclude each other
+            reject()
+
+    return st.fixed_dictionaries(needed, optional=fields).map(made)
+
+
+def read_back(command: click.Command, said: str, *kinds: type) -> tuple:
+    """Return the configs, and the recipe, that a command makes of what was said."""
+    context = command.make_context(command.name, shlex.split(said))
+    with context:
+        recipe = cli.chosen_recipe(context.params["recipe"], context.params["overrides"])
+    return *cli.split_values(context.params, *kinds), recipe
+
+
+@given(settings_of(TrainConfig), settings_of(Recipe))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+def test_what_train_says_reads_back_as_the_same_settings(config, recipe):
+    said = describe_settings(config, recipe=recipe)
+    assert read_back(cli.train, said, TrainConfig) == (config, recipe)
+
+
+@given(settings_of(PrecomputeConfig), settings_of(TeacherConfig), settings_of(Recipe))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+def test_what_precompute_says_reads_back_as_the_same_settings(config, teacher, recipe):
+    said = describe_settings(config, teacher, recipe=recipe)
+    assert read_back(cli.precompute, said, PrecomputeConfig, TeacherConfig) == (config, teacher, recipe)
+
+
+@given(settings_of(TrainConfig), settings_of(Recipe))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+def test_what_is_saved_reads_back_as_the_same_settings(tmp_path_factory, config, recipe):
+    path = tmp_path_factory.getbasetemp() / "saved.yaml"
+    path.write_bytes(to_yaml(plain_settings(config) | recipe_settings(recipe)))
+    context = cli.train.make_context("train", ["-c", str(path)])
+    with context:
+        assert cli.chosen_recipe(context.params["recipe"], ()) == recipe
+    assert cli.split_values(context.params, TrainConfig) == (config,)
 
 
 # --- of a run -------------------------------------------------------------------------------------------------
@@ -240,8 +331,8 @@ def test_the_saved_settings_of_a_run_are_the_same_run_again(label_set, tmp_path,
     run, again = tmp_path / "run", tmp_path / "again"
     settings = ["--labels", str(label_set.folder), "--lr", "1e-3", "--no-model-ema", *SHRUNK, *QUICK]
     invoke("train", *settings, "--output", str(run), "--resume")
-    assert f"settings: labels={label_set.folder} output={run} " in caplog.text
-    assert " lr=0.001 model_ema=False " in caplog.text
+    assert f"settings: --labels {label_set.folder} --output {run} " in caplog.text
+    assert " --lr 0.001 --no-model-ema " in caplog.text
     invoke("train", "-c", str(run / "config.yaml"), "--output", str(again))
     one, two = (json.loads((folder / "config.json").read_text()) for folder in (run, again))
     assert one["config"] | {"output": "", "resume": "never"} == two["config"] | {"output": ""}

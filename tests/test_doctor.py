@@ -613,6 +613,29 @@ def test_a_label_set_of_other_images_is_a_problem(labels, tmp_path):
     assert "does not exist" in problem
 
 
+def test_a_self_contained_set_needs_no_originals(tmp_path):
+    data = Path(write_tars(tmp_path / "data"))
+    labels = str(make_labels(tmp_path / "set", str(data), include_images="original").folder)
+    data.rename(tmp_path / "gone")
+    section = examine_labels(labels, None)
+    assert told(section) == []
+    assert value(section, "images") == f"{labels}/images"
+    assert value(section, "replay").endswith("every pixel equal")
+
+
+def test_a_url_in_a_strangers_plan_is_not_opened(labels, data, monkeypatch):
+    opened: list[str] = []
+    for module in ("sources", "labelset"):
+        monkeypatch.setattr(f"pipeline.{module}.open_source", lambda location, **_: opened.append(location))
+    plan = (labels / "plan.json").read_text()
+    assert data in plan
+    (labels / "plan.json").write_text(plan.replace(data, "http://169.254.169.254/latest"))
+    seal_again(labels)
+    (problem,) = told(examine_labels(str(labels), None))
+    assert "URLs are not opened unasked: pass --data http://169.254.169.254/latest" in problem
+    assert opened == []
+
+
 def test_a_folder_without_a_label_set_is_a_problem(tmp_path):
     (problem,) = told(examine_labels(str(tmp_path), None))
     assert problem == f"{tmp_path} is not a label set: it has no plan.json. Make one with: deit-cli precompute"

@@ -269,13 +269,42 @@ def test_images_that_cannot_be_evaluated_are_refused_before_the_first_update(mad
     unlabelled = write_tars(tmp_path / "unlabelled", (4,), unlabelled=1)
     with pytest.raises(UsageError, match="no class labels to evaluate on"):
         train(config(made.folder, tmp_path / "run", eval_data=unlabelled))
-    assert not (tmp_path / "run/state.safetensors").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_never_train_in_one_folder(made, tmp_path):
     with only_run_in(tmp_path / "run"), pytest.raises(UsageError, match="another process trains in"):
         train(config(made.folder, tmp_path / "run"))
     train(config(made.folder, tmp_path / "run", epochs=1))
+
+
+def test_a_run_that_cannot_begin_gives_its_folder_free(made, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise UsageError("--log-wandb: nobody is logged in")
+
+    monkeypatch.setattr(loop, "open_recorder", refused)
+    with pytest.raises(UsageError, match="nobody is logged in") as caught:
+        train(config(made.folder, tmp_path / "run", epochs=1))
+    monkeypatch.undo()
+    train(config(made.folder, tmp_path / "run", epochs=1))
+    assert caught.tb is not None  # whatever the error still refers to
+
+
+def test_a_run_that_another_process_ended_meanwhile_is_not_overwritten(made, tmp_path, monkeypatch):
+    """Between the first look and the lock there is the time in which data and student are prepared."""
+    theirs = config(made.folder, tmp_path / "run", epochs=1)
+    build = loop.build_state
+
+    def while_another_trains(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "build_state", build)
+            train(theirs)
+        return build(*args)
+
+    monkeypatch.setattr(loop, "build_state", while_another_trains)
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(config(made.folder, tmp_path / "run", epochs=1, seed=5))
+    assert json.loads((tmp_path / "run/config.json").read_text())["config"]["seed"] == 0
 
 
 def test_a_run_whose_state_is_gone_is_not_replaced_unasked(made, tmp_path):

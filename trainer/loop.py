@@ -86,7 +86,7 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progre
             world=world, dtype=forward_dtype(config.amp_dtype, world.device), batch_size=config.batch_size
         )
         run = Run(config, recipe, share, running, progress, mirror)
-        with run.alone, run.recorder, BackgroundWriter() as writer, stop_request() as told:
+        with run.begun(), BackgroundWriter() as writer, stop_request() as told:
             run.go(writer, told)
     return config.folder
 
@@ -139,7 +139,7 @@ def mirrored(config: TrainConfig) -> Iterator[Mirror | None]:
 
 
 class Run:
-    """One training run on one rank: its parts, put together once."""
+    """One training run on one rank: its parts, put together once. Nothing is locked or written before `begun`."""
 
     def __init__(
         self,
@@ -156,15 +156,7 @@ class Run:
         self.order = make_order(config, self.data, share)
         self.state = build_state(config, self.data, self.order, world.device)
         self.meta = run_identity(config, self.data, self.order)
-        resume(config, self.state, self.meta)
-        world.check_same((self.meta, self.state.next_update), "settings and checkpoint")
-        self.alone = contextlib.ExitStack()
-        if world.leads:
-            self.alone.enter_context(only_run_in(config.folder))
-            sweep_temporaries(config.folder)
-            save_config(config, self.data)
-            announce(config, self.data, self.order, self.state, share)
-        self.recorder = self._open_recorder() if world.leads else Recorder()
+        self.recorder = Recorder()
         updates = self.order.steps_per_epoch * config.epochs
         self.pace = Pace(
             total=updates, per_epoch=self.order.steps_per_epoch, progress=progress if world.leads else None
@@ -175,6 +167,23 @@ class Run:
         self.renderer = BatchRenderer(
             Catalogue(self.data.source, self.data.label_set), self.data.recipe, self.order, share
         )
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Continue or begin the run, whose folder no other process may train in for as long as the block runs."""
+        config, world = self.config, self.running.world
+        with contextlib.ExitStack() as stack:
+            if world.leads:
+                stack.enter_context(only_run_in(config.folder))
+                check_output(config)  # once more: whoever held the lock before may have left a run
+            resume(config, self.state, self.meta)
+            world.check_same((self.meta, self.state.next_update), "settings and checkpoint")
+            if world.leads:
+                sweep_temporaries(config.folder)
+                save_config(config, self.data)
+                announce(config, self.data, self.order, self.state, self.share)
+                self.recorder = stack.enter_context(self._open_recorder())
+            yield
 
     def go(self, writer: BackgroundWriter, told: StopRequest) -> None:
         """Train to the end, or to a signal."""

@@ -191,7 +191,7 @@ def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Ru
         dtype = forward_dtype(config.amp_dtype, world.device)
         running = Running(world=world, dtype=dtype, batch_size=config.batch_size)
         run = Run(asked, recipe, Share(passes=config.grad_accum_steps), running, None)
-        with run.alone, run.recorder:
+        with run.begun():
             yield run
 
 

@@ -90,7 +90,6 @@ def examine_labels(labels: str, data: str | None) -> Section:
     try:
         from pipeline.labelset import LabelSet
         from pipeline.replay import check_replay
-        from pipeline.sources import open_source
     except Exception as error:
         section.problem(f"a label set cannot be read: {first_line(error)}", "Mend the packages named above")
         return section
@@ -101,9 +100,9 @@ def examine_labels(labels: str, data: str | None) -> Section:
         section.row("teacher", plan.teacher.name)
         for name, text, value in compare_environments(label_set.manifest.environments):
             section.row(name, text, value)
-        location = data or plan.source.location
-        section.row("images", location)
-        difference = check_replay(label_set, open_source(location))
+        source = label_set.open_source(data)
+        section.row("images", source.location)
+        difference = check_replay(label_set, source)
     except DeitCliError as error:
         section.row("replay", "no")
         what, _, way_out = str(error).partition(". ")
