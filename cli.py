@@ -28,7 +28,7 @@ from pipeline.options import (
     split_values,
 )
 from trainer.config import TrainConfig
-from trainer.console import ToStderr, shown_progress
+from trainer.console import ToStderr, say_counts, shown_progress
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -83,8 +83,9 @@ def main() -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 def commands(verbose: bool) -> None:
     """Distil a CNN into a vision transformer: run the teacher once, train DeiT students from its stored labels."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStderr()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStderr(every=verbose)])
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    click.get_current_context().call_on_close(say_counts)
 
 
 @commands.command()

@@ -21,6 +21,7 @@ from typing import BinaryIO, TypeVar
 
 from pipeline import remote
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, StorageError
+from pipeline.repeats import warn_again
 from pipeline.storage import TEMPORARY_PREFIX, locked, pretty_json, refusals_named, replace_file, sweep_temporaries
 from pipeline.units import byte_size, parse_bytes
 from pipeline.urls import join_url, parent_url, url_name
@@ -106,7 +107,14 @@ class ShardCache:
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if found.st_size != promised:
-            log.warning("%s has %d bytes, %s were downloaded: fetching it again", path, found.st_size, promised)
+            warn_again(
+                log,
+                "files that were downloaded again",
+                "%s has %d bytes, %s were downloaded: fetching it again",
+                path,
+                found.st_size,
+                promised,
+            )
             return False
         if use and abs(time.time() - found.st_mtime) > 1:
             _date(path, time.time())
@@ -141,7 +149,7 @@ class ShardCache:
         try:
             remote.retried(url, lambda: self._download_once(url, path, size, sha256, ahead), pause=pause)
         except RemoteFileCorrupt as error:
-            log.warning("%s; downloading it once more", error)
+            warn_again(log, "files that were downloaded again", "%s; downloading it once more", error)
             remote.retried(url, lambda: self._download_once(url, path, size, sha256, ahead), pause=pause)
 
     def _download_once(

@@ -73,7 +73,9 @@ def describe_settings(*configs: Any, recipe: Recipe | None = None) -> str:
     if recipe is not None:
         settings = recipe_settings(recipe)
         words += ["--recipe", settings["recipe"]] if settings["recipe"] != DEFAULT_RECIPE else []
-        words += [word for name, value in settings.get("set", {}).items() for word in ("--set", f"{name}={to_flow(value)}")]
+        words += [
+            word for name, value in settings.get("set", {}).items() for word in ("--set", f"{name}={to_flow(value)}")
+        ]
     return shlex.join(words)
 
 

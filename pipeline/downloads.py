@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import RemoteFileCorrupt
 from pipeline.remote import Interrupted, Received, receive, retried
+from pipeline.repeats import warn_again
 from pipeline.storage import locked, make_folder, publish_partial, refusals_named
 
 log = logging.getLogger("deit_cli.downloads")
@@ -55,12 +56,22 @@ def download(url: str, path: Path, *, size: int, sha256: str, stop: threading.Ev
             except RemoteFileCorrupt:
                 if not trusted:
                     raise
-                log.warning("%s: what has come does not go on as it began; fetching it from its start", url)
+                warn_again(
+                    log,
+                    "downloads that began anew",
+                    "%s: what has come does not go on as it began; fetching it from its start",
+                    url,
+                )
                 continue
             if received.sha256 == sha256:
                 return publish_partial(partial, path)
-            log.warning(
-                "%s has SHA-256 %s…, not %s…; fetching it from its start", url, received.sha256[:12], sha256[:12]
+            warn_again(
+                log,
+                "downloads that began anew",
+                "%s has SHA-256 %s…, not %s…; fetching it from its start",
+                url,
+                received.sha256[:12],
+                sha256[:12],
             )
         os.truncate(partial, 0)
     raise RemoteFileCorrupt(

@@ -12,6 +12,7 @@ from pipeline.labels import LabelsFooter, SampleRows, write_labels
 from pipeline.manifest import Plan, Probe, labels_path
 from pipeline.recipe import Recipe
 from pipeline.rendering import ViewBatch
+from pipeline.repeats import warn_again
 from pipeline.replay import make_probe, pair_of
 from pipeline.storage import publish_file
 
@@ -82,7 +83,9 @@ class LabelDraft:
     def warn_of_one_class(self) -> None:
         """A teacher that says the same of everything is broken, though its answers are finite."""
         if len(self) >= SUSPICIOUS and (self._hard == self._hard.flat[0]).all() and self._plan.teacher.num_classes > 1:
-            log.warning(
+            warn_again(
+                log,
+                "label shards in which the teacher gave one class to all views",
                 "%s, views %d:%d: the teacher gave class %d to all of %d views. Is it trained, and its input normalised?",
                 *(self.shard, self.views.start, self.views.stop, int(self._hard.flat[0]), len(self)),
             )

@@ -5,9 +5,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -18,6 +20,7 @@ from pipeline.labelling import Job, LabelTask, label_shards
 from pipeline.loading import usable_cores
 from pipeline.progress import Tally
 from pipeline.ranks import plan_cores, plan_devices, rank_from
+from pipeline.repeats import hear, send_messages, warn_again
 from pipeline.sources import Source, open_source
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import load_teacher
@@ -98,6 +101,8 @@ class _Crew:
             tally.add(value)
         elif kind == "finish":
             self._dispatcher.finish(worker.name, value)
+        elif kind == "message":
+            hear(value)
         elif kind == "error":
             raise value
         elif kind == "end":
@@ -110,7 +115,9 @@ class _Crew:
         self._part(worker)
         had = self._dispatcher.lose(worker.name)
         code = worker.process.exitcode
-        log.warning(
+        warn_again(
+            log,
+            "lost teacher processes",
             "teacher process on %s was lost (%s): its %d label shards go to another",
             *(worker.device, signal.Signals(-code).name if code and code < 0 else f"exit code {code}", had),
         )
@@ -142,12 +149,19 @@ def _work(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | 
     """One teacher process: takes tasks through its pipe, and says what became of them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _leave)
+    one_at_a_time = threading.Lock()  # the writer's thread has messages too
+
+    def send(kind: str, value: Any) -> None:
+        with one_at_a_time:
+            pipe.send((kind, value))
+
+    send_messages(partial(send, "message"))
     try:
         teacher = load_same(job, config, num_classes, device)
 
         def take() -> Iterator[LabelTask]:
             while True:
-                pipe.send(("take", None))
+                send("take", None)
                 task = pipe.recv()
                 if task is None:
                     return
@@ -157,12 +171,12 @@ def _work(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | 
             job,
             teacher,
             take(),
-            tell=lambda report: pipe.send(("report", report)),
-            finish=lambda task: pipe.send(("finish", task)),
+            tell=partial(send, "report"),
+            finish=partial(send, "finish"),
         )
-        pipe.send(("end", None))
+        send("end", None)
     except DeitCliError as error:
-        pipe.send(("error", error))
+        send("error", error)
     except (BrokenPipeError, EOFError):
         raise SystemExit(1) from None  # the parent is gone
     finally:

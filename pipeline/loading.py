@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import math
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.errors import WorkerError
+from pipeline.repeats import FirstOfEachKind
 
 # A batch that takes longer than this will not come any more: a process hangs, or a network file system does.
 TIMEOUT_S = 900
@@ -261,6 +263,8 @@ def _start_worker(_: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    if logging.lastResort is not None:  # what shows the warnings of a process whose messages nobody arranged
+        logging.lastResort.addFilter(FirstOfEachKind())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

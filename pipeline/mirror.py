@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from pipeline import remote
 from pipeline.errors import DeitCliError, StorageError, UsageError
+from pipeline.repeats import warn_again
 from pipeline.storage import MAX_JSON_BYTES, TEMPORARY_PREFIX, locked, pretty_json, refusals_named, replace_file
 from pipeline.uploads import put_file, update_url
 from pipeline.urls import is_url, is_web, join_url
@@ -151,7 +152,9 @@ class Mirror:
                 self._lost = error
                 return
             except StorageError as error:
-                log.warning("%s; what is to be sent stays in %s and is tried again", error, self.folder)
+                warn_again(
+                    log, "failed uploads", "%s; what is to be sent stays in %s and is tried again", error, self.folder
+                )
 
     def _fetch(self, name: str) -> list[int]:
         url, path = join_url(self.url, name), self.folder / name

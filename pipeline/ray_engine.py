@@ -14,6 +14,7 @@ from pipeline.errors import DeitCliError, UsageError, WorkerError
 from pipeline.labelling import Job, LabelTask, label_shards
 from pipeline.progress import Report, Tally
 from pipeline.ranks import plan_loaders
+from pipeline.repeats import hear, send_messages, warn_again
 from pipeline.teacher import Teacher
 
 log = logging.getLogger("deit_cli.ray_engine")
@@ -104,9 +105,11 @@ class _RayCrew:
                 ended, _ = ray.wait(list(self._running), timeout=1.0)
                 for run in ended:
                     self._end(run)
-                reports, finished, waiting = ray.get(self._desk.news.remote())
+                reports, messages, finished, waiting = ray.get(self._desk.news.remote())
                 for report in reports:
                     tally.add(report)
+                for message in messages:
+                    hear(message)
                 if waiting and len(self._running) < self._count:
                     self._start()
             set_aside = ray.get(self._desk.set_aside.remote())
@@ -136,8 +139,13 @@ class _RayCrew:
         except ray.exceptions.RayError as error:
             ray.kill(actor)  # it may only have been out of reach
             had = ray.get(self._desk.lose.remote(name))
-            log.warning(
-                "Ray worker %s was lost (%s): its %d label shards go to another", name, type(error).__name__, had
+            warn_again(
+                log,
+                "lost Ray workers",
+                "Ray worker %s was lost (%s): its %d label shards go to another",
+                name,
+                type(error).__name__,
+                had,
             )
             self._stillborn += not had
             if self._stillborn >= TRIES:
@@ -146,11 +154,12 @@ class _RayCrew:
 
 
 class _RayDesk:
-    """The dispatcher as an actor, and the reports that the driver has not yet heard."""
+    """The dispatcher as an actor, and the reports and messages that the driver has not yet heard."""
 
     def __init__(self, tasks: Sequence[LabelTask]) -> None:
         self._dispatcher = Dispatcher(deque(tasks))
         self._reports: list[Report] = []
+        self._messages: list[logging.LogRecord] = []
 
     def take(self, worker: str) -> LabelTask | None:
         return self._dispatcher.take(worker)
@@ -164,12 +173,16 @@ class _RayDesk:
     def report(self, report: Report) -> None:
         self._reports.append(report)
 
+    def say(self, message: logging.LogRecord) -> None:
+        self._messages.append(message)
+
     def set_aside(self) -> list[LabelTask]:
         return self._dispatcher.set_aside
 
-    def news(self) -> tuple[list[Report], bool, int]:
+    def news(self) -> tuple[list[Report], list[logging.LogRecord], bool, int]:
         reports, self._reports = self._reports, []
-        return reports, self._dispatcher.finished, len(self._dispatcher.waiting)
+        messages, self._messages = self._messages, []
+        return reports, messages, self._dispatcher.finished, len(self._dispatcher.waiting)
 
 
 class _RayWorker:
@@ -178,6 +191,7 @@ class _RayWorker:
     def run(self, name: str, job: Job, config: TeacherConfig, num_classes: int | None, device: str, desk: Any) -> None:
         import ray
 
+        send_messages(lambda message: desk.say.remote(message))
         teacher = load_same(job, config, num_classes, device)
         tasks = iter(lambda: ray.get(desk.take.remote(name)), None)
         label_shards(

@@ -23,6 +23,7 @@ from fsspec.callbacks import Callback
 from fsspec.config import conf
 
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
+from pipeline.repeats import warn_again
 from pipeline.storage import replace_file
 from pipeline.urls import EXTRAS, check_url, is_web
 
@@ -120,7 +121,9 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
                 raise StorageError(
                     f"{url}: gave up after {tries} tries in {spent:.0f} s: {error}. Run the same command again when it answers"
                 ) from error
-            log.warning("%s: %s; trying again in %g s", url, error, delay)
+            warn_again(
+                log, "interrupted requests that were tried again", "%s: %s; trying again in %g s", url, error, delay
+            )
             pause(delay)
     raise AssertionError("the last try returns or raises")
 

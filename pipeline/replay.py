@@ -20,6 +20,7 @@ from pipeline.labelset import LabelSet
 from pipeline.manifest import Probe
 from pipeline.mixing import Mix, draw_mix, shard_pairs
 from pipeline.recipe import Recipe
+from pipeline.repeats import warn_again
 from pipeline.sources import Sample, Source
 from pipeline.views import draw_view, render
 
@@ -90,8 +91,11 @@ def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samp
         _check_mix(probe, recipe, samples)
         worst = max(worst, _pixel_difference(probe, recipe, sample))
     if worst:
-        log.warning(
-            "replayed views differ from the labelled ones by up to %.3f of 255 on average: rounding only", worst
+        warn_again(
+            log,
+            "comparisons of replayed views that differ by rounding",
+            "replayed views differ from the labelled ones by up to %.3f of 255 on average: rounding only",
+            worst,
         )
     return worst
 

@@ -17,6 +17,7 @@ from pipeline.config import Dtype, TeacherConfig
 from pipeline.errors import NonFiniteTeacherError, TeacherError
 from pipeline.manifest import AnyTeacher, TeacherIdentity
 from pipeline.mixing import MixBatch, apply_mix
+from pipeline.repeats import warn_again
 
 log = logging.getLogger("deit_cli.teacher")
 
@@ -228,7 +229,13 @@ class Teacher:
     def _again(self, images: Tensor, bad: Tensor, topk: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """The argmax of NaN is a valid class: such views are asked again in float32, and never stored."""
         if self.dtype != torch.float32:
-            log.warning("%d views gave non-finite outputs in %s: trying float32", int(bad.sum()), self.dtype)
+            warn_again(
+                log,
+                "batches with non-finite outputs that were computed again in float32",
+                "%d views gave non-finite outputs in %s: trying float32",
+                int(bad.sum()),
+                self.dtype,
+            )
             hard, index, prob, finite = self.rank(self.logits(images[bad], torch.float32), topk)
             if finite.all():
                 return hard, index, prob

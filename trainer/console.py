@@ -9,13 +9,31 @@ from typing import Any
 
 import click
 
+from pipeline.repeats import FirstOfEachKind
+
 
 class ToStderr(logging.Handler):
-    """Messages to whatever stderr is at the time: a progress bar takes its place for as long as it is shown."""
+    """Messages to whatever stderr is at the time: a progress bar takes its place for as long as it is shown.
+
+    Of warnings that a loop repeats it shows the first of each kind, unless `every` asks for all.
+    """
+
+    def __init__(self, *, every: bool = False) -> None:
+        super().__init__()
+        self.first = FirstOfEachKind()
+        if not every:
+            self.addFilter(self.first)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
         click.echo(self.format(record), err=True)
+
+
+def say_counts() -> None:
+    """Say how often the warnings came of which only the first was shown."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, ToStderr):
+            handler.first.say_counts()
 
 
 @contextmanager
@@ -23,13 +41,17 @@ def shown_progress(log_json: Path | None = None) -> Iterator[Callable[[Any], Non
     """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
     from pipeline.progress import json_log
 
-    with _bar() if sys.stderr.isatty() else _lines() as show, json_log(log_json) as write:
+    with json_log(log_json) as write:
+        try:
+            with _bar() if sys.stderr.isatty() else _lines() as show:
 
-        def update(tick: Any) -> None:
-            show(tick)
-            write(tick)
+                def update(tick: Any) -> None:
+                    show(tick)
+                    write(tick)
 
-        yield update
+                yield update
+        finally:
+            say_counts()
 
 
 @contextmanager
