@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,13 @@ def _stop_once(reason: type[BaseException]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Run the command line; every expected error is one line on stderr and an exit code."""
+    """Run the command line; every error is one line on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _stop_once(Terminated))
     signal.signal(signal.SIGINT, _stop_once(KeyboardInterrupt))
+    settings: dict[str, Any] = {}
+    threading.excepthook = lambda of_thread: click.echo(_reported(of_thread.exc_value, settings), err=True)
     try:
-        code = commands.main(standalone_mode=False)
+        code = commands.main(standalone_mode=False, obj=settings)
     except Terminated:
         click.echo("terminated; the same command continues (train: with --resume)", err=True)
         code = 128 + signal.SIGTERM
@@ -75,10 +78,43 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped; the same command continues (train: with --resume)", err=True)
         code = 130
+    except Exception as error:  # nobody foresaw it
+        from pipeline.crash import CRASHED
+
+        click.echo(_reported(error, settings), err=True)
+        code = CRASHED
     sys.exit(code)
 
 
-@click.group(context_settings=CONTEXT)
+def _reported(error: BaseException | None, settings: dict[str, Any]) -> str:
+    """Write the report of an error that nobody foresaw, and return what to say of it."""
+    from pipeline.crash import crash_of, save_report
+
+    crash = crash_of(error or RuntimeError("unknown"))
+    path = save_report(crash, sys.argv[1:], settings)
+    kept = f"the report is in {path}" if path else "the report could not be written: no folder takes it"
+    said = f"error: {crash.summary}. This is a fault of deit-cli, and {kept}: please send it with a bug report"
+    return f"{crash.traceback}{said}" if log.isEnabledFor(logging.DEBUG) else said
+
+
+class Command(click.Command):
+    """A command that keeps what its options came to, for a report."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        if isinstance(ctx.obj, dict):
+            ctx.obj |= {"command": ctx.command_path} | ctx.params
+        return super().invoke(ctx)
+
+
+class Group(click.Group):
+    """A group of such commands, and of groups."""
+
+    command_class = Command
+    group_class = type
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
 @click.version_option(package_name="deit-cli")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 def commands(verbose: bool) -> None:

@@ -58,11 +58,12 @@ class Dispatcher:
         """Whether no task is waiting or taken."""
         return not self.waiting and not any(self.taken.values())
 
-    def check(self) -> None:
-        """Raise WorkerError if tasks were set aside."""
+    def check(self, cause: str | None = None) -> None:
+        """Raise WorkerError if tasks were set aside; `cause` is what the last worker said that it was lost of."""
         if self.set_aside:
             names = ", ".join(f"{t.shard} views {t.views.start}:{t.views.stop}" for t in self.set_aside[:8])
             raise WorkerError(
                 f"{len(self.set_aside)} label shards were set aside after {TRIES} workers were lost over each: {names}."
-                " Everything else is complete. Look for an image that needs much memory; the same command tries again"
+                f" Everything else is complete. {f'The last of {cause}' if cause else 'Look for an image that needs much memory'};"
+                " the same command tries again"
             )

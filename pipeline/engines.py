@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
+from pipeline.crash import CRASHED, Crash, crash_of
 from pipeline.dispatch import TRIES, Dispatcher
 from pipeline.errors import DeitCliError, TeacherError, WorkerError
 from pipeline.labelling import Job, LabelTask, label_shards
@@ -47,7 +48,7 @@ def run_processes(job: Job, teacher: Teacher, devices: Sequence[str], tasks: Seq
                 crew.serve(worker, tally)
     finally:
         crew.stop()
-    dispatcher.check()
+    dispatcher.check(crew.cause)
 
 
 @dataclass
@@ -58,6 +59,7 @@ class _Worker:
     device: str
     process: Any
     pipe: Connection
+    crash: Crash | None = None  # what it died of, where it could say so
 
 
 class _Crew:
@@ -68,6 +70,7 @@ class _Crew:
         self._context = multiprocessing.get_context("spawn")
         self._started = self._stillborn = 0
         self.workers: list[_Worker] = []
+        self.cause: str | None = None  # of the last loss, where the process could say it
 
     def start(self, device: str) -> None:
         """Start one process."""
@@ -105,6 +108,8 @@ class _Crew:
             hear(value)
         elif kind == "error":
             raise value
+        elif kind == "crash":
+            worker.crash = value
         elif kind == "end":
             self._part(worker)
             if self._dispatcher.waiting:  # given back by a worker that was lost meanwhile
@@ -114,18 +119,19 @@ class _Crew:
         """A worker is lost: another takes its place, as long as there is work."""
         self._part(worker)
         had = self._dispatcher.lose(worker.name)
-        code = worker.process.exitcode
+        if worker.crash:
+            self.cause = worker.crash.summary
+            log.debug("%s", worker.crash.traceback)
         warn_again(
             log,
             "lost teacher processes",
             "teacher process on %s was lost (%s): its %d label shards go to another",
-            *(worker.device, signal.Signals(-code).name if code and code < 0 else f"exit code {code}", had),
+            *(worker.device, _death_of(worker), had),
         )
         self._stillborn += not had
         if self._stillborn >= TRIES:
-            raise WorkerError(
-                f"{TRIES} teacher processes died before they took any work. Killed for memory? Use fewer --processes"
-            )
+            why = f"The last of {self.cause}" if self.cause else "Killed for memory? Use fewer --processes"
+            raise WorkerError(f"{TRIES} teacher processes died before they took any work. {why}")
         if self._dispatcher.waiting:
             self.start(worker.device)
 
@@ -143,6 +149,14 @@ class _Crew:
             self._part(worker)
             if worker.process.is_alive():
                 worker.process.kill()
+
+
+def _death_of(worker: _Worker) -> str:
+    """Return what a lost process died of."""
+    code = worker.process.exitcode
+    if worker.crash:
+        return worker.crash.summary
+    return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
 
 
 def _work(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | None, device: str) -> None:
@@ -179,6 +193,9 @@ def _work(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | 
         send("error", error)
     except (BrokenPipeError, EOFError):
         raise SystemExit(1) from None  # the parent is gone
+    except Exception as error:  # nobody foresaw it; another process may fare better
+        send("crash", crash_of(error))
+        raise SystemExit(CRASHED) from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is left is Python's own end
 

@@ -2,9 +2,13 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from builders import with_checkout
 
 from pipeline.errors import StorageError
 from trainer.metrics import METRICS_NAME, MetricsLog, Recorder, open_recorder, read_metrics
@@ -47,6 +51,21 @@ def test_a_continuation_drops_the_lines_of_batches_that_it_computes_again(tmp_pa
     assert [line["index"] for line in read_metrics(tmp_path)] == kept
     again.add("train", 99)
     assert [line["index"] for line in read_metrics(tmp_path)] == [*kept, 99]
+
+
+def test_sigkill_loses_no_line(tmp_path):
+    script = """
+import os, signal, sys
+from pathlib import Path
+from trainer.metrics import MetricsLog
+log = MetricsLog(Path(sys.argv[1]), next_index=0)
+for index in range(5):
+    log.add("train", index, loss=0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=with_checkout())
+    assert done.returncode == -signal.SIGKILL
+    assert [line["index"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import time
 from pathlib import Path
 
@@ -130,24 +131,38 @@ def test_a_line_says_place_numbers_rate_and_time_left(caplog):
     ]
 
 
-def test_lines_come_with_news_only_no_faster_than_once_a_minute_and_the_first_and_the_last_always(clock, caplog):
+def test_a_line_comes_once_a_minute_with_losses_only_if_they_are_new_and_the_first_and_last_look_always(clock, caplog):
     caplog.set_level(logging.INFO, logger="deit_cli.train")
     say = now_and_then()
     moments = [
-        # seconds since the last, whether there is news, whether it is said
-        (0.0, False, False),
-        (1.0, True, True),  # the first
-        (0.9 * SAY_EVERY_S, True, False),
-        (0.2 * SAY_EVERY_S, False, False),  # long enough, but an old loss
-        (0.0, True, True),
-        (0.5 * SAY_EVERY_S, True, False),
-        (0.0, True, True),  # the last of the run
+        # seconds since the last, whether there is news, what is said
+        (0.0, False, None),
+        (1.0, True, "losses"),  # the first
+        (0.9 * SAY_EVERY_S, True, None),
+        (0.2 * SAY_EVERY_S, False, "place"),  # long enough, but an old loss
+        (0.0, True, "losses"),
+        (0.5 * SAY_EVERY_S, True, None),
+        (0.6 * SAY_EVERY_S, False, "place"),
+        (0.5 * SAY_EVERY_S, False, None),
+        (0.0, True, "losses"),  # half a minute after a line, and more than one after the last losses
+        (0.0, True, "losses"),  # the last of the run
     ]
     for number, (passed, news, _) in enumerate(moments, 1):
         clock[0] += passed
         say(step(done=number, total=len(moments), update=number, news=news))
-    said = [int(message.split("update")[1].split("/")[0]) for message in caplog.messages]
-    assert said == [number for number, (_, _, expected) in enumerate(moments, 1) if expected]
+    said = {
+        int(re.search(r"update +(\d+)/", line)[1]): "losses" if "loss" in line else "place" for line in caplog.messages
+    }
+    assert said == {number: expected for number, (_, _, expected) in enumerate(moments, 1) if expected}
+
+
+def test_a_run_whose_first_look_is_far_away_says_within_a_minute_that_it_goes_on(clock, caplog):
+    caplog.set_level(logging.INFO, logger="deit_cli.train")
+    say = now_and_then()
+    for update in range(1, 4):
+        clock[0] += 0.6 * SAY_EVERY_S
+        say(step(done=update, update=update))
+    assert [line.partition("  lr")[0] for line in caplog.messages] == ["epoch 1, update  2/10"]
 
 
 SPANS = [

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.units import count
@@ -183,15 +183,19 @@ class Pace:
 
 
 def now_and_then(every_s: float = SAY_EVERY_S) -> Progress:
-    """Return a progress that logs a line for the first look, then for the first look after so long, and for the last."""
-    said = -math.inf
+    """Return a progress that logs the first look, then looks no faster than so, and the last; and in between where the run is."""
+    looked, said = -math.inf, time.monotonic()
 
     def update(step: Step) -> None:
-        nonlocal said
+        nonlocal looked, said
         now = time.monotonic()
-        if step.news and (now - said >= every_s or step.done == step.total):
-            said = now
-            log.info("%s", "  ".join(filter(None, (place(step), state(step, every_number=True), left(step)))))
+        news = step.news and (now - looked >= every_s or step.done == step.total)
+        if news or now - said >= every_s:
+            shown = (
+                step if step.news else replace(step, numbers={})
+            )  # an old loss would look like one that stands still
+            said, looked = now, now if step.news else looked
+            log.info("%s", "  ".join(filter(None, (place(step), state(shown, every_number=True), left(step)))))
 
     return update
 
