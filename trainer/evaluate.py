@@ -82,6 +82,10 @@ def evaluate_checkpoint(
     source = open_source(data) if data else None
     classes = num_classes or (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
     here = weights_here(os.fspath(checkpoint)) if checkpoint else None
+    if num_classes and (here is None or here.is_dir()):
+        raise UsageError(
+            "--num-classes is of a file of weights: a folder and published weights say their own, leave it out"
+        )
     student = open_student(here, model=model, num_classes=classes, pretrained=pretrained)
     where = resolve_device(device)
     world = World(0, 1, where, plan_workers(workers, where))

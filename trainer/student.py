@@ -255,11 +255,15 @@ def open_student(
 
     Args:
         checkpoint: a folder with `config.json` and `model.safetensors`, as a run exports it, or a file of weights.
-        model: timm name; needed for a file, ignored for a folder.
+        model: timm name; needed for a file, and for published weights. A folder says its own.
         num_classes: C of a file of weights; None takes the model's own.
         pretrained: timm's published weights instead of a checkpoint.
     """
+    if checkpoint is not None and pretrained:
+        raise UsageError("pass --checkpoint or --pretrained, not both: they are other weights")
     if checkpoint is not None and checkpoint.is_dir():
+        if model is not None:
+            raise UsageError(f"{checkpoint} says its architecture itself: leave --model {model} out")
         return _open_folder(checkpoint)
     if checkpoint is not None and not checkpoint.is_file():
         raise CheckpointError(f"{checkpoint}: there is no such checkpoint")
