@@ -2,8 +2,10 @@
 
 The list, its order, the magnitudes and their directions are timm's (`timm.data.auto_augment`). They stand here as
 code of ours because a stored label must keep its pixels when timm changes its tables; a test compares the two.
-The operations work on uint8 [H, W, 3] through OpenCV and 256-entry tables; point operations equal Pillow's exactly,
-geometric ones are cubic interpolations with a = -0.75.
+The operations work on uint8 [H, W, 3] through OpenCV and 256-entry tables. Those that send each level through a table equal
+Pillow's exactly. Color and Sharpness are one level above Pillow's in 42 and 36 % of the values of photographs (at magnitude
+9), and equal in the others: OpenCV's blend rounds, Pillow's truncates. Geometric ones are cubic interpolations with
+a = -0.75, Pillow's have -0.5.
 """
 
 import math

@@ -1,12 +1,12 @@
-"""Where a frozen teacher comes from: timm, the Hub, an exported folder, a checkpoint, or a function."""
+"""Where a frozen teacher comes from: timm, the Hub, an exported folder, a checkpoint, or a function (docs/teachers.md)."""
 
 import contextlib
 import difflib
 import hashlib
 import importlib
-import math
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TeacherConfig
 from pipeline.devices import resolve_device
-from pipeline.errors import TeacherError, UsageError
+from pipeline.errors import CheckpointError, TeacherError, UsageError
 from pipeline.manifest import AnyTeacher, EnsembleIdentity, TeacherIdentity
 from pipeline.teacher import Network, Teacher
 from pipeline.tensors import check_size, read_hub_config, read_tensors
@@ -29,6 +29,14 @@ from pipeline.views import IMAGENET_MEAN, IMAGENET_STD
 # timm's untagged `regnety_160` is another network, trained on ImageNet-12k; DeiT's teacher is this one.
 DEIT_TEACHERS = {"regnety_160": "regnety_160.deit_in1k"}
 LOCAL, HUB = "local-dir:", "hf-hub:"
+# What a function may say of its network, and what holds where it says nothing.
+FUNCTION_DEFAULTS: dict[str, Any] = {
+    "input_size": (3, 224, 224),
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+    "crop_pct": 0.875,
+    "class_names": None,
+}
 
 
 def load_teacher(config: TeacherConfig, *, num_classes: int | None = None, device: str | None = None) -> Teacher:
@@ -52,38 +60,54 @@ def load_teacher(config: TeacherConfig, *, num_classes: int | None = None, devic
         try:
             identity = EnsembleIdentity(members=tuple(network.identity for network in networks))
         except ValidationError as error:
-            raise TeacherError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+            raise TeacherError(_first(error)) from error
     return Teacher(networks, identity, config, num_classes, device=resolve_device(device or config.device))
 
 
 def _load_network(name: str, checkpoint: Path | None, options: TeacherConfig, num_classes: int | None) -> Network:
     if ":" in name and not name.startswith((LOCAL, HUB)):
+        if checkpoint is not None:
+            raise UsageError(
+                f"--teacher-checkpoint {checkpoint} cannot be loaded into {name}: let the function load it"
+            )
         module, config = _from_function(name)
-        resolved = name
+        resolved, remedy = name, "It must take float32 images [B, 3, H, W] in channels-last memory on the CPU"
     else:
         module, resolved = _from_timm(
             name, checkpoint=checkpoint, pretrained=options.pretrained, num_classes=num_classes
         )
         config = timm.data.resolve_model_data_config(module)
-        label_names = (getattr(module, "pretrained_cfg", None) or {}).get("label_names")
-        config |= {"class_names": tuple(label_names) if label_names else None}
+        config |= {"class_names": (getattr(module, "pretrained_cfg", None) or {}).get("label_names") or None}
+        remedy = "Pass --teacher-img-size"
     size = options.teacher_img_size or int(config["input_size"][-1])
-    identity = TeacherIdentity(
-        name=resolved,
-        weights_sha256=weights_sha256(module),
-        img_size=size,
-        mean=_three(config["mean"], "mean"),
-        std=_three(config["std"], "std"),
-        num_classes=_count_classes(module, size, name),
-        class_names=config.get("class_names"),
-    )
+    fields: dict[str, Any] = {
+        "name": resolved,
+        "weights_sha256": weights_sha256(module),
+        "img_size": size,
+        "mean": _three(config["mean"], "mean", name),
+        "std": _three(config["std"], "std", name),
+        "num_classes": _count_classes(module, size, name, remedy),
+        "class_names": None if config["class_names"] is None else tuple(config["class_names"]),
+    }
+    try:
+        identity = TeacherIdentity(**fields)
+    except ValidationError as error:
+        raise TeacherError(f"teacher {name}: {_first(error)}") from error
     return Network(module, identity, crop_pct=float(config.get("crop_pct", 0.875)))
+
+
+def _first(error: ValidationError) -> str:
+    """Return what is wrong with the first wrong field of a record."""
+    found = error.errors()[0]
+    return ": ".join([".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")]).removeprefix(": ")
 
 
 def weights_sha256(module: nn.Module) -> str:
     """Return the SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # get_extra_state
+            raise TeacherError(f"the teacher's state_dict must hold tensors alone, {name} is {type(tensor).__name__}")
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -137,20 +161,81 @@ def _check_folder(folder: Path) -> None:
 
 
 def _from_function(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Call `module:function`; it returns a network, or a network and its {input_size, mean, std, class_names}."""
+    """Call `module:function`.
+
+    It returns a network, or a network and a dict of some of FUNCTION_DEFAULTS; of a network alone, what timm has set as its
+    `pretrained_cfg` counts.
+
+    Returns:
+        the network: normalised float32 images [B, 3, H, W] to logits [B, C]; and all of FUNCTION_DEFAULTS.
+    """
+    function = _import_function(name)
+    try:
+        result = function()
+    except (Exception, SystemExit) as error:
+        raise TeacherError(f"teacher {name} failed{_place(error, function)}: {_named(error)}") from error
+    match result:
+        case nn.Module() as network:
+            about = getattr(network, "pretrained_cfg", None)
+            about = about if isinstance(about, dict) else {}
+            config = {key: about[key] for key in FUNCTION_DEFAULTS if about.get(key) is not None}
+        case (nn.Module() as network, dict() as config):
+            pass
+        case _:
+            kind = ", ".join(type(part).__name__ for part in (result if isinstance(result, tuple) else (result,)))
+            raise TeacherError(f"teacher {name} must return a torch.nn.Module, or one and a dict; got {kind}")
+    _check_config(name, config)
+    return network, FUNCTION_DEFAULTS | config
+
+
+def _import_function(name: str) -> Callable[[], Any]:
+    """Import a function, looking in the current folder first."""
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function: Callable[[], Any] = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--teacher {name!r} is no function that can be imported: {error}") from error
-    result = function()
-    network, config = result if isinstance(result, tuple) else (result, getattr(result, "pretrained_cfg", None) or {})
-    if not isinstance(network, nn.Module):
-        raise TeacherError(f"{name} must return a torch.nn.Module, got {type(network).__name__}")
-    defaults = {"input_size": (3, 224, 224), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    return network, defaults | dict(config)
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        raise UsageError(
+            f"--teacher {name!r} is no function that can be imported: {_named(error)}. The module is looked for in the current"
+            " folder, then as any other"
+        ) from error
+    if not callable(function):
+        raise UsageError(f"--teacher {name!r} must name a function, got {type(function).__name__}")
+    return function
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('. ')}"
+
+
+def _place(error: BaseException, function: Callable[[], Any]) -> str:
+    """Return the last line of the function's file that an error came through, for people."""
+    file = getattr(sys.modules.get(function.__module__), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" at line {lines[-1]} of {file}" if lines else ""
+
+
+def _check_config(name: str, config: dict[str, Any]) -> None:
+    """Raise TeacherError unless a function's dict says what may be said of a network. `_three` checks mean and std."""
+    unknown = next((key for key in config if key not in FUNCTION_DEFAULTS), None)
+    if unknown is not None:
+        raise TeacherError(
+            f"teacher {name}: the dict may have the keys {', '.join(FUNCTION_DEFAULTS)}; got {unknown!r}"
+        )
+    size = config.get("input_size", (3, 224, 224))
+    if not _is_list(size, int) or len(size) != 3 or size[0] != 3 or size[1] != size[2] or not 1 <= size[1] <= 4096:
+        raise TeacherError(f"teacher {name}: input_size must be (3, H, H) with H in 1..4096 pixels, got {size!r}")
+    crop = config.get("crop_pct", 1.0)
+    if not isinstance(crop, (int, float)) or not 0.01 <= crop <= 1:
+        raise TeacherError(f"teacher {name}: crop_pct must be in 0.01..1 (a share, no percentage), got {crop!r}")
+    names = config.get("class_names")
+    if names is not None and not _is_list(names, str):
+        raise TeacherError(f"teacher {name}: class_names must be a list of texts, got {str(names)[:80]!r}")
+
+
+def _is_list(values: Any, kind: type) -> bool:
+    return isinstance(values, (list, tuple)) and all(type(value) is kind for value in values)
 
 
 @contextlib.contextmanager
@@ -162,27 +247,32 @@ def _named_failure(what: str, remedy: str) -> Iterator[None]:
             yield
     except (TeacherError, UsageError, KeyboardInterrupt):
         raise
+    except CheckpointError as error:  # names its file, and has a way out of its own
+        raise TeacherError(str(error)) from error
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise TeacherError(f"{what}: {' '.join(lines)[:300]}. {remedy}") from error
+        text = " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__
+        raise TeacherError(f"{what}: {text}. {remedy}") from error
 
 
-def _count_classes(module: nn.Module, size: int, name: str) -> int:
-    """Ask the network itself: its answer for one image has as many columns as it has classes."""
-    with (
-        torch.inference_mode(),
-        _named_failure(f"teacher {name} does not take images of {size} pixels", "Pass --teacher-img-size"),
-    ):
-        output = module.eval()(torch.zeros(1, 3, size, size))
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise TeacherError(
-            f"teacher {name} must return logits [B, C], got {getattr(output, 'shape', type(output).__name__)}"
-        )
+def _count_classes(module: nn.Module, size: int, name: str, remedy: str) -> int:
+    """Ask the network itself: its answer for images, as they lie in memory when it labels, has a column for each class."""
+    images = torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), _named_failure(f"teacher {name} does not take images of {size} pixels", remedy):
+        output = module.eval()(images)
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise TeacherError(f"teacher {name} must answer {len(images)} images with logits [{len(images)}, C], got {got}")
     return output.shape[1]
 
 
-def _three(values: Any, what: str) -> tuple[float, float, float]:
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
-        raise TeacherError(f"the teacher's {what} must be three numbers, got {values!r}")
+def _three(values: Any, what: str, name: str) -> tuple[float, float, float]:
+    """Return a mean or a standard deviation, after a check."""
+    low, high = (0, 1) if what == "mean" else (1e-6, 1)
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(low <= number <= high for number in numbers):
+        rule = "three numbers in 0..1" if what == "mean" else "three numbers above 0, at most 1"
+        raise TeacherError(f"teacher {name}: {what} must be {rule} (of pixels in 0..1, not 0..255), got {values!r}")
     return numbers[0], numbers[1], numbers[2]

@@ -3,6 +3,9 @@
 A PyTorch file may claim far more than it holds: a zip that inflates, one number shown as a matrix of a million columns, a
 sparse tensor of any shape. An exported folder's `config.json` may ask for a network of any size. Both are held against the
 bytes that are there before memory is taken by them.
+
+Training loops save more than weights: the best accuracy as a NumPy number, a history as an array, their arguments as an
+`argparse.Namespace`. None of it is used here, so nothing is made of NumPy's values: they are read as `_Ignored`.
 """
 
 import math
@@ -26,10 +29,32 @@ SMALL = (
     1 << 24
 )  # numbers that any machine has room for: of so small a network loading says more exactly what does not fit
 _REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # of a network's arguments: how often a part stands in it
+_NAMED = re.compile(r"GLOBAL ([\w.]{1,200}) ")  # in torch's errors: what a pickle asks for and is not given
+_LONGEST_NAME = 500
+_ANEW = "save the state dict alone, best as safetensors"
+
+
+class _Ignored:
+    """Stands in for NumPy's types and functions: takes what they are given, and does nothing with it.
+
+    So no shape, dtype or state that a file claims reaches NumPy: version 2.4 crashes (SIGSEGV) on an array that has fewer
+    objects than its shape says. `argparse.Namespace` needs no stand-in: timm allows it, and torch only sets its attributes.
+    """
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+# What the pickles of NumPy's numbers, arrays and dtypes name; modules as in NumPy 1 and 2.
+_NUMPY = ("ndarray", "dtype", *(f"{m}.multiarray.{f}" for m in ("core", "_core") for f in ("_reconstruct", "scalar")))
+_STAND_INS = [(_Ignored, f"numpy.{name}") for name in _NUMPY]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a file of weights: safetensors, or a PyTorch file with a state dict, alone or under `state_dict` or `model`.
+
+    Beside a state dict there may be plain values, NumPy's numbers and arrays, and an `argparse.Namespace`: they are ignored.
 
     Raises:
         CheckpointError: it holds anything else, or tensors that are not written out in it.
@@ -38,23 +63,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: there is no such checkpoint file")
     _refuse_packed(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):  # pyright: ignore[reportArgumentType]
             warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
             state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # hostile bytes lead torch's reader to almost any exception
+        raise CheckpointError(f"{path} cannot be read as plain tensors: {_why(path, error)}") from error
+    if any(len(name) > _LONGEST_NAME or CONTROL_CHARACTERS.search(name) for name in state):  # errors print names
         raise CheckpointError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}). Objects that need code to load are "
-            "refused: save the state dict alone, best as safetensors."
-        ) from error
+            f"{path}: names of tensors must have at most {_LONGEST_NAME} characters and no control characters"
+        )
     odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if odd is not None or not state:
-        raise CheckpointError(
-            f"{path} holds no state dict: " + ("it is empty" if odd is None else f"{odd} is no tensor")
-        )
+        what = "it is empty" if odd is None else f"{odd} is no tensor"
+        raise CheckpointError(f"{path} holds no state dict: {what}. It must stand alone, or under state_dict or model")
     for name, tensor in state.items():
         if what := _not_plain(tensor):
             raise CheckpointError(f"{path}: {name} is {what}: a checkpoint holds whole tensors of real numbers")
     return state
+
+
+def _why(path: Path, error: Exception) -> str:
+    """Return what is wrong with a file that torch's or safetensors' reader refused, and the way out."""
+    if named := _NAMED.search(f"{error} {error.__cause__}"):
+        return f"it holds {named[1]}, which needs code to load. Load it where you trust it, and {_ANEW}"
+    if path.suffix == ".safetensors":
+        return "it is damaged, or no safetensors file. Fetch or export it again"
+    return (
+        "it is damaged, or holds no state dict as torch.save writes it."
+        f" Fetch it again, or load it where you trust it and {_ANEW}"
+    )
 
 
 def _refuse_packed(path: Path) -> None:
@@ -118,7 +155,9 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     path = folder / "config.json"
     most = _largest(config.get("model_args"))
     if most > len(weights):
-        raise CheckpointError(f"{path} asks for {most} layers, and {len(weights)} tensors lie beside it")
+        raise CheckpointError(
+            f"{path} asks for {most} layers, and {len(weights)} tensors lie beside it. Export it again"
+        )
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -129,7 +168,9 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
         ) from error
     asked, there = (sum(tensor.numel() for tensor in t.values()) for t in (shell.state_dict(), weights))
     if asked > max(2 * there, SMALL):  # twice: weights that two parts share may be stored once
-        raise CheckpointError(f"{path} asks for a network of {asked} numbers, and {there} lie beside it")
+        raise CheckpointError(
+            f"{path} asks for a network of {asked} numbers, and {there} lie beside it. Export it again"
+        )
 
 
 def _largest(values: Any, counts: bool = False) -> float:

@@ -16,6 +16,7 @@ PAGES = (
     "docs/sharing.md",
     "docs/clusters.md",
     "docs/recipes.md",
+    "docs/teachers.md",
     "docs/export.md",
     "docs/import.md",
     "docs/trust.md",

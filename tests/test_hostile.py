@@ -14,7 +14,7 @@ import torch
 from hostile import jail, uses
 from hostile.sets import SETS
 from hostile.sources import IMAGES, SOURCES
-from hostile.weights import EXPORTS, STATES, WEIGHTS
+from hostile.weights import BESIDE, EXPORTS, STATES, WEIGHTS, beside
 from label_sets import make_label_set, write_source
 
 from pipeline.errors import CheckpointError
@@ -98,6 +98,16 @@ def test_weights_that_lie_are_refused_as_start_and_as_teacher(tmp_path, name, bu
     refused(uses.start, path, text, "CheckpointError")
     refused(uses.teach, path, ".", "TeacherError")
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize(("name", "value"), BESIDE, ids=[name for name, _ in BESIDE])
+def test_numpy_values_that_lie_beside_sound_weights_are_ignored(tmp_path, name, value, legacy):
+    path = beside(value, legacy=legacy)(tmp_path)
+    outcome = jail.used(uses.start, path)
+    assert (outcome.error, outcome.text) == ("fine", "")
+    assert outcome.mib < 64
+    refused(uses.teach, path, "Pass the --teacher that it was saved from", "TeacherError")  # after the same reading
 
 
 @pytest.mark.parametrize(("name", "build", "text"), EXPORTS, ids=[name for name, *_ in EXPORTS])

@@ -1,5 +1,6 @@
 import importlib
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +71,7 @@ CHECKPOINTS = [
     lambda state, path: torch.save({"state_dict": state, "epoch": 3}, path),  # timm
     lambda state, path: torch.save({"model": state}, path),  # DeiT
     lambda state, path: torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path),  # DDP
+    lambda state, path: torch.save({"model": state, "best": np.float64(81.2)}, path),  # a training loop of one's own
 ]
 
 
@@ -90,8 +92,12 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
             return (importlib.import_module, ("this",))
 
     torch.save({"state_dict": Hostile()}, tmp_path / "weights.pth")
-    with pytest.raises(TeacherError, match=r"cannot load .*weights.pth into teacher test_resnet"):
+    with pytest.raises(TeacherError) as caught:
         teacher_of("test_resnet", checkpoint=tmp_path / "weights.pth", img_size=16)
+    assert str(caught.value) == (
+        f"{tmp_path}/weights.pth cannot be read as plain tensors: it holds importlib.import_module, which needs code to load."
+        " Load it where you trust it, and save the state dict alone, best as safetensors"
+    )
 
 
 BAD_TEACHERS = [
@@ -107,6 +113,115 @@ BAD_TEACHERS = [
 def test_teachers_that_do_not_exist(name, options, error, text):
     with pytest.raises(error, match=text):
         teacher_of(name, **options)
+
+
+class AnswersTwice(nn.Module):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.flatten(1), images.flatten(1)
+
+
+class NeedsContiguous(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.view(len(images), -1)
+
+
+class KeepsMore(nn.Flatten):
+    def get_extra_state(self) -> int:
+        return 3
+
+    def set_extra_state(self, _: int) -> None: ...
+
+
+def tall(**about) -> tuple[nn.Module, dict]:
+    """A network of 12 classes for images of 2 pixels, and what is said of it."""
+    return nn.Flatten(), {"input_size": (3, 2, 2)} | about
+
+
+A_MODULE = "must return a torch.nn.Module, or one and a dict; got"
+RETURNED_WRONGLY = [
+    # what the function returns, what is said
+    (3, f"{A_MODULE} int"),
+    ({"input_size": (3, 2, 2)}, f"{A_MODULE} dict"),
+    ((nn.Flatten(), None), f"{A_MODULE} Flatten, NoneType"),
+    ((nn.Flatten(), {}, 1), f"{A_MODULE} Flatten, dict, int"),
+    (tall(means=(0, 0, 0)), "the dict may have the keys input_size, mean, std, crop_pct, class_names; got 'means'"),
+    (tall(input_size=2), "input_size must be (3, H, H) with H in 1..4096 pixels, got 2"),
+    (tall(input_size=(2, 2, 3)), "input_size must be (3, H, H) with H in 1..4096 pixels, got (2, 2, 3)"),
+    (tall(input_size=(3, 2, 4)), "input_size must be (3, H, H) with H in 1..4096 pixels, got (3, 2, 4)"),
+    (tall(mean=0.5), "mean must be three numbers in 0..1 (of pixels in 0..1, not 0..255), got 0.5"),
+    (tall(mean=(123.7, 116.3, 103.5)), "mean must be three numbers in 0..1 (of pixels in 0..1, not 0..255), got (123.7"),
+    (tall(std=(0, 1, 1)), "std must be three numbers above 0, at most 1 (of pixels in 0..1, not 0..255), got (0, 1, 1)"),
+    (tall(crop_pct=87.5), "crop_pct must be in 0.01..1 (a share, no percentage), got 87.5"),
+    (tall(class_names="abc"), "class_names must be a list of texts, got 'abc'"),
+    (tall(class_names=["a", "b"]), "2 class names for 12 classes"),
+    (tall(class_names=["\x1b"] * 12), "class_names.0: String should match pattern"),
+    ((AnswersTwice(), tall()[1]), "must answer 2 images with logits [2, C], got tuple"),
+    ((nn.Identity(), tall()[1]), "must answer 2 images with logits [2, C], got [2, 3, 2, 2]"),
+    ((nn.Flatten(0), tall()[1]), "must answer 2 images with logits [2, C], got [24]"),
+    ((NeedsContiguous(), tall()[1]), "Use .reshape(...) instead. It must take float32 images [B, 3, H, W] in channels-last"),
+    ((nn.Sequential(nn.Flatten(), nn.Linear(12, 3).half()), tall()[1]), "does not take images of 2 pixels: mat1 and mat2"),
+    ((KeepsMore(), tall()[1]), "the teacher's state_dict must hold tensors alone, _extra_state is int"),
+]  # fmt: skip
+
+
+def given() -> object:
+    """What tests put in its place."""
+
+
+@pytest.mark.parametrize(("result", "text"), RETURNED_WRONGLY, ids=[text[:40] for _, text in RETURNED_WRONGLY])
+def test_what_a_function_returns_wrongly_is_said_in_one_line(monkeypatch, result, text):
+    monkeypatch.setattr(importlib.import_module("test_teacher"), "given", lambda: result)
+    with pytest.raises(TeacherError) as caught:
+        teacher_of("test_teacher:given")
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_function_need_not_say_anything_and_timms_configuration_speaks_for_it(monkeypatch):
+    module = importlib.import_module("test_teacher")
+    monkeypatch.setattr(module, "given", lambda: tall(input_size=[3, 2, 2], class_names=list("abcdefghijkl")))
+    said = teacher_of("test_teacher:given").identity.members[0]
+    assert (said.img_size, said.class_names) == (2, tuple("abcdefghijkl"))
+    monkeypatch.setattr(module, "given", lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()))
+    silent = teacher_of("test_teacher:given")
+    assert silent.identity.members[0].mean == (0.485, 0.456, 0.406)
+    assert (silent.img_size, silent.crop_pct, silent.identity.class_names) == (224, 0.875, None)
+    timms = network()
+    timms.pretrained_cfg |= {"input_size": (3, 48, 48), "crop_pct": 0.9, "mean": (0.5, 0.5, 0.5)}
+    monkeypatch.setattr(module, "given", lambda: timms)
+    teacher = teacher_of("test_teacher:given")
+    assert (teacher.img_size, teacher.crop_pct, teacher.identity.members[0].mean) == (48, 0.9, (0.5, 0.5, 0.5))
+
+
+FAILING = [
+    # text of the module, error, what is said
+    ("def f(:", UsageError, r"is no function that can be imported: SyntaxError: .*\. The module is looked for in the current"),
+    ("1 / 0", UsageError, "is no function that can be imported: ZeroDivisionError: division by zero"),
+    ("raise SystemExit('bye')", UsageError, "is no function that can be imported: SystemExit: bye"),
+    ("import no_such_package", UsageError, "ModuleNotFoundError: No module named 'no_such_package'"),
+    ("f = 3", UsageError, "must name a function, got int"),
+    ("def f(x): pass", TeacherError, r"failed: TypeError: f\(\) missing 1 required positional argument"),
+    ("def f():\n  open('none.pth')", TeacherError, r"failed at line 2 of .*failing\.py: FileNotFoundError: .*'none\.pth'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "error", "said"), FAILING, ids=[text for text, *_ in FAILING])
+def test_a_function_that_fails_is_said_in_one_line(tmp_path, monkeypatch, text, error, said):
+    (tmp_path / "failing.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the current folder is added to it
+    monkeypatch.delitem(sys.modules, "failing", raising=False)
+    importlib.invalidate_caches()
+    with pytest.raises(error, match=said) as caught:
+        teacher_of("failing:f")
+    assert "\n" not in str(caught.value)
+    sys.modules.pop("failing", None)
+
+
+def test_a_checkpoint_for_a_function_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="let the function load it"):
+        teacher_of("builders:confident_cnn", checkpoint=tmp_path / "w.pth")
 
 
 def test_a_missing_checkpoint_and_one_of_another_network_are_named(tmp_path):

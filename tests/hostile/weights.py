@@ -1,5 +1,6 @@
 """Checkpoints, weights and configurations that lie."""
 
+import argparse
 import copy
 import json
 import struct
@@ -38,9 +39,25 @@ def saved(make: Callable[[], Any], name: str = "w.pth") -> Callable[[Path], Path
     return build
 
 
-def trap(name: str, *, legacy: bool = False) -> Callable[[Path], Path]:
+class Claims:
+    """Unpickled, it is what a function makes of arguments, with a state: a pickle may say anything of them."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, state: Any = None) -> None:
+        self.said = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self.said
+
+
+class Subclass(np.ndarray):
+    """Not NumPy's."""
+
+
+def trap(
+    name: str, *, legacy: bool = False, inside: Callable[[Trap], Any] = lambda trap: trap
+) -> Callable[[Path], Path]:
     def build(folder: Path) -> Path:
-        values = {"x": torch.zeros(2), "y": Trap(folder / "pwned")}
+        values = {"x": torch.zeros(2), "y": inside(Trap(folder / "pwned"))}
         torch.save(values, folder / name, _use_new_zipfile_serialization=not legacy)
         return folder / name
 
@@ -88,12 +105,38 @@ def wide(*shape: int) -> torch.Tensor:
     return torch.zeros(1).expand(*shape)
 
 
+F8 = np.dtype("f8")
+RECONSTRUCT, SCALAR = np._core.multiarray._reconstruct, np._core.multiarray.scalar
+
+
+def array(shape: tuple[int, ...], kind: Any = F8, data: Any = b"x", *, version: int = 1) -> Claims:
+    """An array that says it has this shape, dtype and bytes."""
+    return Claims(RECONSTRUCT, np.ndarray, (0,), b"b", state=(version, shape, kind, False, data))
+
+
+def beside(value: Any, *, legacy: bool = False) -> Callable[[Path], Path]:
+    """Return a builder of sound weights of the small student, beside which something else lies."""
+
+    def build(folder: Path) -> Path:
+        values = {"x": value, "model": small_student().model.state_dict()}
+        torch.save(values, folder / "w.pth", _use_new_zipfile_serialization=not legacy)
+        return folder / "w.pth"
+
+    return build
+
+
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 PLAIN = "cannot be read as plain tensors"
+NAMED = "cannot be read as plain tensors: it holds "
 WEIGHTS = [
     # name, how to build it, text of the CheckpointError
-    ("pickle that runs code", trap("w.pth"), PLAIN),
-    ("old pickle that runs code", trap("w.pt", legacy=True), PLAIN),
+    ("pickle that runs code", trap("w.pth"), NAMED + "io.open, which needs code"),
+    ("old pickle that runs code", trap("w.pt", legacy=True), NAMED + "io.open, which needs code"),
+    ("array of code", trap("w.pth", inside=lambda code: np.array([code], object)), NAMED + "io.open, which needs code"),
+    ("arguments of code", trap("w.pth", inside=lambda code: argparse.Namespace(x=code)), NAMED + "io.open, which needs code"),
+    ("kind of array of its own", beside(np.zeros(2).view(Subclass)), NAMED + "hostile.weights.Subclass, which needs code"),
+    ("array into a tensor", beside(Claims(torch._utils._rebuild_device_tensor_from_numpy, array((10**6, 10**6)), torch.float32, "cpu", False)), PLAIN),
+    ("array for a tensor", saved(lambda: {"pos_embed": array((10**6, 10**6))}), "pos_embed is no tensor"),
     ("pickle called safetensors", trap("w.safetensors"), PLAIN),
     ("pickle called bin", trap("w.bin"), PLAIN),
     ("zip that inflates", inflating, "is compressed, which torch.save never does"),
@@ -105,6 +148,9 @@ WEIGHTS = [
     ("NaN", saved(lambda: {"x": torch.tensor([float("nan")])}), "holds what is no number"),
     ("no tensors", saved(lambda: {"state_dict": {"a": {"b": torch.zeros(1)}}}), "holds no state dict"),
     ("numbers as names", saved(lambda: {1: torch.zeros(1)}), PLAIN),
+    ("ESC in a name", saved(lambda: {"\x1b]0;x": torch.zeros(1)}), "at most 500 characters and no control characters"),
+    ("ESC in a name of safetensors", written("w.safetensors", tensors({"\x1b]0;x": F32}, bytes(8))), "no control characters"),
+    ("name without end", saved(lambda: {"x" * 10**6: torch.zeros(1)}), "at most 500 characters"),
     ("nothing", saved(lambda: {}), "it is empty"),
     ("a .npy of 7 TiB", written("w.pth", npy), PLAIN),
     ("a .npz", lambda folder: (np.savez(folder / "w.pth.npz", a=np.zeros(3)), folder / "w.pth.npz")[1], PLAIN),
@@ -116,6 +162,31 @@ WEIGHTS = [
     ("shape that overflows", written("w.safetensors", tensors({"x": F32 | {"shape": [2**62, 4]}}, bytes(8))), PLAIN),
     ("negative shape", written("w.safetensors", tensors({"x": F32 | {"shape": [-2]}}, bytes(8))), PLAIN),
     ("unknown dtype", written("w.safetensors", tensors({"x": F32 | {"dtype": "OBJECT"}}, bytes(8))), PLAIN),
+]  # fmt: skip
+
+
+BESIDE = [
+    # name of what is ignored beside sound weights
+    ("array of 7 TiB", array((10**6, 10**6))),
+    ("array of 7 TiB at once", Claims(RECONSTRUCT, np.ndarray, (10**6, 10**6), b"d")),
+    ("array of 7 TiB by its type", Claims(np.ndarray, (10**6, 10**6))),
+    ("shape that overflows", array((2**62, 2**62))),
+    ("negative shape", array((-1,))),
+    ("shape of texts", array(("a", None))),
+    ("no bytes", array((2,), data=None)),
+    ("objects as bytes", array((1,), np.dtype("O"), bytes(8))),
+    ("objects that are fewer", array((10**6,), np.dtype("O"), [None])),
+    ("another version", array((1,), version=10**9)),
+    ("a state that is a number", Claims(RECONSTRUCT, np.ndarray, (0,), b"b", state=7)),
+    ("a type that is a number", Claims(RECONSTRUCT, 7, (0,), b"b")),
+    ("a table of objects", np.zeros(2, [("a", "O"), ("b", "f4", (3,))])),
+    ("a dtype of 2 GiB", Claims(np.dtype, "V2147483647", False, True)),
+    ("a dtype of nothing", Claims(np.dtype, "no such type", False, True)),
+    ("a dtype with another state", Claims(np.dtype, "V8", False, True, state=(3, "|", F8, ("a",), {"a": (F8, 10**9)}, -1, -1, 255))),
+    ("a number of one byte", Claims(SCALAR, F8, b"x")),
+    ("a number of no bytes", Claims(SCALAR, F8)),
+    ("an object at an address", Claims(SCALAR, np.dtype("O"), 4096)),
+    ("text of wrong bytes", Claims(SCALAR, np.dtype("U4"), b"\xff" * 16)),
 ]  # fmt: skip
 
 
