@@ -5,7 +5,7 @@ code of ours because a stored label must keep its pixels when timm changes its t
 The operations work on uint8 [H, W, 3] through OpenCV and 256-entry tables. Those that send each level through a table equal
 Pillow's exactly. Color and Sharpness are one level above Pillow's in 42 and 36 % of the values of photographs (at magnitude
 9), and equal in the others: OpenCV's blend rounds, Pillow's truncates. Geometric ones are cubic interpolations with
-a = -0.75, Pillow's have -0.5.
+a = -0.75, those of Pillow's `transform` with a = -1.
 """
 
 import math

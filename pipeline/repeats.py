@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from logging.handlers import QueueHandler
+from typing import Any, cast
 
 _KIND = "repeats"  # attribute of a record: what is counted
 
@@ -55,10 +56,10 @@ def send_messages(send: Callable[[logging.LogRecord], object]) -> None:
         def enqueue(self, record: logging.LogRecord) -> None:
             send(record)
 
-        def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        def handleError(self, record: logging.LogRecord) -> None:
             """The process that would hear it is gone, and this one will be told so when it asks for more work."""
 
-    logging.getLogger().handlers = [Sending(None)]  # pyright: ignore[reportArgumentType]
+    logging.getLogger().handlers = [Sending(cast(Any, None))]
 
 
 def hear(record: logging.LogRecord) -> None:

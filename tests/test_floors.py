@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
-    "pipeline.errors", "pipeline.ids", "pipeline.units", "pipeline.remedies", "pipeline.pins", "pipeline.comparing", "pipeline.urls",
+    "pipeline.errors", "pipeline.repeats", "pipeline.crash", "pipeline.ids", "pipeline.units", "pipeline.remedies", "pipeline.pins", "pipeline.comparing", "pipeline.urls",
     "pipeline.staging", "pipeline.draws", "pipeline.plain_yaml", "pipeline.recipe", "pipeline.config", "pipeline.config_file",
     "pipeline.options",
     "pipeline.storage", "pipeline.remote", "pipeline.weights", "pipeline.uploads", "pipeline.downloads", "pipeline.mirror",
@@ -152,3 +152,11 @@ def test_no_module_draws_from_a_global_random_state():
         assert "np.random.default_rng" not in text, name
         assert "np.random.seed" not in text, name
         assert name in allowed or "manual_seed" not in text, name
+
+
+def test_only_a_label_set_opens_the_location_in_its_plan():
+    """Its own images go before it, and a URL that a stranger wrote into a plan is not opened unasked."""
+    for name, path in modules().items():
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        opened = [ast.unparse(call) for call in calls if ast.unparse(call.func).endswith("open_source")]
+        assert not [call for call in opened if "source.location" in call], name
