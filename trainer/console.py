@@ -60,8 +60,19 @@ def _lines() -> Iterator[Callable[[Any], None]]:
     from trainer import pace
 
     say_step = pace.now_and_then()
-    with now_and_then(say, every_s=60) as say_tick:
-        yield lambda tick: say_step(tick) if isinstance(tick, pace.Step) else say_tick(tick)
+
+    def say_tick(tick: Any) -> None:
+        if not isinstance(tick, pace.Step):
+            say(tick)
+
+    with now_and_then(say_tick, every_s=60) as look:
+
+        def update(tick: Any) -> None:
+            look(tick)  # a step too: it ends the phase before it, whose last line comes now
+            if isinstance(tick, pace.Step):
+                say_step(tick)
+
+        yield update
 
 
 @contextmanager
