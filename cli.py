@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop_once(Terminated))
     signal.signal(signal.SIGINT, _stop_once(KeyboardInterrupt))
     settings: dict[str, Any] = {}
-    threading.excepthook = lambda of_thread: click.echo(_reported(of_thread.exc_value, settings), err=True)
+    threading.excepthook = partial(_report_thread, settings)
     try:
         code = commands.main(standalone_mode=False, obj=settings)
     except Terminated:
@@ -84,6 +85,12 @@ def main() -> None:
         click.echo(_reported(error, settings), err=True)
         code = CRASHED
     sys.exit(code)
+
+
+def _report_thread(settings: dict[str, Any], of_thread: threading.ExceptHookArgs) -> None:
+    """Report what ended a thread, if nobody foresaw it; the command goes on."""
+    if not issubclass(of_thread.exc_type, SystemExit):
+        click.echo(_reported(of_thread.exc_value, settings), err=True)
 
 
 def _reported(error: BaseException | None, settings: dict[str, Any]) -> str:

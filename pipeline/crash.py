@@ -16,7 +16,7 @@ from typing import Any
 
 CRASHED = 70  # exit code: EX_SOFTWARE of sysexits.h
 ROOT = Path(__file__).parent.parent
-OURS = ("pipeline", "trainer", "cli.py")
+OURS = ("pipeline/", "trainer/", "cli.py")
 PACKAGES = (
     *("deit-cli", "torch", "torchvision", "timm", "numpy", "pyarrow", "opencv-python-headless", "pillow", "simplejpeg"),
     *("webdataset", "fsspec", "pydantic", "click", "rich"),
@@ -48,8 +48,7 @@ class Crash:
 
 def crash_of(error: BaseException) -> Crash:
     """Return what is to be known of an error, with paths shortened."""
-    message = next(iter(str(error).splitlines()), "")
-    what = f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+    what = traceback.format_exception_only(error)[-1].partition("\n")[0][:240]
     text = "".join(traceback.format_exception(error))
     return Crash(shortened(f"{what} ({_place(error)})"), shortened(text))
 
@@ -62,7 +61,7 @@ def _place(error: BaseException) -> str:
 
 
 def _is_of_a_library(filename: str) -> bool:
-    if Path(_below(filename)).parts[0] in OURS:  # installed, they lie among the libraries
+    if _below(filename).startswith(OURS):  # installed, they lie among the libraries
         return False
     return filename.startswith((sysconfig.get_path("stdlib"), "<")) or "site-packages" in filename
 

@@ -194,7 +194,8 @@ def _work(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | 
     except (BrokenPipeError, EOFError):
         raise SystemExit(1) from None  # the parent is gone
     except Exception as error:  # nobody foresaw it; another process may fare better
-        send("crash", crash_of(error))
+        with contextlib.suppress(OSError):  # the parent is gone
+            send("crash", crash_of(error))
         raise SystemExit(CRASHED) from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is left is Python's own end
