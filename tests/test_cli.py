@@ -12,21 +12,12 @@ import click
 import pytest
 from builders import make_labels, with_checkout, write_tars
 from click.testing import CliRunner
+from command_tree import COMMANDS
 
 import cli
 from pipeline.errors import DeitCliError
 
 ROOT = Path(__file__).parent.parent
-
-
-def commands(group: click.Group = cli.commands, path: tuple[str, ...] = ()) -> list[tuple[str, click.Command]]:
-    found = []
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            found += commands(command, (*path, name))
-        else:
-            found.append((" ".join((*path, name)), command))
-    return found
 
 
 def run(*arguments: str, code: int = 0, **variables: str) -> tuple[str, str]:
@@ -53,7 +44,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize(("name", "command"), commands(), ids=[name for name, _ in commands()])
+@pytest.mark.parametrize(("name", "command"), COMMANDS.items(), ids=list(COMMANDS))
 def test_every_command_and_option_has_help_and_every_command_an_example(name, command):
     assert command.help
     assert f"deit-cli {name}" in command.help
@@ -79,7 +70,7 @@ def test_help_loads_neither_torch_nor_pyarrow():
 
 
 def test_deits_spellings_are_understood():
-    options = {option for _, command in commands() for param in command.params for option in param.opts}
+    options = {option for command in COMMANDS.values() for param in command.params for option in param.opts}
     for name in (
         "--data-path",
         "--output-dir",

@@ -419,6 +419,7 @@ def copied(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to, symlinks=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_runs(name, world, servers, tmp_path, request):
     folder = copied(world if name == "README.md" else request.getfixturevalue("after_readme"), tmp_path / "here")

@@ -24,6 +24,7 @@ import torch
 from builders import make_labels, with_checkout, write_tars
 from click.core import ParameterSource
 from click.testing import CliRunner
+from command_tree import COMMANDS
 from safetensors.torch import save_file
 from test_importing import write_fkd, write_tinyvit
 from test_signing import write_key
@@ -147,6 +148,16 @@ FIELDS = {
     "seed": "7",
 }
 
+MEASURED = [
+    Trial("-c {folder}/labels.yaml --dtype auto --workers 1"),
+    Trial("--data {copy} --views 5 --topk 1 --precision log8 --views-per-shard 2 --batch-size 8 --processes 1"),
+    Trial("--precision float16 --dtype float32 --recipe none --seconds 0.11"),
+    Trial("--precision float32 --dtype bfloat16 --teacher test_efficientnet --teacher-img-size 24"),
+    Trial("--dtype float16 --teacher-checkpoint {folder}/teacher.safetensors"),
+    Trial("--pretrained", OFFLINE),
+    Trial("--compile", seen=lambda got: got.compiled == 1),
+]
+
 TRIALS: dict[str, list[Trial]] = {
     "train": [
         Trial("-c {folder}/train.yaml", seen=saved("weight_decay", 0.25)),
@@ -235,25 +246,10 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--set renderer=2", "this version renders recipes of renderer 1"),
     ],
     "estimate": [
-        Trial("-c {folder}/labels.yaml --json", seen=is_json),
-        Trial("--data {copy} --views 5 --topk 1 --precision log8 --views-per-shard 2 --batch-size 8 --processes 1"),
-        Trial("--precision float16 --dtype auto --images 1000 --students 3 --epochs 10 --workers 1 --json", seen=is_json),
-        Trial("--precision float32 --dtype float32 --model deit-s --recipe none --seconds 0.12"),
-        Trial("--dtype bfloat16 --teacher test_efficientnet --teacher-img-size 24"),
-        Trial("--dtype float16 --teacher-checkpoint {folder}/teacher.safetensors"),
-        Trial("--pretrained", OFFLINE),
-        Trial("--compile", seen=lambda got: got.compiled == 1),
+        *MEASURED,
+        Trial("--images 1000 --students 3 --epochs 10 --model deit-s --json", seen=is_json),
     ],
-    "bench stage1": [
-        Trial("-c {folder}/labels.yaml --json", seen=is_json),
-        Trial("--data {copy} --views 5 --topk 1 --precision log8 --views-per-shard 2 --batch-size 8 --processes 1"),
-        Trial("--precision float16 --dtype auto --images 10 --seconds 0.2 --workers 1"),
-        Trial("--precision float32 --dtype float32 --recipe none"),
-        Trial("--dtype bfloat16 --teacher test_efficientnet --teacher-img-size 24"),
-        Trial("--dtype float16 --teacher-checkpoint {folder}/teacher.safetensors"),
-        Trial("--pretrained", OFFLINE),
-        Trial("--compile", seen=lambda got: got.compiled == 1),
-    ],
+    "bench stage1": [*MEASURED, Trial("--images 10 --json", seen=is_json)],
     "bench stage2": [
         Trial("-c {folder}/train.yaml --json", seen=is_json),
         Trial("--expect-manifest {manifest} --data {copy} --cache-dir cache --cache-size 1GB --model deit-s --img-size 16"),
@@ -336,18 +332,6 @@ TRIALS: dict[str, list[Trial]] = {
     ],
     "demo": [Trial("--out here --seed 7", seen=lambda got: got.output == "here 7\n")],
 }  # fmt: skip
-
-
-def all_commands(group: click.Group = cli.commands, path: tuple[str, ...] = ()) -> dict[str, click.Command]:
-    """Return every command by the words that call it."""
-    found: dict[str, click.Command] = {}
-    for name, command in group.commands.items():
-        words = (*path, name)
-        found |= all_commands(command, words) if isinstance(command, click.Group) else {" ".join(words): command}
-    return found
-
-
-COMMANDS = all_commands()
 
 
 class Anything(dict[str, str]):
@@ -485,6 +469,7 @@ def tried(command: str, trial: Trial, world: dict[str, str], folder: Path, monke
 CASES = [(command, trial) for command, trials in TRIALS.items() for trial in trials]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "trial"), CASES, ids=[f"{c} {t.args}".replace("{", "").replace("}", "") for c, t in CASES]
 )
