@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -71,7 +72,7 @@ def main() -> None:
         click.echo(str(error), err=True)
         code = error.exit_code
     except DeitCliError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo("error: " + str(error).replace("\n", "\\n"), err=True)  # a name may have such a character
         code = error.exit_code
     except click.ClickException as error:
         error.show()
@@ -105,7 +106,17 @@ def _reported(error: BaseException | None, settings: dict[str, Any]) -> str:
 
 
 class Command(click.Command):
-    """A command that keeps what its options came to, for a report."""
+    """A command that takes no empty text, and keeps what its options came to, for a report."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; an empty one is what a shell makes of a variable that is not set."""
+        for before, argument in zip(["", *args], args, strict=False):
+            if argument == "" or re.fullmatch(r"--[\w-]+=", argument):
+                where = argument.removesuffix("=") or before
+                raise UsageError(
+                    f"{where or 'an argument'} has an empty value: is a variable not set? Leave it out, or give one"
+                )
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

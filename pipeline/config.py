@@ -112,17 +112,17 @@ class PrecomputeConfig:
         start, stop = self.views
         if not 0 <= start < stop <= MAX_VIEW:
             raise UsageError(f"--views must be START:STOP with 0 <= START < STOP <= {MAX_VIEW}, got {start}:{stop}")
-        for name, low in (
-            ("topk", 0),
-            ("batch_size", 2),
-            ("views_per_shard", 1),
-            ("accuracy_samples", 0),
-            ("workers", 0),
-            ("processes", 1),
+        for name, low, high in (
+            ("topk", 0, 2**31),
+            ("batch_size", 2, 10**6),
+            ("views_per_shard", 1, MAX_VIEW),
+            ("accuracy_samples", 0, 10**7),
+            ("workers", 0, 1024),
+            ("processes", 1, 1024),
         ):
             value = getattr(self, name)
-            if isinstance(value, int) and value < low:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+            if isinstance(value, int) and not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} must be in {low}..{high}, got {value}")
         if not 0 <= self.min_teacher_accuracy <= 100:
             raise UsageError(f"--min-teacher-accuracy is a percentage, 0..100, got {self.min_teacher_accuracy}")
         asked = self.include_images

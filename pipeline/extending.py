@@ -35,7 +35,7 @@ def extension(
     plan = label_set.plan
     longest = max((stop - start for start, stop in label_set.manifest.view_blocks), default=0)  # the last may be short
     config = PrecomputeConfig(
-        data=data or _images_of(location, label_set),
+        data=_images_of(location, label_set) if data is None else data,
         out=location,
         views=views,
         topk=plan.topk,

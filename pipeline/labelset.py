@@ -257,7 +257,7 @@ class LabelSet:
         """
         if data is None and self.has_images:
             return self._own_images()
-        return open_source(data or self.images_location(), cache=cache)
+        return open_source(self.images_location() if data is None else data, cache=cache)
 
     def images_location(self) -> str:
         """Return where the set found its images.

@@ -488,6 +488,29 @@ def test_an_option_does_what_it_says_or_is_refused(command, trial, world, tmp_pa
     assert trial.seen(outcome)
 
 
+# Values that belong to no option, or to few: each must be taken, or refused on one line.
+ODD = ("-1", "99999999999999999999", "nan", "1e999", "[1,2", "a\nb", "x:y", "../..")
+TAKES_SECONDS = {"doctor", "estimate", "bench stage1", "bench stage2"}  # these have the options of precompute and train
+
+
+def options_with_values() -> Iterable[tuple[str, str]]:
+    for command in sorted(set(COMMANDS) - TAKES_SECONDS):
+        for option in COMMANDS[command].params:
+            if isinstance(option, click.Option) and not option.is_flag and option.name not in ("log_wandb", "engine"):
+                yield command, option.opts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "option"), list(options_with_values()), ids=lambda each: each)
+def test_no_value_of_an_option_ends_in_a_traceback(command, option, world, tmp_path, monkeypatch, caplog):
+    for number, value in enumerate(ODD):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        outcome = tried(command, Trial(shlex.join([option, value])), world, folder, monkeypatch, caplog)
+        if isinstance(outcome, str) and not outcome.startswith("Usage"):
+            assert "\n" not in outcome.replace(value, "").strip()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "trial"),

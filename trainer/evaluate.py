@@ -78,8 +78,8 @@ def evaluate_checkpoint(
         device: torch device, or `auto`.
         amp_dtype: of the forward pass.
     """
-    label_set = LabelSet.open(labels, expect_manifest=expect_manifest) if labels else None
-    source = open_source(data) if data else None
+    label_set = None if labels is None else LabelSet.open(labels, expect_manifest=expect_manifest)
+    source = None if data is None else open_source(data)
     classes = num_classes or (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
     here = weights_here(os.fspath(checkpoint)) if checkpoint else None
     if num_classes and (here is None or here.is_dir()):
