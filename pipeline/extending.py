@@ -1,6 +1,7 @@
 """Extend: more views of a label set, with everything that makes its identity taken from its plan."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,13 @@ def _teacher_of(plan: Plan, asked: dict[str, Any]) -> TeacherConfig:
     members = plan.teacher.members
     if not asked.get("teacher"):
         asked["teacher"] = tuple(member.name for member in members)
+        # Every published network of timm has a tag in its name; an architecture alone does not say where its weights are.
+        unknown = next((name for name in asked["teacher"] if not re.search("[.:]", name)), None)
+        if unknown and asked.get("pretrained", True):
+            raise UsageError(
+                f"the weights of this set's teacher {unknown} came from a folder or a file: pass that again with --teacher"
+                f" FOLDER, or with --teacher {unknown} --teacher-checkpoint FILE"
+            )
     sizes = {member.img_size for member in members}
     if asked.get("teacher_img_size") is None and len(sizes) == 1:
         (asked["teacher_img_size"],) = sizes

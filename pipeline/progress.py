@@ -117,7 +117,7 @@ class Tally:
             total=self.total,
             elapsed_s=elapsed,
             made=self._made,
-            teacher_busy=self._busy_s / (elapsed * self.processes) if elapsed else None,
+            teacher_busy=min(1.0, self._busy_s / (elapsed * self.processes)) if elapsed else None,  # reports come late
             bytes_written=self._bytes,
         )
 

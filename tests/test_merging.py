@@ -388,6 +388,17 @@ def test_another_teacher_is_refused_before_anything_is_written(data, tmp_path):
     assert named_files(tmp_path / "set") == before
 
 
+def test_a_teacher_whose_name_does_not_say_where_its_weights_are_must_be_passed_again(data, tmp_path):
+    teacher = teacher_of("test_resnet", pretrained=False, img_size=16, num_classes=3)
+    make_labels(tmp_path / "set", data, teacher=teacher, **(SETTINGS | {"views": (0, 2), "on_bad_image": "skip"}))
+    result = extend(tmp_path / "set")
+    assert isinstance(result.exception, UsageError)
+    assert "teacher test_resnet came from a folder or a file: pass that again with --teacher FOLDER" in str(
+        result.exception
+    )
+    assert extend(tmp_path / "set", "--no-pretrained").exit_code == 0  # it was a trial
+
+
 def test_a_set_behind_a_url_is_extended(data, whole, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = open_source(data)
