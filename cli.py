@@ -64,7 +64,7 @@ def main() -> None:
     settings: dict[str, Any] = {}
     threading.excepthook = partial(_report_thread, settings)
     try:
-        code = commands.main(standalone_mode=False, obj=settings)
+        code = commands.main(prog_name="deit-cli", standalone_mode=False, obj=settings)
     except Terminated:
         click.echo("terminated; the same command continues (train: with --resume)", err=True)
         code = 128 + signal.SIGTERM

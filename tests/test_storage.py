@@ -375,7 +375,7 @@ REFUSED = [
     (b'{"a": 1', "Expecting"),
     (b'{"a": 1} {}', "Extra data"),
     (b"{'a': 1}", "Expecting property name"),
-    (b'{"a": 1,}', "property name"),
+    (b'{"a": 1,}', "property name|trailing comma"),
     (b'{"a": "\n"}', "control character"),
 ]
 

@@ -87,7 +87,7 @@ def test_what_lies_beside_the_weights_is_ignored(tmp_path, value, new):
     for key in ("model", "state_dict"):
         path = saved(tmp_path / "w.pth", {"x": value, key: WEIGHTS, "y": value}, new=new)
         assert same(read_tensors(path), WEIGHTS)
-    assert torch.serialization.get_safe_globals() == before  # allowed for this file, not for the process
+    assert set(torch.serialization.get_safe_globals()) == set(before)  # allowed for this file, not for the process
 
 
 def test_files_that_numpy_1_wrote_are_read(tmp_path):
@@ -157,7 +157,7 @@ NEEDS_CODE = [
     (np.zeros(2).view(Scores), f"{__name__}.Scores"),
     (np.ma.array([1.0]), "numpy.ma.core._mareconstruct"),
     (np.array([Own()], object), f"{__name__}.Own"),
-    (print, "print"),
+    (max, "max"),
     (os.system, "posix.system"),  # of a module that torch blocks in any case
 ]
 

@@ -156,6 +156,7 @@ class Run:
         self.order = make_order(config, self.data, share)
         self.state = build_state(config, self.data, self.order, world.device)
         self.meta = run_identity(config, self.data, self.order)
+        world.check_same(self.meta, "settings")
         self.recorder = Recorder()
         updates = self.order.steps_per_epoch * config.epochs
         self.pace = Pace(
@@ -177,7 +178,7 @@ class Run:
                 stack.enter_context(only_run_in(config.folder))
                 check_output(config)  # once more: whoever held the lock before may have left a run
             resume(config, self.state, self.meta)
-            world.check_same((self.meta, self.state.next_update), "settings and checkpoint")
+            world.check_same(self.state.next_update, "checkpoint")
             if world.leads:
                 sweep_temporaries(config.folder)
                 save_config(config, self.data)

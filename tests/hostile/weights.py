@@ -130,10 +130,10 @@ PLAIN = "cannot be read as plain tensors"
 NAMED = "cannot be read as plain tensors: it holds "
 WEIGHTS = [
     # name, how to build it, text of the CheckpointError
-    ("pickle that runs code", trap("w.pth"), NAMED + "io.open, which needs code"),
-    ("old pickle that runs code", trap("w.pt", legacy=True), NAMED + "io.open, which needs code"),
-    ("array of code", trap("w.pth", inside=lambda code: np.array([code], object)), NAMED + "io.open, which needs code"),
-    ("arguments of code", trap("w.pth", inside=lambda code: argparse.Namespace(x=code)), NAMED + "io.open, which needs code"),
+    ("pickle that runs code", trap("w.pth"), NAMED + "_?io.open, which needs code"),
+    ("old pickle that runs code", trap("w.pt", legacy=True), NAMED + "_?io.open, which needs code"),
+    ("array of code", trap("w.pth", inside=lambda code: np.array([code], object)), NAMED + "_?io.open, which needs code"),
+    ("arguments of code", trap("w.pth", inside=lambda code: argparse.Namespace(x=code)), NAMED + "_?io.open, which needs code"),
     ("kind of array of its own", beside(np.zeros(2).view(Subclass)), NAMED + "hostile.weights.Subclass, which needs code"),
     ("array into a tensor", beside(Claims(torch._utils._rebuild_device_tensor_from_numpy, array((10**6, 10**6)), torch.float32, "cpu", False)), PLAIN),
     ("array for a tensor", saved(lambda: {"pos_embed": array((10**6, 10**6))}), "pos_embed is no tensor"),
