@@ -838,7 +838,7 @@ def export(
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, order and stochastic depth.")
 def demo(out: Path, seed: int) -> None:
-    """Run the whole main job on scikit-learn's digits: 45 seconds to three minutes on two cores, no download.
+    """Run the whole main job on scikit-learn's digits: about a minute on two cores, no download.
 
     \b
     Example:
