@@ -66,7 +66,7 @@ def main() -> None:
     try:
         code = commands.main(prog_name="deit-cli", standalone_mode=False, obj=settings)
     except Terminated:
-        click.echo("terminated; the same command continues (train: with --resume)", err=True)
+        click.echo(f"terminated{_continued(settings)}", err=True)
         code = 128 + signal.SIGTERM
     except StoppedError as error:
         click.echo(str(error), err=True)
@@ -78,7 +78,7 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command continues (train: with --resume)", err=True)
+        click.echo(f"stopped{_continued(settings)}", err=True)
         code = 130
     except Exception as error:  # nobody foresaw it
         from pipeline.crash import CRASHED
@@ -86,6 +86,17 @@ def main() -> None:
         click.echo(_reported(error, settings), err=True)
         code = CRASHED
     sys.exit(code)
+
+
+CONTINUED = {"precompute", *(f"labels {name}" for name in ("push", "pull", "merge", "extend", "import", "export"))}
+
+
+def _continued(settings: dict[str, Any]) -> str:
+    """Return how a stopped command goes on, if it does."""
+    command = settings.get("command", "").removeprefix("deit-cli ")
+    if command == "train":
+        return "; the same command continues, with --resume if a checkpoint was written"
+    return "; the same command continues" if command in CONTINUED else ""
 
 
 def _report_thread(settings: dict[str, Any], of_thread: threading.ExceptHookArgs) -> None:

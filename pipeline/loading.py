@@ -228,18 +228,20 @@ def _lost(error: RuntimeError, whereabouts: Whereabouts | None) -> WorkerError:
 
 
 def _start_server() -> None:
-    """Start the server that forks loaders, deaf to SIGTERM: a scheduler sends it to every process of a job.
+    """Start the server that forks loaders, deaf to the signals that a scheduler or Ctrl-C sends to every process of a job.
 
     This process then decides when to stop, and loaders end with it. Only the main thread may say so.
     """
     _kill_loaders_at_the_end_of(os.getpid())
     if threading.current_thread() is not threading.main_thread():
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored stays ignored in a new program
+    # What is ignored stays ignored in a new program.
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @lru_cache

@@ -286,6 +286,7 @@ def _remedy(error: OSError) -> str:
         "EDQUOT": ". Raise the quota and run the same command again: it continues",
         "EROFS": ". Choose a folder that can be written",
         "EACCES": ". Choose a folder that can be written and read",
+        "EPERM": ". Choose a folder that can be written and read",
     }.get(_errno_name(error), "")
 
 

@@ -13,10 +13,7 @@ ROWS = 5  # of calls, in `steady_s`
 def median_s(work: Work, device: torch.device, least_s: float) -> float:
     """Return the median seconds of one call; the first call, which warms caches and may compile, does not count."""
     row_s(work, 1, device)
-    times = [row_s(work, 1, device)]
-    while sum(times) < least_s:
-        times.append(row_s(work, 1, device))
-    return statistics.median(times)
+    return statistics.median(_rows_s(work, 1, device, least_s))
 
 
 def steady_s(work: Work, device: torch.device, least_s: float) -> float:
@@ -27,10 +24,19 @@ def steady_s(work: Work, device: torch.device, least_s: float) -> float:
     """
     row_s(work, 1, device)
     calls = max(1, int(least_s / ROWS / max(row_s(work, 1, device), 1e-9)))
-    times = [row_s(work, calls, device)]
-    while sum(times) * calls < least_s:
+    return statistics.median(_rows_s(work, calls, device, least_s))
+
+
+def _rows_s(work: Work, calls: int, device: torch.device, least_s: float) -> list[float]:
+    """Return the mean seconds of a call in each row of so many, for at least so long.
+
+    The time is added up as it passes: a sum over the rows after each of them takes minutes where a call takes microseconds.
+    """
+    times, spent_s = [], 0.0
+    while not times or spent_s < least_s:
         times.append(row_s(work, calls, device))
-    return statistics.median(times)
+        spent_s += times[-1] * calls
+    return times
 
 
 def row_s(work: Work, calls: int, device: torch.device) -> float:

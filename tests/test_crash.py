@@ -89,6 +89,29 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_a_report(command, data, la
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("precompute", "stopped; the same command continues"),
+        ("train", "stopped; the same command continues, with --resume if a checkpoint was written"),
+        ("labels push", "stopped; the same command continues"),
+        ("labels verify", "stopped"),
+        ("estimate", "stopped"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on_where_a_command_does(command, said, data, labels, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    target, arguments = INJECTED[command]
+    monkeypatch.setattr(target, interrupted)
+    monkeypatch.chdir(tmp_path)
+    given = [{LABELS: labels, DATA: data}.get(word, word) for word in arguments]
+    code, stderr = run(monkeypatch, capsys, *command.split(), *given)
+    assert code == 130
+    assert [line for line in stderr.splitlines() if line.strip()][-1] == said
+
+
 def test_verbose_prints_it_too(tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise KeyError("x")

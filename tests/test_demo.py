@@ -10,7 +10,7 @@ import pytest
 from builders import with_checkout
 from label_sets import problems_in
 
-from pipeline.errors import UsageError
+from pipeline.errors import StoppedError, StorageError, UsageError
 from pipeline.inspection import contact_sheet
 from pipeline.labelset import LabelSet
 from pipeline.precompute import precompute
@@ -54,6 +54,27 @@ def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not empty: choose another --out"):
         demo(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "demo"))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(StorageError, match=r"demo: Permission denied\. Choose a folder that can be written"):
+        demo(tmp_path / "demo")
+
+
+def test_a_stopped_demo_says_how_to_start_again(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise StoppedError("stopped by SIGINT: continue with --resume", 2)
+
+    monkeypatch.setattr("trainer.demo.train", stopped)
+    with pytest.raises(
+        StoppedError, match=r"stopped: delete .*demo, or choose another --out, to start again"
+    ) as caught:
+        demo(tmp_path / "demo")
+    assert caught.value.exit_code == 130
 
 
 def test_the_table_comes_after_the_last_line_of_progress(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,20 @@ def test_a_folder_of_our_name_in_the_working_directory_is_named_with_a_way_out(n
         " Start them in another folder, rename what is there, or set PYTHONSAFEPATH=1"
     ]
     assert value(section, "pipeline").startswith(str(ROOT / "pipeline"))
+
+
+def test_a_checkout_that_is_what_was_installed_is_a_warning(names, tmp_path):
+    """README installs from a checkout, and whoever stays in it starts there."""
+    for name in ("pipeline", "trainer"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "cli.py", tmp_path)
+    section = names()
+    assert told(section) == []
+    (warning,) = told(section, warnings=True)
+    assert "take pipeline, trainer, cli from there" in warning
+    assert "The files are equal today" in warning
+    (tmp_path / "trainer/loop.py").write_text("changed = True")
+    assert len(told(names())) == 1
 
 
 def test_the_way_out_of_a_hidden_name_works(names, tmp_path, monkeypatch):

@@ -129,6 +129,22 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_decision_to_the_parent(sc
     assert gone_soon(pids)
 
 
+def test_ctrl_c_while_the_loaders_server_starts_does_not_reach_it():
+    """It takes seconds to import torch, and would end in a traceback on the user's terminal."""
+    code = """
+import os, signal
+signal.signal(signal.SIGINT, lambda *_: None)
+from pipeline.loading import Mapped, start_loader
+if __name__ == "__main__":
+    loader = start_loader(Mapped(abs, 2), workers=1)
+    os.killpg(0, signal.SIGINT)
+    print(list(loader))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=with_checkout(), capture_output=True, text=True, start_new_session=True)
+    assert (done.stdout, done.stderr) == ("[0, 1]\n", "")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are read from /proc")
 def test_loaders_end_with_a_killed_parent(script):
     process, pids = started(script, "stay")

@@ -602,7 +602,7 @@ def test_a_signal_ends_a_transfer_at_once(far, large, tmp_path, number):
     _, said = running.communicate(timeout=60)
     assert time.monotonic() - began < 10
     assert running.returncode == 128 + number
-    assert said.splitlines()[-1].endswith("the same command continues (train: with --resume)")
+    assert said.splitlines()[-1].endswith("the same command continues")
     assert "Traceback" not in said
 
 

@@ -37,6 +37,14 @@ def test_a_steady_call_is_the_median_of_rows_and_the_first_two_do_not_count(monk
     assert work.calls == 2 + 2 * 3
 
 
+@pytest.mark.timeout(60)
+def test_many_short_calls_cost_no_more_than_themselves(monkeypatch):
+    """A sum over all calls after each of them would take a quarter of an hour here."""
+    work = Timed(monkeypatch, 2.0**-19)
+    assert median_s(work, CPU, least_s=0.5) == 2.0**-19
+    assert work.calls == 2**18 + 1
+
+
 @pytest.mark.parametrize(("cost", "calls"), [(7.0, 1), (0.1, ROWS * 4)])
 def test_a_slow_call_is_made_once_and_a_quick_one_in_rows(monkeypatch, cost, calls):
     work = Timed(monkeypatch, cost)

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.devices import resolve_device
-from pipeline.errors import UsageError
+from pipeline.errors import StoppedError, UsageError
 from pipeline.labelset import LabelSet
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.sources import open_source
+from pipeline.storage import refusals_named
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint
 from trainer.loop import train
@@ -99,7 +100,8 @@ def run_demo(
     """
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty: choose another --out")
-    data = write_digits(out / "data")
+    with refusals_named(out):
+        data = write_digits(out / "data")
     recipe = load_recipe("deit", RECIPE)
 
     alone = {"data": str(data["labelled"]), "distillation_type": "none"}
@@ -228,7 +230,12 @@ def _train(output: Path, seed: int, recipe: Recipe, progress: Callable[[Any], No
     config = TrainConfig(
         output=str(output), seed=seed, model_ema=False, log_interval=1, checkpoint_interval=50, **settings
     )
-    return train(config, recipe if config.labels is None else None, progress=progress)
+    try:
+        return train(config, recipe if config.labels is None else None, progress=progress)
+    except StoppedError as error:
+        raise StoppedError(
+            f"stopped: delete {output.parent}, or choose another --out, to start again", error.exit_code - 128
+        ) from None
 
 
 def _label(

@@ -80,7 +80,10 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     label_set = LabelSet.open(config.labels, cache=cache, expect_manifest=config.expect_manifest)
     if recipe is not None and recipe.id != label_set.recipe.id:
         difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
-        raise LabelSetMismatch(f"{config.labels} was made with another recipe{difference}. Leave --recipe out")
+        raise LabelSetMismatch(
+            f"{config.labels} was made with another recipe{difference}. Leave --recipe and --set out, on the"
+            " command line and in the file of -c: the labels say it"
+        )
     source = label_set.open_source(config.data, cache=cache)
     difference = check_replay(label_set, source)
     if not difference:

@@ -64,14 +64,24 @@ def examine_names(folder: Path) -> Section:
             )
     if shadowed := [name for name in OURS if elsewhere[name] and here[name] != elsewhere[name]]:
         theirs = ", ".join(sorted({str(_root(elsewhere[name] or "")) for name in shadowed}))
-        section.problem(
+        # A checkout that was installed from is no harm as long as it is what was installed.
+        same = all(_code(here[name]) == _code(elsewhere[name]) for name in shadowed)
+        (section.warning if same else section.problem)(
             f"programs started in {folder} take {', '.join(shadowed)} from there, and not from {theirs}",
-            "Start them in another folder, rename what is there, or set PYTHONSAFEPATH=1",
+            ("The files are equal today. " if same else "")
+            + "Start them in another folder, rename what is there, or set PYTHONSAFEPATH=1",
         )
     if alone := [name for name in OURS if here[name] and not elsewhere[name]]:
         section.warning(f"{', '.join(alone)} can be imported in {folder} alone", "pip install -e .")
     _places(section, [path for path in elsewhere.values() if path])
     return section
+
+
+def _code(found: str | None) -> dict[str, bytes]:
+    """Return the Python files of a module or package by name, with their bytes."""
+    path = Path(found or "")
+    files = path.parent.rglob("*.py") if path.name == "__init__.py" else [path] if path.is_file() else []
+    return {str(file.relative_to(path.parent)): file.read_bytes() for file in files}
 
 
 def owners_of(name: str, installed: Mapping[str, Sequence[str]]) -> list[str]:

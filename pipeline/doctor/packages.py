@@ -30,6 +30,7 @@ _SLOW = (
 _MODULES = {
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
+    "pyopenssl": "OpenSSL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
 }
