@@ -132,12 +132,14 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_decision_to_the_parent(sc
 def test_ctrl_c_while_the_loaders_server_starts_does_not_reach_it():
     """It takes seconds to import torch, and would end in a traceback on the user's terminal."""
     code = """
-import os, signal
+import os, signal, time
 signal.signal(signal.SIGINT, lambda *_: None)
 from pipeline.loading import Mapped, start_loader
 if __name__ == "__main__":
     loader = start_loader(Mapped(abs, 2), workers=1)
-    os.killpg(0, signal.SIGINT)
+    for _ in range(8):  # while it imports
+        time.sleep(0.2)
+        os.killpg(0, signal.SIGINT)
     print(list(loader))
 """
     command = [sys.executable, "-c", code]
