@@ -46,7 +46,7 @@ from pipeline.manifest import first_difference
 from pipeline.precompute import precompute
 from pipeline.recipe import load_recipe
 from pipeline.sources import open_source
-from pipeline.storage import pretty_json, read_json, replace_file
+from pipeline.storage.atomic import pretty_json, read_json, replace_file
 from pipeline.teacher import Answer, Teacher
 from pipeline.teacher_loading import load_teacher
 from trainer.checkpoint import export_model

@@ -33,7 +33,7 @@ from pipeline.labelset import LabelSet
 from pipeline.manifest import Plan, ShardRecord, SourceRecord, samples_path
 from pipeline.samples import keys_sha256
 from pipeline.sealing import claim, seal
-from pipeline.storage import publish_file
+from pipeline.storage.atomic import publish_file
 
 ROWS, VIEWS, TOPK = 1000, 30, 10
 SHARD = "train-000000"

@@ -33,7 +33,7 @@ from pipeline.recipe import load_recipe
 from pipeline.reports import Report
 from pipeline.sealing import claim, seal
 from pipeline.sources import Source, open_source
-from pipeline.storage import publish_file
+from pipeline.storage.atomic import publish_file
 from pipeline.verifying import verify
 
 CLASSES, TOPK, VIEWS_PER_SHARD = 1000, 10, 30

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.inspection import summarise
 from pipeline.labelset import LabelSet
-from pipeline.plain_yaml import parse_yaml, to_yaml
-from pipeline.storage import publish_file, refusals_named, replace_file
+from pipeline.storage.atomic import publish_file, refusals_named, replace_file
+from pipeline.storage.yaml import parse_yaml, to_yaml
 from pipeline.units import byte_size
 
 log = logging.getLogger("deit_cli.card")

@@ -14,7 +14,7 @@ from pipeline.recipe import Recipe
 from pipeline.rendering import ViewBatch
 from pipeline.repeats import warn_again
 from pipeline.replay import make_probe, pair_of
-from pipeline.storage import publish_file
+from pipeline.storage.atomic import publish_file
 
 log = logging.getLogger("deit_cli.drafts")
 

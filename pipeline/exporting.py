@@ -24,13 +24,13 @@ from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.loading import Mapped, Whereabouts, checked, start_loader
 from pipeline.mixing import apply_mix, mix_blocks
-from pipeline.plain_yaml import to_yaml
 from pipeline.progress import Progress, Tick
 from pipeline.recipe import Recipe
 from pipeline.rendering import Block, BlockRenderer
 from pipeline.replay import check_image, check_replay
 from pipeline.sources import Source
-from pipeline.storage import pretty_json, publish_file, read_json, replace_file, sweep_temporaries
+from pipeline.storage.atomic import pretty_json, publish_file, read_json, replace_file, sweep_temporaries
+from pipeline.storage.yaml import to_yaml
 from pipeline.tar_writing import check_member_key, member_extension, write_tar
 
 log = logging.getLogger("deit_cli.exporting")

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ImportedLabelsError, SourceError
 from pipeline.imported import ForeignRows, check_answers
 from pipeline.samples import check_name
-from pipeline.storage import refusals_named
+from pipeline.storage.atomic import refusals_named
 from pipeline.units import count
 
 log = logging.getLogger("deit_cli.fkd")

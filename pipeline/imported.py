@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from pipeline.encoding import index_dtype
-from pipeline.ids import canonical_json
 from pipeline.labels import MAX_TOPK
-from pipeline.records import Count, Name, Record, Sha256, is_version
-from pipeline.storage import parse_json
+from pipeline.storage.atomic import parse_json
+from pipeline.storage.ids import canonical_json
+from pipeline.storage.records import Count, Name, Record, Sha256, is_version
 
 IMPORT_NAME = "import.json"
 FORMAT, VERSION = "deit-cli-import", 1

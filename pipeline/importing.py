@@ -29,9 +29,9 @@ from pipeline.imported import (
 )
 from pipeline.labels import MAX_TOPK
 from pipeline.progress import Progress, Tick
-from pipeline.storage import TEMPORARY_PREFIX, pretty_json, publish_file, refusals_named, sweep_temporaries
+from pipeline.storage.atomic import TEMPORARY_PREFIX, pretty_json, publish_file, refusals_named, sweep_temporaries
+from pipeline.storage.urls import is_url
 from pipeline.units import byte_size, count
-from pipeline.urls import is_url
 
 PART_BYTES = 64 * 2**20  # of rows in memory
 KEY_BYTES = 100  # that a key may take there, about

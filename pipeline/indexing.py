@@ -18,7 +18,7 @@ from pipeline.loading import Mapped, Whereabouts, checked, start_loader
 from pipeline.manifest import Plan, samples_path
 from pipeline.progress import Progress, Tick
 from pipeline.sources import Source
-from pipeline.storage import publish_file
+from pipeline.storage.atomic import publish_file
 
 log = logging.getLogger("deit_cli.indexing")
 

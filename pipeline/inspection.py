@@ -16,7 +16,7 @@ from pipeline.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.pins import pin_of
 from pipeline.replay import pair_of, rendered_view
 from pipeline.sources import Source
-from pipeline.storage import replace_file
+from pipeline.storage.atomic import replace_file
 
 MAX_ROWS = (
     200_000  # labels after which a summary stops reading; a sample that large has an error below 0.3 percentage points

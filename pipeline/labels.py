@@ -21,11 +21,11 @@ from pydantic import Field, ValidationError
 from pipeline.config import Precision
 from pipeline.encoding import LabelRows, content_xxh3, find_problem, from_codes, index_dtype, label_bytes, prob_dtype
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
-from pipeline.ids import canonical_json
 from pipeline.pages import Chunk, column_chunks, largest_page
-from pipeline.records import Count, Name, Record, Sha256, View, Xxh3, is_version, other_version
 from pipeline.remedies import DAMAGED_FILE
-from pipeline.storage import parse_json
+from pipeline.storage.atomic import parse_json
+from pipeline.storage.ids import canonical_json
+from pipeline.storage.records import Count, Name, Record, Sha256, View, Xxh3, is_version, other_version
 
 FORMAT = "deit-cli-labels"
 VERSION = 1

@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
 from pipeline.comparing import Comparison, Listing, compare_names
 from pipeline.encoding import LabelRows
 from pipeline.errors import (
@@ -26,7 +25,6 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
-from pipeline.ids import canonical_json
 from pipeline.imported import IMPORT_NAME, refusal
 from pipeline.labels import (
     Contents,
@@ -54,12 +52,14 @@ from pipeline.manifest import (
 from pipeline.pins import check_pin
 from pipeline.recipe import Recipe
 from pipeline.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
-from pipeline.remote import read_url
 from pipeline.samples import check_name, keys_sha256
 from pipeline.sources import Source, open_source
-from pipeline.storage import MAX_JSON_BYTES, load_json, read_small, refusals_named
+from pipeline.storage.atomic import MAX_JSON_BYTES, load_json, read_small, refusals_named
+from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
+from pipeline.storage.ids import canonical_json
+from pipeline.storage.remote import read_url
+from pipeline.storage.urls import is_url, join_url
 from pipeline.tar_source import TarShard
-from pipeline.urls import is_url, join_url
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 

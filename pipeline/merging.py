@@ -18,7 +18,6 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache import read_local
 from pipeline.card import refresh_card
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, UsageError
 from pipeline.labels import Contents, SampleRows, read_all_views
@@ -38,10 +37,11 @@ from pipeline.outputs import check_theirs
 from pipeline.progress import Progress
 from pipeline.remedies import damaged_file
 from pipeline.sealing import check_untouched, claim, seal, sealed_manifest
-from pipeline.storage import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
+from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
+from pipeline.storage.cache import read_local
+from pipeline.storage.urls import is_url
 from pipeline.threads import Telling
 from pipeline.units import count
-from pipeline.urls import is_url
 
 log = logging.getLogger("deit_cli.merging")
 

@@ -12,9 +12,9 @@ from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetMismatch, UsageError
 from pipeline.labels import SampleRows, read_all_views, read_labels_footer, read_samples
 from pipeline.manifest import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, Plan, parse_plan
-from pipeline.mirror import ChangedElsewhere, Mirror, mirror_of
 from pipeline.sealing import seal
-from pipeline.storage import read_small
+from pipeline.storage.atomic import read_small
+from pipeline.storage.mirror import ChangedElsewhere, Mirror, mirror_of
 
 log = logging.getLogger("deit_cli.outputs")
 

@@ -24,7 +24,7 @@ from pipeline.progress import Progress, Tick
 from pipeline.samples import Sample, keys_sha256
 from pipeline.sealing import sealed_manifest
 from pipeline.sources import Source, SourceShard
-from pipeline.storage import publish_file, refusals_named, sha256_file
+from pipeline.storage.atomic import publish_file, refusals_named, sha256_file
 from pipeline.tar_source import TarShard
 from pipeline.tar_writing import check_member_key, member_extension, read_comment, write_tar
 

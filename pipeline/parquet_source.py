@@ -19,9 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.cache import RemoteFile, read_local
 from pipeline.errors import RemoteFileMissing, SourceError, StorageError
-from pipeline.remote import read_ranges
 from pipeline.samples import (
     IMAGE_EXTENSIONS,
     ShardIndex,
@@ -31,6 +29,8 @@ from pipeline.samples import (
     check_name,
     reading,
 )
+from pipeline.storage.cache import RemoteFile, read_local
+from pipeline.storage.remote import read_ranges
 
 log = logging.getLogger("deit_cli.parquet_source")
 

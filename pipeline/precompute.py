@@ -22,7 +22,6 @@ from pipeline.labelling import Job, LabelTask, paths_of
 from pipeline.labels import MAX_TOPK, SampleRows
 from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import PLAN_NAME, Plan, SourceRecord, label_blocks, read_plan
-from pipeline.mirror import Mirror
 from pipeline.mixing import mix_batch
 from pipeline.outputs import commit, mirrored
 from pipeline.packing import Packing, check_packable, pack_images, plan_packing
@@ -32,7 +31,8 @@ from pipeline.ray_engine import connect_ray, run_ray
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.sealing import check_untouched, claim, sealed_manifest
 from pipeline.sources import Sample, Source
-from pipeline.storage import TEMPORARY_PREFIX, sweep_temporaries
+from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
+from pipeline.storage.mirror import Mirror
 from pipeline.teacher import Teacher, check_classes
 from pipeline.views import draw_view, render
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from pipeline.errors import RecipeError, UsageError
-from pipeline.ids import sha256_json
-from pipeline.plain_yaml import parse_yaml, read_yaml
+from pipeline.storage.ids import sha256_json
+from pipeline.storage.yaml import parse_yaml, read_yaml
 
 DEFAULT_RECIPE = "deit"  # a preset
 RENDERER = 1  # raise it when the same recipe would give other pixels, partners or mixes

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pipeline.cache import RemoteFile
 from pipeline.errors import SourceError, StorageError
+from pipeline.storage.cache import RemoteFile
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 MAX_KEY_BYTES = 1024

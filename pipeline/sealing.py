@@ -22,7 +22,7 @@ from pipeline.manifest import (
     read_probes,
 )
 from pipeline.remedies import PULL, damaged_file
-from pipeline.storage import pretty_json, publish_file, refusals_named, replace_file, sha256_file, sync_folder
+from pipeline.storage.atomic import pretty_json, publish_file, refusals_named, replace_file, sha256_file, sync_folder
 
 MANIFEST_PROBES = 8
 

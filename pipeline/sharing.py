@@ -33,14 +33,14 @@ from pipeline.manifest import (
     parse_plan,
     short,
 )
-from pipeline.places import Folder, Place, Promise, open_place
 from pipeline.progress import Progress, Tick
-from pipeline.storage import pretty_json
+from pipeline.storage.atomic import pretty_json
+from pipeline.storage.place import Folder, Place, Promise, open_place
+from pipeline.storage.uploads import refuse_web
+from pipeline.storage.urls import is_url
 from pipeline.subsets import probes_in, subset_manifest
 from pipeline.unions import contains, unite
 from pipeline.units import byte_size, count
-from pipeline.uploads import refuse_web
-from pipeline.urls import is_url
 
 log = logging.getLogger("deit_cli.sharing")
 

@@ -19,9 +19,9 @@ from pipeline.errors import SignatureError, StorageError, UsageError
 from pipeline.labelset import LabelSet
 from pipeline.manifest import MANIFEST_NAME, SIGNATURE_NAME
 from pipeline.pins import pin_of
-from pipeline.remote import read_url
-from pipeline.storage import MAX_JSON_BYTES, read_small, replace_file
-from pipeline.urls import is_url, join_url
+from pipeline.storage.atomic import MAX_JSON_BYTES, read_small, replace_file
+from pipeline.storage.remote import read_url
+from pipeline.storage.urls import is_url, join_url
 
 MAX_SIGNATURE_BYTES = 1 << 20  # an identity's bundle, with its certificate and log entry, has about 10 kB
 _SIGN_AGAIN = "Sign it again with deit-cli labels sign, or fetch manifest and signature again"

@@ -17,11 +17,8 @@ from typing import Any, Literal
 
 from braceexpand import braceexpand  # webdataset's own; through webdataset it would import torch (7 s)
 
-from pipeline.cache import RemoteFile, RemoteFolder, ShardCache, open_cache
 from pipeline.errors import SourceError
-from pipeline.ids import sha256_json
 from pipeline.parquet_source import open_parquets
-from pipeline.remote import list_url
 from pipeline.samples import (
     IMAGE_EXTENSIONS,
     Sample,
@@ -32,8 +29,11 @@ from pipeline.samples import (
     keys_sha256,
     reading,
 )
+from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_cache
+from pipeline.storage.ids import sha256_json
+from pipeline.storage.remote import list_url
+from pipeline.storage.urls import check_url, is_url
 from pipeline.tar_source import open_tars
-from pipeline.urls import check_url, is_url
 
 __all__ = ["Sample", "Source", "SourceShard", "open_source"]
 

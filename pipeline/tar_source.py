@@ -17,9 +17,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.cache import RemoteFile, read_local
 from pipeline.errors import RemoteFileMissing, RemoteFileRefused, SourceError
-from pipeline.remote import read_url
 from pipeline.samples import (
     IMAGE_EXTENSIONS,
     ShardIndex,
@@ -29,6 +27,8 @@ from pipeline.samples import (
     check_name,
     reading,
 )
+from pipeline.storage.cache import RemoteFile, read_local
+from pipeline.storage.remote import read_url
 
 BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)

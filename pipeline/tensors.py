@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.samples import CONTROL_CHARACTERS
-from pipeline.storage import read_json
+from pipeline.storage.atomic import read_json
 
 SMALL = (
     1 << 24

@@ -19,7 +19,7 @@ from pipeline.errors import ImportedLabelsError, SourceError
 from pipeline.imported import ForeignRows, check_answers
 from pipeline.labels import MAX_TOPK
 from pipeline.samples import MAX_KEY_BYTES, check_name
-from pipeline.storage import refusals_named
+from pipeline.storage.atomic import refusals_named
 
 ROWS_AT_ONCE = 16_384
 _EPOCH = re.compile(r"logits_top([1-9]\d{0,4})_epoch(\d{1,6})")

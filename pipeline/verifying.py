@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache import RemoteFolder, open_cache
 from pipeline.config import TeacherConfig, VerifyConfig
 from pipeline.errors import (
     DeitCliError,
@@ -48,15 +47,16 @@ from pipeline.pins import check_pin
 from pipeline.progress import Progress
 from pipeline.relabelling import relabel
 from pipeline.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, REMOTE_FILE, damaged_file, missing_file
-from pipeline.remote import read_url, receive, retried
 from pipeline.reports import Problem, Report
 from pipeline.signing import SIGNATURE_NAME, check_signature
 from pipeline.sources import Source
-from pipeline.storage import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named
+from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named
+from pipeline.storage.cache import RemoteFolder, open_cache
+from pipeline.storage.remote import read_url, receive, retried
+from pipeline.storage.urls import is_url, join_url
 from pipeline.teacher_loading import load_teacher
 from pipeline.threads import Telling, in_threads
 from pipeline.units import count
-from pipeline.urls import is_url, join_url
 
 REMOTE_THREADS = 8  # they wait for a server most of the time
 WRONG_LABELS = (

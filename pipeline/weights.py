@@ -4,10 +4,10 @@ import contextlib
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import RemoteFileMissing
-from pipeline.remote import receive_file
-from pipeline.staging import working_folder
-from pipeline.storage import locked, refusals_named
-from pipeline.urls import is_url, join_url, url_name
+from pipeline.storage.atomic import locked, refusals_named
+from pipeline.storage.remote import receive_file
+from pipeline.storage.staging import working_folder
+from pipeline.storage.urls import is_url, join_url, url_name
 
 _FILES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".tar"})
 

@@ -21,7 +21,7 @@ from pipeline.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_ma
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe
 from pipeline.sources import open_source
-from pipeline.storage import pretty_json, replace_file, sha256_file
+from pipeline.storage.atomic import pretty_json, replace_file, sha256_file
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import weights_sha256
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from web_server import WebServer, web_server
 
-from pipeline import cache as caching
-from pipeline import remote, storage
-from pipeline.cache import RemoteFile, ShardCache, open_cache, prefetch, read_local
 from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError, UsageError
+from pipeline.storage import atomic as storage
+from pipeline.storage import cache as caching
+from pipeline.storage import remote
+from pipeline.storage.cache import RemoteFile, ShardCache, open_cache, prefetch, read_local
 from pipeline.units import parse_bytes
 
 SIZE = 100_000
@@ -428,7 +429,7 @@ def test_a_lock_whose_file_was_evicted_is_no_lock(tmp_path):
 DOWNLOAD = """
 import sys
 from pathlib import Path
-from pipeline.cache import ShardCache
+from pipeline.storage.cache import ShardCache
 ShardCache(Path(sys.argv[1]), 10**6).fetch(sys.argv[2])
 """
 

@@ -18,7 +18,7 @@ from test_train import TINY
 from pipeline.card import NOT_STATED, Licence, code, is_untouched, licence_of, refresh_card, size_category, write_card
 from pipeline.errors import StorageError, UsageError
 from pipeline.labelset import LabelSet
-from pipeline.plain_yaml import parse_yaml
+from pipeline.storage.yaml import parse_yaml
 
 READERS = ("pyarrow", "DuckDB", "Polars", "datasets")
 

@@ -16,14 +16,15 @@ from builders import files_of, make_labels, with_checkout, write_tars
 from label_sets import seal_again
 from s3_server import BUCKET, credentials, s3_server
 
-from pipeline import remote, storage
 from pipeline.doctor import folders, machine, owners, packages, probing
 from pipeline.doctor.buckets import examine_bucket
 from pipeline.doctor.examine import compare_environments, examine_labels
 from pipeline.doctor.findings import Section, report_json, report_table, verdict
 from pipeline.doctor.folders import examine_folder
 from pipeline.doctor.machine import examine_machine
-from pipeline.remote import list_tree
+from pipeline.storage import atomic as storage
+from pipeline.storage import remote
+from pipeline.storage.remote import list_tree
 
 ROOT = Path(__file__).parent.parent
 IS_ROOT = os.geteuid() == 0
@@ -495,7 +496,7 @@ def test_files_with_the_times_of_another_clock_are_a_warning(tmp_path, monkeypat
 
 def test_what_killed_writers_left_behind_is_counted(tmp_path):
     script = (
-        "import os, signal, sys; from pathlib import Path; from pipeline.storage import temporary_name\n"
+        "import os, signal, sys; from pathlib import Path; from pipeline.storage.atomic import temporary_name\n"
         "Path(sys.argv[1], 'labels', temporary_name()).write_bytes(bytes(5))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

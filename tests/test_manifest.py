@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
-from pipeline.ids import canonical_json, sha256_json
 from pipeline.manifest import (
     EnsembleIdentity,
     FileEntry,
@@ -30,7 +29,8 @@ from pipeline.manifest import (
     short,
 )
 from pipeline.recipe import Recipe
-from pipeline.storage import pretty_json
+from pipeline.storage.atomic import pretty_json
+from pipeline.storage.ids import canonical_json, sha256_json
 
 TEACHER = TeacherIdentity(
     name="regnety_160.deit_in1k",

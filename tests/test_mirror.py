@@ -12,13 +12,14 @@ from label_sets import problems_in
 from s3_server import BUCKET, credentials, s3_server
 from test_train import TINY, state_of
 
-from pipeline import labelling, mirror, outputs, remote
+from pipeline import labelling, outputs
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetMismatch, RemoteFileMissing, UsageError
 from pipeline.labelset import LabelSet
-from pipeline.mirror import ChangedElsewhere
 from pipeline.precompute import precompute
 from pipeline.sources import open_source
+from pipeline.storage import mirror, remote
+from pipeline.storage.mirror import ChangedElsewhere
 from pipeline.weights import weights_here
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig

@@ -21,7 +21,6 @@ from test_train import TINY
 from web_server import web_server
 
 from pipeline import packing as packing_module
-from pipeline.cache import ShardCache
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, SourceError, UsageError
@@ -29,6 +28,7 @@ from pipeline.labelset import LabelSet
 from pipeline.packing import Packing
 from pipeline.replay import check_replay
 from pipeline.sources import open_source
+from pipeline.storage.cache import ShardCache
 
 NAMES = ("ant", "bee")
 

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from web_server import web_server
 
 import cli
-from pipeline.cache import ShardCache
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.labelset import LabelSet
 from pipeline.pins import parse_pin
-from pipeline.plain_yaml import read_yaml
+from pipeline.storage.cache import ShardCache
+from pipeline.storage.yaml import read_yaml
 from trainer.config import TrainConfig
 from trainer.loop import train
 

@@ -20,12 +20,12 @@ from test_train import TINY, assert_same_state
 from web_server import web_server
 
 import cli
-from pipeline import remote
-from pipeline.cache import RemoteFile, ShardCache, prefetch
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetIncomplete, LabelSetMismatch, SourceError
 from pipeline.labelset import LabelSet, record_of
 from pipeline.replay import check_replay
 from pipeline.sources import Source, open_source
+from pipeline.storage import remote
+from pipeline.storage.cache import RemoteFile, ShardCache, prefetch
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.order import Order, count_units

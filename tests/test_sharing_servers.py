@@ -26,8 +26,6 @@ from s3_server import BUCKET, Proxy, client, credentials, proxy, s3_server
 from test_train import TINY, assert_same_state
 
 import cli
-from pipeline import remote
-from pipeline.cache import ShardCache
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetError,
@@ -38,11 +36,13 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
-from pipeline.ids import sha256_json
 from pipeline.labelset import LabelSet
-from pipeline.remote import file_system, list_url
 from pipeline.sharing import pull, push
-from pipeline.storage import pretty_json
+from pipeline.storage import remote
+from pipeline.storage.atomic import pretty_json
+from pipeline.storage.cache import ShardCache
+from pipeline.storage.ids import sha256_json
+from pipeline.storage.remote import file_system, list_url
 from trainer.config import TrainConfig
 from trainer.loop import train
 

@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 import pytest
 
-from pipeline import storage
 from pipeline.errors import StorageError
-from pipeline.storage import (
+from pipeline.storage import atomic as storage
+from pipeline.storage.atomic import (
     parse_json,
     pretty_json,
     publish_file,
@@ -193,7 +193,7 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from pipeline.errors import StorageError
-from pipeline.storage import publish_file, replace_file
+from pipeline.storage.atomic import publish_file, replace_file
 {limit}
 folder = Path({folder!r})
 for put in (publish_file, replace_file):
@@ -335,7 +335,7 @@ def test_a_killed_writer_s_temporary_is_swept(tmp_path):
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from pipeline.storage import publish_file
+from pipeline.storage.atomic import publish_file
 publish_file(Path({str(tmp_path)!r}) / "a", lambda file: (file.write(b"x"), os.kill(os.getpid(), 9)))
 """
     subprocess.run([sys.executable, "-c", code], check=False, timeout=60)

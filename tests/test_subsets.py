@@ -26,7 +26,7 @@ from pipeline.manifest import Manifest
 from pipeline.precompute import precompute
 from pipeline.replay import check_replay
 from pipeline.sources import open_source
-from pipeline.storage import pretty_json
+from pipeline.storage.atomic import pretty_json
 from pipeline.subsets import choose_blocks, choose_shards, probes_in, subset_manifest
 from pipeline.tables import info_table
 from trainer.config import TrainConfig

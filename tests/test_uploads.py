@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from s3_server import BUCKET, client, credentials, proxy, s3_server
 
-from pipeline import remote, uploads
 from pipeline.errors import RemoteFileMissing, RemoteFileRefused, StorageError
-from pipeline.uploads import holds, put_bytes, put_file, update_url, url_info
+from pipeline.storage import remote, uploads
+from pipeline.storage.uploads import holds, put_bytes, put_file, update_url, url_info
 
 
 @pytest.fixture(scope="module")

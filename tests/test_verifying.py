@@ -20,12 +20,12 @@ from label_sets import (
 from web_server import web_server
 
 import cli
-from pipeline import remote
 from pipeline.config import VerifyConfig
 from pipeline.errors import LabelSetError, UsageError
 from pipeline.labelset import LabelSet
 from pipeline.reports import Report
-from pipeline.storage import pretty_json
+from pipeline.storage import remote
+from pipeline.storage.atomic import pretty_json
 from pipeline.verifying import verify
 
 SAMPLES = "samples/train-0.parquet"

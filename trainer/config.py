@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pipeline.config import option
 from pipeline.errors import UsageError
 from pipeline.pins import parse_pin
-from pipeline.staging import working_folder
+from pipeline.storage.staging import working_folder
 from pipeline.units import parse_bytes
 
 DistillationType = Literal["none", "soft", "hard"]

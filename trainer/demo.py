@@ -21,7 +21,7 @@ from pipeline.errors import StoppedError, UsageError
 from pipeline.labelset import LabelSet
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.sources import open_source
-from pipeline.storage import refusals_named
+from pipeline.storage.atomic import refusals_named
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint
 from trainer.loop import train

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cache import open_cache
 from pipeline.draws import stream_of
 from pipeline.errors import StoppedError, TrainingError, UsageError
-from pipeline.mirror import Mirror, mirror_of
 from pipeline.ranks import rank_from
 from pipeline.recipe import Recipe
 from pipeline.sources import Source, open_source
-from pipeline.storage import replace_file, sweep_temporaries
+from pipeline.storage.atomic import replace_file, sweep_temporaries
+from pipeline.storage.cache import open_cache
+from pipeline.storage.mirror import Mirror, mirror_of
 from trainer.batch import Batch, on_device
 from trainer.checkpoint import BackgroundWriter, check_finite, export_model, pack_training, save_state, snapshot
 from trainer.config import TrainConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
-from pipeline.storage import replace_file
+from pipeline.storage.atomic import replace_file
 from trainer.trackers import TensorBoard, Tracker, WandB, check_trackers, scalars_of
 
 METRICS_NAME = "metrics.jsonl"

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.cache import RemoteFile, prefetch
 from pipeline.decode import decode
 from pipeline.encoding import LabelRows
 from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
@@ -25,6 +24,7 @@ from pipeline.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
 from pipeline.sources import Source, SourceShard
+from pipeline.storage.cache import RemoteFile, prefetch
 from pipeline.views import draw_view, render, render_encoded, render_views
 from trainer.batch import Batch
 from trainer.order import Order, Share

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.storage import SAFE_NAME, pretty_json, read_json, replace_file
+from pipeline.storage.atomic import SAFE_NAME, pretty_json, read_json, replace_file
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_NAME = "wandb.json"

@@ -5,11 +5,11 @@ import time
 
 from pipeline.doctor.findings import Section
 from pipeline.errors import StorageError
-from pipeline.remote import file_system, read_url
-from pipeline.storage import temporary_name
+from pipeline.storage.atomic import temporary_name
+from pipeline.storage.remote import file_system, read_url
+from pipeline.storage.uploads import put_bytes
+from pipeline.storage.urls import check_url, is_web, join_url
 from pipeline.units import byte_size
-from pipeline.uploads import put_bytes
-from pipeline.urls import check_url, is_web, join_url
 
 TRIED_BYTES = 8 * 2**20
 

@@ -19,8 +19,8 @@ from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.packages import examine_packages
 from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
-from pipeline.staging import working_folder
-from pipeline.urls import is_url
+from pipeline.storage.staging import working_folder
+from pipeline.storage.urls import is_url
 
 LABELS_TIMEOUT_S = 900.0  # its images may have to be downloaded
 

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from label_sets import seal_again
 
 from pipeline.encoding import content_xxh3
-from pipeline.ids import sha256_json
 from pipeline.labels import (
     FOOTER_KEY,
     LabelRows,
@@ -28,7 +27,8 @@ from pipeline.labels import (
 )
 from pipeline.manifest import PLAN_NAME
 from pipeline.samples import keys_sha256
-from pipeline.storage import pretty_json
+from pipeline.storage.atomic import pretty_json
+from pipeline.storage.ids import sha256_json
 
 Change = Callable[[Path], Any]
 SAMPLES, LABELS = "samples/train-0.parquet", "labels/views-00000-00001/train-0.parquet"

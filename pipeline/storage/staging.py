@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from pipeline.urls import check_url, is_url, url_name
+from pipeline.storage.urls import check_url, is_url, url_name
 
 
 def working_folder(location: str) -> Path:

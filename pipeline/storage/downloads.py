@@ -11,9 +11,9 @@ import threading
 from pathlib import Path
 
 from pipeline.errors import RemoteFileCorrupt
-from pipeline.remote import Interrupted, Received, receive, retried
 from pipeline.repeats import warn_again
-from pipeline.storage import locked, make_folder, publish_partial, refusals_named
+from pipeline.storage.atomic import locked, make_folder, publish_partial, refusals_named
+from pipeline.storage.remote import Interrupted, Received, receive, retried
 
 log = logging.getLogger("deit_cli.downloads")
 

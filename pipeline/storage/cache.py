@@ -19,12 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from pipeline import remote
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, StorageError
 from pipeline.repeats import warn_again
-from pipeline.storage import TEMPORARY_PREFIX, locked, pretty_json, refusals_named, replace_file, sweep_temporaries
+from pipeline.storage import remote
+from pipeline.storage.atomic import (
+    TEMPORARY_PREFIX,
+    locked,
+    pretty_json,
+    refusals_named,
+    replace_file,
+    sweep_temporaries,
+)
+from pipeline.storage.urls import join_url, parent_url, url_name
 from pipeline.units import byte_size, parse_bytes
-from pipeline.urls import join_url, parent_url, url_name
 
 log = logging.getLogger("deit_cli.cache")
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError
-from pipeline.remote import (
+from pipeline.storage.atomic import refusals_named, sha256_file
+from pipeline.storage.remote import (
     Interrupted,
     file_system,
     info_of,
@@ -27,8 +28,7 @@ from pipeline.remote import (
     retried,
     status_of,
 )
-from pipeline.storage import refusals_named, sha256_file
-from pipeline.urls import check_url, is_web, url_name
+from pipeline.storage.urls import check_url, is_web, url_name
 
 log = logging.getLogger("deit_cli.uploads")
 

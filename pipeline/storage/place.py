@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from pipeline import uploads
-from pipeline.downloads import Stopped, download
 from pipeline.errors import LabelSetCorrupt, RemoteFileMissing
-from pipeline.remote import read_url
-from pipeline.storage import (
+from pipeline.storage import uploads
+from pipeline.storage.atomic import (
     MAX_JSON_BYTES,
     locked_folder,
     make_folder,
@@ -24,7 +22,9 @@ from pipeline.storage import (
     replace_file,
     sha256_file,
 )
-from pipeline.urls import check_url, is_url, join_url
+from pipeline.storage.downloads import Stopped, download
+from pipeline.storage.remote import read_url
+from pipeline.storage.urls import check_url, is_url, join_url
 
 BLOCK_BYTES = 1 << 20
 

@@ -24,8 +24,8 @@ from fsspec.config import conf
 
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
 from pipeline.repeats import warn_again
-from pipeline.storage import replace_file
-from pipeline.urls import EXTRAS, check_url, is_web
+from pipeline.storage.atomic import replace_file
+from pipeline.storage.urls import EXTRAS, check_url, is_web
 
 log = logging.getLogger("deit_cli.remote")
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline import remote
 from pipeline.errors import DeitCliError, StorageError, UsageError
 from pipeline.repeats import warn_again
-from pipeline.storage import MAX_JSON_BYTES, TEMPORARY_PREFIX, locked, pretty_json, refusals_named, replace_file
-from pipeline.uploads import put_file, update_url
-from pipeline.urls import is_url, is_web, join_url
+from pipeline.storage import remote
+from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, locked, pretty_json, refusals_named, replace_file
+from pipeline.storage.uploads import put_file, update_url
+from pipeline.storage.urls import is_url, is_web, join_url
 
 log = logging.getLogger("deit_cli.mirror")
 
