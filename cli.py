@@ -213,7 +213,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], log_json: Path | None,
     """
     config = TrainConfig(**values)
     chosen = chosen_recipe(recipe, overrides) if recipe is not None or overrides or recipe_fields() else None
-    from pipeline.ranks import rank_from
+    from pipeline.machine.ranks import rank_from
     from trainer.loop import train as run
     from trainer.pace import Step, summary
 
@@ -829,7 +829,7 @@ def export(
     """
     from pipeline.exporting import ExportConfig, export_labels
     from pipeline.labelset import LabelSet
-    from pipeline.loading import usable_cores
+    from pipeline.machine.loaders import usable_cores
 
     config = ExportConfig(
         views=views, pixels=pixels, encoding=encoding, workers=usable_cores() if workers is None else workers

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from rounds import Job, gpu_facts, machine
 
-from pipeline.loading import SHARED_MEMORY, Slots
-from pipeline.timing import steady_s
+from pipeline.machine.loaders import SHARED_MEMORY, Slots
+from pipeline.machine.timing import steady_s
 
 SIDE, COPIED_BYTES, VIEWS = 8192, 2**31, 256
 TOY_SIDE, TOY_BYTES = 256, 2**20

@@ -37,11 +37,11 @@ from rounds import Job, machine
 from safetensors.torch import load_file
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
-from pipeline.devices import resolve_device
 from pipeline.draws import stream_of
 from pipeline.errors import UsageError
 from pipeline.labelling import device_name
-from pipeline.loading import plan_workers
+from pipeline.machine.devices import resolve_device
+from pipeline.machine.loaders import plan_workers
 from pipeline.manifest import first_difference
 from pipeline.precompute import precompute
 from pipeline.recipe import load_recipe

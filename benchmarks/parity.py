@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.labelset import LabelSet
-from pipeline.loading import usable_cores
+from pipeline.machine.loaders import usable_cores
 from pipeline.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe, load_recipe

@@ -39,7 +39,7 @@ from torchvision.transforms import v2
 from pipeline import turbojpeg
 from pipeline import views as rendering
 from pipeline.decode import decode
-from pipeline.loading import Mapped, Slots, start_loader
+from pipeline.machine.loaders import Mapped, Slots, start_loader
 from pipeline.measuring import Head
 from pipeline.recipe import load_recipe
 from pipeline.rendering import Block, BlockRenderer, _IntoSlots, deal

@@ -18,7 +18,7 @@ import numpy as np
 from rounds import machine
 from torch import Tensor
 
-from pipeline.loading import PREFETCH, Mapped, Slots, _shared_pixels, checked, start_loader
+from pipeline.machine.loaders import PREFETCH, Mapped, Slots, _shared_pixels, checked, start_loader
 
 VIEWS, SIZE, WORKERS, BATCHES = 125, 224, 2, 40
 

@@ -38,11 +38,11 @@ from timm.task import DistillationTeacher, TokenDistillationTask
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.engines import load_here
-from pipeline.loading import usable_cores
+from pipeline.machine.loaders import usable_cores
+from pipeline.machine.timing import Work, row_s
 from pipeline.measuring import forward_flops
 from pipeline.precompute import precompute
 from pipeline.recipe import load_recipe
-from pipeline.timing import Work, row_s
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images, normalise
 from trainer.loop import Run

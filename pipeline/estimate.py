@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config import PrecomputeConfig
-from pipeline.loading import usable_cores
+from pipeline.machine.loaders import usable_cores
+from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.measuring import Rates
-from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.teacher import Teacher
 
 Limit = Literal["teacher", "rendering", "cores"]

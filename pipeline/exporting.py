@@ -22,9 +22,9 @@ from pipeline.encoding import LabelRows
 from pipeline.errors import DeitCliError, LabelSetMismatch, UsageError
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
-from pipeline.loading import Mapped, Whereabouts, checked, start_loader
+from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
+from pipeline.machine.progress import Progress, Tick
 from pipeline.mixing import apply_mix, mix_blocks
-from pipeline.progress import Progress, Tick
 from pipeline.recipe import Recipe
 from pipeline.rendering import Block, BlockRenderer
 from pipeline.replay import check_image, check_replay

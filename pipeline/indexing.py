@@ -14,9 +14,9 @@ from pipeline.decode import decode
 from pipeline.errors import BadImageError, SourceError
 from pipeline.labels import SampleRows, SamplesFooter, write_samples
 from pipeline.labelset import checked_samples
-from pipeline.loading import Mapped, Whereabouts, checked, start_loader
+from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
+from pipeline.machine.progress import Progress, Tick
 from pipeline.manifest import Plan, samples_path
-from pipeline.progress import Progress, Tick
 from pipeline.sources import Source
 from pipeline.storage.atomic import publish_file
 

@@ -15,9 +15,9 @@ from pipeline.drafts import LabelDraft, publish_draft
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.labels import SampleRows, read_all_views
 from pipeline.labelset import checked_labels_footer, checked_samples
-from pipeline.loading import Whereabouts
+from pipeline.machine.loaders import Whereabouts
+from pipeline.machine.progress import Report
 from pipeline.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
-from pipeline.progress import Report
 from pipeline.recipe import Recipe
 from pipeline.remedies import damaged_file, ended
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views

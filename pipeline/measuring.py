@@ -22,14 +22,14 @@ from pipeline.encoding import content_xxh3, encode_rows
 from pipeline.errors import BadImageError, SourceError, UsageError
 from pipeline.labelling import AHEAD
 from pipeline.labels import LabelsFooter, write_labels
+from pipeline.machine.progress import Tick
+from pipeline.machine.timing import median_s
 from pipeline.mixing import draw_mix, mix_batch
 from pipeline.precompute import precompute
-from pipeline.progress import Tick
 from pipeline.recipe import Recipe
 from pipeline.samples import Sample, ShardIndex, SourceShard
 from pipeline.sources import Source
 from pipeline.teacher import CPU_BATCH, Teacher, one_thread
-from pipeline.timing import median_s
 from pipeline.views import draw_view, render
 
 IMAGES = 64  # on which reading, decoding and rendering are timed, at most

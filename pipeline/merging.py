@@ -22,6 +22,8 @@ from pipeline.card import refresh_card
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, UsageError
 from pipeline.labels import Contents, SampleRows, read_all_views
 from pipeline.labelset import LabelSet, checked_labels_footer, checked_samples
+from pipeline.machine.progress import Progress
+from pipeline.machine.threads import Telling
 from pipeline.manifest import (
     PLAN_NAME,
     FileEntry,
@@ -34,13 +36,11 @@ from pipeline.manifest import (
     short,
 )
 from pipeline.outputs import check_theirs
-from pipeline.progress import Progress
 from pipeline.remedies import damaged_file
 from pipeline.sealing import check_untouched, claim, seal, sealed_manifest
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
 from pipeline.storage.cache import read_local
 from pipeline.storage.urls import is_url
-from pipeline.threads import Telling
 from pipeline.units import count
 
 log = logging.getLogger("deit_cli.merging")

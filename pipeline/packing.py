@@ -18,9 +18,9 @@ from pipeline.decode import JPEG_QUALITY, decode, shrink
 from pipeline.errors import BadImageError, LabelSetError, LabelSetMismatch, SourceError, UsageError
 from pipeline.labels import SampleRows
 from pipeline.labelset import checked_samples
-from pipeline.loading import Mapped, Whereabouts, checked, start_loader
+from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
+from pipeline.machine.progress import Progress, Tick
 from pipeline.manifest import IMAGES_FOLDER, Plan, images_path, samples_path
-from pipeline.progress import Progress, Tick
 from pipeline.samples import Sample, keys_sha256
 from pipeline.sealing import sealed_manifest
 from pipeline.sources import Source, SourceShard

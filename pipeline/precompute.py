@@ -21,12 +21,12 @@ from pipeline.indexing import index_samples
 from pipeline.labelling import Job, LabelTask, paths_of
 from pipeline.labels import MAX_TOPK, SampleRows
 from pipeline.labelset import LabelSet, record_of
+from pipeline.machine.progress import Progress, Tally
+from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.manifest import PLAN_NAME, Plan, SourceRecord, label_blocks, read_plan
 from pipeline.mixing import mix_batch
 from pipeline.outputs import commit, mirrored
 from pipeline.packing import Packing, check_packable, pack_images, plan_packing
-from pipeline.progress import Progress, Tally
-from pipeline.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.ray_engine import connect_ray, run_ray
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.sealing import check_untouched, claim, sealed_manifest

@@ -12,8 +12,8 @@ from pipeline.dispatch import TRIES, Dispatcher
 from pipeline.engines import load_same
 from pipeline.errors import DeitCliError, UsageError, WorkerError
 from pipeline.labelling import Job, LabelTask, label_shards
-from pipeline.progress import Report, Tally
-from pipeline.ranks import plan_loaders
+from pipeline.machine.progress import Report, Tally
+from pipeline.machine.ranks import plan_loaders
 from pipeline.repeats import hear, send_messages, warn_again
 from pipeline.teacher import Teacher
 

@@ -17,9 +17,9 @@ from pipeline.draws import stream_of
 from pipeline.errors import LabelSetCorrupt, LabelSetError, TeacherError
 from pipeline.labels import LabelRows, SampleRows
 from pipeline.labelset import LabelSet
+from pipeline.machine.progress import Progress, Tick
 from pipeline.manifest import first_difference, short
 from pipeline.mixing import Mix, mix_batch
-from pipeline.progress import Progress, Tick
 from pipeline.replay import pair_of, rendered_view
 from pipeline.sources import Source
 from pipeline.teacher import Teacher, one_thread

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.decode import decode
 from pipeline.errors import DeitCliError
 from pipeline.labels import SampleRows
-from pipeline.loading import Mapped, Slots, Whereabouts, checked, start_loader
+from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image

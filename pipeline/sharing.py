@@ -20,6 +20,7 @@ from typing import TypeVar, cast
 from pipeline.card import CARD_NAME
 from pipeline.errors import LabelSetMismatch, RemoteFileRefused, UsageError
 from pipeline.labelset import LabelSet
+from pipeline.machine.progress import Progress, Tick
 from pipeline.manifest import (
     IMAGES_FOLDER,
     MANIFEST_NAME,
@@ -33,7 +34,6 @@ from pipeline.manifest import (
     parse_plan,
     short,
 )
-from pipeline.progress import Progress, Tick
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.place import Folder, Place, Promise, open_place
 from pipeline.storage.uploads import refuse_web

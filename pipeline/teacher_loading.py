@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline.config import TeacherConfig
-from pipeline.devices import resolve_device
 from pipeline.errors import CheckpointError, TeacherError, UsageError
+from pipeline.machine.devices import resolve_device
 from pipeline.manifest import AnyTeacher, EnsembleIdentity, TeacherIdentity
 from pipeline.teacher import Network, Teacher
 from pipeline.tensors import check_size, read_hub_config, read_tensors

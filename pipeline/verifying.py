@@ -28,7 +28,9 @@ from pipeline.errors import (
 from pipeline.image_checks import check_images
 from pipeline.labels import Contents, read_all_views
 from pipeline.labelset import LabelSet, check_length, checked_labels_footer, checked_samples, fits_in_memory
-from pipeline.loading import usable_cores
+from pipeline.machine.loaders import usable_cores
+from pipeline.machine.progress import Progress
+from pipeline.machine.threads import Telling, in_threads
 from pipeline.manifest import (
     MANIFEST_NAME,
     MAX_FILE_BYTES,
@@ -44,7 +46,6 @@ from pipeline.manifest import (
     short,
 )
 from pipeline.pins import check_pin
-from pipeline.progress import Progress
 from pipeline.relabelling import relabel
 from pipeline.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, REMOTE_FILE, damaged_file, missing_file
 from pipeline.reports import Problem, Report
@@ -55,7 +56,6 @@ from pipeline.storage.cache import RemoteFolder, open_cache
 from pipeline.storage.remote import read_url, receive, retried
 from pipeline.storage.urls import is_url, join_url
 from pipeline.teacher_loading import load_teacher
-from pipeline.threads import Telling, in_threads
 from pipeline.units import count
 
 REMOTE_THREADS = 8  # they wait for a server most of the time

@@ -80,7 +80,7 @@ def test_a_stopped_demo_says_how_to_start_again(tmp_path, monkeypatch):
 def test_the_table_comes_after_the_last_line_of_progress(tmp_path):
     script = """
 import cli, trainer.demo
-from pipeline.progress import Tick
+from pipeline.machine.progress import Tick
 trainer.demo.run_demo = lambda *_, progress, **__: progress(Tick("label", 1, 2)) or "the table"
 cli.main()
 """

@@ -42,7 +42,7 @@ from label_sets import (
 from label_sets import make_label_set as made_by_stage_1
 from torch import nn
 
-from pipeline import drafts, labelling, loading, sealing
+from pipeline import drafts, labelling, sealing
 from pipeline import precompute as stage1
 from pipeline.errors import (
     DeitCliError,
@@ -55,6 +55,7 @@ from pipeline.errors import (
     WorkerError,
 )
 from pipeline.labelset import LabelSet
+from pipeline.machine import loaders as loading
 from pipeline.samples import ShardIndex, SourceShard
 from pipeline.sources import Source, open_source
 from pipeline.storage import atomic as storage

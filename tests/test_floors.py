@@ -17,10 +17,10 @@ ORDER = [
     "pipeline.storage.records", "pipeline.turbojpeg", "pipeline.decode", "pipeline.pages", "pipeline.encoding", "pipeline.labels",
     "pipeline.imported", "pipeline.manifest",
     "pipeline.samples", "pipeline.tar_writing", "pipeline.tar_source", "pipeline.parquet_source", "pipeline.sources",
-    "pipeline.devices", "pipeline.tensors", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset",
+    "pipeline.machine.devices", "pipeline.tensors", "pipeline.randaugment", "pipeline.views", "pipeline.mixing", "pipeline.labelset",
     "pipeline.replay",
-    "pipeline.loading", "pipeline.timing", "pipeline.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading",
-    "pipeline.progress", "pipeline.threads",
+    "pipeline.machine.loaders", "pipeline.machine.timing", "pipeline.machine.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading",
+    "pipeline.machine.progress", "pipeline.machine.threads",
     "pipeline.fkd", "pipeline.tinyvit", "pipeline.importing",
     "pipeline.drafts", "pipeline.indexing", "pipeline.sealing", "pipeline.outputs", "pipeline.packing", "pipeline.labelling",
     "pipeline.inspection", "pipeline.card", "pipeline.merging",
@@ -88,13 +88,13 @@ KEEPERS = {
     "huggingface_hub": {"pipeline.storage.uploads"},
     "matplotlib": {"pipeline.inspection", "trainer.demo"},
     "PIL": {"pipeline.decode", "pipeline.doctor.probing", "trainer.demo"},
-    "cv2": {"pipeline.randaugment", "pipeline.loading"},
+    "cv2": {"pipeline.randaugment", "pipeline.machine.loaders"},
     "ray": {"pipeline.ray_engine"},
     "model_signing": {"pipeline.signing"},
     "webdataset": {"trainer.demo"},
     "sklearn": {"trainer.demo"},
 }
-NO_TORCH = set(ORDER[: ORDER.index("pipeline.devices")]) | {"trainer.config", "trainer.order", "cli"}
+NO_TORCH = set(ORDER[: ORDER.index("pipeline.machine.devices")]) | {"trainer.config", "trainer.order", "cli"}
 
 
 def modules() -> dict[str, Path]:

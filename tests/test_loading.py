@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from builders import with_checkout
 
-from pipeline import loading
 from pipeline.errors import WorkerError
-from pipeline.loading import PREFETCH, Mapped, Slots, checked, start_loader
+from pipeline.machine import loaders as loading
+from pipeline.machine.loaders import PREFETCH, Mapped, Slots, checked, start_loader
 
 
 class Fill:
@@ -60,7 +60,7 @@ def test_too_little_shared_memory_is_said_before_a_process_dies_of_it(monkeypatc
 
 SCRIPT = """
 import os, signal, sys, time
-from pipeline.loading import Mapped, checked, start_loader
+from pipeline.machine.loaders import Mapped, checked, start_loader
 
 def slowly(item):
     time.sleep(0.05)
@@ -134,7 +134,7 @@ def test_ctrl_c_while_the_loaders_server_starts_does_not_reach_it():
     code = """
 import os, signal, time
 signal.signal(signal.SIGINT, lambda *_: None)
-from pipeline.loading import Mapped, start_loader
+from pipeline.machine.loaders import Mapped, start_loader
 if __name__ == "__main__":
     loader = start_loader(Mapped(abs, 2), workers=1)
     for _ in range(8):  # while it imports

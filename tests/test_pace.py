@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.progress import json_log
+from pipeline.machine.progress import json_log
 from trainer.metrics import MetricsLog
 from trainer.pace import SAY_EVERY_S, Pace, Step, left, now_and_then, place, rate, span, state, summary
 

@@ -8,7 +8,7 @@ from builders import make_labels, small_recipe, small_teacher, write_tars
 
 from pipeline.encoding import LOG8_STEP
 from pipeline.labelset import LabelSet
-from pipeline.loading import Mapped, start_loader
+from pipeline.machine.loaders import Mapped, start_loader
 from pipeline.sources import open_source
 from pipeline.teacher import Teacher
 from trainer.config import TrainConfig

@@ -22,9 +22,9 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.labelset import LabelSet
+from pipeline.machine.progress import Tick
 from pipeline.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.precompute import measure_accuracy, plan_work, precompute
-from pipeline.progress import Tick
 from pipeline.replay import check_replay
 from pipeline.sources import open_source
 from pipeline.views import draw_view, render

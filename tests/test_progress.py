@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import cli
-from pipeline import progress
 from pipeline.errors import StorageError, UsageError
-from pipeline.progress import Report, Tally, Tick, json_log, now_and_then, state
+from pipeline.machine import progress
+from pipeline.machine.progress import Report, Tally, Tick, json_log, now_and_then, state
 
 
 class Clock:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from builders import files_of, make_labels, small_recipe, small_teacher, write_tars
 
-from pipeline import ranks
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import UsageError
 from pipeline.labelling import LabelTask
+from pipeline.machine import ranks
+from pipeline.machine.ranks import Rank, plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.precompute import precompute
-from pipeline.ranks import Rank, plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.sources import open_source
 
 TASKS = [LabelTask(f"shard-{i}", range(view, view + 2)) for view in (0, 2) for i in range(5)]

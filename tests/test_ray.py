@@ -11,7 +11,7 @@ from builders import make_labels, named_files, teacher_of, write_tars
 
 from pipeline import ray_engine
 from pipeline.errors import TeacherError, WorkerError
-from pipeline.progress import Report
+from pipeline.machine.progress import Report
 from pipeline.ray_engine import plan_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")]

@@ -17,7 +17,7 @@ from pipeline import rendering
 from pipeline.decode import decode
 from pipeline.errors import LabelSetMismatch, WorkerError
 from pipeline.labels import SampleRows
-from pipeline.loading import Mapped, Whereabouts, checked, plan_workers, start_loader
+from pipeline.machine.loaders import Mapped, Whereabouts, checked, plan_workers, start_loader
 from pipeline.mixing import Mix, draw_mix, shard_pairs
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rendering import (
@@ -359,8 +359,8 @@ def test_cores_are_counted_where_the_system_knows_no_affinity(monkeypatch):
 @pytest.mark.parametrize(("moves", "hangs"), [(True, False), (False, True)])
 def test_a_loader_hangs_when_it_comes_to_no_other_image_and_not_when_a_batch_takes_long(monkeypatch, moves, hangs):
     clock = iter(range(0, 10_000, 5))
-    monkeypatch.setattr("pipeline.loading.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr("pipeline.loading.TIMEOUT_S", 60)
+    monkeypatch.setattr("pipeline.machine.loaders.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("pipeline.machine.loaders.TIMEOUT_S", 60)
     whereabouts = Whereabouts(1)
 
     class Slow:

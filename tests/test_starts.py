@@ -13,9 +13,9 @@ import torch
 from builders import before_update, interrupt, make_labels, small_recipe, write_tars
 from torch import nn
 
-from pipeline.devices import resolve_device
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.labelset import LabelSet
+from pipeline.machine.devices import resolve_device
 from trainer.checkpoint import export_model, load_state
 from trainer.config import TrainConfig
 from trainer.loop import train

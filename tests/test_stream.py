@@ -11,7 +11,7 @@ from builders import encoded, keys_decoded, make_labels, photo, small_recipe, wr
 from pipeline.decode import decode
 from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, SourceError
 from pipeline.labelset import LabelSet
-from pipeline.loading import Mapped, checked, start_loader
+from pipeline.machine.loaders import Mapped, checked, start_loader
 from pipeline.mixing import Mix, draw_mix, shard_pairs
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rendering import BlockRenderer, blocks_of, deal

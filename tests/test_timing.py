@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from pipeline.loading import one_core
-from pipeline.timing import ROWS, median_s, steady_s
+from pipeline.machine.loaders import one_core
+from pipeline.machine.timing import ROWS, median_s, steady_s
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.labelset import LabelSet
-from pipeline.ranks import Rank
+from pipeline.machine.ranks import Rank
 from pipeline.storage.atomic import pretty_json
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig

@@ -39,7 +39,7 @@ def say_counts() -> None:
 @contextmanager
 def shown_progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
     """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
-    from pipeline.progress import json_log
+    from pipeline.machine.progress import json_log
 
     with json_log(log_json) as write:
         try:
@@ -56,7 +56,7 @@ def shown_progress(log_json: Path | None = None) -> Iterator[Callable[[Any], Non
 
 @contextmanager
 def _lines() -> Iterator[Callable[[Any], None]]:
-    from pipeline.progress import now_and_then, say
+    from pipeline.machine.progress import now_and_then, say
     from trainer import pace
 
     say_step = pace.now_and_then()
@@ -82,7 +82,7 @@ def _bar() -> Iterator[Callable[[Any], None]]:
     from rich.live import Live
     from rich.text import Text
 
-    from pipeline.progress import state
+    from pipeline.machine.progress import state
     from trainer import pace
 
     columns = (

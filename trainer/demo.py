@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
-from pipeline.devices import resolve_device
 from pipeline.errors import StoppedError, UsageError
 from pipeline.labelset import LabelSet
+from pipeline.machine.devices import resolve_device
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.sources import open_source
 from pipeline.storage.atomic import refusals_named

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.devices import resolve_device
 from pipeline.errors import UsageError
 from pipeline.labelset import LabelSet
-from pipeline.loading import Mapped, checked, plan_workers, start_loader
+from pipeline.machine.devices import resolve_device
+from pipeline.machine.loaders import Mapped, checked, plan_workers, start_loader
 from pipeline.mixing import MixBatch, apply_mix
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay

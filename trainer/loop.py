@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.draws import stream_of
 from pipeline.errors import StoppedError, TrainingError, UsageError
-from pipeline.ranks import rank_from
+from pipeline.machine.ranks import rank_from
 from pipeline.recipe import Recipe
 from pipeline.sources import Source, open_source
 from pipeline.storage.atomic import replace_file, sweep_temporaries

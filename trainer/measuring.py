@@ -17,11 +17,11 @@ import torch
 
 from pipeline.decode import decode, decode_around, image_size
 from pipeline.labelset import LabelSet
-from pipeline.loading import PREFETCH, one_core, usable_cores
+from pipeline.machine.loaders import PREFETCH, one_core, usable_cores
+from pipeline.machine.timing import Work, median_s, steady_s, synchronise
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
 from pipeline.samples import Sample
-from pipeline.timing import Work, median_s, steady_s, synchronise
 from pipeline.units import count
 from pipeline.views import draw_view, render_encoded
 from trainer.batch import Batch

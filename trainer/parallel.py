@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.devices import resolve_device
 from pipeline.errors import UsageError, WorkerError
-from pipeline.loading import plan_workers
-from pipeline.ranks import Rank, plan_cores, plan_devices, rank_from
+from pipeline.machine.devices import resolve_device
+from pipeline.machine.loaders import plan_workers
+from pipeline.machine.ranks import Rank, plan_cores, plan_devices, rank_from
 from trainer.student import Heads, Student
 
 # How long a rank waits for the others. Evaluation, compilation and a slow file system may keep one of them; torch's own

@@ -19,7 +19,7 @@ from pipeline.encoding import LabelRows
 from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
-from pipeline.loading import Mapped, Slots, Whereabouts, checked, start_loader
+from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
@@ -208,7 +208,7 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """Render batches in loader processes and yield them in order.
 
-    Their images lie in shared memory that is used over and over (see `pipeline.loading.Slots`): those of a batch are
+    Their images lie in shared memory that is used over and over (see `pipeline.machine.loaders.Slots`): those of a batch are
     another one's when, after it, more than `held` further batches have been asked for.
 
     Args:

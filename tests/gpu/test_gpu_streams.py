@@ -11,7 +11,7 @@ from on_gpu import CNN, busy, labels_of, load, run_config, views_in
 from torch import Tensor
 
 from pipeline.labelling import AHEAD, _Desk
-from pipeline.loading import PREFETCH, Slots
+from pipeline.machine.loaders import PREFETCH, Slots
 from pipeline.mixing import MixBatch
 from pipeline.sources import open_source
 from pipeline.teacher import Pending

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
-from pipeline.progress import Progress, Tick
+from pipeline.machine.progress import Progress, Tick
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

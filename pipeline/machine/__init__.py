@@ -1,0 +1,1 @@
+"""The machine: loader processes, shares of the work, progress, times."""
