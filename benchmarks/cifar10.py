@@ -39,13 +39,13 @@ from safetensors.torch import load_file
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.draws import stream_of
 from pipeline.errors import UsageError
+from pipeline.images.source import open_source
 from pipeline.labelling import device_name
 from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import plan_workers
 from pipeline.manifest import first_difference
 from pipeline.precompute import precompute
 from pipeline.recipe import load_recipe
-from pipeline.sources import open_source
 from pipeline.storage.atomic import pretty_json, read_json, replace_file
 from pipeline.teacher import Answer, Teacher
 from pipeline.teacher_loading import load_teacher

@@ -28,10 +28,10 @@ from rounds import machine
 from pipeline.config import Precision
 from pipeline.drafts import LabelDraft, publish_draft
 from pipeline.encoding import encode_rows
+from pipeline.images.samples import keys_sha256
 from pipeline.labels import SampleRows, SamplesFooter, write_samples
 from pipeline.labelset import LabelSet
 from pipeline.manifest import Plan, ShardRecord, SourceRecord, samples_path
-from pipeline.samples import keys_sha256
 from pipeline.sealing import claim, seal
 from pipeline.storage.atomic import publish_file
 

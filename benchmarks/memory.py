@@ -33,7 +33,7 @@ from pathlib import Path
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.precompute import precompute
 from pipeline.recipe import load_recipe
-from pipeline.sources import open_source
+from pipeline.images.source import open_source
 from pipeline.teacher_loading import load_teacher
 if __name__ == "__main__":
     data, out, views, block = sys.argv[1:]

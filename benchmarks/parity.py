@@ -27,12 +27,12 @@ from rounds import Job
 from torch import Tensor, nn
 
 from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
+from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import usable_cores
 from pipeline.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.sources import Source, open_source
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import load_teacher
 from trainer.config import TrainConfig

@@ -36,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.engines import limit
+from pipeline.images.source import Source, open_source
 from pipeline.indexing import scan_shard
 from pipeline.labelling import AHEAD, device_name
 from pipeline.machine.loaders import Whereabouts, usable_cores
@@ -45,7 +46,6 @@ from pipeline.measuring import forward_flops, measure_rates, measure_together
 from pipeline.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
-from pipeline.sources import Source, open_source
 from pipeline.teacher import Teacher, one_thread
 from pipeline.teacher_loading import load_teacher
 

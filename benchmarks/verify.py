@@ -26,13 +26,13 @@ from rounds import machine
 from pipeline.config import VerifyConfig
 from pipeline.encoding import content_xxh3, encode_rows
 from pipeline.image_checks import compare_images
+from pipeline.images.source import Source, open_source
 from pipeline.labels import LabelsFooter, SampleRows, SamplesFooter, write_labels, write_samples
 from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import Plan, TeacherIdentity, labels_path, samples_path
 from pipeline.recipe import load_recipe
 from pipeline.reports import Report
 from pipeline.sealing import claim, seal
-from pipeline.sources import Source, open_source
 from pipeline.storage.atomic import publish_file
 from pipeline.verifying import verify
 

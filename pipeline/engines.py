@@ -17,12 +17,12 @@ from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.crash import CRASHED, Crash, crash_of
 from pipeline.dispatch import TRIES, Dispatcher
 from pipeline.errors import DeitCliError, TeacherError, WorkerError
+from pipeline.images.source import Source, open_source
 from pipeline.labelling import Job, LabelTask, label_shards
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, rank_from
 from pipeline.repeats import hear, send_messages, warn_again
-from pipeline.sources import Source, open_source
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import load_teacher
 

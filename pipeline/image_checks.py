@@ -8,6 +8,7 @@ import xxhash
 from pipeline.comparing import Comparison, Listing, compare_names
 from pipeline.config import VerifyConfig
 from pipeline.errors import DeitCliError, SourceError
+from pipeline.images.source import Source
 from pipeline.labelset import LabelSet
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling, in_threads
@@ -15,7 +16,6 @@ from pipeline.manifest import MANIFEST_NAME
 from pipeline.remedies import DAMAGED_MANIFEST
 from pipeline.replay import compare_probes
 from pipeline.reports import Problem, Report
-from pipeline.sources import Source
 
 OTHER_DATA = "Pass the --data that was labelled, or mend this copy"
 OTHER_IMAGES = "Its labels are of other images than those in it: get the damaged files again, or ask whoever made it"

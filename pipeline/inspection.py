@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from pipeline.encoding import LabelRows
 from pipeline.errors import LabelSetCorrupt, LabelSetError
+from pipeline.images.source import Source
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.pins import pin_of
 from pipeline.replay import pair_of, rendered_view
-from pipeline.sources import Source
 from pipeline.storage.atomic import replace_file
 
 MAX_ROWS = (

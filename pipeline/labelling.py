@@ -13,6 +13,7 @@ import torch
 from pipeline.config import PrecomputeConfig
 from pipeline.drafts import LabelDraft, publish_draft
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
+from pipeline.images.source import Source
 from pipeline.labels import SampleRows, read_all_views
 from pipeline.labelset import checked_labels_footer, checked_samples
 from pipeline.machine.loaders import Whereabouts
@@ -22,7 +23,6 @@ from pipeline.recipe import Recipe
 from pipeline.remedies import damaged_file, ended
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
 from pipeline.replay import compare_probes
-from pipeline.sources import Source
 from pipeline.teacher import Answer, Pending, Teacher, one_thread
 
 log = logging.getLogger("deit_cli.labelling")

@@ -25,6 +25,9 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
+from pipeline.images.samples import check_name, keys_sha256
+from pipeline.images.source import Source, open_source
+from pipeline.images.tars import TarShard
 from pipeline.imported import IMPORT_NAME, refusal
 from pipeline.labels import (
     Contents,
@@ -52,14 +55,11 @@ from pipeline.manifest import (
 from pipeline.pins import check_pin
 from pipeline.recipe import Recipe
 from pipeline.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
-from pipeline.samples import check_name, keys_sha256
-from pipeline.sources import Source, open_source
 from pipeline.storage.atomic import MAX_JSON_BYTES, load_json, read_small, refusals_named
 from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
 from pipeline.storage.ids import canonical_json
 from pipeline.storage.remote import read_url
 from pipeline.storage.urls import is_url, join_url
-from pipeline.tar_source import TarShard
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 

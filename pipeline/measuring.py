@@ -17,9 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import MAX_VIEW, Precision, PrecomputeConfig
-from pipeline.decode import decode
 from pipeline.encoding import content_xxh3, encode_rows
 from pipeline.errors import BadImageError, SourceError, UsageError
+from pipeline.images.decode import decode
+from pipeline.images.samples import Sample, ShardIndex, SourceShard
+from pipeline.images.source import Source
 from pipeline.labelling import AHEAD
 from pipeline.labels import LabelsFooter, write_labels
 from pipeline.machine.progress import Tick
@@ -27,8 +29,6 @@ from pipeline.machine.timing import median_s
 from pipeline.mixing import draw_mix, mix_batch
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe
-from pipeline.samples import Sample, ShardIndex, SourceShard
-from pipeline.sources import Source
 from pipeline.teacher import CPU_BATCH, Teacher, one_thread
 from pipeline.views import draw_view, render
 

@@ -14,19 +14,19 @@ from pathlib import Path
 import xxhash
 
 from pipeline.config import ORIGINAL, BadImagePolicy
-from pipeline.decode import JPEG_QUALITY, decode, shrink
 from pipeline.errors import BadImageError, LabelSetError, LabelSetMismatch, SourceError, UsageError
+from pipeline.images.decode import JPEG_QUALITY, decode, shrink
+from pipeline.images.samples import Sample, keys_sha256
+from pipeline.images.source import Source, SourceShard
+from pipeline.images.tar_archive import check_member_key, member_extension, read_comment, write_tar
+from pipeline.images.tars import TarShard
 from pipeline.labels import SampleRows
 from pipeline.labelset import checked_samples
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
 from pipeline.machine.progress import Progress, Tick
 from pipeline.manifest import IMAGES_FOLDER, Plan, images_path, samples_path
-from pipeline.samples import Sample, keys_sha256
 from pipeline.sealing import sealed_manifest
-from pipeline.sources import Source, SourceShard
 from pipeline.storage.atomic import publish_file, refusals_named, sha256_file
-from pipeline.tar_source import TarShard
-from pipeline.tar_writing import check_member_key, member_extension, read_comment, write_tar
 
 log = logging.getLogger("deit_cli.packing")
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from pipeline.card import refresh_card
 from pipeline.config import PrecomputeConfig
-from pipeline.decode import decode
 from pipeline.encoding import label_bytes
 from pipeline.engines import limit, run_here, run_processes
 from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, UsageError
+from pipeline.images.decode import decode
+from pipeline.images.source import Sample, Source
 from pipeline.indexing import index_samples
 from pipeline.labelling import Job, LabelTask, paths_of
 from pipeline.labels import MAX_TOPK, SampleRows
@@ -30,7 +31,6 @@ from pipeline.packing import Packing, check_packable, pack_images, plan_packing
 from pipeline.ray_engine import connect_ray, run_ray
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.sealing import check_untouched, claim, sealed_manifest
-from pipeline.sources import Sample, Source
 from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
 from pipeline.storage.mirror import Mirror
 from pipeline.teacher import Teacher, check_classes

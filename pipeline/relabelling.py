@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from pipeline.draws import stream_of
 from pipeline.errors import LabelSetCorrupt, LabelSetError, TeacherError
+from pipeline.images.source import Source
 from pipeline.labels import LabelRows, SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.machine.progress import Progress, Tick
 from pipeline.manifest import first_difference, short
 from pipeline.mixing import Mix, mix_batch
 from pipeline.replay import pair_of, rendered_view
-from pipeline.sources import Source
 from pipeline.teacher import Teacher, one_thread
 from pipeline.units import count
 

@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.decode import decode
 from pipeline.errors import DeitCliError
+from pipeline.images.decode import decode
+from pipeline.images.source import Source
 from pipeline.labels import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
-from pipeline.sources import Source
 from pipeline.views import draw_view, render, render_encoded, render_views
 
 # What one process holds of a block between its views: decoded images, or their views where these are smaller. A block

@@ -13,15 +13,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.decode import decode
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
+from pipeline.images.decode import decode
+from pipeline.images.source import Sample, Source
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.manifest import Probe
 from pipeline.mixing import Mix, draw_mix, shard_pairs
 from pipeline.recipe import Recipe
 from pipeline.repeats import warn_again
-from pipeline.sources import Sample, Source
 from pipeline.views import draw_view, render
 
 log = logging.getLogger("deit_cli.replay")

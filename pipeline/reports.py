@@ -8,11 +8,11 @@ from typing import Any
 
 from pipeline.comparing import Differences
 from pipeline.errors import DeitCliError, UsageError
+from pipeline.images.source import Source
 from pipeline.labelset import LabelSet
 from pipeline.pins import pin_of
 from pipeline.relabelling import Relabelled
 from pipeline.remedies import ended
-from pipeline.sources import Source
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from timm.models import load_state_dict
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.samples import CONTROL_CHARACTERS
+from pipeline.images.samples import CONTROL_CHARACTERS
 from pipeline.storage.atomic import read_json
 
 SMALL = (

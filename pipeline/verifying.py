@@ -26,6 +26,7 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.image_checks import check_images
+from pipeline.images.source import Source
 from pipeline.labels import Contents, read_all_views
 from pipeline.labelset import LabelSet, check_length, checked_labels_footer, checked_samples, fits_in_memory
 from pipeline.machine.loaders import usable_cores
@@ -50,7 +51,6 @@ from pipeline.relabelling import relabel
 from pipeline.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, REMOTE_FILE, damaged_file, missing_file
 from pipeline.reports import Problem, Report
 from pipeline.signing import SIGNATURE_NAME, check_signature
-from pipeline.sources import Source
 from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named
 from pipeline.storage.cache import RemoteFolder, open_cache
 from pipeline.storage.remote import read_url, receive, retried

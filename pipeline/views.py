@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.decode import decode, decode_around, image_size
 from pipeline.draws import Draws, draws_for, noise_levels
+from pipeline.images.decode import decode, decode_around, image_size
 from pipeline.randaugment import INCREASING, PLAIN, Pixels, apply_op, mirror, op_argument
 from pipeline.recipe import Box, RandAugment, Recipe
 

@@ -17,11 +17,11 @@ from webdataset.writer import TarWriter
 
 from pipeline import rendering, views
 from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
+from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.manifest import TeacherIdentity
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.sources import Source, open_source
 from pipeline.teacher import Network, Teacher
 from pipeline.teacher_loading import load_teacher
 from pipeline.views import render_views

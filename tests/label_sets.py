@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config import PrecomputeConfig, VerifyConfig
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.manifest import TeacherIdentity
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe
-from pipeline.sources import open_source
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import sha256_json
 from pipeline.teacher import Teacher

@@ -16,11 +16,11 @@ from builders import teacher_from
 from label_sets import CLASSES, MeanColour, config_of, write_tar
 
 from pipeline.encoding import LabelRows
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
 from pipeline.precompute import precompute
 from pipeline.recipe import Recipe
-from pipeline.sources import open_source
 from pipeline.storage.atomic import pretty_json, replace_file, sha256_file
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import weights_sha256

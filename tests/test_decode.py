@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.decode import MAX_PIXELS, decode, image_size
 from pipeline.errors import BadImageError
+from pipeline.images.decode import MAX_PIXELS, decode, image_size
 
 
 def picture(height: int = 48, width: int = 70) -> Image.Image:

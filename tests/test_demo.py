@@ -11,10 +11,10 @@ from builders import with_checkout
 from label_sets import problems_in
 
 from pipeline.errors import StoppedError, StorageError, UsageError
+from pipeline.images.source import open_source
 from pipeline.inspection import contact_sheet
 from pipeline.labelset import LabelSet
 from pipeline.precompute import precompute
-from pipeline.sources import open_source
 from pipeline.teacher_loading import load_teacher
 from trainer.demo import TITLES, draw_results, run_demo, three_seeds_top1, write_digits
 from trainer.metrics import MetricsLog

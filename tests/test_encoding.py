@@ -25,9 +25,9 @@ from pipeline.encoding import (
     to_codes,
 )
 from pipeline.errors import LabelSetCorrupt
+from pipeline.images.source import open_source
 from pipeline.labels import Contents, labels_schema, read_view
 from pipeline.labelset import LabelSet
-from pipeline.sources import open_source
 
 
 def slow_codes(prob: list[float], tail: float, num_classes: int) -> list[int]:

@@ -17,11 +17,11 @@ from torch import nn
 from torchvision.transforms import Normalize
 from webdataset.writer import TarWriter
 
-from pipeline.decode import decode
 from pipeline.errors import BadImageError, CheckpointError, LabelSetMismatch, UsageError
+from pipeline.images.decode import decode
+from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
-from pipeline.sources import Source, open_source
 from pipeline.views import draw_view, render
 from trainer import student as student_module
 from trainer.checkpoint import export_model

@@ -18,13 +18,13 @@ from PIL import Image
 from test_cli import invoke
 
 from pipeline import exporting
-from pipeline.decode import decode
 from pipeline.errors import LabelSetMismatch, UsageError
 from pipeline.exporting import ExportConfig, export_labels
+from pipeline.images.decode import decode
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.mixing import apply_mix, mix_batch
 from pipeline.replay import pair_of
-from pipeline.sources import open_source
 from pipeline.views import draw_view, render
 
 ROOT = Path(__file__).parent.parent

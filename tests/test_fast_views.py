@@ -8,7 +8,7 @@ import pytest
 from builders import photo, shared_data
 from plain_views import grey, operate, render_plainly, warped
 
-from pipeline.decode import decode
+from pipeline.images.decode import decode
 from pipeline.randaugment import INCREASING, PLAIN, _grey, apply_op, mirror, op_argument
 from pipeline.recipe import load_recipe
 from pipeline.views import View, draw_view, render

@@ -54,10 +54,10 @@ from pipeline.errors import (
     TeacherError,
     WorkerError,
 )
+from pipeline.images.samples import ShardIndex, SourceShard
+from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine import loaders as loading
-from pipeline.samples import ShardIndex, SourceShard
-from pipeline.sources import Source, open_source
 from pipeline.storage import atomic as storage
 from pipeline.teacher import Teacher
 

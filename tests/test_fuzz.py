@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from label_sets import coloured_png, make_label_set, read_everything, seal_again, write_source
 
 from pipeline.errors import DeitCliError
+from pipeline.images.source import open_source
 from pipeline.inspection import summarise
 from pipeline.labels import Contents, read_all_views, read_samples
 from pipeline.labelset import LabelSet
 from pipeline.manifest import parse_manifest, parse_plan
 from pipeline.pages import Chunk, largest_page
-from pipeline.sources import open_source
 
 pytestmark = pytest.mark.slow
 GROWTH_MIB = 600  # of this process over all examples of a test

@@ -17,13 +17,13 @@ from matplotlib.text import Text
 from PIL import Image
 
 from pipeline import inspection
-from pipeline.decode import decode
 from pipeline.errors import LabelSetMismatch
+from pipeline.images.decode import decode
+from pipeline.images.source import open_source
 from pipeline.inspection import _tile, contact_sheet, summarise
 from pipeline.labelset import LabelSet
 from pipeline.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.recipe import load_recipe
-from pipeline.sources import open_source
 from pipeline.views import draw_view, render
 
 SIZES = (13, 10)

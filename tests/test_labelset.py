@@ -41,6 +41,7 @@ from pipeline.errors import (
     TeacherError,
     UsageError,
 )
+from pipeline.images.source import open_source
 from pipeline.labels import (
     LabelsFooter,
     read_all_views,
@@ -53,7 +54,6 @@ from pipeline.labels import (
 from pipeline.labelset import LabelSet, record_of
 from pipeline.precompute import plan_work
 from pipeline.recipe import Recipe
-from pipeline.sources import open_source
 
 FIRST = "labels/views-00000-00001/train-0.parquet"
 SECOND = "labels/views-00000-00001/train-1.parquet"

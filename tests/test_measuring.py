@@ -13,8 +13,8 @@ from torch import nn
 from pipeline import measuring
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import SourceError, UsageError
+from pipeline.images.source import open_source
 from pipeline.measuring import Rates, forward_flops, measure_rates, measure_together, training_step_s
-from pipeline.sources import open_source
 
 CPU = torch.device("cpu")
 

@@ -29,12 +29,12 @@ from pipeline import labelling
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, UsageError
 from pipeline.extending import extension
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.manifest import label_blocks
 from pipeline.merging import merge, merged_lines
 from pipeline.precompute import precompute
 from pipeline.sharing import pull
-from pipeline.sources import open_source
 
 SETTINGS: dict[str, Any] = {"views": (0, 4), "views_per_shard": 2}
 

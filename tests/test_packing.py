@@ -22,12 +22,12 @@ from web_server import web_server
 
 from pipeline import packing as packing_module
 from pipeline.config import PrecomputeConfig
-from pipeline.decode import decode
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, SourceError, UsageError
+from pipeline.images.decode import decode
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.packing import Packing
 from pipeline.replay import check_replay
-from pipeline.sources import open_source
 from pipeline.storage.cache import ShardCache
 
 NAMES = ("ant", "bee")

@@ -7,9 +7,9 @@ import torch
 from builders import make_labels, small_recipe, small_teacher, write_tars
 
 from pipeline.encoding import LOG8_STEP
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, start_loader
-from pipeline.sources import open_source
 from pipeline.teacher import Teacher
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images, normalise

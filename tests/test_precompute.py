@@ -12,7 +12,6 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from pipeline.config import PrecomputeConfig
-from pipeline.decode import decode
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetMismatch,
@@ -21,12 +20,13 @@ from pipeline.errors import (
     TeacherError,
     UsageError,
 )
+from pipeline.images.decode import decode
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.progress import Tick
 from pipeline.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.precompute import measure_accuracy, plan_work, precompute
 from pipeline.replay import check_replay
-from pipeline.sources import open_source
 from pipeline.views import draw_view, render
 
 

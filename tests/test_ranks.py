@@ -11,11 +11,11 @@ from builders import files_of, make_labels, small_recipe, small_teacher, write_t
 
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import UsageError
+from pipeline.images.source import open_source
 from pipeline.labelling import LabelTask
 from pipeline.machine import ranks
 from pipeline.machine.ranks import Rank, plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.precompute import precompute
-from pipeline.sources import open_source
 
 TASKS = [LabelTask(f"shard-{i}", range(view, view + 2)) for view in (0, 2) for i in range(5)]
 SETTINGS: dict[str, Any] = {"views": (0, 6), "views_per_shard": 2, "workers": 0, "accuracy_samples": 0}

@@ -21,9 +21,9 @@ from web_server import web_server
 
 import cli
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetIncomplete, LabelSetMismatch, SourceError
+from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet, record_of
 from pipeline.replay import check_replay
-from pipeline.sources import Source, open_source
 from pipeline.storage import remote
 from pipeline.storage.cache import RemoteFile, ShardCache, prefetch
 from trainer.config import TrainConfig

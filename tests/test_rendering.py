@@ -14,8 +14,9 @@ import xxhash
 from builders import encoded, keys_decoded, photo, small_recipe, write_tars
 
 from pipeline import rendering
-from pipeline.decode import decode
 from pipeline.errors import LabelSetMismatch, WorkerError
+from pipeline.images.decode import decode
+from pipeline.images.source import Source, open_source
 from pipeline.labels import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, plan_workers, start_loader
 from pipeline.mixing import Mix, draw_mix, shard_pairs
@@ -30,7 +31,6 @@ from pipeline.rendering import (
     stream_views,
     views_at_once,
 )
-from pipeline.sources import Source, open_source
 from pipeline.views import draw_view, render
 
 VIEWS = range(4)  # one pairing of three views, and the first view of the next

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from pipeline import parquet_source, sources
 from pipeline.errors import SourceError
-from pipeline.parquet_source import RowGroupCache
-from pipeline.samples import Sample
-from pipeline.sources import Source, open_source
+from pipeline.images import parquet as parquet_source
+from pipeline.images import source as sources
+from pipeline.images.parquet import RowGroupCache
+from pipeline.images.samples import Sample
+from pipeline.images.source import Source, open_source
 
 BLOCK = 512
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from builders import encoded, keys_decoded, make_labels, photo, small_recipe, write_tars
 
-from pipeline.decode import decode
 from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, SourceError
+from pipeline.images.decode import decode
+from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, checked, start_loader
 from pipeline.mixing import Mix, draw_mix, shard_pairs
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rendering import BlockRenderer, blocks_of, deal
-from pipeline.sources import Source, open_source
 from pipeline.views import draw_view, render
 from trainer import stream
 from trainer.order import Order, count_units

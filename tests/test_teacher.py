@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError, UsageError
+from pipeline.images.source import open_source
 from pipeline.mixing import MixBatch, apply_mix, draw_mix, mix_batch
-from pipeline.sources import open_source
 from pipeline.teacher import Answer, Teacher, check_classes, one_thread
 from pipeline.teacher_loading import DEIT_TEACHERS, weights_sha256
 

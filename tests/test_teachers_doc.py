@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 import cli
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
-from pipeline.sources import open_source
 from pipeline.teacher_loading import DEIT_TEACHERS, FUNCTION_DEFAULTS
 
 PAGE = (Path(__file__).parent.parent / "docs/teachers.md").read_text()

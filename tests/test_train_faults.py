@@ -32,8 +32,8 @@ from pipeline.errors import (
     StoppedError,
     UsageError,
 )
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
-from pipeline.sources import open_source
 from trainer import loop
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig

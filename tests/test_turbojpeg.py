@@ -9,9 +9,9 @@ import pytest
 from builders import encoded, photo, shared_data
 from PIL import Image
 
-from pipeline import turbojpeg
-from pipeline.decode import decode, decode_around
 from pipeline.errors import BadImageError
+from pipeline.images import turbojpeg
+from pipeline.images.decode import decode, decode_around
 from pipeline.recipe import load_recipe
 from pipeline.views import draw_view, render, render_encoded
 
@@ -93,7 +93,7 @@ def test_views_of_photographs_are_those_of_the_whole_images(installed, monkeypat
         regions.append(decode_region(*args))
         return regions[-1]
 
-    monkeypatch.setattr("pipeline.decode.decode_region", counted)
+    monkeypatch.setattr("pipeline.images.decode.decode_region", counted)
     with tarfile.open(next(shared_data("imagenet-sample").glob("*.tar"))) as tar:
         images = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")][:60]  # pyright: ignore[reportOptionalMemberAccess]
     for number, image in enumerate(images):

@@ -304,8 +304,8 @@ def test_an_equal_copy_is_said_to_be_one(made, tmp_path):
 
 def test_one_changed_image_is_refused_in_training_with_the_way_to_find_all(made, tmp_path):
     from pipeline.errors import LabelSetMismatch
+    from pipeline.images.source import open_source
     from pipeline.replay import check_image
-    from pipeline.sources import open_source
 
     source = open_source(copy_of(tmp_path / "copy", "image"))
     label_set = LabelSet.open(made)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.errors import StoppedError, UsageError
+from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.devices import resolve_device
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.sources import open_source
 from pipeline.storage.atomic import refusals_named
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint

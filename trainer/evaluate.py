@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
+from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import Mapped, checked, plan_workers, start_loader
 from pipeline.mixing import MixBatch, apply_mix
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay
-from pipeline.sources import Source, open_source
 from pipeline.weights import weights_here
 from trainer.batch import Batch
 from trainer.config import AmpDtype

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pipeline.draws import stream_of
 from pipeline.errors import StoppedError, TrainingError, UsageError
+from pipeline.images.source import Source, open_source
 from pipeline.machine.ranks import rank_from
 from pipeline.recipe import Recipe
-from pipeline.sources import Source, open_source
 from pipeline.storage.atomic import replace_file, sweep_temporaries
 from pipeline.storage.cache import open_cache
 from pipeline.storage.mirror import Mirror, mirror_of

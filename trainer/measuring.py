@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.decode import decode, decode_around, image_size
+from pipeline.images.decode import decode, decode_around, image_size
+from pipeline.images.samples import Sample
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import PREFETCH, one_core, usable_cores
 from pipeline.machine.timing import Work, median_s, steady_s, synchronise
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
-from pipeline.samples import Sample
 from pipeline.units import count
 from pipeline.views import draw_view, render_encoded
 from trainer.batch import Batch

@@ -14,16 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.decode import decode
 from pipeline.encoding import LabelRows
 from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
+from pipeline.images.decode import decode
+from pipeline.images.source import Source, SourceShard
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
 from pipeline.recipe import Recipe
 from pipeline.replay import check_image
-from pipeline.sources import Source, SourceShard
 from pipeline.storage.cache import RemoteFile, prefetch
 from pipeline.views import draw_view, render, render_encoded, render_views
 from trainer.batch import Batch

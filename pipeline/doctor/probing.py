@@ -174,8 +174,8 @@ def compare_decoders() -> dict[str, Any]:
     import simplejpeg
     from PIL import Image, features
 
-    from pipeline import turbojpeg
-    from pipeline.decode import decode
+    from pipeline.images import turbojpeg
+    from pipeline.images.decode import decode
 
     y, x = np.mgrid[0:208, 0:256]
     smooth = [127 + 60 * np.sin(x / 9 + c) + 60 * np.cos(y / 7 - c) for c in range(3)]

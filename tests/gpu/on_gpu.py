@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import Dtype, TeacherConfig
+from pipeline.images.source import Source
 from pipeline.labelset import LabelSet
 from pipeline.manifest import TeacherIdentity
 from pipeline.mixing import apply_mix
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal
-from pipeline.sources import Source
 from pipeline.teacher import Answer, Network, Teacher
 from pipeline.teacher_loading import load_teacher, weights_sha256
 from trainer.checkpoint import load_state

@@ -10,10 +10,10 @@ import torch
 from on_gpu import CNN, busy, labels_of, load, run_config, views_in
 from torch import Tensor
 
+from pipeline.images.source import open_source
 from pipeline.labelling import AHEAD, _Desk
 from pipeline.machine.loaders import PREFETCH, Slots
 from pipeline.mixing import MixBatch
-from pipeline.sources import open_source
 from pipeline.teacher import Pending
 from trainer import loop
 from trainer.batch import Batch, on_device

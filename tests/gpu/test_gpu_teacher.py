@@ -15,9 +15,9 @@ from on_gpu import busy, columns, labels_of, load, mixed, same_bits, teacher_of_
 from torch import Tensor, nn
 
 from pipeline.errors import NonFiniteTeacherError
+from pipeline.images.source import open_source
 from pipeline.labelling import AHEAD
 from pipeline.mixing import MixBatch, draw_mix, mix_batch
-from pipeline.sources import open_source
 from pipeline.teacher import Teacher
 
 pytestmark = pytest.mark.gpu

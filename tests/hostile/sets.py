@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from label_sets import seal_again
 
 from pipeline.encoding import content_xxh3
+from pipeline.images.samples import keys_sha256
 from pipeline.labels import (
     FOOTER_KEY,
     LabelRows,
@@ -26,7 +27,6 @@ from pipeline.labels import (
     write_samples,
 )
 from pipeline.manifest import PLAN_NAME
-from pipeline.samples import keys_sha256
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import sha256_json
 

@@ -6,12 +6,12 @@ import torch
 from label_sets import RECIPE, colour_teacher, config_of, read_everything
 
 from pipeline.config import TeacherConfig, VerifyConfig
-from pipeline.decode import decode
 from pipeline.errors import LabelSetError
+from pipeline.images.decode import decode
+from pipeline.images.source import open_source
 from pipeline.inspection import summarise
 from pipeline.labelset import LabelSet
 from pipeline.precompute import precompute
-from pipeline.sources import open_source
 from pipeline.teacher_loading import load_teacher
 from pipeline.verifying import verify
 from trainer.checkpoint import load_state

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from braceexpand import braceexpand  # webdataset's own; through webdataset it would import torch (7 s)
 
 from pipeline.errors import SourceError
-from pipeline.parquet_source import open_parquets
-from pipeline.samples import (
+from pipeline.images.parquet import open_parquets
+from pipeline.images.samples import (
     IMAGE_EXTENSIONS,
     Sample,
     ShardIndex,
@@ -29,11 +29,11 @@ from pipeline.samples import (
     keys_sha256,
     reading,
 )
+from pipeline.images.tars import open_tars
 from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_cache
 from pipeline.storage.ids import sha256_json
 from pipeline.storage.remote import list_url
 from pipeline.storage.urls import check_url, is_url
-from pipeline.tar_source import open_tars
 
 __all__ = ["Sample", "Source", "SourceShard", "open_source"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import RemoteFileMissing, RemoteFileRefused, SourceError
-from pipeline.samples import (
+from pipeline.images.samples import (
     IMAGE_EXTENSIONS,
     ShardIndex,
     SourceShard,

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.errors import RemoteFileMissing, SourceError, StorageError
-from pipeline.samples import (
+from pipeline.images.samples import (
     IMAGE_EXTENSIONS,
     ShardIndex,
     SourceShard,

@@ -1,0 +1,1 @@
+"""Images in: samples, the three layouts of a source, decoders."""
