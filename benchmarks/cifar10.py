@@ -37,7 +37,6 @@ from rounds import Job, machine
 from safetensors.torch import load_file
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
-from pipeline.draws import stream_of
 from pipeline.errors import UsageError
 from pipeline.images.source import open_source
 from pipeline.labelling import device_name
@@ -45,10 +44,11 @@ from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import plan_workers
 from pipeline.manifest import first_difference
 from pipeline.precompute import precompute
-from pipeline.recipe import load_recipe
 from pipeline.storage.atomic import pretty_json, read_json, replace_file
 from pipeline.teacher import Answer, Teacher
 from pipeline.teacher_loading import load_teacher
+from pipeline.views.draws import stream_of
+from pipeline.views.recipe import load_recipe
 from trainer.checkpoint import export_model
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint, forward_dtype

@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.precompute import precompute
-from pipeline.recipe import load_recipe
+from pipeline.views.recipe import load_recipe
 from pipeline.images.source import open_source
 from pipeline.teacher_loading import load_teacher
 if __name__ == "__main__":

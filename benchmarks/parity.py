@@ -30,11 +30,11 @@ from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import usable_cores
-from pipeline.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.precompute import precompute
-from pipeline.recipe import Recipe, load_recipe
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import load_teacher
+from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
+from pipeline.views.recipe import Recipe, load_recipe
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images
 from trainer.setup import make_order, open_data

@@ -36,15 +36,15 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from pipeline import views as rendering
 from pipeline.images import turbojpeg
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import Mapped, Slots, start_loader
 from pipeline.measuring import Head
-from pipeline.recipe import load_recipe
 from pipeline.rendering import Block, BlockRenderer, _IntoSlots, deal
-from pipeline.views import draw_view, render, render_encoded, render_views
+from pipeline.views import view as rendering
+from pipeline.views.recipe import load_recipe
+from pipeline.views.view import draw_view, render, render_encoded, render_views
 
 RECIPE = load_recipe("deit", {})
 PER_DECODE = (1, 2, 4, 8, 30)

@@ -43,11 +43,11 @@ from pipeline.machine.loaders import Whereabouts, usable_cores
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.machine.timing import row_s, steady_s, synchronise
 from pipeline.measuring import forward_flops, measure_rates, measure_together
-from pipeline.mixing import MixBatch, apply_mix, draw_mix, mix_batch
-from pipeline.recipe import Recipe, load_recipe
 from pipeline.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
 from pipeline.teacher import Teacher, one_thread
 from pipeline.teacher_loading import load_teacher
+from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
+from pipeline.views.recipe import Recipe, load_recipe
 
 
 def teacher_alone(teacher: Teacher, recipe: Recipe, batch: int, seconds: float) -> tuple[float, float]:

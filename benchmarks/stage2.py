@@ -42,7 +42,7 @@ from pipeline.machine.loaders import usable_cores
 from pipeline.machine.timing import Work, row_s
 from pipeline.measuring import forward_flops
 from pipeline.precompute import precompute
-from pipeline.recipe import load_recipe
+from pipeline.views.recipe import load_recipe
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images, normalise
 from trainer.loop import Run

@@ -30,11 +30,11 @@ from pipeline.images.source import Source, open_source
 from pipeline.labels import LabelsFooter, SampleRows, SamplesFooter, write_labels, write_samples
 from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import Plan, TeacherIdentity, labels_path, samples_path
-from pipeline.recipe import load_recipe
 from pipeline.reports import Report
 from pipeline.sealing import claim, seal
 from pipeline.storage.atomic import publish_file
 from pipeline.verifying import verify
+from pipeline.views.recipe import load_recipe
 
 CLASSES, TOPK, VIEWS_PER_SHARD = 1000, 10, 30
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.labelset import LabelSet
-    from pipeline.recipe import Recipe
+    from pipeline.views.recipe import Recipe
 
 __all__ = ["LabelSet", "Recipe"]
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return LabelSet
     if name == "Recipe":
-        from pipeline.recipe import Recipe
+        from pipeline.views.recipe import Recipe
 
         return Recipe
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 from pipeline.storage.yaml import read_yaml, to_flow
+from pipeline.views.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 
 RECIPE_HINTS: dict[str, Any] = {"recipe": str | None, "set": dict}
 

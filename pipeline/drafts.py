@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from pipeline.encoding import LabelRows, content_xxh3, encode_rows, from_codes, index_dtype, prob_dtype
 from pipeline.labels import LabelsFooter, SampleRows, write_labels
 from pipeline.manifest import Plan, Probe, labels_path
-from pipeline.recipe import Recipe
 from pipeline.rendering import ViewBatch
 from pipeline.repeats import warn_again
 from pipeline.replay import make_probe, pair_of
 from pipeline.storage.atomic import publish_file
+from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.drafts")
 

@@ -26,12 +26,12 @@ from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
 from pipeline.machine.progress import Progress, Tick
-from pipeline.mixing import apply_mix, mix_blocks
-from pipeline.recipe import Recipe
 from pipeline.rendering import Block, BlockRenderer
 from pipeline.replay import check_image, check_replay
 from pipeline.storage.atomic import pretty_json, publish_file, read_json, replace_file, sweep_temporaries
 from pipeline.storage.yaml import to_yaml
+from pipeline.views.mixing import apply_mix, mix_blocks
+from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.exporting")
 

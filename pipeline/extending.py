@@ -9,9 +9,9 @@ from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.errors import UsageError
 from pipeline.labelset import LabelSet
 from pipeline.manifest import IMAGES_FOLDER, Plan
-from pipeline.recipe import Recipe
 from pipeline.storage.cache import RemoteFolder, open_cache
 from pipeline.storage.urls import is_url, join_url
+from pipeline.views.recipe import Recipe
 
 
 def extension(

@@ -13,10 +13,10 @@ from pipeline.errors import LabelSetCorrupt, LabelSetError
 from pipeline.images.source import Source
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
-from pipeline.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.pins import pin_of
 from pipeline.replay import pair_of, rendered_view
 from pipeline.storage.atomic import replace_file
+from pipeline.views.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
 
 MAX_ROWS = (
     200_000  # labels after which a summary stops reading; a sample that large has an error below 0.3 percentage points

@@ -19,11 +19,11 @@ from pipeline.labelset import checked_labels_footer, checked_samples
 from pipeline.machine.loaders import Whereabouts
 from pipeline.machine.progress import Report
 from pipeline.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
-from pipeline.recipe import Recipe
 from pipeline.remedies import damaged_file, ended
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
 from pipeline.replay import compare_probes
 from pipeline.teacher import Answer, Pending, Teacher, one_thread
+from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.labelling")
 

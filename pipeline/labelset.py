@@ -53,13 +53,13 @@ from pipeline.manifest import (
     short,
 )
 from pipeline.pins import check_pin
-from pipeline.recipe import Recipe
 from pipeline.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
 from pipeline.storage.atomic import MAX_JSON_BYTES, load_json, read_small, refusals_named
 from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
 from pipeline.storage.ids import canonical_json
 from pipeline.storage.remote import read_url
 from pipeline.storage.urls import is_url, join_url
+from pipeline.views.recipe import Recipe
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size
 

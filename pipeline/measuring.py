@@ -26,11 +26,11 @@ from pipeline.labelling import AHEAD
 from pipeline.labels import LabelsFooter, write_labels
 from pipeline.machine.progress import Tick
 from pipeline.machine.timing import median_s
-from pipeline.mixing import draw_mix, mix_batch
 from pipeline.precompute import precompute
-from pipeline.recipe import Recipe
 from pipeline.teacher import CPU_BATCH, Teacher, one_thread
-from pipeline.views import draw_view, render
+from pipeline.views.mixing import draw_mix, mix_batch
+from pipeline.views.recipe import Recipe
+from pipeline.views.view import draw_view, render
 
 IMAGES = 64  # on which reading, decoding and rendering are timed, at most
 GPU_BATCH = 256

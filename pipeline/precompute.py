@@ -25,16 +25,16 @@ from pipeline.labelset import LabelSet, record_of
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.manifest import PLAN_NAME, Plan, SourceRecord, label_blocks, read_plan
-from pipeline.mixing import mix_batch
 from pipeline.outputs import commit, mirrored
 from pipeline.packing import Packing, check_packable, pack_images, plan_packing
 from pipeline.ray_engine import connect_ray, run_ray
-from pipeline.recipe import PRESETS, Recipe
 from pipeline.sealing import check_untouched, claim, sealed_manifest
 from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
 from pipeline.storage.mirror import Mirror
 from pipeline.teacher import Teacher, check_classes
-from pipeline.views import draw_view, render
+from pipeline.views.mixing import mix_batch
+from pipeline.views.recipe import PRESETS, Recipe
+from pipeline.views.view import draw_view, render
 
 log = logging.getLogger("deit_cli.precompute")
 

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.draws import stream_of
 from pipeline.errors import LabelSetCorrupt, LabelSetError, TeacherError
 from pipeline.images.source import Source
 from pipeline.labels import LabelRows, SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.machine.progress import Progress, Tick
 from pipeline.manifest import first_difference, short
-from pipeline.mixing import Mix, mix_batch
 from pipeline.replay import pair_of, rendered_view
 from pipeline.teacher import Teacher, one_thread
 from pipeline.units import count
+from pipeline.views.draws import stream_of
+from pipeline.views.mixing import Mix, mix_batch
 
 PAIRS_AT_ONCE = 16
 # Change of a probability that rounding explains: 1.7 to 2 times the largest of 2,048 views of EfficientNet-Lite0 on an H200

@@ -14,10 +14,10 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source
 from pipeline.labels import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
-from pipeline.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
-from pipeline.recipe import Recipe
 from pipeline.replay import check_image
-from pipeline.views import draw_view, render, render_encoded, render_views
+from pipeline.views.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
+from pipeline.views.recipe import Recipe
+from pipeline.views.view import draw_view, render, render_encoded, render_views
 
 # What one process holds of a block between its views: decoded images, or their views where these are smaller. A block
 # of 256 images of ImageNet decodes to about 150 MB; one of 12-megapixel photographs becomes eight views at a time.

@@ -19,10 +19,10 @@ from pipeline.images.source import Sample, Source
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.manifest import Probe
-from pipeline.mixing import Mix, draw_mix, shard_pairs
-from pipeline.recipe import Recipe
 from pipeline.repeats import warn_again
-from pipeline.views import draw_view, render
+from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.recipe import Recipe
+from pipeline.views.view import draw_view, render
 
 log = logging.getLogger("deit_cli.replay")
 

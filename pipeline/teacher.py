@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pipeline.config import Dtype, TeacherConfig
 from pipeline.errors import NonFiniteTeacherError, TeacherError
 from pipeline.manifest import AnyTeacher, TeacherIdentity
-from pipeline.mixing import MixBatch, apply_mix
 from pipeline.repeats import warn_again
+from pipeline.views.mixing import MixBatch, apply_mix
 
 log = logging.getLogger("deit_cli.teacher")
 

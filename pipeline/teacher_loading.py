@@ -24,7 +24,7 @@ from pipeline.machine.devices import resolve_device
 from pipeline.manifest import AnyTeacher, EnsembleIdentity, TeacherIdentity
 from pipeline.teacher import Network, Teacher
 from pipeline.tensors import check_size, read_hub_config, read_tensors
-from pipeline.views import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD
 
 # timm's untagged `regnety_160` is another network, trained on ImageNet-12k; DeiT's teacher is this one.
 DEIT_TEACHERS = {"regnety_160": "regnety_160.deit_in1k"}

@@ -15,16 +15,17 @@ from PIL import Image
 from torch import nn
 from webdataset.writer import TarWriter
 
-from pipeline import rendering, views
+from pipeline import rendering
 from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.manifest import TeacherIdentity
 from pipeline.precompute import precompute
-from pipeline.recipe import Recipe, load_recipe
 from pipeline.teacher import Network, Teacher
 from pipeline.teacher_loading import load_teacher
-from pipeline.views import render_views
+from pipeline.views import view as views
+from pipeline.views.recipe import Recipe, load_recipe
+from pipeline.views.view import render_views
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("ant", "bee", "cat")

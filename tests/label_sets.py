@@ -19,12 +19,12 @@ from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.manifest import TeacherIdentity
 from pipeline.precompute import precompute
-from pipeline.recipe import Recipe
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import sha256_json
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import weights_sha256
 from pipeline.verifying import verify
+from pipeline.views.recipe import Recipe
 
 CLASSES = ("red", "green", "blue")
 RECIPE = Recipe(img_size=16, mix_block=4)

@@ -20,10 +20,10 @@ from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
 from pipeline.precompute import precompute
-from pipeline.recipe import Recipe
 from pipeline.storage.atomic import pretty_json, replace_file, sha256_file
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import weights_sha256
+from pipeline.views.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 DATA = Path("tests/golden/v1/images")

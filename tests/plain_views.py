@@ -1,4 +1,4 @@
-"""The plain renderer: what `pipeline.views.render` must equal bit for bit, written for reading and not for speed.
+"""The plain renderer: what `pipeline.views.view.render` must equal bit for bit, written for reading and not for speed.
 
 It obeys the same `View`, and shares no pixel code with the fast one: NumPy index arithmetic, integer sums, one pass for
 each thought. The two library calls that define the pixels (torch's antialiased resize, OpenCV's cubic warp of rotations)
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.draws import Draws, noise_levels
-from pipeline.views import IMAGENET_MEAN, IMAGENET_STD, Erase, View
+from pipeline.views.draws import Draws, noise_levels
+from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD, Erase, View
 
 Pixels = NDArray[np.uint8]
 FILL = (124, 116, 104)

@@ -22,9 +22,9 @@ from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.config_file import describe_settings, plain_settings, read_settings, recipe_settings
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.labelset import LabelSet
-from pipeline.recipe import _RANGES as recipe_ranges
-from pipeline.recipe import PRESETS, Recipe, load_recipe
 from pipeline.storage.yaml import parse_yaml, to_yaml
+from pipeline.views.recipe import _RANGES as recipe_ranges
+from pipeline.views.recipe import PRESETS, Recipe, load_recipe
 from trainer.checkpoint import export_model
 from trainer.config import _RANGES as train_ranges
 from trainer.config import TrainConfig

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.draws import Draws, draws_for, noise_levels, stream_of
+from pipeline.views.draws import Draws, draws_for, noise_levels, stream_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SURE = 1e-4  # smallest p-value that passes; the streams are fixed, so a test that passes once passes always

@@ -21,8 +21,8 @@ from pipeline.errors import BadImageError, CheckpointError, LabelSetMismatch, Us
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
-from pipeline.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
-from pipeline.views import draw_view, render
+from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
+from pipeline.views.view import draw_view, render
 from trainer import student as student_module
 from trainer.checkpoint import export_model
 from trainer.evaluate import (

@@ -23,9 +23,9 @@ from pipeline.exporting import ExportConfig, export_labels
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
-from pipeline.mixing import apply_mix, mix_batch
 from pipeline.replay import pair_of
-from pipeline.views import draw_view, render
+from pipeline.views.mixing import apply_mix, mix_batch
+from pipeline.views.view import draw_view, render
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,7 +121,7 @@ def test_originals_are_the_files_and_a_recipe_that_changes_them_is_warned_of(lab
 
 
 def test_a_recipe_that_changes_nothing_is_not_warned_of(data, tmp_path, caplog):
-    from pipeline.recipe import load_recipe
+    from pipeline.views.recipe import load_recipe
 
     plain = make_labels(tmp_path / "set", data, recipe=load_recipe("none", {"img_size": 16, "mix_block": 8}), on_bad_image="skip", views=(0, 1))  # fmt: skip
     export(plain, tmp_path / "out", pixels="originals")

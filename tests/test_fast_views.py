@@ -9,9 +9,9 @@ from builders import photo, shared_data
 from plain_views import grey, operate, render_plainly, warped
 
 from pipeline.images.decode import decode
-from pipeline.randaugment import INCREASING, PLAIN, _grey, apply_op, mirror, op_argument
-from pipeline.recipe import load_recipe
-from pipeline.views import View, draw_view, render
+from pipeline.views.randaugment import INCREASING, PLAIN, _grey, apply_op, mirror, op_argument
+from pipeline.views.recipe import load_recipe
+from pipeline.views.view import View, draw_view, render
 
 RECIPES = [
     ("deit", {"img_size": 48}, 24),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.draws import stream_of
 from pipeline.labels import MAX_TOPK, SAMPLES_SCHEMA, LabelsFooter, SamplesFooter, labels_schema
 from pipeline.manifest import (
     EnsembleIdentity,
@@ -21,9 +20,10 @@ from pipeline.manifest import (
     SourceRecord,
     TeacherIdentity,
 )
-from pipeline.recipe import Recipe
 from pipeline.replay import SAMPLED_BYTES, TOLERANCE
 from pipeline.sealing import MANIFEST_PROBES
+from pipeline.views.draws import stream_of
+from pipeline.views.recipe import Recipe
 
 PAGE = (Path(__file__).parent.parent / "docs/format-v1.md").read_text()
 GOLDEN = Path(__file__).parent / "golden/v1"

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from label_sets import problems_in
 
-from pipeline.draws import stream_of
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels import read_labels_footer, read_samples_footer
 from pipeline.labelset import LabelSet
-from pipeline.mixing import Mix, draw_mix, shard_pairs
 from pipeline.replay import SAMPLED_BYTES, TOLERANCE, check_replay
-from pipeline.views import draw_view, render
+from pipeline.views.draws import stream_of
+from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.view import draw_view, render
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden/v1"

@@ -22,9 +22,9 @@ from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.inspection import _tile, contact_sheet, summarise
 from pipeline.labelset import LabelSet
-from pipeline.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
-from pipeline.recipe import load_recipe
-from pipeline.views import draw_view, render
+from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
+from pipeline.views.recipe import load_recipe
+from pipeline.views.view import draw_view, render
 
 SIZES = (13, 10)
 PIXEL = 1 / 110  # inches

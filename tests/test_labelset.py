@@ -53,7 +53,7 @@ from pipeline.labels import (
 )
 from pipeline.labelset import LabelSet, record_of
 from pipeline.precompute import plan_work
-from pipeline.recipe import Recipe
+from pipeline.views.recipe import Recipe
 
 FIRST = "labels/views-00000-00001/train-0.parquet"
 SECOND = "labels/views-00000-00001/train-1.parquet"

@@ -28,9 +28,9 @@ from pipeline.manifest import (
     samples_path,
     short,
 )
-from pipeline.recipe import Recipe
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import canonical_json, sha256_json
+from pipeline.views.recipe import Recipe
 
 TEACHER = TeacherIdentity(
     name="regnety_160.deit_in1k",

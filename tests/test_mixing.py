@@ -7,10 +7,10 @@ import pytest
 import torch
 from timm.data.mixup import cutmix_bbox_and_lam
 
-from pipeline import mixing
-from pipeline.draws import Draws
-from pipeline.mixing import Mix, MixBatch, apply_mix, draw_mix, draw_pairs, mix_batch, mix_blocks, shard_pairs
-from pipeline.recipe import PRESETS, Recipe
+from pipeline.views import mixing
+from pipeline.views.draws import Draws
+from pipeline.views.mixing import Mix, MixBatch, apply_mix, draw_mix, draw_pairs, mix_batch, mix_blocks, shard_pairs
+from pipeline.views.recipe import PRESETS, Recipe
 
 SMALL = Recipe(img_size=32, mix_block=8)
 

@@ -32,7 +32,7 @@ from test_signing import write_key
 import cli
 from pipeline.errors import DeitCliError
 from pipeline.labelset import LabelSet
-from pipeline.recipe import PRESETS, Recipe
+from pipeline.views.recipe import PRESETS, Recipe
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageStat
 from timm.data import auto_augment
 
-from pipeline.randaugment import FILL, INCREASING, PLAIN, apply_op, op_argument
+from pipeline.views.randaugment import FILL, INCREASING, PLAIN, apply_op, op_argument
 
 NAMES = sorted({*INCREASING, *PLAIN})
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")

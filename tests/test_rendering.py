@@ -19,8 +19,6 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, plan_workers, start_loader
-from pipeline.mixing import Mix, draw_mix, shard_pairs
-from pipeline.recipe import Recipe, load_recipe
 from pipeline.rendering import (
     Block,
     BlockRenderer,
@@ -31,7 +29,9 @@ from pipeline.rendering import (
     stream_views,
     views_at_once,
 )
-from pipeline.views import draw_view, render
+from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.recipe import Recipe, load_recipe
+from pipeline.views.view import draw_view, render
 
 VIEWS = range(4)  # one pairing of three views, and the first view of the next
 

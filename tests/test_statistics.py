@@ -19,11 +19,11 @@ from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from pipeline import views
-from pipeline.mixing import Mix, draw_mix
-from pipeline.randaugment import INCREASING
-from pipeline.recipe import PRESETS, Recipe
-from pipeline.views import View, draw_view
+from pipeline.views import view as views
+from pipeline.views.mixing import Mix, draw_mix
+from pipeline.views.randaugment import INCREASING
+from pipeline.views.recipe import PRESETS, Recipe
+from pipeline.views.view import View, draw_view
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,10 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, checked, start_loader
-from pipeline.mixing import Mix, draw_mix, shard_pairs
-from pipeline.recipe import Recipe, load_recipe
 from pipeline.rendering import BlockRenderer, blocks_of, deal
-from pipeline.views import draw_view, render
+from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.recipe import Recipe, load_recipe
+from pipeline.views.view import draw_view, render
 from trainer import stream
 from trainer.order import Order, count_units
 from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, _Recent

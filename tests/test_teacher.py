@@ -12,9 +12,9 @@ from torch import nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError, UsageError
 from pipeline.images.source import open_source
-from pipeline.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.teacher import Answer, Teacher, check_classes, one_thread
 from pipeline.teacher_loading import DEIT_TEACHERS, weights_sha256
+from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 
 
 def network(num_classes: int = 3, seed: int = 1) -> nn.Module:

@@ -19,11 +19,11 @@ from builders import with_checkout
 from PIL import Image
 from timm.data import auto_augment
 
-from pipeline import views
-from pipeline.draws import Draws, draws_for
-from pipeline.randaugment import FILL
-from pipeline.recipe import PRESETS, Recipe
-from pipeline.views import IMAGENET_MEAN, IMAGENET_STD, Erase, View, draw_view, render, render_views
+from pipeline.views import view as views
+from pipeline.views.draws import Draws, draws_for
+from pipeline.views.randaugment import FILL
+from pipeline.views.recipe import PRESETS, Recipe
+from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD, Erase, View, draw_view, render, render_views
 
 SMALL = Recipe(img_size=64)
 needs_photographs = pytest.mark.skipif(
@@ -62,9 +62,9 @@ KEYS = ["n01440764/n01440764_10026", "a", "b/é", "0"]
 SUMMARY = """
 import hashlib, random, sys
 import cv2, numpy as np, torch
-from pipeline.mixing import draw_mix, draw_pairs
-from pipeline.recipe import PRESETS, Recipe
-from pipeline.views import draw_view, render
+from pipeline.views.mixing import draw_mix, draw_pairs
+from pipeline.views.recipe import PRESETS, Recipe
+from pipeline.views.view import draw_view, render
 
 order, threads = sys.argv[1], int(sys.argv[2])
 random.seed(threads); np.random.seed(threads); torch.manual_seed(threads)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.mixing import MixBatch
+from pipeline.views.mixing import MixBatch
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from pipeline.errors import StoppedError, UsageError
 from pipeline.images.source import open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.devices import resolve_device
-from pipeline.recipe import Recipe, load_recipe
 from pipeline.storage.atomic import refusals_named
+from pipeline.views.recipe import Recipe, load_recipe
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint
 from trainer.loop import train

@@ -14,9 +14,9 @@ from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet
 from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import Mapped, checked, plan_workers, start_loader
-from pipeline.mixing import MixBatch, apply_mix
-from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay
+from pipeline.views.mixing import MixBatch, apply_mix
+from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
 from trainer.batch import Batch
 from trainer.config import AmpDtype

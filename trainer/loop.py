@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.draws import stream_of
 from pipeline.errors import StoppedError, TrainingError, UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.machine.ranks import rank_from
-from pipeline.recipe import Recipe
 from pipeline.storage.atomic import replace_file, sweep_temporaries
 from pipeline.storage.cache import open_cache
 from pipeline.storage.mirror import Mirror, mirror_of
+from pipeline.views.draws import stream_of
+from pipeline.views.recipe import Recipe
 from trainer.batch import Batch, on_device
 from trainer.checkpoint import BackgroundWriter, check_finite, export_model, pack_training, save_state, snapshot
 from trainer.config import TrainConfig

@@ -20,10 +20,10 @@ from pipeline.images.samples import Sample
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import PREFETCH, one_core, usable_cores
 from pipeline.machine.timing import Work, median_s, steady_s, synchronise
-from pipeline.recipe import Recipe
 from pipeline.replay import check_image
 from pipeline.units import count
-from pipeline.views import draw_view, render_encoded
+from pipeline.views.recipe import Recipe
+from pipeline.views.view import draw_view, render_encoded
 from trainer.batch import Batch
 from trainer.checkpoint import BackgroundWriter
 from trainer.config import TrainConfig

@@ -15,9 +15,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.draws import stream_of
 from pipeline.errors import UsageError
-from pipeline.recipe import Recipe
+from pipeline.views.draws import stream_of
+from pipeline.views.recipe import Recipe
 from trainer.config import ViewPolicy
 
 

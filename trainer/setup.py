@@ -17,11 +17,11 @@ from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.labelset import LabelSet, record_of
 from pipeline.manifest import first_difference
-from pipeline.recipe import PRESETS, Recipe
 from pipeline.replay import check_replay
 from pipeline.storage.atomic import pretty_json, read_json, refusals_named, replace_file
 from pipeline.storage.cache import open_cache, prefetch
 from pipeline.storage.yaml import to_yaml
+from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
 from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig

@@ -21,11 +21,11 @@ from pipeline.images.source import Source, SourceShard
 from pipeline.labels import SampleRows
 from pipeline.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
-from pipeline.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
-from pipeline.recipe import Recipe
 from pipeline.replay import check_image
 from pipeline.storage.cache import RemoteFile, prefetch
-from pipeline.views import draw_view, render, render_encoded, render_views
+from pipeline.views.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
+from pipeline.views.recipe import Recipe
+from pipeline.views.view import draw_view, render, render_encoded, render_views
 from trainer.batch import Batch
 from trainer.order import Order, Share
 

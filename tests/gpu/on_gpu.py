@@ -15,10 +15,10 @@ from pipeline.config import Dtype, TeacherConfig
 from pipeline.images.source import Source
 from pipeline.labelset import LabelSet
 from pipeline.manifest import TeacherIdentity
-from pipeline.mixing import apply_mix
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal
 from pipeline.teacher import Answer, Network, Teacher
 from pipeline.teacher_loading import load_teacher, weights_sha256
+from pipeline.views.mixing import apply_mix
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.metrics import read_metrics

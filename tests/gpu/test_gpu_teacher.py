@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pipeline.errors import NonFiniteTeacherError
 from pipeline.images.source import open_source
 from pipeline.labelling import AHEAD
-from pipeline.mixing import MixBatch, draw_mix, mix_batch
 from pipeline.teacher import Teacher
+from pipeline.views.mixing import MixBatch, draw_mix, mix_batch
 
 pytestmark = pytest.mark.gpu
 

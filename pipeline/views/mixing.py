@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.draws import Draws, draws_for
-from pipeline.recipe import Box, Recipe
+from pipeline.views.draws import Draws, draws_for
+from pipeline.views.recipe import Box, Recipe
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.draws import Draws, draws_for, noise_levels
 from pipeline.images.decode import decode, decode_around, image_size
-from pipeline.randaugment import INCREASING, PLAIN, Pixels, apply_op, mirror, op_argument
-from pipeline.recipe import Box, RandAugment, Recipe
+from pipeline.views.draws import Draws, draws_for, noise_levels
+from pipeline.views.randaugment import INCREASING, PLAIN, Pixels, apply_op, mirror, op_argument
+from pipeline.views.recipe import Box, RandAugment, Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
