@@ -337,8 +337,8 @@ def estimate(
     config, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = chosen_recipe(recipe, overrides)
     from pipeline import estimate as estimating
-    from pipeline.encoding import label_bytes
     from pipeline.engines import load_here
+    from pipeline.labels.encoding import label_bytes
     from pipeline.measuring import forward_flops, measure_rates, training_step_s
     from pipeline.precompute import choose_topk
     from pipeline.tables import estimate_table
@@ -507,8 +507,8 @@ def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
     Example:
       deit-cli labels info shards
     """
-    from pipeline.inspection import summarise
-    from pipeline.labelset import LabelSet
+    from pipeline.labels.labelset import LabelSet
+    from pipeline.labels.summary import summarise
     from pipeline.tables import info_table
 
     summary = summarise(LabelSet.open(folder, expect_manifest=expect_manifest))
@@ -578,8 +578,8 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     Example:
       deit-cli labels show shards --out labels.png
     """
-    from pipeline.inspection import contact_sheet
-    from pipeline.labelset import LabelSet
+    from pipeline.labels.labelset import LabelSet
+    from pipeline.labels.summary import contact_sheet
 
     label_set = LabelSet.open(folder)
     contact_sheet(label_set, label_set.open_source(data), out, samples=samples, views=views)
@@ -637,8 +637,8 @@ def pull(
       deit-cli labels pull s3://bucket/shards shards
       deit-cli labels pull https://host/shards shards --views 0:100 --shards 'train-0000*'
     """
-    from pipeline.card import refresh_card
-    from pipeline.labelset import LabelSet
+    from pipeline.labels.card import refresh_card
+    from pipeline.labels.labelset import LabelSet
     from pipeline.sharing import moved_line, pull
 
     with shown_progress() as progress:
@@ -777,8 +777,8 @@ def card(
     Example:
       deit-cli labels card shards --license cc-by-4.0
     """
-    from pipeline.card import CARD_NAME, Licence, write_card
-    from pipeline.labelset import LabelSet
+    from pipeline.labels.card import CARD_NAME, Licence, write_card
+    from pipeline.labels.labelset import LabelSet
 
     if identifier is None and (license_name or license_link):
         raise UsageError("--license-name and --license-link are of a --license: pass --license other as well")
@@ -828,7 +828,7 @@ def export(
       deit-cli labels export shards exported --views 0:10
     """
     from pipeline.exporting import ExportConfig, export_labels
-    from pipeline.labelset import LabelSet
+    from pipeline.labels.labelset import LabelSet
     from pipeline.machine.loaders import usable_cores
 
     config = ExportConfig(
@@ -855,7 +855,7 @@ def demo(out: Path, seed: int) -> None:
     Example:
       deit-cli demo
     """
-    from pipeline.inspection import contact_sheet
+    from pipeline.labels.summary import contact_sheet
     from pipeline.precompute import precompute as stage1
     from pipeline.teacher_loading import load_teacher
     from trainer.demo import run_demo

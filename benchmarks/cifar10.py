@@ -40,9 +40,9 @@ from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.errors import UsageError
 from pipeline.images.source import open_source
 from pipeline.labelling import device_name
+from pipeline.labels.manifest import first_difference
 from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import plan_workers
-from pipeline.manifest import first_difference
 from pipeline.precompute import precompute
 from pipeline.storage.atomic import pretty_json, read_json, replace_file
 from pipeline.teacher import Answer, Teacher

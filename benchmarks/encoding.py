@@ -27,12 +27,12 @@ from rounds import machine
 
 from pipeline.config import Precision
 from pipeline.drafts import LabelDraft, publish_draft
-from pipeline.encoding import encode_rows
 from pipeline.images.samples import keys_sha256
-from pipeline.labels import SampleRows, SamplesFooter, write_samples
-from pipeline.labelset import LabelSet
-from pipeline.manifest import Plan, ShardRecord, SourceRecord, samples_path
-from pipeline.sealing import claim, seal
+from pipeline.labels.encoding import encode_rows
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import Plan, ShardRecord, SourceRecord, samples_path
+from pipeline.labels.sealing import claim, seal
+from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
 from pipeline.storage.atomic import publish_file
 
 ROWS, VIEWS, TOPK = 1000, 30, 10

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rounds import machine
 
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 
 TOPK = 10
 LEVELS = (1, 3, 9, 15, 19)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.images.source import Source, open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import usable_cores
 from pipeline.precompute import precompute
 from pipeline.teacher import Teacher

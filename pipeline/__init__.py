@@ -12,7 +12,7 @@ The public reader API is `LabelSet` and `Recipe`:
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.labelset import LabelSet
+    from pipeline.labels.labelset import LabelSet
     from pipeline.views.recipe import Recipe
 
 __all__ = ["LabelSet", "Recipe"]
@@ -21,7 +21,7 @@ __all__ = ["LabelSet", "Recipe"]
 def __getattr__(name: str) -> Any:
     """Import the two public names when they are first used: `deit-cli --help` must not wait for pyarrow."""
     if name == "LabelSet":
-        from pipeline.labelset import LabelSet
+        from pipeline.labels.labelset import LabelSet
 
         return LabelSet
     if name == "Recipe":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UsageError
-from pipeline.pins import parse_pin
+from pipeline.labels.pins import parse_pin
 from pipeline.storage.staging import working_folder
 
 Precision = Literal["float16", "float32", "log8"]

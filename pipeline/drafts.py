@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.encoding import LabelRows, content_xxh3, encode_rows, from_codes, index_dtype, prob_dtype
-from pipeline.labels import LabelsFooter, SampleRows, write_labels
-from pipeline.manifest import Plan, Probe, labels_path
+from pipeline.labels.encoding import LabelRows, content_xxh3, encode_rows, from_codes, index_dtype, prob_dtype
+from pipeline.labels.manifest import Plan, Probe, labels_path
+from pipeline.labels.replay import make_probe, pair_of
+from pipeline.labels.tables import LabelsFooter, SampleRows, write_labels
 from pipeline.rendering import ViewBatch
 from pipeline.repeats import warn_again
-from pipeline.replay import make_probe, pair_of
 from pipeline.storage.atomic import publish_file
 from pipeline.views.recipe import Recipe
 

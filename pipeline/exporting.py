@@ -16,18 +16,18 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from pipeline.card import CARD_NAME, code
-from pipeline.encoding import LabelRows
 from pipeline.errors import DeitCliError, LabelSetMismatch, UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import Source
 from pipeline.images.tar_archive import check_member_key, member_extension, write_tar
-from pipeline.labels import SampleRows
-from pipeline.labelset import LabelSet
+from pipeline.labels.card import CARD_NAME, code
+from pipeline.labels.encoding import LabelRows
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import check_image, check_replay
+from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
 from pipeline.machine.progress import Progress, Tick
 from pipeline.rendering import Block, BlockRenderer
-from pipeline.replay import check_image, check_replay
 from pipeline.storage.atomic import pretty_json, publish_file, read_json, replace_file, sweep_temporaries
 from pipeline.storage.yaml import to_yaml
 from pipeline.views.mixing import apply_mix, mix_blocks

@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.errors import UsageError
-from pipeline.labelset import LabelSet
-from pipeline.manifest import IMAGES_FOLDER, Plan
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import IMAGES_FOLDER, Plan
 from pipeline.storage.cache import RemoteFolder, open_cache
 from pipeline.storage.urls import is_url, join_url
 from pipeline.views.recipe import Recipe

@@ -5,16 +5,16 @@ import threading
 
 import xxhash
 
-from pipeline.comparing import Comparison, Listing, compare_names
 from pipeline.config import VerifyConfig
 from pipeline.errors import DeitCliError, SourceError
 from pipeline.images.source import Source
-from pipeline.labelset import LabelSet
+from pipeline.labels.comparing import Comparison, Listing, compare_names
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import MANIFEST_NAME
+from pipeline.labels.remedies import DAMAGED_MANIFEST
+from pipeline.labels.replay import compare_probes
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling, in_threads
-from pipeline.manifest import MANIFEST_NAME
-from pipeline.remedies import DAMAGED_MANIFEST
-from pipeline.replay import compare_probes
 from pipeline.reports import Problem, Report
 
 OTHER_DATA = "Pass the --data that was labelled, or mend this copy"

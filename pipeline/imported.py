@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from pipeline.encoding import index_dtype
-from pipeline.labels import MAX_TOPK
+from pipeline.labels.encoding import index_dtype
+from pipeline.labels.tables import MAX_TOPK
 from pipeline.storage.atomic import parse_json
 from pipeline.storage.ids import canonical_json
 from pipeline.storage.records import Count, Name, Record, Sha256, is_version

@@ -27,7 +27,7 @@ from pipeline.imported import (
     Shape,
     write_part,
 )
-from pipeline.labels import MAX_TOPK
+from pipeline.labels.tables import MAX_TOPK
 from pipeline.machine.progress import Progress, Tick
 from pipeline.storage.atomic import TEMPORARY_PREFIX, pretty_json, publish_file, refusals_named, sweep_temporaries
 from pipeline.storage.urls import is_url

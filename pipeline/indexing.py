@@ -13,11 +13,11 @@ from pipeline.config import BadImagePolicy
 from pipeline.errors import BadImageError, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
-from pipeline.labels import SampleRows, SamplesFooter, write_samples
-from pipeline.labelset import checked_samples
+from pipeline.labels.labelset import checked_samples
+from pipeline.labels.manifest import Plan, samples_path
+from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
 from pipeline.machine.progress import Progress, Tick
-from pipeline.manifest import Plan, samples_path
 from pipeline.storage.atomic import publish_file
 
 log = logging.getLogger("deit_cli.indexing")

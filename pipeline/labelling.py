@@ -14,14 +14,14 @@ from pipeline.config import PrecomputeConfig
 from pipeline.drafts import LabelDraft, publish_draft
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.images.source import Source
-from pipeline.labels import SampleRows, read_all_views
-from pipeline.labelset import checked_labels_footer, checked_samples
+from pipeline.labels.labelset import checked_labels_footer, checked_samples
+from pipeline.labels.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
+from pipeline.labels.remedies import damaged_file, ended
+from pipeline.labels.replay import compare_probes
+from pipeline.labels.tables import SampleRows, read_all_views
 from pipeline.machine.loaders import Whereabouts
 from pipeline.machine.progress import Report
-from pipeline.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
-from pipeline.remedies import damaged_file, ended
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
-from pipeline.replay import compare_probes
 from pipeline.teacher import Answer, Pending, Teacher, one_thread
 from pipeline.views.recipe import Recipe
 

@@ -17,13 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import MAX_VIEW, Precision, PrecomputeConfig
-from pipeline.encoding import content_xxh3, encode_rows
 from pipeline.errors import BadImageError, SourceError, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.samples import Sample, ShardIndex, SourceShard
 from pipeline.images.source import Source
 from pipeline.labelling import AHEAD
-from pipeline.labels import LabelsFooter, write_labels
+from pipeline.labels.encoding import content_xxh3, encode_rows
+from pipeline.labels.tables import LabelsFooter, write_labels
 from pipeline.machine.progress import Tick
 from pipeline.machine.timing import median_s
 from pipeline.precompute import precompute

@@ -18,13 +18,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.card import refresh_card
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, UsageError
-from pipeline.labels import Contents, SampleRows, read_all_views
-from pipeline.labelset import LabelSet, checked_labels_footer, checked_samples
-from pipeline.machine.progress import Progress
-from pipeline.machine.threads import Telling
-from pipeline.manifest import (
+from pipeline.labels.card import refresh_card
+from pipeline.labels.labelset import LabelSet, checked_labels_footer, checked_samples
+from pipeline.labels.manifest import (
     PLAN_NAME,
     FileEntry,
     Plan,
@@ -35,9 +32,12 @@ from pipeline.manifest import (
     samples_path,
     short,
 )
+from pipeline.labels.remedies import damaged_file
+from pipeline.labels.sealing import check_untouched, claim, seal, sealed_manifest
+from pipeline.labels.tables import Contents, SampleRows, read_all_views
+from pipeline.machine.progress import Progress
+from pipeline.machine.threads import Telling
 from pipeline.outputs import check_theirs
-from pipeline.remedies import damaged_file
-from pipeline.sealing import check_untouched, claim, seal, sealed_manifest
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
 from pipeline.storage.cache import read_local
 from pipeline.storage.urls import is_url

@@ -20,12 +20,12 @@ from pipeline.images.samples import Sample, keys_sha256
 from pipeline.images.source import Source, SourceShard
 from pipeline.images.tar_archive import check_member_key, member_extension, read_comment, write_tar
 from pipeline.images.tars import TarShard
-from pipeline.labels import SampleRows
-from pipeline.labelset import checked_samples
+from pipeline.labels.labelset import checked_samples
+from pipeline.labels.manifest import IMAGES_FOLDER, Plan, images_path, samples_path
+from pipeline.labels.sealing import sealed_manifest
+from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
 from pipeline.machine.progress import Progress, Tick
-from pipeline.manifest import IMAGES_FOLDER, Plan, images_path, samples_path
-from pipeline.sealing import sealed_manifest
 from pipeline.storage.atomic import publish_file, refusals_named, sha256_file
 
 log = logging.getLogger("deit_cli.packing")

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from pipeline.errors import LabelSetCorrupt, LabelSetError, TeacherError
 from pipeline.images.source import Source
-from pipeline.labels import LabelRows, SampleRows
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import first_difference, short
+from pipeline.labels.replay import pair_of, rendered_view
+from pipeline.labels.tables import LabelRows, SampleRows
 from pipeline.machine.progress import Progress, Tick
-from pipeline.manifest import first_difference, short
-from pipeline.replay import pair_of, rendered_view
 from pipeline.teacher import Teacher, one_thread
 from pipeline.units import count
 from pipeline.views.draws import stream_of

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.errors import DeitCliError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
-from pipeline.labels import SampleRows
+from pipeline.labels.replay import check_image
+from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
-from pipeline.replay import check_image
 from pipeline.views.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render, render_encoded, render_views

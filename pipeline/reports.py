@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.comparing import Differences
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.images.source import Source
-from pipeline.labelset import LabelSet
-from pipeline.pins import pin_of
+from pipeline.labels.comparing import Differences
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.pins import pin_of
+from pipeline.labels.remedies import ended
 from pipeline.relabelling import Relabelled
-from pipeline.remedies import ended
 
 
 @dataclass(frozen=True)

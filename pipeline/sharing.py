@@ -17,11 +17,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
 
-from pipeline.card import CARD_NAME
 from pipeline.errors import LabelSetMismatch, RemoteFileRefused, UsageError
-from pipeline.labelset import LabelSet
-from pipeline.machine.progress import Progress, Tick
-from pipeline.manifest import (
+from pipeline.labels.card import CARD_NAME
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import (
     IMAGES_FOLDER,
     MANIFEST_NAME,
     PLAN_NAME,
@@ -34,6 +33,7 @@ from pipeline.manifest import (
     parse_plan,
     short,
 )
+from pipeline.machine.progress import Progress, Tick
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.place import Folder, Place, Promise, open_place
 from pipeline.storage.uploads import refuse_web

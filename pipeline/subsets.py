@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from pipeline.errors import LabelSetIncomplete, UsageError
-from pipeline.labels import Contents, read_labels_footer
-from pipeline.manifest import FileEntry, Manifest, Plan, Probe, read_probes, shards_of
-from pipeline.sealing import MANIFEST_PROBES, thin_probes
+from pipeline.labels.manifest import FileEntry, Manifest, Plan, Probe, read_probes, shards_of
+from pipeline.labels.sealing import MANIFEST_PROBES, thin_probes
+from pipeline.labels.tables import Contents, read_labels_footer
 
 NAMED = 8  # values that an error lists, at most
 

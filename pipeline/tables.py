@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.estimate import Estimate, Machine, Pace
+from pipeline.labels.pins import pin_of
 from pipeline.machine.progress import Tick
 from pipeline.measuring import Rates
-from pipeline.pins import pin_of
 from pipeline.precompute import Work
 from pipeline.reports import Report
 from pipeline.units import byte_size, count, duration

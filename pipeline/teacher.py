@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Dtype, TeacherConfig
 from pipeline.errors import NonFiniteTeacherError, TeacherError
-from pipeline.manifest import AnyTeacher, TeacherIdentity
+from pipeline.labels.manifest import AnyTeacher, TeacherIdentity
 from pipeline.repeats import warn_again
 from pipeline.views.mixing import MixBatch, apply_mix
 

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.errors import ImportedLabelsError, SourceError
 from pipeline.images.samples import MAX_KEY_BYTES, check_name
 from pipeline.imported import ForeignRows, check_answers
-from pipeline.labels import MAX_TOPK
+from pipeline.labels.tables import MAX_TOPK
 from pipeline.storage.atomic import refusals_named
 
 ROWS_AT_ONCE = 16_384

@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterable
 
 from pipeline.errors import LabelSetIncomplete, LabelSetMismatch
-from pipeline.manifest import FileEntry, Manifest, Plan, shards_of, short
-from pipeline.sealing import thin_probes
+from pipeline.labels.manifest import FileEntry, Manifest, Plan, shards_of, short
+from pipeline.labels.sealing import thin_probes
 
 
 def contains(large: Manifest, small: Manifest) -> bool:

@@ -27,12 +27,8 @@ from pipeline.errors import (
 )
 from pipeline.image_checks import check_images
 from pipeline.images.source import Source
-from pipeline.labels import Contents, read_all_views
-from pipeline.labelset import LabelSet, check_length, checked_labels_footer, checked_samples, fits_in_memory
-from pipeline.machine.loaders import usable_cores
-from pipeline.machine.progress import Progress
-from pipeline.machine.threads import Telling, in_threads
-from pipeline.manifest import (
+from pipeline.labels.labelset import LabelSet, check_length, checked_labels_footer, checked_samples, fits_in_memory
+from pipeline.labels.manifest import (
     MANIFEST_NAME,
     MAX_FILE_BYTES,
     PLAN_NAME,
@@ -46,9 +42,13 @@ from pipeline.manifest import (
     samples_path,
     short,
 )
-from pipeline.pins import check_pin
+from pipeline.labels.pins import check_pin
+from pipeline.labels.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, REMOTE_FILE, damaged_file, missing_file
+from pipeline.labels.tables import Contents, read_all_views
+from pipeline.machine.loaders import usable_cores
+from pipeline.machine.progress import Progress
+from pipeline.machine.threads import Telling, in_threads
 from pipeline.relabelling import relabel
-from pipeline.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, REMOTE_FILE, damaged_file, missing_file
 from pipeline.reports import Problem, Report
 from pipeline.signing import SIGNATURE_NAME, check_signature
 from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named

@@ -18,8 +18,8 @@ from webdataset.writer import TarWriter
 from pipeline import rendering
 from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.images.source import Source, open_source
-from pipeline.labelset import LabelSet
-from pipeline.manifest import TeacherIdentity
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import TeacherIdentity
 from pipeline.precompute import precompute
 from pipeline.teacher import Network, Teacher
 from pipeline.teacher_loading import load_teacher

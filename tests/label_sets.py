@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pipeline.config import PrecomputeConfig, VerifyConfig
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
-from pipeline.manifest import TeacherIdentity
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import TeacherIdentity
 from pipeline.precompute import precompute
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import sha256_json

@@ -15,10 +15,10 @@ import torch
 from builders import teacher_from
 from label_sets import CLASSES, MeanColour, config_of, write_tar
 
-from pipeline.encoding import LabelRows
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
-from pipeline.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
+from pipeline.labels.encoding import LabelRows
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
 from pipeline.precompute import precompute
 from pipeline.storage.atomic import pretty_json, replace_file, sha256_file
 from pipeline.teacher import Teacher

@@ -15,9 +15,18 @@ from label_sets import colour_teacher, make_label_set, problems_in, write_source
 from test_cli import invoke
 from test_train import TINY
 
-from pipeline.card import NOT_STATED, Licence, code, is_untouched, licence_of, refresh_card, size_category, write_card
 from pipeline.errors import StorageError, UsageError
-from pipeline.labelset import LabelSet
+from pipeline.labels.card import (
+    NOT_STATED,
+    Licence,
+    code,
+    is_untouched,
+    licence_of,
+    refresh_card,
+    size_category,
+    write_card,
+)
+from pipeline.labels.labelset import LabelSet
 from pipeline.storage.yaml import parse_yaml
 
 READERS = ("pyarrow", "DuckDB", "Polars", "datasets")

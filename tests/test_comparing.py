@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.comparing import Comparison, Differences, Listing, compare_names
+from pipeline.labels.comparing import Comparison, Differences, Listing, compare_names
 
 
 def listing(text: str, *, labels: str = "", hashes: str = "") -> Listing:

@@ -12,8 +12,8 @@ from label_sets import problems_in
 
 from pipeline.errors import StoppedError, StorageError, UsageError
 from pipeline.images.source import open_source
-from pipeline.inspection import contact_sheet
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.summary import contact_sheet
 from pipeline.precompute import precompute
 from pipeline.teacher_loading import load_teacher
 from trainer.demo import TITLES, draw_results, run_demo, three_seeds_top1, write_digits

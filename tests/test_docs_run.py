@@ -28,7 +28,7 @@ from test_importing import write_fkd, write_tinyvit
 from web_server import web_server
 
 import cli
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]

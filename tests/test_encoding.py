@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from test_labels import assert_equal, footer_of, write
 
 from pipeline.config import Precision
-from pipeline.encoding import (
+from pipeline.errors import LabelSetCorrupt
+from pipeline.images.source import open_source
+from pipeline.labels.encoding import (
     LOG8_STEP,
     LOG8_ZERO,
     LabelRows,
@@ -24,10 +26,8 @@ from pipeline.encoding import (
     label_bytes,
     to_codes,
 )
-from pipeline.errors import LabelSetCorrupt
-from pipeline.images.source import open_source
-from pipeline.labels import Contents, labels_schema, read_view
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.tables import Contents, labels_schema, read_view
 
 
 def slow_codes(prob: list[float], tail: float, num_classes: int) -> list[int]:

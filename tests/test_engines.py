@@ -14,7 +14,7 @@ from builders import files_of, make_labels, teacher_of, write_tars
 from pipeline import engines
 from pipeline.errors import LabelSetIncomplete, TeacherError, WorkerError
 from pipeline.labelling import LabelTask
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 
 SETTINGS: dict[str, Any] = {"views": (0, 6), "views_per_shard": 2, "workers": 0, "accuracy_samples": 0}
 

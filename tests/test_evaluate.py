@@ -20,7 +20,7 @@ from webdataset.writer import TarWriter
 from pipeline.errors import BadImageError, CheckpointError, LabelSetMismatch, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.views.view import draw_view, render
 from trainer import student as student_module

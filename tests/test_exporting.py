@@ -22,8 +22,8 @@ from pipeline.errors import LabelSetMismatch, UsageError
 from pipeline.exporting import ExportConfig, export_labels
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
-from pipeline.replay import pair_of
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import pair_of
 from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.view import draw_view, render
 

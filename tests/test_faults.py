@@ -42,7 +42,7 @@ from label_sets import (
 from label_sets import make_label_set as made_by_stage_1
 from torch import nn
 
-from pipeline import drafts, labelling, sealing
+from pipeline import drafts, labelling
 from pipeline import precompute as stage1
 from pipeline.errors import (
     DeitCliError,
@@ -56,7 +56,8 @@ from pipeline.errors import (
 )
 from pipeline.images.samples import ShardIndex, SourceShard
 from pipeline.images.source import Source, open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels import sealing
+from pipeline.labels.labelset import LabelSet
 from pipeline.machine import loaders as loading
 from pipeline.storage import atomic as storage
 from pipeline.teacher import Teacher

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.labels import MAX_TOPK, SAMPLES_SCHEMA, LabelsFooter, SamplesFooter, labels_schema
-from pipeline.manifest import (
+from pipeline.labels.manifest import (
     EnsembleIdentity,
     FileEntry,
     Manifest,
@@ -20,8 +19,9 @@ from pipeline.manifest import (
     SourceRecord,
     TeacherIdentity,
 )
-from pipeline.replay import SAMPLED_BYTES, TOLERANCE
-from pipeline.sealing import MANIFEST_PROBES
+from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE
+from pipeline.labels.sealing import MANIFEST_PROBES
+from pipeline.labels.tables import MAX_TOPK, SAMPLES_SCHEMA, LabelsFooter, SamplesFooter, labels_schema
 from pipeline.views.draws import stream_of
 from pipeline.views.recipe import Recipe
 

@@ -21,11 +21,11 @@ from label_sets import coloured_png, make_label_set, read_everything, seal_again
 
 from pipeline.errors import DeitCliError
 from pipeline.images.source import open_source
-from pipeline.inspection import summarise
-from pipeline.labels import Contents, read_all_views, read_samples
-from pipeline.labelset import LabelSet
-from pipeline.manifest import parse_manifest, parse_plan
-from pipeline.pages import Chunk, largest_page
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import parse_manifest, parse_plan
+from pipeline.labels.parquet_guard import Chunk, largest_page
+from pipeline.labels.summary import summarise
+from pipeline.labels.tables import Contents, read_all_views, read_samples
 
 pytestmark = pytest.mark.slow
 GROWTH_MIB = 600  # of this process over all examples of a test

@@ -12,9 +12,9 @@ from label_sets import problems_in
 
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.labels import read_labels_footer, read_samples_footer
-from pipeline.labelset import LabelSet
-from pipeline.replay import SAMPLED_BYTES, TOLERANCE, check_replay
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_replay
+from pipeline.labels.tables import read_labels_footer, read_samples_footer
 from pipeline.views.draws import stream_of
 from pipeline.views.mixing import Mix, draw_mix, shard_pairs
 from pipeline.views.view import draw_view, render

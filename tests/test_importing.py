@@ -34,7 +34,7 @@ from pipeline import importing
 from pipeline.errors import DeitCliError, ImportedLabelsError, LabelSetMismatch, UsageError
 from pipeline.fkd import read_file
 from pipeline.importing import import_labels, import_table
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 
 CLASSES, CROPS = 40, 6
 ROOT = Path(__file__).parent.parent

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from pipeline import inspection
 from pipeline.errors import LabelSetMismatch
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.inspection import _tile, contact_sheet, summarise
-from pipeline.labelset import LabelSet
+from pipeline.labels import summary as inspection
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.summary import _tile, contact_sheet, summarise
 from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.views.recipe import load_recipe
 from pipeline.views.view import draw_view, render

@@ -27,9 +27,9 @@ from forks import Run, Server, kill, serving
 from label_sets import problems_in
 from torch import nn
 
-from pipeline import sealing
 from pipeline.errors import LabelSetIncomplete
-from pipeline.labelset import LabelSet
+from pipeline.labels import sealing
+from pipeline.labels.labelset import LabelSet
 from pipeline.storage import atomic as storage
 from trainer import loop
 from trainer.checkpoint import load_state

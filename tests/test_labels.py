@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.encoding import LabelRows, content_xxh3, encode_rows, index_dtype
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
-from pipeline.labels import (
+from pipeline.labels.encoding import LabelRows, content_xxh3, encode_rows, index_dtype
+from pipeline.labels.tables import (
     FOOTER_KEY,
     SAMPLES_SCHEMA,
     LabelsFooter,

@@ -31,7 +31,6 @@ from label_sets import (
     write_tar,
 )
 
-from pipeline.encoding import LabelRows, content_xxh3, encode_rows
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetError,
@@ -42,7 +41,9 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.images.source import open_source
-from pipeline.labels import (
+from pipeline.labels.encoding import LabelRows, content_xxh3, encode_rows
+from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.tables import (
     LabelsFooter,
     read_all_views,
     read_labels_footer,
@@ -51,7 +52,6 @@ from pipeline.labels import (
     write_labels,
     write_samples,
 )
-from pipeline.labelset import LabelSet, record_of
 from pipeline.precompute import plan_work
 from pipeline.views.recipe import Recipe
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
-from pipeline.manifest import (
+from pipeline.labels.manifest import (
     EnsembleIdentity,
     FileEntry,
     Manifest,

@@ -30,8 +30,8 @@ from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, UsageError
 from pipeline.extending import extension
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
-from pipeline.manifest import label_blocks
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import label_blocks
 from pipeline.merging import merge, merged_lines
 from pipeline.precompute import precompute
 from pipeline.sharing import pull

@@ -16,7 +16,7 @@ from pipeline import labelling, outputs
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetMismatch, RemoteFileMissing, UsageError
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.precompute import precompute
 from pipeline.storage import mirror, remote
 from pipeline.storage.mirror import ChangedElsewhere

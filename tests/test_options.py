@@ -31,7 +31,7 @@ from test_signing import write_key
 
 import cli
 from pipeline.errors import DeitCliError
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.views.recipe import PRESETS, Recipe
 
 

@@ -25,9 +25,9 @@ from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, SourceError, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import check_replay
 from pipeline.packing import Packing
-from pipeline.replay import check_replay
 from pipeline.storage.cache import ShardCache
 
 NAMES = ("ant", "bee")

@@ -18,7 +18,7 @@ from builders import files_of, make_labels, write_tars
 from forks import Run, Server, kill, serving
 
 import cli
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from trainer import loop
 from trainer.checkpoint import load_state
 from trainer.setup import STATE_NAME

@@ -6,9 +6,9 @@ import pytest
 import torch
 from builders import make_labels, small_recipe, small_teacher, write_tars
 
-from pipeline.encoding import LOG8_STEP
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.encoding import LOG8_STEP
+from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, start_loader
 from pipeline.teacher import Teacher
 from trainer.config import TrainConfig

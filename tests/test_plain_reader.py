@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 
 READER = Path(__file__).parent / "plain_reader.py"
 GOLDEN = Path(__file__).parent / "golden"

@@ -22,10 +22,10 @@ from pipeline.errors import (
 )
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import check_replay
 from pipeline.machine.progress import Tick
 from pipeline.precompute import measure_accuracy, plan_work, precompute
-from pipeline.replay import check_replay
 from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.views.view import draw_view, render
 

@@ -13,11 +13,11 @@ from label_sets import colour_teacher, seal_again
 
 import cli
 from pipeline.config import TeacherConfig, VerifyConfig
-from pipeline.encoding import LabelRows, content_xxh3
 from pipeline.errors import LabelSetMismatch, TeacherError
 from pipeline.images.source import open_source
-from pipeline.labels import read_all_views, read_labels_footer, write_labels
-from pipeline.labelset import LabelSet
+from pipeline.labels.encoding import LabelRows, content_xxh3
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.tables import read_all_views, read_labels_footer, write_labels
 from pipeline.relabelling import ROUNDING, Flip, Relabelled, relabel, rounding_of
 from pipeline.teacher import Teacher
 from pipeline.verifying import verify

@@ -42,9 +42,10 @@ def test_every_test_of_a_fault_is_on_the_page():
 
 
 def test_the_bounds_are_those_of_the_code():
-    from pipeline import labels, manifest
     from pipeline.images import decode, samples
     from pipeline.images import parquet as parquet_source
+    from pipeline.labels import manifest
+    from pipeline.labels import tables as labels
     from pipeline.storage import atomic as storage
 
     for value in (labels.MAX_SHARD_SAMPLES, decode.MAX_PIXELS):

@@ -22,8 +22,8 @@ from web_server import web_server
 import cli
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetIncomplete, LabelSetMismatch, SourceError
 from pipeline.images.source import Source, open_source
-from pipeline.labelset import LabelSet, record_of
-from pipeline.replay import check_replay
+from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.replay import check_replay
 from pipeline.storage import remote
 from pipeline.storage.cache import RemoteFile, ShardCache, prefetch
 from trainer.config import TrainConfig
@@ -331,7 +331,7 @@ def test_views_of_one_shard_in_a_row_read_the_file_once(made, monkeypatch):
     for view in (0, 1, 0, 1):
         opened.read("train-0", view)
     assert checked == ["train-0.parquet"]
-    monkeypatch.setattr("pipeline.labelset.RECENT_BYTES", 1)
+    monkeypatch.setattr("pipeline.labels.labelset.RECENT_BYTES", 1)
     for shard in ("train-0", "train-1", "train-0", "train-0"):
         opened.read(shard, 0)
     assert checked[1:] == ["train-1.parquet", "train-0.parquet"]

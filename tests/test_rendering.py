@@ -17,7 +17,7 @@ from pipeline import rendering
 from pipeline.errors import LabelSetMismatch, WorkerError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
-from pipeline.labels import SampleRows
+from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, plan_workers, start_loader
 from pipeline.rendering import (
     Block,

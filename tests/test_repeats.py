@@ -124,7 +124,7 @@ def test_a_process_that_nobody_hears_goes_on(monkeypatch, capsys):
 # A warning that stands here can come only a few times in a command, whatever the size of the data. All others go through
 # `warn_again`.
 ONCE = {
-    "pipeline.card.refresh_card",
+    "pipeline.labels.card.refresh_card",
     "pipeline.exporting.export_labels",
     "pipeline.fkd.list_files",
     "pipeline.indexing.index_samples",

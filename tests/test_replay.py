@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from label_sets import RECIPE, coloured_png, make_label_set, seal_again, write_source, write_tar
 
-from pipeline import replay
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.labels import read_labels_footer
-from pipeline.labelset import LabelSet
-from pipeline.manifest import read_probes
-from pipeline.replay import SAMPLED_BYTES, TOLERANCE, check_image, check_replay, make_probe, pair_of
-from pipeline.sealing import MANIFEST_PROBES
+from pipeline.labels import replay
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import read_probes
+from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_image, check_replay, make_probe, pair_of
+from pipeline.labels.sealing import MANIFEST_PROBES
+from pipeline.labels.tables import read_labels_footer
 from pipeline.views import view as views
 from pipeline.views.mixing import Mix, draw_mix, shard_pairs
 from pipeline.views.view import draw_view, render

@@ -36,7 +36,7 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.sharing import pull, push
 from pipeline.storage import remote
 from pipeline.storage.atomic import pretty_json

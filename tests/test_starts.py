@@ -14,7 +14,7 @@ from builders import before_update, interrupt, make_labels, small_recipe, write_
 from torch import nn
 
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.machine.devices import resolve_device
 from trainer.checkpoint import export_model, load_state
 from trainer.config import TrainConfig

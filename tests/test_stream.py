@@ -11,7 +11,7 @@ from builders import encoded, keys_decoded, make_labels, photo, small_recipe, wr
 from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, checked, start_loader
 from pipeline.rendering import BlockRenderer, blocks_of, deal
 from pipeline.views.mixing import Mix, draw_mix, shard_pairs

@@ -21,11 +21,11 @@ from label_sets import (
 from cli import commands
 from pipeline.errors import LabelSetCorrupt, LabelSetIncomplete, LabelSetMismatch, UsageError
 from pipeline.images.source import open_source
-from pipeline.inspection import contact_sheet, summarise
-from pipeline.labelset import LabelSet
-from pipeline.manifest import Manifest
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import Manifest
+from pipeline.labels.replay import check_replay
+from pipeline.labels.summary import contact_sheet, summarise
 from pipeline.precompute import precompute
-from pipeline.replay import check_replay
 from pipeline.storage.atomic import pretty_json
 from pipeline.subsets import choose_blocks, choose_shards, probes_in, subset_manifest
 from pipeline.tables import info_table

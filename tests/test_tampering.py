@@ -27,7 +27,6 @@ from label_sets import (
     write_tar,
 )
 
-from pipeline.encoding import content_xxh3
 from pipeline.errors import (
     DeitCliError,
     LabelSetCorrupt,
@@ -35,7 +34,9 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
-from pipeline.labels import (
+from pipeline.labels.encoding import content_xxh3
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.tables import (
     read_all_views,
     read_labels_footer,
     read_samples,
@@ -43,7 +44,6 @@ from pipeline.labels import (
     write_labels,
     write_samples,
 )
-from pipeline.labelset import LabelSet
 from pipeline.storage.atomic import read_json
 from trainer.config import TrainConfig
 from trainer.loop import make_order, open_data, train

@@ -15,7 +15,7 @@ from PIL import Image
 
 import cli
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.teacher_loading import DEIT_TEACHERS, FUNCTION_DEFAULTS
 
 PAGE = (Path(__file__).parent.parent / "docs/teachers.md").read_text()

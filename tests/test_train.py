@@ -21,7 +21,7 @@ from pipeline.errors import (
     TrainingError,
     UsageError,
 )
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.machine.ranks import Rank
 from pipeline.storage.atomic import pretty_json
 from trainer.checkpoint import load_state

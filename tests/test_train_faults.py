@@ -33,7 +33,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from trainer import loop
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig

@@ -22,7 +22,7 @@ from web_server import web_server
 import cli
 from pipeline.config import VerifyConfig
 from pipeline.errors import LabelSetError, UsageError
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.reports import Report
 from pipeline.storage import remote
 from pipeline.storage.atomic import pretty_json
@@ -305,7 +305,7 @@ def test_an_equal_copy_is_said_to_be_one(made, tmp_path):
 def test_one_changed_image_is_refused_in_training_with_the_way_to_find_all(made, tmp_path):
     from pipeline.errors import LabelSetMismatch
     from pipeline.images.source import open_source
-    from pipeline.replay import check_image
+    from pipeline.labels.replay import check_image
 
     source = open_source(copy_of(tmp_path / "copy", "image"))
     label_set = LabelSet.open(made)

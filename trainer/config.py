@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from pipeline.config import option
 from pipeline.errors import UsageError
-from pipeline.pins import parse_pin
+from pipeline.labels.pins import parse_pin
 from pipeline.storage.staging import working_folder
 from pipeline.units import parse_bytes
 

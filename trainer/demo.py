@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.errors import StoppedError, UsageError
 from pipeline.images.source import open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 from pipeline.machine.devices import resolve_device
 from pipeline.storage.atomic import refusals_named
 from pipeline.views.recipe import Recipe, load_recipe
@@ -95,7 +95,7 @@ def run_demo(
         seed: of weights, order and stochastic depth.
         load_teacher: `pipeline.teacher_loading.load_teacher`.
         precompute: `pipeline.precompute.precompute`.
-        contact_sheet: `pipeline.inspection.contact_sheet`.
+        contact_sheet: `pipeline.labels.summary.contact_sheet`.
         progress: told how far precompute and training are.
     """
     if out.exists() and any(out.iterdir()):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pipeline.errors import UsageError
 from pipeline.images.source import Source, open_source
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import check_replay
 from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import Mapped, checked, plan_workers, start_loader
-from pipeline.replay import check_replay
 from pipeline.views.mixing import MixBatch, apply_mix
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here

@@ -17,10 +17,10 @@ import torch
 
 from pipeline.images.decode import decode, decode_around, image_size
 from pipeline.images.samples import Sample
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import check_image
 from pipeline.machine.loaders import PREFETCH, one_core, usable_cores
 from pipeline.machine.timing import Work, median_s, steady_s, synchronise
-from pipeline.replay import check_image
 from pipeline.units import count
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render_encoded

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.encoding import LabelRows
 from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, SourceShard
-from pipeline.labels import SampleRows
-from pipeline.labelset import LabelSet
+from pipeline.labels.encoding import LabelRows
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import check_image
+from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
-from pipeline.replay import check_image
 from pipeline.storage.cache import RemoteFile, prefetch
 from pipeline.views.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
 from pipeline.views.recipe import Recipe

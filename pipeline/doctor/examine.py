@@ -88,8 +88,8 @@ def examine_labels(labels: str, data: str | None) -> Section:
     """Open a label set, render its replay probes again, and compare the versions that made it with those here."""
     section = Section(f"labels {labels}")
     try:
-        from pipeline.labelset import LabelSet
-        from pipeline.replay import check_replay
+        from pipeline.labels.labelset import LabelSet
+        from pipeline.labels.replay import check_replay
     except Exception as error:
         section.problem(f"a label set cannot be read: {first_line(error)}", "Mend the packages named above")
         return section

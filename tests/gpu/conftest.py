@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import make_labels, write_tars
 
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
 
 HERE = Path(__file__).parent
 # What torch says of its own plans and of this card is no defect of ours, and differs from version to version.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pipeline.config import Dtype, TeacherConfig
 from pipeline.images.source import Source
-from pipeline.labelset import LabelSet
-from pipeline.manifest import TeacherIdentity
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import TeacherIdentity
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal
 from pipeline.teacher import Answer, Network, Teacher
 from pipeline.teacher_loading import load_teacher, weights_sha256

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from label_sets import seal_again
 
-from pipeline.encoding import content_xxh3
 from pipeline.images.samples import keys_sha256
-from pipeline.labels import (
+from pipeline.labels.encoding import content_xxh3
+from pipeline.labels.manifest import PLAN_NAME
+from pipeline.labels.tables import (
     FOOTER_KEY,
     LabelRows,
     SampleRows,
@@ -26,7 +27,6 @@ from pipeline.labels import (
     write_labels,
     write_samples,
 )
-from pipeline.manifest import PLAN_NAME
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import sha256_json
 

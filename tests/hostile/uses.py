@@ -9,8 +9,8 @@ from pipeline.config import TeacherConfig, VerifyConfig
 from pipeline.errors import LabelSetError
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.inspection import summarise
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.summary import summarise
 from pipeline.precompute import precompute
 from pipeline.teacher_loading import load_teacher
 from pipeline.verifying import verify

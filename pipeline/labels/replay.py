@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
 from pipeline.images.decode import decode
 from pipeline.images.source import Sample, Source
-from pipeline.labels import SampleRows
-from pipeline.labelset import LabelSet
-from pipeline.manifest import Probe
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import Probe
+from pipeline.labels.tables import SampleRows
 from pipeline.repeats import warn_again
 from pipeline.views.mixing import Mix, draw_mix, shard_pairs
 from pipeline.views.recipe import Recipe

@@ -12,8 +12,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.comparing import Comparison, Listing, compare_names
-from pipeline.encoding import LabelRows
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetError,
@@ -29,16 +27,9 @@ from pipeline.images.samples import check_name, keys_sha256
 from pipeline.images.source import Source, open_source
 from pipeline.images.tars import TarShard
 from pipeline.imported import IMPORT_NAME, refusal
-from pipeline.labels import (
-    Contents,
-    LabelsFooter,
-    SampleRows,
-    read_labels_footer,
-    read_samples,
-    read_samples_footer,
-    read_view,
-)
-from pipeline.manifest import (
+from pipeline.labels.comparing import Comparison, Listing, compare_names
+from pipeline.labels.encoding import LabelRows
+from pipeline.labels.manifest import (
     IMAGES_FOLDER,
     MANIFEST_NAME,
     PLAN_NAME,
@@ -52,8 +43,17 @@ from pipeline.manifest import (
     shards_of,
     short,
 )
-from pipeline.pins import check_pin
-from pipeline.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
+from pipeline.labels.pins import check_pin
+from pipeline.labels.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
+from pipeline.labels.tables import (
+    Contents,
+    LabelsFooter,
+    SampleRows,
+    read_labels_footer,
+    read_samples,
+    read_samples_footer,
+    read_view,
+)
 from pipeline.storage.atomic import MAX_JSON_BYTES, load_json, read_small, refusals_named
 from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
 from pipeline.storage.ids import canonical_json

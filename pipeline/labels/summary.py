@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.encoding import LabelRows
 from pipeline.errors import LabelSetCorrupt, LabelSetError
 from pipeline.images.source import Source
-from pipeline.labels import SampleRows
-from pipeline.labelset import LabelSet
-from pipeline.pins import pin_of
-from pipeline.replay import pair_of, rendered_view
+from pipeline.labels.encoding import LabelRows
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.pins import pin_of
+from pipeline.labels.replay import pair_of, rendered_view
+from pipeline.labels.tables import SampleRows
 from pipeline.storage.atomic import replace_file
 from pipeline.views.mixing import Mix, apply_mix, draw_mix, mix_batch, shard_pairs
 

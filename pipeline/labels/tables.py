@@ -19,10 +19,18 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from pipeline.config import Precision
-from pipeline.encoding import LabelRows, content_xxh3, find_problem, from_codes, index_dtype, label_bytes, prob_dtype
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
-from pipeline.pages import Chunk, column_chunks, largest_page
-from pipeline.remedies import DAMAGED_FILE
+from pipeline.labels.encoding import (
+    LabelRows,
+    content_xxh3,
+    find_problem,
+    from_codes,
+    index_dtype,
+    label_bytes,
+    prob_dtype,
+)
+from pipeline.labels.parquet_guard import Chunk, column_chunks, largest_page
+from pipeline.labels.remedies import DAMAGED_FILE
 from pipeline.storage.atomic import parse_json
 from pipeline.storage.ids import canonical_json
 from pipeline.storage.records import Count, Name, Record, Sha256, View, Xxh3, is_version, other_version

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import DeitCliError, UsageError
-from pipeline.inspection import summarise
-from pipeline.labelset import LabelSet
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.summary import summarise
 from pipeline.storage.atomic import publish_file, refusals_named, replace_file
 from pipeline.storage.yaml import parse_yaml, to_yaml
 from pipeline.units import byte_size

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
-from pipeline.labels import LabelsFooter
-from pipeline.labelset import checked_labels_footer
-from pipeline.manifest import (
+from pipeline.labels.labelset import checked_labels_footer
+from pipeline.labels.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     FileEntry,
@@ -21,7 +20,8 @@ from pipeline.manifest import (
     read_plan,
     read_probes,
 )
-from pipeline.remedies import PULL, damaged_file
+from pipeline.labels.remedies import PULL, damaged_file
+from pipeline.labels.tables import LabelsFooter
 from pipeline.storage.atomic import pretty_json, publish_file, refusals_named, replace_file, sha256_file, sync_folder
 
 MANIFEST_PROBES = 8

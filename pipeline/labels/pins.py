@@ -6,7 +6,7 @@ Whoever writes it into a training configuration gets those labels or an error, w
 import re
 
 from pipeline.errors import LabelSetMismatch, UsageError
-from pipeline.remedies import PULL
+from pipeline.labels.remedies import PULL
 
 PIN = re.compile("sha256:[0-9a-fA-F]{64}")
 
