@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
-from pipeline.config import PrecomputeConfig, TeacherConfig, VerifyConfig
 from pipeline.errors import DeitCliError, StoppedError, UsageError
-from pipeline.options import (
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig, VerifyConfig
+from pipeline.settings.options import (
     AS_JSON,
     LOG_JSON,
     SECONDS,

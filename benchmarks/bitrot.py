@@ -121,8 +121,8 @@ def make_ours(folder: Path) -> tuple[Path, Path]:
 
 def by_verify(source: Path, labels: Path) -> Any:
     """Return nothing if the label set is sound; raise what is wrong with it."""
-    from pipeline.config import VerifyConfig
     from pipeline.errors import LabelSetError
+    from pipeline.settings.configs import VerifyConfig
     from pipeline.verifying import verify
 
     if problems := verify(str(labels), VerifyConfig(probes=False, threads=1)).problems:

@@ -36,7 +36,6 @@ import torch
 from rounds import Job, machine
 from safetensors.torch import load_file
 
-from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.errors import UsageError
 from pipeline.images.source import open_source
 from pipeline.labelling import device_name
@@ -44,6 +43,7 @@ from pipeline.labels.manifest import first_difference
 from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import plan_workers
 from pipeline.precompute import precompute
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.storage.atomic import pretty_json, read_json, replace_file
 from pipeline.teacher import Answer, Teacher
 from pipeline.teacher_loading import load_teacher

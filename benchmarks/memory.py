@@ -30,7 +30,7 @@ CASES = [
 RUN = """
 import sys
 from pathlib import Path
-from pipeline.config import PrecomputeConfig, TeacherConfig
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.precompute import precompute
 from pipeline.views.recipe import load_recipe
 from pipeline.images.source import open_source

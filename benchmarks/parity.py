@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from rounds import Job
 from torch import Tensor, nn
 
-from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import usable_cores
 from pipeline.precompute import precompute
+from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import load_teacher
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch

@@ -34,7 +34,6 @@ from ceilings import matrix_tflops
 from rounds import Job, machine
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.engines import limit
 from pipeline.images.source import Source, open_source
 from pipeline.indexing import scan_shard
@@ -44,6 +43,7 @@ from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_
 from pipeline.machine.timing import row_s, steady_s, synchronise
 from pipeline.measuring import forward_flops, measure_rates, measure_together
 from pipeline.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.teacher import Teacher, one_thread
 from pipeline.teacher_loading import load_teacher
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch

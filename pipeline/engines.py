@@ -13,7 +13,6 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.crash import CRASHED, Crash, crash_of
 from pipeline.dispatch import TRIES, Dispatcher
 from pipeline.errors import DeitCliError, TeacherError, WorkerError
@@ -23,6 +22,7 @@ from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, rank_from
 from pipeline.repeats import hear, send_messages, warn_again
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.teacher import Teacher
 from pipeline.teacher_loading import load_teacher
 

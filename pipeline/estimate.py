@@ -4,10 +4,10 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config import PrecomputeConfig
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.measuring import Rates
+from pipeline.settings.configs import PrecomputeConfig
 from pipeline.teacher import Teacher
 
 Limit = Literal["teacher", "rendering", "cores"]

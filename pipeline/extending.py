@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.errors import UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import IMAGES_FOLDER, Plan
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.storage.cache import RemoteFolder, open_cache
 from pipeline.storage.urls import is_url, join_url
 from pipeline.views.recipe import Recipe

@@ -5,7 +5,6 @@ import threading
 
 import xxhash
 
-from pipeline.config import VerifyConfig
 from pipeline.errors import DeitCliError, SourceError
 from pipeline.images.source import Source
 from pipeline.labels.comparing import Comparison, Listing, compare_names
@@ -16,6 +15,7 @@ from pipeline.labels.replay import compare_probes
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling, in_threads
 from pipeline.reports import Problem, Report
+from pipeline.settings.configs import VerifyConfig
 
 OTHER_DATA = "Pass the --data that was labelled, or mend this copy"
 OTHER_IMAGES = "Its labels are of other images than those in it: get the damaged files again, or ask whoever made it"

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.config import BadImagePolicy
 from pipeline.errors import BadImageError, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
@@ -18,6 +17,7 @@ from pipeline.labels.manifest import Plan, samples_path
 from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
 from pipeline.machine.progress import Progress, Tick
+from pipeline.settings.configs import BadImagePolicy
 from pipeline.storage.atomic import publish_file
 
 log = logging.getLogger("deit_cli.indexing")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config import PrecomputeConfig
 from pipeline.drafts import LabelDraft, publish_draft
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.images.source import Source
@@ -22,6 +21,7 @@ from pipeline.labels.tables import SampleRows, read_all_views
 from pipeline.machine.loaders import Whereabouts
 from pipeline.machine.progress import Report
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
+from pipeline.settings.configs import PrecomputeConfig
 from pipeline.teacher import Answer, Pending, Teacher, one_thread
 from pipeline.views.recipe import Recipe
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import MAX_VIEW, Precision, PrecomputeConfig
 from pipeline.errors import BadImageError, SourceError, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.samples import Sample, ShardIndex, SourceShard
@@ -27,6 +26,7 @@ from pipeline.labels.tables import LabelsFooter, write_labels
 from pipeline.machine.progress import Tick
 from pipeline.machine.timing import median_s
 from pipeline.precompute import precompute
+from pipeline.settings.configs import MAX_VIEW, Precision, PrecomputeConfig
 from pipeline.teacher import CPU_BATCH, Teacher, one_thread
 from pipeline.views.mixing import draw_mix, mix_batch
 from pipeline.views.recipe import Recipe

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetMismatch, UsageError
 from pipeline.labels.manifest import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, Plan, parse_plan
 from pipeline.labels.sealing import seal
 from pipeline.labels.tables import SampleRows, read_all_views, read_labels_footer, read_samples
+from pipeline.settings.configs import PrecomputeConfig
 from pipeline.storage.atomic import read_small
 from pipeline.storage.mirror import ChangedElsewhere, Mirror, mirror_of
 

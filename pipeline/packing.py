@@ -13,7 +13,6 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.config import ORIGINAL, BadImagePolicy
 from pipeline.errors import BadImageError, LabelSetError, LabelSetMismatch, SourceError, UsageError
 from pipeline.images.decode import JPEG_QUALITY, decode, shrink
 from pipeline.images.samples import Sample, keys_sha256
@@ -26,6 +25,7 @@ from pipeline.labels.sealing import sealed_manifest
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
 from pipeline.machine.progress import Progress, Tick
+from pipeline.settings.configs import ORIGINAL, BadImagePolicy
 from pipeline.storage.atomic import publish_file, refusals_named, sha256_file
 
 log = logging.getLogger("deit_cli.packing")

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import PrecomputeConfig
 from pipeline.engines import limit, run_here, run_processes
 from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, UsageError
 from pipeline.images.decode import decode
@@ -29,6 +28,7 @@ from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_
 from pipeline.outputs import commit, mirrored
 from pipeline.packing import Packing, check_packable, pack_images, plan_packing
 from pipeline.ray_engine import connect_ray, run_ray
+from pipeline.settings.configs import PrecomputeConfig
 from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
 from pipeline.storage.mirror import Mirror
 from pipeline.teacher import Teacher, check_classes

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.config import TeacherConfig
 from pipeline.dispatch import TRIES, Dispatcher
 from pipeline.engines import load_same
 from pipeline.errors import DeitCliError, UsageError, WorkerError
@@ -15,6 +14,7 @@ from pipeline.labelling import Job, LabelTask, label_shards
 from pipeline.machine.progress import Report, Tally
 from pipeline.machine.ranks import plan_loaders
 from pipeline.repeats import hear, send_messages, warn_again
+from pipeline.settings.configs import TeacherConfig
 from pipeline.teacher import Teacher
 
 log = logging.getLogger("deit_cli.ray_engine")

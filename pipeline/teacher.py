@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config import Dtype, TeacherConfig
 from pipeline.errors import NonFiniteTeacherError, TeacherError
 from pipeline.labels.manifest import AnyTeacher, TeacherIdentity
 from pipeline.repeats import warn_again
+from pipeline.settings.configs import Dtype, TeacherConfig
 from pipeline.views.mixing import MixBatch, apply_mix
 
 log = logging.getLogger("deit_cli.teacher")

@@ -18,10 +18,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pipeline.config import TeacherConfig
 from pipeline.errors import CheckpointError, TeacherError, UsageError
 from pipeline.labels.manifest import AnyTeacher, EnsembleIdentity, TeacherIdentity
 from pipeline.machine.devices import resolve_device
+from pipeline.settings.configs import TeacherConfig
 from pipeline.teacher import Network, Teacher
 from pipeline.tensors import check_size, read_hub_config, read_tensors
 from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD

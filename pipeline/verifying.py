@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import TeacherConfig, VerifyConfig
 from pipeline.errors import (
     DeitCliError,
     LabelSetCorrupt,
@@ -50,6 +49,7 @@ from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling, in_threads
 from pipeline.relabelling import relabel
 from pipeline.reports import Problem, Report
+from pipeline.settings.configs import TeacherConfig, VerifyConfig
 from pipeline.signing import SIGNATURE_NAME, check_signature
 from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named
 from pipeline.storage.cache import RemoteFolder, open_cache

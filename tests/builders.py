@@ -16,11 +16,11 @@ from torch import nn
 from webdataset.writer import TarWriter
 
 from pipeline import rendering
-from pipeline.config import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
 from pipeline.precompute import precompute
+from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.teacher import Network, Teacher
 from pipeline.teacher_loading import load_teacher
 from pipeline.views import view as views

@@ -14,11 +14,11 @@ from builders import teacher_from
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.config import PrecomputeConfig, VerifyConfig
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
 from pipeline.precompute import precompute
+from pipeline.settings.configs import PrecomputeConfig, VerifyConfig
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import sha256_json
 from pipeline.teacher import Teacher

@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 import cli
-from pipeline import options
-from pipeline.config import PrecomputeConfig, TeacherConfig
-from pipeline.config_file import describe_settings, plain_settings, read_settings, recipe_settings
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.labels.labelset import LabelSet
+from pipeline.settings import options
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.settings.files import describe_settings, plain_settings, read_settings, recipe_settings
 from pipeline.storage.yaml import parse_yaml, to_yaml
 from pipeline.views.recipe import _RANGES as recipe_ranges
 from pipeline.views.recipe import PRESETS, Recipe, load_recipe

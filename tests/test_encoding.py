@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_labels import assert_equal, footer_of, write
 
-from pipeline.config import Precision
 from pipeline.errors import LabelSetCorrupt
 from pipeline.images.source import open_source
 from pipeline.labels.encoding import (
@@ -28,6 +27,7 @@ from pipeline.labels.encoding import (
 )
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import Contents, labels_schema, read_view
+from pipeline.settings.configs import Precision
 
 
 def slow_codes(prob: list[float], tail: float, num_classes: int) -> list[int]:

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
     "pipeline.errors", "pipeline.repeats", "pipeline.crash", "pipeline.storage.ids", "pipeline.units", "pipeline.labels.remedies", "pipeline.labels.pins", "pipeline.labels.comparing", "pipeline.storage.urls",
-    "pipeline.storage.staging", "pipeline.views.draws", "pipeline.storage.yaml", "pipeline.views.recipe", "pipeline.config", "pipeline.config_file",
-    "pipeline.options",
+    "pipeline.storage.staging", "pipeline.views.draws", "pipeline.storage.yaml", "pipeline.views.recipe", "pipeline.settings.configs", "pipeline.settings.files",
+    "pipeline.settings.options",
     "pipeline.storage.atomic", "pipeline.storage.remote", "pipeline.weights", "pipeline.storage.uploads", "pipeline.storage.downloads", "pipeline.storage.mirror",
     "pipeline.storage.cache",
     "pipeline.storage.records", "pipeline.images.turbojpeg", "pipeline.images.decode", "pipeline.labels.parquet_guard", "pipeline.labels.encoding", "pipeline.labels.tables",
@@ -63,7 +63,7 @@ TEACHER_SIDE = {
 
 # Third parties, and the only modules that may import them.
 KEEPERS = {
-    "click": {"cli", "pipeline.options", "trainer.console"},
+    "click": {"cli", "pipeline.settings.options", "trainer.console"},
     "rich": {"trainer.console"},
     "timm": {
         "pipeline.tensors",

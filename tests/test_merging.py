@@ -26,7 +26,6 @@ from web_server import web_server
 
 import cli
 from pipeline import labelling
-from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, UsageError
 from pipeline.extending import extension
 from pipeline.images.source import open_source
@@ -34,6 +33,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import label_blocks
 from pipeline.merging import merge, merged_lines
 from pipeline.precompute import precompute
+from pipeline.settings.configs import PrecomputeConfig
 from pipeline.sharing import pull
 
 SETTINGS: dict[str, Any] = {"views": (0, 4), "views_per_shard": 2}

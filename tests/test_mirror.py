@@ -13,11 +13,11 @@ from s3_server import BUCKET, credentials, s3_server
 from test_train import TINY, state_of
 
 from pipeline import labelling, outputs
-from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetMismatch, RemoteFileMissing, UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.precompute import precompute
+from pipeline.settings.configs import PrecomputeConfig
 from pipeline.storage import mirror, remote
 from pipeline.storage.mirror import ChangedElsewhere
 from pipeline.weights import weights_here

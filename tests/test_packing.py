@@ -21,13 +21,13 @@ from test_train import TINY
 from web_server import web_server
 
 from pipeline import packing as packing_module
-from pipeline.config import PrecomputeConfig
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, SourceError, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
 from pipeline.packing import Packing
+from pipeline.settings.configs import PrecomputeConfig
 from pipeline.storage.cache import ShardCache
 
 NAMES = ("ant", "bee")

@@ -11,7 +11,6 @@ from label_sets import problems_in
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from pipeline.config import PrecomputeConfig
 from pipeline.errors import (
     LabelSetCorrupt,
     LabelSetMismatch,
@@ -26,6 +25,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
 from pipeline.machine.progress import Tick
 from pipeline.precompute import measure_accuracy, plan_work, precompute
+from pipeline.settings.configs import PrecomputeConfig
 from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.views.view import draw_view, render
 

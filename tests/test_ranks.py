@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from builders import files_of, make_labels, small_recipe, small_teacher, write_tars
 
-from pipeline.config import PrecomputeConfig
 from pipeline.errors import UsageError
 from pipeline.images.source import open_source
 from pipeline.labelling import LabelTask
 from pipeline.machine import ranks
 from pipeline.machine.ranks import Rank, plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.precompute import precompute
+from pipeline.settings.configs import PrecomputeConfig
 
 TASKS = [LabelTask(f"shard-{i}", range(view, view + 2)) for view in (0, 2) for i in range(5)]
 SETTINGS: dict[str, Any] = {"views": (0, 6), "views_per_shard": 2, "workers": 0, "accuracy_samples": 0}
@@ -113,7 +113,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from builders import small_recipe, small_teacher, open_source
 from pipeline import labelling
-from pipeline.config import PrecomputeConfig
+from pipeline.settings.configs import PrecomputeConfig
 from pipeline.precompute import precompute
 publish = labelling.publish_draft
 published = []

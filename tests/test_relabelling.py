@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from label_sets import colour_teacher, seal_again
 
 import cli
-from pipeline.config import TeacherConfig, VerifyConfig
 from pipeline.errors import LabelSetMismatch, TeacherError
 from pipeline.images.source import open_source
 from pipeline.labels.encoding import LabelRows, content_xxh3
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import read_all_views, read_labels_footer, write_labels
 from pipeline.relabelling import ROUNDING, Flip, Relabelled, relabel, rounding_of
+from pipeline.settings.configs import TeacherConfig, VerifyConfig
 from pipeline.teacher import Teacher
 from pipeline.verifying import verify
 

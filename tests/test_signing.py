@@ -13,8 +13,8 @@ from label_sets import make_label_set, seal_again, write_source
 from web_server import web_server
 
 import cli
-from pipeline.config import VerifyConfig
 from pipeline.errors import LabelSetError, SignatureError, UsageError
+from pipeline.settings.configs import VerifyConfig
 from pipeline.signing import check_signature, sign
 from pipeline.verifying import verify
 

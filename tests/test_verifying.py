@@ -20,10 +20,10 @@ from label_sets import (
 from web_server import web_server
 
 import cli
-from pipeline.config import VerifyConfig
 from pipeline.errors import LabelSetError, UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.reports import Report
+from pipeline.settings.configs import VerifyConfig
 from pipeline.storage import remote
 from pipeline.storage.atomic import pretty_json
 from pipeline.verifying import verify

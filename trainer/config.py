@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pipeline.config import option
 from pipeline.errors import UsageError
 from pipeline.labels.pins import parse_pin
+from pipeline.settings.configs import option
 from pipeline.storage.staging import working_folder
 from pipeline.units import parse_bytes
 

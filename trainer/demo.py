@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import PrecomputeConfig, TeacherConfig
 from pipeline.errors import StoppedError, UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.devices import resolve_device
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.storage.atomic import refusals_named
 from pipeline.views.recipe import Recipe, load_recipe
 from trainer.config import TrainConfig

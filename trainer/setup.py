@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
-from pipeline.config_file import plain_settings, recipe_settings
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet, record_of
 from pipeline.labels.manifest import first_difference
 from pipeline.labels.replay import check_replay
+from pipeline.settings.files import plain_settings, recipe_settings
 from pipeline.storage.atomic import pretty_json, read_json, refusals_named, replace_file
 from pipeline.storage.cache import open_cache, prefetch
 from pipeline.storage.yaml import to_yaml

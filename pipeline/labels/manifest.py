@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
-from pipeline.config import Precision
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
 from pipeline.labels.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, damaged_json
 from pipeline.labels.tables import FORMAT, MAX_SHARD_SAMPLES, MAX_TOPK, VERSION
+from pipeline.settings.configs import Precision
 from pipeline.storage.atomic import parse_json, pretty_json, read_small, sha256_file
 from pipeline.storage.ids import canonical_json, sha256_json
 from pipeline.storage.records import Count, Name, Record, Sha256, Text, View, is_version, other_version

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from pipeline.config import Precision
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
 from pipeline.labels.encoding import (
     LabelRows,
@@ -31,6 +30,7 @@ from pipeline.labels.encoding import (
 )
 from pipeline.labels.parquet_guard import Chunk, column_chunks, largest_page
 from pipeline.labels.remedies import DAMAGED_FILE
+from pipeline.settings.configs import Precision
 from pipeline.storage.atomic import parse_json
 from pipeline.storage.ids import canonical_json
 from pipeline.storage.records import Count, Name, Record, Sha256, View, Xxh3, is_version, other_version

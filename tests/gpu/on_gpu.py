@@ -11,11 +11,11 @@ from builders import make_labels
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config import Dtype, TeacherConfig
 from pipeline.images.source import Source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal
+from pipeline.settings.configs import Dtype, TeacherConfig
 from pipeline.teacher import Answer, Network, Teacher
 from pipeline.teacher_loading import load_teacher, weights_sha256
 from pipeline.views.mixing import apply_mix

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from label_sets import RECIPE, colour_teacher, config_of, read_everything
 
-from pipeline.config import TeacherConfig, VerifyConfig
 from pipeline.errors import LabelSetError
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.summary import summarise
 from pipeline.precompute import precompute
+from pipeline.settings.configs import TeacherConfig, VerifyConfig
 from pipeline.teacher_loading import load_teacher
 from pipeline.verifying import verify
 from trainer.checkpoint import load_state

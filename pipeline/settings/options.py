@@ -132,7 +132,7 @@ def config_option(*kinds: type) -> Callable[[Any], Any]:
     def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is None:
             return
-        from pipeline.config_file import read_settings
+        from pipeline.settings.files import read_settings
 
         settings = read_settings(path, *kinds)
         context.meta[RECIPE_FIELDS] = {str(k).replace("-", "_"): v for k, v in settings.pop("set", {}).items()}
@@ -164,7 +164,7 @@ def recipe_fields() -> dict[str, Any]:
 
 def say_settings(*configs: Any, recipe: Any) -> None:
     """Log what differs from the defaults, as options that can be passed again."""
-    from pipeline.config_file import describe_settings
+    from pipeline.settings.files import describe_settings
 
     log.info("settings: %s", describe_settings(*configs, recipe=recipe))
 

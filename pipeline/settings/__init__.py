@@ -1,0 +1,1 @@
+"""Settings: config dataclasses, their command-line options, YAML files."""
