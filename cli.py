@@ -560,7 +560,7 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
     Example:
       deit-cli labels sign shards --private-key team.pem
     """
-    from pipeline.signing import sign as sign_set
+    from pipeline.sharing.signing import sign as sign_set
 
     click.echo(str(sign_set(folder, private_key=private_key, identity_token=identity_token)))
 
@@ -603,7 +603,7 @@ def push(folder: str, url: str, workers: int) -> None:
     Example:
       deit-cli labels push shards s3://bucket/shards
     """
-    from pipeline.sharing import moved_line, push
+    from pipeline.sharing.transfer import moved_line, push
 
     with shown_progress() as progress:
         moved = push(Path(folder), url, workers=workers, progress=progress)
@@ -639,7 +639,7 @@ def pull(
     """
     from pipeline.labels.card import refresh_card
     from pipeline.labels.labelset import LabelSet
-    from pipeline.sharing import moved_line, pull
+    from pipeline.sharing.transfer import moved_line, pull
 
     with shown_progress() as progress:
         moved = pull(
@@ -669,8 +669,8 @@ def merge(out: Path, sets: tuple[str, ...]) -> None:
     Example:
       deit-cli labels merge shards machine-a/shards machine-b/shards
     """
-    from pipeline.merging import merge as merge_sets
-    from pipeline.merging import merged_lines
+    from pipeline.sharing.merging import merge as merge_sets
+    from pipeline.sharing.merging import merged_lines
 
     with shown_progress() as progress:
         merged = merge_sets(out, sets, progress=progress)

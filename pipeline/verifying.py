@@ -50,7 +50,7 @@ from pipeline.machine.threads import Telling, in_threads
 from pipeline.relabelling import relabel
 from pipeline.reports import Problem, Report
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
-from pipeline.signing import SIGNATURE_NAME, check_signature
+from pipeline.sharing.signing import SIGNATURE_NAME, check_signature
 from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named
 from pipeline.storage.cache import RemoteFolder, open_cache
 from pipeline.storage.remote import read_url, receive, retried

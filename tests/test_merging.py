@@ -31,10 +31,10 @@ from pipeline.extending import extension
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import label_blocks
-from pipeline.merging import merge, merged_lines
 from pipeline.precompute import precompute
 from pipeline.settings.configs import PrecomputeConfig
-from pipeline.sharing import pull
+from pipeline.sharing.merging import merge, merged_lines
+from pipeline.sharing.transfer import pull
 
 SETTINGS: dict[str, Any] = {"views": (0, 4), "views_per_shard": 2}
 
@@ -293,7 +293,7 @@ def test_a_tar_that_was_damaged_in_the_result_is_not_sealed(data, tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from pipeline import merging
+from pipeline.sharing import merging
 real, left = merging.publish_file, [int(sys.argv[2])]
 def publish(path, write):
     left[0] -= 1

@@ -128,11 +128,11 @@ ONCE = {
     "pipeline.exporting.export_labels",
     "pipeline.fkd.list_files",
     "pipeline.indexing.index_samples",
-    "pipeline.merging._has_images",
+    "pipeline.sharing.merging._has_images",
     "pipeline.precompute._warn_of_sorted_classes",
     "pipeline.repeats.say_counts",
     "pipeline.repeats.warn_again",
-    "pipeline.sharing._carry",
+    "pipeline.sharing.transfer._carry",
     "pipeline.teacher._try",  # halves a batch
     "trainer.evaluate._compare_names",
     "trainer.metrics._each",  # removes a tracker

@@ -37,7 +37,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.labels.labelset import LabelSet
-from pipeline.sharing import pull, push
+from pipeline.sharing.transfer import pull, push
 from pipeline.storage import remote
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.cache import ShardCache

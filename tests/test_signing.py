@@ -15,7 +15,7 @@ from web_server import web_server
 import cli
 from pipeline.errors import LabelSetError, SignatureError, UsageError
 from pipeline.settings.configs import VerifyConfig
-from pipeline.signing import check_signature, sign
+from pipeline.sharing.signing import check_signature, sign
 from pipeline.verifying import verify
 
 pytest.importorskip("model_signing")

@@ -34,12 +34,12 @@ from pipeline.labels.manifest import (
     short,
 )
 from pipeline.machine.progress import Progress, Tick
+from pipeline.sharing.subsets import probes_in, subset_manifest
+from pipeline.sharing.unions import contains, unite
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.place import Folder, Place, Promise, open_place
 from pipeline.storage.uploads import refuse_web
 from pipeline.storage.urls import is_url
-from pipeline.subsets import probes_in, subset_manifest
-from pipeline.unions import contains, unite
 from pipeline.units import byte_size, count
 
 log = logging.getLogger("deit_cli.sharing")

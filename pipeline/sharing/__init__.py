@@ -1,0 +1,1 @@
+"""Label sets between places and people: push, pull, merge, sign."""
