@@ -857,7 +857,7 @@ def demo(out: Path, seed: int) -> None:
     """
     from pipeline.labels.summary import contact_sheet
     from pipeline.precompute import precompute as stage1
-    from pipeline.teacher_loading import load_teacher
+    from pipeline.teacher.loading import load_teacher
     from trainer.demo import run_demo
 
     with shown_progress() as progress:

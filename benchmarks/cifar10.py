@@ -45,8 +45,8 @@ from pipeline.machine.loaders import plan_workers
 from pipeline.precompute import precompute
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.storage.atomic import pretty_json, read_json, replace_file
-from pipeline.teacher import Answer, Teacher
-from pipeline.teacher_loading import load_teacher
+from pipeline.teacher.loading import load_teacher
+from pipeline.teacher.teacher import Answer, Teacher
 from pipeline.views.draws import stream_of
 from pipeline.views.recipe import load_recipe
 from trainer.checkpoint import export_model

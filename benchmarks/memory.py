@@ -34,7 +34,7 @@ from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.precompute import precompute
 from pipeline.views.recipe import load_recipe
 from pipeline.images.source import open_source
-from pipeline.teacher_loading import load_teacher
+from pipeline.teacher.loading import load_teacher
 if __name__ == "__main__":
     data, out, views, block = sys.argv[1:]
     source = open_source(data)

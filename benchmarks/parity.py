@@ -31,8 +31,8 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import usable_cores
 from pipeline.precompute import precompute
 from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
-from pipeline.teacher import Teacher
-from pipeline.teacher_loading import load_teacher
+from pipeline.teacher.loading import load_teacher
+from pipeline.teacher.teacher import Teacher
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.views.recipe import Recipe, load_recipe
 from trainer.config import TrainConfig

@@ -44,8 +44,8 @@ from pipeline.machine.timing import row_s, steady_s, synchronise
 from pipeline.measuring import forward_flops, measure_rates, measure_together
 from pipeline.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
-from pipeline.teacher import Teacher, one_thread
-from pipeline.teacher_loading import load_teacher
+from pipeline.teacher.loading import load_teacher
+from pipeline.teacher.teacher import Teacher, one_thread
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.views.recipe import Recipe, load_recipe
 

@@ -23,8 +23,8 @@ from pipeline.machine.progress import Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, rank_from
 from pipeline.repeats import hear, send_messages, warn_again
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
-from pipeline.teacher import Teacher
-from pipeline.teacher_loading import load_teacher
+from pipeline.teacher.loading import load_teacher
+from pipeline.teacher.teacher import Teacher
 
 log = logging.getLogger("deit_cli.engines")
 

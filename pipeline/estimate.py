@@ -8,7 +8,7 @@ from pipeline.machine.loaders import usable_cores
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.measuring import Rates
 from pipeline.settings.configs import PrecomputeConfig
-from pipeline.teacher import Teacher
+from pipeline.teacher.teacher import Teacher
 
 Limit = Literal["teacher", "rendering", "cores"]
 

@@ -22,7 +22,7 @@ from pipeline.machine.loaders import Whereabouts
 from pipeline.machine.progress import Report
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
 from pipeline.settings.configs import PrecomputeConfig
-from pipeline.teacher import Answer, Pending, Teacher, one_thread
+from pipeline.teacher.teacher import Answer, Pending, Teacher, one_thread
 from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.labelling")

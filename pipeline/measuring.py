@@ -27,7 +27,7 @@ from pipeline.machine.progress import Tick
 from pipeline.machine.timing import median_s
 from pipeline.precompute import precompute
 from pipeline.settings.configs import MAX_VIEW, Precision, PrecomputeConfig
-from pipeline.teacher import CPU_BATCH, Teacher, one_thread
+from pipeline.teacher.teacher import CPU_BATCH, Teacher, one_thread
 from pipeline.views.mixing import draw_mix, mix_batch
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render

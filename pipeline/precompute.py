@@ -31,7 +31,7 @@ from pipeline.ray_engine import connect_ray, run_ray
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
 from pipeline.storage.mirror import Mirror
-from pipeline.teacher import Teacher, check_classes
+from pipeline.teacher.teacher import Teacher, check_classes
 from pipeline.views.mixing import mix_batch
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.views.view import draw_view, render

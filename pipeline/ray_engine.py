@@ -15,7 +15,7 @@ from pipeline.machine.progress import Report, Tally
 from pipeline.machine.ranks import plan_loaders
 from pipeline.repeats import hear, send_messages, warn_again
 from pipeline.settings.configs import TeacherConfig
-from pipeline.teacher import Teacher
+from pipeline.teacher.teacher import Teacher
 
 log = logging.getLogger("deit_cli.ray_engine")
 

@@ -55,7 +55,7 @@ from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small
 from pipeline.storage.cache import RemoteFolder, open_cache
 from pipeline.storage.remote import read_url, receive, retried
 from pipeline.storage.urls import is_url, join_url
-from pipeline.teacher_loading import load_teacher
+from pipeline.teacher.loading import load_teacher
 from pipeline.units import count
 
 REMOTE_THREADS = 8  # they wait for a server most of the time

@@ -21,8 +21,8 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
 from pipeline.precompute import precompute
 from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
-from pipeline.teacher import Network, Teacher
-from pipeline.teacher_loading import load_teacher
+from pipeline.teacher.loading import load_teacher
+from pipeline.teacher.teacher import Network, Teacher
 from pipeline.views import view as views
 from pipeline.views.recipe import Recipe, load_recipe
 from pipeline.views.view import render_views

@@ -21,8 +21,8 @@ from pipeline.precompute import precompute
 from pipeline.settings.configs import PrecomputeConfig, VerifyConfig
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import sha256_json
-from pipeline.teacher import Teacher
-from pipeline.teacher_loading import weights_sha256
+from pipeline.teacher.loading import weights_sha256
+from pipeline.teacher.teacher import Teacher
 from pipeline.verifying import verify
 from pipeline.views.recipe import Recipe
 

@@ -21,8 +21,8 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
 from pipeline.precompute import precompute
 from pipeline.storage.atomic import pretty_json, replace_file, sha256_file
-from pipeline.teacher import Teacher
-from pipeline.teacher_loading import weights_sha256
+from pipeline.teacher.loading import weights_sha256
+from pipeline.teacher.teacher import Teacher
 from pipeline.views.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent

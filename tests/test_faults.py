@@ -60,7 +60,7 @@ from pipeline.labels import sealing
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine import loaders as loading
 from pipeline.storage import atomic as storage
-from pipeline.teacher import Teacher
+from pipeline.teacher.teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -19,7 +19,7 @@ ORDER = [
     "pipeline.images.samples", "pipeline.images.tar_archive", "pipeline.images.tars", "pipeline.images.parquet", "pipeline.images.source",
     "pipeline.machine.devices", "pipeline.tensors", "pipeline.views.randaugment", "pipeline.views.view", "pipeline.views.mixing", "pipeline.labels.labelset",
     "pipeline.labels.replay",
-    "pipeline.machine.loaders", "pipeline.machine.timing", "pipeline.machine.ranks", "pipeline.rendering", "pipeline.teacher", "pipeline.teacher_loading",
+    "pipeline.machine.loaders", "pipeline.machine.timing", "pipeline.machine.ranks", "pipeline.rendering", "pipeline.teacher.teacher", "pipeline.teacher.loading",
     "pipeline.machine.progress", "pipeline.machine.threads",
     "pipeline.fkd", "pipeline.tinyvit", "pipeline.importing",
     "pipeline.drafts", "pipeline.indexing", "pipeline.labels.sealing", "pipeline.outputs", "pipeline.packing", "pipeline.labelling",
@@ -38,8 +38,8 @@ ORDER = [
     "cli",
 ]  # fmt: skip
 TEACHER_SIDE = {
-    "pipeline.teacher",
-    "pipeline.teacher_loading",
+    "pipeline.teacher.teacher",
+    "pipeline.teacher.loading",
     "pipeline.labelling",
     "pipeline.dispatch",
     "pipeline.engines",
@@ -67,7 +67,7 @@ KEEPERS = {
     "rich": {"trainer.console"},
     "timm": {
         "pipeline.tensors",
-        "pipeline.teacher_loading",
+        "pipeline.teacher.loading",
         "trainer.student",
         "trainer.starts",
         "trainer.optim",
@@ -75,7 +75,7 @@ KEEPERS = {
     },
     "pyarrow": {"pipeline.labels.tables", "pipeline.imported", "pipeline.images.parquet"},
     "pydantic": {
-        "pipeline.teacher_loading",
+        "pipeline.teacher.loading",
         "pipeline.storage.records",
         "pipeline.labels.tables",
         "pipeline.imported",
@@ -144,7 +144,7 @@ def test_no_module_draws_from_a_global_random_state():
     allowed = {
         "trainer.setup",
         "trainer.loop",
-        "pipeline.teacher_loading",
+        "pipeline.teacher.loading",
     }  # torch.manual_seed: initial weights and stochastic depth
     for name, path in modules().items():
         assert "random" not in imports(path), name

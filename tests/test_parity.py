@@ -10,7 +10,7 @@ from pipeline.images.source import open_source
 from pipeline.labels.encoding import LOG8_STEP
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, start_loader
-from pipeline.teacher import Teacher
+from pipeline.teacher.teacher import Teacher
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images, normalise
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss

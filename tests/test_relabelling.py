@@ -19,7 +19,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import read_all_views, read_labels_footer, write_labels
 from pipeline.relabelling import ROUNDING, Flip, Relabelled, relabel, rounding_of
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
-from pipeline.teacher import Teacher
+from pipeline.teacher.teacher import Teacher
 from pipeline.verifying import verify
 
 TEACHER = "builders:confident_cnn"

@@ -133,7 +133,7 @@ ONCE = {
     "pipeline.repeats.say_counts",
     "pipeline.repeats.warn_again",
     "pipeline.sharing.transfer._carry",
-    "pipeline.teacher._try",  # halves a batch
+    "pipeline.teacher.teacher._try",  # halves a batch
     "trainer.evaluate._compare_names",
     "trainer.metrics._each",  # removes a tracker
     "trainer.setup.announce",

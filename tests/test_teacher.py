@@ -12,8 +12,8 @@ from torch import nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError, UsageError
 from pipeline.images.source import open_source
-from pipeline.teacher import Answer, Teacher, check_classes, one_thread
-from pipeline.teacher_loading import DEIT_TEACHERS, weights_sha256
+from pipeline.teacher.loading import DEIT_TEACHERS, weights_sha256
+from pipeline.teacher.teacher import Answer, Teacher, check_classes, one_thread
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 
 

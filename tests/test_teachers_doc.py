@@ -16,7 +16,7 @@ from PIL import Image
 import cli
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.teacher_loading import DEIT_TEACHERS, FUNCTION_DEFAULTS
+from pipeline.teacher.loading import DEIT_TEACHERS, FUNCTION_DEFAULTS
 
 PAGE = (Path(__file__).parent.parent / "docs/teachers.md").read_text()
 (EXAMPLE,) = re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", PAGE, flags=re.DOTALL)

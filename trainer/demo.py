@@ -93,7 +93,7 @@ def run_demo(
     Args:
         out: folder for sources, runs, labels, pictures and results.json; must be empty or new.
         seed: of weights, order and stochastic depth.
-        load_teacher: `pipeline.teacher_loading.load_teacher`.
+        load_teacher: `pipeline.teacher.loading.load_teacher`.
         precompute: `pipeline.precompute.precompute`.
         contact_sheet: `pipeline.labels.summary.contact_sheet`.
         progress: told how far precompute and training are.

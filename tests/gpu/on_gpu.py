@@ -16,8 +16,8 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
 from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal
 from pipeline.settings.configs import Dtype, TeacherConfig
-from pipeline.teacher import Answer, Network, Teacher
-from pipeline.teacher_loading import load_teacher, weights_sha256
+from pipeline.teacher.loading import load_teacher, weights_sha256
+from pipeline.teacher.teacher import Answer, Network, Teacher
 from pipeline.views.mixing import apply_mix
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.images.source import open_source
 from pipeline.labelling import AHEAD, _Desk
 from pipeline.machine.loaders import PREFETCH, Slots
-from pipeline.teacher import Pending
+from pipeline.teacher.teacher import Pending
 from pipeline.views.mixing import MixBatch
 from trainer import loop
 from trainer.batch import Batch, on_device

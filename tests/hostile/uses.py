@@ -12,7 +12,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.summary import summarise
 from pipeline.precompute import precompute
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
-from pipeline.teacher_loading import load_teacher
+from pipeline.teacher.loading import load_teacher
 from pipeline.verifying import verify
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig

@@ -22,7 +22,7 @@ from pipeline.errors import CheckpointError, TeacherError, UsageError
 from pipeline.labels.manifest import AnyTeacher, EnsembleIdentity, TeacherIdentity
 from pipeline.machine.devices import resolve_device
 from pipeline.settings.configs import TeacherConfig
-from pipeline.teacher import Network, Teacher
+from pipeline.teacher.teacher import Network, Teacher
 from pipeline.tensors import check_size, read_hub_config, read_tensors
 from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD
 

@@ -1,0 +1,1 @@
+"""The frozen networks that answer for views, and their identity."""
