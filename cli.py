@@ -173,8 +173,8 @@ def precompute(
     config, asked = split_values(values, PrecomputeConfig, TeacherConfig)
     chosen = chosen_recipe(recipe, overrides)
     say_settings(config, asked, recipe=chosen)
-    from pipeline import precompute as stage1
-    from pipeline.engines import load_here
+    from pipeline.stage1 import precompute as stage1
+    from pipeline.stage1.engines import load_here
     from pipeline.tables import plan_table
 
     with shown_progress(log_json) as progress:
@@ -337,10 +337,10 @@ def estimate(
     config, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = chosen_recipe(recipe, overrides)
     from pipeline import estimate as estimating
-    from pipeline.engines import load_here
     from pipeline.labels.encoding import label_bytes
     from pipeline.measuring import forward_flops, measure_rates, training_step_s
-    from pipeline.precompute import choose_topk
+    from pipeline.stage1.engines import load_here
+    from pipeline.stage1.precompute import choose_topk
     from pipeline.tables import estimate_table
     from trainer.student import create_student
 
@@ -413,10 +413,10 @@ def stage1(
     """
     config, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = chosen_recipe(recipe, overrides)
-    from pipeline.engines import load_here
     from pipeline.estimate import pace, plan_machine
     from pipeline.measuring import measure_rates, measure_together
-    from pipeline.precompute import choose_topk
+    from pipeline.stage1.engines import load_here
+    from pipeline.stage1.precompute import choose_topk
     from pipeline.tables import parts_table
 
     teacher, source = load_here(config, asked)
@@ -698,9 +698,9 @@ def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path
     Example:
       deit-cli labels extend shards --views 30:60
     """
-    from pipeline.engines import load_here
-    from pipeline.extending import extension
-    from pipeline.precompute import precompute as stage1
+    from pipeline.stage1.engines import load_here
+    from pipeline.stage1.extending import extension
+    from pipeline.stage1.precompute import precompute as stage1
 
     config, asked, recipe = extension(folder, values, data=data, views=views)
     with shown_progress(log_json) as progress:
@@ -856,7 +856,7 @@ def demo(out: Path, seed: int) -> None:
       deit-cli demo
     """
     from pipeline.labels.summary import contact_sheet
-    from pipeline.precompute import precompute as stage1
+    from pipeline.stage1.precompute import precompute as stage1
     from pipeline.teacher.loading import load_teacher
     from trainer.demo import run_demo
 

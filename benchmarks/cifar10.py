@@ -38,12 +38,12 @@ from safetensors.torch import load_file
 
 from pipeline.errors import UsageError
 from pipeline.images.source import open_source
-from pipeline.labelling import device_name
 from pipeline.labels.manifest import first_difference
 from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import plan_workers
-from pipeline.precompute import precompute
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.stage1.loop import device_name
+from pipeline.stage1.precompute import precompute
 from pipeline.storage.atomic import pretty_json, read_json, replace_file
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Answer, Teacher

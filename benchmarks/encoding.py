@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 from rounds import machine
 
-from pipeline.drafts import LabelDraft, publish_draft
 from pipeline.images.samples import keys_sha256
 from pipeline.labels.encoding import encode_rows
 from pipeline.labels.labelset import LabelSet
@@ -33,6 +32,7 @@ from pipeline.labels.manifest import Plan, ShardRecord, SourceRecord, samples_pa
 from pipeline.labels.sealing import claim, seal
 from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
 from pipeline.settings.configs import Precision
+from pipeline.stage1.drafts import LabelDraft, publish_draft
 from pipeline.storage.atomic import publish_file
 
 ROWS, VIEWS, TOPK = 1000, 30, 10

@@ -31,7 +31,7 @@ RUN = """
 import sys
 from pathlib import Path
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
-from pipeline.precompute import precompute
+from pipeline.stage1.precompute import precompute
 from pipeline.views.recipe import load_recipe
 from pipeline.images.source import open_source
 from pipeline.teacher.loading import load_teacher

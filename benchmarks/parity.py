@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import usable_cores
-from pipeline.precompute import precompute
 from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
+from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch

@@ -41,7 +41,7 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import Mapped, Slots, start_loader
 from pipeline.measuring import Head
-from pipeline.rendering import Block, BlockRenderer, _IntoSlots, deal
+from pipeline.stage1.rendering import Block, BlockRenderer, _IntoSlots, deal
 from pipeline.views import view as rendering
 from pipeline.views.recipe import load_recipe
 from pipeline.views.view import draw_view, render, render_encoded, render_views

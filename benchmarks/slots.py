@@ -3,7 +3,7 @@
     python benchmarks/slots.py --out benchmarks/results/slots.json
 
 Two loader processes copy one view after the other into a batch, and the main process looks at every sixteenth row of it: once
-into memory that is allocated for each batch, as a DataLoader does, once into slots, as `pipeline.rendering` does, in
+into memory that is allocated for each batch, as a DataLoader does, once into slots, as `pipeline.stage1.rendering` does, in
 alternating rounds. Both start with full queues. Microseconds for a view of 224 pixels.
 """
 

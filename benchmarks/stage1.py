@@ -34,16 +34,16 @@ from ceilings import matrix_tflops
 from rounds import Job, machine
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.engines import limit
 from pipeline.images.source import Source, open_source
-from pipeline.indexing import scan_shard
-from pipeline.labelling import AHEAD, device_name
 from pipeline.machine.loaders import Whereabouts, usable_cores
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.machine.timing import row_s, steady_s, synchronise
 from pipeline.measuring import forward_flops, measure_rates, measure_together
-from pipeline.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.stage1.engines import limit
+from pipeline.stage1.indexing import scan_shard
+from pipeline.stage1.loop import AHEAD, device_name
+from pipeline.stage1.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher, one_thread
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch

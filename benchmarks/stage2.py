@@ -36,12 +36,12 @@ from stage1 import kernels
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import DistillationTeacher, TokenDistillationTask
 
-from pipeline.engines import load_here
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.timing import Work, row_s
 from pipeline.measuring import forward_flops
-from pipeline.precompute import precompute
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.stage1.engines import load_here
+from pipeline.stage1.precompute import precompute
 from pipeline.views.recipe import load_recipe
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images, normalise

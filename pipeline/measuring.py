@@ -20,13 +20,13 @@ from pipeline.errors import BadImageError, SourceError, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.samples import Sample, ShardIndex, SourceShard
 from pipeline.images.source import Source
-from pipeline.labelling import AHEAD
 from pipeline.labels.encoding import content_xxh3, encode_rows
 from pipeline.labels.tables import LabelsFooter, write_labels
 from pipeline.machine.progress import Tick
 from pipeline.machine.timing import median_s
-from pipeline.precompute import precompute
 from pipeline.settings.configs import MAX_VIEW, Precision, PrecomputeConfig
+from pipeline.stage1.loop import AHEAD
+from pipeline.stage1.precompute import precompute
 from pipeline.teacher.teacher import CPU_BATCH, Teacher, one_thread
 from pipeline.views.mixing import draw_mix, mix_batch
 from pipeline.views.recipe import Recipe

@@ -7,8 +7,8 @@ from pipeline.estimate import Estimate, Machine, Pace
 from pipeline.labels.pins import pin_of
 from pipeline.machine.progress import Tick
 from pipeline.measuring import Rates
-from pipeline.precompute import Work
 from pipeline.reports import Report
+from pipeline.stage1.precompute import Work
 from pipeline.units import byte_size, count, duration
 
 LIMITS = {

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import nn
 from webdataset.writer import TarWriter
 
-from pipeline import rendering
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
-from pipeline.precompute import precompute
 from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
+from pipeline.stage1 import rendering
+from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Network, Teacher
 from pipeline.views import view as views

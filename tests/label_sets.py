@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
-from pipeline.precompute import precompute
 from pipeline.settings.configs import PrecomputeConfig, VerifyConfig
+from pipeline.stage1.precompute import precompute
 from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import sha256_json
 from pipeline.teacher.loading import weights_sha256

@@ -19,7 +19,7 @@ from pipeline.images.source import open_source
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
-from pipeline.precompute import precompute
+from pipeline.stage1.precompute import precompute
 from pipeline.storage.atomic import pretty_json, replace_file, sha256_file
 from pipeline.teacher.loading import weights_sha256
 from pipeline.teacher.teacher import Teacher

@@ -18,9 +18,9 @@ from pipeline.crash import CRASHED, crash_of, save_report, shortened
 LABELS, DATA = "LABELS", "DATA"
 TEACHER = ["--data", DATA, "--teacher", "test_resnet", "--no-pretrained", "--device", "cpu"]
 INJECTED = {
-    "precompute": ("pipeline.engines.load_here", [*TEACHER, "--out", "out"]),
-    "estimate": ("pipeline.engines.load_here", TEACHER),
-    "bench stage1": ("pipeline.engines.load_here", TEACHER),
+    "precompute": ("pipeline.stage1.engines.load_here", [*TEACHER, "--out", "out"]),
+    "estimate": ("pipeline.stage1.engines.load_here", TEACHER),
+    "bench stage1": ("pipeline.stage1.engines.load_here", TEACHER),
     "train": ("trainer.loop.build_state", ["--labels", LABELS]),
     "bench stage2": ("trainer.measuring.measure_training", ["--labels", LABELS]),
     "evaluate": ("trainer.evaluate.open_student", ["--model", "test_resnet", "--data", DATA]),
@@ -31,7 +31,7 @@ INJECTED = {
     "labels push": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
     "labels pull": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
     "labels merge": ("pipeline.sharing.merging.merge", ["out", LABELS]),
-    "labels extend": ("pipeline.engines.load_here", [LABELS, "--views", "3:5"]),
+    "labels extend": ("pipeline.stage1.engines.load_here", [LABELS, "--views", "3:5"]),
     "labels import": ("pipeline.importing.import_labels", ["fkd", "path", "out"]),
     "labels card": ("pipeline.labels.card.write_card", [LABELS]),
     "labels export": ("pipeline.exporting.plan_export", [LABELS, "out"]),

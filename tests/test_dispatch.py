@@ -5,8 +5,8 @@ from collections import deque
 
 import pytest
 
-from pipeline.dispatch import TRIES, Dispatcher
-from pipeline.labelling import LabelTask
+from pipeline.stage1.dispatch import TRIES, Dispatcher
+from pipeline.stage1.loop import LabelTask
 
 TASKS = [LabelTask(f"shard-{i}", range(view, view + 2)) for view in (0, 2) for i in range(5)]
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from builders import files_of, make_labels, teacher_of, write_tars
 
-from pipeline import engines
 from pipeline.errors import LabelSetIncomplete, TeacherError, WorkerError
-from pipeline.labelling import LabelTask
 from pipeline.labels.labelset import LabelSet
+from pipeline.stage1 import engines
+from pipeline.stage1.loop import LabelTask
 
 SETTINGS: dict[str, Any] = {"views": (0, 6), "views_per_shard": 2, "workers": 0, "accuracy_samples": 0}
 

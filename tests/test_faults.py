@@ -42,8 +42,6 @@ from label_sets import (
 from label_sets import make_label_set as made_by_stage_1
 from torch import nn
 
-from pipeline import drafts, labelling
-from pipeline import precompute as stage1
 from pipeline.errors import (
     DeitCliError,
     LabelSetError,
@@ -59,12 +57,15 @@ from pipeline.images.source import Source, open_source
 from pipeline.labels import sealing
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine import loaders as loading
+from pipeline.stage1 import drafts
+from pipeline.stage1 import loop as labelling
+from pipeline.stage1 import precompute as stage1
 from pipeline.storage import atomic as storage
 from pipeline.teacher.teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "cv2", "pipeline.precompute"])
+CONTEXT.set_forkserver_preload(["torch", "cv2", "pipeline.stage1.precompute"])
 PATIENCE_S = 300  # no test waits for a time, only for something that happens; this ends one that never does
 FIRST, LAST = "labels/views-00000-00001/train-0.parquet", "labels/views-00002-00003/train-1.parquet"
 

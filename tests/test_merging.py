@@ -25,16 +25,16 @@ from label_sets import problems_in
 from web_server import web_server
 
 import cli
-from pipeline import labelling
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, UsageError
-from pipeline.extending import extension
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import label_blocks
-from pipeline.precompute import precompute
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.sharing.merging import merge, merged_lines
 from pipeline.sharing.transfer import pull
+from pipeline.stage1 import loop as labelling
+from pipeline.stage1.extending import extension
+from pipeline.stage1.precompute import precompute
 
 SETTINGS: dict[str, Any] = {"views": (0, 4), "views_per_shard": 2}
 

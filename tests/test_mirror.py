@@ -12,12 +12,13 @@ from label_sets import problems_in
 from s3_server import BUCKET, credentials, s3_server
 from test_train import TINY, state_of
 
-from pipeline import labelling, outputs
 from pipeline.errors import LabelSetMismatch, RemoteFileMissing, UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.precompute import precompute
 from pipeline.settings.configs import PrecomputeConfig
+from pipeline.stage1 import loop as labelling
+from pipeline.stage1 import outputs
+from pipeline.stage1.precompute import precompute
 from pipeline.storage import mirror, remote
 from pipeline.storage.mirror import ChangedElsewhere
 from pipeline.weights import weights_here

@@ -20,14 +20,14 @@ from test_sources import write_parquet
 from test_train import TINY
 from web_server import web_server
 
-from pipeline import packing as packing_module
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, SourceError, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
-from pipeline.packing import Packing
 from pipeline.settings.configs import PrecomputeConfig
+from pipeline.stage1 import packing as packing_module
+from pipeline.stage1.packing import Packing
 from pipeline.storage.cache import ShardCache
 
 NAMES = ("ant", "bee")
@@ -285,7 +285,7 @@ def test_a_set_that_was_begun_with_images_is_continued_with_them(tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.precompute.index_samples", stop)
+        patch.setattr("pipeline.stage1.precompute.index_samples", stop)
         with pytest.raises(KeyboardInterrupt):
             label(tmp_path / "set", data, include_images="20")
     with pytest.raises(UsageError, match="was begun with images in it: pass --include-images 20 again"):
@@ -421,7 +421,7 @@ def test_ranks_pack_what_they_label_and_the_result_is_the_same(tmp_path, monkeyp
     source = open_source(data)
     from builders import small_teacher
 
-    from pipeline.precompute import precompute
+    from pipeline.stage1.precompute import precompute
 
     config = PrecomputeConfig(data=data, out=tmp_path / "set", views=(0, 2), views_per_shard=1, topk=2, workers=0, include_images="20", batch_size=8)  # fmt: skip
     for rank in ("0", "1"):

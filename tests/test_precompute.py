@@ -24,8 +24,8 @@ from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
 from pipeline.machine.progress import Tick
-from pipeline.precompute import measure_accuracy, plan_work, precompute
 from pipeline.settings.configs import PrecomputeConfig
+from pipeline.stage1.precompute import measure_accuracy, plan_work, precompute
 from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.views.view import draw_view, render
 

@@ -11,11 +11,11 @@ from builders import files_of, make_labels, small_recipe, small_teacher, write_t
 
 from pipeline.errors import UsageError
 from pipeline.images.source import open_source
-from pipeline.labelling import LabelTask
 from pipeline.machine import ranks
 from pipeline.machine.ranks import Rank, plan_cores, plan_devices, plan_loaders, rank_from
-from pipeline.precompute import precompute
 from pipeline.settings.configs import PrecomputeConfig
+from pipeline.stage1.loop import LabelTask
+from pipeline.stage1.precompute import precompute
 
 TASKS = [LabelTask(f"shard-{i}", range(view, view + 2)) for view in (0, 2) for i in range(5)]
 SETTINGS: dict[str, Any] = {"views": (0, 6), "views_per_shard": 2, "workers": 0, "accuracy_samples": 0}
@@ -112,9 +112,9 @@ import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from builders import small_recipe, small_teacher, open_source
-from pipeline import labelling
+from pipeline.stage1 import loop as labelling
 from pipeline.settings.configs import PrecomputeConfig
-from pipeline.precompute import precompute
+from pipeline.stage1.precompute import precompute
 publish = labelling.publish_draft
 published = []
 def publish_or_die(*args):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from builders import make_labels, named_files, teacher_of, write_tars
 
-from pipeline import ray_engine
 from pipeline.errors import TeacherError, WorkerError
 from pipeline.machine.progress import Report
-from pipeline.ray_engine import plan_ray
+from pipeline.stage1 import ray as ray_engine
+from pipeline.stage1.ray import plan_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")]
 

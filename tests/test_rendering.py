@@ -13,13 +13,13 @@ import torch
 import xxhash
 from builders import encoded, keys_decoded, photo, small_recipe, write_tars
 
-from pipeline import rendering
 from pipeline.errors import LabelSetMismatch, WorkerError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, plan_workers, start_loader
-from pipeline.rendering import (
+from pipeline.stage1 import rendering
+from pipeline.stage1.rendering import (
     Block,
     BlockRenderer,
     ViewBatch,
@@ -292,7 +292,7 @@ def test_workers_are_processes_of_one_thread_that_never_import_timm_or_matplotli
     assert len(seen) == 3
     for process, modules, torch_threads, cv2_threads in seen:
         assert process != os.getpid()
-        assert {"torch", "cv2", "pipeline.rendering", "trainer.stream"} <= set(modules)
+        assert {"torch", "cv2", "pipeline.stage1.rendering", "trainer.stream"} <= set(modules)
         assert [name for name in modules if name.split(".")[0] in ("timm", "matplotlib", "click", "rich")] == []
         assert (torch_threads, cv2_threads) == (1, 1)
 

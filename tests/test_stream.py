@@ -13,7 +13,7 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, checked, start_loader
-from pipeline.rendering import BlockRenderer, blocks_of, deal
+from pipeline.stage1.rendering import BlockRenderer, blocks_of, deal
 from pipeline.views.mixing import Mix, draw_mix, shard_pairs
 from pipeline.views.recipe import Recipe, load_recipe
 from pipeline.views.view import draw_view, render

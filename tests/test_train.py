@@ -178,7 +178,7 @@ def test_a_student_without_token_learns_from_the_labels_too(label_set, tmp_path)
 def test_stage_2_runs_with_the_teachers_modules_unimportable(label_set, tmp_path):
     script = f"""
 import sys
-for name in ("pipeline.teacher.teacher", "pipeline.precompute", "pipeline.drafts", "pipeline.indexing"):
+for name in ("pipeline.teacher.teacher", "pipeline.stage1.precompute", "pipeline.stage1.drafts", "pipeline.stage1.indexing"):
     sys.modules[name] = None      # importing it raises ImportError
 from pathlib import Path
 from trainer.config import TrainConfig

@@ -94,7 +94,7 @@ def run_demo(
         out: folder for sources, runs, labels, pictures and results.json; must be empty or new.
         seed: of weights, order and stochastic depth.
         load_teacher: `pipeline.teacher.loading.load_teacher`.
-        precompute: `pipeline.precompute.precompute`.
+        precompute: `pipeline.stage1.precompute.precompute`.
         contact_sheet: `pipeline.labels.summary.contact_sheet`.
         progress: told how far precompute and training are.
     """

@@ -148,7 +148,7 @@ def start_loader(
     options: dict[str, Any] = {}
     if workers:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "cv2", "pipeline.rendering"])
+        context.set_forkserver_preload(["torch", "cv2", "pipeline.stage1.rendering"])
         _start_server()
         options = {
             "multiprocessing_context": context,

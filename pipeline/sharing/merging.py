@@ -37,7 +37,7 @@ from pipeline.labels.sealing import check_untouched, claim, seal, sealed_manifes
 from pipeline.labels.tables import Contents, SampleRows, read_all_views
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling
-from pipeline.outputs import check_theirs
+from pipeline.stage1.outputs import check_theirs
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
 from pipeline.storage.cache import read_local
 from pipeline.storage.urls import is_url

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pipeline.images.source import Source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
-from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal
 from pipeline.settings.configs import Dtype, TeacherConfig
+from pipeline.stage1.rendering import Block, BlockRenderer, ViewBatch, blocks_of, deal
 from pipeline.teacher.loading import load_teacher, weights_sha256
 from pipeline.teacher.teacher import Answer, Network, Teacher
 from pipeline.views.mixing import apply_mix

@@ -14,9 +14,9 @@ from on_gpu import CNN, columns, labels_of, load, run_config
 from test_relabelling import forge, other_class
 
 import cli
-from pipeline import precompute
 from pipeline.doctor import packages, probing
-from pipeline.labelling import device_name
+from pipeline.stage1 import precompute
+from pipeline.stage1.loop import device_name
 from trainer.loop import train
 
 pytestmark = pytest.mark.gpu

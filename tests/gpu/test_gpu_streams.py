@@ -11,8 +11,8 @@ from on_gpu import CNN, busy, labels_of, load, run_config, views_in
 from torch import Tensor
 
 from pipeline.images.source import open_source
-from pipeline.labelling import AHEAD, _Desk
 from pipeline.machine.loaders import PREFETCH, Slots
+from pipeline.stage1.loop import AHEAD, _Desk
 from pipeline.teacher.teacher import Pending
 from pipeline.views.mixing import MixBatch
 from trainer import loop

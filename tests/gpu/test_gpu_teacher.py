@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import NonFiniteTeacherError
 from pipeline.images.source import open_source
-from pipeline.labelling import AHEAD
+from pipeline.stage1.loop import AHEAD
 from pipeline.teacher.teacher import Teacher
 from pipeline.views.mixing import MixBatch, draw_mix, mix_batch
 

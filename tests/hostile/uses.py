@@ -10,8 +10,8 @@ from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.summary import summarise
-from pipeline.precompute import precompute
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
+from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
 from pipeline.verifying import verify
 from trainer.checkpoint import load_state

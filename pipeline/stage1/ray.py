@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.dispatch import TRIES, Dispatcher
-from pipeline.engines import load_same
 from pipeline.errors import DeitCliError, UsageError, WorkerError
-from pipeline.labelling import Job, LabelTask, label_shards
 from pipeline.machine.progress import Report, Tally
 from pipeline.machine.ranks import plan_loaders
 from pipeline.repeats import hear, send_messages, warn_again
 from pipeline.settings.configs import TeacherConfig
+from pipeline.stage1.dispatch import TRIES, Dispatcher
+from pipeline.stage1.engines import load_same
+from pipeline.stage1.loop import Job, LabelTask, label_shards
 from pipeline.teacher.teacher import Teacher
 
 log = logging.getLogger("deit_cli.ray_engine")

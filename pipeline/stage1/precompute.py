@@ -11,12 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.engines import limit, run_here, run_processes
 from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.source import Sample, Source
-from pipeline.indexing import index_samples
-from pipeline.labelling import Job, LabelTask, paths_of
 from pipeline.labels.card import refresh_card
 from pipeline.labels.encoding import label_bytes
 from pipeline.labels.labelset import LabelSet, record_of
@@ -25,10 +22,13 @@ from pipeline.labels.sealing import check_untouched, claim, sealed_manifest
 from pipeline.labels.tables import MAX_TOPK, SampleRows
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
-from pipeline.outputs import commit, mirrored
-from pipeline.packing import Packing, check_packable, pack_images, plan_packing
-from pipeline.ray_engine import connect_ray, run_ray
 from pipeline.settings.configs import PrecomputeConfig
+from pipeline.stage1.engines import limit, run_here, run_processes
+from pipeline.stage1.indexing import index_samples
+from pipeline.stage1.loop import Job, LabelTask, paths_of
+from pipeline.stage1.outputs import commit, mirrored
+from pipeline.stage1.packing import Packing, check_packable, pack_images, plan_packing
+from pipeline.stage1.ray import connect_ray, run_ray
 from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
 from pipeline.storage.mirror import Mirror
 from pipeline.teacher.teacher import Teacher, check_classes

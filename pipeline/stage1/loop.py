@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.drafts import LabelDraft, publish_draft
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.images.source import Source
 from pipeline.labels.labelset import checked_labels_footer, checked_samples
@@ -20,8 +19,9 @@ from pipeline.labels.replay import compare_probes
 from pipeline.labels.tables import SampleRows, read_all_views
 from pipeline.machine.loaders import Whereabouts
 from pipeline.machine.progress import Report
-from pipeline.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
 from pipeline.settings.configs import PrecomputeConfig
+from pipeline.stage1.drafts import LabelDraft, publish_draft
+from pipeline.stage1.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
 from pipeline.teacher.teacher import Answer, Pending, Teacher, one_thread
 from pipeline.views.recipe import Recipe
 

@@ -14,15 +14,15 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from pipeline.crash import CRASHED, Crash, crash_of
-from pipeline.dispatch import TRIES, Dispatcher
 from pipeline.errors import DeitCliError, TeacherError, WorkerError
 from pipeline.images.source import Source, open_source
-from pipeline.labelling import Job, LabelTask, label_shards
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, rank_from
 from pipeline.repeats import hear, send_messages, warn_again
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.stage1.dispatch import TRIES, Dispatcher
+from pipeline.stage1.loop import Job, LabelTask, label_shards
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher
 

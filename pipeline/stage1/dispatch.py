@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from pipeline.errors import WorkerError
-from pipeline.labelling import LabelTask
+from pipeline.stage1.loop import LabelTask
 
 TRIES = 3  # a label shard that costs so many workers is set aside, and the others are finished
 

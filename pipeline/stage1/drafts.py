@@ -11,8 +11,8 @@ from pipeline.labels.encoding import LabelRows, content_xxh3, encode_rows, from_
 from pipeline.labels.manifest import Plan, Probe, labels_path
 from pipeline.labels.replay import make_probe, pair_of
 from pipeline.labels.tables import LabelsFooter, SampleRows, write_labels
-from pipeline.rendering import ViewBatch
 from pipeline.repeats import warn_again
+from pipeline.stage1.rendering import ViewBatch
 from pipeline.storage.atomic import publish_file
 from pipeline.views.recipe import Recipe
 
