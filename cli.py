@@ -538,7 +538,7 @@ def verify(folder: str, as_json: bool, **values: Any) -> None:
     asked = split_values(values, TeacherConfig)[0] if values["teacher"] else None
     from pipeline.errors import LabelSetError
     from pipeline.tables import verify_lines
-    from pipeline.verifying import verify as verify_set
+    from pipeline.verify.verify import verify as verify_set
 
     with shown_progress() as progress:
         report = verify_set(folder, config, asked, progress=progress)

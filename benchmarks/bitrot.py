@@ -123,7 +123,7 @@ def by_verify(source: Path, labels: Path) -> Any:
     """Return nothing if the label set is sound; raise what is wrong with it."""
     from pipeline.errors import LabelSetError
     from pipeline.settings.configs import VerifyConfig
-    from pipeline.verifying import verify
+    from pipeline.verify.verify import verify
 
     if problems := verify(str(labels), VerifyConfig(probes=False, threads=1)).problems:
         raise LabelSetError("; ".join(map(str, problems)))

@@ -23,17 +23,17 @@ import numpy as np
 import xxhash
 from rounds import machine
 
-from pipeline.image_checks import compare_images
 from pipeline.images.source import Source, open_source
 from pipeline.labels.encoding import content_xxh3, encode_rows
 from pipeline.labels.labelset import LabelSet, record_of
 from pipeline.labels.manifest import Plan, TeacherIdentity, labels_path, samples_path
 from pipeline.labels.sealing import claim, seal
 from pipeline.labels.tables import LabelsFooter, SampleRows, SamplesFooter, write_labels, write_samples
-from pipeline.reports import Report
 from pipeline.settings.configs import VerifyConfig
 from pipeline.storage.atomic import publish_file
-from pipeline.verifying import verify
+from pipeline.verify.images import compare_images
+from pipeline.verify.report import Report
+from pipeline.verify.verify import verify
 from pipeline.views.recipe import load_recipe
 
 CLASSES, TOPK, VIEWS_PER_SHARD = 1000, 10, 30

@@ -7,9 +7,9 @@ from pipeline.estimate import Estimate, Machine, Pace
 from pipeline.labels.pins import pin_of
 from pipeline.machine.progress import Tick
 from pipeline.measuring import Rates
-from pipeline.reports import Report
 from pipeline.stage1.precompute import Work
 from pipeline.units import byte_size, count, duration
+from pipeline.verify.report import Report
 
 LIMITS = {
     "teacher": "the teacher is the limit: another device would help",

@@ -23,7 +23,7 @@ from pipeline.storage.atomic import pretty_json
 from pipeline.storage.ids import sha256_json
 from pipeline.teacher.loading import weights_sha256
 from pipeline.teacher.teacher import Teacher
-from pipeline.verifying import verify
+from pipeline.verify.verify import verify
 from pipeline.views.recipe import Recipe
 
 CLASSES = ("red", "green", "blue")

@@ -25,7 +25,7 @@ INJECTED = {
     "bench stage2": ("trainer.measuring.measure_training", ["--labels", LABELS]),
     "evaluate": ("trainer.evaluate.open_student", ["--model", "test_resnet", "--data", DATA]),
     "labels info": ("pipeline.labels.summary.summarise", [LABELS]),
-    "labels verify": ("pipeline.verifying.check_images", [LABELS]),
+    "labels verify": ("pipeline.verify.verify.check_images", [LABELS]),
     "labels sign": ("pipeline.sharing.signing._library", [LABELS, "--private-key", "team.pem"]),
     "labels show": ("pipeline.labels.summary._spread", [LABELS]),
     "labels push": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),

@@ -26,8 +26,8 @@ ORDER = [
     "pipeline.labels.summary", "pipeline.labels.card", "pipeline.sharing.merging",
     "pipeline.sharing.subsets", "pipeline.sharing.unions", "pipeline.storage.place", "pipeline.sharing.transfer",
     "pipeline.stage1.dispatch", "pipeline.stage1.engines", "pipeline.stage1.ray", "pipeline.stage1.precompute", "pipeline.stage1.extending", "pipeline.measuring",
-    "pipeline.estimate", "pipeline.exporting", "pipeline.sharing.signing", "pipeline.relabelling", "pipeline.reports", "pipeline.image_checks",
-    "pipeline.verifying", "pipeline.tables",
+    "pipeline.estimate", "pipeline.exporting", "pipeline.sharing.signing", "pipeline.verify.relabel", "pipeline.verify.report", "pipeline.verify.images",
+    "pipeline.verify.verify", "pipeline.tables",
     "pipeline.doctor.findings", "pipeline.doctor.machine", "pipeline.doctor.folders", "pipeline.doctor.buckets", "pipeline.doctor.probing",
     "pipeline.doctor.owners", "pipeline.doctor.packages", "pipeline.doctor.examine", "pipeline.doctor",
     "pipeline",
@@ -55,10 +55,10 @@ TEACHER_SIDE = {
     "pipeline.measuring",
     "pipeline.estimate",
     "pipeline.tables",
-    "pipeline.relabelling",
-    "pipeline.reports",
-    "pipeline.image_checks",
-    "pipeline.verifying",
+    "pipeline.verify.relabel",
+    "pipeline.verify.report",
+    "pipeline.verify.images",
+    "pipeline.verify.verify",
 }
 
 # Third parties, and the only modules that may import them.

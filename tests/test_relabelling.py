@@ -17,10 +17,10 @@ from pipeline.images.source import open_source
 from pipeline.labels.encoding import LabelRows, content_xxh3
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import read_all_views, read_labels_footer, write_labels
-from pipeline.relabelling import ROUNDING, Flip, Relabelled, relabel, rounding_of
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
 from pipeline.teacher.teacher import Teacher
-from pipeline.verifying import verify
+from pipeline.verify.relabel import ROUNDING, Flip, Relabelled, relabel, rounding_of
+from pipeline.verify.verify import verify
 
 TEACHER = "builders:confident_cnn"
 FIRST = "labels/views-00000-00002/train-000000.parquet"
@@ -82,7 +82,7 @@ def test_the_teacher_that_labelled_agrees(made, data):
 def test_the_sample_is_drawn_by_its_seed(made, data):
     def keys(seed: int) -> list:
         label_set = LabelSet.open(made)
-        from pipeline.relabelling import _choose
+        from pipeline.verify.relabel import _choose
 
         samples = {name: label_set.samples(name) for name in label_set.shards}
         return [(pair.shard, pair.view, pair.rows) for pair in _choose(label_set, samples, 12, seed)]

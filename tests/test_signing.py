@@ -16,7 +16,7 @@ import cli
 from pipeline.errors import LabelSetError, SignatureError, UsageError
 from pipeline.settings.configs import VerifyConfig
 from pipeline.sharing.signing import check_signature, sign
-from pipeline.verifying import verify
+from pipeline.verify.verify import verify
 
 pytest.importorskip("model_signing")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries below it

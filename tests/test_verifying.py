@@ -22,11 +22,11 @@ from web_server import web_server
 import cli
 from pipeline.errors import LabelSetError, UsageError
 from pipeline.labels.labelset import LabelSet
-from pipeline.reports import Report
 from pipeline.settings.configs import VerifyConfig
 from pipeline.storage import remote
 from pipeline.storage.atomic import pretty_json
-from pipeline.verifying import verify
+from pipeline.verify.report import Report
+from pipeline.verify.verify import verify
 
 SAMPLES = "samples/train-0.parquet"
 FIRST = "labels/views-00000-00001/train-0.parquet"

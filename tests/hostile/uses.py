@@ -13,7 +13,7 @@ from pipeline.labels.summary import summarise
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
-from pipeline.verifying import verify
+from pipeline.verify.verify import verify
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.setup import make_order, open_data

@@ -12,7 +12,7 @@ from pipeline.labels.comparing import Differences
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.pins import pin_of
 from pipeline.labels.remedies import ended
-from pipeline.relabelling import Relabelled
+from pipeline.verify.relabel import Relabelled
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pipeline.labels.remedies import DAMAGED_MANIFEST
 from pipeline.labels.replay import compare_probes
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling, in_threads
-from pipeline.reports import Problem, Report
 from pipeline.settings.configs import VerifyConfig
+from pipeline.verify.report import Problem, Report
 
 OTHER_DATA = "Pass the --data that was labelled, or mend this copy"
 OTHER_IMAGES = "Its labels are of other images than those in it: get the damaged files again, or ask whoever made it"

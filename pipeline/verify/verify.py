@@ -24,7 +24,6 @@ from pipeline.errors import (
     RemoteFileMissing,
     StorageError,
 )
-from pipeline.image_checks import check_images
 from pipeline.images.source import Source
 from pipeline.labels.labelset import LabelSet, check_length, checked_labels_footer, checked_samples, fits_in_memory
 from pipeline.labels.manifest import (
@@ -47,8 +46,6 @@ from pipeline.labels.tables import Contents, read_all_views
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling, in_threads
-from pipeline.relabelling import relabel
-from pipeline.reports import Problem, Report
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
 from pipeline.sharing.signing import SIGNATURE_NAME, check_signature
 from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named
@@ -57,6 +54,9 @@ from pipeline.storage.remote import read_url, receive, retried
 from pipeline.storage.urls import is_url, join_url
 from pipeline.teacher.loading import load_teacher
 from pipeline.units import count
+from pipeline.verify.images import check_images
+from pipeline.verify.relabel import relabel
+from pipeline.verify.report import Problem, Report
 
 REMOTE_THREADS = 8  # they wait for a server most of the time
 WRONG_LABELS = (
