@@ -725,7 +725,7 @@ def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) 
       deit-cli labels import fkd FKD_soft_label/imagenet/train fkd-labels
       deit-cli labels import tinyvit teacher_logits tinyvit-labels --num-classes 21841
     """
-    from pipeline.importing import import_labels, import_table
+    from pipeline.exchange.importing import import_labels, import_table
 
     with shown_progress() as progress:
         record = import_labels(kind, path, out, num_classes=num_classes, topk=topk, progress=progress)
@@ -827,7 +827,7 @@ def export(
     Example:
       deit-cli labels export shards exported --views 0:10
     """
-    from pipeline.exporting import ExportConfig, export_labels
+    from pipeline.exchange.export import ExportConfig, export_labels
     from pipeline.labels.labelset import LabelSet
     from pipeline.machine.loaders import usable_cores
 

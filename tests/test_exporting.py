@@ -17,9 +17,9 @@ from builders import encoded, files_of, make_labels, photo, small_recipe, write_
 from PIL import Image
 from test_cli import invoke
 
-from pipeline import exporting
 from pipeline.errors import LabelSetMismatch, UsageError
-from pipeline.exporting import ExportConfig, export_labels
+from pipeline.exchange import export as exporting
+from pipeline.exchange.export import ExportConfig, export_labels
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet

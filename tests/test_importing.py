@@ -30,10 +30,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cli
-from pipeline import importing
 from pipeline.errors import DeitCliError, ImportedLabelsError, LabelSetMismatch, UsageError
-from pipeline.fkd import read_file
-from pipeline.importing import import_labels, import_table
+from pipeline.exchange import importing
+from pipeline.exchange.fkd import read_file
+from pipeline.exchange.importing import import_labels, import_table
 from pipeline.labels.labelset import LabelSet
 
 CLASSES, CROPS = 40, 6
@@ -440,7 +440,7 @@ def test_one_epoch_alone_is_imported_too(tmp_path):
 
 
 def test_many_records_are_read_some_at_a_time_into_tables_of_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.tinyvit.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("pipeline.exchange.tinyvit.ROWS_AT_ONCE", 4)
     monkeypatch.setattr(importing, "PART_BYTES", 8 * (100 + 10 * 8 + 10 * 2))
     folder = write_tinyvit(tmp_path / "logits", epochs=(3,), ranks=(0, 10), rows=21)
     record = run("tinyvit", folder, tmp_path / "out")
@@ -560,7 +560,7 @@ def test_a_killed_import_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     script = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import importing
+from pipeline.exchange import importing
 real = importing._publish
 def publish(path, data):
     if path.name.startswith("epoch-00001-rank-0000"):

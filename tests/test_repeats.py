@@ -125,8 +125,8 @@ def test_a_process_that_nobody_hears_goes_on(monkeypatch, capsys):
 # `warn_again`.
 ONCE = {
     "pipeline.labels.card.refresh_card",
-    "pipeline.exporting.export_labels",
-    "pipeline.fkd.list_files",
+    "pipeline.exchange.export.export_labels",
+    "pipeline.exchange.fkd.list_files",
     "pipeline.stage1.indexing.index_samples",
     "pipeline.sharing.merging._has_images",
     "pipeline.stage1.precompute._warn_of_sorted_classes",

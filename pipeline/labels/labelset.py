@@ -23,10 +23,10 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
+from pipeline.exchange.imported import IMPORT_NAME, refusal
 from pipeline.images.samples import check_name, keys_sha256
 from pipeline.images.source import Source, open_source
 from pipeline.images.tars import TarShard
-from pipeline.imported import IMPORT_NAME, refusal
 from pipeline.labels.comparing import Comparison, Listing, compare_names
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.manifest import (

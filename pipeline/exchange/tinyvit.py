@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import ImportedLabelsError, SourceError
+from pipeline.exchange.imported import ForeignRows, check_answers
 from pipeline.images.samples import MAX_KEY_BYTES, check_name
-from pipeline.imported import ForeignRows, check_answers
 from pipeline.labels.tables import MAX_TOPK
 from pipeline.storage.atomic import refusals_named
 

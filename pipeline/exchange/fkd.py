@@ -31,8 +31,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import ImportedLabelsError, SourceError
+from pipeline.exchange.imported import ForeignRows, check_answers
 from pipeline.images.samples import check_name
-from pipeline.imported import ForeignRows, check_answers
 from pipeline.storage.atomic import refusals_named
 from pipeline.units import count
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline import fkd, tinyvit
 from pipeline.errors import ImportedLabelsError, UsageError
-from pipeline.imported import (
+from pipeline.exchange import fkd, tinyvit
+from pipeline.exchange.imported import (
     FORMAT,
     IMPORT_NAME,
     VERSION,

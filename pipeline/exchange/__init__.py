@@ -1,0 +1,1 @@
+"""Labels for other trainers, and labels of other formats."""
