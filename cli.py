@@ -336,9 +336,9 @@ def estimate(
     """
     config, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = chosen_recipe(recipe, overrides)
-    from pipeline import estimate as estimating
+    from pipeline.cost import estimate as estimating
+    from pipeline.cost.measuring import forward_flops, measure_rates, training_step_s
     from pipeline.labels.encoding import label_bytes
-    from pipeline.measuring import forward_flops, measure_rates, training_step_s
     from pipeline.stage1.engines import load_here
     from pipeline.stage1.precompute import choose_topk
     from pipeline.tables import estimate_table
@@ -413,8 +413,8 @@ def stage1(
     """
     config, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = chosen_recipe(recipe, overrides)
-    from pipeline.estimate import pace, plan_machine
-    from pipeline.measuring import measure_rates, measure_together
+    from pipeline.cost.estimate import pace, plan_machine
+    from pipeline.cost.measuring import measure_rates, measure_together
     from pipeline.stage1.engines import load_here
     from pipeline.stage1.precompute import choose_topk
     from pipeline.tables import parts_table

@@ -36,11 +36,11 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from pipeline.cost.measuring import Head
 from pipeline.images import turbojpeg
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import Mapped, Slots, start_loader
-from pipeline.measuring import Head
 from pipeline.stage1.rendering import Block, BlockRenderer, _IntoSlots, deal
 from pipeline.views import view as rendering
 from pipeline.views.recipe import load_recipe

@@ -34,11 +34,11 @@ from ceilings import matrix_tflops
 from rounds import Job, machine
 from torch.profiler import ProfilerActivity, profile
 
+from pipeline.cost.measuring import forward_flops, measure_rates, measure_together
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import Whereabouts, usable_cores
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.machine.timing import row_s, steady_s, synchronise
-from pipeline.measuring import forward_flops, measure_rates, measure_together
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.stage1.engines import limit
 from pipeline.stage1.indexing import scan_shard

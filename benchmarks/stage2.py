@@ -36,9 +36,9 @@ from stage1 import kernels
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import DistillationTeacher, TokenDistillationTask
 
+from pipeline.cost.measuring import forward_flops
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.timing import Work, row_s
-from pipeline.measuring import forward_flops
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.stage1.engines import load_here
 from pipeline.stage1.precompute import precompute

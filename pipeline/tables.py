@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.estimate import Estimate, Machine, Pace
+from pipeline.cost.estimate import Estimate, Machine, Pace
+from pipeline.cost.measuring import Rates
 from pipeline.labels.pins import pin_of
 from pipeline.machine.progress import Tick
-from pipeline.measuring import Rates
 from pipeline.stage1.precompute import Work
 from pipeline.units import byte_size, count, duration
 from pipeline.verify.report import Report

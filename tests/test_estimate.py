@@ -6,10 +6,10 @@ import io
 import numpy as np
 import pytest
 
-from pipeline.estimate import Estimate, Machine, Pace, estimate, pace
+from pipeline.cost.estimate import Estimate, Machine, Pace, estimate, pace
+from pipeline.cost.measuring import Rates
 from pipeline.labels.encoding import content_xxh3, encode_rows, label_bytes
 from pipeline.labels.tables import LabelsFooter, write_labels
-from pipeline.measuring import Rates
 from pipeline.settings.configs import Precision
 
 # 10 ms to read and 20 ms to decode an image, 2 ms to render a view, 1 ms for the teacher's answer.

@@ -10,10 +10,10 @@ import torch
 from builders import small_recipe, small_teacher, teacher_of, write_tars
 from torch import nn
 
-from pipeline import measuring
+from pipeline.cost import measuring
+from pipeline.cost.measuring import Rates, forward_flops, measure_rates, measure_together, training_step_s
 from pipeline.errors import SourceError, UsageError
 from pipeline.images.source import open_source
-from pipeline.measuring import Rates, forward_flops, measure_rates, measure_together, training_step_s
 from pipeline.settings.configs import PrecomputeConfig
 
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.cost.measuring import Rates
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
-from pipeline.measuring import Rates
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.teacher.teacher import Teacher
 

@@ -1,0 +1,1 @@
+"""What stage 1 costs on this machine: measured rates, estimates."""
