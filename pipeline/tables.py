@@ -8,7 +8,7 @@ from pipeline.cost.measuring import Rates
 from pipeline.labels.pins import pin_of
 from pipeline.machine.progress import Tick
 from pipeline.stage1.precompute import Work
-from pipeline.units import byte_size, count, duration
+from pipeline.text import byte_size, count, duration
 from pipeline.verify.report import Report
 
 LIMITS = {

@@ -22,8 +22,8 @@ from timm.models import load_state_dict
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.images.samples import CONTROL_CHARACTERS
 from pipeline.storage.atomic import read_json
+from pipeline.text import CONTROL_CHARACTERS
 
 SMALL = (
     1 << 24

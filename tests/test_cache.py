@@ -20,7 +20,7 @@ from pipeline.storage import atomic as storage
 from pipeline.storage import cache as caching
 from pipeline.storage import remote
 from pipeline.storage.cache import RemoteFile, ShardCache, open_cache, prefetch, read_local
-from pipeline.units import parse_bytes
+from pipeline.text import parse_bytes
 
 SIZE = 100_000
 BODIES = {f"{number}.tar": os.urandom(SIZE) for number in range(8)}

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. `trainer` never imports the names in TEACHER_SIDE.
 ORDER = [
-    "pipeline.errors", "pipeline.repeats", "pipeline.crash", "pipeline.storage.ids", "pipeline.units", "pipeline.labels.remedies", "pipeline.labels.pins", "pipeline.labels.comparing", "pipeline.storage.urls",
+    "pipeline.errors", "pipeline.repeats", "pipeline.crash", "pipeline.storage.ids", "pipeline.text", "pipeline.labels.remedies", "pipeline.labels.pins", "pipeline.labels.comparing", "pipeline.storage.urls",
     "pipeline.storage.staging", "pipeline.views.draws", "pipeline.storage.yaml", "pipeline.views.recipe", "pipeline.settings.configs", "pipeline.settings.files",
     "pipeline.settings.options",
     "pipeline.storage.atomic", "pipeline.storage.remote", "pipeline.weights", "pipeline.storage.uploads", "pipeline.storage.downloads", "pipeline.storage.mirror",

@@ -13,7 +13,7 @@ from pipeline.errors import UsageError
 from pipeline.labels.pins import parse_pin
 from pipeline.settings.configs import option
 from pipeline.storage.staging import working_folder
-from pipeline.units import parse_bytes
+from pipeline.text import parse_bytes
 
 DistillationType = Literal["none", "soft", "hard"]
 Tail = Literal["spread", "renormalise"]

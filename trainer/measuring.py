@@ -21,7 +21,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image
 from pipeline.machine.loaders import PREFETCH, one_core, usable_cores
 from pipeline.machine.timing import Work, median_s, steady_s, synchronise
-from pipeline.units import count
+from pipeline.text import count
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render_encoded
 from trainer.batch import Batch

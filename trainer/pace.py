@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.units import count
+from pipeline.text import count
 from trainer.metrics import read_metrics
 
 SAY_EVERY_S = 60.0  # a run of two days in the log of a scheduler: 3,000 lines at most

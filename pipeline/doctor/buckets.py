@@ -9,7 +9,7 @@ from pipeline.storage.atomic import temporary_name
 from pipeline.storage.remote import file_system, read_url
 from pipeline.storage.uploads import put_bytes
 from pipeline.storage.urls import check_url, is_web, join_url
-from pipeline.units import byte_size
+from pipeline.text import byte_size
 
 TRIED_BYTES = 8 * 2**20
 

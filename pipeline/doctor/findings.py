@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.units import count
+from pipeline.text import count
 
 
 @dataclass(frozen=True)

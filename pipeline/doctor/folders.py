@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.doctor.findings import Section
 from pipeline.errors import StorageError
 from pipeline.storage.atomic import TEMPORARY_PREFIX, dead_temporaries, publish_file, temporary_name
-from pipeline.units import byte_size, count
+from pipeline.text import byte_size, count
 
 MOST_BYTES, MOST_S = 256 * 2**20, 2.0  # of the speed test
 BLOCK_BYTES, SYNC_BYTES = 4 * 2**20, 32 * 2**20

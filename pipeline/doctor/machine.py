@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.doctor.findings import Section
-from pipeline.units import byte_size, count
+from pipeline.text import byte_size, count
 
 LEAST_MEMORY = 2 * 10**9  # `precompute` with one loader took up to 1.7 GB
 SHARED_MEMORY = Path("/dev/shm")

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.doctor.findings import Section
 from pipeline.doctor.owners import DISTRIBUTION, examine_names, owners_of
 from pipeline.doctor.probing import Trial, try_all
-from pipeline.units import byte_size, count
+from pipeline.text import byte_size, count
 
 DRIVER = Path("/proc/driver/nvidia/version")
 NEVER_ASKED = frozenset({"test"})  # extras of those who work on the project

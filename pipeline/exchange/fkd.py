@@ -32,9 +32,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ImportedLabelsError, SourceError
 from pipeline.exchange.imported import ForeignRows, check_answers
-from pipeline.images.samples import check_name
 from pipeline.storage.atomic import refusals_named
-from pipeline.units import count
+from pipeline.text import check_name, count
 
 log = logging.getLogger("deit_cli.fkd")
 

@@ -31,7 +31,7 @@ from pipeline.labels.tables import MAX_TOPK
 from pipeline.machine.progress import Progress, Tick
 from pipeline.storage.atomic import TEMPORARY_PREFIX, pretty_json, publish_file, refusals_named, sweep_temporaries
 from pipeline.storage.urls import is_url
-from pipeline.units import byte_size, count
+from pipeline.text import byte_size, count
 
 PART_BYTES = 64 * 2**20  # of rows in memory
 KEY_BYTES = 100  # that a key may take there, about

@@ -20,17 +20,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.errors import RemoteFileMissing, SourceError, StorageError
-from pipeline.images.samples import (
-    IMAGE_EXTENSIONS,
-    ShardIndex,
-    SourceShard,
-    check_image_bytes,
-    check_label,
-    check_name,
-    reading,
-)
+from pipeline.images.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_image_bytes, check_label, reading
 from pipeline.storage.cache import RemoteFile, read_local
 from pipeline.storage.remote import read_ranges
+from pipeline.text import check_name
 
 log = logging.getLogger("deit_cli.parquet_source")
 

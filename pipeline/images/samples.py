@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from pipeline.storage.cache import RemoteFile
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 MAX_KEY_BYTES = 1024
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million pixels without compression have a quarter
 MAX_LABEL = 2**31 - 1  # class labels are stored as int32
 
@@ -113,24 +111,6 @@ def reading(path: Path | RemoteFile) -> Iterator[None]:
         raise SourceError(str(error)) from error
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def check_name(name: str, what: str) -> str:
-    """Return a sample key or class name that every file format and log line can carry, or raise SourceError.
-
-    Args:
-        name: the key or class name.
-        what: what it is and where it stands, for the error.
-    """
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:  # surrogates: how Python shows file names that are not UTF-8
-        raise SourceError(f"{what} must be valid UTF-8, got {name!r}. Rename it") from None
-    if not 0 < size <= MAX_KEY_BYTES:
-        raise SourceError(f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}. Rename it")
-    if CONTROL_CHARACTERS.search(name):
-        raise SourceError(f"{what} must not contain control characters, got {name!r}. Rename it")
-    return name
 
 
 def check_image_bytes(size: int, what: object) -> None:

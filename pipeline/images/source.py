@@ -25,7 +25,6 @@ from pipeline.images.samples import (
     ShardIndex,
     SourceShard,
     check_image_bytes,
-    check_name,
     keys_sha256,
     reading,
 )
@@ -34,6 +33,7 @@ from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_ca
 from pipeline.storage.ids import sha256_json
 from pipeline.storage.remote import list_url
 from pipeline.storage.urls import check_url, is_url
+from pipeline.text import check_name
 
 __all__ = ["Sample", "Source", "SourceShard", "open_source"]
 

@@ -18,17 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import RemoteFileMissing, RemoteFileRefused, SourceError
-from pipeline.images.samples import (
-    IMAGE_EXTENSIONS,
-    ShardIndex,
-    SourceShard,
-    check_image_bytes,
-    check_label,
-    check_name,
-    reading,
-)
+from pipeline.images.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_image_bytes, check_label, reading
 from pipeline.storage.cache import RemoteFile, read_local
 from pipeline.storage.remote import read_url
+from pipeline.text import check_name
 
 BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)

@@ -19,7 +19,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.summary import summarise
 from pipeline.storage.atomic import publish_file, refusals_named, replace_file
 from pipeline.storage.yaml import parse_yaml, to_yaml
-from pipeline.units import byte_size
+from pipeline.text import byte_size
 
 log = logging.getLogger("deit_cli.card")
 

@@ -24,7 +24,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.exchange.imported import IMPORT_NAME, refusal
-from pipeline.images.samples import check_name, keys_sha256
+from pipeline.images.samples import keys_sha256
 from pipeline.images.source import Source, open_source
 from pipeline.images.tars import TarShard
 from pipeline.labels.comparing import Comparison, Listing, compare_names
@@ -59,6 +59,7 @@ from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_ca
 from pipeline.storage.ids import canonical_json
 from pipeline.storage.remote import read_url
 from pipeline.storage.urls import is_url, join_url
+from pipeline.text import check_name
 from pipeline.views.recipe import Recipe
 
 RECENT_BYTES = 16 << 20  # of verified files that an object keeps in memory, and the last one whatever its size

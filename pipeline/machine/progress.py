@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.units import byte_size
+from pipeline.text import byte_size
 
 log = logging.getLogger("deit_cli")
 

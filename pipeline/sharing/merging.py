@@ -41,7 +41,7 @@ from pipeline.stage1.outputs import check_theirs
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
 from pipeline.storage.cache import read_local
 from pipeline.storage.urls import is_url
-from pipeline.units import count
+from pipeline.text import count
 
 log = logging.getLogger("deit_cli.merging")
 

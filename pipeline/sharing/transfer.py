@@ -40,7 +40,7 @@ from pipeline.storage.atomic import pretty_json
 from pipeline.storage.place import Folder, Place, Promise, open_place
 from pipeline.storage.uploads import refuse_web
 from pipeline.storage.urls import is_url
-from pipeline.units import byte_size, count
+from pipeline.text import byte_size, count
 
 log = logging.getLogger("deit_cli.sharing")
 

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, NoReturn
 
 from pipeline.errors import StorageError
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 MAX_JSON_BYTES = 64 * 2**20  # an ImageNet manifest of 300 views is about 10 MB
 MAX_JSON_VALUES = 4_000_000  # a manifest of that size has half as many; 64 MiB of brackets would become 4 GB of objects
 TEMPORARY_PREFIX = ".tmp-"

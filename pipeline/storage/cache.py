@@ -31,7 +31,7 @@ from pipeline.storage.atomic import (
     sweep_temporaries,
 )
 from pipeline.storage.urls import join_url, parent_url, url_name
-from pipeline.units import byte_size, parse_bytes
+from pipeline.text import byte_size, parse_bytes
 
 log = logging.getLogger("deit_cli.cache")
 

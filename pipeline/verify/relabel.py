@@ -21,7 +21,7 @@ from pipeline.labels.replay import pair_of, rendered_view
 from pipeline.labels.tables import LabelRows, SampleRows
 from pipeline.machine.progress import Progress, Tick
 from pipeline.teacher.teacher import Teacher, one_thread
-from pipeline.units import count
+from pipeline.text import count
 from pipeline.views.draws import stream_of
 from pipeline.views.mixing import Mix, mix_batch
 

@@ -53,7 +53,7 @@ from pipeline.storage.cache import RemoteFolder, open_cache
 from pipeline.storage.remote import read_url, receive, retried
 from pipeline.storage.urls import is_url, join_url
 from pipeline.teacher.loading import load_teacher
-from pipeline.units import count
+from pipeline.text import count
 from pipeline.verify.images import check_images
 from pipeline.verify.relabel import relabel
 from pipeline.verify.report import Problem, Report

@@ -2,7 +2,8 @@
 
 import re
 
-from pipeline.errors import UsageError
+from pipeline.errors import SourceError, UsageError
+from pipeline.images.samples import MAX_KEY_BYTES
 
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BYTES |= {f"{prefix}I": 2 ** (10 * power) for power, prefix in enumerate("KMGT", start=1)}
@@ -43,3 +44,27 @@ def parse_bytes(text: str, *, what: str) -> int:
     if number < 1:
         raise UsageError(f"{what} must be a size such as 500MB, 50GB or 2TB, got {text!r}")
     return int(number)
+
+
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def check_name(name: str, what: str) -> str:
+    """Return a sample key or class name that every file format and log line can carry, or raise SourceError.
+
+    Args:
+        name: the key or class name.
+        what: what it is and where it stands, for the error.
+    """
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:  # surrogates: how Python shows file names that are not UTF-8
+        raise SourceError(f"{what} must be valid UTF-8, got {name!r}. Rename it") from None
+    if not 0 < size <= MAX_KEY_BYTES:
+        raise SourceError(f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}. Rename it")
+    if CONTROL_CHARACTERS.search(name):
+        raise SourceError(f"{what} must not contain control characters, got {name!r}. Rename it")
+    return name
+
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
