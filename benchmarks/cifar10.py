@@ -44,7 +44,8 @@ from pipeline.machine.loaders import plan_workers
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.stage1.loop import device_name
 from pipeline.stage1.precompute import precompute
-from pipeline.storage.atomic import pretty_json, read_json, replace_file
+from pipeline.storage.atomic import replace_file
+from pipeline.storage.json import pretty_json, read_json
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Answer, Teacher
 from pipeline.views.draws import stream_of

@@ -22,7 +22,7 @@ from timm.models import load_state_dict
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.storage.atomic import read_json
+from pipeline.storage.json import read_json
 from pipeline.text import CONTROL_CHARACTERS
 
 SMALL = (

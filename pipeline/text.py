@@ -1,10 +1,12 @@
-"""Numbers as a person reads them, and writes them."""
+"""Numbers and sizes as people write them, and names that every file format and terminal can carry."""
 
 import re
 
 from pipeline.errors import SourceError, UsageError
-from pipeline.images.samples import MAX_KEY_BYTES
 
+SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")  # of files and folders of a label set
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MAX_KEY_BYTES = 1024
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BYTES |= {f"{prefix}I": 2 ** (10 * power) for power, prefix in enumerate("KMGT", start=1)}
 
@@ -46,9 +48,6 @@ def parse_bytes(text: str, *, what: str) -> int:
     return int(number)
 
 
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
 def check_name(name: str, what: str) -> str:
     """Return a sample key or class name that every file format and log line can carry, or raise SourceError.
 
@@ -65,6 +64,3 @@ def check_name(name: str, what: str) -> str:
     if CONTROL_CHARACTERS.search(name):
         raise SourceError(f"{what} must not contain control characters, got {name!r}. Rename it")
     return name
-
-
-SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")

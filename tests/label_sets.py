@@ -19,8 +19,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
 from pipeline.settings.configs import PrecomputeConfig, VerifyConfig
 from pipeline.stage1.precompute import precompute
-from pipeline.storage.atomic import pretty_json
-from pipeline.storage.ids import sha256_json
+from pipeline.storage.json import pretty_json, sha256_json
 from pipeline.teacher.loading import weights_sha256
 from pipeline.teacher.teacher import Teacher
 from pipeline.verify.verify import verify

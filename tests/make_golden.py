@@ -20,7 +20,8 @@ from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
 from pipeline.stage1.precompute import precompute
-from pipeline.storage.atomic import pretty_json, replace_file, sha256_file
+from pipeline.storage.atomic import replace_file, sha256_file
+from pipeline.storage.json import pretty_json
 from pipeline.teacher.loading import weights_sha256
 from pipeline.teacher.teacher import Teacher
 from pipeline.views.recipe import Recipe

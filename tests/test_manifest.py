@@ -28,8 +28,7 @@ from pipeline.labels.manifest import (
     samples_path,
     short,
 )
-from pipeline.storage.atomic import pretty_json
-from pipeline.storage.ids import canonical_json, sha256_json
+from pipeline.storage.json import canonical_json, pretty_json, sha256_json
 from pipeline.views.recipe import Recipe
 
 TEACHER = TeacherIdentity(

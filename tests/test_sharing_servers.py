@@ -39,9 +39,8 @@ from pipeline.errors import (
 from pipeline.labels.labelset import LabelSet
 from pipeline.sharing.transfer import pull, push
 from pipeline.storage import remote
-from pipeline.storage.atomic import pretty_json
 from pipeline.storage.cache import ShardCache
-from pipeline.storage.ids import sha256_json
+from pipeline.storage.json import pretty_json, sha256_json
 from pipeline.storage.remote import file_system, list_url
 from trainer.config import TrainConfig
 from trainer.loop import train

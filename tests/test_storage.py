@@ -14,15 +14,8 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import atomic as storage
-from pipeline.storage.atomic import (
-    parse_json,
-    pretty_json,
-    publish_file,
-    read_json,
-    replace_file,
-    sha256_file,
-    sweep_temporaries,
-)
+from pipeline.storage.atomic import publish_file, replace_file, sha256_file, sweep_temporaries
+from pipeline.storage.json import parse_json, pretty_json, read_json
 
 ROOT = Path(__file__).parent.parent
 WRITERS = 8

@@ -27,7 +27,7 @@ from pipeline.labels.replay import check_replay
 from pipeline.labels.summary import contact_sheet, summarise
 from pipeline.sharing.subsets import choose_blocks, choose_shards, probes_in, subset_manifest
 from pipeline.stage1.precompute import precompute
-from pipeline.storage.atomic import pretty_json
+from pipeline.storage.json import pretty_json
 from pipeline.tables import info_table
 from trainer.config import TrainConfig
 from trainer.loop import train

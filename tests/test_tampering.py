@@ -44,7 +44,7 @@ from pipeline.labels.tables import (
     write_labels,
     write_samples,
 )
-from pipeline.storage.atomic import read_json
+from pipeline.storage.json import read_json
 from trainer.config import TrainConfig
 from trainer.loop import make_order, open_data, train
 from trainer.stream import Batch, BatchRenderer, Catalogue

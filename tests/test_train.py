@@ -23,7 +23,7 @@ from pipeline.errors import (
 )
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.ranks import Rank
-from pipeline.storage.atomic import pretty_json
+from pipeline.storage.json import pretty_json
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.loop import train

@@ -24,7 +24,7 @@ from pipeline.errors import LabelSetError, UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.settings.configs import VerifyConfig
 from pipeline.storage import remote
-from pipeline.storage.atomic import pretty_json
+from pipeline.storage.json import pretty_json
 from pipeline.verify.report import Report
 from pipeline.verify.verify import verify
 

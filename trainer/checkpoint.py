@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, TrainingError
-from pipeline.storage.atomic import parse_json, pretty_json, replace_file
-from pipeline.storage.ids import canonical_json
+from pipeline.storage.atomic import replace_file
+from pipeline.storage.json import canonical_json, parse_json, pretty_json
 
 _METADATA_KEY = "deit_cli"
 _ANEW = ". Put a sound copy in its place, or start another --output from the last/ beside it with --init"

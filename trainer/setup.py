@@ -18,8 +18,9 @@ from pipeline.labels.labelset import LabelSet, record_of
 from pipeline.labels.manifest import first_difference
 from pipeline.labels.replay import check_replay
 from pipeline.settings.files import plain_settings, recipe_settings
-from pipeline.storage.atomic import pretty_json, read_json, refusals_named, replace_file
+from pipeline.storage.atomic import refusals_named, replace_file
 from pipeline.storage.cache import open_cache, prefetch
+from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.yaml import to_yaml
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.storage.atomic import pretty_json, read_json, replace_file
+from pipeline.storage.atomic import replace_file
+from pipeline.storage.json import pretty_json, read_json
 from pipeline.text import SAFE_NAME
 
 TENSORBOARD_FOLDER = "tensorboard"

@@ -28,7 +28,8 @@ from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
 from pipeline.machine.progress import Progress, Tick
 from pipeline.stage1.rendering import Block, BlockRenderer
-from pipeline.storage.atomic import pretty_json, publish_file, read_json, replace_file, sweep_temporaries
+from pipeline.storage.atomic import publish_file, replace_file, sweep_temporaries
+from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.yaml import to_yaml
 from pipeline.views.mixing import apply_mix, mix_blocks
 from pipeline.views.recipe import Recipe

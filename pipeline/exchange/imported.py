@@ -16,9 +16,7 @@ from pydantic import Field, ValidationError
 
 from pipeline.labels.encoding import index_dtype
 from pipeline.labels.tables import MAX_TOPK
-from pipeline.storage.atomic import parse_json
-from pipeline.storage.ids import canonical_json
-from pipeline.storage.records import Count, Name, Record, Sha256, is_version
+from pipeline.storage.json import Count, Name, Record, Sha256, canonical_json, is_version, parse_json
 
 IMPORT_NAME = "import.json"
 FORMAT, VERSION = "deit-cli-import", 1

@@ -29,7 +29,8 @@ from pipeline.exchange.imported import (
 )
 from pipeline.labels.tables import MAX_TOPK
 from pipeline.machine.progress import Progress, Tick
-from pipeline.storage.atomic import TEMPORARY_PREFIX, pretty_json, publish_file, refusals_named, sweep_temporaries
+from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sweep_temporaries
+from pipeline.storage.json import pretty_json
 from pipeline.storage.urls import is_url
 from pipeline.text import byte_size, count
 

@@ -17,10 +17,9 @@ import numpy as np
 
 from pipeline.errors import ImportedLabelsError, SourceError
 from pipeline.exchange.imported import ForeignRows, check_answers
-from pipeline.images.samples import MAX_KEY_BYTES
 from pipeline.labels.tables import MAX_TOPK
 from pipeline.storage.atomic import refusals_named
-from pipeline.text import check_name
+from pipeline.text import MAX_KEY_BYTES, check_name
 
 ROWS_AT_ONCE = 16_384
 _EPOCH = re.compile(r"logits_top([1-9]\d{0,4})_epoch(\d{1,6})")

@@ -14,7 +14,6 @@ from pipeline.errors import SourceError, StorageError
 from pipeline.storage.cache import RemoteFile
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-MAX_KEY_BYTES = 1024
 MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million pixels without compression have a quarter
 MAX_LABEL = 2**31 - 1  # class labels are stored as int32
 

@@ -30,7 +30,7 @@ from pipeline.images.samples import (
 )
 from pipeline.images.tars import open_tars
 from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_cache
-from pipeline.storage.ids import sha256_json
+from pipeline.storage.json import sha256_json
 from pipeline.storage.remote import list_url
 from pipeline.storage.urls import check_url, is_url
 from pipeline.text import check_name

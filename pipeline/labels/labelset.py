@@ -54,9 +54,9 @@ from pipeline.labels.tables import (
     read_samples_footer,
     read_view,
 )
-from pipeline.storage.atomic import MAX_JSON_BYTES, load_json, read_small, refusals_named
+from pipeline.storage.atomic import refusals_named
 from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_cache, read_local
-from pipeline.storage.ids import canonical_json
+from pipeline.storage.json import MAX_JSON_BYTES, canonical_json, load_json, read_small
 from pipeline.storage.remote import read_url
 from pipeline.storage.urls import is_url, join_url
 from pipeline.text import check_name

@@ -16,9 +16,22 @@ from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, Sto
 from pipeline.labels.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, damaged_json
 from pipeline.labels.tables import FORMAT, MAX_SHARD_SAMPLES, MAX_TOPK, VERSION
 from pipeline.settings.configs import Precision
-from pipeline.storage.atomic import parse_json, pretty_json, read_small, sha256_file
-from pipeline.storage.ids import canonical_json, sha256_json
-from pipeline.storage.records import Count, Name, Record, Sha256, Text, View, is_version, other_version
+from pipeline.storage.atomic import sha256_file
+from pipeline.storage.json import (
+    Count,
+    Name,
+    Record,
+    Sha256,
+    Text,
+    View,
+    canonical_json,
+    is_version,
+    other_version,
+    parse_json,
+    pretty_json,
+    read_small,
+    sha256_json,
+)
 from pipeline.views.recipe import Recipe
 
 PLAN_NAME = "plan.json"

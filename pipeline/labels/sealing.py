@@ -22,7 +22,8 @@ from pipeline.labels.manifest import (
 )
 from pipeline.labels.remedies import PULL, damaged_file
 from pipeline.labels.tables import LabelsFooter
-from pipeline.storage.atomic import pretty_json, publish_file, refusals_named, replace_file, sha256_file, sync_folder
+from pipeline.storage.atomic import publish_file, refusals_named, replace_file, sha256_file, sync_folder
+from pipeline.storage.json import pretty_json
 
 MANIFEST_PROBES = 8
 

@@ -31,9 +31,18 @@ from pipeline.labels.encoding import (
 from pipeline.labels.parquet_guard import Chunk, column_chunks, largest_page
 from pipeline.labels.remedies import DAMAGED_FILE
 from pipeline.settings.configs import Precision
-from pipeline.storage.atomic import parse_json
-from pipeline.storage.ids import canonical_json
-from pipeline.storage.records import Count, Name, Record, Sha256, View, Xxh3, is_version, other_version
+from pipeline.storage.json import (
+    Count,
+    Name,
+    Record,
+    Sha256,
+    View,
+    Xxh3,
+    canonical_json,
+    is_version,
+    other_version,
+    parse_json,
+)
 
 FORMAT = "deit-cli-labels"
 VERSION = 1

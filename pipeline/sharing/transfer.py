@@ -36,7 +36,7 @@ from pipeline.labels.manifest import (
 from pipeline.machine.progress import Progress, Tick
 from pipeline.sharing.subsets import probes_in, subset_manifest
 from pipeline.sharing.unions import contains, unite
-from pipeline.storage.atomic import pretty_json
+from pipeline.storage.json import pretty_json
 from pipeline.storage.place import Folder, Place, Promise, open_place
 from pipeline.storage.uploads import refuse_web
 from pipeline.storage.urls import is_url

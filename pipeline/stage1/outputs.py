@@ -13,7 +13,7 @@ from pipeline.labels.manifest import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, Pl
 from pipeline.labels.sealing import seal
 from pipeline.labels.tables import SampleRows, read_all_views, read_labels_footer, read_samples
 from pipeline.settings.configs import PrecomputeConfig
-from pipeline.storage.atomic import read_small
+from pipeline.storage.json import read_small
 from pipeline.storage.mirror import ChangedElsewhere, Mirror, mirror_of
 
 log = logging.getLogger("deit_cli.outputs")

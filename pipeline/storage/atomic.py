@@ -1,27 +1,22 @@
-"""The one door to bytes: atomic writes, create-only publishing, hashing, strict JSON.
+"""Files written whole or not at all: published under a free name, or swapped for another; hashes and locks.
 
 A file of ours is written under a temporary name in its own folder, fsynced, and only then given its name, so
 a reader sees it whole or not at all, after SIGKILL and after power loss too. Nothing is deleted or overwritten
-except by `replace_file`, which swaps one complete file for another.
-"""
+except by `replace_file`, which swaps one complete file for another."""
 
 import contextlib
 import fcntl
 import hashlib
-import json
-import math
 import os
 import re
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import BinaryIO
 
 from pipeline.errors import StorageError
 
-MAX_JSON_BYTES = 64 * 2**20  # an ImageNet manifest of 300 views is about 10 MB
-MAX_JSON_VALUES = 4_000_000  # a manifest of that size has half as many; 64 MiB of brackets would become 4 GB of objects
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9.-]+)-(?P<pid>\d+)-[0-9a-f]{16}")
 # What link(2) answers where a file system has no hard links (exFAT, some network mounts).
@@ -135,77 +130,6 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as hex."""
     with refusals_named(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def pretty_json(value: Any) -> bytes:
-    """Return JSON for files that people read too: same value, same bytes."""
-    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    return text.encode() + b"\n"
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON strictly: UTF-8, no duplicate keys, no NaN, bounded size and depth.
-
-    Raises:
-        StorageError: the file is missing, too large, or not such JSON.
-    """
-    return load_json(read_small(path), path)
-
-
-def read_small(path: Path) -> bytes:
-    """Return the bytes of a JSON file, whose size is bounded."""
-    with refusals_named(path):
-        size = path.stat().st_size
-        if not path.is_file():
-            raise StorageError(f"{path}: a plain file must be here, not a folder, pipe or device")
-        if size > MAX_JSON_BYTES:
-            raise StorageError(f"{path}: a JSON file may have at most {MAX_JSON_BYTES} bytes, this one has {size}")
-        return path.read_bytes()
-
-
-def load_json(data: bytes, name: object) -> Any:
-    """Parse JSON as strictly as `read_json` does; `name` is for the error.
-
-    Raises:
-        StorageError: it is not such JSON.
-    """
-    try:
-        return parse_json(data)
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{name}: not valid JSON: {error}") from error
-
-
-def parse_json(data: bytes) -> Any:
-    """Parse JSON strictly; raises ValueError (or RecursionError) with the reason."""
-    # Each value but the outermost stands behind one of these. Texts hold some too, but no plan or manifest so many.
-    if (count := sum(map(data.count, (b"[", b"{", b",")))) > MAX_JSON_VALUES:
-        raise ValueError(f"it has up to {count} values, at most {MAX_JSON_VALUES} are read")
-    value = json.loads(
-        data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
-    )
-    if b"\\u" in data:
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate escape is no text: raises UnicodeEncodeError
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return result
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is too large for a number")
-    return number
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 @contextlib.contextmanager

@@ -22,14 +22,8 @@ from typing import BinaryIO, TypeVar
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, StorageError
 from pipeline.repeats import warn_again
 from pipeline.storage import remote
-from pipeline.storage.atomic import (
-    TEMPORARY_PREFIX,
-    locked,
-    pretty_json,
-    refusals_named,
-    replace_file,
-    sweep_temporaries,
-)
+from pipeline.storage.atomic import TEMPORARY_PREFIX, locked, refusals_named, replace_file, sweep_temporaries
+from pipeline.storage.json import pretty_json
 from pipeline.storage.urls import join_url, parent_url, url_name
 from pipeline.text import byte_size, parse_bytes
 

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 from pipeline.errors import DeitCliError, StorageError, UsageError
 from pipeline.repeats import warn_again
 from pipeline.storage import remote
-from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, locked, pretty_json, refusals_named, replace_file
+from pipeline.storage.atomic import TEMPORARY_PREFIX, locked, refusals_named, replace_file
+from pipeline.storage.json import MAX_JSON_BYTES, pretty_json
 from pipeline.storage.uploads import put_file, update_url
 from pipeline.storage.urls import is_url, is_web, join_url
 

@@ -48,8 +48,9 @@ from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling, in_threads
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
 from pipeline.sharing.signing import SIGNATURE_NAME, check_signature
-from pipeline.storage.atomic import MAX_JSON_BYTES, TEMPORARY_PREFIX, read_small, refusals_named
+from pipeline.storage.atomic import TEMPORARY_PREFIX, refusals_named
 from pipeline.storage.cache import RemoteFolder, open_cache
+from pipeline.storage.json import MAX_JSON_BYTES, read_small
 from pipeline.storage.remote import read_url, receive, retried
 from pipeline.storage.urls import is_url, join_url
 from pipeline.teacher.loading import load_teacher

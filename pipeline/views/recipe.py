@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from pipeline.errors import RecipeError, UsageError
-from pipeline.storage.ids import sha256_json
+from pipeline.storage.json import sha256_json
 from pipeline.storage.yaml import parse_yaml, read_yaml
 
 DEFAULT_RECIPE = "deit"  # a preset

@@ -27,8 +27,7 @@ from pipeline.labels.tables import (
     write_labels,
     write_samples,
 )
-from pipeline.storage.atomic import pretty_json
-from pipeline.storage.ids import sha256_json
+from pipeline.storage.json import pretty_json, sha256_json
 
 Change = Callable[[Path], Any]
 SAMPLES, LABELS = "samples/train-0.parquet", "labels/views-00000-00001/train-0.parquet"

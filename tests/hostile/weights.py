@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hostile.uses import small_student
-from pipeline.storage.ids import canonical_json
+from pipeline.storage.json import canonical_json
 from trainer.checkpoint import export_model
 from trainer.student import hub_config
 

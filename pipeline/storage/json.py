@@ -1,0 +1,147 @@
+"""JSON that is read strictly and written in one way: the same value, the same bytes, the same id.
+
+An id is the SHA-256 of canonical JSON, the one text that a value has. A `Record` is what plans and manifests are made of."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.errors import StorageError
+from pipeline.storage.atomic import refusals_named
+from pipeline.text import SAFE_NAME
+
+MAX_JSON_BYTES = 64 * 2**20  # an ImageNet manifest of 300 views is about 10 MB
+MAX_JSON_VALUES = 4_000_000  # a manifest of that size has half as many; 64 MiB of brackets would become 4 GB of objects
+
+
+def pretty_json(value: Any) -> bytes:
+    """Return JSON for files that people read too: same value, same bytes."""
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON strictly: UTF-8, no duplicate keys, no NaN, bounded size and depth.
+
+    Raises:
+        StorageError: the file is missing, too large, or not such JSON.
+    """
+    return load_json(read_small(path), path)
+
+
+def read_small(path: Path) -> bytes:
+    """Return the bytes of a JSON file, whose size is bounded."""
+    with refusals_named(path):
+        size = path.stat().st_size
+        if not path.is_file():
+            raise StorageError(f"{path}: a plain file must be here, not a folder, pipe or device")
+        if size > MAX_JSON_BYTES:
+            raise StorageError(f"{path}: a JSON file may have at most {MAX_JSON_BYTES} bytes, this one has {size}")
+        return path.read_bytes()
+
+
+def load_json(data: bytes, name: object) -> Any:
+    """Parse JSON as strictly as `read_json` does; `name` is for the error.
+
+    Raises:
+        StorageError: it is not such JSON.
+    """
+    try:
+        return parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{name}: not valid JSON: {error}") from error
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON strictly; raises ValueError (or RecursionError) with the reason."""
+    # Each value but the outermost stands behind one of these. Texts hold some too, but no plan or manifest so many.
+    if (count := sum(map(data.count, (b"[", b"{", b",")))) > MAX_JSON_VALUES:
+        raise ValueError(f"it has up to {count} values, at most {MAX_JSON_VALUES} are read")
+    value = json.loads(
+        data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
+    )
+    if b"\\u" in data:
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate escape is no text: raises UnicodeEncodeError
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return result
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large for a number")
+    return number
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one JSON text of `value`: keys sorted, no spaces, UTF-8, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of `value`, 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+Name = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$", max_length=200)]
+
+
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # may be shown on a terminal
+
+
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+
+
+View = Annotated[int, Field(ge=0, le=2**31)]
+
+
+class Record(BaseModel):
+    """A frozen value that JSON holds; an unknown field or another type is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def is_version(values: Any, name: str, version: int) -> bool:
+    """Return whether a JSON object says that it is of this format and version; `true` and `1.0` are no version 1."""
+    return (
+        isinstance(values, dict)
+        and values.get("format") == name
+        and type(values.get("version")) is int
+        and values["version"] == version
+    )
+
+
+def other_version(values: Any, name: str, version: int) -> str:
+    """Say of which format and version a JSON object is instead, and what to do where it is a later one of ours."""
+    if not isinstance(values, dict):
+        return f"says {type(values).__name__}; this version reads {(name, version)}"
+    found = values.get("version")
+    if values.get("format") == name and type(found) is int and found > version:
+        return (
+            f"was made by a newer deit-cli: it is of format v{found}, this one reads v{version}."
+            " Upgrade: pip install --upgrade deit-cli"
+        )
+    return f"says {(values.get('format'), found)}; this version reads {(name, version)}"
