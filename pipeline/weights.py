@@ -6,8 +6,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.errors import RemoteFileMissing
 from pipeline.storage.atomic import locked, refusals_named
 from pipeline.storage.remote import receive_file
-from pipeline.storage.staging import working_folder
-from pipeline.storage.urls import is_url, join_url, url_name
+from pipeline.storage.urls import is_url, join_url, url_name, working_folder
 
 _FILES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".tar"})
 

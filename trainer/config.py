@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pipeline.errors import UsageError
 from pipeline.labels.pins import parse_pin
 from pipeline.settings.configs import option
-from pipeline.storage.staging import working_folder
+from pipeline.storage.urls import working_folder
 from pipeline.text import parse_bytes
 
 DistillationType = Literal["none", "soft", "hard"]

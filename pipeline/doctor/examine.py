@@ -19,8 +19,7 @@ from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.packages import examine_packages
 from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
-from pipeline.storage.staging import working_folder
-from pipeline.storage.urls import is_url
+from pipeline.storage.urls import is_url, working_folder
 
 LABELS_TIMEOUT_S = 900.0  # its images may have to be downloaded
 

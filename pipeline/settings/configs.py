@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pipeline.errors import UsageError
 from pipeline.labels.pins import parse_pin
-from pipeline.storage.staging import working_folder
+from pipeline.storage.urls import working_folder
 
 Precision = Literal["float16", "float32", "log8"]
 MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of views

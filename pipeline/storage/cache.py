@@ -24,7 +24,7 @@ from pipeline.repeats import warn_again
 from pipeline.storage import remote
 from pipeline.storage.atomic import TEMPORARY_PREFIX, locked, refusals_named, replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json
-from pipeline.storage.urls import join_url, parent_url, url_name
+from pipeline.storage.urls import join_url, parent_url, url_name, user_cache
 from pipeline.text import byte_size, parse_bytes
 
 log = logging.getLogger("deit_cli.cache")
@@ -391,10 +391,8 @@ def read_local(file: Path | RemoteFile, use: Callable[[Path], Result]) -> Result
 
 def open_cache(folder: Path | None = None, size: str = DEFAULT_SIZE) -> ShardCache:
     """Return the cache in a folder (None: `deit-cli` in the user's cache folder) of a size such as `50GB`."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return ShardCache(
-        (folder or Path(root) / "deit-cli").expanduser().absolute(), parse_bytes(size, what="--cache-size")
-    )
+    folder = folder.expanduser().absolute() if folder else user_cache() / "deit-cli"
+    return ShardCache(folder, parse_bytes(size, what="--cache-size"))
 
 
 def _sidecar(path: Path) -> Path:

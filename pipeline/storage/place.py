@@ -13,9 +13,8 @@ from typing import BinaryIO, Protocol
 from pipeline.errors import LabelSetCorrupt, RemoteFileMissing
 from pipeline.storage import uploads
 from pipeline.storage.atomic import locked_folder, make_folder, publish_file, refusals_named, replace_file, sha256_file
-from pipeline.storage.downloads import Stopped, download
 from pipeline.storage.json import MAX_JSON_BYTES, read_small
-from pipeline.storage.remote import read_url
+from pipeline.storage.remote import Stopped, download, read_url
 from pipeline.storage.urls import check_url, is_url, join_url
 
 BLOCK_BYTES = 1 << 20

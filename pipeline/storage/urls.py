@@ -1,6 +1,8 @@
-"""Addresses of remote files, as text: what is one, and how it is taken apart and put together."""
+"""Addresses of remote files, as text: how one is recognised, taken apart and put together, and which local folder stands for one."""
 
+import hashlib
 import os
+from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pipeline.errors import StorageError
@@ -49,3 +51,24 @@ def is_web(url: str) -> bool:
 
 def _path(url: str) -> str:
     return urlsplit(url).path if is_web(url) else url.partition("://")[2]
+
+
+def working_folder(location: str) -> Path:
+    """Return the folder to write in: the location itself, or the local one that stands for a URL.
+
+    The latter is the same for every process of a user on a machine, and for every start of a command.
+
+    Raises:
+        StorageError: the URL's scheme is none of ours.
+    """
+    if not is_url(location):
+        return Path(location)
+    check_url(location)
+    url = location.rstrip("/")
+    digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+    return user_cache() / "deit-cli-staging" / f"{url_name(url)[-80:] or 'root'}-{digest}"
+
+
+def user_cache() -> Path:
+    """Return the folder in which programs of this user keep what can be fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
