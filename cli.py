@@ -175,7 +175,7 @@ def precompute(
     say_settings(config, asked, recipe=chosen)
     from pipeline.stage1 import precompute as stage1
     from pipeline.stage1.engines import load_here
-    from pipeline.tables import plan_table
+    from pipeline.stage1.precompute import plan_table
 
     with shown_progress(log_json) as progress:
         loaded, source = load_here(config, asked)
@@ -337,11 +337,11 @@ def estimate(
     config, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = chosen_recipe(recipe, overrides)
     from pipeline.cost import estimate as estimating
+    from pipeline.cost.estimate import estimate_table
     from pipeline.cost.measuring import forward_flops, measure_rates, training_step_s
     from pipeline.labels.encoding import label_bytes
     from pipeline.stage1.engines import load_here
     from pipeline.stage1.precompute import choose_topk
-    from pipeline.tables import estimate_table
     from trainer.student import create_student
 
     teacher, source = load_here(config, asked)
@@ -413,11 +413,10 @@ def stage1(
     """
     config, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig)
     chosen = chosen_recipe(recipe, overrides)
-    from pipeline.cost.estimate import pace, plan_machine
+    from pipeline.cost.estimate import pace, parts_table, plan_machine
     from pipeline.cost.measuring import measure_rates, measure_together
     from pipeline.stage1.engines import load_here
     from pipeline.stage1.precompute import choose_topk
-    from pipeline.tables import parts_table
 
     teacher, source = load_here(config, asked)
     topk = choose_topk(config.topk, teacher.identity.num_classes)
@@ -508,8 +507,7 @@ def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
       deit-cli labels info shards
     """
     from pipeline.labels.labelset import LabelSet
-    from pipeline.labels.summary import summarise
-    from pipeline.tables import info_table
+    from pipeline.labels.summary import info_table, summarise
 
     summary = summarise(LabelSet.open(folder, expect_manifest=expect_manifest))
     click.echo(json.dumps(summary, indent=1) if as_json else info_table(summary))
@@ -537,7 +535,7 @@ def verify(folder: str, as_json: bool, **values: Any) -> None:
     (config,) = split_values(values, VerifyConfig)
     asked = split_values(values, TeacherConfig)[0] if values["teacher"] else None
     from pipeline.errors import LabelSetError
-    from pipeline.tables import verify_lines
+    from pipeline.verify.report import verify_lines
     from pipeline.verify.verify import verify as verify_set
 
     with shown_progress() as progress:
@@ -579,7 +577,7 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
       deit-cli labels show shards --out labels.png
     """
     from pipeline.labels.labelset import LabelSet
-    from pipeline.labels.summary import contact_sheet
+    from pipeline.labels.sheet import contact_sheet
 
     label_set = LabelSet.open(folder)
     contact_sheet(label_set, label_set.open_source(data), out, samples=samples, views=views)
@@ -855,7 +853,7 @@ def demo(out: Path, seed: int) -> None:
     Example:
       deit-cli demo
     """
-    from pipeline.labels.summary import contact_sheet
+    from pipeline.labels.sheet import contact_sheet
     from pipeline.stage1.precompute import precompute as stage1
     from pipeline.teacher.loading import load_teacher
     from trainer.demo import run_demo

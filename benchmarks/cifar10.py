@@ -39,9 +39,10 @@ from safetensors.torch import load_file
 from pipeline.errors import UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.manifest import first_difference
-from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import plan_workers
+from pipeline.machine.ranks import resolve_device
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.settings.files import load_recipe
 from pipeline.stage1.loop import device_name
 from pipeline.stage1.precompute import precompute
 from pipeline.storage.atomic import replace_file
@@ -49,7 +50,6 @@ from pipeline.storage.json import pretty_json, read_json
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Answer, Teacher
 from pipeline.views.draws import stream_of
-from pipeline.views.recipe import load_recipe
 from trainer.checkpoint import export_model
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint, forward_dtype

@@ -27,11 +27,11 @@ from rounds import machine
 
 from pipeline.images.samples import keys_sha256
 from pipeline.labels.encoding import encode_rows
+from pipeline.labels.format import Precision
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan, ShardRecord, SourceRecord, samples_path
 from pipeline.labels.sealing import claim, seal
 from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
-from pipeline.settings.configs import Precision
 from pipeline.stage1.drafts import LabelDraft, publish_draft
 from pipeline.storage.atomic import publish_file
 

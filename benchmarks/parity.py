@@ -30,11 +30,12 @@ from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import usable_cores
 from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
+from pipeline.settings.files import load_recipe
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
-from pipeline.views.recipe import Recipe, load_recipe
+from pipeline.views.recipe import Recipe
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images
 from trainer.setup import make_order, open_data

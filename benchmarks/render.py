@@ -41,9 +41,9 @@ from pipeline.images import turbojpeg
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import Mapped, Slots, start_loader
+from pipeline.settings.files import load_recipe
 from pipeline.stage1.rendering import Block, BlockRenderer, _IntoSlots, deal
 from pipeline.views import view as rendering
-from pipeline.views.recipe import load_recipe
 from pipeline.views.view import draw_view, render, render_encoded, render_views
 
 RECIPE = load_recipe("deit", {})

@@ -40,6 +40,7 @@ from pipeline.machine.loaders import Whereabouts, usable_cores
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.machine.timing import row_s, steady_s, synchronise
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.settings.files import load_recipe
 from pipeline.stage1.engines import limit
 from pipeline.stage1.indexing import scan_shard
 from pipeline.stage1.loop import AHEAD, device_name
@@ -47,7 +48,7 @@ from pipeline.stage1.rendering import Block, BlockRenderer, blocks_of, deal, str
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher, one_thread
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
-from pipeline.views.recipe import Recipe, load_recipe
+from pipeline.views.recipe import Recipe
 
 
 def teacher_alone(teacher: Teacher, recipe: Recipe, batch: int, seconds: float) -> tuple[float, float]:

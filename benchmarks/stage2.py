@@ -40,9 +40,9 @@ from pipeline.cost.measuring import forward_flops
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.timing import Work, row_s
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.settings.files import load_recipe
 from pipeline.stage1.engines import load_here
 from pipeline.stage1.precompute import precompute
-from pipeline.views.recipe import load_recipe
 from trainer.config import TrainConfig
 from trainer.evaluate import mixed_images, normalise
 from trainer.loop import Run

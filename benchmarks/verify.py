@@ -30,11 +30,11 @@ from pipeline.labels.manifest import Plan, TeacherIdentity, labels_path, samples
 from pipeline.labels.sealing import claim, seal
 from pipeline.labels.tables import LabelsFooter, SampleRows, SamplesFooter, write_labels, write_samples
 from pipeline.settings.configs import VerifyConfig
+from pipeline.settings.files import load_recipe
 from pipeline.storage.atomic import publish_file
 from pipeline.verify.images import compare_images
 from pipeline.verify.report import Report
 from pipeline.verify.verify import verify
-from pipeline.views.recipe import load_recipe
 
 CLASSES, TOPK, VIEWS_PER_SHARD = 1000, 10, 30
 

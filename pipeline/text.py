@@ -1,6 +1,7 @@
 """Numbers and sizes as people write them, and names that every file format and terminal can carry."""
 
 import re
+from collections.abc import Sequence
 
 from pipeline.errors import SourceError, UsageError
 
@@ -64,3 +65,8 @@ def check_name(name: str, what: str) -> str:
     if CONTROL_CHARACTERS.search(name):
         raise SourceError(f"{what} must not contain control characters, got {name!r}. Rename it")
     return name
+
+
+def two_columns(rows: Sequence[tuple[str, str]]) -> str:
+    """Return a table of names and texts, a row a line."""
+    return "\n".join(f"{name:15}{text}" for name, text in rows)

@@ -1,12 +1,25 @@
 """Weights that a command starts from: a local file or exported folder, or one behind a URL, brought here."""
 
 import contextlib
+import math
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from pipeline.errors import RemoteFileMissing
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor
+
+from pipeline.errors import CheckpointError, RemoteFileMissing, StorageError
 from pipeline.storage.atomic import locked, refusals_named
+from pipeline.storage.json import read_json
 from pipeline.storage.remote import receive_file
 from pipeline.storage.urls import is_url, join_url, url_name, working_folder
+from pipeline.text import CONTROL_CHARACTERS
 
 _FILES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".tar"})
 
@@ -34,3 +47,186 @@ def weights_here(location: str) -> Path:
         with contextlib.suppress(RemoteFileMissing):
             receive_file(join_url(location, "config.json"), folder / "config.json")
     return folder
+
+
+SMALL = (
+    1 << 24
+)  # numbers that any machine has room for: of so small a network loading says more exactly what does not fit
+
+
+_REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # of a network's arguments: how often a part stands in it
+
+
+_NAMED = re.compile(r"GLOBAL ([\w.]{1,200}) ")  # in torch's errors: what a pickle asks for and is not given
+
+
+_LONGEST_NAME = 500
+
+
+_ANEW = "save the state dict alone, best as safetensors"
+
+
+class _Ignored:
+    """Stands in for NumPy's types and functions: takes what they are given, and does nothing with it.
+
+    So no shape, dtype or state that a file claims reaches NumPy: version 2.4 crashes (SIGSEGV) on an array that has fewer
+    objects than its shape says. `argparse.Namespace` needs no stand-in: timm allows it, and torch only sets its attributes.
+    """
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+# What the pickles of NumPy's numbers, arrays and dtypes name; modules as in NumPy 1 and 2.
+_NUMPY = ("ndarray", "dtype", *(f"{m}.multiarray.{f}" for m in ("core", "_core") for f in ("_reconstruct", "scalar")))
+
+
+_STAND_INS = [(_Ignored, f"numpy.{name}") for name in _NUMPY]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights: safetensors, or a PyTorch file with a state dict, alone or under `state_dict` or `model`.
+
+    Beside a state dict there may be plain values, NumPy's numbers and arrays, and an `argparse.Namespace`: they are ignored.
+
+    Raises:
+        CheckpointError: it holds anything else, or tensors that are not written out in it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such checkpoint file")
+    _refuse_packed(path)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):  # pyright: ignore[reportArgumentType]
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+            state = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # hostile bytes lead torch's reader to almost any exception
+        raise CheckpointError(f"{path} cannot be read as plain tensors: {_why(path, error)}") from error
+    if any(len(name) > _LONGEST_NAME or CONTROL_CHARACTERS.search(name) for name in state):  # errors print names
+        raise CheckpointError(
+            f"{path}: names of tensors must have at most {_LONGEST_NAME} characters and no control characters"
+        )
+    odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if odd is not None or not state:
+        what = "it is empty" if odd is None else f"{odd} is no tensor"
+        raise CheckpointError(f"{path} holds no state dict: {what}. It must stand alone, or under state_dict or model")
+    for name, tensor in state.items():
+        if what := _not_plain(tensor):
+            raise CheckpointError(f"{path}: {name} is {what}: a checkpoint holds whole tensors of real numbers")
+    return state
+
+
+def _why(path: Path, error: Exception) -> str:
+    """Return what is wrong with a file that torch's or safetensors' reader refused, and the way out."""
+    if named := _NAMED.search(f"{error} {error.__cause__}"):
+        return f"it holds {named[1]}, which needs code to load. Load it where you trust it, and {_ANEW}"
+    if path.suffix == ".safetensors":
+        return "it is damaged, or no safetensors file. Fetch or export it again"
+    return (
+        "it is damaged, or holds no state dict as torch.save writes it."
+        f" Fetch it again, or load it where you trust it and {_ANEW}"
+    )
+
+
+def _refuse_packed(path: Path) -> None:
+    """A PyTorch file is a zip of uncompressed members; torch's reader inflates others, a thousandfold, without a limit."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return
+        with zipfile.ZipFile(path) as archive:
+            packed = next((m.filename for m in archive.infolist() if m.compress_type != zipfile.ZIP_STORED), None)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # torch says what is wrong with it
+    if packed is not None:
+        raise CheckpointError(f"{path}: its member {packed!r} is compressed, which torch.save never does. Save it anew")
+
+
+def _not_plain(tensor: Tensor) -> str | None:
+    """Return what a tensor is, unless it is a dense one on the CPU whose every number is stored."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return f"{str(tensor.layout).removeprefix('torch.')} {tensor.dtype}"
+    if tensor.device.type != "cpu":
+        return f"on device {tensor.device.type}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"a view of {list(tensor.shape)} of {tensor.untyped_storage().nbytes()} stored bytes"
+    return None
+
+
+def read_hub_config(folder: Path) -> dict[str, Any]:
+    """Read the `config.json` of an exported folder, and check what is used of it.
+
+    Raises:
+        CheckpointError: it is not such a file.
+    """
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold an object, got {type(config).__name__}")
+    names = config.get("label_names")
+    if names is not None and not _is_list_of_names(names):
+        raise CheckpointError(f"{path}: label_names must be a list of texts without control characters")
+    values = config.get("pretrained_cfg", {})
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: pretrained_cfg must be an object, got {type(values).__name__}")
+    for name in ("mean", "std"):
+        if values.get(name) is not None and not _is_three_numbers(values[name]):
+            raise CheckpointError(f"{path}: {name} must be three numbers, got {str(values[name])[:80]!r}")
+    if not _is_share(values.get("crop_pct")):
+        raise CheckpointError(f"{path}: crop_pct must be above 0 and at most 1, got {str(values['crop_pct'])[:80]!r}")
+    return config
+
+
+def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration that asks for a larger network than its weights are, before it takes memory.
+
+    Raises:
+        CheckpointError: it does, or timm cannot build such a network.
+    """
+    path = folder / "config.json"
+    most = _largest(config.get("model_args"))
+    if most > len(weights):
+        raise CheckpointError(
+            f"{path} asks for {most} layers, and {len(weights)} tensors lie beside it. Export it again"
+        )
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shell: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except Exception as error:  # a damaged configuration fails in many ways below timm
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({type(error).__name__}): {' '.join(str(error).split())[:300]}"
+        ) from error
+    asked, there = (sum(tensor.numel() for tensor in t.values()) for t in (shell.state_dict(), weights))
+    if asked > max(2 * there, SMALL):  # twice: weights that two parts share may be stored once
+        raise CheckpointError(
+            f"{path} asks for a network of {asked} numbers, and {there} lie beside it. Export it again"
+        )
+
+
+def _largest(values: Any, counts: bool = False) -> float:
+    """Return the largest number under a name that says how often a part stands in the network."""
+    if isinstance(values, dict):
+        return max((_largest(v, counts or bool(_REPEATED.search(k))) for k, v in values.items()), default=0)
+    if isinstance(values, list):
+        return max((_largest(value, counts) for value in values), default=0)
+    return values if counts and isinstance(values, (int, float)) and not isinstance(values, bool) else 0
+
+
+def _is_list_of_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(n, str) and not CONTROL_CHARACTERS.search(n) for n in names)
+
+
+def _is_three_numbers(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(_is_number(value) for value in values)
+
+
+def _is_share(value: Any) -> bool:
+    return value is None or (_is_number(value) and 0 < value <= 1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

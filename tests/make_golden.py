@@ -17,8 +17,9 @@ from label_sets import CLASSES, MeanColour, config_of, write_tar
 
 from pipeline.images.source import open_source
 from pipeline.labels.encoding import LabelRows
+from pipeline.labels.format import MANIFEST_NAME, PLAN_NAME
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import MANIFEST_NAME, PLAN_NAME, TeacherIdentity, read_manifest, read_plan
+from pipeline.labels.manifest import TeacherIdentity, read_manifest, read_plan
 from pipeline.stage1.precompute import precompute
 from pipeline.storage.atomic import replace_file, sha256_file
 from pipeline.storage.json import pretty_json

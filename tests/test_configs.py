@@ -21,10 +21,10 @@ from pipeline.errors import DeitCliError, UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.settings import options
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
-from pipeline.settings.files import describe_settings, plain_settings, read_settings, recipe_settings
+from pipeline.settings.files import describe_settings, load_recipe, plain_settings, read_settings, recipe_settings
 from pipeline.storage.yaml import parse_yaml, to_yaml
 from pipeline.views.recipe import _RANGES as recipe_ranges
-from pipeline.views.recipe import PRESETS, Recipe, load_recipe
+from pipeline.views.recipe import PRESETS, Recipe
 from trainer.checkpoint import export_model
 from trainer.config import _RANGES as train_ranges
 from trainer.config import TrainConfig

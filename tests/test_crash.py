@@ -27,7 +27,7 @@ INJECTED = {
     "labels info": ("pipeline.labels.summary.summarise", [LABELS]),
     "labels verify": ("pipeline.verify.verify.check_images", [LABELS]),
     "labels sign": ("pipeline.sharing.signing._library", [LABELS, "--private-key", "team.pem"]),
-    "labels show": ("pipeline.labels.summary._spread", [LABELS]),
+    "labels show": ("pipeline.labels.sheet._spread", [LABELS]),
     "labels push": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
     "labels pull": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
     "labels merge": ("pipeline.sharing.merging.merge", ["out", LABELS]),

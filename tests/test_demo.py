@@ -13,7 +13,7 @@ from label_sets import problems_in
 from pipeline.errors import StoppedError, StorageError, UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.summary import contact_sheet
+from pipeline.labels.sheet import contact_sheet
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
 from trainer.demo import TITLES, draw_results, run_demo, three_seeds_top1, write_digits

@@ -25,9 +25,9 @@ from pipeline.labels.encoding import (
     label_bytes,
     to_codes,
 )
+from pipeline.labels.format import Precision
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import Contents, labels_schema, read_view
-from pipeline.settings.configs import Precision
 
 
 def slow_codes(prob: list[float], tail: float, num_classes: int) -> list[int]:

@@ -9,8 +9,8 @@ import pytest
 from pipeline.cost.estimate import Estimate, Machine, Pace, estimate, pace
 from pipeline.cost.measuring import Rates
 from pipeline.labels.encoding import content_xxh3, encode_rows, label_bytes
+from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
-from pipeline.settings.configs import Precision
 
 # 10 ms to read and 20 ms to decode an image, 2 ms to render a view, 1 ms for the teacher's answer.
 RATES = Rates(read_s=0.010, decode_s=0.020, render_s=0.002, copy_s=5e-5, teacher_s=0.0009, topk_s=0.0001, write_s=1e-6)

@@ -121,7 +121,7 @@ def test_originals_are_the_files_and_a_recipe_that_changes_them_is_warned_of(lab
 
 
 def test_a_recipe_that_changes_nothing_is_not_warned_of(data, tmp_path, caplog):
-    from pipeline.views.recipe import load_recipe
+    from pipeline.settings.files import load_recipe
 
     plain = make_labels(tmp_path / "set", data, recipe=load_recipe("none", {"img_size": 16, "mix_block": 8}), on_bad_image="skip", views=(0, 1))  # fmt: skip
     export(plain, tmp_path / "out", pixels="originals")

@@ -9,8 +9,8 @@ from builders import photo, shared_data
 from plain_views import grey, operate, render_plainly, warped
 
 from pipeline.images.decode import decode
+from pipeline.settings.files import load_recipe
 from pipeline.views.randaugment import INCREASING, PLAIN, _grey, apply_op, mirror, op_argument
-from pipeline.views.recipe import load_recipe
 from pipeline.views.view import View, draw_view, render
 
 RECIPES = [

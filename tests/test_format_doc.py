@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.labels.format import MAX_TOPK
 from pipeline.labels.manifest import (
     EnsembleIdentity,
     FileEntry,
@@ -21,7 +22,7 @@ from pipeline.labels.manifest import (
 )
 from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE
 from pipeline.labels.sealing import MANIFEST_PROBES
-from pipeline.labels.tables import MAX_TOPK, SAMPLES_SCHEMA, LabelsFooter, SamplesFooter, labels_schema
+from pipeline.labels.tables import SAMPLES_SCHEMA, LabelsFooter, SamplesFooter, labels_schema
 from pipeline.views.draws import stream_of
 from pipeline.views.recipe import Recipe
 

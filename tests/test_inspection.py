@@ -21,9 +21,10 @@ from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels import summary as inspection
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.summary import _tile, contact_sheet, summarise
+from pipeline.labels.sheet import _tile, contact_sheet
+from pipeline.labels.summary import summarise
+from pipeline.settings.files import load_recipe
 from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
-from pipeline.views.recipe import load_recipe
 from pipeline.views.view import draw_view, render
 
 SIZES = (13, 10)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.views.recipe import load_recipe
+from pipeline.settings.files import load_recipe
 from trainer.order import Order, Share, check_repeats, count_units, default_repeats
 
 

@@ -12,8 +12,8 @@ from web_server import web_server
 
 import cli
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
+from pipeline.labels.format import parse_pin
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.pins import parse_pin
 from pipeline.storage.cache import ShardCache
 from pipeline.storage.yaml import read_yaml
 from trainer.config import TrainConfig

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RecipeError, UsageError
-from pipeline.views.recipe import PRESETS, RENDERER, RandAugment, Recipe, load_recipe, parse_override
+from pipeline.settings.files import load_recipe, parse_override
+from pipeline.views.recipe import PRESETS, RENDERER, RandAugment, Recipe
 
 IDS = [
     ("deit", "20ad9f5bf9d15dc7d5b1ee6db1b261d32bd76efab7332f85a25aee2d1ccf9bec"),

@@ -18,6 +18,7 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, plan_workers, start_loader
+from pipeline.settings.files import load_recipe
 from pipeline.stage1 import rendering
 from pipeline.stage1.rendering import (
     Block,
@@ -30,7 +31,7 @@ from pipeline.stage1.rendering import (
     views_at_once,
 )
 from pipeline.views.mixing import Mix, draw_mix, shard_pairs
-from pipeline.views.recipe import Recipe, load_recipe
+from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render
 
 VIEWS = range(4)  # one pairing of three views, and the first view of the next

@@ -15,13 +15,13 @@ from torch import nn
 
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.labels.labelset import LabelSet
-from pipeline.machine.devices import resolve_device
+from pipeline.machine.ranks import resolve_device
 from trainer.checkpoint import export_model, load_state
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.setup import build_state, make_order, open_data
-from trainer.starts import start_from
 from trainer.student import Student, create_student, hub_config, open_student
+from trainer.weights import start_from
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PLAIN, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"

@@ -24,11 +24,11 @@ from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Manifest
 from pipeline.labels.replay import check_replay
-from pipeline.labels.summary import contact_sheet, summarise
-from pipeline.sharing.subsets import choose_blocks, choose_shards, probes_in, subset_manifest
+from pipeline.labels.sheet import contact_sheet
+from pipeline.labels.summary import info_table, summarise
+from pipeline.sharing.manifests import choose_blocks, choose_shards, probes_in, subset_manifest
 from pipeline.stage1.precompute import precompute
 from pipeline.storage.json import pretty_json
-from pipeline.tables import info_table
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.order import Share

@@ -22,9 +22,9 @@ from torch import nn
 
 import cli
 from pipeline.errors import CheckpointError
-from pipeline.tensors import read_tensors
-from trainer.starts import start_from
+from pipeline.weights import read_tensors
 from trainer.student import create_student
+from trainer.weights import start_from
 
 WEIGHTS = {"head.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.tensor([1, 2], dtype=torch.float16)}
 FORMATS = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.errors import BadImageError
 from pipeline.images import turbojpeg
 from pipeline.images.decode import decode, decode_around
-from pipeline.views.recipe import load_recipe
+from pipeline.settings.files import load_recipe
 from pipeline.views.view import draw_view, render, render_encoded
 
 

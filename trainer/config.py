@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.errors import UsageError
-from pipeline.labels.pins import parse_pin
+from pipeline.labels.format import parse_pin
 from pipeline.settings.configs import option
 from pipeline.storage.urls import working_folder
 from pipeline.text import parse_bytes

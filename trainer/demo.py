@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from pipeline.errors import StoppedError, UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.machine.devices import resolve_device
+from pipeline.machine.ranks import resolve_device
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.settings.files import load_recipe
 from pipeline.storage.atomic import refusals_named
-from pipeline.views.recipe import Recipe, load_recipe
+from pipeline.views.recipe import Recipe
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint
 from trainer.loop import train
@@ -95,7 +96,7 @@ def run_demo(
         seed: of weights, order and stochastic depth.
         load_teacher: `pipeline.teacher.loading.load_teacher`.
         precompute: `pipeline.stage1.precompute.precompute`.
-        contact_sheet: `pipeline.labels.summary.contact_sheet`.
+        contact_sheet: `pipeline.labels.sheet.contact_sheet`.
         progress: told how far precompute and training are.
     """
     if out.exists() and any(out.iterdir()):

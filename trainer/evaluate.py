@@ -13,16 +13,15 @@ from pipeline.errors import UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
-from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import Mapped, checked, plan_workers, start_loader
+from pipeline.machine.ranks import resolve_device
 from pipeline.views.mixing import MixBatch, apply_mix
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
-from trainer.batch import Batch
 from trainer.config import AmpDtype
 from trainer.order import Order, count_units
 from trainer.parallel import World
-from trainer.stream import BatchRenderer, Catalogue, CentreBatches, stream_batches
+from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, stream_batches
 from trainer.student import Heads, Student, open_student
 
 log = logging.getLogger("deit_cli.evaluate")

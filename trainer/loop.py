@@ -20,7 +20,6 @@ from pipeline.storage.cache import open_cache
 from pipeline.storage.mirror import Mirror, mirror_of
 from pipeline.views.draws import stream_of
 from pipeline.views.recipe import Recipe
-from trainer.batch import Batch, on_device
 from trainer.checkpoint import BackgroundWriter, check_finite, export_model, pack_training, save_state, snapshot
 from trainer.config import TrainConfig
 from trainer.evaluate import Running, Scores, evaluate, forward_dtype, labelled_places, mixed_images, normalise
@@ -48,7 +47,7 @@ from trainer.setup import (
     write_json,
 )
 from trainer.stopping import StopRequest, stop_request
-from trainer.stream import BatchRenderer, Catalogue, stream_batches
+from trainer.stream import Batch, BatchRenderer, Catalogue, on_device, stream_batches
 from trainer.student import Student, hub_config
 from trainer.trackers import check_trackers
 

@@ -24,7 +24,6 @@ from pipeline.machine.timing import Work, median_s, steady_s, synchronise
 from pipeline.text import count
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render_encoded
-from trainer.batch import Batch
 from trainer.checkpoint import BackgroundWriter
 from trainer.config import TrainConfig
 from trainer.evaluate import Running, forward_dtype
@@ -34,7 +33,7 @@ from trainer.pace import Pace, Step
 from trainer.parallel import joined_world
 from trainer.setup import Data
 from trainer.stopping import StopRequest
-from trainer.stream import BatchRenderer, Catalogue, ShardTable, stream_batches
+from trainer.stream import Batch, BatchRenderer, Catalogue, ShardTable, stream_batches
 
 IMAGES = 64  # on which reading, decoding and rendering are timed, at most
 ENDLESS = 10**6  # epochs, more than are made before the time is up

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UsageError, WorkerError
-from pipeline.machine.devices import resolve_device
 from pipeline.machine.loaders import plan_workers
-from pipeline.machine.ranks import Rank, plan_cores, plan_devices, rank_from
+from pipeline.machine.ranks import Rank, plan_cores, plan_devices, rank_from, resolve_device
 from trainer.student import Heads, Student
 
 # How long a rank waits for the others. Evaluation, compilation and a slow file system may keep one of them; torch's own

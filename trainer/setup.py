@@ -28,9 +28,9 @@ from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig
 from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
 from trainer.order import Order, Share, check_repeats, count_units, default_repeats
-from trainer.starts import start_from
 from trainer.stream import Catalogue
 from trainer.student import Student, create_student
+from trainer.weights import start_from
 
 log = logging.getLogger("deit_cli.train")
 

@@ -26,10 +26,120 @@ from pipeline.storage.cache import RemoteFile, prefetch
 from pipeline.views.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render, render_encoded, render_views
-from trainer.batch import Batch
 from trainer.order import Order, Share
 
 Value = TypeVar("Value")
+
+
+def _by_shard(units: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each source shard with its units; those of a shard stand together."""
+    for group in np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1):
+        yield int(group[0, 0]), group[:, 1]
+
+
+def _table(
+    keys: tuple[str, ...], labels: tuple[int | None, ...], usable: NDArray[np.int64], samples: SampleRows | None
+) -> ShardTable:
+    labelled = np.array([label is not None for label in labels], bool)
+    class_label = np.array([label or 0 for label in labels], np.int64)
+    return ShardTable(keys, class_label, labelled, usable, samples)
+
+
+class _Recent(Generic[Value]):
+    """The values that were asked for last, at most `size` of them."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        if key not in self._values:
+            self._values[key] = make()
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Views of one forward pass, before mixing, with everything known of them.
+
+    Attributes:
+        index: of the forward pass among those of this rank in the run; with it the stream can go on from anywhere.
+        views: view numbers in it.
+        keys: sample keys, B of them.
+        images: uint8 [B, H, W, 3].
+        mix: partners and mixes.
+        class_label: int64 [B], 0 where not labelled.
+        labelled: bool [B].
+        hard: int64 [B], the teacher's argmax; empty without a label set.
+        topk_index: int64 [B, K].
+        topk_prob: float32 [B, K].
+        tail_mass: float32 [B], zeros where K = 0.
+    """
+
+    index: int
+    views: range
+    keys: tuple[str, ...]
+    images: Tensor
+    mix: MixBatch
+    class_label: Tensor
+    labelled: Tensor
+    hard: Tensor
+    topk_index: Tensor
+    topk_prob: Tensor
+    tail_mass: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the same batch on a device; copies from page-locked memory run on the current stream."""
+        if device.type == "cpu":
+            return self
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
+        return replace(self, mix=self.mix.to(device), **moved)
+
+    def record_stream(self, stream: "torch.cuda.Stream") -> None:
+        """Tell the allocator that this stream will use the batch, which another one has made."""
+        for tensor in (*(getattr(self, name) for name in _TENSORS), self.mix.partner, self.mix.lam, self.mix.box):
+            tensor.record_stream(stream)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle tensors as arrays: torch would open a file of shared memory for each of them."""
+        plain = {name: getattr(self, name).numpy() for name in _TENSORS}
+        mix = (self.mix.partner.numpy(), self.mix.lam.numpy(), self.mix.box.numpy())
+        return _restored, (self.index, self.views, self.keys, mix, plain)
+
+
+_TENSORS = ("images", "class_label", "labelled", "hard", "topk_index", "topk_prob", "tail_mass")
+
+
+def _restored(index: int, views: range, keys: tuple[str, ...], mix: tuple[Any, ...], plain: dict[str, Any]) -> Batch:
+    tensors = {name: torch.from_numpy(array) for name, array in plain.items()}
+    return Batch(index=index, views=views, keys=keys, mix=MixBatch(*map(torch.from_numpy, mix)), **tensors)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on a device; on CUDA the next one is copied while the one before is computed with.
+
+    The copies are done before the next batch is asked for, so that what they were copied from may be used again: one
+    batch is held.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    copies, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    waiting: Batch | None = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            moved = batch.to(device)
+        if waiting is not None:
+            yield waiting
+        copies.synchronize()
+        moved.record_stream(computing)
+        waiting = moved
+    if waiting is not None:
+        yield waiting
 
 
 @dataclass(frozen=True)
@@ -329,33 +439,3 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Bat
         topk_prob=topk_prob,
         tail_mass=tail_mass,
     )
-
-
-def _by_shard(units: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each source shard with its units; those of a shard stand together."""
-    for group in np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1):
-        yield int(group[0, 0]), group[:, 1]
-
-
-def _table(
-    keys: tuple[str, ...], labels: tuple[int | None, ...], usable: NDArray[np.int64], samples: SampleRows | None
-) -> ShardTable:
-    labelled = np.array([label is not None for label in labels], bool)
-    class_label = np.array([label or 0 for label in labels], np.int64)
-    return ShardTable(keys, class_label, labelled, usable, samples)
-
-
-class _Recent(Generic[Value]):
-    """The values that were asked for last, at most `size` of them."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        if key not in self._values:
-            self._values[key] = make()
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]

@@ -14,7 +14,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, StorageError, UsageError
-from pipeline.tensors import check_size, read_hub_config, read_tensors
+from pipeline.weights import check_size, read_hub_config, read_tensors
 
 SHORT_NAMES = {
     "deit-ti": "deit_tiny_distilled_patch16_224",

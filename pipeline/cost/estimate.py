@@ -1,14 +1,17 @@
 """What labelling will cost, and from how many students on it costs less than asking the teacher in every step."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.cost.measuring import Rates
 from pipeline.machine.loaders import usable_cores
+from pipeline.machine.progress import Tick
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.teacher.teacher import Teacher
+from pipeline.text import byte_size, count, duration, two_columns
 
 Limit = Literal["teacher", "rendering", "cores"]
 
@@ -166,3 +169,82 @@ def estimate(
         offline_hours=(passes * teacher_s + steps * student_s) * to_hours,
         online_hours=steps * (student_s + teacher_s) * to_hours,
     )
+
+
+LIMITS = {
+    "teacher": "the teacher is the limit: another device would help",
+    "rendering": "rendering is the limit: more cores would help",
+    "cores": "the cores, which run teacher and rendering, are the limit: a GPU or more cores would help",
+}
+
+
+def _processes(machine: Machine) -> str:
+    """Return which processes label, such as `1 x cuda and 15 loader processes`."""
+    threads = f" of {count(machine.threads, 'thread')}" if machine.threads else ""
+    return f"{machine.devices} x {machine.device}{threads} and {count(machine.loaders, 'loader process', 'es')}"
+
+
+def estimate_table(
+    result: Estimate, asked_for: Mapping[str, int], machine: Machine, rates: Rates, reachable: Pace, model: str
+) -> str:
+    """Return what labelling costs here, and from how many students on it pays; `asked_for` has the counts of `estimate`."""
+    images, views, students, epochs = (asked_for[name] for name in ("num_images", "num_views", "students", "epochs"))
+    device, threads, shared = machine.device, machine.threads, machine.views_per_decode
+    on = f"one {device}" + (f" process of {count(threads, 'thread')}" if threads else "")
+    alone = "" if threads else f"; {result.cores_per_device:.1f} cores keep one {device} busy"
+    how = (
+        "by floating-point operations, a student's step as three forward passes" if threads else f"measured on {device}"
+    )
+    each = result.label_bytes // result.passes
+    ratio = f"{result.online_ratio:,.2f} times as long with the teacher in it ({model}, {how})"
+    rows = [
+        ("teacher passes", f"{result.passes:,}: {images:,} images x {views:,} views"),
+        ("teacher", f"{1 / rates.answer_s:,.1f} views/s on {on}: {duration(result.teacher_hours)}"),
+        (
+            "rendering",
+            f"{1 / rates.view_s(shared):,.0f} views/s on one core, {count(shared, 'view')} from each decode:"
+            f" {duration(result.render_core_hours)}{alone}",
+        ),
+        ("labelling", f"{duration(result.hours)} here, {reachable.together:,.1f} views/s with {_processes(machine)}"),
+        ("", LIMITS[result.limit]),
+        ("label bytes", f"{byte_size(result.label_bytes)}, {count(each, 'byte')} a label, before compression"),
+        ("training step", ratio),
+        (count(students, "student"), f"of {count(epochs, 'epoch')} each, time of one {device}:"),
+        ("", f"{duration(result.offline_hours)} from stored labels, labelling included"),
+        ("", f"{duration(result.online_hours)} with the teacher in every step"),
+        (
+            "labels pay off",
+            f"from {count(result.offline_from, 'student')} on: {views:,} passes an image, once, against",
+        ),
+        ("", f"{count(epochs, 'pass', 'es')} for each student"),
+    ]
+    return two_columns(rows)
+
+
+def parts_table(rates: Rates, together: Tick, machine: Machine, reachable: Pace) -> str:
+    """Return where the time of stage 1 goes, each part alone, and what all of them reach together."""
+    shared, device, threads = machine.views_per_decode, machine.device, machine.threads
+    parts = [
+        ("read", rates.read_s / shared, "one core"),
+        ("decode", rates.decode_s / shared, "one core"),
+        ("render", rates.render_s, "one core"),
+        ("copy", rates.copy_s, "in memory; not needed here" if threads else f"to one {device}, while it computes"),
+        ("teacher", rates.teacher_s, f"one {device}" + (f", {count(threads, 'thread')}" if threads else "")),
+        ("top-k", rates.topk_s, f"one {device}"),
+        ("write", rates.write_s, "one core"),
+    ]
+    lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
+    lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s if s else 0:12,.1f}  {where}" for name, s, where in parts]
+    of_best = together.per_second / reachable.together
+    busy = "" if together.teacher_busy is None else f", teacher busy {100 * together.teacher_busy:.0f} % of the time"
+    lines += [
+        f"read and decode are shared by the {shared} views of an image" if shared > 1 else "",
+        f"{'teacher alone':29}{reachable.teacher:12,.1f}  {machine.devices} x {device}",
+        f"{'rendering alone':29}{reachable.rendering:12,.1f}  {count(machine.loaders, 'loader process', 'es')}",
+        f"{'both on these cores':29}{reachable.cores:12,.1f}  {count(machine.cores, 'core')}" if threads else "",
+        f"{'together, measured':29}{together.per_second:12,.1f}  {100 * of_best:.0f} % of the slowest of these{busy}",
+        LIMITS[reachable.limit],
+    ]
+    if not 0.5 <= of_best <= 1.2:
+        lines.append("measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds")
+    return "\n".join(line for line in lines if line)

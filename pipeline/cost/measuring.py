@@ -21,10 +21,11 @@ from pipeline.images.decode import decode
 from pipeline.images.samples import Sample, ShardIndex, SourceShard
 from pipeline.images.source import Source
 from pipeline.labels.encoding import content_xxh3, encode_rows
+from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
 from pipeline.machine.progress import Tick
 from pipeline.machine.timing import median_s
-from pipeline.settings.configs import MAX_VIEW, Precision, PrecomputeConfig
+from pipeline.settings.configs import MAX_VIEW, PrecomputeConfig
 from pipeline.stage1.loop import AHEAD
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.teacher import CPU_BATCH, Teacher, one_thread

@@ -6,26 +6,20 @@ proved by probes; only label sets of format v1 can be trained on.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
 
 from pipeline.labels.encoding import index_dtype
-from pipeline.labels.tables import MAX_TOPK
-from pipeline.storage.json import Count, Name, Record, Sha256, canonical_json, is_version, parse_json
+from pipeline.labels.manifest import Floats
+from pipeline.storage.json import canonical_json
 
-IMPORT_NAME = "import.json"
-FORMAT, VERSION = "deit-cli-import", 1
 FOOTER_KEY = b"deit_cli_import"
 _ELEMENT = "element"
 _TALLEST_SUM = 1.01  # as for label sets: what rounding to float16 may add to probabilities
-
-Foreign = Literal["fkd", "tinyvit"]
-Floats = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -70,66 +64,6 @@ class ForeignRows:
         """Return the rows with no more than `count` of their classes."""
         index, prob = self.topk_index[:, :count], self.topk_prob[:, :count]
         return ForeignRows(self.key, self.view, self.hard, index, prob, self.more)
-
-
-class PartRecord(Record):
-    """One Parquet file of an import."""
-
-    path: Annotated[str, Field(pattern=r"^labels/[A-Za-z0-9._-]+\.parquet$")]
-    rows: Count
-    bytes: Count
-    sha256: Sha256
-
-
-class ImportRecord(Record):
-    """What import.json holds. It is written last: without it there is no import.
-
-    Attributes:
-        imported_from: the format.
-        num_classes: C.
-        topk: K.
-        precision: of the probabilities.
-        rows: labels, of all files.
-        views: smallest and largest view number.
-        source_files: that were read.
-        source_bytes: of them.
-        lost: what the format does not record, or this import left out.
-        use: what the labels are good for.
-        columns: what each column means.
-        files: the tables.
-    """
-
-    format: Literal["deit-cli-import"] = FORMAT
-    version: Literal[1] = VERSION
-    imported_from: Foreign
-    num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
-    topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
-    precision: Floats
-    rows: Count
-    views: tuple[Count, Count]
-    source_files: Count
-    source_bytes: Count
-    lost: tuple[str, ...]
-    use: tuple[str, ...]
-    columns: dict[Name, str]
-    files: tuple[PartRecord, ...]
-
-
-def refusal(data: bytes, folder: object) -> str:
-    """Return why an import is not opened as a label set; `data` are the bytes of its import.json."""
-    try:
-        values = parse_json(data)
-        if not is_version(values, FORMAT, VERSION):
-            raise ValueError(f"it is no {FORMAT} of version {VERSION}")
-        record = ImportRecord.model_validate_json(canonical_json(values))
-    except (ValueError, RecursionError, ValidationError) as error:
-        why = str(error).splitlines()[0]
-        return f"{folder} is no label set, and its {IMPORT_NAME} cannot be read: {why}. Import the labels again"
-    made_by = {"fkd": "FKD", "tinyvit": "TinyViT"}[record.imported_from]
-    return (
-        f"{folder} is an import of {made_by}'s labels, not a label set: its views cannot be replayed, because {record.lost[0]}."
-        f" Read labels/*.parquet; {IMPORT_NAME} says what they are good for. To train, make labels with: deit-cli precompute"
-    )
 
 
 def import_schema(shape: Shape, more: dict[str, np.dtype[Any]]) -> pa.Schema:

@@ -16,18 +16,9 @@ from typing import BinaryIO
 
 from pipeline.errors import ImportedLabelsError, UsageError
 from pipeline.exchange import fkd, tinyvit
-from pipeline.exchange.imported import (
-    FORMAT,
-    IMPORT_NAME,
-    VERSION,
-    Foreign,
-    ForeignRows,
-    ImportRecord,
-    PartRecord,
-    Shape,
-    write_part,
-)
-from pipeline.labels.tables import MAX_TOPK
+from pipeline.exchange.imported import ForeignRows, Shape, write_part
+from pipeline.labels.format import MAX_TOPK
+from pipeline.labels.manifest import IMPORT_FORMAT, IMPORT_NAME, IMPORT_VERSION, Foreign, ImportRecord, PartRecord
 from pipeline.machine.progress import Progress, Tick
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sweep_temporaries
 from pipeline.storage.json import pretty_json
@@ -262,7 +253,12 @@ class _Tables:
             return
         assert self.shape is not None
         path = f"labels/{self._group}-{self._number:06d}.parquet"
-        footer = {"format": FORMAT, "version": VERSION, "imported_from": self._kind, "num_classes": self._num_classes}
+        footer = {
+            "format": IMPORT_FORMAT,
+            "version": IMPORT_VERSION,
+            "imported_from": self._kind,
+            "num_classes": self._num_classes,
+        }
         buffer = io.BytesIO()
         write_part(buffer, self._held, self.shape, footer)
         _publish(self._out / path, data := buffer.getvalue())

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.errors import ImportedLabelsError, SourceError
 from pipeline.exchange.imported import ForeignRows, check_answers
-from pipeline.labels.tables import MAX_TOPK
+from pipeline.labels.format import MAX_TOPK
 from pipeline.storage.atomic import refusals_named
 from pipeline.text import MAX_KEY_BYTES, check_name
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import BadImageError
+from pipeline.images.samples import Box
 from pipeline.images.turbojpeg import decode_region
-from pipeline.views.recipe import Box
 
 # Pillow's own limit (Image.MAX_IMAGE_PIXELS: 256 MiB of RGB). A 24 kB PNG can unpack to 560 MiB; no photograph of a
 # classification set comes near.

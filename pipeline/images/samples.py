@@ -17,6 +17,7 @@ IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million pixels without compression have a quarter
 MAX_LABEL = 2**31 - 1  # class labels are stored as int32
 
+Box = tuple[int, int, int, int]  # of an image: top, left, height, width; pixels
 Place = TypeVar("Place")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.views.recipe import Box
+from pipeline.images.samples import Box
 
 _NAMES = ("libturbojpeg.so.0", "libturbojpeg.dylib", "turbojpeg.dll")
 _DECOMPRESS, _RGB = 1, 0  # TJINIT_DECOMPRESS, TJPF_RGB

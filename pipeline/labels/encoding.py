@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.settings.configs import Precision
+from pipeline.labels.format import Precision
 
 LOG8_STEP = 0.1  # nats; the mean KL divergence that it costs is below 2e-4 nats, see benchmarks/README.md
 LOG8_ZERO = 255  # a code: this probability is 0, and so are those after it

@@ -23,16 +23,24 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
-from pipeline.exchange.imported import IMPORT_NAME, refusal
 from pipeline.images.samples import keys_sha256
 from pipeline.images.source import Source, open_source
 from pipeline.images.tars import TarShard
 from pipeline.labels.comparing import Comparison, Listing, compare_names
 from pipeline.labels.encoding import LabelRows
-from pipeline.labels.manifest import (
+from pipeline.labels.format import (
+    DAMAGED_PLAN,
     IMAGES_FOLDER,
+    INCOMPLETE_SET,
     MANIFEST_NAME,
     PLAN_NAME,
+    REMOTE_FILE,
+    check_pin,
+    damaged_file,
+    missing_file,
+)
+from pipeline.labels.manifest import (
+    IMPORT_NAME,
     FileEntry,
     Plan,
     ShardRecord,
@@ -40,11 +48,10 @@ from pipeline.labels.manifest import (
     parse_manifest,
     parse_plan,
     read_probes,
+    refusal,
     shards_of,
     short,
 )
-from pipeline.labels.pins import check_pin
-from pipeline.labels.remedies import DAMAGED_PLAN, INCOMPLETE_SET, REMOTE_FILE, damaged_file, missing_file
 from pipeline.labels.tables import (
     Contents,
     LabelsFooter,

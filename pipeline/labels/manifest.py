@@ -13,9 +13,21 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
-from pipeline.labels.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, damaged_json
-from pipeline.labels.tables import FORMAT, MAX_SHARD_SAMPLES, MAX_TOPK, VERSION
-from pipeline.settings.configs import Precision
+from pipeline.labels.format import (
+    DAMAGED_MANIFEST,
+    DAMAGED_PLAN,
+    FORMAT,
+    IMAGES_FOLDER,
+    MANIFEST_NAME,
+    MAX_FILE_BYTES,
+    MAX_PROBES,
+    MAX_SHARD_SAMPLES,
+    MAX_TOPK,
+    PLAN_NAME,
+    VERSION,
+    Precision,
+    damaged_json,
+)
 from pipeline.storage.atomic import sha256_file
 from pipeline.storage.json import (
     Count,
@@ -33,14 +45,6 @@ from pipeline.storage.json import (
     sha256_json,
 )
 from pipeline.views.recipe import Recipe
-
-PLAN_NAME = "plan.json"
-MANIFEST_NAME = "manifest.json"
-SIGNATURE_NAME = "manifest.json.sig"  # beside it, and none of the set's files
-IMAGES_FOLDER = "images"
-
-MAX_FILE_BYTES = 2**30  # of a table of the set, which is read as a whole; ImageNet's are of some MB
-MAX_PROBES = 64  # each is rendered before training; 8 are stored
 
 Channels = tuple[float, float, float]
 _RecordT = TypeVar("_RecordT", bound=Record)
@@ -488,3 +492,78 @@ def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
         raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}. {damaged_json(path)}") from error
     except DeitCliError as error:
         raise LabelSetMismatch(f"{path}: {error}. {damaged_json(path)}") from error
+
+
+IMPORT_NAME = "import.json"
+
+
+IMPORT_FORMAT = "deit-cli-import"
+
+
+IMPORT_VERSION = 1
+
+
+Foreign = Literal["fkd", "tinyvit"]
+
+
+Floats = Literal["float16", "float32"]
+
+
+class PartRecord(Record):
+    """One Parquet file of an import."""
+
+    path: Annotated[str, Field(pattern=r"^labels/[A-Za-z0-9._-]+\.parquet$")]
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+
+
+class ImportRecord(Record):
+    """What import.json holds. It is written last: without it there is no import.
+
+    Attributes:
+        imported_from: the format.
+        num_classes: C.
+        topk: K.
+        precision: of the probabilities.
+        rows: labels, of all files.
+        views: smallest and largest view number.
+        source_files: that were read.
+        source_bytes: of them.
+        lost: what the format does not record, or this import left out.
+        use: what the labels are good for.
+        columns: what each column means.
+        files: the tables.
+    """
+
+    format: Literal["deit-cli-import"] = IMPORT_FORMAT
+    version: Literal[1] = IMPORT_VERSION
+    imported_from: Foreign
+    num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
+    precision: Floats
+    rows: Count
+    views: tuple[Count, Count]
+    source_files: Count
+    source_bytes: Count
+    lost: tuple[str, ...]
+    use: tuple[str, ...]
+    columns: dict[Name, str]
+    files: tuple[PartRecord, ...]
+
+
+def refusal(data: bytes, folder: object) -> str:
+    """Return why an import is not opened as a label set; `data` are the bytes of its import.json."""
+    try:
+        values = parse_json(data)
+        if not is_version(values, IMPORT_FORMAT, IMPORT_VERSION):
+            raise ValueError(f"it is no {IMPORT_FORMAT} of version {IMPORT_VERSION}")
+        record = ImportRecord.model_validate_json(canonical_json(values))
+    except (ValueError, RecursionError, ValidationError) as error:
+        why = str(error).splitlines()[0]
+        return f"{folder} is no label set, and its {IMPORT_NAME} cannot be read: {why}. Import the labels again"
+    made_by = {"fkd": "FKD", "tinyvit": "TinyViT"}[record.imported_from]
+    return (
+        f"{folder} is an import of {made_by}'s labels, not a label set: its views cannot be replayed, because {record.lost[0]}."
+        f" Read labels/*.parquet; {IMPORT_NAME} says what they are good for. To train, make labels with: deit-cli precompute"
+    )

@@ -1,29 +1,31 @@
 """Plan first, manifest last: how a label set is claimed, and how what is complete of it is committed."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import numpy as np
+
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
+from pipeline.labels.format import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, PULL, damaged_file
 from pipeline.labels.labelset import checked_labels_footer
 from pipeline.labels.manifest import (
-    MANIFEST_NAME,
-    PLAN_NAME,
     FileEntry,
     Manifest,
     Plan,
     Probe,
     ShardRecord,
     labels_path,
+    parse_plan,
     read_manifest,
     read_plan,
     read_probes,
 )
-from pipeline.labels.remedies import PULL, damaged_file
-from pipeline.labels.tables import LabelsFooter
+from pipeline.labels.tables import LabelsFooter, SampleRows, read_all_views, read_labels_footer, read_samples
 from pipeline.storage.atomic import publish_file, refusals_named, replace_file, sha256_file, sync_folder
-from pipeline.storage.json import pretty_json
+from pipeline.storage.json import pretty_json, read_small
 
 MANIFEST_PROBES = 8
 
@@ -207,3 +209,39 @@ def sealed_manifest(out: Path) -> Manifest | None:
 
 def _write(file: BinaryIO, value: object) -> None:
     file.write(pretty_json(value))
+
+
+def check_theirs(ours: Path, theirs: Path) -> None:
+    """Look at another machine's file before it takes the place of ours: whole, and of the same label set and images.
+
+    Raises:
+        LabelSetMismatch: it is of another label set, or other images lay under the same keys.
+        LabelSetCorrupt: it is damaged.
+    """
+    if ours.name == PLAN_NAME:
+        parse_plan(read_small(ours), ours).check_same(parse_plan(read_small(theirs), theirs), folder=theirs)
+    elif ours.parent.name == "samples":
+        if not _same(read_samples(ours), read_samples(theirs)):
+            raise LabelSetMismatch(
+                f"{ours}: another machine has labelled other images under these keys. All machines need the same --data"
+            )
+    elif ours.parent.name == IMAGES_FOLDER:
+        raise LabelSetMismatch(
+            f"{ours}: another machine has packed other images, or with another Pillow. All machines need the same --data"
+            " and the same versions"
+        )
+    else:
+        mine, other = (read_labels_footer(path).model_dump(exclude=_MAY_DIFFER) for path in (ours, theirs))
+        read_all_views(theirs)  # its content hash
+        if mine != other:
+            raise LabelSetMismatch(
+                f"{ours}: another machine's file of this name has other views or rows. Use another --out"
+            )
+
+
+_MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # processors differ in last bits
+
+
+def _same(mine: SampleRows, theirs: SampleRows) -> bool:
+    pairs = ((getattr(mine, f.name), getattr(theirs, f.name)) for f in dataclasses.fields(SampleRows))
+    return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)

@@ -28,9 +28,8 @@ from pipeline.labels.encoding import (
     label_bytes,
     prob_dtype,
 )
+from pipeline.labels.format import DAMAGED_FILE, FORMAT, MAX_SHARD_SAMPLES, MAX_TOPK, VERSION, Precision
 from pipeline.labels.parquet_guard import Chunk, column_chunks, largest_page
-from pipeline.labels.remedies import DAMAGED_FILE
-from pipeline.settings.configs import Precision
 from pipeline.storage.json import (
     Count,
     Name,
@@ -44,11 +43,7 @@ from pipeline.storage.json import (
     parse_json,
 )
 
-FORMAT = "deit-cli-labels"
-VERSION = 1
 FOOTER_KEY = b"deit_cli"
-MAX_TOPK = 4096
-MAX_SHARD_SAMPLES = 2**22  # of one source shard, whose samples file is read as a whole
 # What a file may make a reader hold at once. Pages have a MiB by every writer's default.
 MAX_PAGE_BYTES = 16 << 20
 MAX_VIEW_BYTES = 1 << 30

@@ -108,3 +108,15 @@ def plan_loaders(asked: int | None, cores: int, device: str) -> int:
     On a CPU the teacher has a thread for each core too: whichever is slower, teacher or rendering, then gets them.
     """
     return max(1, cores // 2 if device == "cpu" else cores - 1) if asked is None else asked
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device of a name; `auto` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).fill_(1).item()  # a device without memory (meta) cannot say it
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

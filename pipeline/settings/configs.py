@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UsageError
-from pipeline.labels.pins import parse_pin
+from pipeline.labels.format import Precision, parse_pin
 from pipeline.storage.urls import working_folder
 
-Precision = Literal["float16", "float32", "log8"]
 MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of views
 BadImagePolicy = Literal["fail", "skip"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

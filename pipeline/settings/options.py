@@ -152,7 +152,8 @@ def config_option(*kinds: type) -> Callable[[Any], Any]:
 
 def chosen_recipe(name: str | None, overrides: tuple[str, ...]) -> Any:
     """Return the recipe of --recipe, --set and the file of settings."""
-    from pipeline.views.recipe import DEFAULT_RECIPE, load_recipe, parse_override
+    from pipeline.settings.files import load_recipe, parse_override
+    from pipeline.views.recipe import DEFAULT_RECIPE
 
     return load_recipe(name or DEFAULT_RECIPE, recipe_fields() | dict(parse_override(text) for text in overrides))
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, UsageError
 from pipeline.labels.card import refresh_card
+from pipeline.labels.format import PLAN_NAME, damaged_file
 from pipeline.labels.labelset import LabelSet, checked_labels_footer, checked_samples
 from pipeline.labels.manifest import (
-    PLAN_NAME,
     FileEntry,
     Plan,
     images_path,
@@ -32,12 +32,10 @@ from pipeline.labels.manifest import (
     samples_path,
     short,
 )
-from pipeline.labels.remedies import damaged_file
-from pipeline.labels.sealing import check_untouched, claim, seal, sealed_manifest
+from pipeline.labels.sealing import check_theirs, check_untouched, claim, seal, sealed_manifest
 from pipeline.labels.tables import Contents, SampleRows, read_all_views
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling
-from pipeline.stage1.outputs import check_theirs
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
 from pipeline.storage.cache import read_local
 from pipeline.storage.urls import is_url

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SignatureError, StorageError, UsageError
+from pipeline.labels.format import MANIFEST_NAME, SIGNATURE_NAME, pin_of
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import MANIFEST_NAME, SIGNATURE_NAME
-from pipeline.labels.pins import pin_of
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import MAX_JSON_BYTES, read_small
 from pipeline.storage.remote import read_url

@@ -19,23 +19,11 @@ from typing import TypeVar, cast
 
 from pipeline.errors import LabelSetMismatch, RemoteFileRefused, UsageError
 from pipeline.labels.card import CARD_NAME
+from pipeline.labels.format import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, SIGNATURE_NAME
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import (
-    IMAGES_FOLDER,
-    MANIFEST_NAME,
-    PLAN_NAME,
-    SIGNATURE_NAME,
-    FileEntry,
-    Manifest,
-    Plan,
-    Probe,
-    parse_manifest,
-    parse_plan,
-    short,
-)
+from pipeline.labels.manifest import FileEntry, Manifest, Plan, Probe, parse_manifest, parse_plan, short
 from pipeline.machine.progress import Progress, Tick
-from pipeline.sharing.subsets import probes_in, subset_manifest
-from pipeline.sharing.unions import contains, unite
+from pipeline.sharing.manifests import contains, probes_in, subset_manifest, unite
 from pipeline.storage.json import pretty_json
 from pipeline.storage.place import Folder, Place, Promise, open_place
 from pipeline.storage.uploads import refuse_web

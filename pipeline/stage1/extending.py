@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
+from pipeline.labels.format import IMAGES_FOLDER
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import IMAGES_FOLDER, Plan
+from pipeline.labels.manifest import Plan
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.storage.cache import RemoteFolder, open_cache
 from pipeline.storage.urls import is_url, join_url

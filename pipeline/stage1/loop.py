@@ -12,9 +12,9 @@ import torch
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.images.source import Source
+from pipeline.labels.format import damaged_file, ended
 from pipeline.labels.labelset import checked_labels_footer, checked_samples
 from pipeline.labels.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
-from pipeline.labels.remedies import damaged_file, ended
 from pipeline.labels.replay import compare_probes
 from pipeline.labels.tables import SampleRows, read_all_views
 from pipeline.machine.loaders import Whereabouts

@@ -19,8 +19,9 @@ from pipeline.images.samples import Sample, keys_sha256
 from pipeline.images.source import Source, SourceShard
 from pipeline.images.tar_archive import check_member_key, member_extension, read_comment, write_tar
 from pipeline.images.tars import TarShard
+from pipeline.labels.format import IMAGES_FOLDER
 from pipeline.labels.labelset import checked_samples
-from pipeline.labels.manifest import IMAGES_FOLDER, Plan, images_path, samples_path
+from pipeline.labels.manifest import Plan, images_path, samples_path
 from pipeline.labels.sealing import sealed_manifest
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader

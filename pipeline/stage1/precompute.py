@@ -1,8 +1,10 @@
 """Stage 1 from plan to seal: what is to be labelled, by whom, and when it is complete."""
 
+import contextlib
 import itertools
 import logging
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +18,23 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Sample, Source
 from pipeline.labels.card import refresh_card
 from pipeline.labels.encoding import label_bytes
+from pipeline.labels.format import MANIFEST_NAME, MAX_TOPK, PLAN_NAME
 from pipeline.labels.labelset import LabelSet, record_of
-from pipeline.labels.manifest import PLAN_NAME, Plan, SourceRecord, label_blocks, read_plan
-from pipeline.labels.sealing import check_untouched, claim, sealed_manifest
-from pipeline.labels.tables import MAX_TOPK, SampleRows
+from pipeline.labels.manifest import Plan, SourceRecord, label_blocks, read_plan
+from pipeline.labels.sealing import check_theirs, check_untouched, claim, seal, sealed_manifest
+from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.engines import limit, run_here, run_processes
 from pipeline.stage1.indexing import index_samples
 from pipeline.stage1.loop import Job, LabelTask, paths_of
-from pipeline.stage1.outputs import commit, mirrored
 from pipeline.stage1.packing import Packing, check_packable, pack_images, plan_packing
 from pipeline.stage1.ray import connect_ray, run_ray
 from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
-from pipeline.storage.mirror import Mirror
+from pipeline.storage.mirror import ChangedElsewhere, Mirror, mirror_of
 from pipeline.teacher.teacher import Teacher, check_classes
+from pipeline.text import byte_size, count, two_columns
 from pipeline.views.mixing import mix_batch
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.views.view import draw_view, render
@@ -325,3 +328,60 @@ def _cut(views: list[int], size: int) -> tuple[range, ...]:
         else:
             blocks.append(range(view, view + 1))
     return tuple(blocks)
+
+
+
+
+@contextlib.contextmanager
+def mirrored(config: PrecomputeConfig) -> Iterator[Mirror | None]:
+    """Bring the label set of an --out that is a URL, and send what is made of it for as long as the block runs.
+
+    Raises:
+        UsageError: Ray's workers would write to folders of their own.
+    """
+    mirror = mirror_of(config.out, config.folder, last=MANIFEST_NAME, shared=True, adopt=check_theirs)
+    if mirror is None:
+        yield None
+        return
+    if config.engine == "ray":
+        raise UsageError(
+            f"--out {config.out}: --engine ray needs an --out that all its machines share as a folder."
+            " Push the set afterwards: deit-cli labels push"
+        )
+    mirror.bring()
+    with mirror.sending():
+        yield mirror
+
+
+def commit(
+    out: Path,
+    plan: Plan,
+    blocks: Sequence[range],
+    shards: tuple[str, ...] | None,
+    *,
+    images: bool,
+    mirror: Mirror | None,
+) -> None:
+    """Seal; where another machine has changed the manifest behind a URL meanwhile, seal its views and ours."""
+    seal(out, plan, blocks, shards, images=images)
+    while mirror is not None:
+        try:
+            mirror.send(commit=True)
+            return
+        except ChangedElsewhere as error:
+            log.info("%s: sealing once more, with what is there now", error)
+            mirror.bring()
+            seal(out, plan, blocks, shards, images=images)
+
+
+def plan_table(work: Work) -> str:
+    """Return what a run would do."""
+    plan = work.plan
+    rows = [
+        ("label set", f"{plan.labelset_id[:12]} (recipe {plan.recipe_id[:12]}, teacher {plan.teacher.name})"),
+        ("source", f"{count(len(plan.source.shards), 'shard')}, {count(work.num_samples, 'image')}"),
+        ("views", f"{work.views_to_label:,} to label, in {count(len(work.blocks), 'block')}"),
+        ("teacher passes", f"{work.teacher_passes:,}"),
+        ("label bytes", f"{byte_size(work.bytes_before_compression)} before compression"),
+    ]
+    return two_columns(rows)

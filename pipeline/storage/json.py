@@ -1,6 +1,7 @@
 """JSON that is read strictly and written in one way: the same value, the same bytes, the same id.
 
-An id is the SHA-256 of canonical JSON, the one text that a value has. A `Record` is what plans and manifests are made of."""
+An id is the SHA-256 of canonical JSON, the one text that a value has. A `Record` is what plans and manifests are made of.
+"""
 
 import hashlib
 import json

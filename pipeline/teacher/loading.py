@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, TeacherError, UsageError
 from pipeline.labels.manifest import AnyTeacher, EnsembleIdentity, TeacherIdentity
-from pipeline.machine.devices import resolve_device
+from pipeline.machine.ranks import resolve_device
 from pipeline.settings.configs import TeacherConfig
 from pipeline.teacher.teacher import Network, Teacher
-from pipeline.tensors import check_size, read_hub_config, read_tensors
 from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.weights import check_size, read_hub_config, read_tensors
 
 # timm's untagged `regnety_160` is another network, trained on ImageNet-12k; DeiT's teacher is this one.
 DEIT_TEACHERS = {"regnety_160": "regnety_160.deit_in1k"}

@@ -8,9 +8,8 @@ import xxhash
 from pipeline.errors import DeitCliError, SourceError
 from pipeline.images.source import Source
 from pipeline.labels.comparing import Comparison, Listing, compare_names
+from pipeline.labels.format import DAMAGED_MANIFEST, MANIFEST_NAME
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import MANIFEST_NAME
-from pipeline.labels.remedies import DAMAGED_MANIFEST
 from pipeline.labels.replay import compare_probes
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import Telling, in_threads

@@ -9,9 +9,9 @@ from typing import Any
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.images.source import Source
 from pipeline.labels.comparing import Differences
+from pipeline.labels.format import ended, pin_of
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.pins import pin_of
-from pipeline.labels.remedies import ended
+from pipeline.text import byte_size, count
 from pipeline.verify.relabel import Relabelled
 
 
@@ -104,3 +104,34 @@ class Report:
         rules = Counter(problem.rule for problem in self.problems)
         kinds = ", ".join(f"{count:,} {rule}" for rule, count in rules.most_common())
         return f"{len(self.problems):,} {'problem' if len(self.problems) == 1 else 'problems'} ({kinds})"
+
+
+def verify_lines(report: Report) -> str:
+    """Return what a verification found: all problems, then notes, then what is as promised."""
+    lines = [
+        *(f"{problem.rule}: {problem}" for problem in report.problems),
+        *(f"note: {note}" for note in report.notes),
+    ]
+    bad = {problem.rule for problem in report.problems}
+    if not bad & {"plan", "manifest", "sealed", "present", "length", "sha256", "content"}:
+        lines.append(
+            f"{count(report.files, 'file')}: lengths, hashes, schemas and rows are as promised ({byte_size(report.bytes)})"
+        )
+    else:
+        lines.append(f"{count(report.files, 'file')} looked at ({byte_size(report.bytes)})")
+    if report.manifest_sha256:
+        lines.append(
+            f"manifest {pin_of(report.manifest_sha256)}{f', signed by {report.signed_by}' if report.signed_by else ''}"
+        )
+    if report.pixels is not None:
+        exact = "every pixel equal" if not report.pixels else f"mean difference up to {report.pixels:.3f} of 255"
+        probes = len(report.label_set.manifest.probes) if report.label_set else 0
+        lines.append(f"{count(probes, 'replay probe')} rendered again: {exact}")
+    if report.images is not None and not bad & {"source", "images"}:
+        lines.append(
+            f"{count(report.images, 'image')} compared: keys, class labels and bytes are those that were labelled"
+        )
+    if report.relabelled:
+        lines.append(report.relabelled.describe())
+        lines += [f"note: {flip}" for flip in report.relabelled.near_flips()[:10]]
+    return "\n".join(lines)

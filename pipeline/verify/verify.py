@@ -25,11 +25,19 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.images.source import Source
-from pipeline.labels.labelset import LabelSet, check_length, checked_labels_footer, checked_samples, fits_in_memory
-from pipeline.labels.manifest import (
+from pipeline.labels.format import (
+    DAMAGED_MANIFEST,
+    DAMAGED_PLAN,
     MANIFEST_NAME,
     MAX_FILE_BYTES,
     PLAN_NAME,
+    REMOTE_FILE,
+    check_pin,
+    damaged_file,
+    missing_file,
+)
+from pipeline.labels.labelset import LabelSet, check_length, checked_labels_footer, checked_samples, fits_in_memory
+from pipeline.labels.manifest import (
     FileEntry,
     Manifest,
     Plan,
@@ -40,8 +48,6 @@ from pipeline.labels.manifest import (
     samples_path,
     short,
 )
-from pipeline.labels.pins import check_pin
-from pipeline.labels.remedies import DAMAGED_MANIFEST, DAMAGED_PLAN, REMOTE_FILE, damaged_file, missing_file
 from pipeline.labels.tables import Contents, read_all_views
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Progress

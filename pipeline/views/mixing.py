@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.images.samples import Box
 from pipeline.views.draws import Draws, draws_for
-from pipeline.views.recipe import Box, Recipe
+from pipeline.views.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,15 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pipeline.errors import RecipeError, UsageError
+from pipeline.errors import RecipeError
 from pipeline.storage.json import sha256_json
-from pipeline.storage.yaml import parse_yaml, read_yaml
 
 DEFAULT_RECIPE = "deit"  # a preset
 RENDERER = 1  # raise it when the same recipe would give other pixels, partners or mixes
 MAX_IMG_SIZE = 4096
 Crop = Literal["random", "center"]
-Box = tuple[int, int, int, int]  # top, left, height, width; pixels
 
 _RANGES: list[tuple[str, float, float]] = [
     ("img_size", 1, MAX_IMG_SIZE),
@@ -133,41 +130,6 @@ class Recipe:
         if unknown:
             raise RecipeError(f"a recipe has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
         return cls(**values)
-
-
-def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Return a preset by name, or the recipe of a YAML file, with fields replaced by `overrides`.
-
-    A YAML file holds recipe fields; `preset: NAME` in it says which preset the others start from (default `deit`).
-    """
-    values = {} if name_or_path in PRESETS else _read_yaml(Path(name_or_path))
-    preset = values.pop("preset", name_or_path if name_or_path in PRESETS else DEFAULT_RECIPE)
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise RecipeError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    return Recipe.from_dict(PRESETS[preset].to_dict() | values | (overrides or {}))
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Read one `field=value` of the command line; the value is YAML."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise RecipeError(f"a recipe override is FIELD=VALUE, such as img_size=32, got {text!r}")
-    try:
-        return name.strip().replace("-", "_"), parse_yaml(value, where=text)
-    except UsageError as error:
-        raise RecipeError(str(error)) from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise RecipeError(f"a recipe is one of {', '.join(PRESETS)} or a YAML file, got {str(path)!r}")
-    try:
-        values = read_yaml(path)
-    except UsageError as error:
-        raise RecipeError(str(error)) from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe file holds `field: value` lines, got {type(values).__name__}")
-    return {str(name): value for name, value in values.items()}
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.images.decode import decode, decode_around, image_size
+from pipeline.images.samples import Box
 from pipeline.views.draws import Draws, draws_for, noise_levels
 from pipeline.views.randaugment import INCREASING, PLAIN, Pixels, apply_op, mirror, op_argument
-from pipeline.views.recipe import Box, RandAugment, Recipe
+from pipeline.views.recipe import RandAugment, Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

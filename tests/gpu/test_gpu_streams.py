@@ -16,9 +16,8 @@ from pipeline.stage1.loop import AHEAD, _Desk
 from pipeline.teacher.teacher import Pending
 from pipeline.views.mixing import MixBatch
 from trainer import loop
-from trainer.batch import Batch, on_device
 from trainer.setup import make_order, open_data
-from trainer.stream import BatchRenderer, Catalogue, stream_batches
+from trainer.stream import Batch, BatchRenderer, Catalogue, on_device, stream_batches
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from label_sets import seal_again
 
 from pipeline.images.samples import keys_sha256
 from pipeline.labels.encoding import content_xxh3
-from pipeline.labels.manifest import PLAN_NAME
+from pipeline.labels.format import PLAN_NAME
 from pipeline.labels.tables import (
     FOOTER_KEY,
     LabelRows,

@@ -17,9 +17,9 @@ from pipeline.verify.verify import verify
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.setup import make_order, open_data
-from trainer.starts import start_from
 from trainer.stream import BatchRenderer, Catalogue
 from trainer.student import create_student, open_student
+from trainer.weights import start_from
 
 
 def read_set(folder: Path) -> None:

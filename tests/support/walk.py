@@ -117,9 +117,9 @@ deit-cli labels export hard originals --pixels originals -j 0
 deit-cli labels sign shards --private-key key.pem
 deit-cli labels verify shards --public-key key.pub
 deit-cli labels import fkd nothing fkd-labels
-deit-cli train {STUDENT} --output runs/hard --epochs 5 --eval-data tars
-deit-cli train {STUDENT} --output runs/hard --epochs 5
-deit-cli train {STUDENT} --output runs/hard --epochs 7 --resume auto
+deit-cli train {STUDENT} --output runs/hard --epochs 7 --eval-data tars
+deit-cli train {STUDENT} --output runs/hard --epochs 7
+deit-cli train {STUDENT} --output runs/hard --epochs 8 --resume auto
 deit-cli train {STUDENT} --output runs/soft --epochs 2 --distillation-type soft --distillation-tau 3 --repeated-aug 3
 deit-cli train {STUDENT} --output runs/renormalise --epochs 2 --distillation-type soft --tail renormalise --repeated-aug 1
 deit-cli train {TINY} {QUICK} --labels log8 --output runs/log8 --epochs 2 --distillation-type soft --grad-accum-steps 2
@@ -148,7 +148,7 @@ deit-cli labels info shards
 deit-cli labels verify shards
 deit-cli train {STUDENT} --output runs/y --epochs 1
 """
-MEASURES = {"estimate", "bench stage1", "bench stage2", "doctor"}  # a clock or the machine makes their numbers
+MEASURES = {"estimate", "bench stage1", "bench stage2", "doctor", "train"}  # a clock or the machine makes their numbers
 CLOCK_FIELDS = re.compile(r'"(\w*_s|time|images_per_s|data_wait\w*|\w*per_s|started|eta\w*)": [-+.\de]+')
 
 
@@ -294,7 +294,8 @@ def commands() -> None:
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the folder that was walked.")
 def run(out: Path, keep: Path | None) -> None:
     """Walk; write what happened to OUT."""
-    folder = Path(tempfile.mkdtemp(prefix="walk-"))
+    folder = Path(tempfile.gettempdir()) / "deit-cli-walk"  # always the same: a plan holds where its source lies
+    folder.mkdir()
     try:
         out.write_text(json.dumps(walk(folder), indent=1, sort_keys=True))
         if keep:

@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateI
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.tensors import read_hub_config, read_tensors
+from pipeline.weights import read_hub_config, read_tensors
 from trainer.student import Student, load_exactly
 
 _TOKEN = "dist_token"  # of DeiT's distilled models; its position is the second one
@@ -22,7 +22,7 @@ def start_from(student: Student, path: Path) -> list[str]:
 
     Args:
         student: receives the weights; what the checkpoint cannot give keeps its initial values.
-        path: a folder that a run exported, or a file of weights as for `pipeline.tensors.read_tensors`.
+        path: a folder that a run exported, or a file of weights as for `pipeline.weights.read_tensors`.
 
     Returns:
         What was changed to make them fit, a phrase each; empty if nothing was.

@@ -1,0 +1,95 @@
+"""Format v1 in small: names, limits, precisions, how one manifest is pinned, and what repairs a damaged set.
+
+A pin names one manifest by the SHA-256 of its bytes, and by that every byte of its label set. A training configuration that
+holds one gets those labels or an error, whatever happens to the folder or the bucket.
+"""
+
+import re
+from typing import Literal
+
+from pipeline.errors import LabelSetMismatch, UsageError
+
+FORMAT = "deit-cli-labels"
+VERSION = 1
+Precision = Literal["float16", "float32", "log8"]
+PLAN_NAME = "plan.json"
+MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.json.sig"  # beside it, and none of the set's files
+IMAGES_FOLDER = "images"
+MAX_TOPK = 4096
+MAX_SHARD_SAMPLES = 2**22  # of one source shard, whose samples file is read as a whole
+MAX_FILE_BYTES = 2**30  # of a table of the set, which is read as a whole; ImageNet's are of some MB
+MAX_PROBES = 64  # each is rendered before training; 8 are stored
+PIN = re.compile("sha256:[0-9a-fA-F]{64}")
+
+# What makes a damaged label set whole again. Whoever made a set can compute a lost file again; whoever received one can fetch
+# it again. An error cannot know which of them reads it, so it names both ways.
+PULL = "fetch it again with deit-cli labels pull"
+DAMAGED_FILE = "Fetch it again with deit-cli labels pull; where the set was made, delete it and run the same deit-cli precompute again"
+MISSING_FILE = "Fetch it with deit-cli labels pull; where the set was made, run the same deit-cli precompute again"
+INCOMPLETE_SET = "Where the set is made, run the same deit-cli precompute again to complete it; else fetch it with deit-cli labels pull"
+DAMAGED_PLAN = (
+    "Fetch it again with deit-cli labels pull, or put a copy back; where the set was made, the same deit-cli precompute"
+    " with an empty --out makes it again"
+)
+DAMAGED_MANIFEST = (
+    "Fetch it again with deit-cli labels pull; where the set was made, delete it and run the same deit-cli precompute"
+    " again with --views of all that it held: every file is looked at, and the set sealed anew"
+)
+REMOTE_FILE = "Whoever publishes the set repairs it with deit-cli labels push"
+
+
+def parse_pin(text: str) -> str:
+    """Return the SHA-256 that a pin such as `sha256:3fa1...` names, or raise UsageError."""
+    if not PIN.fullmatch(text):
+        raise UsageError(
+            f"--expect-manifest must be sha256: and 64 hex digits, as `deit-cli labels info` prints it, got {text[:100]!r}"
+        )
+    return text.partition(":")[2].lower()
+
+
+def pin_of(sha256: str) -> str:
+    """Return the pin of a manifest whose bytes have this SHA-256."""
+    return f"sha256:{sha256}"
+
+
+def check_pin(pin: str | None, sha256: str, name: object) -> None:
+    """Raise LabelSetMismatch unless the bytes of a manifest have the SHA-256 that a pin names; None allows any.
+
+    Args:
+        pin: `sha256:` and 64 hex digits.
+        sha256: of the bytes that are about to be parsed.
+        name: of the manifest, for the error.
+    """
+    if pin is not None and parse_pin(pin) != sha256:
+        raise LabelSetMismatch(
+            f"{name} is not the pinned one: --expect-manifest says {pin_of(parse_pin(pin))}, it has {pin_of(sha256)}."
+            f" The label set was changed, extended or replaced: {PULL} from where the pinned one lies, or, where you know"
+            " why it changed, pass the new pin"
+        )
+
+
+def damaged_json(name: object) -> str:
+    """Return the way out of a damaged plan or manifest, by its file name."""
+    return DAMAGED_PLAN if str(name).endswith("plan.json") else DAMAGED_MANIFEST
+
+
+def damaged_file(views: range | None = None) -> str:
+    """Return the way out of a damaged file of tables; `views` are those of a label shard."""
+    return DAMAGED_FILE + _with_views(views)
+
+
+def missing_file(views: range | None = None) -> str:
+    """Return the way out of a file that is not there; `views` are those of a label shard."""
+    return MISSING_FILE + _with_views(views)
+
+
+def _with_views(views: range | None) -> str:
+    return f" (--views {views.start}:{views.stop})" if views else ""
+
+
+def ended(error: object, way_out: str) -> str:
+    """Return the text of an error with a way out at its end, unless it names one already."""
+    text = str(error)
+    named = "deit-cli labels pull" in text or "Upgrade:" in text
+    return text if named else f"{text}. {way_out}"

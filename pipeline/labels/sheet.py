@@ -1,0 +1,111 @@
+"""A contact sheet: views as the teacher saw them, with class labels and its most probable classes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import LabelSetError
+from pipeline.images.source import Source
+from pipeline.labels.encoding import LabelRows
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import pair_of, rendered_view
+from pipeline.labels.tables import SampleRows
+from pipeline.storage.atomic import replace_file
+from pipeline.views.mixing import Mix, apply_mix, mix_batch
+
+TILE_INCHES = (2.1, 3.1)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of a contact sheet, uint8 [H, W, 3], and what stands above it."""
+
+    pixels: NDArray[np.uint8]
+    caption: str
+
+
+def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: int = 4, views: int = 6) -> None:
+    """Draw mixed views of a few samples as the teacher saw them, with class labels and the teacher's top five.
+
+    Args:
+        label_set: to show.
+        source: its images.
+        path: PNG to write.
+        samples: rows of the sheet, spread over the source.
+        views: columns of the sheet, the first views of the set.
+    """
+    import warnings
+
+    from matplotlib.figure import Figure
+
+    chosen = _spread(label_set, samples)
+    columns = list(label_set.views)[:views]
+    width, height = TILE_INCHES
+    figure = Figure(figsize=(width * len(columns), height * len(chosen) + 0.5), layout="constrained")
+    axes = figure.subplots(len(chosen), len(columns), squeeze=False)
+    for line, (name, row) in zip(axes, chosen, strict=True):
+        for axis, view in zip(line, columns, strict=True):
+            tile = _tile(label_set, source, name, row, view)
+            axis.imshow(tile.pixels, interpolation="nearest")
+            axis.set_title(tile.caption, fontsize=6, loc="left", family="monospace", parse_math=False)
+            axis.axis("off")
+    plan = label_set.plan
+    title = f"{plan.teacher.name}\n{len(label_set.views)} views, recipe {plan.recipe_id[:12]}"
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left", parse_math=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():  # class names in a script that the font lacks show as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def _spread(label_set: LabelSet, count: int) -> list[tuple[str, int]]:
+    places = [(name, row) for name in label_set.shards for row in label_set.samples(name).usable.tolist()]
+    if not places:
+        raise LabelSetError(f"{label_set.folder} has no usable image to show")
+    count = min(count, len(places))
+    return [places[i * len(places) // count] for i in range(count)]
+
+
+def _tile(label_set: LabelSet, source: Source, name: str, row: int, view: int) -> Tile:
+    samples = label_set.samples(name)
+    partner, mix = pair_of(label_set.recipe, samples, row, view)
+    rows = [row] if partner is None else [row, partner]
+    batch = torch.from_numpy(np.stack([rendered_view(label_set, source, name, samples, r, view) for r in rows]))
+    mixes = mix_batch([(0, 1 if partner is not None else -1)], [mix], len(rows))
+    mixed = apply_mix(batch.permute(0, 3, 1, 2), mixes)[0].permute(1, 2, 0)
+    labels = label_set.read(name, view)
+    at = int(np.searchsorted(labels.row, row))
+    return Tile(
+        mixed.round().clamp(0, 255).byte().numpy(), _caption(label_set, samples, row, partner, mix, view, labels, at)
+    )
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:17]}…"
+
+
+def _caption(
+    label_set: LabelSet,
+    samples: SampleRows,
+    row: int,
+    partner: int | None,
+    mix: Mix,
+    view: int,
+    labels: LabelRows,
+    at: int,
+) -> str:
+    def named(index: int | None) -> str:
+        names = label_set.class_names
+        return "unlabelled" if index is None else _cut(names[index]) if names else f"class {index}"
+
+    lines = [f"view {view}  {samples.key[row][-18:]}", f"{mix.lam:4.0%} {named(samples.class_label[row])}"]
+    lines.append("" if partner is None or mix.lam == 1 else f"{1 - mix.lam:4.0%} {named(samples.class_label[partner])}")
+    if labels.topk_prob.shape[1]:
+        pairs = list(zip(labels.topk_index[at].tolist(), labels.topk_prob[at].tolist(), strict=True))[:5]
+        lines += [f"  {prob:6.1%} {named(index)}" for index, prob in pairs]
+    else:
+        lines.append(f"  teacher: {named(int(labels.hard[at]))}")
+    return "\n".join(lines)
