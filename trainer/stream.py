@@ -31,36 +31,6 @@ from trainer.order import Order, Share
 Value = TypeVar("Value")
 
 
-def _by_shard(units: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each source shard with its units; those of a shard stand together."""
-    for group in np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1):
-        yield int(group[0, 0]), group[:, 1]
-
-
-def _table(
-    keys: tuple[str, ...], labels: tuple[int | None, ...], usable: NDArray[np.int64], samples: SampleRows | None
-) -> ShardTable:
-    labelled = np.array([label is not None for label in labels], bool)
-    class_label = np.array([label or 0 for label in labels], np.int64)
-    return ShardTable(keys, class_label, labelled, usable, samples)
-
-
-class _Recent(Generic[Value]):
-    """The values that were asked for last, at most `size` of them."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        if key not in self._values:
-            self._values[key] = make()
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
-
-
 @dataclass(frozen=True)
 class Batch:
     """Views of one forward pass, before mixing, with everything known of them.
@@ -439,3 +409,33 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Bat
         topk_prob=topk_prob,
         tail_mass=tail_mass,
     )
+
+
+def _by_shard(units: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each source shard with its units; those of a shard stand together."""
+    for group in np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1):
+        yield int(group[0, 0]), group[:, 1]
+
+
+def _table(
+    keys: tuple[str, ...], labels: tuple[int | None, ...], usable: NDArray[np.int64], samples: SampleRows | None
+) -> ShardTable:
+    labelled = np.array([label is not None for label in labels], bool)
+    class_label = np.array([label or 0 for label in labels], np.int64)
+    return ShardTable(keys, class_label, labelled, usable, samples)
+
+
+class _Recent(Generic[Value]):
+    """The values that were asked for last, at most `size` of them."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        if key not in self._values:
+            self._values[key] = make()
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]

@@ -330,8 +330,6 @@ def _cut(views: list[int], size: int) -> tuple[range, ...]:
     return tuple(blocks)
 
 
-
-
 @contextlib.contextmanager
 def mirrored(config: PrecomputeConfig) -> Iterator[Mirror | None]:
     """Bring the label set of an --out that is a URL, and send what is made of it for as long as the block runs.
