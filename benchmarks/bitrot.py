@@ -133,7 +133,7 @@ def by_train(source: Path, labels: Path) -> Any:
     """Return a hash of all that training would see of the label set; raise what stops it."""
     from pipeline.errors import DeitCliError
     from trainer.config import TrainConfig
-    from trainer.setup import make_order, open_data
+    from trainer.run import make_order, open_data
     from trainer.stream import BatchRenderer, Catalogue
 
     config = TrainConfig(

@@ -52,10 +52,11 @@ from pipeline.teacher.teacher import Answer, Teacher
 from pipeline.views.draws import stream_of
 from trainer.checkpoint import export_model
 from trainer.config import TrainConfig
-from trainer.evaluate import evaluate_checkpoint, forward_dtype
+from trainer.evaluate import evaluate_checkpoint
 from trainer.loop import batch_loss, train
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.setup import build_state, make_order, open_data, top_rate
+from trainer.parallel import forward_dtype
+from trainer.run import build_state, make_order, open_data, top_rate
 from trainer.stream import Batch, BatchRenderer, Catalogue, stream_batches
 from trainer.student import hub_config
 

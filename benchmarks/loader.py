@@ -151,7 +151,7 @@ class OfRecord:
 def ours(labels: Path, repeats: int, batch_size: int, workers: int) -> Iterator[Any]:
     """Yield the batches of a training run without end; the one function that knows the trainer's stream."""
     from trainer.config import TrainConfig
-    from trainer.setup import make_order, open_data
+    from trainer.run import make_order, open_data
     from trainer.stream import BatchRenderer, Catalogue, stream_batches
 
     config = TrainConfig(labels=str(labels), batch_size=batch_size, repeated_aug=repeats)

@@ -37,9 +37,8 @@ from pipeline.teacher.teacher import Teacher
 from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
 from pipeline.views.recipe import Recipe
 from trainer.config import TrainConfig
-from trainer.evaluate import mixed_images
-from trainer.setup import make_order, open_data
-from trainer.stream import BatchRenderer, Catalogue, stream_batches
+from trainer.run import make_order, open_data
+from trainer.stream import BatchRenderer, Catalogue, mixed_images, stream_batches
 
 TOY = {"img_size": 32, "mix_block": 16}
 LEAST = 2.0**-24  # what a probability that was rounded to 0 counts as: float16's smallest

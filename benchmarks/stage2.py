@@ -44,11 +44,11 @@ from pipeline.settings.files import load_recipe
 from pipeline.stage1.engines import load_here
 from pipeline.stage1.precompute import precompute
 from trainer.config import TrainConfig
-from trainer.evaluate import mixed_images, normalise
 from trainer.loop import Run
 from trainer.measuring import batches_in_memory, measure_stream, measure_together, opened_run, update_on
 from trainer.optim import create_ema, create_optimizer
-from trainer.stream import Batch
+from trainer.stream import Batch, mixed_images
+from trainer.student import normalise
 
 VIEWS = 6
 

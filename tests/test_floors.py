@@ -34,7 +34,7 @@ ORDER = [
     "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel",
     "trainer.losses", "trainer.optim",
     "trainer.checkpoint", "trainer.trackers", "trainer.metrics", "trainer.pace", "trainer.console", "trainer.stopping", "trainer.evaluate",
-    "trainer.setup", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
+    "trainer.run", "trainer.loop", "trainer.measuring", "trainer.demo", "trainer",
     "cli",
 ]  # fmt: skip
 TEACHER_SIDE = {
@@ -71,7 +71,7 @@ KEEPERS = {
         "trainer.student",
         "trainer.starts",
         "trainer.optim",
-        "trainer.setup",
+        "trainer.run",
     },
     "pyarrow": {"pipeline.labels.tables", "pipeline.exchange.imported", "pipeline.images.parquet"},
     "pydantic": {
@@ -142,7 +142,7 @@ def test_third_parties_stand_only_where_they_belong(name):
 
 def test_no_module_draws_from_a_global_random_state():
     allowed = {
-        "trainer.setup",
+        "trainer.run",
         "trainer.loop",
         "pipeline.teacher.loading",
     }  # torch.manual_seed: initial weights and stochastic depth

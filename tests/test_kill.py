@@ -35,7 +35,7 @@ from trainer import loop
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.metrics import read_metrics
-from trainer.setup import STATE_NAME
+from trainer.run import STATE_NAME
 
 pytestmark = [
     pytest.mark.slow,

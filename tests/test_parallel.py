@@ -21,7 +21,7 @@ import cli
 from pipeline.labels.labelset import LabelSet
 from trainer import loop
 from trainer.checkpoint import load_state
-from trainer.setup import STATE_NAME
+from trainer.run import STATE_NAME
 
 pytestmark = [
     pytest.mark.slow,

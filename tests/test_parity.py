@@ -12,13 +12,12 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, start_loader
 from pipeline.teacher.teacher import Teacher
 from trainer.config import TrainConfig
-from trainer.evaluate import mixed_images, normalise
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
 from trainer.metrics import read_metrics
 from trainer.optim import create_optimizer
-from trainer.setup import make_order, open_data
-from trainer.stream import Batch, BatchRenderer, Catalogue
-from trainer.student import Student, create_student
+from trainer.run import make_order, open_data
+from trainer.stream import Batch, BatchRenderer, Catalogue, mixed_images
+from trainer.student import Student, create_student, normalise
 
 STEPS = 12
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

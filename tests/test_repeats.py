@@ -136,8 +136,8 @@ ONCE = {
     "pipeline.teacher.teacher._try",  # halves a batch
     "trainer.evaluate._compare_names",
     "trainer.metrics._each",  # removes a tracker
-    "trainer.setup.announce",
-    "trainer.setup.open_data",
+    "trainer.run.announce",
+    "trainer.run.open_data",
     "trainer.trackers.__init__",
 }
 

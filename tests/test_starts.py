@@ -19,7 +19,7 @@ from pipeline.machine.ranks import resolve_device
 from trainer.checkpoint import export_model, load_state
 from trainer.config import TrainConfig
 from trainer.loop import train
-from trainer.setup import build_state, make_order, open_data
+from trainer.run import build_state, make_order, open_data
 from trainer.student import Student, create_student, hub_config, open_student
 from trainer.weights import start_from
 

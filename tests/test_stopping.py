@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainer.stopping import SIGNALS, stop_request
+from trainer.parallel import SIGNALS, stop_request
 
 
 class Outer(BaseException):

@@ -32,7 +32,7 @@ from pipeline.storage.json import pretty_json
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.order import Share
-from trainer.setup import make_order, open_data
+from trainer.run import make_order, open_data
 from trainer.stream import BatchRenderer, Catalogue
 
 SHARDS = (5, 4, 7)

@@ -38,7 +38,7 @@ from trainer import loop
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.loop import train
-from trainer.setup import only_run_in
+from trainer.run import only_run_in
 
 TINY = {"model": "deit-ti", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

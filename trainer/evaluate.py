@@ -2,8 +2,6 @@
 
 import logging
 import os
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,33 +13,18 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
 from pipeline.machine.loaders import Mapped, checked, plan_workers, start_loader
 from pipeline.machine.ranks import resolve_device
-from pipeline.views.mixing import MixBatch, apply_mix
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
 from trainer.config import AmpDtype
 from trainer.order import Order, count_units
-from trainer.parallel import World
-from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, stream_batches
-from trainer.student import Heads, Student, open_student
+from trainer.parallel import Running, World, forward_dtype
+from trainer.stream import BatchRenderer, Catalogue, CentreBatches, mixed_images, stream_batches
+from trainer.student import Heads, Student, normalise, open_student
 
 log = logging.getLogger("deit_cli.evaluate")
 
 Scores = dict[str, dict[str, float]]
 ANSWERS = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Running:
-    """How networks are run: the ranks and what each runs on, dtype of the forward pass, views in a batch."""
-
-    world: World
-    dtype: torch.dtype
-    batch_size: int
-
-    @property
-    def device(self) -> torch.device:
-        """Of this rank."""
-        return self.world.device
 
 
 def evaluate_checkpoint(
@@ -102,13 +85,6 @@ def evaluate_checkpoint(
     return result
 
 
-def forward_dtype(name: AmpDtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of forward passes; `auto` is bfloat16 on CUDA, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
 def fused_logits(heads: Heads) -> dict[str, Tensor]:
     """Return what each way of reading the two heads answers, [B, C] each; the first is what a one-head model has.
 
@@ -126,18 +102,6 @@ def fused_logits(heads: Heads) -> dict[str, Tensor]:
 def answer_names(student: Student) -> tuple[str, ...]:
     """Return the names in `fused_logits` of this student's answers."""
     return ANSWERS if student.has_distillation_head else ANSWERS[:1]
-
-
-def normalise(images: Tensor, student: Student) -> Tensor:
-    """Turn float32 images [B, 3, H, W] of 0..255 into what the student was made for."""
-    mean, std = (_levels(values, images.device) for values in (student.mean, student.std))
-    return (images - mean) / std
-
-
-@lru_cache
-def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return float32 [1, 3, 1, 1] of 0..255; kept, because to make it on a GPU waits for all that it has to do."""
-    return torch.tensor(values, device=device)[None, :, None, None] * 255
 
 
 def evaluate(
@@ -245,13 +209,6 @@ def measure_agreement(
             same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.hard).sum())
         seen += len(batch.keys)
     return {name: 100 * count / seen for name, count in same.items()}, seen
-
-
-def mixed_images(batch: Batch, device: torch.device) -> Tensor:
-    """Return the views of a batch as the teacher saw them, float32 [B, 3, H, W] of 0..255."""
-    pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    mix: MixBatch = batch.mix.to(device)
-    return apply_mix(pixels, mix)
 
 
 def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:

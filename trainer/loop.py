@@ -22,14 +22,23 @@ from pipeline.views.draws import stream_of
 from pipeline.views.recipe import Recipe
 from trainer.checkpoint import BackgroundWriter, check_finite, export_model, pack_training, save_state, snapshot
 from trainer.config import TrainConfig
-from trainer.evaluate import Running, Scores, evaluate, forward_dtype, labelled_places, mixed_images, normalise
+from trainer.evaluate import Scores, evaluate, labelled_places
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
 from trainer.metrics import Recorder, open_recorder
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.order import Order, Share
 from trainer.pace import Pace, Progress
-from trainer.parallel import Consensus, OnRank, joined_world, lost_ranks_named
-from trainer.setup import (
+from trainer.parallel import (
+    Consensus,
+    OnRank,
+    Running,
+    StopRequest,
+    forward_dtype,
+    joined_world,
+    lost_ranks_named,
+    stop_request,
+)
+from trainer.run import (
     LOCK_NAME,
     STATE_NAME,
     State,
@@ -46,9 +55,8 @@ from trainer.setup import (
     top_rate,
     write_json,
 )
-from trainer.stopping import StopRequest, stop_request
-from trainer.stream import Batch, BatchRenderer, Catalogue, on_device, stream_batches
-from trainer.student import Student, hub_config
+from trainer.stream import Batch, BatchRenderer, Catalogue, mixed_images, on_device, stream_batches
+from trainer.student import Student, hub_config, normalise
 from trainer.trackers import check_trackers
 
 log = logging.getLogger("deit_cli.train")

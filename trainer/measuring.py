@@ -26,13 +26,11 @@ from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render_encoded
 from trainer.checkpoint import BackgroundWriter
 from trainer.config import TrainConfig
-from trainer.evaluate import Running, forward_dtype
 from trainer.loop import Run, _step, only_deterministic
 from trainer.order import Share
 from trainer.pace import Pace, Step
-from trainer.parallel import joined_world
-from trainer.setup import Data
-from trainer.stopping import StopRequest
+from trainer.parallel import Running, StopRequest, forward_dtype, joined_world
+from trainer.run import Data
 from trainer.stream import Batch, BatchRenderer, Catalogue, ShardTable, stream_batches
 
 IMAGES = 64  # on which reading, decoding and rendering are timed, at most

@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.errors import UsageError, WorkerError
 from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import Rank, plan_cores, plan_devices, rank_from, resolve_device
+from trainer.config import AmpDtype
 from trainer.student import Heads, Student
 
 # How long a rank waits for the others. Evaluation, compilation and a slow file system may keep one of them; torch's own
@@ -214,3 +218,69 @@ def lost_ranks_named(world: World) -> Iterator[None]:
 
 
 _LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Whether a signal has asked the run to stop, and which.
+
+    Attributes:
+        signal: the first one; None: go on.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Catch Ctrl-C and SIGTERM (what Slurm sends before it takes a machine away) as a request to stop.
+
+    A second Ctrl-C does what it did before, at once: the last checkpoint stays. A second SIGTERM changes nothing,
+    because schedulers repeat it. In other threads than the main one signals are left alone.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+
+    def note(number: int, _: FrameType | None) -> None:
+        if request.signal is None:
+            request.signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    for each in SIGNALS:
+        signal.signal(each, note)
+    try:
+        yield request
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How networks are run: the ranks and what each runs on, dtype of the forward pass, views in a batch."""
+
+    world: World
+    dtype: torch.dtype
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        return self.world.device
+
+
+def forward_dtype(name: AmpDtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of forward passes; `auto` is bfloat16 on CUDA, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

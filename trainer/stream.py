@@ -23,7 +23,7 @@ from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.storage.cache import RemoteFile, prefetch
-from pipeline.views.mixing import Mix, MixBatch, draw_mix, mix_batch, shard_pairs
+from pipeline.views.mixing import Mix, MixBatch, apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render, render_encoded, render_views
 from trainer.order import Order, Share
@@ -439,3 +439,10 @@ class _Recent(Generic[Value]):
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
         return self._values[key]
+
+
+def mixed_images(batch: Batch, device: torch.device) -> Tensor:
+    """Return the views of a batch as the teacher saw them, float32 [B, 3, H, W] of 0..255."""
+    pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    mix: MixBatch = batch.mix.to(device)
+    return apply_mix(pixels, mix)

@@ -5,10 +5,12 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 import timm
+import torch
 from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -300,3 +302,15 @@ def _open_folder(folder: Path) -> Student:
         )
     load_weights(student, weights)
     return student
+
+
+def normalise(images: Tensor, student: Student) -> Tensor:
+    """Turn float32 images [B, 3, H, W] of 0..255 into what the student was made for."""
+    mean, std = (_levels(values, images.device) for values in (student.mean, student.std))
+    return (images - mean) / std
+
+
+@lru_cache
+def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return float32 [1, 3, 1, 1] of 0..255; kept, because to make it on a GPU waits for all that it has to do."""
+    return torch.tensor(values, device=device)[None, :, None, None] * 255

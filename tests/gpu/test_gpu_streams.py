@@ -16,7 +16,7 @@ from pipeline.stage1.loop import AHEAD, _Desk
 from pipeline.teacher.teacher import Pending
 from pipeline.views.mixing import MixBatch
 from trainer import loop
-from trainer.setup import make_order, open_data
+from trainer.run import make_order, open_data
 from trainer.stream import Batch, BatchRenderer, Catalogue, on_device, stream_batches
 
 pytestmark = pytest.mark.gpu

@@ -20,10 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import StoppedError
 from trainer import loop
-from trainer.evaluate import mixed_images
 from trainer.loop import train
 from trainer.parallel import Consensus, OnRank, World
-from trainer.stream import Batch
+from trainer.stream import Batch, mixed_images
 from trainer.student import Student, create_student
 
 pytestmark = pytest.mark.gpu

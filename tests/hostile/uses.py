@@ -16,7 +16,7 @@ from pipeline.teacher.loading import load_teacher
 from pipeline.verify.verify import verify
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
-from trainer.setup import make_order, open_data
+from trainer.run import make_order, open_data
 from trainer.stream import BatchRenderer, Catalogue
 from trainer.student import create_student, open_student
 from trainer.weights import start_from
