@@ -50,15 +50,14 @@ from pipeline.storage.json import pretty_json, read_json
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Answer, Teacher
 from pipeline.views.draws import stream_of
-from trainer.checkpoint import export_model
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint
+from trainer.export import export_model, hub_config
 from trainer.loop import batch_loss, train
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.parallel import forward_dtype
 from trainer.run import build_state, make_order, open_data, top_rate
 from trainer.stream import Batch, BatchRenderer, Catalogue, stream_batches
-from trainer.student import hub_config
 
 WITH_TOKEN, WITHOUT = "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"
 HEADS = ("class_head", "distillation_head", "mean_logits", "sum_softmax")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, StorageError
-from trainer.checkpoint import export_model, load_state, pack_training, save_state, unpack_training
+from trainer.checkpoint import load_state, pack_training, save_state, unpack_training
+from trainer.export import export_model, hub_config
 from trainer.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
-from trainer.student import Student, create_student, hub_config
+from trainer.student import Student, create_student
 
 META = {"epoch": 3, "update": 1200, "best": 0.1 + 0.2, "name": "né", "seen": [1, None, True], "nested": {"a": {}}}
 

@@ -25,10 +25,10 @@ from pipeline.settings.files import describe_settings, load_recipe, plain_settin
 from pipeline.storage.yaml import parse_yaml, to_yaml
 from pipeline.views.recipe import _RANGES as recipe_ranges
 from pipeline.views.recipe import PRESETS, Recipe
-from trainer.checkpoint import export_model
 from trainer.config import _RANGES as train_ranges
 from trainer.config import TrainConfig
-from trainer.student import create_student, hub_config
+from trainer.export import export_model, hub_config
+from trainer.student import create_student
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.yaml"))

@@ -17,11 +17,10 @@ from label_sets import seal_again
 from s3_server import BUCKET, credentials, s3_server
 
 from pipeline.doctor import folders, machine, owners, packages, probing
-from pipeline.doctor.buckets import examine_bucket
 from pipeline.doctor.examine import compare_environments, examine_labels
 from pipeline.doctor.findings import Section, report_json, report_table, verdict
-from pipeline.doctor.folders import examine_folder
 from pipeline.doctor.machine import examine_machine
+from pipeline.doctor.places import examine_bucket, examine_folder
 from pipeline.storage import atomic as storage
 from pipeline.storage import remote
 from pipeline.storage.remote import list_tree

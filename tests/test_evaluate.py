@@ -24,10 +24,10 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
 from pipeline.views.view import draw_view, render
 from trainer import student as student_module
-from trainer.checkpoint import export_model
 from trainer.evaluate import centre_recipe, evaluate, evaluate_checkpoint, fused_logits, measure_agreement
+from trainer.export import export_model, hub_config
 from trainer.parallel import Running, World, forward_dtype
-from trainer.student import Heads, Student, create_student, hub_config, normalise
+from trainer.student import Heads, Student, create_student, normalise
 
 CPU = torch.device("cpu")
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}

@@ -28,7 +28,7 @@ ORDER = [
     "pipeline.stage1.dispatch", "pipeline.stage1.engines", "pipeline.stage1.ray", "pipeline.stage1.precompute", "pipeline.stage1.extending", "pipeline.cost.measuring",
     "pipeline.cost.estimate", "pipeline.exchange.export", "pipeline.sharing.signing", "pipeline.verify.relabel", "pipeline.verify.report", "pipeline.verify.images",
     "pipeline.verify.verify", "pipeline.tables",
-    "pipeline.doctor.findings", "pipeline.doctor.machine", "pipeline.doctor.folders", "pipeline.doctor.buckets", "pipeline.doctor.probing",
+    "pipeline.doctor.findings", "pipeline.doctor.machine", "pipeline.doctor.places", "pipeline.doctor.buckets", "pipeline.doctor.probing",
     "pipeline.doctor.owners", "pipeline.doctor.packages", "pipeline.doctor.examine", "pipeline.doctor",
     "pipeline",
     "trainer.config", "trainer.order", "trainer.batch", "trainer.stream", "trainer.student", "trainer.starts", "trainer.parallel",

@@ -16,11 +16,12 @@ from torch import nn
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.ranks import resolve_device
-from trainer.checkpoint import export_model, load_state
+from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
+from trainer.export import export_model, hub_config
 from trainer.loop import train
 from trainer.run import build_state, make_order, open_data
-from trainer.student import Student, create_student, hub_config, open_student
+from trainer.student import Student, create_student, open_student
 from trainer.weights import start_from
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

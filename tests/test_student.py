@@ -13,7 +13,8 @@ from torch import nn
 
 from pipeline.errors import CheckpointError, StorageError, UsageError
 from trainer import student as student_module
-from trainer.student import Heads, Student, create_student, hub_config, load_weights
+from trainer.export import hub_config
+from trainer.student import Heads, Student, create_student, load_weights
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 

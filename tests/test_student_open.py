@@ -15,11 +15,11 @@ from builders import make_labels, write_tars
 from torch import nn
 
 from pipeline.errors import CheckpointError, UsageError
-from trainer.checkpoint import export_model
 from trainer.config import TrainConfig
 from trainer.evaluate import centre_recipe
+from trainer.export import export_model, hub_config
 from trainer.loop import train
-from trainer.student import Student, create_student, hub_config, open_student
+from trainer.student import Student, create_student, open_student
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 NAMES = ("ant", "bee", "cat")

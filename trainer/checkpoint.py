@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, TrainingError
 from pipeline.storage.atomic import replace_file
-from pipeline.storage.json import canonical_json, parse_json, pretty_json
+from pipeline.storage.json import canonical_json, parse_json
 
 _METADATA_KEY = "deit_cli"
 _ANEW = ". Put a sound copy in its place, or start another --output from the last/ beside it with --init"
@@ -33,11 +33,11 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
         tensors: any dtype, device and layout; no two may share memory.
         meta: JSON values; NaN and infinity are refused (ValueError).
     """
-    plain, meta = _on_cpu(tensors), json.loads(canonical_json(meta))  # what a reader will see: lists, keys of text
+    plain, meta = on_cpu(tensors), json.loads(canonical_json(meta))  # what a reader will see: lists, keys of text
     header = canonical_json({"meta": meta, "sha256": _digest(plain, meta)}).decode()
     # One metadata key: safetensors writes several in an order that changes from call to call.
     data = safetensors.torch.save(plain, {_METADATA_KEY: header})
-    replace_file(path, lambda file: _write_all(file, data))
+    replace_file(path, data)
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -100,21 +100,6 @@ def unpack_training(
         for name, live in weights.items():
             live.copy_(tensors[name])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def export_model(folder: Path, weights: Mapping[str, Tensor], *, hub_config: dict[str, Any]) -> None:
-    """Write `model.safetensors` and then `config.json`, with which `timm.create_model("local-dir:...")` loads them.
-
-    Args:
-        folder: created; the two files are replaced, each atomically.
-        weights: `state_dict` of a student's timm model.
-        hub_config: see `trainer.student.hub_config`.
-    """
-    # Other readers of the Hub look for this mark of the framework.
-    data = safetensors.torch.save(_on_cpu(weights), {"format": "pt"})
-    replace_file(folder / "model.safetensors", lambda file: _write_all(file, data))
-    text = pretty_json(hub_config)
-    replace_file(folder / "config.json", lambda file: _write_all(file, text))
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,7 +187,8 @@ def _check_same_kind(name: str, found: Tensor, wanted: Tensor) -> None:
         )
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as safetensors writes them: on the CPU, contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -213,7 +199,3 @@ def _digest(tensors: Mapping[str, Tensor], meta: Any) -> str:
         sha256.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    file.write(data)

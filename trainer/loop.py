@@ -20,9 +20,10 @@ from pipeline.storage.cache import open_cache
 from pipeline.storage.mirror import Mirror, mirror_of
 from pipeline.views.draws import stream_of
 from pipeline.views.recipe import Recipe
-from trainer.checkpoint import BackgroundWriter, check_finite, export_model, pack_training, save_state, snapshot
+from trainer.checkpoint import BackgroundWriter, check_finite, pack_training, save_state, snapshot
 from trainer.config import TrainConfig
 from trainer.evaluate import Scores, evaluate, labelled_places
+from trainer.export import export_model, hub_config
 from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
 from trainer.metrics import Recorder, open_recorder
 from trainer.optim import learning_rate, set_learning_rate
@@ -48,15 +49,15 @@ from trainer.run import (
     make_order,
     only_run_in,
     open_data,
+    readable_json,
     resume,
     run_identity,
     save_config,
     save_evaluation,
     top_rate,
-    write_json,
 )
 from trainer.stream import Batch, BatchRenderer, Catalogue, mixed_images, on_device, stream_batches
-from trainer.student import Student, hub_config, normalise
+from trainer.student import Student, normalise
 from trainer.trackers import check_trackers
 
 log = logging.getLogger("deit_cli.train")
@@ -355,7 +356,7 @@ class Run:
         tensors = {f"{number}.{field}": getattr(batch, field) for number, batch in enumerate(sound) for field in _SAVED}
         save_state(self.config.folder / f"{name}.safetensors", tensors, record)
         path = self.config.folder / f"{name}.json"
-        replace_file(path, lambda file: write_json(file, record))
+        replace_file(path, readable_json(record))
         return TrainingError(
             f"the loss of update {update} is {loss}; its samples are listed in {path}, their pixels and labels in"
             f" {name}.safetensors beside it. Lower --lr or set --clip-grad, and continue from the last checkpoint with"

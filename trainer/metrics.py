@@ -23,7 +23,7 @@ class MetricsLog:
         self._path = folder / METRICS_NAME
         kept = [line for line in read_metrics(folder) if line["index"] < next_index] if self._path.is_file() else []
         text = "".join(_line(values) for values in kept)
-        replace_file(self._path, lambda file: _write(file, text))
+        replace_file(self._path, text.encode())
 
     def add(self, kind: str, index: int, **values: Any) -> None:
         """Append one line; `index` is the update after which it holds."""
@@ -145,7 +145,3 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 def _line(values: dict[str, Any]) -> str:
     return json.dumps(values, allow_nan=False) + "\n"
-
-
-def _write(file: Any, text: str) -> None:
-    file.write(text.encode())

@@ -38,6 +38,7 @@ STATE_NAME = "state.safetensors"
 CONFIG_NAME = "config.json"
 STATE_VERSION = 2
 SETTINGS_NAME = "config.yaml"
+SETTINGS_HEADER = b"# deit-cli train -c THIS_FILE --output ANOTHER_FOLDER trains the same again\n"
 LOCK_NAME = "lock"
 EVALUATION_NAME = "evaluation.json"
 
@@ -294,7 +295,7 @@ def _last_evaluation(output: Path) -> tuple[int, float]:
 def save_evaluation(output: Path, state: State) -> None:
     """Write that the student was evaluated after its last update, so that a continuation need not do it again."""
     record = {"update": state.evaluated, "best_top1": state.best_top1}
-    replace_file(output / EVALUATION_NAME, lambda file: write_json(file, record))
+    replace_file(output / EVALUATION_NAME, readable_json(record))
 
 
 def save_config(config: TrainConfig, data: Data) -> None:
@@ -305,12 +306,12 @@ def save_config(config: TrainConfig, data: Data) -> None:
             "labelset_id": data.label_set.plan.labelset_id,
             "teacher": data.label_set.plan.teacher.model_dump(mode="json"),
         }
-    replace_file(config.folder / CONFIG_NAME, lambda file: write_json(file, resolved))
+    replace_file(config.folder / CONFIG_NAME, readable_json(resolved))
     settings = plain_settings(config)
     settings.pop("resume")  # a way to call the command, not a setting of the run
     if data.label_set is None:  # else the labels say the recipe
         settings |= recipe_settings(data.recipe)
-    replace_file(config.folder / SETTINGS_NAME, lambda file: _write_yaml(file, settings))
+    replace_file(config.folder / SETTINGS_NAME, SETTINGS_HEADER + to_yaml(settings))
 
 
 def announce(config: TrainConfig, data: Data, order: Order, state: State, share: Share) -> None:
@@ -354,10 +355,6 @@ def top_rate(config: TrainConfig, order: Order) -> float:
     return linear_scaled_lr(config.lr_base, views) if config.lr is None else config.lr
 
 
-def write_json(file: Any, value: dict[str, Any]) -> None:
-    """Write plain values for people."""
-    file.write(pretty_json(json.loads(json.dumps(value))))
-
-
-def _write_yaml(file: Any, settings: dict[str, Any]) -> None:
-    file.write(b"# deit-cli train -c THIS_FILE --output ANOTHER_FOLDER trains the same again\n" + to_yaml(settings))
+def readable_json(value: dict[str, Any]) -> bytes:
+    """Return values as JSON for people; tuples become lists."""
+    return pretty_json(json.loads(json.dumps(value)))

@@ -1,8 +1,6 @@
 """The student: a timm model whose two heads answer separately, in training and in evaluation alike."""
 
 import difflib
-import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +10,6 @@ from typing import Any, Self
 import timm
 import torch
 from timm.models import get_model_input_config
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, StorageError, UsageError
@@ -23,8 +20,6 @@ SHORT_NAMES = {
     "deit-s": "deit_small_distilled_patch16_224",
     "deit-b": "deit_base_distilled_patch16_224",
 }
-# What timm's configuration says of its own published weights and not of ones trained here.
-_PROVENANCE = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 
 
 @dataclass(frozen=True)
@@ -188,19 +183,6 @@ def load_exactly(student: Student, found: dict[str, Tensor], path: Path) -> None
         student.model.load_state_dict(found)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: {_one_line(error)}") from error
-
-
-def hub_config(student: Student) -> dict[str, Any]:
-    """Return the `config.json` with which timm rebuilds the student from a folder holding `model.safetensors`."""
-    config: dict[str, Any] = {} if student.class_names is None else {"label_names": list(student.class_names)}
-    with tempfile.TemporaryDirectory() as folder:  # timm writes this configuration only to a file
-        path = Path(folder, "config.json")
-        size = (3, student.img_size, student.img_size)
-        save_config_for_hf(student.model, str(path), model_config=config, data_config={"input_size": size})
-        config = json.loads(path.read_bytes())
-    for key in _PROVENANCE:
-        config["pretrained_cfg"].pop(key, None)
-    return config
 
 
 def _known_name(model: str) -> str:

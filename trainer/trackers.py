@@ -164,13 +164,9 @@ def new_run_id(folder: Path) -> str:
     """Draw an id, and keep it in the run's folder."""
     made = secrets.token_hex(4)
     text = pretty_json({"id": made})
-    replace_file(folder / WANDB_NAME, lambda file: _write(file, text))
+    replace_file(folder / WANDB_NAME, text)
     return made
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".")
-
-
-def _write(file: Any, text: bytes) -> None:
-    file.write(text)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.doctor.findings import Finding, Row, Section
-from pipeline.doctor.folders import examine_folder
 from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.packages import examine_packages
+from pipeline.doctor.places import examine_folder
 from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
 from pipeline.storage.urls import is_url, working_folder
@@ -60,7 +60,7 @@ def _examine_place(out: str) -> list[Section]:
     """Look at a folder; of a URL, at the bucket and at the folder of this machine that stands for it."""
     if not is_url(out):
         return [examine_folder(Path(out))]
-    from pipeline.doctor.buckets import examine_bucket  # needs fsspec
+    from pipeline.doctor.places import examine_bucket
 
     return [examine_bucket(out), examine_folder(working_folder(out))]
 

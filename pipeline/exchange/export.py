@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -140,8 +140,8 @@ def export_labels(
         counts.append(count)
         progress(Tick("export", len(counts), len(tasks), time.monotonic() - began, len(counts)))
     files = {tar_name(*task): count for task, count in zip(tasks, counts, strict=True)}
-    replace_file(out / CARD_NAME, partial(_write, data=_readme(label_set, export, labelled).encode()))
-    replace_file(out / INFO_NAME, partial(_write, data=pretty_json(timm_info(files))))  # last: timm needs it
+    replace_file(out / CARD_NAME, _readme(label_set, export, labelled).encode())
+    replace_file(out / INFO_NAME, pretty_json(timm_info(files)))  # last: timm needs it
     return sum(counts)
 
 
@@ -187,7 +187,7 @@ def begin(out: Path, export: Export) -> None:
         raise UsageError(f"{out} is a file: choose a folder")
     if not path.is_file() and out.is_dir() and any(not child.name.startswith(".tmp-") for child in out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no export: choose another folder")
-    publish_file(path, partial(_write, data=pretty_json(export.to_json())))
+    publish_file(path, pretty_json(export.to_json()))
     if (found := read_json(path)) != export.to_json():
         differing = [name for name, value in export.to_json().items() if (found or {}).get(name) != value]
         raise UsageError(f"{out} holds another export ({', '.join(differing)} differ): choose another folder")
@@ -308,7 +308,3 @@ def _readme(label_set: LabelSet, export: Export, labelled: bool) -> str:
             "",
         )
     )
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)

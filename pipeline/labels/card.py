@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.labels.labelset import LabelSet
@@ -114,9 +114,9 @@ def write_card(label_set: LabelSet, licence: Licence | None = None, *, replace: 
     kept = licence_of(there) if there is not None and licence is None else None
     text = render_card(summarise(label_set), label_set, licence or kept or Licence())
     if there is None:
-        return publish_file(path, lambda file: _write(file, text))
+        return publish_file(path, text.encode())
     if there != text:
-        replace_file(path, lambda file: _write(file, text))
+        replace_file(path, text.encode())
     return True
 
 
@@ -329,7 +329,3 @@ def _read(path: Path) -> str | None:
             return None
         with path.open("rb") as file:
             return file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
-
-
-def _write(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())

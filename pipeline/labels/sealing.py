@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
         offer: is called when the plan is there; where `out` stands for a URL, it may bring that of another machine.
     """
     _refuse_links(out, blocks)
-    publish_file(out / PLAN_NAME, lambda file: _write(file, plan.model_dump(mode="json")))
+    publish_file(out / PLAN_NAME, pretty_json(plan.model_dump(mode="json")))
     offer()
     read_plan(out).check_same(plan, folder=out)  # another writer may have been first
     opened = Manifest(
@@ -52,7 +52,7 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
         probes=(),
         environments=(),
     )
-    publish_file(out / MANIFEST_NAME, lambda file: _write(file, opened.to_json()))
+    publish_file(out / MANIFEST_NAME, pretty_json(opened.to_json()))
 
 
 def _refuse_links(out: Path, blocks: Sequence[range]) -> None:
@@ -88,7 +88,7 @@ def seal(
     listed = {folder for entry in manifest.files for folder in (out / entry.path).parents}
     for folder in sorted(folder for folder in listed if folder.is_relative_to(out)):
         sync_folder(folder)  # a killed run may have named its last file without doing so
-    replace_file(out / MANIFEST_NAME, lambda file: _write(file, manifest.to_json()))
+    replace_file(out / MANIFEST_NAME, pretty_json(manifest.to_json()))
 
 
 def _sealed_blocks(out: Path) -> set[tuple[int, int]]:
@@ -205,10 +205,6 @@ def sealed_manifest(out: Path) -> Manifest | None:
         return None
     manifest = read_manifest(out)
     return manifest if manifest.sealed else None
-
-
-def _write(file: BinaryIO, value: object) -> None:
-    file.write(pretty_json(value))
 
 
 def check_theirs(ours: Path, theirs: Path) -> None:

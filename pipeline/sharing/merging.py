@@ -246,8 +246,7 @@ def _check_found(out: Path, plan: Plan) -> None:
 def _take(path: Path, file: _File) -> bool:
     """Create a file of the result; return False where it was there, of the same images and rows."""
     contents = file.check()
-    write = partial(_write, data=contents.data) if contents else partial(_copy_tar, file)
-    if publish_file(path, write):
+    if publish_file(path, contents.data if contents else partial(_copy_tar, file)):
         return True
     if contents is None:
         assert file.entry is not None
@@ -266,10 +265,6 @@ def _take(path: Path, file: _File) -> bool:
             theirs.unlink(missing_ok=True)
         log.info("%s: %s has other bytes for the same rows; the file that is there stays", path, file.part.location)
     return False
-
-
-def _write(file: BinaryIO, *, data: bytes) -> None:
-    file.write(data)
 
 
 def _copy_tar(file: _File, target: BinaryIO) -> None:

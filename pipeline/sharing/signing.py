@@ -56,7 +56,7 @@ def sign(folder: Path, *, private_key: Path | None = None, identity_token: str |
         config.set_hashing_config(_hashing()).sign(view, signature)
         bundle = signature.read_bytes()
     path = folder / SIGNATURE_NAME
-    replace_file(path, lambda file: _write(file, bundle))
+    replace_file(path, bundle)
     return path
 
 
@@ -175,7 +175,3 @@ def _named(what: str, way_out: str) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise SignatureError(f"{what}: {text}. {way_out}") from error
-
-
-def _write(file: Any, data: bytes) -> None:
-    file.write(data)

@@ -155,7 +155,7 @@ def pack_images(
     """
     if source.class_names is not None:
         lines = "".join(f"{name}\n" for name in source.class_names).encode()
-        publish_file(out / IMAGES_FOLDER / "classes.txt", lambda file: _write(file, lines))
+        publish_file(out / IMAGES_FOLDER / "classes.txt", lines)
     packed = packed_source(out, source)
     missing = [name for name in shards if not (out / images_path(name)).is_file()]
     began = time.monotonic()
@@ -249,7 +249,3 @@ def _check_as_sealed(out: Path, path: Path, name: str) -> None:
                 f"{path} was packed again, and is not the one that was sealed: another Pillow or Python made it."
                 " Choose another --out"
             )
-
-
-def _write(file, content: bytes) -> None:
-    file.write(content)

@@ -23,12 +23,15 @@ _TEMPORARY = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9.-]+)-(?P<pid>\d+)-[0-9a-f]{1
 _NO_LINKS = frozenset({"EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK"})
 
 
-def publish_file(path: Path, write: Callable[[BinaryIO], None]) -> bool:
-    """Create `path` with what `write` produces, whole or not at all, never replacing an existing file.
+Content = bytes | Callable[[BinaryIO], None]  # bytes, or what writes them to an open file, which it must not close
+
+
+def publish_file(path: Path, content: Content) -> bool:
+    """Create a file whole or not at all, never replacing an existing one.
 
     Args:
         path: final name; its folder is created.
-        write: writes the content to a binary file; it must not close it.
+        content: of the file.
 
     Returns:
         True if this call created the file, False if another writer had already created it (ours is dropped).
@@ -36,7 +39,7 @@ def publish_file(path: Path, write: Callable[[BinaryIO], None]) -> bool:
     Raises:
         StorageError: the operating system refused; nothing is left under the final name.
     """
-    with refusals_named(path), _temporary_file(path, write) as temporary:
+    with refusals_named(path), _temporary_file(path, content) as temporary:
         try:
             _link(temporary, path)
         except FileExistsError:
@@ -45,13 +48,13 @@ def publish_file(path: Path, write: Callable[[BinaryIO], None]) -> bool:
         return True
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Swap `path` for what `write` produces, atomically: readers see the old file or the new one.
+def replace_file(path: Path, content: Content) -> None:
+    """Swap a file for another content, atomically: readers see the old file or the new one.
 
     Raises:
         StorageError: the operating system refused; the old file is untouched.
     """
-    with refusals_named(path), _temporary_file(path, write) as temporary:
+    with refusals_named(path), _temporary_file(path, content) as temporary:
         os.replace(temporary, path)
         _fsync_folder(path.parent)
 
@@ -156,12 +159,15 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _temporary_file(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
+def _temporary_file(path: Path, content: Content) -> Iterator[Path]:
     _make_folder(path.parent)
     temporary = path.parent / temporary_name()
     try:
         with temporary.open("xb") as file:
-            write(file)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         yield temporary

@@ -182,7 +182,7 @@ class ShardCache:
             _sidecar(path).unlink(missing_ok=True)
         replace_file(path, write)
         about = {"url": url, "bytes": received.bytes, "sha256": received.sha256}
-        replace_file(_sidecar(path), lambda file: _write(file, pretty_json(about)))
+        replace_file(_sidecar(path), pretty_json(about))
 
     def _take_room(self, url: str, file: BinaryIO, need: int | None, ahead: threading.Event | None) -> None:
         """Make room for a download, and take it: its file has its full length from its first byte on."""
@@ -401,10 +401,6 @@ def _sidecar(path: Path) -> Path:
 
 def _lock(path: Path) -> Path:
     return path.with_name(path.name + ".lock")
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
 
 
 def _date(path: Path, when: float) -> None:

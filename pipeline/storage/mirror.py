@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.errors import DeitCliError, StorageError, UsageError
 from pipeline.repeats import warn_again
@@ -236,7 +236,7 @@ class Mirror:
             return {}
 
     def _write_book(self, known: dict[str, list[Any]]) -> None:
-        replace_file(self._book, lambda file: _write(file, pretty_json(known)))
+        replace_file(self._book, pretty_json(known))
 
 
 def mirror_of(location: str, folder: Path, **how: Any) -> Mirror | None:
@@ -250,7 +250,3 @@ def _state(path: Path) -> list[int] | None:
         found = path.stat()
         return [found.st_ino, found.st_size, found.st_mtime_ns]
     return None
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)

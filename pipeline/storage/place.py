@@ -97,9 +97,9 @@ class Folder:
     def put(self, data: bytes, name: str, *, replace: bool = False) -> bool:
         """Store a small file."""
         if replace:
-            replace_file(self.path / name, lambda file: _write(file, data))
+            replace_file(self.path / name, data)
             return True
-        return publish_file(self.path / name, lambda file: _write(file, data)) or self.read(name) == data
+        return publish_file(self.path / name, data) or self.read(name) == data
 
     def update(self, name: str, change: Callable[[bytes | None], bytes]) -> bytes:
         """Replace a small file under a lock of the folder."""
@@ -108,7 +108,7 @@ class Folder:
             old = self.read(name)
             new = change(old)
             if new != old:
-                replace_file(self.path / name, lambda file: _write(file, new))
+                replace_file(self.path / name, new)
             return new
 
 
@@ -167,7 +167,3 @@ def _copy(source: Path, path: Path, file: Promise, stop: threading.Event) -> boo
             )
 
     return publish_file(path, write)
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)

@@ -15,8 +15,7 @@ import torch
 
 from hostile.uses import small_student
 from pipeline.storage.json import canonical_json
-from trainer.checkpoint import export_model
-from trainer.student import hub_config
+from trainer.export import export_model, hub_config
 
 
 class Trap:
