@@ -34,7 +34,8 @@ from pipeline.settings.files import load_recipe
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher
-from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
+from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
+from pipeline.views.pairs import draw_mix
 from pipeline.views.recipe import Recipe
 from trainer.config import TrainConfig
 from trainer.run import make_order, open_data

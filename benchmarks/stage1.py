@@ -47,7 +47,8 @@ from pipeline.stage1.loop import AHEAD, device_name
 from pipeline.stage1.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher, one_thread
-from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
+from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
+from pipeline.views.pairs import draw_mix
 from pipeline.views.recipe import Recipe
 
 

@@ -24,11 +24,35 @@ DeitCliError                    exit code 1: cannot
 └── StoppedError                exit code 128 + signal: a signal stopped the run after a checkpoint
 """
 
+from typing import Self
+
 
 class DeitCliError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of every error that this project raises on purpose. `str(error)` is `what`, and after it the fix.
+
+    Attributes:
+        what: the rule that was broken and the value that broke it.
+        fix: what the user can do about it, a sentence without its full stop; None where `what` says all.
+    """
 
     exit_code = 1
+
+    def __init__(self, *args: object, fix: str | None = None) -> None:
+        super().__init__(*args)
+        self.fix = fix
+
+    @property
+    def what(self) -> str:
+        """What is wrong, without the fix."""
+        return str(self.args[0]) if self.args else type(self).__name__
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.fix}" if self.fix else self.what
+
+    def with_fix(self, fix: str) -> Self:
+        """Return the error itself, with this fix unless it has one."""
+        self.fix = self.fix or fix
+        return self
 
 
 class UsageError(DeitCliError):
@@ -73,7 +97,9 @@ class BadImageError(SourceError):
         super().__init__(key, reason)
         self.key, self.reason = key, reason
 
-    def __str__(self) -> str:
+    @property
+    def what(self) -> str:
+        """The key and the reason."""
         return f"image {self.key!r}: {self.reason}"
 
 
@@ -85,16 +111,12 @@ class NonFiniteTeacherError(TeacherError):
     """The teacher answered NaN or infinity; the argmax of that is a valid class, so it must never be stored.
 
     Attributes:
-        what: which teacher, and in which precision.
-        positions: of the views in the batch.
+        positions: positions of the views in the batch.
     """
 
-    def __init__(self, what: str, positions: tuple[int, ...]) -> None:
-        super().__init__(what, positions)
-        self.what, self.positions = what, positions
-
-    def __str__(self) -> str:
-        return self.what
+    def __init__(self, what: str, positions: tuple[int, ...], fix: str | None = None) -> None:
+        super().__init__(what, positions, fix=fix)
+        self.positions = positions
 
 
 class WorkerError(DeitCliError):
@@ -142,7 +164,4 @@ class StoppedError(DeitCliError):
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, signal_number)
-        self.message, self.exit_code = message, 128 + signal_number
-
-    def __str__(self) -> str:
-        return self.message
+        self.exit_code = 128 + signal_number

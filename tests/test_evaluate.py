@@ -21,7 +21,8 @@ from pipeline.errors import BadImageError, CheckpointError, LabelSetMismatch, Us
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
+from pipeline.views.mixing import apply_mix, mix_batch
+from pipeline.views.pairs import draw_mix, shard_pairs
 from pipeline.views.view import draw_view, render
 from trainer import student as student_module
 from trainer.evaluate import centre_recipe, evaluate, evaluate_checkpoint, fused_logits, measure_agreement

@@ -16,7 +16,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_replay
 from pipeline.labels.tables import read_labels_footer, read_samples_footer
 from pipeline.views.draws import stream_of
-from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, draw_mix, shard_pairs
 from pipeline.views.view import draw_view, render
 
 ROOT = Path(__file__).parent.parent

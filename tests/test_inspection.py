@@ -24,7 +24,8 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.sheet import _tile, contact_sheet
 from pipeline.labels.summary import summarise
 from pipeline.settings.files import load_recipe
-from pipeline.views.mixing import apply_mix, draw_mix, mix_batch, shard_pairs
+from pipeline.views.mixing import apply_mix, mix_batch
+from pipeline.views.pairs import draw_mix, shard_pairs
 from pipeline.views.view import draw_view, render
 
 SIZES = (13, 10)

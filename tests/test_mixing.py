@@ -9,7 +9,8 @@ from timm.data.mixup import cutmix_bbox_and_lam
 
 from pipeline.views import mixing
 from pipeline.views.draws import Draws
-from pipeline.views.mixing import Mix, MixBatch, apply_mix, draw_mix, draw_pairs, mix_batch, mix_blocks, shard_pairs
+from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
+from pipeline.views.pairs import Mix, draw_mix, draw_pairs, mix_blocks, shard_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 
 SMALL = Recipe(img_size=32, mix_block=8)

@@ -30,7 +30,7 @@ from pipeline.stage1.rendering import (
     stream_views,
     views_at_once,
 )
-from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, draw_mix, shard_pairs
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render
 

@@ -24,7 +24,7 @@ from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_image, check_
 from pipeline.labels.sealing import MANIFEST_PROBES
 from pipeline.labels.tables import read_labels_footer
 from pipeline.views import view as views
-from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, draw_mix, shard_pairs
 from pipeline.views.view import draw_view, render
 
 

@@ -20,7 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from pipeline.views import view as views
-from pipeline.views.mixing import Mix, draw_mix
+from pipeline.views.pairs import Mix, draw_mix
 from pipeline.views.randaugment import INCREASING
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.views.view import View, draw_view

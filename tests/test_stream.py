@@ -15,7 +15,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, checked, start_loader
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.rendering import BlockRenderer, blocks_of, deal
-from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, draw_mix, shard_pairs
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render
 from trainer import stream

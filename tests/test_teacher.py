@@ -14,7 +14,8 @@ from pipeline.errors import NonFiniteTeacherError, TeacherError, UsageError
 from pipeline.images.source import open_source
 from pipeline.teacher.loading import DEIT_TEACHERS, weights_sha256
 from pipeline.teacher.teacher import Answer, Teacher, check_classes, one_thread
-from pipeline.views.mixing import MixBatch, apply_mix, draw_mix, mix_batch
+from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
+from pipeline.views.pairs import draw_mix
 
 
 def network(num_classes: int = 3, seed: int = 1) -> nn.Module:

@@ -23,7 +23,8 @@ from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.storage.cache import RemoteFile, prefetch
-from pipeline.views.mixing import Mix, MixBatch, apply_mix, draw_mix, mix_batch, shard_pairs
+from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
+from pipeline.views.pairs import Mix, draw_mix, shard_pairs
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render, render_encoded, render_views
 from trainer.order import Order, Share

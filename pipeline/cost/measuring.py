@@ -29,7 +29,8 @@ from pipeline.settings.configs import MAX_VIEW, PrecomputeConfig
 from pipeline.stage1.loop import AHEAD
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.teacher import CPU_BATCH, Teacher, one_thread
-from pipeline.views.mixing import draw_mix, mix_batch
+from pipeline.views.mixing import mix_batch
+from pipeline.views.pairs import draw_mix
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render
 

@@ -104,8 +104,8 @@ def examine_labels(labels: str, data: str | None) -> Section:
         difference = check_replay(label_set, source)
     except DeitCliError as error:
         section.row("replay", "no")
-        what, _, way_out = str(error).partition(". ")
-        section.problem(what, way_out or "deit-cli labels verify says more; --data names another copy of the images")
+        fix = error.fix or "deit-cli labels verify says more; --data names another copy of the images"
+        section.problem(error.what, fix)
         return section
     probes = len(label_set.manifest.probes)
     section.row(

@@ -288,8 +288,7 @@ def examine_bucket(url: str) -> Section:
             _try_writing(section, url)
     except StorageError as error:
         section.row("writable", "no")
-        what, _, way_out = str(error).partition(". ")
-        section.problem(what, way_out or "Check address and credentials")
+        section.problem(error.what, error.fix or "Check address and credentials")
     return section
 
 

@@ -31,7 +31,8 @@ from pipeline.stage1.rendering import Block, BlockRenderer
 from pipeline.storage.atomic import publish_file, replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.yaml import to_yaml
-from pipeline.views.mixing import apply_mix, mix_blocks
+from pipeline.views.mixing import apply_mix
+from pipeline.views.pairs import mix_blocks
 from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.exporting")

@@ -86,10 +86,3 @@ def missing_file(views: range | None = None) -> str:
 
 def _with_views(views: range | None) -> str:
     return f" (--views {views.start}:{views.stop})" if views else ""
-
-
-def ended(error: object, way_out: str) -> str:
-    """Return the text of an error with a way out at its end, unless it names one already."""
-    text = str(error)
-    named = "deit-cli labels pull" in text or "Upgrade:" in text
-    return text if named else f"{text}. {way_out}"

@@ -94,7 +94,7 @@ class LabelSet:
             )
         manifest = _read_part(folder, MANIFEST_NAME)
         if manifest is None:
-            raise LabelSetIncomplete(f"{folder} has no {MANIFEST_NAME}. {INCOMPLETE_SET}")
+            raise LabelSetIncomplete(f"{folder} has no {MANIFEST_NAME}", fix=INCOMPLETE_SET)
         self.folder = folder
         self.manifest_sha256 = hashlib.sha256(manifest).hexdigest()
         check_pin(expect_manifest, self.manifest_sha256, folder / MANIFEST_NAME)
@@ -103,7 +103,7 @@ class LabelSet:
         if self.manifest.labelset_id != self.plan.labelset_id:
             mine, theirs = short(self.plan.labelset_id), short(self.manifest.labelset_id)
             raise LabelSetMismatch(
-                f"{folder}: {PLAN_NAME} is of label set {mine}, {MANIFEST_NAME} of {theirs}. {DAMAGED_PLAN}"
+                f"{folder}: {PLAN_NAME} is of label set {mine}, {MANIFEST_NAME} of {theirs}", fix=DAMAGED_PLAN
             )
         self._records = {record.name: record for record in shards_of(self.manifest, self.plan, folder / MANIFEST_NAME)}
         self._entries = {(e.kind, e.shard, e.view_start): e for e in self.manifest.files}
@@ -312,7 +312,7 @@ class LabelSet:
             file.discard()  # it was sound when it was downloaded: its copy was damaged on this disk since
             return read_local(file, lambda path: self._read_checked(entry, file, path))
         except (RemoteFileMissing, RemoteFileCorrupt) as error:
-            raise LabelSetCorrupt(f"{error}. {REMOTE_FILE}{self._newer_manifest()}") from error
+            raise LabelSetCorrupt(error.what, fix=f"{REMOTE_FILE}{self._newer_manifest()}") from error
 
     def _unchanged(self, entry: FileEntry) -> Contents | None:
         """Return a file of this disk that is in memory, if it is still the one that was read: most reads end here."""
@@ -347,8 +347,8 @@ class LabelSet:
         if found != entry.sha256 or len(file.data) != entry.bytes:
             self._recent.pop(entry, None)
             raise LabelSetCorrupt(
-                f"{file} has SHA-256 {short(found)}…, the manifest says {short(entry.sha256)}…: it is damaged."
-                f" {damaged_file(entry.views)}{self._newer_manifest()}"
+                f"{file} has SHA-256 {short(found)}…, the manifest says {short(entry.sha256)}…: it is damaged",
+                fix=f"{damaged_file(entry.views)}{self._newer_manifest()}",
             )
 
     def _newer_manifest(self) -> str:
@@ -388,7 +388,7 @@ class LabelSet:
         """Raise unless the set is sealed: it holds the samples of every source shard of it, and labels for every block."""
         if not self.manifest.sealed:
             raise LabelSetIncomplete(
-                f"{self.folder} is not sealed: some of its labels do not exist yet. {INCOMPLETE_SET}"
+                f"{self.folder} is not sealed: some of its labels do not exist yet", fix=INCOMPLETE_SET
             )
         blocks = sorted(self.manifest.view_blocks)
         if not blocks:
@@ -440,12 +440,12 @@ def check_length(path: Path, entry: FileEntry, folder: Path | RemoteFolder) -> N
     if not path.resolve().is_relative_to(Path(str(folder)).resolve()):
         raise LabelSetCorrupt(f"{path} points outside the label set")
     if not path.is_file():
-        raise LabelSetCorrupt(f"{path} is missing, but the manifest promises it. {missing_file(entry.views)}")
+        raise LabelSetCorrupt(f"{path} is missing, but the manifest promises it", fix=missing_file(entry.views))
     size = path.stat().st_size
     if size != entry.bytes:
         raise LabelSetCorrupt(
-            f"{path} has {size} bytes, the manifest says {entry.bytes}: it was cut or changed."
-            f" {damaged_file(entry.views)}"
+            f"{path} has {size} bytes, the manifest says {entry.bytes}: it was cut or changed",
+            fix=damaged_file(entry.views),
         )
 
 
@@ -519,7 +519,7 @@ def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: 
         raise LabelSetMismatch(
             f"{file} says (views, classes, K, precision) {found}, its place in the set says {expected}"
         )
-    samples = next(record.num_samples for record in plan.source.shards if record.name == shard)
+    samples = plan.shard(shard).num_samples
     if footer.rows_per_view > samples:
         raise LabelSetCorrupt(f"{file} says {footer.rows_per_view} rows a view, its source shard has {samples} samples")
     read_probes(footer.probes, file)

@@ -211,6 +211,13 @@ class Plan(Record):
         """Return the recipe as an object."""
         return Recipe.from_dict(self.recipe)
 
+    def shard(self, name: str) -> ShardRecord:
+        """Return what the plan says of one source shard, or raise LabelSetMismatch."""
+        for record in self.source.shards:
+            if record.name == name:
+                return record
+        raise LabelSetMismatch(f"the plan names no source shard {name!r}")
+
     def check_same(self, other: "Plan", *, folder: str | Path) -> None:
         """Raise LabelSetMismatch, naming the first part that differs, unless `other` is the same label set."""
         for part in ("recipe", "teacher", "source"):
@@ -408,18 +415,19 @@ def parse_manifest(data: bytes, name: object, *, plan_sha256: str | None) -> Man
         raise LabelSetCorrupt(f"{name}: shards: must be a list of names, or absent for all source shards")
     if manifest.content_sha256 != manifest.to_json()["content_sha256"]:
         raise LabelSetCorrupt(
-            f"{name}: its content does not have the hash that it states: it was changed. {DAMAGED_MANIFEST}"
+            f"{name}: its content does not have the hash that it states: it was changed", fix=DAMAGED_MANIFEST
         )
     # The hash covers what the JSON says. Other white space, or a digit more of a number, says the same, and is damage too.
     if data != pretty_json(values):
         raise LabelSetCorrupt(
-            f"{name}: it says what it said, in other bytes (white space, or how a number is written): it was changed."
-            f" {DAMAGED_MANIFEST}"
+            f"{name}: it says what it said, in other bytes (white space, or how a number is written): it was changed",
+            fix=DAMAGED_MANIFEST,
         )
     if plan_sha256 is not None and plan_sha256 != manifest.plan_sha256:
         raise LabelSetMismatch(
             f"{name} belongs to another {PLAN_NAME}: it says SHA-256 {short(manifest.plan_sha256)}…, the file has"
-            f" {short(plan_sha256)}…. {DAMAGED_PLAN}"
+            f" {short(plan_sha256)}…",
+            fix=DAMAGED_PLAN,
         )
     return manifest
 
@@ -428,7 +436,7 @@ def _load_json(data: bytes, name: object) -> Any:
     try:
         return parse_json(data)
     except (ValueError, RecursionError) as error:
-        raise StorageError(f"{name}: not valid JSON: {error}. {damaged_json(name)}") from error
+        raise StorageError(f"{name}: not valid JSON: {error}", fix=damaged_json(name)) from error
 
 
 def read_probes(values: list[dict[str, Any]], path: object) -> list[Probe]:
@@ -482,16 +490,17 @@ def _labelset_id(ids: dict[str, str], topk: int, precision: str) -> str:
 
 def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
     if not is_version(values, FORMAT, VERSION):
-        raise LabelSetMismatch(f"{path} {other_version(values, FORMAT, VERSION)}")
+        what, fix = other_version(values, FORMAT, VERSION)
+        raise LabelSetMismatch(f"{path} {what}", fix=fix)
     try:
         # As text, because JSON has no tuples: there, strict mode takes lists for them.
         return kind.model_validate_json(canonical_json(values))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in _TEACHER_TAGS)
-        raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}. {damaged_json(path)}") from error
+        raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}", fix=damaged_json(path)) from error
     except DeitCliError as error:
-        raise LabelSetMismatch(f"{path}: {error}. {damaged_json(path)}") from error
+        raise LabelSetMismatch(f"{path}: {error}", fix=damaged_json(path)) from error
 
 
 IMPORT_NAME = "import.json"

@@ -20,7 +20,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Probe
 from pipeline.labels.tables import SampleRows
 from pipeline.repeats import warn_again
-from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, draw_mix, shard_pairs
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render
 

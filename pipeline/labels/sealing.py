@@ -151,7 +151,7 @@ def check_untouched(out: Path, blocks: Sequence[range]) -> None:
                 raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and run again")
             continue
         if path.is_file() and sha256_file(path) != entry.sha256:
-            raise LabelSetCorrupt(f"{path} is not as it was sealed. {damaged_file(entry.views)}")
+            raise LabelSetCorrupt(f"{path} is not as it was sealed", fix=damaged_file(entry.views))
         if not path.is_file() and entry.kind == "labels" and views not in looked_at:
             raise LabelSetCorrupt(
                 f"{path} is missing: run with --views {views[0]}:{views[1]} first, which makes it again, or {PULL}"

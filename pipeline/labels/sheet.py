@@ -14,7 +14,8 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import pair_of, rendered_view
 from pipeline.labels.tables import SampleRows
 from pipeline.storage.atomic import replace_file
-from pipeline.views.mixing import Mix, apply_mix, mix_batch
+from pipeline.views.mixing import apply_mix, mix_batch
+from pipeline.views.pairs import Mix
 
 TILE_INCHES = (2.1, 3.1)
 

@@ -12,7 +12,7 @@ from pipeline.labels.format import pin_of
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import SampleRows
 from pipeline.text import byte_size, two_columns
-from pipeline.views.mixing import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, draw_mix, shard_pairs
 
 MAX_ROWS = (
     200_000  # labels after which a summary stops reading; a sample that large has an error below 0.3 percentage points

@@ -298,7 +298,7 @@ def read_all_views(file: Path | Contents) -> list[LabelRows]:
     footer = file.labels_layout
     views = [file.take(view) for view in range(footer.view_start, footer.view_stop)]
     if content_xxh3(views) != footer.content_xxh3:
-        raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states. {DAMAGED_FILE}")
+        raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states", fix=DAMAGED_FILE)
     return views
 
 
@@ -334,7 +334,7 @@ def _bounded_rows(parquet: pq.ParquetFile, name: str) -> pa.Table:
     for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
         size += batch.nbytes
         if size > MAX_SAMPLES_BYTES:
-            raise LabelSetCorrupt(f"{name} unpacks to more than {MAX_SAMPLES_BYTES} bytes. {DAMAGED_FILE}")
+            raise LabelSetCorrupt(f"{name} unpacks to more than {MAX_SAMPLES_BYTES} bytes", fix=DAMAGED_FILE)
         batches.append(batch)
     return pa.Table.from_batches(batches, schema=SAMPLES_SCHEMA)
 
@@ -343,11 +343,11 @@ def _check_pages(file: Contents, group: int) -> None:
     """Refuse a row group of which a page says that it unpacks to more than any writer makes; pyarrow would do it."""
     groups = file.chunks
     if group >= len(groups):
-        raise LabelSetCorrupt(f"{file}: damaged Parquet: its footer lists {len(groups)} row groups. {DAMAGED_FILE}")
+        raise LabelSetCorrupt(f"{file}: damaged Parquet: its footer lists {len(groups)} row groups", fix=DAMAGED_FILE)
     largest = _guarded(file.name, lambda: largest_page(file.data, groups[group]))
     if largest > MAX_PAGE_BYTES:
         raise LabelSetCorrupt(
-            f"{file}: a page in it unpacks to {largest} bytes, at most {MAX_PAGE_BYTES} are read. {DAMAGED_FILE}"
+            f"{file}: a page in it unpacks to {largest} bytes, at most {MAX_PAGE_BYTES} are read", fix=DAMAGED_FILE
         )
 
 
@@ -423,7 +423,8 @@ def _footer(file: pq.ParquetFile, path: str, kind: type[Footer]) -> Footer:
     except (ValueError, RecursionError) as error:
         raise LabelSetCorrupt(f"{path}: its footer is not valid JSON: {error}") from error
     if not is_version(values, FORMAT, VERSION):
-        raise LabelSetMismatch(f"{path} {other_version(values, FORMAT, VERSION)}")
+        what, fix = other_version(values, FORMAT, VERSION)
+        raise LabelSetMismatch(f"{path} {what}", fix=fix)
     expected = "labels" if kind is LabelsFooter else "samples"
     try:
         footer = kind.model_validate_json(canonical_json(values))

@@ -121,7 +121,7 @@ class _File:
             usable = self.part.usable(self.shard)
             if any(not np.array_equal(rows.row, usable) for rows in read_all_views(contents)):
                 raise LabelSetCorrupt(
-                    f"{path} does not have the usable rows of its samples file. {damaged_file(self.views)}"
+                    f"{path} does not have the usable rows of its samples file", fix=damaged_file(self.views)
                 )
         else:
             self.part.samples(contents, self.shard)
@@ -285,7 +285,7 @@ def _copy_tar(file: _File, target: BinaryIO) -> None:
 
     where = label_set.file_of(entry)
     if read_local(where, copy) != entry.sha256:
-        raise LabelSetCorrupt(f"{where} has not the SHA-256 that its manifest says: it is damaged. {damaged_file()}")
+        raise LabelSetCorrupt(f"{where} has not the SHA-256 that its manifest says: it is damaged", fix=damaged_file())
 
 
 def _seal(out: Path, plan: Plan) -> tuple[tuple[str, range], ...]:

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.images.source import Source
-from pipeline.labels.format import damaged_file, ended
+from pipeline.labels.format import damaged_file
 from pipeline.labels.labelset import checked_labels_footer, checked_samples
 from pipeline.labels.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
 from pipeline.labels.replay import compare_probes
@@ -63,7 +63,7 @@ class Job:
 
     def samples(self, shard: str) -> SampleRows:
         """Read the samples of a source shard, which indexing wrote."""
-        record = next(record for record in self.plan.source.shards if record.name == shard)
+        record = self.plan.shard(shard)
         return checked_samples(self.config.folder / samples_path(shard), self.plan, record)
 
 
@@ -187,7 +187,7 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
         if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
             raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file")
     except (LabelSetCorrupt, LabelSetMismatch) as error:
-        raise type(error)(ended(error, damaged_file(task.views))) from error
+        raise error.with_fix(damaged_file(task.views)) from error.__cause__
     compare_probes(read_probes(footer.probes, path), job.recipe, job.source, {task.shard: samples}.__getitem__)
     return True
 

@@ -202,7 +202,7 @@ def _pack_shard(
 def _samples_of(out: Path, plan: Plan, name: str) -> SampleRows | None:
     """Return the samples that are labelled already: the set had no images until now, or this tar was deleted."""
     path = out / samples_path(name)
-    record = next(record for record in plan.source.shards if record.name == name)
+    record = plan.shard(name)
     return checked_samples(path, plan, record) if path.is_file() else None
 
 

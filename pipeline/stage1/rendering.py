@@ -15,7 +15,8 @@ from pipeline.images.source import Source
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
-from pipeline.views.mixing import Mix, MixBatch, draw_mix, draw_pairs, mix_batch, mix_blocks
+from pipeline.views.mixing import MixBatch, mix_batch
+from pipeline.views.pairs import Mix, draw_mix, draw_pairs, mix_blocks
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render, render_encoded, render_views
 

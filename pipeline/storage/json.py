@@ -135,14 +135,12 @@ def is_version(values: Any, name: str, version: int) -> bool:
     )
 
 
-def other_version(values: Any, name: str, version: int) -> str:
-    """Say of which format and version a JSON object is instead, and what to do where it is a later one of ours."""
+def other_version(values: Any, name: str, version: int) -> tuple[str, str | None]:
+    """Return of which format and version a JSON object is instead, and what to do where it is a later one of ours."""
     if not isinstance(values, dict):
-        return f"says {type(values).__name__}; this version reads {(name, version)}"
+        return f"says {type(values).__name__}; this version reads {(name, version)}", None
     found = values.get("version")
     if values.get("format") == name and type(found) is int and found > version:
-        return (
-            f"was made by a newer deit-cli: it is of format v{found}, this one reads v{version}."
-            " Upgrade: pip install --upgrade deit-cli"
-        )
-    return f"says {(values.get('format'), found)}; this version reads {(name, version)}"
+        newer = f"was made by a newer deit-cli: it is of format v{found}, this one reads v{version}"
+        return newer, "Upgrade: pip install --upgrade deit-cli"
+    return f"says {(values.get('format'), found)}; this version reads {(name, version)}", None

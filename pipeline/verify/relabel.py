@@ -23,7 +23,8 @@ from pipeline.machine.progress import Progress, Tick
 from pipeline.teacher.teacher import Teacher, one_thread
 from pipeline.text import count
 from pipeline.views.draws import stream_of
-from pipeline.views.mixing import Mix, mix_batch
+from pipeline.views.mixing import mix_batch
+from pipeline.views.pairs import Mix
 
 PAIRS_AT_ONCE = 16
 # Change of a probability that rounding explains: 1.7 to 2 times the largest of 2,048 views of EfficientNet-Lite0 on an H200

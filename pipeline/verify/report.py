@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.images.source import Source
 from pipeline.labels.comparing import Differences
-from pipeline.labels.format import ended, pin_of
+from pipeline.labels.format import pin_of
 from pipeline.labels.labelset import LabelSet
 from pipeline.text import byte_size, count
 from pipeline.verify.relabel import Relabelled
@@ -33,7 +33,7 @@ class Problem:
     way_out: str
 
     def __str__(self) -> str:
-        return ended(self.text, self.way_out) if self.way_out else self.text
+        return f"{self.text}. {self.way_out}" if self.way_out else self.text
 
 
 @dataclass
@@ -78,9 +78,8 @@ class Report:
         except UsageError:
             raise
         except DeitCliError as error:
-            text = str(error)
-            if not any(text.startswith(known.text) for known in self.problems):  # a file that was named before
-                self.problems.append(Problem(str(file), rule, text, way_out))
+            if all(error.what != known.text for known in self.problems):  # else the file was named before
+                self.problems.append(Problem(str(file), rule, error.what, error.fix or way_out))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, for machines."""

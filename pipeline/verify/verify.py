@@ -20,7 +20,6 @@ from pipeline.errors import (
     DeitCliError,
     LabelSetCorrupt,
     LabelSetError,
-    LabelSetMismatch,
     RemoteFileMissing,
     StorageError,
 )
@@ -174,7 +173,7 @@ def _open_each(report: Report, folder: Path | RemoteFolder, error: DeitCliError)
                 report.manifest_sha256 = hashlib.sha256(content).hexdigest()
                 manifest = parse_manifest(content, folder / name, plan_sha256=None)
     if len(report.problems) == before:  # each is sound, but the manifest, which states its own hash, knows another plan
-        report.problems.append(Problem(PLAN_NAME, "plan", str(error), DAMAGED_PLAN))
+        report.problems.append(Problem(PLAN_NAME, "plan", error.what, error.fix or DAMAGED_PLAN))
         return None, manifest
     return plan, manifest
 
@@ -275,8 +274,8 @@ def _look(
         return _Looked(size, None, rows)
     except (LabelSetError, StorageError) as error:
         rule = "present" if isinstance(error, RemoteFileMissing) else rule
-        way_out = REMOTE_FILE if remote else missing_file(views) if rule == "present" else damaged_file(views)
-        return _Looked(size, Problem(task.path, rule, str(error), way_out))
+        fix = REMOTE_FILE if remote else missing_file(views) if rule == "present" else damaged_file(views)
+        return _Looked(size, Problem(task.path, rule, error.what, error.fix or fix))
 
 
 def _read(folder: Path | RemoteFolder, task: _Task, *, keep: bool) -> tuple[bytes, int, str]:
@@ -328,9 +327,7 @@ def _check_table(
     file: Contents, plan: Plan, task: _Task, usable: dict[str, NDArray[np.int64] | None]
 ) -> NDArray[np.int64] | None:
     """Check footer, schema and all rows against plan, manifest and samples; return the usable rows of a samples file."""
-    record = next((record for record in plan.source.shards if record.name == task.shard), None)
-    if record is None:
-        raise LabelSetMismatch(f"{file}: the plan names no source shard {task.shard!r}")
+    record = plan.shard(task.shard)
     if task.kind == "samples":
         samples = checked_samples(file, plan, record)
         if task.entry and len(samples) != task.entry.rows:

@@ -18,7 +18,8 @@ from pipeline.errors import NonFiniteTeacherError
 from pipeline.images.source import open_source
 from pipeline.stage1.loop import AHEAD
 from pipeline.teacher.teacher import Teacher
-from pipeline.views.mixing import MixBatch, draw_mix, mix_batch
+from pipeline.views.mixing import MixBatch, mix_batch
+from pipeline.views.pairs import draw_mix
 
 pytestmark = pytest.mark.gpu
 

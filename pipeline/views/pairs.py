@@ -1,0 +1,102 @@
+"""Who is mixed with whom, and how: pairs and mixes that do not depend on batch, rank or machine.
+
+Samples of a source shard are taken in order in blocks of `recipe.mix_block`; inside a block a drawn permutation
+pairs them, and the two of a pair share one mix and are each other's partner, as in timm's pair mode. The pair
+travels together through both stages.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.images.samples import Box
+from pipeline.views.draws import Draws, draws_for
+from pipeline.views.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the two views of a pair are mixed.
+
+    Attributes:
+        lam: weight of a sample's own view (and class label) against its partner's, 0..1.
+        box: CutMix: the box that comes from the partner; None for mixup or no mix.
+    """
+
+    lam: float = 1.0
+    box: Box | None = None
+
+
+def draw_pairs(recipe: Recipe, keys: Sequence[str], view: int) -> NDArray[np.int64]:
+    """Pair the samples of one mix block for one view.
+
+    Views `views_per_pairing * i` and the next few share their pairs, so that a trainer that wants several views of
+    an image decodes it and its partner once.
+
+    Args:
+        recipe: says whether views are mixed, and how many share their pairs.
+        keys: sample keys of the block's usable samples, in order.
+        view: view number.
+
+    Returns:
+        int64 [P, 2], positions in `keys`; second is -1 for a sample without a partner (the odd one of an odd
+        block, every sample of a recipe that does not mix).
+    """
+    if not recipe.mixes:
+        return np.stack([np.arange(len(keys)), np.full(len(keys), -1)], axis=1)
+    group = view // recipe.views_per_pairing
+    order = draws_for(recipe.id, keys[0] if keys else "", group, "pairs").permutation(len(keys))
+    if len(order) % 2:
+        order = np.append(order, -1)
+    return order.reshape(-1, 2)
+
+
+def mix_blocks(recipe: Recipe, usable: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Cut the usable rows of a source shard into its mix blocks; a bad row leaves a gap and moves no other row."""
+    blocks = usable // recipe.mix_block
+    return np.split(usable, np.flatnonzero(np.diff(blocks)) + 1) if len(usable) else []
+
+
+def shard_pairs(recipe: Recipe, keys: Sequence[str], usable: NDArray[np.int64], view: int) -> NDArray[np.int64]:
+    """Pair all usable samples of a source shard for one view.
+
+    Args:
+        recipe: the augmentation.
+        keys: keys of all samples of the shard, by row.
+        usable: rising rows of the good ones.
+        view: view number.
+
+    Returns:
+        int64 [P, 2], rows, block after block; second is -1 for a sample without a partner.
+    """
+    pairs = [np.empty((0, 2), np.int64)]
+    for block in mix_blocks(recipe, usable):
+        positions = draw_pairs(recipe, tuple(keys[int(row)] for row in block), view)
+        pairs.append(np.where(positions < 0, -1, block[positions]))
+    return np.concatenate(pairs)
+
+
+def draw_mix(recipe: Recipe, key: str, view: int) -> Mix:
+    """Draw the mix of the pair whose first sample has this key. As timm's Mixup, pair mode."""
+    draws = draws_for(recipe.id, key, view, "mix")
+    if not recipe.mixes or not draws.chance(recipe.mixup_prob):
+        return Mix()
+    switch = draws.uniform()
+    use_cutmix = recipe.cutmix > 0 and (recipe.mixup == 0 or switch < recipe.mixup_switch_prob)
+    lam = draws.beta(recipe.cutmix if use_cutmix else recipe.mixup)
+    return _cut(draws, lam, recipe.img_size) if use_cutmix else Mix(lam=lam)
+
+
+def _cut(draws: Draws, lam: float, size: int) -> Mix:
+    """Choose CutMix's box and correct lam to the box after clipping (timm's rand_bbox, correct_lam)."""
+    side = int(size * math.sqrt(1 - lam))
+    centre_y, centre_x = draws.integer(size), draws.integer(size)
+    top, bottom = max(0, centre_y - side // 2), min(size, centre_y + (side + 1) // 2)
+    left, right = max(0, centre_x - side // 2), min(size, centre_x + (side + 1) // 2)
+    area = (bottom - top) * (right - left)
+    if area == 0:
+        return Mix()
+    return Mix(lam=1 - area / size**2, box=(top, left, bottom - top, right - left))
