@@ -10,19 +10,18 @@ from pathlib import Path
 
 import click
 import pytest
-from builders import make_labels, with_checkout, write_tars
-from click.testing import CliRunner
-from command_tree import COMMANDS
+from support.builders import make_labels, with_checkout, write_tars
+from support.command_tree import COMMANDS
+from support.commands import invoke
 
 import cli
-from pipeline.errors import DeitCliError
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments: str, code: int = 0, **variables: str) -> tuple[str, str]:
     """Run the installed command in its own process, with these variables; return stdout and stderr."""
-    environment = with_checkout(ROOT / "tests", OMP_NUM_THREADS="1") | variables
+    environment = with_checkout(OMP_NUM_THREADS="1") | variables
     done = subprocess.run(
         [sys.executable, "-c", "import cli; cli.main()", *arguments],
         capture_output=True,
@@ -33,15 +32,6 @@ def run(*arguments: str, code: int = 0, **variables: str) -> tuple[str, str]:
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
-
-
-def invoke(*arguments: str) -> tuple[int, str]:
-    """Run a command in this process, as `main` does; return exit code and what a user reads."""
-    result = CliRunner().invoke(cli.commands, list(arguments))
-    if isinstance(result.exception, DeitCliError):
-        return result.exception.exit_code, f"error: {result.exception}"
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
 
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS.items(), ids=list(COMMANDS))

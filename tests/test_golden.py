@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from label_sets import problems_in
+from support.label_sets import problems_in
 
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source

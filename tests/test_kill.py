@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from builders import confident_cnn, files_of, make_labels, named_files, teacher_of, write_tars
-from forks import Run, Server, kill, serving
-from label_sets import problems_in
+from support.builders import confident_cnn, files_of, make_labels, named_files, teacher_of, write_tars
+from support.forks import Run, Server, kill, serving
+from support.label_sets import problems_in
 from torch import nn
 
 from pipeline.errors import LabelSetIncomplete

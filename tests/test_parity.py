@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import make_labels, small_recipe, small_teacher, write_tars
+from support.builders import make_labels, small_recipe, small_teacher, write_tars
 
 from pipeline.images.source import open_source
 from pipeline.labels.encoding import LOG8_STEP

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from label_sets import (
+from support.label_sets import (
     colour_teacher,
     coloured_png,
     files_of,

@@ -10,7 +10,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it o
 
 import pytest
 import torch
-from builders import make_labels, write_tars
+from support.builders import make_labels, write_tars
 
 from pipeline.labels.labelset import LabelSet
 

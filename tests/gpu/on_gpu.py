@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from builders import make_labels
 from numpy.typing import NDArray
+from support.builders import make_labels
 from torch import Tensor, nn
 
 from pipeline.images.source import Source

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import CLASSES
 from click.testing import CliRunner
 from on_gpu import CNN, columns, labels_of, load, run_config
-from test_relabelling import forge, other_class
+from support.builders import CLASSES
+from support.label_changes import forge, other_class
 
 import cli
 from pipeline.doctor import packages, probing

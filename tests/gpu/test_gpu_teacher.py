@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import small_recipe
 from on_gpu import busy, columns, labels_of, load, mixed, same_bits, teacher_of_module, views_in
+from support.builders import small_recipe
 from torch import Tensor, nn
 
 from pipeline.errors import NonFiniteTeacherError

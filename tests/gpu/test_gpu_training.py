@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from builders import before_update, interrupt
 from on_gpu import CNN, TINY, labels_of, load, losses_of, run_config, state_of
+from support.builders import before_update, interrupt
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from label_sets import seal_again
+from support.label_sets import seal_again
 
 from pipeline.images.samples import keys_sha256
 from pipeline.labels.encoding import content_xxh3

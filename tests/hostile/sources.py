@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from label_sets import coloured_png
 from PIL import Image
+from support.label_sets import coloured_png
 
 BLOCK = 512
 END = bytes(2 * BLOCK)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from label_sets import RECIPE, colour_teacher, config_of, read_everything
+from support.label_sets import RECIPE, colour_teacher, config_of, read_everything
 
 from pipeline.errors import LabelSetError
 from pipeline.images.decode import decode

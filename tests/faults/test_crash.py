@@ -1,0 +1,207 @@
+"""An error that nobody foresaw, in any command: one line, a report in a file, exit code 70, and never a traceback."""
+
+import logging
+import re
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from support.builders import make_labels, write_tars
+from support.command_tree import COMMANDS
+
+import cli
+from pipeline import crash
+from pipeline.crash import CRASHED, crash_of, save_report, shortened
+
+# Something that each command calls once its arguments are understood, and arguments that bring it there.
+LABELS, DATA = "LABELS", "DATA"
+TEACHER = ["--data", DATA, "--teacher", "test_resnet", "--no-pretrained", "--device", "cpu"]
+INJECTED = {
+    "precompute": ("pipeline.stage1.engines.load_here", [*TEACHER, "--out", "out"]),
+    "estimate": ("pipeline.stage1.engines.load_here", TEACHER),
+    "bench stage1": ("pipeline.stage1.engines.load_here", TEACHER),
+    "train": ("trainer.loop.build_state", ["--labels", LABELS]),
+    "bench stage2": ("trainer.measuring.measure_training", ["--labels", LABELS]),
+    "evaluate": ("trainer.evaluate.open_student", ["--model", "test_resnet", "--data", DATA]),
+    "labels info": ("pipeline.labels.summary.summarise", [LABELS]),
+    "labels verify": ("pipeline.verify.verify.check_images", [LABELS]),
+    "labels sign": ("pipeline.sharing.signing._library", [LABELS, "--private-key", "team.pem"]),
+    "labels show": ("pipeline.labels.sheet._spread", [LABELS]),
+    "labels push": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
+    "labels pull": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
+    "labels merge": ("pipeline.sharing.merging.merge", ["out", LABELS]),
+    "labels extend": ("pipeline.stage1.engines.load_here", [LABELS, "--views", "3:5"]),
+    "labels import": ("pipeline.exchange.importing.import_labels", ["fkd", "path", "out"]),
+    "labels card": ("pipeline.labels.card.write_card", [LABELS]),
+    "labels export": ("pipeline.exchange.export.plan_export", [LABELS, "out"]),
+    "doctor": ("pipeline.doctor.findings.report_table", []),
+    "demo": ("trainer.demo.run_demo", ["--out", "out"]),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return write_tars(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def labels(data, tmp_path_factory) -> str:
+    return str(make_labels(tmp_path_factory.mktemp("labels") / "set", data).folder)
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """Run the program in this process; return exit code and stderr."""
+    monkeypatch.setattr(sys, "argv", ["deit-cli", *arguments])
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # given back afterwards
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    code = ended.value.code
+    return int(code or 0), capsys.readouterr().err
+
+
+def test_no_command_is_left_out():
+    assert sorted(INJECTED) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", INJECTED)
+def test_an_error_that_nobody_foresaw_is_one_line_and_a_report(command, data, labels, tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise KeyError("the moon\nand the stars")
+
+    target, arguments = INJECTED[command]
+    monkeypatch.setattr(target, broken)
+    monkeypatch.chdir(tmp_path)
+    given = [{LABELS: labels, DATA: data}.get(word, word) for word in arguments]
+    code, stderr = run(monkeypatch, capsys, *command.split(), *given)
+    assert code == CRASHED == 70
+    assert "Traceback" not in stderr
+    last = stderr.splitlines()[-1]
+    assert re.match(
+        r"error: KeyError: .*the moon.* \(tests/test_crash\.py:\d+, in broken\)\. This is a fault of deit-cli", last
+    )
+    (report,) = tmp_path.glob("deit-cli-crash-*.txt")
+    assert report.name in last
+    text = report.read_text()
+    for part in ("KeyError", f"command: deit-cli {command}", "Traceback", "torch ", f"python {sys.version.split()[0]}"):
+        assert part in text
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("precompute", "stopped; the same command continues"),
+        ("train", "stopped; the same command continues, with --resume if a checkpoint was written"),
+        ("labels push", "stopped; the same command continues"),
+        ("labels verify", "stopped"),
+        ("estimate", "stopped"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on_where_a_command_does(command, said, data, labels, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    target, arguments = INJECTED[command]
+    monkeypatch.setattr(target, interrupted)
+    monkeypatch.chdir(tmp_path)
+    given = [{LABELS: labels, DATA: data}.get(word, word) for word in arguments]
+    code, stderr = run(monkeypatch, capsys, *command.split(), *given)
+    assert code == 130
+    assert [line for line in stderr.splitlines() if line.strip()][-1] == said
+
+
+def test_verbose_prints_it_too(tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise KeyError("x")
+
+    monkeypatch.setattr("trainer.demo.run_demo", broken)
+    monkeypatch.chdir(tmp_path)
+    level = logging.getLogger("deit_cli").level
+    try:
+        code, stderr = run(monkeypatch, capsys, "--verbose", "demo")
+    finally:
+        logging.getLogger("deit_cli").setLevel(level)
+    assert code == 70
+    assert "Traceback (most recent call last)" in stderr
+    assert stderr.splitlines()[-1].startswith("error: KeyError: 'x'")
+
+
+def test_secrets_and_long_paths_are_not_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["labels", "sign", "/data/team/x/shards", "--identity-token", "abc123", "--other-token=abc123"]
+    path = save_report(
+        crash_of(ValueError("https://me:abc123@host/x?sig=abc123")), arguments, {"identity_token": "abc123"}
+    )
+    text = (path or Path()).read_text()
+    assert "abc123" not in text
+    assert "deit-cli labels sign …/x/shards --identity-token HIDDEN --other-token=HIDDEN" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("--data /data/team/imagenet/train --out x", "--data …/imagenet/train --out x"),
+        ("--data=/data/team/imagenet/train", "--data=…/imagenet/train"),
+        (f"{Path.home()}/a/b/c", "…/b/c"),
+        ("/etc/passwd", "/etc/passwd"),
+        ("a/relative/path/of/mine", "a/relative/path/of/mine"),
+        ("s3://bucket/a/b/c", "s3://bucket/a/b/c"),
+        ("https://u:p@host/a/b?signature=1, gone", "https://host/a/b gone"),
+        ('File "/v/lib/python3.11/site-packages/torch/nn/x.py", line 3', 'File "torch/nn/x.py", line 3'),
+        (f'File "{crash.ROOT}/pipeline/x.py"', 'File "pipeline/x.py"'),
+    ],
+)
+def test_paths_keep_their_end(text, short):
+    assert shortened(text) == short
+
+
+def test_a_report_that_no_folder_takes_is_said_to_be_missing(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise KeyError("x")
+
+    monkeypatch.setattr("trainer.demo.run_demo", broken)
+    monkeypatch.chdir("/proc")
+    monkeypatch.setattr("tempfile.tempdir", "/proc")
+    code, stderr = run(monkeypatch, capsys, "demo")
+    assert code == 70
+    assert "the report could not be written" in stderr
+
+
+def test_a_thread_that_fails_has_no_traceback_either(tmp_path, monkeypatch, capsys):
+    def starts_a_thread(*_, **__):
+        thread = threading.Thread(target=lambda: {}["x"])
+        thread.start()
+        thread.join()
+        return "done"
+
+    monkeypatch.setattr("trainer.demo.run_demo", starts_a_thread)
+    monkeypatch.chdir(tmp_path)
+    code, stderr = run(monkeypatch, capsys, "demo")
+    assert code == 0
+    assert "Traceback" not in stderr
+    assert "error: KeyError: 'x'" in stderr
+
+
+@pytest.mark.slow
+def test_a_teacher_process_that_fails_says_of_what(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "failing.py").write_text(
+        "import multiprocessing, torch\n\n"
+        "class Failing(torch.nn.Linear):\n"
+        "    def forward(self, images):\n"
+        "        if multiprocessing.parent_process() and len(images) > 2:\n"
+        "            raise KeyError('only elsewhere')\n"
+        "        return super().forward(images.flatten(1))\n\n"
+        "def network():\n    torch.manual_seed(0)\n    return Failing(768, 3), {'input_size': (3, 16, 16)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["--data", data, "--teacher", "failing:network", "--set", "img_size=16", "--out", "out", "-j", "0"]
+    code, stderr = run(monkeypatch, capsys, "precompute", *arguments, "--processes", "2")
+    assert code == 1
+    assert "Traceback" not in stderr
+    assert re.search(
+        r"Everything else is complete\. The last of KeyError: 'only elsewhere' \(\S*failing\.py:6, in forward\);",
+        stderr,
+    )

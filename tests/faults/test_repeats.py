@@ -1,0 +1,153 @@
+"""A warning that a loop repeats is said once, and counted at the end, whichever process it comes from."""
+
+import ast
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.builders import with_checkout, write_tars
+
+from pipeline.repeats import FirstOfEachKind, hear, send_messages, warn_again
+
+ROOT = Path(__file__).parents[2]
+CONSTANT = """
+import torch
+
+class Constant(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        return torch.tensor([1.0, 0.0, 0.0]).expand(len(images), 3) + self.weight
+
+def network():
+    return Constant(), {"input_size": (3, 16, 16)}
+"""
+SAID = "the teacher gave class 0 to all of 300 views"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("constant")
+    write_tars(folder / "data", (300, 300))
+    (folder / "constant.py").write_text(CONSTANT)
+    return folder
+
+
+def label(folder: Path, name: str, *options: str, verbose: bool = False) -> str:
+    """Label six label shards with a teacher that knows one class; return what a person reads."""
+    command = [
+        sys.executable,
+        "-c",
+        "import cli; cli.main()",
+        *(["-v"] if verbose else []),
+        "precompute",
+        "--data",
+        "data",
+    ]
+    command += ["--teacher", "constant:network", "--set", "img_size=16", "--views", "3", "--views-per-shard", "1"]
+    command += ["-j", "0", "--out", name, "--log-json", f"{name}.json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=with_checkout(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_warning_of_every_label_shard_is_said_once_and_counted(folder, processes):
+    said = label(folder, f"out{processes}", "--processes", str(processes))
+    assert said.count(SAID) == 1
+    assert said.endswith("label shards in which the teacher gave one class to all views: 6 in all\n")
+    messages = [json.loads(line) for line in (folder / f"out{processes}.json").read_text().splitlines()]
+    assert sum(SAID in message.get("text", "") for message in messages) == 6  # for a machine, all of them
+
+
+@pytest.mark.slow
+def test_verbose_says_every_one(folder):
+    assert label(folder, "verbose", verbose=True).count(SAID) == 6
+
+
+def test_each_kind_is_said_once_and_counted_if_it_came_again(caplog):
+    log, handler = logging.getLogger("deit_cli.tests"), logging.NullHandler()
+    first, said = FirstOfEachKind(), []
+    handler.addFilter(first)
+    handler.handle = lambda record: said.append(record.getMessage()) if handler.filter(record) else None
+    log.addHandler(handler)
+    try:
+        for number in range(1200):
+            warn_again(log, "bad views", "view %d is bad", number)
+        warn_again(log, "lost files", "file %s is lost", "x")
+        log.warning("something else")
+        log.warning("something else")
+    finally:
+        log.removeHandler(handler)
+    assert said == ["view 0 is bad", "file x is lost", "something else", "something else"]
+    caplog.clear()
+    first.say_counts()
+    assert caplog.messages == ["bad views: 1,200 in all"]
+    first.say_counts()
+    assert len(caplog.messages) == 1
+
+
+def test_messages_of_another_process_are_heard_with_their_kind(monkeypatch, caplog):
+    root, sent = logging.getLogger(), []
+    before = root.handlers
+    try:
+        send_messages(sent.append)
+        warn_again(logging.getLogger("deit_cli.tests"), "bad views", "view %d is bad", 3)
+    finally:
+        root.handlers = before
+    (record,) = sent
+    assert (record.msg, record.args, record.repeats) == ("view 3 is bad", None, "bad views")
+    hear(record)
+    assert caplog.messages == ["view 3 is bad"]
+
+
+def test_a_process_that_nobody_hears_goes_on(monkeypatch, capsys):
+    def broken(_):
+        raise BrokenPipeError
+
+    root = logging.getLogger()
+    before = root.handlers
+    try:
+        send_messages(broken)
+        logging.getLogger("deit_cli.tests").warning("nobody hears this")
+    finally:
+        root.handlers = before
+    assert capsys.readouterr().err == ""
+
+
+# A warning that stands here can come only a few times in a command, whatever the size of the data. All others go through
+# `warn_again`.
+ONCE = {
+    "pipeline.labels.card.refresh_card",
+    "pipeline.exchange.export.export_labels",
+    "pipeline.exchange.fkd.list_files",
+    "pipeline.stage1.indexing.index_samples",
+    "pipeline.sharing.merging._has_images",
+    "pipeline.stage1.precompute._warn_of_sorted_classes",
+    "pipeline.repeats.say_counts",
+    "pipeline.repeats.warn_again",
+    "pipeline.sharing.transfer._carry",
+    "pipeline.teacher.teacher._try",  # halves a batch
+    "trainer.evaluate._compare_names",
+    "trainer.metrics._each",  # removes a tracker
+    "trainer.run.announce",
+    "trainer.run.open_data",
+    "trainer.trackers.__init__",
+}
+
+
+def test_every_other_warning_may_be_repeated():
+    found = set()
+    for path in [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("trainer/**/*.py")]:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                calls = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+                if calls & {"log.warning", "logger.warning"}:
+                    found.add(".".join((*path.relative_to(ROOT).with_suffix("").parts, function.name)))
+    assert found == ONCE

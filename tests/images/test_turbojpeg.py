@@ -1,0 +1,148 @@
+"""A decoded region is a slice of the decoded image, bit for bit; and where it cannot be, the whole image is decoded."""
+
+import io
+import random
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.builders import encoded, photo, shared_data
+
+from pipeline.errors import BadImageError
+from pipeline.images import turbojpeg
+from pipeline.images.decode import decode, decode_around
+from pipeline.settings.files import load_recipe
+from pipeline.views.view import draw_view, render, render_encoded
+
+
+@pytest.fixture
+def installed():
+    if not turbojpeg.is_installed():
+        pytest.skip("no TurboJPEG library of version 3 is installed: pip install 'deit-cli[region]'")
+
+
+@pytest.fixture
+def always(installed, monkeypatch):
+    """Regions are decoded also where it does not pay."""
+    monkeypatch.setattr(turbojpeg, "_LEAST_PIXELS", 0)
+    monkeypatch.setattr(turbojpeg, "_MOST_OF_IT", 1.0)
+
+
+def noisy(height: int, width: int) -> Image.Image:
+    """A photo with noise in every channel, so that each pixel's chroma differs from its neighbours'."""
+    noise = np.random.default_rng(height).integers(-40, 40, (height, width, 3))
+    return Image.fromarray(np.clip(photo(width, height, max(width, 5))[:, :width] + noise, 0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88, **options)
+    return buffer.getvalue()
+
+
+def boxes(height: int, width: int, count: int = 40):
+    """Return the whole image, its four corners, and boxes at random."""
+    numbers = random.Random(height * width)
+    yield 0, 0, height, width
+    yield from [(0, 0, 1, 1), (height - 1, 0, 1, 1), (0, width - 1, 1, 1), (height - 1, width - 1, 1, 1)]
+    for _ in range(count):
+        top, left = numbers.randrange(height), numbers.randrange(width)
+        yield top, left, numbers.randint(1, height - top), numbers.randint(1, width - left)
+
+
+ENCODINGS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "restarts after rows": {"restart_marker_rows": 1},
+    "restarts after blocks": {"restart_marker_blocks": 3},
+    "optimised": {"optimize": True},
+}
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "grey"])
+@pytest.mark.parametrize(("height", "width"), [(1, 40), (17, 1), (8, 8), (16, 16), (33, 47), (241, 321)])
+def test_a_region_is_the_slice_of_the_whole(always, encoding, height, width):
+    picture = noisy(height, width)
+    image = jpeg(picture.convert("L")) if encoding == "grey" else jpeg(picture, **ENCODINGS[encoding])
+    whole = decode(image, key="k")
+    for top, left, tall, wide in boxes(height, width):
+        part = turbojpeg.decode_region(image, (top, left, tall, wide))
+        assert part is not None
+        pixels, y, x = part
+        got = pixels[top - y : top - y + tall, left - x : left - x + wide]
+        np.testing.assert_array_equal(
+            got, whole[top : top + tall, left : left + wide], err_msg=f"{top, left, tall, wide}"
+        )
+
+
+def test_less_than_the_whole_is_decoded(always):
+    part = turbojpeg.decode_region(jpeg(noisy(240, 320)), (100, 150, 40, 50))
+    assert part is not None
+    pixels, y, x = part
+    assert pixels.shape == (44, 88, 3)  # two rows above and below; from a block before to a block after
+    assert (y, x) == (98, 128)
+
+
+def test_views_of_photographs_are_those_of_the_whole_images(installed, monkeypatch):
+    recipe, regions = load_recipe("deit"), []
+    decode_region = turbojpeg.decode_region
+
+    def counted(*args):
+        regions.append(decode_region(*args))
+        return regions[-1]
+
+    monkeypatch.setattr("pipeline.images.decode.decode_region", counted)
+    with tarfile.open(next(shared_data("imagenet-sample").glob("*.tar"))) as tar:
+        images = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")][:60]  # pyright: ignore[reportOptionalMemberAccess]
+    for number, image in enumerate(images):
+        whole = decode(image, key="photo")
+        drawn = draw_view(recipe, f"{number}", number, height=whole.shape[0], width=whole.shape[1])
+        (pixels,) = render_encoded(image, recipe, f"{number}", range(number, number + 1))
+        np.testing.assert_array_equal(pixels, render(whole, drawn))
+    assert 20 < sum(part is not None for part in regions) < 60  # small crops alone are worth it
+
+
+RARE = {
+    "progressive": lambda: jpeg(noisy(200, 200), progressive=True),
+    "four colours": lambda: jpeg(noisy(200, 200).convert("CMYK")),
+    "a small image": lambda: jpeg(noisy(100, 100)),
+    "cut": lambda: jpeg(noisy(200, 200))[:2000],
+    "a header alone": lambda: jpeg(noisy(200, 200))[:40],
+    "no JPEG": lambda: b"\xff\xd8\xff" + b"0" * 100,
+}
+
+
+@pytest.mark.parametrize("what", RARE)
+def test_what_is_no_plain_jpeg_is_left_to_the_other_decoders(installed, what):
+    assert turbojpeg.decode_region(RARE[what](), (150, 150, 20, 20)) is None
+
+
+def test_a_large_box_is_decoded_with_the_whole(installed):
+    image = jpeg(noisy(200, 200))
+    assert turbojpeg.decode_region(image, (0, 0, 150, 190)) is None
+    assert turbojpeg.decode_region(image, (0, 0, 150, 185)) is not None
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_without_the_library_the_whole_image_is_decoded(monkeypatch, kind):
+    monkeypatch.setattr(turbojpeg, "_library", lambda: None)
+    assert not turbojpeg.is_installed()
+    image = encoded(photo(0, 200, 200), kind)
+    pixels, top, left = decode_around(image, (150, 150, 20, 20), key="k")
+    np.testing.assert_array_equal(pixels, decode(image, key="k"))
+    assert (top, left) == (0, 0)
+
+
+def test_a_damaged_image_is_the_same_error_as_everywhere():
+    with pytest.raises(BadImageError, match="image 'k'"):
+        decode_around(jpeg(noisy(200, 200))[:2000], (150, 150, 20, 20), key="k")
+
+
+def test_a_library_of_another_version_is_passed_over(monkeypatch):
+    turbojpeg._library.cache_clear()
+    monkeypatch.setattr(turbojpeg, "_NAMES", ("libm.so.6", "no-such-library.so"))
+    monkeypatch.setattr(turbojpeg, "_packaged", lambda: [])
+    assert turbojpeg._library() is None
+    turbojpeg._library.cache_clear()

@@ -1,0 +1,529 @@
+"""Every option of every command, and every choice, once through the real program: it does what it says, or is refused in words.
+
+The lists below are held against the command line itself: an option without a trial of another value than its default, or a
+choice that no trial takes, fails `test_no_option_is_left_out`.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import timm
+import torch
+from click.core import ParameterSource
+from click.testing import CliRunner
+from safetensors.torch import save_file
+from support.builders import make_labels, with_checkout, write_tars
+from support.command_tree import COMMANDS
+from support.imports import write_fkd, write_tinyvit
+from support.signing import write_key
+
+import cli
+from pipeline.errors import DeitCliError
+from pipeline.labels.labelset import LabelSet
+from pipeline.views.recipe import PRESETS, Recipe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial came to.
+
+    Attributes:
+        output: stdout.
+        said: messages on stderr.
+        settings: what the command made of its options.
+        folder: in which it ran, which is empty before.
+        out: what it was to write, by default.
+        compiled: how many networks it compiled.
+    """
+
+    output: str
+    said: str
+    settings: dict[str, Any]
+    folder: Path
+    out: Path
+    compiled: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One call of a command.
+
+    Attributes:
+        args: behind those that all trials of the command begin with. {names} are those of `world`.
+        refused: what the refusal says; empty: it succeeds.
+        seen: what shows an effect that the settings do not show.
+    """
+
+    args: str = ""
+    refused: str = ""
+    seen: Callable[[Outcome], bool] = lambda _: True
+
+
+TINY = "--model deit-ti --patch-size 8 --embed-dim 32 --depth 1 --num-heads 2 -b 12 -j 0 --device cpu"
+SMALL_TEACHER = (
+    "--teacher test_resnet --no-pretrained --teacher-img-size 16 --set img_size=16 --set mix_block=8 -j 0 --device cpu"
+)
+BEGIN = {
+    "train": f"--labels {{labels}} --output out {TINY} --epochs 1 --log-interval 1",
+    "precompute": f"--data {{data}} --out out --views 2 {SMALL_TEACHER}",
+    "estimate": f"--data {{data}} {SMALL_TEACHER} --model deit-ti --seconds 0.1",
+    "bench stage1": f"--data {{data}} {SMALL_TEACHER} --seconds 0.1",
+    "bench stage2": f"--labels {{labels}} {TINY} --seconds 0.1",
+    "evaluate": "--checkpoint {run}/last --data {data} -j 0",
+    "labels info": "{labels}",
+    "labels verify": "{labels}",
+    "labels sign": "{mine}",
+    "labels show": "{labels}",
+    "labels push": "{labels} out",
+    "labels pull": "{labels} out",
+    "labels merge": "out {labels}",
+    "labels extend": "{mine} --views 3:4 -j 0 --device cpu",
+    "labels import": "",
+    "labels card": "{mine}",
+    "labels export": "{labels} out -j 0",
+    "doctor": "",
+    "demo": "",
+}
+OFFLINE = "Hub|published weights"  # the tests have no network
+
+
+def saved(name: str, value: Any) -> Callable[[Outcome], bool]:
+    """Return a look at what a training run has saved."""
+    return lambda got: json.loads((got.out / "config.json").read_text())["config"][name] == value
+
+
+def plan(path: str, value: Any) -> Callable[[Outcome], bool]:
+    """Return a look at the plan of the label set that was made."""
+
+    def look(got: Outcome) -> bool:
+        found = json.loads((got.out / "plan.json").read_text())
+        for part in path.split("."):
+            found = found[int(part) if part.isdecimal() else part]
+        return found == value
+
+    return look
+
+
+def exists(*names: str) -> Callable[[Outcome], bool]:
+    return lambda got: all((got.folder / name).exists() for name in names)
+
+
+def metrics(got: Outcome, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (got.out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def is_json(got: Outcome) -> bool:
+    return isinstance(json.loads(got.output), dict)
+
+
+FIELDS = {
+    # each field of a recipe, as YAML: a value that is not its default
+    "img_size": "24",
+    "crop": "center",
+    "scale": "[0.4, 1.0]",
+    "ratio": "[0.9, 1.1]",
+    "crop_pct": "0.5",
+    "hflip": "0",
+    "aa": "null",
+    "reprob": "1e-1",
+    "mixup": "0",
+    "cutmix": "0.5",
+    "mixup_prob": "0.5",
+    "mixup_switch_prob": "0.25",
+    "mix_block": "4",
+    "views_per_pairing": "1",
+    "seed": "7",
+}
+
+MEASURED = [
+    Trial("-c {folder}/labels.yaml --dtype auto --workers 1"),
+    Trial("--data {copy} --views 5 --topk 1 --precision log8 --views-per-shard 2 --batch-size 8 --processes 1"),
+    Trial("--precision float16 --dtype float32 --recipe none --seconds 0.11"),
+    Trial("--precision float32 --dtype bfloat16 --teacher test_efficientnet --teacher-img-size 24"),
+    Trial("--dtype float16 --teacher-checkpoint {folder}/teacher.safetensors"),
+    Trial("--pretrained", OFFLINE),
+    Trial("--compile", seen=lambda got: got.compiled == 1),
+]
+
+TRIALS: dict[str, list[Trial]] = {
+    "train": [
+        Trial("-c {folder}/train.yaml", seen=saved("weight_decay", 0.25)),
+        Trial("--expect-manifest {manifest}", seen=lambda got: saved("expect_manifest", got.settings["expect_manifest"])(got)),
+        Trial(f"--expect-manifest sha256:{'0' * 64}", "is not the pinned one"),
+        Trial("--data {copy}"),
+        Trial("--cache-dir cache --cache-size 1GB"),
+        Trial("--cache-size much", "--cache-size"),
+        Trial("--output elsewhere", seen=exists("elsewhere/last")),
+        Trial("--model deit-s", seen=lambda got: "student deit-s" in got.said),
+        Trial("--img-size 16"),
+        Trial("--img-size 24", "is not that of the views, 16"),
+        Trial("--patch-size 4 --embed-dim 48 --depth 2 --num-heads 4"),
+        Trial("--init {run}/last", seen=lambda got: "all weights as they are" in got.said),
+        Trial("--linear-probe --init {run}/last", seen=lambda got: "linear probe" in got.said),
+        Trial("--linear-probe", "pass --init or --pretrained too"),
+        Trial("--pretrained", OFFLINE),
+        Trial("--distillation-type none", seen=lambda got: "distill_loss" not in metrics(got)[0]),
+        Trial("--distillation-type hard --distillation-alpha 0.25"),
+        Trial("--distillation-type soft --distillation-tau 3 --tail spread --soft-reduction batchmean"),
+        Trial("--distillation-type soft --tail renormalise --soft-reduction deit --smoothing 0.2"),
+        Trial("--epochs 2 --warmup-epochs 1.5", seen=lambda got: metrics(got)[-1]["epoch"] == 1),
+        Trial("-b 6 --grad-accum-steps 2", seen=lambda got: "2 passes" in got.said),
+        Trial("--lr 3e-3", seen=lambda got: "lr 0.003" in got.said),
+        Trial("--lr-base 0.1", seen=lambda got: "lr 0.00234" in got.said),
+        Trial("--warmup-lr 1e-5 --min-lr 1e-6"),
+        Trial("--weight-decay 0 --drop-path 0 --clip-grad 1", seen=lambda got: "grad_norm" in metrics(got)[0]),
+        Trial("--repeated-aug 1 --shuffle-window 1 --seed 3"),
+        Trial("--views 1:3"),
+        Trial("--views 1:9", "--views must be START:STOP within the labelled views"),
+        Trial("--view-policy cycle --eval-interval 2"),
+        Trial("--view-policy random"),
+        Trial("--view-policy once"),
+        Trial("--no-model-ema", seen=lambda got: not (got.out / "last-ema").exists()),
+        Trial("--model-ema-decay 0.9 --model-ema-warmup", seen=exists("out/last-ema")),
+        Trial("--eval-data {data} --crop-pct 1", seen=lambda got: metrics(got, "eval")[0]["images"] == 23),
+        Trial("--resume", seen=exists("out/last")),
+        Trial("--resume auto --recovery-interval 1 --checkpoint-interval 3", seen=exists("out/state.safetensors")),
+        Trial("--resume never --log-interval 2"),
+        Trial("--log-tensorboard", seen=exists("out/tensorboard")),
+        Trial("--log-wandb --wandb-project trials", seen=exists("out/wandb.json")),
+        Trial("--workers 1"),
+        Trial("--compile --amp-dtype auto", seen=lambda got: got.compiled == 1),
+        Trial("--amp-dtype bfloat16"),
+        Trial("--amp-dtype float32 --deterministic"),
+        Trial("--recipe deit --set img_size=16 --set mix_block=8"),
+        Trial("--recipe none", "made with another recipe"),
+        Trial("--set scale=[0.4,1.0]", "made with another recipe"),
+        Trial("--log-json log.json", seen=exists("log.json")),
+    ],
+    "precompute": [
+        Trial("-c {folder}/labels.yaml", seen=plan("topk", 1)),
+        Trial("--data {copy} --out elsewhere", seen=exists("elsewhere/manifest.json")),
+        Trial("--views 1:3 --views-per-shard 1", seen=exists("out/labels/views-00002-00002")),
+        Trial("--topk 2 --precision float16", seen=plan("topk", 2)),
+        Trial("--topk 0 --precision float32", seen=plan("precision", "float32")),
+        Trial("--precision log8", seen=plan("precision", "log8")),
+        Trial("--batch-size 8 --workers 1"),
+        Trial("--batch-size auto --engine local --address head:6379", "pass --engine ray as well"),
+        Trial("--engine ray --address 127.0.0.1:1", "no Ray cluster answers"),
+        Trial("--engine local --processes 2"),
+        Trial("--on-bad-image fail"),
+        Trial("--on-bad-image skip --data {bad}", seen=lambda got: "1 of 23 images cannot be decoded" in got.said),
+        Trial("--include-images", seen=exists("out/images/train-000000.tar")),
+        Trial("--include-images 12", seen=exists("out/images/train-000000.tar")),
+        Trial("--min-teacher-accuracy 1 --accuracy-samples 10", seen=lambda got: "of 10 labelled images" in got.said),
+        Trial("--teacher test_resnet --teacher test_efficientnet", seen=lambda got: "teacher test_efficientnet" in got.said),
+        Trial("--teacher-checkpoint {folder}/teacher.safetensors"),
+        Trial("--teacher builders:confident_cnn", seen=plan("teacher.members.1.name", "builders:confident_cnn")),
+        Trial("--pretrained", OFFLINE),
+        Trial("--teacher-img-size 24", seen=lambda got: "sees 24 px" in got.said),
+        Trial("--device cpu --dtype auto"),
+        Trial("--dtype float32"),
+        Trial("--dtype bfloat16"),
+        Trial("--dtype float16"),
+        Trial("--device cuda:7", "--device 'cuda:7' cannot be used"),
+        Trial("--compile", seen=lambda got: got.compiled == 1),
+        Trial("--dry-run", seen=lambda got: "teacher passes 46" in got.output and not got.out.exists()),
+        Trial("--log-json log.json", seen=exists("log.json")),
+        Trial("--recipe {folder}/recipe.yaml", seen=plan("recipe.scale", [0.4, 1.0])),
+        *(Trial(f"--recipe {name}", seen=plan("recipe.hflip", preset.hflip)) for name, preset in PRESETS.items()),
+        *(
+            Trial(f"--set '{name}={text}'", seen=plan(f"recipe.{name}", json.loads(text) if name != "crop" else text))
+            for name, text in FIELDS.items()
+        ),
+        Trial("--set renderer=2", "this version renders recipes of renderer 1"),
+    ],
+    "estimate": [
+        *MEASURED,
+        Trial("--images 1000 --students 3 --epochs 10 --model deit-s --json", seen=is_json),
+    ],
+    "bench stage1": [*MEASURED, Trial("--images 10 --json", seen=is_json)],
+    "bench stage2": [
+        Trial("-c {folder}/train.yaml --json", seen=is_json),
+        Trial("--expect-manifest {manifest} --data {copy} --cache-dir cache --cache-size 1GB --model deit-s --img-size 16"),
+        Trial("--patch-size 4 --embed-dim 48 --depth 2 --num-heads 4 --drop-path 0 --clip-grad 1 --seconds 0.2"),
+        Trial("--init {run}/last --linear-probe --distillation-type hard --amp-dtype auto"),
+        Trial("--distillation-type none --views 1:3 --repeated-aug 1 --shuffle-window 1 --workers 1"),
+        Trial("--distillation-type soft --tail spread --soft-reduction batchmean --amp-dtype float32 --deterministic"),
+        Trial("--distillation-type soft --tail renormalise --soft-reduction deit --amp-dtype bfloat16 --no-model-ema"),
+        Trial("-b 6 --grad-accum-steps 2 --recipe deit --set img_size=16 --set mix_block=8"),
+        Trial("--pretrained", OFFLINE),
+        Trial("--compile", seen=lambda got: got.compiled > 0),
+    ],
+    "evaluate": [
+        Trial("--checkpoint {folder}/teacher.safetensors --model test_resnet --num-classes 3 --crop-pct 1 --batch-size 4"),
+        Trial("--labels {labels} --labels-data {copy} --expect-manifest {manifest} --agreement-samples 6 --workers 1"),
+        Trial("--data {copy} --device cpu --amp-dtype auto --json", seen=is_json),
+        Trial("--amp-dtype float32"),
+        Trial("--amp-dtype bfloat16"),
+        Trial("--pretrained", "pass --checkpoint or --pretrained, not both"),
+        Trial("--model deit-ti", "says its architecture itself"),
+        Trial("--num-classes 3", "--num-classes is of a file of weights"),
+    ],
+    "labels info": [
+        Trial(seen=lambda got: "views" in got.output),
+        Trial("--expect-manifest {manifest} --json", seen=is_json),
+    ],
+    "labels verify": [
+        Trial("--data {copy} --threads 1", seen=lambda got: "23 images" in got.output),
+        Trial("--no-probes --expect-manifest {manifest} --json", seen=is_json),
+        Trial("--public-key {folder}/team.pub", "1 problem"),
+        Trial("--identity a@b.c --identity-provider https://accounts.google.com", "1 problem"),
+        Trial("--teacher builders:confident_cnn --teacher-img-size 16 --relabel 7 --relabel-seed 3 --device cpu --dtype auto"),
+        *(
+            Trial(f"--teacher builders:confident_cnn --teacher-img-size 16 --relabel 3 --dtype {dtype}")
+            for dtype in ("float32", "bfloat16", "float16")
+        ),
+        Trial(
+            "--teacher test_resnet --no-pretrained --teacher-checkpoint {folder}/teacher.safetensors --teacher-img-size 16",
+            "1 problem (1 teacher)",
+        ),
+    ],
+    "labels sign": [
+        Trial("--private-key {folder}/team.pem", seen=lambda got: got.output.strip().endswith("manifest.json.sig")),
+        Trial("--identity-token nonsense", "cannot be signed"),
+    ],
+    "labels show": [
+        Trial("--data {copy} --out sheet.png --samples 2 --views 1", seen=exists("sheet.png")),
+    ],
+    "labels push": [Trial("--workers 2", seen=exists("out/manifest.json"))],
+    "labels pull": [
+        Trial("--workers 2 --expect-manifest {manifest}", seen=exists("out/manifest.json")),
+        Trial("--views 0:1 --shards 'train-000000'", seen=lambda got: LabelSet.open(got.out).shards == ("train-000000",)),
+    ],
+    "labels merge": [Trial(seen=exists("out/manifest.json"))],
+    "labels extend": [
+        Trial("--data {copy} --batch-size 8 --workers 1 --engine local --accuracy-samples 7 --dtype auto --log-json log.json",
+              seen=exists("log.json")),
+        Trial("--teacher builders:confident_cnn --teacher-img-size 16 --processes 1 --min-teacher-accuracy 1 --dtype float32"),
+        Trial("--engine ray --address 127.0.0.1:1", "no Ray cluster answers"),
+        Trial("--on-bad-image skip --dtype bfloat16"),
+        Trial("--on-bad-image fail --dtype float16 --compile", seen=lambda got: got.compiled == 1),
+        Trial("--teacher test_resnet --no-pretrained --teacher-checkpoint {folder}/teacher.safetensors", "teacher"),
+    ],
+    "labels import": [
+        Trial("fkd {fkd} out --num-classes 100 --topk 3", seen=exists("out/import.json")),
+        Trial("tinyvit {tinyvit} out --num-classes 100", seen=exists("out/import.json")),
+    ],
+    "labels card": [
+        Trial("--license cc-by-4.0"),
+        Trial("--license other --license-name Ours --license-link https://example.org/licence --replace"),
+        Trial("--license-name Ours", "pass --license other as well"),
+    ],
+    "labels export": [
+        Trial("--data {copy} --views 1:2 --pixels views --encoding png --format webdataset", seen=exists("out/_info.json")),
+        Trial("--encoding jpeg --workers 1", seen=exists("out/_info.json")),
+        Trial("--pixels originals", seen=lambda got: "the recipe crops, changes or mixes images" in got.said),
+    ],
+    "doctor": [
+        Trial("--out here --labels {labels} --data {copy} --json", seen=is_json),
+    ],
+    "demo": [Trial("--out here --seed 7", seen=lambda got: got.output == "here 7\n")],
+}  # fmt: skip
+
+
+class Anything(dict[str, str]):
+    """Names of the world, before there is one."""
+
+    def __missing__(self, name: str) -> str:
+        return f"sha256:{'0' * 64}" if name == "manifest" else name
+
+
+def arguments_of(command: str, trial: Trial, world: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return what all trials of a command begin with, and what this one adds."""
+    return tuple(shlex.split(text.format_map(world)) for text in (BEGIN[command], trial.args))  # pyright: ignore
+
+
+def given(command: str, arguments: list[str]) -> dict[str, Any]:
+    """Return the value of each parameter that these arguments give."""
+    known = {flag: option for option in COMMANDS[command].params for flag in (*option.opts, *option.secondary_opts)}
+    kept = [a for a in arguments if a not in ("-c", "--config")]  # a file that is not there yet
+    kept = [a for a in kept if not a.endswith(("train.yaml", "labels.yaml"))]
+    context = COMMANDS[command].make_context(command, kept, resilient_parsing=True)
+    values = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+    return values | {known[a].name or "": a for a in arguments if a in ("-c", "--config")}
+
+
+def taken(command: str) -> dict[str, list[Any]]:
+    """Return the values that the trials of a command give to each of its parameters."""
+    found: dict[str, list[Any]] = {}
+    for trial in TRIALS[command]:
+        begin, more = arguments_of(command, trial, Anything())
+        for name, value in given(command, [*begin, *more]).items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def is_another(value: Any, parameter: click.Parameter) -> bool:
+    """Whether a value is not the default, in whatever form click has it."""
+    return str(value) not in (str(parameter.default), str((parameter.default,)))
+
+
+def left_out(command: str) -> Iterable[str]:
+    """Yield what no trial of a command tries."""
+    found = taken(command)
+    for parameter in COMMANDS[command].params:
+        values = found.get(parameter.name or "", [])
+        only = isinstance(parameter.type, click.Choice) and len(parameter.type.choices) == 1
+        if not only and not any(is_another(value, parameter) for value in values):
+            yield f"{parameter.name}: no trial gives it a value that is not its default"
+        if isinstance(parameter.type, click.Choice):
+            yield from (
+                f"{parameter.name}: no trial of {choice}" for choice in set(parameter.type.choices) - set(values)
+            )
+
+
+def test_every_command_has_trials():
+    assert sorted(TRIALS) == sorted(BEGIN) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_is_left_out(command):
+    assert list(left_out(command)) == []
+
+
+def test_no_field_of_a_recipe_is_left_out():
+    assert {*FIELDS, "renderer"} == {field.name for field in dataclasses.fields(Recipe)}
+    for name, text in FIELDS.items():
+        assert Recipe.from_dict({name: json.loads(text) if name != "crop" else text}) != Recipe()
+
+
+def test_an_option_without_a_trial_is_found():
+    command = COMMANDS["labels show"]
+    command.params.append(click.Option(["--frame"], type=click.Choice(["thin", "thick"]), default="thin"))
+    try:
+        assert sorted(left_out("labels show")) == [
+            "frame: no trial gives it a value that is not its default",
+            "frame: no trial of thick",
+            "frame: no trial of thin",
+        ]
+    finally:
+        command.params.pop()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, str]:
+    """What the trials name: sources, a label set, a run, keys, files of settings."""
+    folder = tmp_path_factory.mktemp("world")
+    data = write_tars(folder / "data")
+    labels = make_labels(folder / "labels", data)
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_resnet", num_classes=3)
+    save_file(teacher.state_dict(), folder / "teacher.safetensors")
+    (folder / "train.yaml").write_text("weight_decay: 0.25\nclip_grad: null\n")
+    (folder / "labels.yaml").write_text("topk: 1\nset: {scale: [0.5, 1.0]}\n")
+    (folder / "recipe.yaml").write_text("preset: deit\nimg_size: 16\nscale: [0.4, 1.0]\n")
+    write_key(folder, "team")  # team.pem and team.pub
+    write_fkd(folder / "fkd")
+    write_tinyvit(folder / "tinyvit")
+    names = {
+        "folder": str(folder),
+        "data": data,
+        "copy": str(shutil.copytree(data, folder / "copy")),
+        "bad": write_tars(folder / "bad", bad=(4,)),
+        "labels": str(labels.folder),
+        "manifest": f"sha256:{labels.manifest_sha256}",
+        "run": str(folder / "run"),
+        "fkd": str(folder / "fkd"),
+        "tinyvit": str(folder / "tinyvit"),
+    }
+    begin = shlex.split(BEGIN["train"].format_map(names))
+    CliRunner().invoke(cli.commands, ["train", *begin, "--output", names["run"]], catch_exceptions=False)
+    return names
+
+
+def tried(command: str, trial: Trial, world: dict[str, str], folder: Path, monkeypatch, caplog) -> Outcome | str:
+    """Run a trial in an empty folder; return what it came to, or how it was refused."""
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **_: (compiled.append(module), module)[1])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("trainer.demo.run_demo", lambda out, *, seed, **_: f"{out} {seed}")
+    for name, value in {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(folder)
+    caplog.set_level(logging.INFO, logger="deit_cli")
+    mine = str(shutil.copytree(world["labels"], folder / "mine")) if "{mine}" in BEGIN[command] else ""
+    begin, more = arguments_of(command, trial, world | {"mine": mine})
+    settings: dict[str, Any] = {}
+    result = CliRunner().invoke(cli.commands, [*command.split(), *begin, *more], obj=settings)
+    if isinstance(result.exception, DeitCliError):
+        return str(result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    if result.exit_code != 0 and not (command == "doctor" and result.exit_code == 1):
+        return result.output
+    return Outcome(result.stdout, caplog.text, settings, folder, folder / "out", len(compiled))
+
+
+CASES = [(command, trial) for command, trials in TRIALS.items() for trial in trials]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "trial"), CASES, ids=[f"{c} {t.args}".replace("{", "").replace("}", "") for c, t in CASES]
+)
+def test_an_option_does_what_it_says_or_is_refused(command, trial, world, tmp_path, monkeypatch, caplog):
+    outcome = tried(command, trial, world, tmp_path, monkeypatch, caplog)
+    if trial.refused:
+        assert isinstance(outcome, str), "it was not refused"
+        assert trial.refused in outcome or re.search(trial.refused, outcome)
+        assert "\n" not in outcome.strip() or outcome.startswith("Usage")
+        return
+    assert isinstance(outcome, Outcome), outcome
+    begin, more = arguments_of(command, trial, world | {"mine": str(tmp_path / "mine")})
+    everything = given(command, [*begin, *more])
+    for name in set(given(command, more)) - {"config"}:
+        assert outcome.settings[name] == everything[name], name
+    assert trial.seen(outcome)
+
+
+# Values that belong to no option, or to few: each must be taken, or refused on one line.
+ODD = ("-1", "99999999999999999999", "nan", "1e999", "[1,2", "a\nb", "x:y", "../..")
+TAKES_SECONDS = {"doctor", "estimate", "bench stage1", "bench stage2"}  # these have the options of precompute and train
+
+
+def options_with_values() -> Iterable[tuple[str, str]]:
+    for command in sorted(set(COMMANDS) - TAKES_SECONDS):
+        for option in COMMANDS[command].params:
+            if isinstance(option, click.Option) and not option.is_flag and option.name not in ("log_wandb", "engine"):
+                yield command, option.opts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "option"), list(options_with_values()), ids=lambda each: each)
+def test_no_value_of_an_option_ends_in_a_traceback(command, option, world, tmp_path, monkeypatch, caplog):
+    for number, value in enumerate(ODD):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        outcome = tried(command, Trial(shlex.join([option, value])), world, folder, monkeypatch, caplog)
+        if isinstance(outcome, str) and not outcome.startswith("Usage"):
+            assert "\n" not in outcome.replace(value, "").strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "trial"),
+    [
+        ("precompute", Trial("--recipe {folder}/recipe.yaml --set ratio=[0.9,1.1]")),
+        ("train", Trial("-c {folder}/train.yaml --distillation-type soft")),
+        ("evaluate", Trial("--json")),
+        ("labels verify", Trial("--no-probes")),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.args,
+)
+def test_the_program_itself_does_the_same(command, trial, world, tmp_path):
+    begin, more = arguments_of(command, trial, world)
+    called = [sys.executable, "-c", "import cli; cli.main()", *command.split(), *begin, *more]
+    done = subprocess.run(called, cwd=tmp_path, env=with_checkout(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr

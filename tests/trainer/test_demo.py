@@ -1,0 +1,164 @@
+"""The demo does what README says of it: the whole job, and a student that its teacher helps."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.builders import with_checkout
+from support.label_sets import problems_in
+
+from pipeline.errors import StoppedError, StorageError, UsageError
+from pipeline.images.source import open_source
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.sheet import contact_sheet
+from pipeline.stage1.precompute import precompute
+from pipeline.teacher.loading import load_teacher
+from trainer.demo import TITLES, draw_results, run_demo, three_seeds_top1, write_digits
+from trainer.metrics import MetricsLog
+
+ROOT = Path(__file__).parents[2]
+
+
+def demo(out) -> str:
+    return run_demo(
+        out,
+        seed=0,
+        load_teacher=load_teacher,
+        precompute=precompute,
+        contact_sheet=contact_sheet,
+        progress=lambda *_: None,
+    )
+
+
+def test_digits_are_written_as_sources_with_900_unlabelled(tmp_path):
+    folders = write_digits(tmp_path)
+    sources = {name: open_source(folder) for name, folder in folders.items()}
+    assert {name: source.num_samples for name, source in sources.items()} == {
+        "labelled": 100,
+        "training": 1000,
+        "evaluation": 797,
+    }
+    labels = [label for shard in sources["training"].shards for label in shard.class_labels]
+    assert sum(label is None for label in labels) == 900
+    keys = {name: {key for shard in source.shards for key in shard.keys} for name, source in sources.items()}
+    assert keys["labelled"] < keys["training"]
+    assert not keys["training"] & keys["evaluation"]
+    other = write_digits(tmp_path / "again")
+    assert (other["training"] / "training.tar").read_bytes() == (folders["training"] / "training.tar").read_bytes()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty: choose another --out"):
+        demo(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "demo"))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(StorageError, match=r"demo: Permission denied\. Choose a folder that can be written"):
+        demo(tmp_path / "demo")
+
+
+def test_a_stopped_demo_says_how_to_start_again(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise StoppedError("stopped by SIGINT: continue with --resume", 2)
+
+    monkeypatch.setattr("trainer.demo.train", stopped)
+    with pytest.raises(
+        StoppedError, match=r"stopped: delete .*demo, or choose another --out, to start again"
+    ) as caught:
+        demo(tmp_path / "demo")
+    assert caught.value.exit_code == 130
+
+
+def test_the_table_comes_after_the_last_line_of_progress(tmp_path):
+    script = """
+import cli, trainer.demo
+from pipeline.machine.progress import Tick
+trainer.demo.run_demo = lambda *_, progress, **__: progress(Tick("label", 1, 2)) or "the table"
+cli.main()
+"""
+    command = [sys.executable, "-c", script, "demo", "--out", str(tmp_path / "demo")]
+    done = subprocess.run(command, env=with_checkout(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.stdout.splitlines() == ["label 1 of 2  1 of them made before", "the table"]
+
+
+def small_runs(folder: Path) -> tuple[dict, dict]:
+    """Return results and run folders as the demo makes them: two epochs, and two heads where labels were learnt from."""
+    runs, results = {}, {}
+    for place, name in enumerate(TITLES):
+        runs[name] = folder / name
+        log = MetricsLog(runs[name], next_index=0)
+        numbers = {"teacher_agreement": 0.5, "distill_loss": 7.0} if name in ("hard", "soft") else {}
+        for epoch in range(2):
+            log.add("train", epoch, epoch=epoch, class_loss=2.0 - epoch, loss=9.0, **numbers)
+        results[name] = {"class_head": {"top1": 90.0 + place}} | ({"mean_logits": {"top1": 95.0}} if numbers else {})
+    return results, runs
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Collect the figures that are saved."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))[1])
+    return figures
+
+
+def test_the_bars_are_the_compared_answers_and_the_lines_are_the_spread_of_three_seeds(tmp_path, drawn):
+    draw_results(*small_runs(tmp_path), tmp_path / "results.png")
+    axis = drawn[0].axes[0]
+    bars, *lines = axis.containers
+    # The second and the third have two heads: their mean of logits is compared.
+    assert [bar.get_height() for bar in bars] == [90.0, 95.0, 95.0, 93.0]
+    assert [text.get_text() for text in axis.texts] == ["90.0", "95.0", "95.0", "93.0"]
+    for name, line in zip(TITLES, lines, strict=True):
+        (low, high) = line[2][0].get_segments()[0][:, 1]
+        assert (low, high) == pytest.approx((min(three_seeds_top1(name)), max(three_seeds_top1(name))))
+    assert "bars: this run, lines: three seeds on one machine, measured in advance" in axis.get_title()
+    assert axis.get_ylabel() == f"top-1, % (axis starts at {axis.get_ylim()[0]:.0f}, not at 0)"
+
+
+def test_curves_of_one_panel_are_of_one_quantity(tmp_path, drawn):
+    draw_results(*small_runs(tmp_path), tmp_path / "results.png")
+    panels = [
+        {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+        for axis in drawn[0].axes[1:]
+    ]
+    assert panels == [
+        {name: ([0.5, 1.0], [2.0, 1.0]) for name in ("teacher CNN", "DeiT alone")},
+        {name: ([0.5, 1.0], [0.5, 0.5]) for name in ("DeiT, hard labels", "DeiT, soft labels")},
+    ]
+    assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_seeds_in_the_picture_are_those_that_readme_quotes():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    alone = three_seeds_top1("alone")
+    for kind in ("hard", "soft"):
+        gains = [f"{top1 - base:.1f}" for top1, base in zip(three_seeds_top1(kind), alone, strict=True)]
+        assert f"{gains[0]}, {gains[1]} and {gains[2]} points from {kind} labels" in text
+    for name, title in TITLES.items():
+        heads = re.search(rf"{re.escape(title)}((?: [\d.]+)+)", text)
+        assert heads
+        assert heads[1].split()[2 if name in ("hard", "soft") else 0] == f"{three_seeds_top1(name)[0]:.1f}"
+
+
+@pytest.mark.slow
+def test_the_distilled_student_beats_the_same_student_alone_by_2_points(tmp_path):
+    table = demo(tmp_path / "demo")
+    results = json.loads((tmp_path / "demo/results.json").read_text())
+    alone = results["alone"]["class_head"]["top1"]
+    for kind in ("hard", "soft"):
+        assert results[kind]["mean_logits"]["top1"] >= alone + 2, table  # 4.6 at least in three seeds
+    assert results["teacher"]["class_head"]["top1"] > 90
+    assert problems_in(LabelSet.open(tmp_path / "demo/labels")) == []
+    for name in ("labels.png", "results.png"):
+        assert (tmp_path / "demo" / name).read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,541 @@
+"""Views: a pure function of (recipe, key, view), and the pixels that timm and Pillow would make of it."""
+
+import hashlib
+import io
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from support.builders import with_checkout
+from timm.data import auto_augment
+
+from pipeline.views import view as views
+from pipeline.views.draws import Draws, draws_for
+from pipeline.views.randaugment import FILL
+from pipeline.views.recipe import PRESETS, Recipe
+from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD, Erase, View, draw_view, render, render_views
+
+SMALL = Recipe(img_size=64)
+needs_photographs = pytest.mark.skipif(
+    "DEIT_CLI_DATA" not in os.environ, reason="DEIT_CLI_DATA is not set: no photographs"
+)
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Return smooth colours, curved edges and some grain, uint8 [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+
+    def clouds(cells: int) -> np.ndarray:
+        small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+
+    objects = np.where(clouds(6)[..., :1] > 128, clouds(5), 255 - clouds(9))
+    grain = rng.normal(0, 3, (height, width, 3))
+    return np.clip(np.rint(0.5 * objects + 0.5 * clouds(7) + grain), 0, 255).astype(np.uint8)
+
+
+def photographs(count: int) -> list[np.ndarray]:
+    """Return real photographs, spread over the sample."""
+    with tarfile.open(Path(os.environ["DEIT_CLI_DATA"], "imagenet-sample", "train-000000.tar")) as tar:
+        names = sorted(name for name in tar.getnames() if name.endswith(".jpg"))
+        files = [tar.extractfile(name).read() for name in names[:: len(names) // count][:count]]
+    return [np.array(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(one.astype(int) - other.astype(int))
+
+
+# --- purity ---------------------------------------------------------------------------------------------------
+
+KEYS = ["n01440764/n01440764_10026", "a", "b/é", "0"]
+SUMMARY = """
+import hashlib, random, sys
+import cv2, numpy as np, torch
+from pipeline.views.mixing import draw_mix, draw_pairs
+from pipeline.views.recipe import PRESETS, Recipe
+from pipeline.views.view import draw_view, render
+
+order, threads = sys.argv[1], int(sys.argv[2])
+random.seed(threads); np.random.seed(threads); torch.manual_seed(threads)
+torch.set_num_threads(threads); cv2.setNumThreads(threads)
+keys = ["n01440764/n01440764_10026", "a", "b/\\u00e9", "0"]
+image = (np.indices((90, 120, 3)).sum(0) * 7 % 256).astype(np.uint8)
+wanted = [(name, key, view) for name in sorted(PRESETS) for key in keys for view in (0, 3)]
+wanted = wanted if order == "forward" else random.sample(wanted, len(wanted))
+lines = []
+for name, key, view in wanted:
+    drawn = draw_view(PRESETS[name], key, view, height=90, width=120)
+    pixels = hashlib.sha256(render(image, drawn).tobytes()).hexdigest()
+    pairs = draw_pairs(PRESETS[name], keys, view).tolist()
+    lines.append(f"{name} {key.encode()} {view} {drawn} {draw_mix(PRESETS[name], key, view)} {pairs} {pixels}")
+print("\\n".join(sorted(lines)))
+"""
+
+
+def in_another_process(order: str, *, hash_seed: str, threads: int) -> subprocess.Popen:
+    """Start a fresh interpreter that draws and renders, and prints one line per view."""
+    command = [sys.executable, "-c", SUMMARY, order, str(threads)]
+    return subprocess.Popen(command, env=with_checkout(PYTHONHASHSEED=hash_seed), stdout=subprocess.PIPE, text=True)
+
+
+def test_views_are_the_same_in_other_processes_with_other_hash_seeds_global_seeds_orders_and_thread_counts():
+    with (
+        in_another_process("forward", hash_seed="0", threads=1) as first,
+        in_another_process("shuffled", hash_seed="4711", threads=2) as second,
+    ):
+        one, other = first.communicate()[0], second.communicate()[0]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert one == other
+    assert len(set(one.splitlines())) == 2 * len(PRESETS) * len(KEYS)
+
+
+def test_a_view_does_not_depend_on_order_or_on_other_draws():
+    names = [(recipe, key, view) for recipe in (SMALL, Recipe()) for key in KEYS for view in range(4)]
+
+    def drawn(recipe: Recipe, key: str, view: int) -> View:
+        return draw_view(recipe, key, view, height=375, width=500)
+
+    forward = [drawn(*name) for name in names]
+    backward = [drawn(*name) for name in reversed(names)][::-1]
+    interleaved = []
+    for name in names:
+        draws_for(name[0].id, name[1], name[2], "crop").raw(3)  # somebody else reads a stream of the same name
+        interleaved.append(drawn(*name))
+    assert forward == backward == interleaved
+    assert len(set(forward)) == len(names)
+
+
+def test_global_seeds_do_not_move_a_view_and_a_view_does_not_move_them():
+    image = photo(80, 100)
+
+    def everything() -> bytes:
+        return render_views(image, SMALL, "key", range(12)).tobytes()
+
+    def states() -> tuple:
+        name, words, *rest = np.random.get_state()
+        return random.getstate(), (name, words.tobytes(), *rest), torch.random.get_rng_state().numpy().tobytes()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before, first = states(), everything()
+    assert states() == before
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    assert states() != before
+    assert everything() == first
+
+
+def test_views_of_a_range_are_those_drawn_one_by_one():
+    image = photo(60, 90)
+    together = render_views(image, SMALL, "key", range(5, 9))
+    assert (together.shape, together.dtype) == ((4, 64, 64, 3), np.uint8)
+    for position, view in enumerate(range(5, 9)):
+        alone = render(image, draw_view(SMALL, "key", view, height=60, width=90))
+        np.testing.assert_array_equal(together[position], alone)
+
+
+GOLDEN = [
+    # preset, key, view number, view of a 375 x 500 image
+    (
+        "deit",
+        "n01440764/n01440764_10026",
+        5,
+        View(
+            crop=(8, 101, 346, 286),
+            resize=(224, 224),
+            window=(0, 0),
+            img_size=224,
+            flip=True,
+            ops=(("ColorIncreasing", 0.22458060417352055), ("Rotate", 26.088167431433)),
+            erase=Erase(box=(54, 111, 48, 106), noise=689913030093198665),
+        ),
+    ),
+    ("crop-flip", "a", 0, View(crop=(93, 343, 137, 149), resize=(224, 224), window=(0, 0), img_size=224, flip=True)),
+    ("none", "a", 7, View(crop=(0, 0, 375, 500), resize=(256, 341), window=(16, 58), img_size=224)),
+]
+
+
+@pytest.mark.parametrize(("preset", "key", "view", "pinned"), GOLDEN)
+def test_views_are_pinned(preset, key, view, pinned):
+    drawn = draw_view(PRESETS[preset], key, view, height=375, width=500)
+    assert drawn == pinned, "views of stored labels move: raise RENDERER if it must be"
+
+
+PURPOSES = [
+    # purpose, the only field of a view that its stream moves
+    ("crop", "crop"),
+    ("flip", "flip"),
+    ("randaug", "ops"),
+    ("erase", "erase"),
+    # one that does not exist today
+    ("blur", None),
+]
+
+
+@pytest.mark.parametrize(("purpose", "field"), PURPOSES)
+def test_a_decision_moves_no_other_decision(purpose, field, monkeypatch):
+    def fields() -> list[dict]:
+        return [vars(draw_view(SMALL, str(i), 0, height=90, width=120)) for i in range(60)]
+
+    def shifted(recipe_id: str, key: str, view: int, name: str) -> Draws:
+        stream = draws_for(recipe_id, key, view, name)
+        if name == purpose:
+            stream.bits()
+        return stream
+
+    before = fields()
+    monkeypatch.setattr(views, "draws_for", shifted)
+    after = fields()
+    moved = {name for one, other in zip(before, after, strict=True) for name in one if one[name] != other[name]}
+    assert moved == ({field} if field else set())
+
+
+# --- one step at a time ---------------------------------------------------------------------------------------
+
+
+def whole(image: np.ndarray, size: int, **parts) -> View:
+    """Return a view that resizes the whole image to size x size."""
+    return View(crop=(0, 0, *image.shape[:2]), resize=(size, size), window=(0, 0), img_size=size, **parts)
+
+
+def pillow_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def pillow_resize_rows_first(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize the rows, then the columns, with bytes between: torch's order. Pillow 13 begins with a tall image's columns."""
+    return pillow_resize(pillow_resize(image, (image.shape[0], size[1])), size)
+
+
+SIZES = [
+    # height, width of the image; height, width of the crop; size of the view
+    ((375, 500), (375, 500), 224),
+    ((375, 500), (110, 93), 224),  # up
+    ((375, 500), (224, 224), 224),  # no resize at all
+    ((401, 333), (399, 121), 224),  # down in one direction, up in the other
+    ((97, 61), (45, 33), 384),
+    ((1000, 1300), (900, 1200), 32),  # far down: antialiasing
+    ((50, 50), (1, 1), 16),
+    ((50, 50), (2, 50), 31),
+]
+
+
+@pytest.mark.parametrize(("size", "crop", "img_size"), SIZES)
+def test_resize_is_pillows_bicubic(size, crop, img_size):
+    image = photo(*size)
+    top, left = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 3
+    view = View(crop=(top, left, *crop), resize=(img_size, img_size), window=(0, 0), img_size=img_size)
+    region = image[top : top + crop[0], left : left + crop[1]]
+    assert difference(render(image, view), pillow_resize(region, (img_size, img_size))).mean() < 0.5
+    error = difference(render(image, view), pillow_resize_rows_first(region, (img_size, img_size)))
+    assert error.mean() < 0.03
+    assert error.max() <= 2
+
+
+@needs_photographs
+def test_resize_is_pillows_bicubic_on_photographs():
+    for number, image in enumerate(photographs(25)):
+        drawn = draw_view(PRESETS["crop-flip"], str(number), 0, height=image.shape[0], width=image.shape[1])
+        top, left, tall, wide = drawn.crop
+        region = image[top : top + tall, left : left + wide]
+        pixels = render(image, drawn)[:, ::-1] if drawn.flip else render(image, drawn)
+        assert difference(pixels, pillow_resize(region, (224, 224))).mean() < 0.5
+        error = difference(pixels, pillow_resize_rows_first(region, (224, 224)))
+        assert error.mean() < 0.03
+        assert error.max() <= 2
+
+
+def test_the_comparison_with_pillow_would_see_another_filter_or_half_a_pixel():
+    image = photo(375, 500)
+    ours = render(image, whole(image, 224))
+    for other in (Image.Resampling.BILINEAR, Image.Resampling.LANCZOS):
+        assert difference(ours, np.array(Image.fromarray(image).resize((224, 224), other))).mean() > 0.2
+    box = (0.5, 0, 500, 375)
+    shifted = np.array(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC, box=box))
+    assert difference(ours, shifted).mean() > 0.2
+
+
+def test_flip_mirrors_left_and_right():
+    image = photo(70, 50)
+    np.testing.assert_array_equal(render(image, whole(image, 32, flip=True)), render(image, whole(image, 32))[:, ::-1])
+
+
+def test_operations_apply_in_order_after_the_flip():
+    image = photo(64, 64)
+    solarized_then_brighter = render(image, whole(image, 64, ops=(("Solarize", 100), ("Brightness", 1.5))))
+    brighter_then_solarized = render(image, whole(image, 64, ops=(("Brightness", 1.5), ("Solarize", 100))))
+    table = np.arange(256)
+    solarized = np.where(table < 100, table, 255 - table)
+    brighter = np.minimum(255, np.floor(table * 1.5)).astype(int)
+    np.testing.assert_array_equal(solarized_then_brighter, brighter[solarized][image])
+    np.testing.assert_array_equal(brighter_then_solarized, solarized[brighter][image])
+    moved = render(image, whole(image, 64, flip=True, ops=(("TranslateXRel", 0.25),)))
+    np.testing.assert_array_equal(moved[:, :40], image[:, ::-1][:, 16:56])
+    assert (moved[:, -14:] == FILL).all()
+
+
+def test_the_view_is_the_window_of_the_resized_crop():
+    image = photo(60, 80)
+    view = View(crop=(10, 20, 30, 40), resize=(48, 64), window=(5, 17), img_size=32)
+    expected = pillow_resize(image[10:40, 20:60], (48, 64))[5:37, 17:49]
+    assert difference(render(image, view), expected).max() <= 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_pixels_are_contiguous_bytes_of_the_asked_size(preset):
+    recipe = PRESETS[preset]
+    image = photo(90, 70)
+    for view in range(4):
+        pixels = render(image, draw_view(recipe, "key", view, height=90, width=70))
+        assert (pixels.shape, pixels.dtype) == ((recipe.img_size, recipe.img_size, 3), np.uint8)
+        assert pixels.flags.c_contiguous
+        assert not np.shares_memory(pixels, image)
+
+
+def test_rendering_does_not_write_to_the_image():
+    """The hard case is the whole image at its own size, where nothing need be copied."""
+    image = photo(64, 64)
+    before = image.copy()
+    noise = Erase(box=(0, 0, 60, 60), noise=1)
+    for parts in ({"erase": noise}, {"flip": True, "erase": noise}, {"ops": (("Posterize", 8),), "erase": noise}):
+        assert not np.array_equal(render(image, whole(image, 64, **parts)), before)
+        np.testing.assert_array_equal(image, before)
+
+
+def test_an_image_that_may_not_be_written_to_renders_without_a_warning():
+    image = photo(64, 64)
+    expected = render(image, whole(image, 32))
+    image.setflags(write=False)
+    np.testing.assert_array_equal(render(image, whole(image, 32)), expected)
+
+
+def test_images_that_are_not_contiguous_render_the_same():
+    image = photo(80, 64)
+    for other in (image[:, ::-1], image[::2], image.transpose(1, 0, 2)):
+        view = whole(other, 48, ops=(("Equalize", 0),))
+        np.testing.assert_array_equal(render(other, view), render(np.ascontiguousarray(other), view))
+
+
+# --- erasing --------------------------------------------------------------------------------------------------
+
+
+def test_the_erased_box_is_noise_of_the_right_mean_and_deviation_per_channel_and_nothing_else_changes():
+    image = photo(224, 224)
+    box = (20, 30, 130, 160)
+    erased, plain = (
+        render(image, whole(image, 224, **parts)) for parts in ({"erase": Erase(box=box, noise=12345)}, {})
+    )
+    inside = np.zeros((224, 224), bool)
+    inside[20:150, 30:190] = True
+    np.testing.assert_array_equal(erased[~inside], plain[~inside])
+    noise = erased[inside].astype(float)
+    normal = np.random.default_rng(0).standard_normal(2_000_000)
+    for channel in range(3):
+        expected = np.clip(np.rint(255 * (IMAGENET_MEAN[channel] + IMAGENET_STD[channel] * normal)), 0, 255)
+        assert noise[:, channel].mean() == pytest.approx(expected.mean(), abs=1.5)  # 4 standard errors
+        assert noise[:, channel].std() == pytest.approx(expected.std(), abs=1.2)
+    between = np.corrcoef(noise, rowvar=False) - np.eye(3)
+    assert np.abs(between).max() < 0.03, "channels are independent"
+    field = erased[20:150, 30:190].astype(float) - noise.mean(0)
+    for axis in (0, 1):
+        rolled = (field * np.roll(field, 1, axis)).mean() / field.var()
+        assert abs(rolled) < 0.03, "neighbours are independent"
+
+
+def test_erasing_noise_is_pinned_and_another_for_every_stream():
+    grey = np.full((32, 32, 3), 100, np.uint8)
+
+    def erased(noise: int) -> bytes:
+        return render(grey, whole(grey, 32, erase=Erase(box=(1, 2, 30, 29), noise=noise))).tobytes()
+
+    assert erased(1) == erased(1) != erased(2)
+    assert (
+        hashlib.sha256(erased(2**64 - 1)).hexdigest()
+        == "4db3667dbfce73a53129ed25175274cd89f233ec74bcb658f9bbb97ad77fae42"
+    )
+
+
+def test_two_views_are_erased_with_different_noise():
+    recipe = Recipe(img_size=32, reprob=1.0, aa=None)
+    noises = [draw_view(recipe, "key", view, height=50, width=50).erase.noise for view in range(100)]
+    assert len(set(noises)) == 100
+
+
+# --- against a slow reference ---------------------------------------------------------------------------------
+
+
+def reference(image: np.ndarray, view: View) -> np.ndarray:
+    """Obey the view with Pillow, timm's functions and loops."""
+    top, left, tall, wide = view.crop
+    picture = Image.fromarray(image).crop((left, top, left + wide, top + tall))
+    picture = picture.resize(view.resize[::-1], Image.Resampling.BICUBIC)
+    top, left = view.window
+    picture = picture.crop((left, top, left + view.img_size, top + view.img_size))
+    if view.flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for name, argument in view.ops:
+        picture = timms_operation(picture, name, argument)
+    pixels = np.array(picture)
+    if view.erase:
+        top, left, tall, wide = view.erase.box
+        words = Draws(view.erase.noise.to_bytes(8, "little")).raw((3 * tall * wide + 3) // 4).tolist()
+        bits = [word >> shift & 0xFFFF for word in words for shift in (0, 16, 32, 48)][: 3 * tall * wide]
+        # One quantile of the normal distribution per 16 bits, channel after channel.
+        quantiles = torch.special.ndtri((torch.tensor(bits, dtype=torch.float64) + 0.5) / 65536).numpy()
+        noise = quantiles.reshape(3, tall, wide).transpose(1, 2, 0)
+        levels = np.rint(255 * (np.array(IMAGENET_MEAN) + np.array(IMAGENET_STD) * noise))
+        pixels[top : top + tall, left : left + wide] = np.clip(levels, 0, 255)
+    return pixels
+
+
+def timms_operation(picture: Image.Image, name: str, argument: float) -> Image.Image:
+    if name.startswith("Posterize") and argument == 0:
+        return Image.new("RGB", picture.size)  # what Pillow gave until it began to refuse 0 bits
+    arguments = () if auto_augment.LEVEL_TO_ARG[name] is None else (argument,)
+    return auto_augment.NAME_TO_OP[name](picture, *arguments, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
+
+
+def assert_close_to_reference(image: np.ndarray, recipe: Recipe, *, count: int, typical: float, worst: float) -> None:
+    means = []
+    for view in range(count):
+        drawn = draw_view(recipe, "reference", view, height=image.shape[0], width=image.shape[1])
+        ours, theirs = render(image, drawn), reference(image, drawn)
+        if drawn.erase:
+            top, left, tall, wide = drawn.erase.box
+            box = np.s_[top : top + tall, left : left + wide]
+            np.testing.assert_array_equal(ours[box], theirs[box])
+        means.append(difference(ours, theirs).mean())
+    assert np.median(means) < typical
+    assert max(means) < worst, f"view {int(np.argmax(means))}"
+
+
+REFERENCES = [
+    # recipe, mean difference of a typical view and of the worst, in levels of 255
+    (PRESETS["deit"], 0.1, 2.0),
+    (Recipe(img_size=96, aa="rand-m9-n4-p1-inc1", reprob=1.0), 1.0, 4.0),
+    (PRESETS["crop-flip"], 0.1, 0.5),
+    (PRESETS["none"], 0.1, 0.1),
+]
+
+
+@pytest.mark.parametrize(("recipe", "typical", "worst"), REFERENCES, ids=["deit", "four ops", "crop-flip", "none"])
+def test_pixels_are_those_of_a_slow_reference(recipe, typical, worst):
+    assert_close_to_reference(photo(181, 240), recipe, count=25, typical=typical, worst=worst)
+
+
+@needs_photographs
+def test_pixels_are_those_of_a_slow_reference_on_photographs():
+    for image in photographs(8):
+        assert_close_to_reference(image, PRESETS["deit"], count=5, typical=1.0, worst=4.0)
+
+
+# --- the centre view ------------------------------------------------------------------------------------------
+
+CENTRES = [
+    # height, width, img_size, crop_pct
+    (375, 500, 224, 0.875),
+    (500, 333, 224, 0.875),
+    (256, 256, 224, 0.875),
+    (257, 341, 224, 0.9),  # odd: the middle is between pixels
+    (341, 255, 96, 1.0),
+    (32, 32, 32, 1.0),
+    (33, 47, 32, 0.875),
+    (60, 45, 224, 0.875),  # up
+    (101, 700, 64, 0.95),
+]
+
+
+def timms_centre(image: np.ndarray, img_size: int, crop_pct: float) -> np.ndarray:
+    transform = timm.data.create_transform(
+        img_size, is_training=False, crop_pct=crop_pct, interpolation="bicubic", normalize=False
+    )
+    return transform(Image.fromarray(image)).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(("height", "width", "img_size", "crop_pct"), CENTRES)
+def test_the_centre_view_is_timms_evaluation(height, width, img_size, crop_pct):
+    recipe = Recipe(crop="center", img_size=img_size, crop_pct=crop_pct, hflip=0.0, aa=None, reprob=0.0)
+    image = photo(height, width)
+    ours = render(image, draw_view(recipe, "key", 3, height=height, width=width))
+    error = difference(ours, timms_centre(image, img_size, crop_pct))
+    assert error.mean() < 0.1
+    assert error.max() <= 1
+
+
+def test_the_centre_view_is_the_same_for_every_key_and_view():
+    drawn = {draw_view(PRESETS["none"], key, view, height=90, width=120) for key in KEYS for view in range(3)}
+    assert len(drawn) == 1
+
+
+ROUNDED = [
+    # height, width, img_size, crop_pct: resized to one pixel less than timm's
+    (55, 55, 224, 1.0),  # 224 x 223: the view is not square, and cannot be stacked
+    (107, 107, 224, 0.875),
+    (33, 110, 32, 0.875),
+    (35, 105, 32, 0.875),
+]
+
+
+@pytest.mark.parametrize(("height", "width", "img_size", "crop_pct"), ROUNDED)
+def test_the_resized_size_is_timms_whatever_the_rounding(height, width, img_size, crop_pct):
+    recipe = Recipe(crop="center", img_size=img_size, crop_pct=crop_pct, hflip=0.0, aa=None, reprob=0.0)
+    drawn = draw_view(recipe, "key", 0, height=height, width=width)
+    short = math.floor(img_size / crop_pct)
+    assert drawn.resize == (short * height // min(height, width), short * width // min(height, width))
+
+
+# --- strange sizes --------------------------------------------------------------------------------------------
+
+STRANGE = [(1, 5000), (5000, 1), (1, 1), (2, 1), (1, 3), (7, 4000)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", STRANGE, ids=str)
+def test_strips_and_dots_render_in_little_memory(size, preset):
+    image = photo(*size)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    recipe = PRESETS[preset]
+    for view in range(2):
+        drawn = draw_view(recipe, "key", view, height=size[0], width=size[1])
+        top, left, tall, wide = drawn.crop
+        assert 0 <= top < top + tall <= size[0]
+        assert 0 <= left < left + wide <= size[1]
+        assert max(drawn.resize) <= 8 * recipe.img_size / recipe.crop_pct
+        assert render(image, drawn).shape == (recipe.img_size, recipe.img_size, 3)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 100 * 1024, f"{grown / 1024:.0f} MiB more: a strip of 5000 pixels was resized as a whole"
+
+
+def test_a_constant_image_stays_constant_where_nothing_is_erased():
+    image = np.full((40, 70, 3), (10, 200, 90), np.uint8)
+    for view in range(10):
+        pixels = render(image, draw_view(PRESETS["crop-flip"], "key", view, height=40, width=70))
+        assert (pixels == (10, 200, 90)).all()
+
+
+def test_crops_lie_inside_of_the_image_and_have_the_asked_area_and_ratio():
+    recipe = Recipe(scale=(0.2, 0.5), ratio=(0.9, 1.2), aa=None)
+    for view in range(500):
+        top, left, tall, wide = draw_view(recipe, "key", view, height=200, width=300).crop
+        assert 0 <= top <= 200 - tall
+        assert 0 <= left <= 300 - wide
+        assert 0.19 < tall * wide / 60_000 < 0.51
+        assert 0.88 < wide / tall < 1.22
+
+
+def test_probabilities_of_zero_and_one_are_never_and_always():
+    never, always = Recipe(hflip=0.0, reprob=0.0, aa="rand-p0"), Recipe(hflip=1.0, reprob=1.0, aa="rand-p1-n3")
+    for view in range(200):
+        off, on = (draw_view(recipe, "key", view, height=100, width=100) for recipe in (never, always))
+        assert (off.flip, off.ops, off.erase) == (False, (), None)
+        assert (on.flip, len(on.ops)) == (True, 3)
+        assert on.erase is not None
