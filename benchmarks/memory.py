@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.stage1.precompute import precompute
-from pipeline.views.recipe import load_recipe
+from pipeline.settings.files import load_recipe
 from pipeline.images.source import open_source
 from pipeline.teacher.loading import load_teacher
 if __name__ == "__main__":

@@ -59,11 +59,20 @@ def check_name(name: str, what: str) -> str:
     try:
         size = len(name.encode())
     except UnicodeEncodeError:  # surrogates: how Python shows file names that are not UTF-8
-        raise SourceError(f"{what} must be valid UTF-8, got {name!r}. Rename it") from None
+        raise SourceError(
+            f"{what} must be valid UTF-8, got {name!r}",
+            fix="Rename it",
+        ) from None
     if not 0 < size <= MAX_KEY_BYTES:
-        raise SourceError(f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}. Rename it")
+        raise SourceError(
+            f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}",
+            fix="Rename it",
+        )
     if CONTROL_CHARACTERS.search(name):
-        raise SourceError(f"{what} must not contain control characters, got {name!r}. Rename it")
+        raise SourceError(
+            f"{what} must not contain control characters, got {name!r}",
+            fix="Rename it",
+        )
     return name
 
 

@@ -109,7 +109,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if odd is not None or not state:
         what = "it is empty" if odd is None else f"{odd} is no tensor"
-        raise CheckpointError(f"{path} holds no state dict: {what}. It must stand alone, or under state_dict or model")
+        raise CheckpointError(
+            f"{path} holds no state dict: {what}",
+            fix="It must stand alone, or under state_dict or model",
+        )
     for name, tensor in state.items():
         if what := _not_plain(tensor):
             raise CheckpointError(f"{path}: {name} is {what}: a checkpoint holds whole tensors of real numbers")
@@ -139,7 +142,10 @@ def _refuse_packed(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return  # torch says what is wrong with it
     if packed is not None:
-        raise CheckpointError(f"{path}: its member {packed!r} is compressed, which torch.save never does. Save it anew")
+        raise CheckpointError(
+            f"{path}: its member {packed!r} is compressed, which torch.save never does",
+            fix="Save it anew",
+        )
 
 
 def _not_plain(tensor: Tensor) -> str | None:
@@ -190,7 +196,8 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     most = _largest(config.get("model_args"))
     if most > len(weights):
         raise CheckpointError(
-            f"{path} asks for {most} layers, and {len(weights)} tensors lie beside it. Export it again"
+            f"{path} asks for {most} layers, and {len(weights)} tensors lie beside it",
+            fix="Export it again",
         )
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -203,7 +210,8 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     asked, there = (sum(tensor.numel() for tensor in t.values()) for t in (shell.state_dict(), weights))
     if asked > max(2 * there, SMALL):  # twice: weights that two parts share may be stored once
         raise CheckpointError(
-            f"{path} asks for a network of {asked} numbers, and {there} lie beside it. Export it again"
+            f"{path} asks for a network of {asked} numbers, and {there} lie beside it",
+            fix="Export it again",
         )
 
 

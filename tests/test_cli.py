@@ -110,7 +110,7 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
         (["precompute", "--data", data, *trial, "--set", "hflip"], 2, "is FIELD=VALUE"),
         (["precompute", "--data", data, *trial, "--teacher", "resnet51"], 2, "timm has no model 'resnet51'"),
         (["precompute", "--data", data, *trial, "--device", "cuda:7"], 2, "--device 'cuda:7' cannot be used"),
-        (["precompute", "--data", data, "--out", str(tmp / "out"), "--teacher", "builders:seven_classes", "--set", "img_size=16"], 1, "has 7 classes, the source has 3"),
+        (["precompute", "--data", data, "--out", str(tmp / "out"), "--teacher", "support.builders:seven_classes", "--set", "img_size=16"], 1, "has 7 classes, the source has 3"),
         (["precompute", "--data", data, *trial, "--out", data], 1, "is not empty and holds no label set"),
         (["precompute", "--data", data, *trial, "--out", labels], 1, "was made with recipe"),
         (["precompute", "--data", data, *trial, "--views", "0"], 2, "--views must be START:STOP"),
@@ -119,7 +119,7 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
         (["precompute", "--data", data, *trial, "--batch-size", "foo"], 2, "'foo' is neither a whole number nor auto"),
         (["precompute", "--data", data, *trial, "--batch-size", "1"], 2, "--batch-size must be in 2..1000000, got 1"),
         (["precompute", "--data", data, *trial, "--teacher-checkpoint", "a", "--teacher-checkpoint", "b"], 2, "once for each of the 1 --teacher"),
-        (["precompute", "--data", data, *trial, "--teacher", "builders:seven_classes"], 1, "classes"),
+        (["precompute", "--data", data, *trial, "--teacher", "support.builders:seven_classes"], 1, "classes"),
         (["precompute", "--data", data, *trial, "--min-teacher-accuracy", "101"], 2, "is a percentage"),
         (["precompute", "--data", data, *trial, "--out", str(tmp / "new"), "--min-teacher-accuracy", "99"], 1, "--min-teacher-accuracy asks for 99 %"),
         (["precompute", "--data", data, *trial, "--min-teacher-accuracy", "50", "--accuracy-samples", "0"], 2, "needs --accuracy-samples above 0, got 0"),
@@ -159,7 +159,7 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
 
 
 def test_what_a_user_gets_wrong_is_one_clear_line(data, labels, tmp_path, monkeypatch):
-    monkeypatch.setattr("builders.seven_classes", _seven_classes, raising=False)
+    monkeypatch.setattr("support.builders.seven_classes", _seven_classes, raising=False)
     for arguments, code, text in cases(data, labels, tmp_path):
         found, output = invoke(*arguments)
         assert (found, text in output) == (code, True), (arguments, output)
@@ -264,7 +264,7 @@ def test_a_rank_that_cannot_be_is_misuse(data, monkeypatch, command, variables, 
     assert not Path("nowhere").exists()
 
 
-TRIAL = ["--teacher", "builders:confident_cnn", "--set", "img_size=16", "--set", "mix_block=8", "-j", "0"]
+TRIAL = ["--teacher", "support.builders:confident_cnn", "--set", "img_size=16", "--set", "mix_block=8", "-j", "0"]
 
 
 @pytest.mark.slow

@@ -112,8 +112,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise TrainingError(
-                f"{name} is no longer finite; the last checkpoint is, and stays. Lower --lr or set --clip-grad, and continue"
-                " from it with another --output and --init"
+                f"{name} is no longer finite; the last checkpoint is, and stays",
+                fix="Lower --lr or set --clip-grad, and continue from it with another --output and --init",
             )
 
 

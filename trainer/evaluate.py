@@ -164,7 +164,10 @@ def _compare_names(source: Source, student: Student) -> None:
     at = next(number for number, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
     text = f"class {at} is {mine[at]!r} to the student and {theirs[at]!r} in {source.location}"
     if sorted(mine) == sorted(theirs):
-        raise UsageError(f"{text}: the same names in another order. Give the images the student's order of classes")
+        raise UsageError(
+            f"{text}: the same names in another order",
+            fix="Give the images the student's order of classes",
+        )
     log.warning("%s: their numbers are compared all the same", text)
 
 

@@ -123,10 +123,13 @@ def only_deterministic() -> Iterator[None]:
         what, _, why = " ".join(str(error).split()).partition(", but ")
         if CUBLAS_WORKSPACE in why:
             raise UsageError(
-                f"--deterministic: this process used cuBLAS with a workspace that is not deterministic. Set"
-                f" {CUBLAS_WORKSPACE}=:4096:8 before it starts"
+                "--deterministic: this process used cuBLAS with a workspace that is not deterministic",
+                fix=f"Set {CUBLAS_WORKSPACE}=:4096:8 before it starts",
             ) from error
-        raise UsageError(f"--deterministic: {what}. Train without it, or choose another --model") from error
+        raise UsageError(
+            f"--deterministic: {what}",
+            fix="Train without it, or choose another --model",
+        ) from error
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark
@@ -358,9 +361,11 @@ class Run:
         path = self.config.folder / f"{name}.json"
         replace_file(path, readable_json(record))
         return TrainingError(
-            f"the loss of update {update} is {loss}; its samples are listed in {path}, their pixels and labels in"
-            f" {name}.safetensors beside it. Lower --lr or set --clip-grad, and continue from the last checkpoint with"
-            " another --output and --init"
+            f"the loss of update {update} is {loss}; its samples are listed in {path}, their pixels and"
+            f" labels in {name}.safetensors beside it",
+            fix=(
+                "Lower --lr or set --clip-grad, and continue from the last checkpoint with another --output and --init"
+            ),
         )
 
 

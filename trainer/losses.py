@@ -145,8 +145,8 @@ def soft_distillation_loss(
     num_kept, num_classes = target.topk_index.shape[1], distill_logits.shape[1]
     if num_kept == 0:
         raise UsageError(
-            "soft distillation needs top-k labels (K >= 1), and this label set holds only hard labels (K = 0). "
-            "Train with hard distillation, or precompute labels with K >= 1."
+            "soft distillation needs top-k labels (K >= 1), and this label set holds only hard labels (K = 0)",
+            fix="Train with hard distillation, or precompute labels with K >= 1",
         )
     num_rest = num_classes - num_kept if tail == "spread" else 0
     prob, rest_prob = _tempered_teacher(target, tau=tau, num_rest=num_rest)

@@ -117,8 +117,11 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
     except (RuntimeError, ValueError) as error:  # torch's own errors of the network are RuntimeErrors
         where_to = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         raise WorkerError(
-            f"rank {rank.rank} of {rank.world_size} cannot meet the others at {where_to}: {' '.join(str(error).split())[:200]}."
-            " Set MASTER_ADDR and MASTER_PORT to a machine and a free port that all can reach, or let torchrun do it"
+            f"rank {rank.rank} of {rank.world_size} cannot meet the others at {where_to}:"
+            f" {' '.join(str(error).split())[:200]}",
+            fix=(
+                "Set MASTER_ADDR and MASTER_PORT to a machine and a free port that all can reach, or let torchrun do it"
+            ),
         ) from error
     try:
         cores = plan_cores([str(where)], rank)
@@ -212,8 +215,8 @@ def lost_ranks_named(world: World) -> Iterator[None]:
         if world.size == 1 or not any(mark in text for mark in _LOST):
             raise
         raise WorkerError(
-            f"rank {world.rank} of {world.size} has lost another rank ({text[:160]}). Start all ranks again with"
-            " --resume auto: the run goes on from its last checkpoint"
+            f"rank {world.rank} of {world.size} has lost another rank ({text[:160]})",
+            fix="Start all ranks again with --resume auto: the run goes on from its last checkpoint",
         ) from error
 
 

@@ -83,8 +83,8 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     if recipe is not None and recipe.id != label_set.recipe.id:
         difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
         raise LabelSetMismatch(
-            f"{config.labels} was made with another recipe{difference}. Leave --recipe and --set out, on the"
-            " command line and in the file of -c: the labels say it"
+            f"{config.labels} was made with another recipe{difference}",
+            fix=("Leave --recipe and --set out, on the command line and in the file of -c: the labels say it"),
         )
     source = label_set.open_source(config.data, cache=cache)
     difference = check_replay(label_set, source)
@@ -144,8 +144,9 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
     check_repeats(data.recipe, repeats, views)
     if config.view_policy == "once" and views is not None and config.epochs > len(views):
         raise UsageError(
-            f"--view-policy once takes at most one epoch for each view: the label set has {len(views)}, --epochs is"
-            f" {config.epochs}. Label more with deit-cli precompute --views, or pass --view-policy cycle"
+            f"--view-policy once takes at most one epoch for each view: the label set has {len(views)},"
+            f" --epochs is {config.epochs}",
+            fix="Label more with deit-cli precompute --views, or pass --view-policy cycle",
         )
     order = Order(
         shard_units=units,
@@ -196,9 +197,12 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
     )
     if student.img_size != data.recipe.img_size:
         raise UsageError(
-            f"--img-size {student.img_size} is not that of the views, {data.recipe.img_size}: the student sees what the"
-            f" teacher saw. For {student.img_size} pixels make the labels with --recipe deit-384 or --set"
-            f" img_size={student.img_size}"
+            f"--img-size {student.img_size} is not that of the views, {data.recipe.img_size}: the student"
+            " sees what the teacher saw",
+            fix=(
+                f"For {student.img_size} pixels make the labels with --recipe deit-384 or --set"
+                f" img_size={student.img_size}"
+            ),
         )
     if not continues:
         _start(config, student)
@@ -271,7 +275,8 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
         )
     if found != meta:
         raise CheckpointError(
-            f"{path} belongs to a run with other settings{first_difference(found, meta)}. Use those, or another --output"
+            f"{path} belongs to a run with other settings{first_difference(found, meta)}",
+            fix="Use those, or another --output",
         )
     unpack_training(tensors, state.student, state.optimizer, state.ema)
     state.next_update = saved["next_update"]

@@ -72,7 +72,8 @@ class Student(nn.Module):
         if not self.head_names:
             raise UsageError(
                 f"timm does not say which part of {self.model.pretrained_cfg.get('architecture')} is its head,"
-                " so it cannot be trained alone. Leave --linear-probe out"
+                " so it cannot be trained alone",
+                fix="Leave --linear-probe out",
             )
         self.requires_grad_(False)
         for name in self.head_names:
@@ -176,8 +177,8 @@ def load_exactly(student: Student, found: dict[str, Tensor], path: Path) -> None
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {list(found[name].shape)}, this model needs {list(tensor.shape)}. "
-                "Build the student with the image size, patch size and width of the checkpoint."
+                f"{path}: {name} has shape {list(found[name].shape)}, this model needs {list(tensor.shape)}",
+                fix="Build the student with the image size, patch size and width of the checkpoint",
             )
     try:
         student.model.load_state_dict(found)

@@ -34,7 +34,8 @@ def start_from(student: Student, path: Path) -> list[str]:
     found = read_tensors(file)
     if odd := next((n for n, t in found.items() if t.is_floating_point() and not torch.isfinite(t).all()), None):
         raise CheckpointError(
-            f"{file}: {odd} holds what is no number: it was spoiled in training. Start from an earlier one"
+            f"{file}: {odd} holds what is no number: it was spoiled in training",
+            fix="Start from an earlier one",
         )
     said = _fit_heads(student, found, class_names, file)
     said += _fit_token(student, found)

@@ -160,8 +160,9 @@ def plan_export(label_set: LabelSet, config: ExportConfig) -> Export:
         )
     if config.pixels == "originals" and stop - start > 1:
         raise UsageError(
-            f"--pixels originals takes the labels of one view, for an image has only one file, got --views {start}:{stop}."
-            f" Pass --views {start}:{start + 1}, or leave --pixels out"
+            "--pixels originals takes the labels of one view, for an image has only one file, got --views"
+            f" {start}:{stop}",
+            fix=f"Pass --views {start}:{start + 1}, or leave --pixels out",
         )
     return Export(
         label_set.plan.labelset_id,

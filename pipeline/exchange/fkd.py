@@ -194,10 +194,14 @@ def _load(path: Path) -> list[Any]:
     except _DAMAGED as error:
         text = next(iter(str(error).splitlines()), "")[:200]
         raise ImportedLabelsError(
-            f"{path}: {size} bytes that torch.save did not write, or damaged: {text or type(error).__name__}. Fetch the file again"
+            f"{path}: {size} bytes that torch.save did not write, or damaged: {text or type(error).__name__}",
+            fix="Fetch the file again",
         ) from error
     except _Refused as refused:
-        raise ImportedLabelsError(f"{path}: {refused}. It is not loaded: a pickle can run code") from None
+        raise ImportedLabelsError(
+            f"{path}: {refused}",
+            fix="It is not loaded: a pickle can run code",
+        ) from None
 
 
 def _pickle_of(data: bytes) -> bytes:
@@ -330,6 +334,7 @@ def _whole(path: Path, classes: NDArray[np.floating], kind: np.dtype[Any]) -> ND
     if largest > exact:
         raise ImportedLabelsError(
             f"{path}: class {largest} is stored in {kind.name}, which rounds whole numbers above {exact}:"
-            " the class is lost. Import labels that were stored in float32"
+            " the class is lost",
+            fix="Import labels that were stored in float32",
         )
     return classes.astype(np.int64)

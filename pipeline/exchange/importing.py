@@ -149,13 +149,22 @@ def _check_out(out: Path, path: Path) -> None:
     if not path.is_dir():
         raise ImportedLabelsError(f"{path} is no folder: pass the folder that holds the labels")
     if (out / IMPORT_NAME).exists():
-        raise ImportedLabelsError(f"{out} holds an import already. Choose another folder")
+        raise ImportedLabelsError(
+            f"{out} holds an import already",
+            fix="Choose another folder",
+        )
     if out.resolve() == path.resolve():
-        raise ImportedLabelsError(f"{out} is the folder of the labels themselves. Choose another folder")
+        raise ImportedLabelsError(
+            f"{out} is the folder of the labels themselves",
+            fix="Choose another folder",
+        )
     with refusals_named(out):
         names = {name for name in os.listdir(out) if not name.startswith(TEMPORARY_PREFIX)} if out.exists() else set()
     if names - {"labels"}:
-        raise ImportedLabelsError(f"{out} is not empty and holds no import that was interrupted. Choose another folder")
+        raise ImportedLabelsError(
+            f"{out} is not empty and holds no import that was interrupted",
+            fix="Choose another folder",
+        )
 
 
 def _open_fkd(path: Path, num_classes: int, progress: Progress) -> Reader:
@@ -242,8 +251,9 @@ class _Tables:
             self.shape, self.stored = shape, stored
         if (shape, stored) != (self.shape, self.stored):
             raise ImportedLabelsError(
-                f"{rows.key[0]!r} has {stored} classes a view in {shape.precision}, the labels before it have {self.stored}"
-                f" in {self.shape.precision}: they are of two kinds. Import them one by one"
+                f"{rows.key[0]!r} has {stored} classes a view in {shape.precision}, the labels before it have"
+                f" {self.stored} in {self.shape.precision}: they are of two kinds",
+                fix="Import them one by one",
             )
         return rows.first(topk)
 
@@ -280,7 +290,8 @@ def _publish(path: Path, data: bytes) -> None:
         found = path.read_bytes()
     if found != data:
         raise ImportedLabelsError(
-            f"{path} was made from other labels, with other settings or by another pyarrow. Choose another folder"
+            f"{path} was made from other labels, with other settings or by another pyarrow",
+            fix="Choose another folder",
         )
 
 

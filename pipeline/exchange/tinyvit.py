@@ -72,10 +72,14 @@ def list_files(folder: Path) -> list[RankFile]:
         found = sorted((file for epoch in epochs for file in _ranks(epoch)), key=lambda file: (file.epoch, file.rank))
     if not found:
         raise ImportedLabelsError(
-            f"{folder}: no logits_topK_epochE/rankR-values.bin in this folder. Pass the folder that TinyViT's DISTILL.TEACHER_LOGITS_PATH named"
+            f"{folder}: no logits_topK_epochE/rankR-values.bin in this folder",
+            fix="Pass the folder that TinyViT's DISTILL.TEACHER_LOGITS_PATH named",
         )
     if len(sizes := sorted({file.topk for file in found})) > 1:
-        raise ImportedLabelsError(f"{folder}: all epochs must have one K, there are {sizes}. Import them one by one")
+        raise ImportedLabelsError(
+            f"{folder}: all epochs must have one K, there are {sizes}",
+            fix="Import them one by one",
+        )
     if sizes[0] > MAX_TOPK:
         raise ImportedLabelsError(f"{folder}: at most {MAX_TOPK} classes are stored for a view, these have {sizes[0]}")
     if len({(file.epoch, file.rank) for file in found}) != len(found):
@@ -109,8 +113,9 @@ def count_records(file: RankFile) -> int:
     count, more = divmod(size, file.record.itemsize)
     if more:
         raise ImportedLabelsError(
-            f"{file.values}: it is cut: {size} bytes are {count} records of {file.record.itemsize} bytes, and record {count}"
-            f" at byte {count * file.record.itemsize} has {more}. Fetch the file again"
+            f"{file.values}: it is cut: {size} bytes are {count} records of {file.record.itemsize} bytes,"
+            f" and record {count} at byte {count * file.record.itemsize} has {more}",
+            fix="Fetch the file again",
         )
     return count
 

@@ -150,14 +150,15 @@ class ParquetShard(SourceShard[ParquetPlace]):
             size += batch.nbytes
             if size > MAX_ROW_GROUP_BYTES:
                 raise SourceError(
-                    f"{self.path}: row group {group} holds more than {MAX_ROW_GROUP_BYTES} bytes of images. "
-                    "Write the file anew with smaller row groups"
+                    f"{self.path}: row group {group} holds more than {MAX_ROW_GROUP_BYTES} bytes of images",
+                    fix="Write the file anew with smaller row groups",
                 )
             batches.append(batch.column(0))
         rows = sum(map(len, batches))
         if rows != self.group_rows[group - self.first_group]:
             raise SourceError(
-                f"{self.path}: row group {group} has {rows} rows, its footer said otherwise. Copy it again"
+                f"{self.path}: row group {group} has {rows} rows, its footer said otherwise",
+                fix="Copy it again",
             )
         return pa.chunked_array(batches)
 

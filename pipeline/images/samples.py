@@ -92,8 +92,8 @@ class SourceShard(ABC, Generic[Place]):
         index = self.index
         if position >= len(index.keys):
             raise SourceError(
-                f"source shard {self.name} has {len(index.keys)} samples, there is no sample {position} in it."
-                " Pass the --data that was labelled"
+                f"source shard {self.name} has {len(index.keys)} samples, there is no sample {position} in it",
+                fix="Pass the --data that was labelled",
             )
         image = self.read_image(index.places[position])
         return Sample(index.keys[position], image, index.class_labels[position])

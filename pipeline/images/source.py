@@ -147,8 +147,8 @@ def _open_urls(location: str, cache: ShardCache) -> Source:
     archives = [name for name in found if Path(name).suffix in (".tar", ".parquet")]
     if not archives:
         raise SourceError(
-            f"{location}: no .tar or .parquet file in this folder. Single images are not read from afar: pack them into"
-            " tars, or copy the folder here"
+            f"{location}: no .tar or .parquet file in this folder",
+            fix="Single images are not read from afar: pack them into tars, or copy the folder here",
         )
     if images := [name for name in found if Path(name).suffix.lower() in IMAGE_EXTENSIONS]:
         raise SourceError(f"{location}: holds both images ({images[0]}) and {archives[0]}: give each its own folder")
@@ -207,11 +207,13 @@ def _checked(source: Source) -> Source:
     for name, count in Counter(shard.name for shard in source.shards).items():
         if not re.fullmatch("[A-Za-z0-9._-]+", name):
             raise SourceError(
-                f"{source.location}: a file name may have only A-Z a-z 0-9 . _ -, got {name!r}. Rename it"
+                f"{source.location}: a file name may have only A-Z a-z 0-9 . _ -, got {name!r}",
+                fix="Rename it",
             )
         if count > 1:
             raise SourceError(
-                f"{source.location}: {count} files are called {name!r}: names must be unique. Rename them"
+                f"{source.location}: {count} files are called {name!r}: names must be unique",
+                fix="Rename them",
             )
     return source
 
@@ -286,7 +288,10 @@ def _paths(root: Path, folder: str) -> list[str]:
         path = f"{folder}/{entry.name}" if folder else entry.name
         key = check_name(_key(path), f"{root}: sample key")
         if key in found:
-            raise SourceError(f"{root}: {found[key]} and {path} share the key {key!r}. Rename one")
+            raise SourceError(
+                f"{root}: {found[key]} and {path} share the key {key!r}",
+                fix="Rename one",
+            )
         found[key] = path
     return list(found.values())
 

@@ -54,7 +54,10 @@ def check_member_key(key: str, where: str) -> str:
         rule = "it must be relative, without empty, '.' or '..' parts"
     else:
         return key
-    raise SourceError(f"{where}: sample key {key!r} cannot name a file in a WebDataset tar: {rule}. Rename the image")
+    raise SourceError(
+        f"{where}: sample key {key!r} cannot name a file in a WebDataset tar: {rule}",
+        fix="Rename the image",
+    )
 
 
 def member_extension(image: bytes) -> str:

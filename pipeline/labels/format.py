@@ -63,9 +63,11 @@ def check_pin(pin: str | None, sha256: str, name: object) -> None:
     """
     if pin is not None and parse_pin(pin) != sha256:
         raise LabelSetMismatch(
-            f"{name} is not the pinned one: --expect-manifest says {pin_of(parse_pin(pin))}, it has {pin_of(sha256)}."
-            f" The label set was changed, extended or replaced: {PULL} from where the pinned one lies, or, where you know"
-            " why it changed, pass the new pin"
+            f"{name} is not the pinned one: --expect-manifest says {pin_of(parse_pin(pin))}, it has {pin_of(sha256)}",
+            fix=(
+                f"The label set was changed, extended or replaced: {PULL} from where the pinned one lies,"
+                " or, where you know why it changed, pass the new pin"
+            ),
         )
 
 

@@ -90,7 +90,8 @@ class LabelSet:
             if (found := _read_part(folder, IMPORT_NAME)) is not None:
                 raise LabelSetMismatch(refusal(found, folder))
             raise LabelSetError(
-                f"{folder} is not a label set: it has no {PLAN_NAME}. Make one with: deit-cli precompute"
+                f"{folder} is not a label set: it has no {PLAN_NAME}",
+                fix="Make one with: deit-cli precompute",
             )
         manifest = _read_part(folder, MANIFEST_NAME)
         if manifest is None:
@@ -216,8 +217,9 @@ class LabelSet:
         ]
         other = "" if theirs is None or self.manifest.shards is not None else f" (id {short(theirs.id)})"
         raise LabelSetMismatch(
-            f"{self.folder} labels source {short(self.plan.source_id)}, {source.location}{other} is another:"
-            f" {'; '.join(filter(None, differences))}. Pass the --data that was labelled"
+            f"{self.folder} labels source {short(self.plan.source_id)}, {source.location}{other} is"
+            f" another: {'; '.join(filter(None, differences))}",
+            fix="Pass the --data that was labelled",
         )
 
     def _compare_keys(self, source: Source, theirs: SourceRecord) -> list[str]:
@@ -246,8 +248,9 @@ class LabelSet:
         found = {shard.name for shard in source.shards}
         if lacking := [name for name in self.shards if name not in found]:
             raise LabelSetMismatch(
-                f"{self.folder} labels {len(self.shards)} source shards, and {source.location} lacks {len(lacking)} of them,"
-                f" such as {lacking[0]!r}. Pass the --data that was labelled, or the part of it that has these"
+                f"{self.folder} labels {len(self.shards)} source shards, and {source.location} lacks"
+                f" {len(lacking)} of them, such as {lacking[0]!r}",
+                fix="Pass the --data that was labelled, or the part of it that has these",
             )
         return source.only(self.shards)
 
@@ -395,7 +398,8 @@ class LabelSet:
             raise LabelSetIncomplete(f"{self.folder} holds no views")
         if any(a[1] != b[0] for a, b in itertools.pairwise(blocks)):
             raise LabelSetIncomplete(
-                f"{self.folder}: its views {blocks} have a gap. Compute the missing ones with --views"
+                f"{self.folder}: its views {blocks} have a gap",
+                fix="Compute the missing ones with --views",
             )
         wanted = len(self.shards) * (1 + len(blocks))
         if wanted > 1000 + 2 * len(self.manifest.files):  # two long lists have a product that no memory holds

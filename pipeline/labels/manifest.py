@@ -228,14 +228,15 @@ class Plan(Record):
                 if part == "teacher" and counts[0] != counts[1]:  # one and several have no field in common
                     difference = f" ({counts[0]} of them, not {counts[1]})"
                 raise LabelSetMismatch(
-                    f"{folder} was made with {part} {short(mine)}, this run asks for {short(theirs)}{difference}."
-                    f" Use the same {part} or another --out"
+                    f"{folder} was made with {part} {short(mine)}, this run asks for {short(theirs)}{difference}",
+                    fix=f"Use the same {part} or another --out",
                 )
         for part in ("topk", "precision"):
             mine, theirs = getattr(self, part), getattr(other, part)
             if mine != theirs:
                 raise LabelSetMismatch(
-                    f"{folder} was made with --{part} {mine}, this run asks for {theirs}. Use the same or another --out"
+                    f"{folder} was made with --{part} {mine}, this run asks for {theirs}",
+                    fix="Use the same or another --out",
                 )
 
 

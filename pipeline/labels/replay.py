@@ -53,9 +53,10 @@ def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) ->
     found = xxhash.xxh3_128_digest(sample.image)
     if found != samples.image_xxh3[row]:
         raise LabelSetMismatch(
-            f"image {sample.key!r} of {shard} has other bytes than the one that was labelled ({len(sample.image)} bytes"
-            f" of XXH3 {found.hex()[:8]}…, then {samples.image_bytes[row]} of {samples.image_xxh3[row].hex()[:8]}…)."
-            f" Pass the --data that was labelled; deit-cli labels verify with --data finds all that differ"
+            f"image {sample.key!r} of {shard} has other bytes than the one that was labelled"
+            f" ({len(sample.image)} bytes of XXH3 {found.hex()[:8]}…, then {samples.image_bytes[row]} of"
+            f" {samples.image_xxh3[row].hex()[:8]}…)",
+            fix=("Pass the --data that was labelled; deit-cli labels verify with --data finds all that differ"),
         )
 
 
@@ -105,8 +106,10 @@ def _check_mix(probe: Probe, recipe: Recipe, samples: SampleRows) -> None:
     same = partner == probe.partner and mix.box == probe.box and abs(mix.lam - probe.lam) < 1e-9
     if not same:
         raise ReplayError(
-            f"view {probe.view} of row {probe.row} of {probe.shard} was mixed as (partner {probe.partner}, {probe.lam}, {probe.box}),"
-            f" this version mixes it as (partner {partner}, {mix.lam}, {mix.box}). Train with the deit-cli that labelled it"
+            f"view {probe.view} of row {probe.row} of {probe.shard} was mixed as (partner {probe.partner},"
+            f" {probe.lam}, {probe.box}), this version mixes it as (partner {partner}, {mix.lam},"
+            f" {mix.box})",
+            fix="Train with the deit-cli that labelled it",
         )
 
 
@@ -142,8 +145,9 @@ def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
     difference = float(np.abs(now.astype(int) - then).mean()) if now.shape == then.shape else 255.0
     if difference > TOLERANCE:
         raise ReplayError(
-            f"view {probe.view} of {sample.key!r} differs from the labelled pixels by {difference:.2f} of 255 on average"
-            f" (at most {TOLERANCE} is rounding): the labels do not fit. Compare the versions in `deit-cli labels info`"
+            f"view {probe.view} of {sample.key!r} differs from the labelled pixels by {difference:.2f} of"
+            f" 255 on average (at most {TOLERANCE} is rounding): the labels do not fit",
+            fix="Compare the versions in `deit-cli labels info`",
         )
     return max(difference, 1e-3)  # the hash differs, so something moved, sampled or not
 

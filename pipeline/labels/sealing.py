@@ -59,7 +59,10 @@ def _refuse_links(out: Path, blocks: Sequence[range]) -> None:
     """A folder of the set that is a link would have us write elsewhere, and every reader refuses what lies outside."""
     for folder in (out / "samples", *((out / labels_path("x", block)).parent for block in blocks)):
         if not folder.resolve().is_relative_to(out.resolve()):
-            raise LabelSetCorrupt(f"{folder} points outside the label set: nothing is written there. Delete the link")
+            raise LabelSetCorrupt(
+                f"{folder} points outside the label set: nothing is written there",
+                fix="Delete the link",
+            )
 
 
 def seal(
@@ -103,8 +106,8 @@ def _list_files(
     for (start, stop), (following, _) in itertools.pairwise(bounds):
         if following < stop:
             raise LabelSetMismatch(
-                f"{out}: another run has meanwhile sealed views {start}:{stop} in blocks of another size."
-                " Run the same command again: it takes those"
+                f"{out}: another run has meanwhile sealed views {start}:{stop} in blocks of another size",
+                fix="Run the same command again: it takes those",
             )
     shards = dict.fromkeys(chosen or (shard.name for shard in plan.source.shards))
     files = [_samples_entry(out, record) for record in plan.source.shards if record.name in shards]
@@ -164,13 +167,14 @@ def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> 
     for old in sealed.files:
         if old.kind == "samples" and old.path not in found:
             raise LabelSetMismatch(
-                f"{out}: another run has meanwhile sealed further source shards, such as {old.shard!r}."
-                " Run the same command again: it takes those"
+                f"{out}: another run has meanwhile sealed further source shards, such as {old.shard!r}",
+                fix="Run the same command again: it takes those",
             )
         if old.kind == "samples" and found[old.path] != old:
             raise LabelSetMismatch(
-                f"{out / old.path} was made again, and is not the one that was sealed: the images are others than those that"
-                " were labelled, or another pyarrow wrote it. Choose another --out"
+                f"{out / old.path} was made again, and is not the one that was sealed: the images are others"
+                " than those that were labelled, or another pyarrow wrote it",
+                fix="Choose another --out",
             )
 
 
@@ -219,19 +223,21 @@ def check_theirs(ours: Path, theirs: Path) -> None:
     elif ours.parent.name == "samples":
         if not _same(read_samples(ours), read_samples(theirs)):
             raise LabelSetMismatch(
-                f"{ours}: another machine has labelled other images under these keys. All machines need the same --data"
+                f"{ours}: another machine has labelled other images under these keys",
+                fix="All machines need the same --data",
             )
     elif ours.parent.name == IMAGES_FOLDER:
         raise LabelSetMismatch(
-            f"{ours}: another machine has packed other images, or with another Pillow. All machines need the same --data"
-            " and the same versions"
+            f"{ours}: another machine has packed other images, or with another Pillow",
+            fix="All machines need the same --data and the same versions",
         )
     else:
         mine, other = (read_labels_footer(path).model_dump(exclude=_MAY_DIFFER) for path in (ours, theirs))
         read_all_views(theirs)  # its content hash
         if mine != other:
             raise LabelSetMismatch(
-                f"{ours}: another machine's file of this name has other views or rows. Use another --out"
+                f"{ours}: another machine's file of this name has other views or rows",
+                fix="Use another --out",
             )
 
 

@@ -145,13 +145,13 @@ def unite(mine: Manifest, theirs: Manifest, plan: Plan, *, names: tuple[str, str
     """
     if mine.labelset_id != theirs.labelset_id:
         raise LabelSetMismatch(
-            f"{names[1]} holds label set {short(theirs.labelset_id)}, {names[0]} holds {short(mine.labelset_id)}."
-            " Choose another address"
+            f"{names[1]} holds label set {short(theirs.labelset_id)}, {names[0]} holds {short(mine.labelset_id)}",
+            fix="Choose another address",
         )
     if not theirs.sealed:
         raise LabelSetIncomplete(
-            f"{names[1]} is not sealed: a deit-cli precompute is, or was, at work there. Run it again to complete it, or"
-            " choose another address"
+            f"{names[1]} is not sealed: a deit-cli precompute is, or was, at work there",
+            fix="Run it again to complete it, or choose another address",
         )
     mine = mine.model_copy(update={"plan_sha256": theirs.plan_sha256, "content_sha256": None})
     _check_files(mine, theirs, names)
@@ -183,15 +183,16 @@ def _check_files(mine: Manifest, theirs: Manifest, names: tuple[str, str]) -> No
     for (start, stop), (following, end) in itertools.pairwise(sorted({*mine.view_blocks, *theirs.view_blocks})):
         if following < stop:
             raise LabelSetMismatch(
-                f"{names[0]} and {names[1]} cut the same views into other blocks: {start}:{stop} and {following}:{end}."
-                " Choose another address, or make them with one --views-per-shard"
+                f"{names[0]} and {names[1]} cut the same views into other blocks: {start}:{stop} and {following}:{end}",
+                fix="Choose another address, or make them with one --views-per-shard",
             )
     known = {entry.path: entry for entry in theirs.files}
     for entry in mine.files:
         if (other := known.get(entry.path, entry)) != entry:
             raise LabelSetMismatch(
-                f"{entry.path} has SHA-256 {short(entry.sha256)}… in {names[0]} and {short(other.sha256)}… in {names[1]}:"
-                " it was made twice, and processors differ in the last bits. Keep one of the two sets, or choose another address"
+                f"{entry.path} has SHA-256 {short(entry.sha256)}… in {names[0]} and {short(other.sha256)}… in"
+                f" {names[1]}: it was made twice, and processors differ in the last bits",
+                fix="Keep one of the two sets, or choose another address",
             )
 
 
@@ -201,19 +202,21 @@ def _check_whole(
     for (_, stop), (following, _) in itertools.pairwise(blocks):
         if stop != following:
             raise LabelSetIncomplete(
-                f"{names[0]} and {names[1]} together lack views {stop}:{following}. Bring those first"
+                f"{names[0]} and {names[1]} together lack views {stop}:{following}",
+                fix="Bring those first",
             )
     files = list(files)
     with_images = {entry.shard for entry in files if entry.kind == "images"}
     if with_images and (lacking := [shard for shard in shards if shard not in with_images]):
         raise LabelSetIncomplete(
-            f"{names[0]} and {names[1]} together have the images of some source shards only, not of {lacking[0]!r}."
-            " Choose another address"
+            f"{names[0]} and {names[1]} together have the images of some source shards only, not of {lacking[0]!r}",
+            fix="Choose another address",
         )
     found = {(entry.shard, entry.view_start, entry.view_stop) for entry in files if entry.kind == "labels"}
     for shard, (start, stop) in itertools.product(shards, blocks):
         if (shard, start, stop) not in found:
             raise LabelSetIncomplete(
-                f"{names[0]} and {names[1]} together lack views {start}:{stop} of source shard {shard!r}: a label set has"
-                " all its views of all its source shards. Bring those first, or choose another address"
+                f"{names[0]} and {names[1]} together lack views {start}:{stop} of source shard {shard!r}: a"
+                " label set has all its views of all its source shards",
+                fix="Bring those first, or choose another address",
             )

@@ -224,8 +224,9 @@ def _check_same(plan: Plan, where: str, part: _Part) -> None:
         if mine != theirs:
             what = name.removesuffix("_id")
             raise LabelSetMismatch(
-                f"{where} has {what} {short(str(mine))}, {part.location} has {short(str(theirs))}: only sets of one"
-                " identity can be merged. Leave one of them out"
+                f"{where} has {what} {short(str(mine))}, {part.location} has {short(str(theirs))}: only sets"
+                " of one identity can be merged",
+                fix="Leave one of them out",
             )
 
 
@@ -252,8 +253,9 @@ def _take(path: Path, file: _File) -> bool:
         assert file.entry is not None
         if sha256_file(path) != file.entry.sha256:
             raise LabelSetMismatch(
-                f"{path} has other bytes than the one in {file.part.location}: it is damaged, or was packed from other images"
-                " or with another Pillow. Delete it, or leave that set out"
+                f"{path} has other bytes than the one in {file.part.location}: it is damaged, or was packed"
+                " from other images or with another Pillow",
+                fix="Delete it, or leave that set out",
             )
         return False
     if contents.data != path.read_bytes():
@@ -322,8 +324,8 @@ def _refuse_overlap(out: Path, blocks: Sequence[range]) -> None:
     for a, b in itertools.pairwise(blocks):
         if b.start < a.stop:
             raise LabelSetMismatch(
-                f"{out}: these sets cut the same views into other blocks, {a.start}:{a.stop} and {b.start}:{b.stop}."
-                " Merge those that were made with one --views-per-shard"
+                f"{out}: these sets cut the same views into other blocks, {a.start}:{a.stop} and {b.start}:{b.stop}",
+                fix="Merge those that were made with one --views-per-shard",
             )
 
 

@@ -194,7 +194,10 @@ def _read_both(source: Place, label_set: LabelSet) -> tuple[bytes, bytes]:
     plan, manifest = source.read(PLAN_NAME), source.read(MANIFEST_NAME)
     opened = (label_set.manifest.plan_sha256, pretty_json(label_set.manifest.to_json()))
     if (hashlib.sha256(plan or b"").hexdigest(), manifest) != opened or plan is None or manifest is None:
-        raise LabelSetMismatch(f"{source} was changed since it was opened. Run the same command again")
+        raise LabelSetMismatch(
+            f"{source} was changed since it was opened",
+            fix="Run the same command again",
+        )
     return plan, manifest
 
 
@@ -210,8 +213,10 @@ def _claim(target: Place, data: bytes, plan: Plan, names: tuple[str, str]) -> by
             n for n in ("recipe_id", "teacher_id", "source_id", "topk", "precision") if _differs(found, plan, n)
         ]
         raise LabelSetMismatch(
-            f"{names[1]} holds label set {short(found.labelset_id)}, {names[0]} holds {short(plan.labelset_id)}:"
-            f" {', '.join(name.removesuffix('_id') for name in differing)} differ. Choose another destination"
+            f"{names[1]} holds label set {short(found.labelset_id)}, {names[0]} holds"
+            f" {short(plan.labelset_id)}: {', '.join(name.removesuffix('_id') for name in differing)}"
+            " differ",
+            fix="Choose another destination",
         )
     return there
 
@@ -224,8 +229,9 @@ def _taken(right: bool | None, held: bool | None, file: Promise, target: Place) 
     """Return whether a file was brought; raise if another one is there."""
     if not right:
         raise LabelSetMismatch(
-            f"{target}/{file.name} is there with other content than the manifest says ({file.bytes} bytes, SHA-256"
-            f" {short(file.sha256)}…), and is not overwritten. Delete it there, or choose another destination"
+            f"{target}/{file.name} is there with other content than the manifest says ({file.bytes} bytes,"
+            f" SHA-256 {short(file.sha256)}…), and is not overwritten",
+            fix="Delete it there, or choose another destination",
         )
     return held is None
 

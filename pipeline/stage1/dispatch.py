@@ -63,7 +63,10 @@ class Dispatcher:
         if self.set_aside:
             names = ", ".join(f"{t.shard} views {t.views.start}:{t.views.stop}" for t in self.set_aside[:8])
             raise WorkerError(
-                f"{len(self.set_aside)} label shards were set aside after {TRIES} workers were lost over each: {names}."
-                f" Everything else is complete. {f'The last of {cause}' if cause else 'Look for an image that needs much memory'};"
-                " the same command tries again"
+                f"{len(self.set_aside)} label shards were set aside after {TRIES} workers were lost over each: {names}",
+                fix=(
+                    "Everything else is complete."
+                    f" {f'The last of {cause}' if cause else 'Look for an image that needs much memory'}; the"
+                    " same command tries again"
+                ),
             )

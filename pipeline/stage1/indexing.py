@@ -85,7 +85,8 @@ def _scan(source: Source, name: str, on_bad_image: BadImagePolicy, whereabouts: 
         except BadImageError as error:
             if on_bad_image == "fail":
                 raise SourceError(
-                    f"{error}. Mend the image, or leave such images out with --on-bad-image skip"
+                    f"{error}",
+                    fix="Mend the image, or leave such images out with --on-bad-image skip",
                 ) from error
             shapes.append((0, 0))
             bad.append(error.reason)

@@ -90,8 +90,8 @@ def plan_packing(out: Path, include_images: str | None) -> Packing | None:
         raise UsageError(f"{out} was begun with images in it: pass {found.option} again, or choose another --out")
     if found is not None and asked is not None and found != asked:
         raise LabelSetMismatch(
-            f"{out}/{IMAGES_FOLDER} holds {found.text}, this run asks for {asked.text}. Pass {found.option}, or choose"
-            " another --out"
+            f"{out}/{IMAGES_FOLDER} holds {found.text}, this run asks for {asked.text}",
+            fix=f"Pass {found.option}, or choose another --out",
         )
     return asked
 
@@ -236,7 +236,10 @@ def _packed_image(sample: Sample, packing: Packing, on_bad_image: BadImagePolicy
             decode(sample.image, key=sample.key)  # a tar with a bad image in it could not be mended later
     except BadImageError as error:
         if on_bad_image == "fail":
-            raise SourceError(f"{error}. Mend the image, or leave such images out with --on-bad-image skip") from error
+            raise SourceError(
+                f"{error}",
+                fix="Mend the image, or leave such images out with --on-bad-image skip",
+            ) from error
     return sample.image
 
 
@@ -246,6 +249,6 @@ def _check_as_sealed(out: Path, path: Path, name: str) -> None:
     for entry in sealed.files if sealed else ():
         if entry.kind == "images" and entry.shard == name and sha256_file(path) != entry.sha256:
             raise LabelSetMismatch(
-                f"{path} was packed again, and is not the one that was sealed: another Pillow or Python made it."
-                " Choose another --out"
+                f"{path} was packed again, and is not the one that was sealed: another Pillow or Python made it",
+                fix="Choose another --out",
             )

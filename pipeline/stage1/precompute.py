@@ -171,7 +171,10 @@ def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int])
     known = sorted({view for block in sealed for view in block} | set(asked))
     if known[-1] - known[0] + 1 != len(known):
         held = f"{sealed[0].start}:{sealed[-1].stop}"
-        raise UsageError(f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}. Append to those")
+        raise UsageError(
+            f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}",
+            fix="Append to those",
+        )
 
 
 def precompute(
@@ -343,8 +346,8 @@ def mirrored(config: PrecomputeConfig) -> Iterator[Mirror | None]:
         return
     if config.engine == "ray":
         raise UsageError(
-            f"--out {config.out}: --engine ray needs an --out that all its machines share as a folder."
-            " Push the set afterwards: deit-cli labels push"
+            f"--out {config.out}: --engine ray needs an --out that all its machines share as a folder",
+            fix="Push the set afterwards: deit-cli labels push",
         )
     mirror.bring()
     with mirror.sending():

@@ -38,8 +38,8 @@ def connect_ray(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise WorkerError(
-            f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]}). Start one with"
-            " `ray start --head`, or pass --address local for a Ray of this machine alone"
+            f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]})",
+            fix=("Start one with `ray start --head`, or pass --address local for a Ray of this machine alone"),
         ) from error
 
 

@@ -86,7 +86,8 @@ class ShardCache:
                     if time.monotonic() - began > remote.DEADLINE_S:
                         raise StorageError(
                             f"{url}: no room in the cache {self.folder}: other downloads fill its"
-                            f" {byte_size(self.max_bytes)}. Raise --cache-size"
+                            f" {byte_size(self.max_bytes)}",
+                            fix="Raise --cache-size",
                         ) from error
                     time.sleep(_POLL_S)
         return path
@@ -195,8 +196,8 @@ class ShardCache:
     def _refuse_larger(self, url: str, size: int) -> None:
         if size > self.max_bytes:
             raise StorageError(
-                f"{url} has {byte_size(size)} or more, the whole cache {self.folder} has {byte_size(self.max_bytes)}."
-                " Raise --cache-size"
+                f"{url} has {byte_size(size)} or more, the whole cache {self.folder} has {byte_size(self.max_bytes)}",
+                fix="Raise --cache-size",
             )
 
     def _make_room(self, need: int, *, older_than: float | None) -> None:
@@ -385,7 +386,8 @@ def read_local(file: Path | RemoteFile, use: Callable[[Path], Result]) -> Result
         with contextlib.suppress(FileNotFoundError):
             return use(file.fetch())
     raise StorageError(
-        f"{file}: evicted from the cache {file.cache.folder} {_OPENINGS} times before it was opened. Raise --cache-size"
+        f"{file}: evicted from the cache {file.cache.folder} {_OPENINGS} times before it was opened",
+        fix="Raise --cache-size",
     )
 
 

@@ -67,7 +67,10 @@ class Mirror:
             leave: names that stay here.
         """
         if is_web(url):
-            raise UsageError(f"{url}: a web server takes no files. Write to a bucket (s3://, gs://, hf://) or a folder")
+            raise UsageError(
+                f"{url}: a web server takes no files",
+                fix="Write to a bucket (s3://, gs://, hf://) or a folder",
+            )
         self.url, self.folder = url.rstrip("/"), folder
         self._last, self._shared, self._adopt, self._leave = last, shared, adopt, leave
         self._book, self._lock = folder.with_name(folder.name + ".json"), threading.Lock()

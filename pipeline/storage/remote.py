@@ -125,7 +125,8 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
             spent = time.monotonic() - began
             if delay is None or spent > DEADLINE_S:
                 raise StorageError(
-                    f"{url}: gave up after {tries} tries in {spent:.0f} s: {error}. Run the same command again when it answers"
+                    f"{url}: gave up after {tries} tries in {spent:.0f} s: {error}",
+                    fix="Run the same command again when it answers",
                 ) from error
             warn_again(
                 log, "interrupted requests that were tried again", "%s: %s; trying again in %g s", url, error, delay
@@ -383,17 +384,27 @@ def named(url: str, error: Exception, *, doing: str = "read") -> Exception:
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception) and not code:
         return named(url, error.__cause__, doing=doing)  # fsspec's `info` takes every failure for a missing file
     if code == "NoSuchBucket":
-        return RemoteFileMissing(f"{url}: there is no such bucket. Check the address, or make it first")
+        return RemoteFileMissing(
+            f"{url}: there is no such bucket",
+            fix="Check the address, or make it first",
+        )
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return RemoteFileMissing(f"{url}: there is no such file ({status or 404}). Check the address")
+        return RemoteFileMissing(
+            f"{url}: there is no such file ({status or 404})",
+            fix="Check the address",
+        )
     if code == "RequestTimeTooSkewed":
         return RemoteFileRefused(
-            f"{url}: access is refused: the clocks of this machine and of the store differ. Set this one"
+            f"{url}: access is refused: the clocks of this machine and of the store differ",
+            fix="Set this one",
         )
     if type(error).__name__ in _NO_CREDENTIALS:
         return RemoteFileRefused(f"{url}: no credentials are known for it: {_reason(error)}")
     if isinstance(error, PermissionError) or status in (401, 403):
-        return RemoteFileRefused(f"{url}: access is refused ({status or 403}). Check the address and your credentials")
+        return RemoteFileRefused(
+            f"{url}: access is refused ({status or 403})",
+            fix="Check the address and your credentials",
+        )
     if code in _MAY_PASS_S3:
         return Interrupted(_reason(error))
     if status == 416:

@@ -85,7 +85,10 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
             return new
         if (version is None) == (old is None):  # else it came or went between the two
             _swap(_Content(url, new), version)
-    raise StorageError(f"{url}: others have changed it {_SWAPS} times meanwhile. Run the same command again")
+    raise StorageError(
+        f"{url}: others have changed it {_SWAPS} times meanwhile",
+        fix="Run the same command again",
+    )
 
 
 def url_info(url: str) -> int | None:
@@ -279,7 +282,8 @@ def _write_error(content: _Content, error: Exception) -> Exception:
     found = named(content.url, error, doing="written")
     if isinstance(found, RemoteFileMissing):
         return RemoteFileMissing(
-            f"{content.url}: there is no such bucket or repository. Check the address, or make it first"
+            f"{content.url}: there is no such bucket or repository",
+            fix="Check the address, or make it first",
         )
     return found
 
@@ -348,8 +352,9 @@ def _check_arrived(content: _Content) -> None:
     if info is None or info.get("size") != content.size or _same_checksum(content, info) is False:
         found = "no file" if info is None else f"{info.get('size')} bytes"
         raise RemoteFileCorrupt(
-            f"{content.url}: {content.size} bytes were stored, and now there is {found} or another checksum:"
-            " another writer replaced it, or the store lost it. Look who writes there, and run the same command again"
+            f"{content.url}: {content.size} bytes were stored, and now there is {found} or another"
+            " checksum: another writer replaced it, or the store lost it",
+            fix="Look who writes there, and run the same command again",
         )
 
 

@@ -197,8 +197,8 @@ def _import_function(name: str) -> Callable[[], Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         raise UsageError(
-            f"--teacher {name!r} is no function that can be imported: {_named(error)}. The module is looked for in the current"
-            " folder, then as any other"
+            f"--teacher {name!r} is no function that can be imported: {_named(error)}",
+            fix="The module is looked for in the current folder, then as any other",
         ) from error
     if not callable(function):
         raise UsageError(f"--teacher {name!r} must name a function, got {type(function).__name__}")

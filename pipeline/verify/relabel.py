@@ -167,8 +167,9 @@ def _check_teacher(label_set: LabelSet, teacher: Teacher) -> None:
     if mine.id != theirs.id:
         difference = first_difference(mine.model_dump(mode="json"), theirs.model_dump(mode="json"))
         raise TeacherError(
-            f"{label_set.folder} was labelled by {mine.name} (id {short(mine.id)}), --teacher is {theirs.name}"
-            f" (id {short(theirs.id)}){difference}. Pass the teacher that labelled it, with its --teacher-checkpoint"
+            f"{label_set.folder} was labelled by {mine.name} (id {short(mine.id)}), --teacher is"
+            f" {theirs.name} (id {short(theirs.id)}){difference}",
+            fix="Pass the teacher that labelled it, with its --teacher-checkpoint",
         )
 
 

@@ -275,7 +275,9 @@ def _look(
     except (LabelSetError, StorageError) as error:
         rule = "present" if isinstance(error, RemoteFileMissing) else rule
         fix = REMOTE_FILE if remote else missing_file(views) if rule == "present" else damaged_file(views)
-        return _Looked(size, Problem(task.path, rule, error.what, error.fix or fix))
+        return _Looked(
+            size, Problem(task.path, rule, error.what, (isinstance(error, LabelSetError) and error.fix) or fix)
+        )
 
 
 def _read(folder: Path | RemoteFolder, task: _Task, *, keep: bool) -> tuple[bytes, int, str]:

@@ -16,7 +16,7 @@ from support.builders import files_of, make_labels, with_checkout, write_tars
 from support.label_sets import seal_again
 from support.s3_server import BUCKET, credentials, s3_server
 
-from pipeline.doctor import folders, machine, owners, packages, probing
+from pipeline.doctor import machine, owners, packages, places, probing
 from pipeline.doctor.examine import compare_environments, examine_labels
 from pipeline.doctor.findings import Section, report_json, report_table, verdict
 from pipeline.doctor.machine import examine_machine
@@ -470,7 +470,7 @@ def test_no_hard_links_and_no_locks_are_warnings(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(folders.fcntl, "flock", refuse)
+    monkeypatch.setattr(places.fcntl, "flock", refuse)
     section = examine_folder(tmp_path)
     assert told(section) == []
     assert (value(section, "hard links"), value(section, "file locks")) == ("no", "no")
@@ -482,13 +482,13 @@ def test_no_hard_links_and_no_locks_are_warnings(tmp_path, monkeypatch):
 
 
 def test_locks_that_do_not_hold_are_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(places.fcntl, "flock", lambda *_: None)
     assert "file locks are not kept in" in told(examine_folder(tmp_path), warnings=True)[0]
 
 
 def test_files_with_the_times_of_another_clock_are_a_warning(tmp_path, monkeypatch):
-    real = folders.time.time
-    monkeypatch.setattr(folders.time, "time", lambda: real() + 100)
+    real = places.time.time
+    monkeypatch.setattr(places.time, "time", lambda: real() + 100)
     (warning,) = told(examine_folder(tmp_path), warnings=True)
     assert "get times 100 s behind this machine's clock" in warning
 
@@ -511,7 +511,7 @@ def test_what_killed_writers_left_behind_is_counted(tmp_path):
 
 
 def test_a_doctor_killed_while_it_writes_leaves_what_is_swept(tmp_path):
-    script = "import sys; from pathlib import Path; from pipeline.doctor import folders; folders.MOST_S = 600; folders.examine_folder(Path(sys.argv[1]))"
+    script = "import sys; from pathlib import Path; from pipeline.doctor import places; places.MOST_S = 600; places.examine_folder(Path(sys.argv[1]))"
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT) as process:
         while not any(map(is_being_written, tmp_path.iterdir())):
             assert process.poll() is None
@@ -640,7 +640,7 @@ def test_a_self_contained_set_needs_no_originals(tmp_path):
 
 def test_a_url_in_a_strangers_plan_is_not_opened(labels, data, monkeypatch):
     opened: list[str] = []
-    for module in ("sources", "labelset"):
+    for module in ("images.source", "labels.labelset"):
         monkeypatch.setattr(f"pipeline.{module}.open_source", lambda location, **_: opened.append(location))
     plan = (labels / "plan.json").read_text()
     assert data in plan

@@ -79,7 +79,8 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_a_report(command, data, la
     assert "Traceback" not in stderr
     last = stderr.splitlines()[-1]
     assert re.match(
-        r"error: KeyError: .*the moon.* \(tests/test_crash\.py:\d+, in broken\)\. This is a fault of deit-cli", last
+        r"error: KeyError: .*the moon.* \(tests/faults/test_crash\.py:\d+, in broken\)\. This is a fault of deit-cli",
+        last,
     )
     (report,) = tmp_path.glob("deit-cli-crash-*.txt")
     assert report.name in last

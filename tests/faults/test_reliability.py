@@ -46,11 +46,11 @@ def test_the_bounds_are_those_of_the_code():
     from pipeline.images import parquet as parquet_source
     from pipeline.labels import manifest
     from pipeline.labels import tables as labels
-    from pipeline.storage import atomic as storage
+    from pipeline.storage import json
 
     for value in (labels.MAX_SHARD_SAMPLES, decode.MAX_PIXELS):
         assert f"{value:,}" in PAGE
-    assert (storage.MAX_JSON_BYTES, storage.MAX_JSON_VALUES) == (64 << 20, 4_000_000)
+    assert (json.MAX_JSON_BYTES, json.MAX_JSON_VALUES) == (64 << 20, 4_000_000)
     assert {manifest.MAX_FILE_BYTES, labels.MAX_VIEW_BYTES, labels.MAX_SAMPLES_BYTES, samples.MAX_IMAGE_BYTES} == {
         1 << 30
     }

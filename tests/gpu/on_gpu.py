@@ -23,7 +23,7 @@ from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.metrics import read_metrics
 
-CNN = "builders:confident_cnn"
+CNN = "support.builders:confident_cnn"
 TINY = {"model": "deit-ti", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CYCLES = 1.8e9  # of a GPU in a second, about
 

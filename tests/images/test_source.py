@@ -734,6 +734,14 @@ def test_the_row_group_cache_forgets_the_least_used_and_keeps_one_of_any_size():
 # Real images.
 
 
+@pytest.fixture
+def data() -> Path:
+    folder = os.environ.get("DEIT_CLI_DATA")
+    if not folder:
+        pytest.skip("DEIT_CLI_DATA is not set: no real images here")
+    return Path(folder)
+
+
 def test_cifar_10_is_read(data):
     source = open_source(data / "cifar10" / "train-00000-of-00001.parquet")
     assert (source.num_samples, source.num_classes) == (50_000, 10)

@@ -19,7 +19,8 @@ from support.builders import CLASSES, encoded, make_labels, photo, small_recipe,
 from pipeline.errors import LabelSetMismatch
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.labels import summary as inspection
+from pipeline.labels import sheet as drawing
+from pipeline.labels import summary as summarising
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.sheet import _tile, contact_sheet
 from pipeline.labels.summary import summarise
@@ -135,7 +136,7 @@ def test_the_summary_says_what_the_set_is_made_of(label_set, data):
     assert summary["labelset_id"] == label_set.plan.labelset_id
     assert summary["recipe_id"] == small_recipe().id
     assert summary["recipe"]["reprob"] == 0.25
-    assert summary["teacher"]["name"] == "builders:confident_cnn"
+    assert summary["teacher"]["name"] == "support.builders:confident_cnn"
     assert summary["environments"][0]["device"] == "cpu"
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
@@ -167,7 +168,7 @@ def test_bad_images_are_named_with_what_is_wrong(tmp_path):
 
 
 def test_a_large_set_is_looked_at_in_part(label_set, monkeypatch):
-    monkeypatch.setattr(inspection, "MAX_ROWS", 20)
+    monkeypatch.setattr(summarising, "MAX_ROWS", 20)
     summary = summarise(label_set)
     assert summary["labels_looked_at"] == 23  # whole source shards of the first view: 13, and 10 more
     assert summary["labels"] == 69
@@ -298,18 +299,18 @@ def test_a_sheet_has_a_row_for_each_sample_and_a_column_for_each_view(
 
 
 def test_the_samples_of_a_sheet_are_spread_over_the_source(label_set):
-    places = inspection._spread(label_set, 4)
+    places = drawing._spread(label_set, 4)
     assert places == [("train-000000", 0), ("train-000000", 5), ("train-000000", 11), ("train-000001", 4)]
 
 
 def test_a_sheet_with_room_for_more_samples_than_there_are_shows_each_once(label_set):
-    assert len(set(inspection._spread(label_set, 99))) == 23
+    assert len(set(drawing._spread(label_set, 99))) == 23
 
 
 def test_bad_images_are_not_on_a_sheet(tmp_path):
     data = write_tars(tmp_path / "data", SIZES, bad=(0, 5))
     label_set = make_labels(tmp_path / "set", data, on_bad_image="skip", views=(0, 1))
-    assert len(places := inspection._spread(label_set, 21)) == 21
+    assert len(places := drawing._spread(label_set, 21)) == 21
     assert {("train-000000", 0), ("train-000000", 5)}.isdisjoint(places)
     contact_sheet(label_set, open_source(data), tmp_path / "sheet.png", samples=1, views=1)
 
@@ -317,7 +318,7 @@ def test_bad_images_are_not_on_a_sheet(tmp_path):
 def test_the_pictures_of_a_sheet_are_the_tiles_row_by_row(label_set, data, tmp_path, monkeypatch):
     path = tmp_path / "sheet.png"
     found = drawn(label_set, data, path, monkeypatch, samples=2, views=2)
-    places = [(place, view) for place in inspection._spread(label_set, 2) for view in (0, 1)]
+    places = [(place, view) for place in drawing._spread(label_set, 2) for view in (0, 1)]
     sheet = sheet_of(path)
     for pixels, (x0, y0, x1, y1), ((shard, row), view) in zip(found["pixels"], found["pictures"], places, strict=True):
         expected = pixels_by_hand(label_set, data, shard, row, view)

@@ -226,7 +226,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--min-teacher-accuracy 1 --accuracy-samples 10", seen=lambda got: "of 10 labelled images" in got.said),
         Trial("--teacher test_resnet --teacher test_efficientnet", seen=lambda got: "teacher test_efficientnet" in got.said),
         Trial("--teacher-checkpoint {folder}/teacher.safetensors"),
-        Trial("--teacher builders:confident_cnn", seen=plan("teacher.members.1.name", "builders:confident_cnn")),
+        Trial("--teacher support.builders:confident_cnn", seen=plan("teacher.members.1.name", "support.builders:confident_cnn")),
         Trial("--pretrained", OFFLINE),
         Trial("--teacher-img-size 24", seen=lambda got: "sees 24 px" in got.said),
         Trial("--device cpu --dtype auto"),
@@ -281,9 +281,9 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--no-probes --expect-manifest {manifest} --json", seen=is_json),
         Trial("--public-key {folder}/team.pub", "1 problem"),
         Trial("--identity a@b.c --identity-provider https://accounts.google.com", "1 problem"),
-        Trial("--teacher builders:confident_cnn --teacher-img-size 16 --relabel 7 --relabel-seed 3 --device cpu --dtype auto"),
+        Trial("--teacher support.builders:confident_cnn --teacher-img-size 16 --relabel 7 --relabel-seed 3 --device cpu --dtype auto"),
         *(
-            Trial(f"--teacher builders:confident_cnn --teacher-img-size 16 --relabel 3 --dtype {dtype}")
+            Trial(f"--teacher support.builders:confident_cnn --teacher-img-size 16 --relabel 3 --dtype {dtype}")
             for dtype in ("float32", "bfloat16", "float16")
         ),
         Trial(
@@ -307,7 +307,7 @@ TRIALS: dict[str, list[Trial]] = {
     "labels extend": [
         Trial("--data {copy} --batch-size 8 --workers 1 --engine local --accuracy-samples 7 --dtype auto --log-json log.json",
               seen=exists("log.json")),
-        Trial("--teacher builders:confident_cnn --teacher-img-size 16 --processes 1 --min-teacher-accuracy 1 --dtype float32"),
+        Trial("--teacher support.builders:confident_cnn --teacher-img-size 16 --processes 1 --min-teacher-accuracy 1 --dtype float32"),
         Trial("--engine ray --address 127.0.0.1:1", "no Ray cluster answers"),
         Trial("--on-bad-image skip --dtype bfloat16"),
         Trial("--on-bad-image fail --dtype float16 --compile", seen=lambda got: got.compiled == 1),

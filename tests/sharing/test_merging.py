@@ -410,7 +410,7 @@ def test_a_set_behind_a_url_is_extended(data, whole, tmp_path, monkeypatch):
         2,
         2,
         data,
-        ("builders:confident_cnn",),
+        ("support.builders:confident_cnn",),
     )
     assert recipe.id == small_recipe().id
     label_set = precompute(config, recipe, teacher_of(*asked.teacher), source)

@@ -120,7 +120,7 @@ def die_at_once(*_) -> None:
 @pytest.mark.slow
 def test_what_a_process_cannot_do_arrives_as_its_own_error_and_leaves_no_process(data, tmp_path):
     with pytest.raises(TeacherError, match="is not the one that this run began with"):
-        labelled(tmp_path / "set", data, teacher=teacher_of("builders:changing_cnn"))
+        labelled(tmp_path / "set", data, teacher=teacher_of("support.builders:changing_cnn"))
     assert multiprocessing.active_children() == []
     with pytest.raises(LabelSetIncomplete):
         LabelSet.open(tmp_path / "set")

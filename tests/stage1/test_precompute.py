@@ -322,7 +322,7 @@ def test_precompute_reports_its_progress(data, tmp_path):
 def test_the_teacher_is_measured_and_its_accuracy_is_said(data, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="deit_cli"):
         make_labels(tmp_path / "set", data)
-    assert "teacher builders:confident_cnn: top-1" in caplog.text
+    assert "teacher support.builders:confident_cnn: top-1" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -90,7 +90,7 @@ def node_of_this_process(_: object = None) -> str:
 def test_what_a_worker_cannot_do_arrives_as_its_own_error(cluster, data, tmp_path):
     made, _ = cluster
     with pytest.raises(TeacherError, match="is not the one that this run began with"):
-        labelled(tmp_path / "set", data, made, teacher=teacher_of("builders:changing_cnn"))
+        labelled(tmp_path / "set", data, made, teacher=teacher_of("support.builders:changing_cnn"))
 
 
 def test_where_no_cluster_answers_the_address_is_named(data, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import atomic as storage
+from pipeline.storage import json as strict_json
 from pipeline.storage.atomic import publish_file, replace_file, sha256_file, sweep_temporaries
 from pipeline.storage.json import parse_json, pretty_json, read_json
 
@@ -381,7 +382,7 @@ def test_json_that_two_readers_could_read_differently_is_refused(tmp_path, data,
 
 
 def test_a_json_file_over_the_size_limit_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(strict_json, "MAX_JSON_BYTES", 10)
     (tmp_path / "a.json").write_bytes(b'{"a": 123}')
     assert read_json(tmp_path / "a.json") == {"a": 123}
     (tmp_path / "a.json").write_bytes(b'{"a": 1234}')

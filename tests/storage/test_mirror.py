@@ -17,7 +17,7 @@ from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1 import loop as labelling
-from pipeline.stage1 import outputs
+from pipeline.stage1 import precompute as stage1
 from pipeline.stage1.precompute import precompute
 from pipeline.storage import mirror, remote
 from pipeline.storage.mirror import ChangedElsewhere
@@ -176,18 +176,18 @@ def test_other_images_under_the_same_keys_are_refused_when_another_machine_was_f
 
 @EVERYWHERE
 def test_two_machines_that_seal_other_views_at_the_same_time_lose_none(data, whole, bucket, machine, monkeypatch):
-    real = outputs.seal
+    real = stage1.seal
 
     def seal_late(*args: Any, **how: Any) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(outputs, "seal", real)
+            patch.setattr(stage1, "seal", real)
             machine("b")
             label(f"{bucket}/set", data, views=(2, 4))
         machine("a")
-        monkeypatch.setattr(outputs, "seal", real)
+        monkeypatch.setattr(stage1, "seal", real)
         real(*args, **how)
 
-    monkeypatch.setattr(outputs, "seal", seal_late)
+    monkeypatch.setattr(stage1, "seal", seal_late)
     label_set = label(f"{bucket}/set", data, views=(0, 2))
     assert label_set is not None
     assert label_set.views == range(4)

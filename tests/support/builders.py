@@ -127,7 +127,7 @@ def teacher_from(module: nn.Module, identity: TeacherIdentity, *, dtype: Dtype =
 
 def small_teacher(source: Source, **options: Any) -> Teacher:
     """The confident CNN; with `num_classes`, timm's as it is."""
-    name = "test_resnet" if "num_classes" in options else "builders:confident_cnn"
+    name = "test_resnet" if "num_classes" in options else "support.builders:confident_cnn"
     return teacher_of(name, **({"pretrained": False, "img_size": 16} | options))
 
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The program's commands, called in this process."""
 
 from click.testing import CliRunner
 

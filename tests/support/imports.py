@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Labels as FKD and TinyViT publish them, written anew."""
 
 import struct
 from pathlib import Path

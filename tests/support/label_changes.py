@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Label sets whose labels were changed and sealed again."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Keys to sign with."""
 
 from pathlib import Path
 

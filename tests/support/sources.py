@@ -1,8 +1,7 @@
-"""TODO docstring."""
+"""Image Parquet files, and what is read of a source."""
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
 from pipeline.images.source import Source
@@ -48,14 +46,6 @@ def write_table(path: Path, columns: dict[str, Any], class_labels: Sequence[str]
     huggingface = {"huggingface": json.dumps({"info": {"features": features}})}
     image = pa.array([{"bytes": IMAGE, "path": "a.jpg"}], IMAGE_TYPE)
     pq.write_table(pa.table({"image": image, **columns}).replace_schema_metadata(huggingface | metadata), path)
-
-
-@pytest.fixture
-def data() -> Path:
-    folder = os.environ.get("DEIT_CLI_DATA")
-    if not folder:
-        pytest.skip("DEIT_CLI_DATA is not set: no real images here")
-    return Path(folder)
 
 
 IMAGE = image(0)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Label shards of chosen rows."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""A tiny student, and what tests compare of its runs."""
 
 from dataclasses import fields
 from pathlib import Path

@@ -104,9 +104,9 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 BAD_TEACHERS = [
     # name, options, error, text
     ("regnety_16", {}, UsageError, "timm has no model 'regnety_16'; did you mean regnety_1"),
-    ("builders:nothing", {}, UsageError, "is no function that can be imported"),
+    ("support.builders:nothing", {}, UsageError, "is no function that can be imported"),
     ("no_such_module:f", {}, UsageError, "is no function that can be imported"),
-    ("builders:photo_count", {}, UsageError, "is no function that can be imported"),
+    ("support.builders:photo_count", {}, UsageError, "is no function that can be imported"),
 ]
 
 
@@ -222,7 +222,7 @@ def test_a_function_that_fails_is_said_in_one_line(tmp_path, monkeypatch, text, 
 
 def test_a_checkpoint_for_a_function_is_refused(tmp_path):
     with pytest.raises(UsageError, match="let the function load it"):
-        teacher_of("builders:confident_cnn", checkpoint=tmp_path / "w.pth")
+        teacher_of("support.builders:confident_cnn", checkpoint=tmp_path / "w.pth")
 
 
 def test_a_missing_checkpoint_and_one_of_another_network_are_named(tmp_path):
@@ -244,7 +244,7 @@ def test_weights_that_cannot_be_fetched_are_one_line_with_a_way_out(monkeypatch,
 
 def test_any_function_can_give_a_teacher(tmp_path):
     teacher = small_teacher(open_source(write_tars(tmp_path / "data")))
-    assert teacher.identity.name == "builders:confident_cnn"
+    assert teacher.identity.name == "support.builders:confident_cnn"
     assert (teacher.identity.num_classes, teacher.identity.mean) == (3, (0.5, 0.5, 0.5))
 
 
@@ -386,7 +386,7 @@ def test_a_pass_that_does_not_fit_is_halved_and_no_view_is_lost(caplog):
 
 
 def test_several_teachers_answer_with_the_mean_of_their_probabilities():
-    names = ("test_resnet", "builders:confident_cnn")
+    names = ("test_resnet", "support.builders:confident_cnn")
     single = [teacher_of(name, pretrained=False, num_classes=3, img_size=16) for name in names]
     both = teacher_of(*names, pretrained=False, num_classes=3, img_size=16)
     images, mix = mixed_batch(20)
@@ -399,7 +399,7 @@ def test_several_teachers_answer_with_the_mean_of_their_probabilities():
 
 
 def test_the_identity_of_several_teachers_names_all_in_their_order():
-    names = ("test_resnet", "builders:confident_cnn")
+    names = ("test_resnet", "support.builders:confident_cnn")
     options = {"pretrained": False, "num_classes": 3, "img_size": 16}
     both, turned, one = (teacher_of(*each, **options).identity for each in (names, names[::-1], names[:1]))
     assert [member.name for member in both.members] == list(names)
@@ -410,5 +410,5 @@ def test_the_identity_of_several_teachers_names_all_in_their_order():
 
 def test_teachers_of_different_classes_are_refused():
     with pytest.raises(TeacherError, match="classes") as caught:
-        teacher_of("test_resnet", "builders:confident_cnn", pretrained=False, num_classes=5, img_size=16)
+        teacher_of("test_resnet", "support.builders:confident_cnn", pretrained=False, num_classes=5, img_size=16)
     assert "\n" not in str(caught.value)

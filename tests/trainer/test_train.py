@@ -190,7 +190,7 @@ def test_the_config_and_what_it_came_to_are_saved(label_set, tmp_path):
     saved = json.loads((tmp_path / "run/config.json").read_text())
     assert saved["config"]["lr"] == 1e-3
     assert saved["labelset_id"] == label_set.plan.labelset_id
-    assert saved["teacher"]["name"] == "builders:confident_cnn"
+    assert saved["teacher"]["name"] == "support.builders:confident_cnn"
 
 
 def test_a_run_is_never_overwritten_unasked(label_set, tmp_path):

@@ -22,7 +22,7 @@ from pipeline.teacher.teacher import Teacher
 from pipeline.verify.relabel import ROUNDING, Flip, Relabelled, relabel, rounding_of
 from pipeline.verify.verify import verify
 
-TEACHER = "builders:confident_cnn"
+TEACHER = "support.builders:confident_cnn"
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_the_command_line_asks_the_teacher(made, copied, data):
 
 
 def test_another_teacher_is_a_problem_of_the_report(made, data):
-    report = verify(str(made), VerifyConfig(), TeacherConfig(teacher=("builders:changing_cnn",)))
+    report = verify(str(made), VerifyConfig(), TeacherConfig(teacher=("support.builders:changing_cnn",)))
     (problem,) = report.problems
     assert problem.rule == "teacher"
     assert report.relabelled is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.data.mixup import cutmix_bbox_and_lam
 
-from pipeline.views import mixing
+from pipeline.views import pairs
 from pipeline.views.draws import Draws
 from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
 from pipeline.views.pairs import Mix, draw_mix, draw_pairs, mix_blocks, shard_pairs
@@ -214,7 +214,7 @@ def test_the_box_of_a_centre_and_a_lambda_is_timms(size, monkeypatch):
         centre = iter((y, x))
         monkeypatch.setattr(np.random, "randint", lambda *_, centre=centre, **__: next(centre))
         (yl, yh, xl, xh), corrected = cutmix_bbox_and_lam((3, size, size), lam)
-        mix = mixing._cut(Centre(y, x), lam, size)
+        mix = pairs._cut(Centre(y, x), lam, size)
         assert mix.lam == pytest.approx(corrected, abs=1e-12)
         assert mix.box == (None if corrected == 1 else (yl, xl, yh - yl, xh - xl))
 

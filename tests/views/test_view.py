@@ -62,7 +62,7 @@ KEYS = ["n01440764/n01440764_10026", "a", "b/é", "0"]
 SUMMARY = """
 import hashlib, random, sys
 import cv2, numpy as np, torch
-from pipeline.views.mixing import draw_mix, draw_pairs
+from pipeline.views.pairs import draw_mix, draw_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.views.view import draw_view, render
 
