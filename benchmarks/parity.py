@@ -227,8 +227,7 @@ def same_batch(setting: Setting, teacher: Teacher, *, rehearse: bool) -> dict[st
         step = count // parts
         with torch.inference_mode():
             answers = [
-                teacher.logits(apply_mix(images[at : at + step].permute(0, 3, 1, 2), cut(mix, at, step)))[0]
-                for at in range(0, count, step)
+                teacher.logits(apply_mix(images[at : at + step], cut(mix, at, step)))[0] for at in range(0, count, step)
             ]
         return torch.cat(answers)
 

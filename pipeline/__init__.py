@@ -2,30 +2,37 @@
 
     sources -> decode -> views -> mixing -> teacher -> labels -> manifest
 
-The public reader API is `LabelSet` and `Recipe`:
+The public API reads a label set and renders the views that its labels belong to:
 
-    from pipeline import LabelSet
+    from pipeline import LabelSet, open_source, render_view
     labels = LabelSet.open("shards/")
-    rows = labels.read(labels.shards[0], view=0)     # row, hard, topk_index, topk_prob, tail_mass
+    shard = labels.shards[0]
+    rows = labels.read(shard, view=0)     # row, hard, topk_index, topk_prob, tail_mass
+    sample = open_source("images/").shard(shard)[rows.row[0]]
+    pixels = render_view(sample.image, labels.recipe, sample.key, 0)     # before mixing, uint8 [H, W, 3]
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.images.source import open_source
     from pipeline.labels.labelset import LabelSet
     from pipeline.views.recipe import Recipe
+    from pipeline.views.view import render_view
 
-__all__ = ["LabelSet", "Recipe"]
+__all__ = ["LabelSet", "Recipe", "open_source", "render_view"]
+
+_HOMES = {
+    "LabelSet": "pipeline.labels.labelset",
+    "Recipe": "pipeline.views.recipe",
+    "open_source": "pipeline.images.source",
+    "render_view": "pipeline.views.view",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the two public names when they are first used: `deit-cli --help` must not wait for pyarrow."""
-    if name == "LabelSet":
-        from pipeline.labels.labelset import LabelSet
-
-        return LabelSet
-    if name == "Recipe":
-        from pipeline.views.recipe import Recipe
-
-        return Recipe
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name when it is first used: `deit-cli --help` must not wait for pyarrow and torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -16,7 +16,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_replay
 from pipeline.labels.tables import read_labels_footer, read_samples_footer
 from pipeline.views.draws import stream_of
-from pipeline.views.pairs import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, draw_mix, pairs_of
 from pipeline.views.view import draw_view, render
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +191,7 @@ def test_draws_and_pairs_are_the_pinned_ones():
     opened = label_set()
     samples = opened.samples(SHARD)
     for view in opened.views:
-        pairs = shard_pairs(opened.recipe, samples.key, samples.usable, view)
+        pairs = pairs_of(opened.recipe, samples.key, samples.usable, view).rows
         assert pairs.tolist() == [[0, 3], [1, -1], [6, 4], [5, -1]]
     assert stream_of("a", "b").bits() == 0x4F5F52C470219B2D
     assert stream_of(IDS["recipe_id"], "g0", "0", "crop").bits() == 0xDC72651C612A4D87
@@ -218,7 +218,7 @@ def test_stored_labels_are_the_closed_form_of_the_replayed_views():
 
     for view in opened.views:
         rows = opened.read(SHARD, view)
-        for first, second in shard_pairs(opened.recipe, samples.key, samples.usable, view).tolist():
+        for first, second in pairs_of(opened.recipe, samples.key, samples.usable, view).rows.tolist():
             mix = draw_mix(opened.recipe, KEYS[first], view) if second >= 0 else Mix()
             for own, other in ((first, second), (second, first)):
                 if own < 0:

@@ -13,10 +13,11 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
 from pipeline.machine.loaders import Mapped, checked, plan_workers, start_loader
 from pipeline.machine.ranks import resolve_device
+from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
 from trainer.config import AmpDtype
-from trainer.order import Order, count_units
+from trainer.order import Order
 from trainer.parallel import Running, World, forward_dtype
 from trainer.stream import BatchRenderer, Catalogue, CentreBatches, mixed_images, stream_batches
 from trainer.student import Heads, Student, normalise, open_student
@@ -193,7 +194,7 @@ def measure_agreement(
     ):
         if mine != theirs:
             raise UsageError(f"the student has {mine} {what}, {label_set.folder} has {theirs}")
-    units = tuple(count_units(recipe, label_set.samples(name).usable) for name in label_set.shards)
+    units = tuple(count_pairs(recipe, label_set.samples(name).usable) for name in label_set.shards)
     order = Order(
         shard_units=units,
         unit_size=2 if recipe.mixes else 1,

@@ -153,14 +153,6 @@ def check_repeats(recipe: Recipe, repeats: int, views: range | None) -> None:
         )
 
 
-def count_units(recipe: Recipe, usable: NDArray[np.int64]) -> int:
-    """Return how many units the usable rows of a source shard make: pairs of its mix blocks, or single samples."""
-    if not recipe.mixes:
-        return len(usable)
-    _, sizes = np.unique(usable // recipe.mix_block, return_counts=True)
-    return int(((sizes + 1) // 2).sum())
-
-
 @lru_cache(maxsize=2)
 def _epoch_units(order: Order, epoch: int) -> NDArray[np.int64]:
     """Shuffle the shards, then the units within each window of shards, and take this epoch's part."""

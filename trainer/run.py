@@ -22,12 +22,13 @@ from pipeline.storage.atomic import refusals_named, replace_file
 from pipeline.storage.cache import open_cache, prefetch
 from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.yaml import to_yaml
+from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
 from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig
 from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
-from trainer.order import Order, Share, check_repeats, count_units, default_repeats
+from trainer.order import Order, Share, check_repeats, default_repeats
 from trainer.stream import Catalogue
 from trainer.student import Student, create_student
 from trainer.weights import start_from
@@ -137,7 +138,7 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
     views = _views(config, data)
     shards = range(len(catalogue.names))
     with prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
-        units = tuple(count_units(data.recipe, catalogue.table(shard).usable) for shard in shards)
+        units = tuple(count_pairs(data.recipe, catalogue.table(shard).usable) for shard in shards)
     repeats = config.repeated_aug or default_repeats(data.recipe, views)
     if config.repeated_aug is None and sum(units) < repeats * share.parts:
         repeats = 1  # so few images that an epoch of a third of them is nothing

@@ -23,10 +23,10 @@ from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
 from pipeline.storage.cache import RemoteFile, prefetch
-from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
-from pipeline.views.pairs import Mix, draw_mix, shard_pairs
+from pipeline.views.mixing import MixBatch, apply_mix, lay_out
+from pipeline.views.pairs import Pairs, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import draw_view, render, render_encoded, render_views
+from pipeline.views.view import render_encoded, render_view, render_views
 from trainer.order import Order, Share
 
 Value = TypeVar("Value")
@@ -166,7 +166,7 @@ class BatchRenderer:
         # Shards of a window and its neighbours, with room; a rank meets its share of them.
         self.shards_kept = 4 * -(-order.window // share.size)
         self._tables = _Recent[ShardTable](self.shards_kept)
-        self._pairs = _Recent[NDArray[np.int64]](self.shards_kept)
+        self._pairs = _Recent[Pairs](self.shards_kept)
         self._labels = _Recent[LabelRows](self.shards_kept * order.repeated_aug)
 
     @property
@@ -221,32 +221,23 @@ class BatchRenderer:
         table = self._tables.get(shard, lambda: self._catalogue.table(shard))
         group = views.start // self._recipe.views_per_pairing
         pairs = self._pairs.get(
-            (shard, group), lambda: shard_pairs(self._recipe, table.keys, table.usable, views.start)
-        )[units]
-        # A batch holds unit after unit, each view after view, in each the two partners: [U, V, 2], singles taken out.
-        rows = np.broadcast_to(pairs[:, None], (len(pairs), len(views), 2))
-        there = rows >= 0
-        places = np.where(there, np.cumsum(there).reshape(there.shape) - 1, -1)
-        flat = rows[there]
-        mixes = [
-            draw_mix(self._recipe, table.keys[first], view) if second >= 0 else Mix()
-            for first, second in pairs.tolist()
-            for view in views
-        ]
+            (shard, group), lambda: pairs_of(self._recipe, table.keys, table.usable, views.start)
+        ).take(units)
+        layout = lay_out(pairs, views)
         return _Part(
             shard=shard,
             table=table,
-            pairs=pairs,
-            places=places,
-            keys=tuple(map(table.keys.__getitem__, flat.tolist())),
-            class_label=table.class_label[flat],
-            labelled=table.labelled[flat],
-            mix=mix_batch([(first, second) for first, second in places.reshape(-1, 2).tolist()], mixes, len(flat)),
-            labels=self._labels_of(shard, table, rows, there, views),
+            pairs=pairs.rows,
+            places=layout.places,
+            keys=tuple(map(table.keys.__getitem__, layout.rows.tolist())),
+            class_label=table.class_label[layout.rows],
+            labelled=table.labelled[layout.rows],
+            mix=layout.mix,
+            labels=self._labels_of(shard, table, pairs.rows, layout.places >= 0, views),
         )
 
     def _labels_of(
-        self, shard: int, table: ShardTable, rows: NDArray[np.int64], there: NDArray[np.bool_], views: range
+        self, shard: int, table: ShardTable, pairs: NDArray[np.int64], there: NDArray[np.bool_], views: range
     ) -> tuple[NDArray[Any], ...]:
         """Return hard, topk_index, topk_prob and tail_mass of the views that are there, in their order."""
         label_set = self._catalogue.label_set
@@ -258,10 +249,10 @@ class BatchRenderer:
             return self._labels.get((shard, view), lambda: _read_labels(label_set, name, view, table.usable))
 
         found = [read(view) for view in views]
-        at = np.searchsorted(table.usable, np.where(there, rows, table.usable[0]))
+        at = np.searchsorted(table.usable, np.where(pairs >= 0, pairs, table.usable[0]))
 
         def column(of: Callable[[LabelRows], NDArray[Any]]) -> NDArray[Any]:
-            return np.stack([of(rows)[at[:, number]] for number, rows in enumerate(found)], axis=1)[there]
+            return np.stack([of(rows)[at] for rows in found], axis=1)[there]
 
         hard, index, prob = (column(of) for of in (lambda x: x.hard, lambda x: x.topk_index, lambda x: x.topk_prob))
         tail = column(lambda x: x.tail_mass) if len(found[0].tail_mass) else np.zeros(len(hard))
@@ -346,9 +337,7 @@ class CentreBatches:
         sample = shard[row]
         if sample.class_label is None:
             raise SourceError(f"{sample.key!r} has lost its class label since the source was opened")
-        image = decode(sample.image, key=sample.key)
-        drawn = draw_view(self._recipe, sample.key, 0, height=image.shape[0], width=image.shape[1])
-        return render(image, drawn), sample.class_label
+        return render_view(sample.image, self._recipe, sample.key, 0), sample.class_label
 
 
 def _read_labels(label_set: LabelSet, name: str, view: int, usable: NDArray[np.int64]) -> LabelRows:
@@ -444,6 +433,4 @@ class _Recent(Generic[Value]):
 
 def mixed_images(batch: Batch, device: torch.device) -> Tensor:
     """Return the views of a batch as the teacher saw them, float32 [B, 3, H, W] of 0..255."""
-    pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    mix: MixBatch = batch.mix.to(device)
-    return apply_mix(pixels, mix)
+    return apply_mix(batch.images.to(device, non_blocking=True), batch.mix.to(device))

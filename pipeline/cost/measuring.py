@@ -32,7 +32,7 @@ from pipeline.teacher.teacher import CPU_BATCH, Teacher, one_thread
 from pipeline.views.mixing import mix_batch
 from pipeline.views.pairs import draw_mix
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import render_view
 
 IMAGES = 64  # on which reading, decoding and rendering are timed, at most
 GPU_BATCH = 256
@@ -82,14 +82,10 @@ def measure_rates(
         SourceError: no image can be decoded.
     """
     places, samples, images = _first_images(source, least_s)
-    sizes = [image.shape[:2] for image in images]
 
     def views(number: int) -> list[np.ndarray]:
-        drawn = [
-            draw_view(recipe, sample.key, number, height=height, width=width)
-            for sample, (height, width) in zip(samples, sizes, strict=True)
-        ]
-        return [render(image, view) for image, view in zip(images, drawn, strict=True)]
+        keyed = zip(images, samples, strict=True)
+        return [render_view(image, recipe, sample.key, number) for image, sample in keyed]
 
     rendered = np.stack(views(0))
     numbers = itertools.count()

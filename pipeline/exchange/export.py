@@ -259,7 +259,7 @@ def _views(job: _Job, name: str, samples: SampleRows, view: int) -> Iterator[tup
         batch = renderer((Block(name, alone, alone, rows, samples.take(rows)), view))
         if isinstance(batch, Exception):
             raise batch
-        mixed = apply_mix(batch.images.permute(0, 3, 1, 2), batch.mix).round().clamp(0, 255).byte()
+        mixed = apply_mix(batch.images, batch.mix).round().clamp(0, 255).byte()
         pixels = mixed.permute(0, 2, 3, 1).contiguous().numpy()
         for at in np.argsort(batch.rows.numpy()).tolist():
             image = encode(pixels[at], "PNG" if encoding == "png" else "JPEG")

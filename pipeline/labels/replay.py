@@ -14,15 +14,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
-from pipeline.images.decode import decode
 from pipeline.images.source import Sample, Source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Probe
 from pipeline.labels.tables import SampleRows
 from pipeline.repeats import warn_again
-from pipeline.views.pairs import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import render_view
 
 log = logging.getLogger("deit_cli.replay")
 
@@ -115,11 +114,13 @@ def _check_mix(probe: Probe, recipe: Recipe, samples: SampleRows) -> None:
 
 def pair_of(recipe: Recipe, samples: SampleRows, row: int, view: int) -> tuple[int | None, Mix]:
     """Return the partner's row (None without one) and the mix of one sample's view."""
-    for first, second in shard_pairs(recipe, samples.key, samples.usable, view).tolist():
-        if row in (first, second):
-            partner = second if row == first else first
-            return (partner, draw_mix(recipe, samples.key[first], view)) if partner >= 0 else (None, Mix())
-    raise ReplayError(f"row {row} is no usable sample")
+    pairs = pairs_of(recipe, samples.key, samples.usable, view)
+    pair = pairs.take(np.flatnonzero((pairs.rows == row).any(axis=1)))
+    if not len(pair.rows):
+        raise ReplayError(f"row {row} is no usable sample")
+    (mix,), (first, second) = pair.mixes(view), pair.rows[0].tolist()
+    partner = second if row == first else first
+    return (partner if partner >= 0 else None), mix
 
 
 def rendered_view(
@@ -128,16 +129,11 @@ def rendered_view(
     """Render one view before mixing, uint8 [H, W, 3], of the very image that was labelled."""
     sample = source.shard(shard)[row]
     check_image(sample, samples, row, shard=shard)
-    return _rendered(label_set.recipe, sample, view)
-
-
-def _rendered(recipe: Recipe, sample: Sample, view: int) -> NDArray[np.uint8]:
-    image = decode(sample.image, key=sample.key)
-    return render(image, draw_view(recipe, sample.key, view, height=image.shape[0], width=image.shape[1]))
+    return render_view(sample.image, label_set.recipe, sample.key, view)
 
 
 def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
-    pixels = _rendered(recipe, sample, probe.view)
+    pixels = render_view(sample.image, recipe, sample.key, probe.view)
     if _sha256(pixels) == probe.pixels_sha256:
         return 0.0
     then = _probe_sample(probe)

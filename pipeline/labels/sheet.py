@@ -76,7 +76,7 @@ def _tile(label_set: LabelSet, source: Source, name: str, row: int, view: int) -
     rows = [row] if partner is None else [row, partner]
     batch = torch.from_numpy(np.stack([rendered_view(label_set, source, name, samples, r, view) for r in rows]))
     mixes = mix_batch([(0, 1 if partner is not None else -1)], [mix], len(rows))
-    mixed = apply_mix(batch.permute(0, 3, 1, 2), mixes)[0].permute(1, 2, 0)
+    mixed = apply_mix(batch, mixes)[0].permute(1, 2, 0)
     labels = label_set.read(name, view)
     at = int(np.searchsorted(labels.row, row))
     return Tile(

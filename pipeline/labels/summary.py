@@ -12,7 +12,7 @@ from pipeline.labels.format import pin_of
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import SampleRows
 from pipeline.text import byte_size, two_columns
-from pipeline.views.pairs import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import pairs_of
 
 MAX_ROWS = (
     200_000  # labels after which a summary stops reading; a sample that large has an error below 0.3 percentage points
@@ -90,8 +90,8 @@ def _hits(label_set: LabelSet, samples: SampleRows, rows: LabelRows, view: int) 
     """Return whether `hard` is the class label of the image that makes up the larger part of each labelled view."""
     recipe, hard = label_set.recipe, dict(zip(rows.row.tolist(), rows.hard.tolist(), strict=True))
     hits: list[bool] = []
-    for first, second in shard_pairs(recipe, samples.key, samples.usable, view).tolist():
-        mix = draw_mix(recipe, samples.key[first], view) if second >= 0 else Mix()
+    pairs = pairs_of(recipe, samples.key, samples.usable, view)
+    for (first, second), mix in zip(pairs.rows.tolist(), pairs.mixes(view), strict=True):
         for own, other in ((first, second), (second, first)):
             larger = own if mix.lam >= 0.5 or other < 0 else other
             if own >= 0 and samples.class_label[larger] is not None:

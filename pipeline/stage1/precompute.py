@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, UsageError
-from pipeline.images.decode import decode
 from pipeline.images.source import Sample, Source
 from pipeline.labels.card import refresh_card
 from pipeline.labels.encoding import label_bytes
@@ -37,7 +36,7 @@ from pipeline.teacher.teacher import Teacher, check_classes
 from pipeline.text import byte_size, count, two_columns
 from pipeline.views.mixing import mix_batch
 from pipeline.views.recipe import PRESETS, Recipe
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import render_view
 
 log = logging.getLogger("deit_cli.precompute")
 
@@ -286,11 +285,9 @@ def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[floa
 
 def _centre_view(sample: Sample, recipe: Recipe) -> tuple[NDArray[np.uint8], int | None] | None:
     try:
-        image = decode(sample.image, key=sample.key)
+        return render_view(sample.image, recipe, sample.key, 0), sample.class_label
     except BadImageError:
         return None
-    drawn = draw_view(recipe, sample.key, 0, height=image.shape[0], width=image.shape[1])
-    return render(image, drawn), sample.class_label
 
 
 def _check_accuracy(config: PrecomputeConfig, teacher: Teacher, source: Source) -> None:

@@ -15,10 +15,10 @@ from pipeline.images.source import Source
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
-from pipeline.views.mixing import MixBatch, mix_batch
-from pipeline.views.pairs import Mix, draw_mix, draw_pairs, mix_blocks
+from pipeline.views.mixing import MixBatch, lay_out
+from pipeline.views.pairs import mix_blocks, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import draw_view, render, render_encoded, render_views
+from pipeline.views.view import render_encoded, render_view, render_views
 
 # What one process holds of a block between its views: decoded images, or their views where these are smaller. A block
 # of 256 images of ImageNet decodes to about 150 MB; one of 12-megapixel photographs becomes eight views at a time.
@@ -102,20 +102,18 @@ class BlockRenderer:
             self._held = [self._hold(block, position) for position in range(len(block.rows))]
             self._name = block.name
         recipe, size, keys = self._recipe, self._recipe.img_size, block.samples.key
-        pairs = draw_pairs(recipe, keys, view)
-        order = pairs.ravel()[pairs.ravel() >= 0]
-        images = torch.empty(len(order), size, size, 3, dtype=torch.uint8) if out is None else out[: len(order)]
+        layout = lay_out(pairs_of(recipe, keys, np.arange(len(keys)), view), range(view, view + 1))
+        count = len(layout.rows)
+        images = torch.empty(count, size, size, 3, dtype=torch.uint8) if out is None else out[:count]
         pixels = images.numpy()
-        for at, position in enumerate(order.tolist()):
+        for at, position in enumerate(layout.rows.tolist()):
             held = self._held[position]
             if held.ndim == 4:
                 pixels[at] = held[view - block.chunk.start]
             else:
-                drawn = draw_view(recipe, keys[position], view, height=held.shape[0], width=held.shape[1])
-                pixels[at] = render(held, drawn)
-        mixes = [draw_mix(recipe, keys[a], view) if b >= 0 else Mix() for a, b in pairs.tolist()]
-        mix = mix_batch(paired_positions(pairs), mixes, len(order))
-        return ViewBatch(block.shard, block.views, view, torch.from_numpy(block.rows[order]), images, mix)
+                pixels[at] = render_view(held, recipe, keys[position], view)
+        rows = torch.from_numpy(block.rows[layout.rows])
+        return ViewBatch(block.shard, block.views, view, rows, images, layout.mix)
 
     def _hold(self, block: Block, position: int) -> NDArray[np.uint8]:
         """Return the decoded image [H, W, 3], or all its views [V, size, size, 3] where they take less memory."""
@@ -211,13 +209,3 @@ def deal(blocks: Iterable[Block], workers: int) -> Iterator[Unit | None]:
                 unit = next(lane)
             more = more or unit is not None
             yield unit
-
-
-def paired_positions(pairs: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return where each pair lies in a batch that holds pair after pair; -1 for the partner of a single sample."""
-    positions: list[tuple[int, int]] = []
-    at = 0
-    for second in pairs[:, 1].tolist():
-        positions.append((at, at + 1 if second >= 0 else -1))
-        at += 2 if second >= 0 else 1
-    return positions

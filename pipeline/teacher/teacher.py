@@ -167,7 +167,7 @@ class Teacher:
         bad = ~part.finite
         if bad.any():
             with torch.inference_mode():
-                mixed = apply_mix(part.images.permute(0, 3, 1, 2), part.mix)
+                mixed = apply_mix(part.images, part.mix)
                 again = self._again(mixed, bad.to(self.device), part.index.shape[1], start)
                 for column, values in zip((part.hard, part.index, part.prob), again, strict=True):
                     column[bad] = values.cpu()
@@ -194,7 +194,7 @@ class Teacher:
         """One forward pass of views and mixes that are on the device, and its answer on the host."""
         with torch.inference_mode():
             began = time.perf_counter()
-            top = self.rank(self.logits(apply_mix(images.permute(0, 3, 1, 2), mix)), topk)
+            top = self.rank(self.logits(apply_mix(images, mix)), topk)
             hard, index, prob, finite = (column.to("cpu", non_blocking=True) for column in top)  # into pinned memory
             return _Part(images, mix, hard, index, prob, finite, (time.perf_counter() - began) / self.threads)
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.views.pairs import Mix
+from pipeline.views.pairs import Mix, Pairs
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,46 @@ def mix_batch(pairs: Sequence[tuple[int, int]], mixes: Sequence[Mix], size: int)
     return MixBatch(torch.from_numpy(partner), torch.from_numpy(lam), torch.from_numpy(box))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the views of some pairs stand in a batch: pair after pair, each view after view, in each the two samples.
+
+    Attributes:
+        rows: int64 [B], the row of each position's sample.
+        places: int64 [P, V, 2], the position of each pair's views; -1 where there is no partner.
+        mix: partners and mixes, by position.
+    """
+
+    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
+    mix: MixBatch
+
+
+def lay_out(pairs: Pairs, views: range) -> Layout:
+    """Lay V views of P pairs out as a batch."""
+    rows = np.broadcast_to(pairs.rows[:, None], (len(pairs.rows), len(views), 2))
+    there = rows >= 0
+    places = np.where(there, np.cumsum(there).reshape(there.shape) - 1, -1)
+    mixes = [mix for of_pair in zip(*(pairs.mixes(view) for view in views), strict=True) for mix in of_pair]
+    positions = [(first, second) for first, second in places.reshape(-1, 2).tolist()]
+    return Layout(rows[there], places, mix_batch(positions, mixes, int(there.sum())))
+
+
 def apply_mix(images: Tensor, mix: MixBatch) -> Tensor:
     """Mix a batch of views: the same function, on the same device type, in both stages.
 
     Args:
-        images: uint8 [B, 3, H, W].
+        images: uint8 [B, H, W, 3].
         mix: the batch's mixes, on the same device.
 
     Returns:
-        float32 [B, 3, H, W], values 0..255, in the memory format of `images`.
+        float32 [B, 3, H, W], values 0..255, channels last in memory where `images` is contiguous.
     """
-    own = images.float()
-    height, width = images.shape[-2:]
-    top, left, tall, wide = (edge[:, None, None] for edge in mix.box.unbind(1))
-    y = torch.arange(height, device=images.device)[None, :, None]
-    x = torch.arange(width, device=images.device)[None, None, :]
-    inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+    own = images.permute(0, 3, 1, 2).float()
+    top, left, height, width = (edge[:, None, None] for edge in mix.box.unbind(1))
+    y = torch.arange(own.shape[2], device=images.device)[None, :, None]
+    x = torch.arange(own.shape[3], device=images.device)[None, None, :]
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
     cut = mix.box[:, 2:].prod(dim=1).gt(0)[:, None, None]
     weight = torch.where(cut, (~inside).float(), mix.lam[:, None, None])[:, None]
     return weight * own + (1 - weight) * own[mix.partner]

@@ -7,7 +7,7 @@ travels together through both stages.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,23 +60,51 @@ def mix_blocks(recipe: Recipe, usable: NDArray[np.int64]) -> list[NDArray[np.int
     return np.split(usable, np.flatnonzero(np.diff(blocks)) + 1) if len(usable) else []
 
 
-def shard_pairs(recipe: Recipe, keys: Sequence[str], usable: NDArray[np.int64], view: int) -> NDArray[np.int64]:
-    """Pair all usable samples of a source shard for one view.
+def count_pairs(recipe: Recipe, usable: NDArray[np.int64]) -> int:
+    """Return how many pairs the usable rows of a source shard make, samples without a partner included."""
+    if not recipe.mixes:
+        return len(usable)
+    return sum((len(block) + 1) // 2 for block in mix_blocks(recipe, usable))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of samples of one source shard, for the views that share a pairing.
+
+    Attributes:
+        recipe: the augmentation.
+        keys: sample keys, by row.
+        rows: int64 [P, 2], rows of the two samples; the second is -1 for a sample without a partner.
+    """
+
+    recipe: Recipe
+    keys: Sequence[str]
+    rows: NDArray[np.int64]
+
+    def take(self, which: NDArray[np.int64]) -> "Pairs":
+        """Return some of the pairs, by position."""
+        return replace(self, rows=self.rows[which])
+
+    def mixes(self, view: int) -> list[Mix]:
+        """Draw how each pair is mixed in one view; a sample without a partner is not."""
+        rows: list[tuple[int, int]] = self.rows.tolist()
+        return [draw_mix(self.recipe, self.keys[a], view) if b >= 0 else Mix() for a, b in rows]
+
+
+def pairs_of(recipe: Recipe, keys: Sequence[str], usable: NDArray[np.int64], view: int) -> Pairs:
+    """Pair all usable samples of a source shard for one view, block after block.
 
     Args:
         recipe: the augmentation.
         keys: keys of all samples of the shard, by row.
         usable: rising rows of the good ones.
         view: view number.
-
-    Returns:
-        int64 [P, 2], rows, block after block; second is -1 for a sample without a partner.
     """
-    pairs = [np.empty((0, 2), np.int64)]
+    rows = [np.empty((0, 2), np.int64)]
     for block in mix_blocks(recipe, usable):
         positions = draw_pairs(recipe, tuple(keys[int(row)] for row in block), view)
-        pairs.append(np.where(positions < 0, -1, block[positions]))
-    return np.concatenate(pairs)
+        rows.append(np.where(positions < 0, -1, block[positions]))
+    return Pairs(recipe, keys, np.concatenate(rows))
 
 
 def draw_mix(recipe: Recipe, key: str, view: int) -> Mix:

@@ -108,6 +108,26 @@ def render(image: Pixels, view: View) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
+def render_view(image: bytes | Pixels, recipe: Recipe, key: str, view: int) -> Pixels:
+    """Draw and render one view.
+
+    Args:
+        image: the encoded file, all of which is decoded, or the decoded image, uint8 [H, W, 3].
+        recipe: the augmentation.
+        key: sample key.
+        view: view number, 0 or more.
+
+    Returns:
+        uint8 [img_size, img_size, 3].
+
+    Raises:
+        BadImageError: it cannot be decoded.
+    """
+    pixels = decode(image, key=key) if isinstance(image, bytes) else image
+    height, width = pixels.shape[:2]
+    return render(pixels, draw_view(recipe, key, view, height=height, width=width))
+
+
 def render_encoded(image: bytes, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:
     """Render views of an image that is known to decode; for a single view, no more of it than the crop may be decoded.
 
@@ -134,9 +154,7 @@ def render_encoded(image: bytes, recipe: Recipe, key: str, views: range) -> NDAr
 
 def render_views(image: Pixels, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:
     """Render several views of one decoded image, uint8 [V, img_size, img_size, 3]."""
-    height, width = image.shape[:2]
-    drawn = [draw_view(recipe, key, view, height=height, width=width) for view in views]
-    return np.stack([render(image, view) for view in drawn])
+    return np.stack([render_view(image, recipe, key, view) for view in views])
 
 
 def _random_crop(draws: Draws, recipe: Recipe, height: int, width: int) -> Box:
@@ -145,21 +163,25 @@ def _random_crop(draws: Draws, recipe: Recipe, height: int, width: int) -> Box:
     for _ in range(ATTEMPTS):
         area = draws.uniform(*recipe.scale) * height * width
         ratio = math.exp(draws.uniform(*log_ratio))
-        wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < wide <= width and 0 < tall <= height:
-            return draws.integer(height - tall + 1), draws.integer(width - wide + 1), tall, wide
-    tall = min(height, max(1, round(width / recipe.ratio[0])))
-    wide = min(width, max(1, round(height * recipe.ratio[1])))
-    return (height - tall) // 2, (width - wide) // 2, tall, wide
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = draws.integer(height - crop_height + 1), draws.integer(width - crop_width + 1)
+            return top, left, crop_height, crop_width
+    crop_height = min(height, max(1, round(width / recipe.ratio[0])))
+    crop_width = min(width, max(1, round(height * recipe.ratio[1])))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def _centre(recipe: Recipe, height: int, width: int) -> tuple[Box, tuple[int, int], tuple[int, int]]:
     """Resize the shorter side to img_size / crop_pct and take the middle, as timm evaluates."""
     # Of a strip, only the middle can show: resizing all of a 1 x 5000 image would take gigabytes.
-    tall, wide = min(height, 8 * width), min(width, 8 * height)
-    crop = ((height - tall) // 2, (width - wide) // 2, tall, wide)
+    crop_height, crop_width = min(height, 8 * width), min(width, 8 * height)
+    crop = ((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
     short = math.floor(recipe.img_size / recipe.crop_pct)
-    resized = (short, short * wide // tall) if tall <= wide else (short * tall // wide, short)
+    if crop_height <= crop_width:
+        resized = (short, short * crop_width // crop_height)
+    else:
+        resized = (short * crop_height // crop_width, short)
     return crop, resized, (round((resized[0] - recipe.img_size) / 2), round((resized[1] - recipe.img_size) / 2))
 
 
@@ -192,18 +214,18 @@ def _random_erase(draws: Draws, recipe: Recipe) -> Erase | None:
     for _ in range(ATTEMPTS):
         area = draws.uniform(*ERASE_AREA) * size * size
         aspect = math.exp(draws.uniform(*log_aspect))
-        tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if tall < size and wide < size:
-            box = (draws.integer(size - tall + 1), draws.integer(size - wide + 1), tall, wide)
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < size and width < size:
+            box = (draws.integer(size - height + 1), draws.integer(size - width + 1), height, width)
             return Erase(box=box, noise=draws.bits())
     return None
 
 
 def _crop_and_resize(image: Pixels, view: View) -> Pixels:
     """Antialiased bicubic resize of the crop, rows first, with Pillow's filter: 0.03 of 255 from its pixels on average."""
-    top, left, tall, wide = view.crop
+    top, left, height, width = view.crop
     image = np.require(image, requirements=["C", "W"])  # as decoded ones are; torch takes no others
-    region = torch.from_numpy(image)[top : top + tall, left : left + wide].contiguous()
+    region = torch.from_numpy(image)[top : top + height, left : left + width].contiguous()
     tensor = region[None].permute(0, 3, 1, 2)  # contiguous and channels last: torch copies nothing, and answers alike
     resized = F.interpolate(tensor, size=view.resize, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     top, left = view.window
@@ -212,13 +234,13 @@ def _crop_and_resize(image: Pixels, view: View) -> Pixels:
 
 def _erase(pixels: Pixels, erase: Erase) -> Pixels:
     """Fill a box with N(0, 1) per channel in ImageNet-normalised space, mapped back to uint8 and clipped."""
-    top, left, tall, wide = erase.box
+    top, left, height, width = erase.box
     table = noise_levels(IMAGENET_MEAN, IMAGENET_STD)
-    count = tall * wide * 3
+    count = height * width * 3
     words = Draws(erase.noise.to_bytes(8, "little")).raw(-(-count // 4))
-    quantile = words.astype("<u8", copy=False).view("<u2")[:count].reshape(3, tall, wide)
-    noise = np.empty((tall, wide, 3), np.uint8)
+    quantile = words.astype("<u8", copy=False).view("<u2")[:count].reshape(3, height, width)
+    noise = np.empty((height, width, 3), np.uint8)
     for channel in range(3):
         noise[..., channel] = table[channel].take(quantile[channel])
-    pixels[top : top + tall, left : left + wide] = noise
+    pixels[top : top + height, left : left + width] = noise
     return pixels

@@ -65,7 +65,7 @@ def as_the_teacher_saw_it(labels: LabelSet, shard: str, row: int, view: int) -> 
         sample = source.shard(shard)[each]
         image = decode(sample.image, key=sample.key)
         pixels.append(render(image, draw_view(labels.recipe, sample.key, view, height=image.shape[0], width=image.shape[1])))  # fmt: skip
-    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    batch = torch.from_numpy(np.stack(pixels))
     mixed = apply_mix(batch, mix_batch([(0, len(pixels) - 1 if partner is not None else -1)], [mix], len(pixels)))[0]
     return mixed.permute(1, 2, 0).round().byte().numpy()
 

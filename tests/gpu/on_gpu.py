@@ -80,7 +80,7 @@ def views_in(label_set: LabelSet, source: Source, views: range, *, workers: int 
 
 def mixed(batch: ViewBatch) -> Tensor:
     """Return what the teacher sees, on the CPU, float32 [B, 3, H, W] of 0..255."""
-    return apply_mix(batch.images.permute(0, 3, 1, 2), batch.mix)
+    return apply_mix(batch.images, batch.mix)
 
 
 def columns(label_set: LabelSet, name: str) -> NDArray[Any]:

@@ -24,8 +24,8 @@ from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_image, check_
 from pipeline.labels.sealing import MANIFEST_PROBES
 from pipeline.labels.tables import read_labels_footer
 from pipeline.views import view as views
-from pipeline.views.pairs import Mix, draw_mix, shard_pairs
-from pipeline.views.view import draw_view, render
+from pipeline.views.pairs import Mix, Pairs, draw_mix, pairs_of
+from pipeline.views.view import draw_view, render, render_view
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def checked(made, images):
 
 def with_pixels(monkeypatch, change) -> None:
     """Make every view that is replayed go through `change` first."""
-    monkeypatch.setattr(replay, "render", lambda image, view: np.ascontiguousarray(change(render(image, view))))
+    monkeypatch.setattr(replay, "render_view", lambda *view: np.ascontiguousarray(change(render_view(*view))))
 
 
 # What passes.
@@ -202,9 +202,10 @@ def test_another_mix_is_refused_with_both_mixes(checked, monkeypatch, mixed):
 
 def test_other_partners_are_refused(checked, monkeypatch):
     def neighbours(recipe, keys, usable, view):
-        return np.array([[0, 1], [2, 3], [4, -1]]) if len(keys) == 5 else np.array([[0, 1], [2, 3]])
+        rows = np.array([[0, 1], [2, 3], [4, -1]]) if len(keys) == 5 else np.array([[0, 1], [2, 3]])
+        return Pairs(recipe, keys, rows)
 
-    monkeypatch.setattr(replay, "shard_pairs", neighbours)
+    monkeypatch.setattr(replay, "pairs_of", neighbours)
     with pytest.raises(ReplayError, match="was mixed as"):
         checked()
 
@@ -255,7 +256,7 @@ def test_pair_of_agrees_with_the_pairs_of_the_shard(made):
     opened = LabelSet.open(made)
     samples = opened.samples("train-0")
     for view in opened.views:
-        pairs = shard_pairs(opened.recipe, samples.key, samples.usable, view).tolist()
+        pairs = pairs_of(opened.recipe, samples.key, samples.usable, view).rows.tolist()
         for first, second in pairs:
             expected = draw_mix(opened.recipe, samples.key[first], view) if second >= 0 else Mix()
             assert pair_of(opened.recipe, samples, first, view) == (second if second >= 0 else None, expected)

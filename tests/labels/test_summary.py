@@ -26,7 +26,7 @@ from pipeline.labels.sheet import _tile, contact_sheet
 from pipeline.labels.summary import summarise
 from pipeline.settings.files import load_recipe
 from pipeline.views.mixing import apply_mix, mix_batch
-from pipeline.views.pairs import draw_mix, shard_pairs
+from pipeline.views.pairs import draw_mix, pairs_of
 from pipeline.views.view import draw_view, render
 
 SIZES = (13, 10)
@@ -57,7 +57,7 @@ def by_hand(label_set: LabelSet) -> dict[str, float | None]:
         for view in label_set.views:
             rows = label_set.read(shard, view)
             hard = dict(zip(rows.row.tolist(), rows.hard.tolist(), strict=True))
-            for first, second in shard_pairs(recipe, samples.key, samples.usable, view).tolist():
+            for first, second in pairs_of(recipe, samples.key, samples.usable, view).rows.tolist():
                 lam = draw_mix(recipe, samples.key[first], view).lam if second >= 0 else 1.0
                 for own, partner in [(first, second), (second, first)] if second >= 0 else [(first, -1)]:
                     larger = samples.class_label[own if lam >= 0.5 else partner]
@@ -106,7 +106,7 @@ def test_a_teacher_that_is_always_right_about_the_larger_part_agrees_in_all_labe
     def right(self, shard, view):
         rows, samples = stored(self, shard, view), self.samples(shard)
         hard = rows.hard.copy()
-        for first, second in shard_pairs(self.recipe, samples.key, samples.usable, view).tolist():
+        for first, second in pairs_of(self.recipe, samples.key, samples.usable, view).rows.tolist():
             lam = draw_mix(self.recipe, samples.key[first], view).lam if second >= 0 else 1.0
             for own, partner in ((first, second), (second, first)) if second >= 0 else ((first, first),):
                 hard[own] = samples.class_label[own if lam >= 0.5 else partner] or 0
@@ -181,14 +181,14 @@ def pixels_by_hand(label_set: LabelSet, data: str, shard: str, row: int, view: i
     """The mixed view of one sample: its pair mixed as both stages mix it, in float, then rounded."""
     source, recipe = open_source(data), label_set.recipe
     keys, usable = source.shard(shard).keys, label_set.samples(shard).usable
-    pair = next(pair for pair in shard_pairs(recipe, keys, usable, view).tolist() if row in pair)
+    pair = next(pair for pair in pairs_of(recipe, keys, usable, view).rows.tolist() if row in pair)
     rows = [r for r in pair if r >= 0]
     views = []
     for r in rows:
         image = decode(source.shard(shard)[r].image, key="x")
         views.append(render(image, draw_view(recipe, keys[r], view, height=24, width=32)))
     mixes = mix_batch([(0, 1 if len(rows) == 2 else -1)], [draw_mix(recipe, keys[rows[0]], view)], len(rows))
-    mixed = apply_mix(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), mixes)[rows.index(row)]
+    mixed = apply_mix(torch.from_numpy(np.stack(views)), mixes)[rows.index(row)]
     return np.rint(mixed.permute(1, 2, 0).numpy()).astype(np.uint8)
 
 
@@ -206,7 +206,7 @@ def test_a_caption_says_the_parts_and_the_teachers_answer(label_set, data):
     source, recipe, shard, view = open_source(data), label_set.recipe, "train-000000", 1
     samples, rows = label_set.samples(shard), label_set.read(shard, view)
     seen: set[int] = set()
-    for first, second in shard_pairs(recipe, samples.key, samples.usable, view).tolist():
+    for first, second in pairs_of(recipe, samples.key, samples.usable, view).rows.tolist():
         for row, partner in ((first, second), (second, first)) if second >= 0 else ((first, None),):
             lam = 1.0 if partner is None else draw_mix(recipe, samples.key[first], view).lam
             names = ["unlabelled" if i is None else CLASSES[i] for i in samples.class_label]

@@ -27,7 +27,7 @@ from pipeline.machine.progress import Tick
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.precompute import measure_accuracy, plan_work, precompute
 from pipeline.views.mixing import apply_mix, mix_batch
-from pipeline.views.pairs import draw_mix, shard_pairs
+from pipeline.views.pairs import draw_mix, pairs_of
 from pipeline.views.view import draw_view, render
 
 
@@ -47,7 +47,7 @@ def answers_one_by_one(data: str, view: int, shard: str) -> tuple[dict[int, int]
     teacher = small_teacher(source)
     samples = source.shard(shard)
     hard, prob = {}, {}
-    for first, second in shard_pairs(recipe, samples.keys, np.arange(len(samples)), view).tolist():
+    for first, second in pairs_of(recipe, samples.keys, np.arange(len(samples)), view).rows.tolist():
         rows = [first] if second < 0 else [first, second]
         views = []
         for row in rows:
@@ -55,7 +55,7 @@ def answers_one_by_one(data: str, view: int, shard: str) -> tuple[dict[int, int]
             drawn = draw_view(recipe, samples[row].key, view, height=image.shape[0], width=image.shape[1])
             views.append(render(image, drawn))
         mixes = mix_batch([(0, 1 if second >= 0 else -1)], [draw_mix(recipe, samples.keys[first], view)], len(rows))
-        mixed = apply_mix(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), mixes)
+        mixed = apply_mix(torch.from_numpy(np.stack(views)), mixes)
         for row, image in zip(rows, mixed, strict=True):
             logits = teacher.logits(image[None])[0][0]
             hard[row], prob[row] = int(logits.argmax()), logits.softmax(0).detach().numpy()

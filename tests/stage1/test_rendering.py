@@ -26,11 +26,10 @@ from pipeline.stage1.rendering import (
     ViewBatch,
     blocks_of,
     deal,
-    paired_positions,
     stream_views,
     views_at_once,
 )
-from pipeline.views.pairs import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, draw_mix, pairs_of
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render
 
@@ -74,27 +73,13 @@ def content(batch: ViewBatch) -> tuple:
     return batch.shard, batch.views, batch.view, *((tuple(t.shape), t.numpy().tobytes()) for t in tensors)
 
 
-@pytest.mark.parametrize(
-    ("pairs", "positions"),
-    [
-        ([(4, 1), (0, 3)], [(0, 1), (2, 3)]),  # pair after pair, whatever the samples
-        ([(4, 1), (2, -1)], [(0, 1), (2, -1)]),  # an odd block: its last sample is alone
-        ([(0, -1), (1, -1), (2, -1)], [(0, -1), (1, -1), (2, -1)]),  # nothing is mixed
-        ([(2, -1), (4, 1), (0, 3)], [(0, -1), (1, 2), (3, 4)]),  # one alone moves those behind it by one
-        ([], []),  # an empty block
-    ],
-)
-def test_the_two_of_a_pair_stand_together(pairs, positions):
-    assert paired_positions(np.array(pairs, np.int64).reshape(-1, 2)) == positions
-
-
 @pytest.mark.parametrize("name", ["deit", "crop-flip"])
 def test_a_batch_holds_every_sample_of_its_block_with_its_own_pixels_and_mix(source, name):
     recipe = load_recipe(name, {"img_size": 16, "mix_block": 8})
     seen = []
     for batch in rendered(source, recipe, blocks_in(source, recipe)):
         shard = source.shard(batch.shard)
-        pairs = shard_pairs(recipe, shard.keys, np.arange(len(shard)), batch.view).tolist()
+        pairs = pairs_of(recipe, shard.keys, np.arange(len(shard)), batch.view).rows.tolist()
         partners = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
         firsts = {row: pair[0] for pair in pairs for row in pair}
         rows = batch.rows.tolist()

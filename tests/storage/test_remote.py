@@ -25,9 +25,10 @@ from pipeline.labels.labelset import LabelSet, record_of
 from pipeline.labels.replay import check_replay
 from pipeline.storage import remote
 from pipeline.storage.cache import RemoteFile, ShardCache, prefetch
+from pipeline.views.pairs import count_pairs
 from trainer.config import TrainConfig
 from trainer.loop import train
-from trainer.order import Order, count_units
+from trainer.order import Order
 from trainer.stream import BatchRenderer, Catalogue
 
 TARS = "images/train-{0..1}.tar"
@@ -360,7 +361,7 @@ def trained(tmp_path_factory) -> Path:
 
 def renderer_of(labels: LabelSet, source: Source) -> tuple[BatchRenderer, int]:
     recipe = small_recipe()
-    units = tuple(count_units(recipe, labels.samples(name).usable) for name in labels.shards)
+    units = tuple(count_pairs(recipe, labels.samples(name).usable) for name in labels.shards)
     order = Order(shard_units=units, unit_size=2, views=labels.views, batch_size=6, repeated_aug=1, window=2, seed=0)
     return BatchRenderer(Catalogue(source, labels), recipe, order), order.steps_per_epoch
 

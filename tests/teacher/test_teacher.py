@@ -390,7 +390,7 @@ def test_several_teachers_answer_with_the_mean_of_their_probabilities():
     single = [teacher_of(name, pretrained=False, num_classes=3, img_size=16) for name in names]
     both = teacher_of(*names, pretrained=False, num_classes=3, img_size=16)
     images, mix = mixed_batch(20)
-    mixed = apply_mix(images.permute(0, 3, 1, 2), mix)
+    mixed = apply_mix(images, mix)
     prob = sum(teacher.logits(mixed)[0].detach().softmax(1).numpy() for teacher in single) / 2
     answer = both.ask(images, mix, 3).result()
     np.testing.assert_allclose(answer.topk_prob, -np.sort(-prob, axis=1), atol=1e-6)

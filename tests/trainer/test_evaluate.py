@@ -22,7 +22,7 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.views.mixing import apply_mix, mix_batch
-from pipeline.views.pairs import draw_mix, shard_pairs
+from pipeline.views.pairs import draw_mix, pairs_of
 from pipeline.views.view import draw_view, render
 from trainer import student as student_module
 from trainer.evaluate import centre_recipe, evaluate, evaluate_checkpoint, fused_logits, measure_agreement
@@ -320,7 +320,7 @@ def agreement_by_hand(student: Student, label_set: LabelSet, source: Source, vie
     recipe, same = label_set.recipe, {}
     for shard in source.shards:
         hard = dict(enumerate(label_set.read(shard.name, view).hard.tolist()))
-        for pair in shard_pairs(recipe, shard.keys, np.arange(len(shard)), view).tolist():
+        for pair in pairs_of(recipe, shard.keys, np.arange(len(shard)), view).rows.tolist():
             rows = [row for row in pair if row >= 0]
             views = []
             for row in rows:
@@ -328,9 +328,7 @@ def agreement_by_hand(student: Student, label_set: LabelSet, source: Source, vie
                 views.append(render(image, draw_view(recipe, shard.keys[row], view, height=24, width=32)))
             mix = draw_mix(recipe, shard.keys[rows[0]], view)
             mixes = mix_batch([(0, 1 if len(rows) == 2 else -1)], [mix], len(rows))
-            for row, pixels in zip(
-                rows, apply_mix(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), mixes), strict=True
-            ):
+            for row, pixels in zip(rows, apply_mix(torch.from_numpy(np.stack(views)), mixes), strict=True):
                 with torch.no_grad():
                     heads = student.eval()(Normalize(student.mean, student.std)(pixels / 255)[None])
                 for name, logits in fused_logits(heads).items():

@@ -5,7 +5,8 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.settings.files import load_recipe
-from trainer.order import Order, Share, check_repeats, count_units, default_repeats
+from pipeline.views.pairs import count_pairs
+from trainer.order import Order, Share, check_repeats, default_repeats
 
 
 def order(**changes) -> Order:
@@ -152,9 +153,9 @@ def test_positions_run_through_the_epochs():
 
 def test_units_are_the_pairs_of_the_blocks():
     recipe = load_recipe("deit", {"mix_block": 4})
-    assert count_units(recipe, np.arange(9)) == 5  # 2 + 2 + a single
-    assert count_units(recipe, np.array([0, 2, 3, 4, 8])) == 4  # blocks of 3, 1 and 1 usable rows
-    assert count_units(load_recipe("crop-flip"), np.arange(9)) == 9
+    assert count_pairs(recipe, np.arange(9)) == 5  # 2 + 2 + a single
+    assert count_pairs(recipe, np.array([0, 2, 3, 4, 8])) == 4  # blocks of 3, 1 and 1 usable rows
+    assert count_pairs(load_recipe("crop-flip"), np.arange(9)) == 9
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, checked, start_loader
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.rendering import BlockRenderer, blocks_of, deal
-from pipeline.views.pairs import Mix, draw_mix, shard_pairs
+from pipeline.views.pairs import Mix, count_pairs, draw_mix, pairs_of
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render
 from trainer import stream
-from trainer.order import Order, count_units
+from trainer.order import Order
 from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, _Recent
 
 SIZES = (13, 10)  # blocks of 8, 5, 8 and 2: an odd one, so that one sample of each view has no partner
@@ -41,7 +41,7 @@ def label_set(data, tmp_path_factory) -> LabelSet:
 
 
 def order_of(recipe: Recipe, *, sizes: tuple[int, ...] = SIZES, views: range | None = range(6), **changes) -> Order:
-    units = tuple(count_units(recipe, np.arange(size)) for size in sizes)
+    units = tuple(count_pairs(recipe, np.arange(size)) for size in sizes)
     settings = {"batch_size": 6, "repeated_aug": 1, "window": 2, "seed": 0}
     return Order(shard_units=units, unit_size=2 if recipe.mixes else 1, views=views, **(settings | changes))
 
@@ -65,7 +65,7 @@ def pair_by_hand(source: Source, recipe: Recipe, key: str, view: int) -> tuple[s
     """The partner's key (None for a sample without one) and the mix, from the pairs of the whole source shard."""
     name, row = place_of(source, key)
     keys = source.shard(name).keys
-    pair = next(pair for pair in shard_pairs(recipe, keys, np.arange(len(keys)), view).tolist() if row in pair)
+    pair = next(pair for pair in pairs_of(recipe, keys, np.arange(len(keys)), view).rows.tolist() if row in pair)
     if pair[1] < 0:
         return None, Mix()
     return keys[pair[0] + pair[1] - row], draw_mix(recipe, keys[pair[0]], view)
@@ -278,7 +278,7 @@ def test_rows_that_could_not_be_labelled_are_never_asked_for(tmp_path):
     data = write_tars(tmp_path / "data", SIZES, bad=(3, 15))
     label_set, source = make_labels(tmp_path / "set", data, on_bad_image="skip"), open_source(data)
     recipe = label_set.recipe
-    units = tuple(count_units(recipe, label_set.samples(name).usable) for name in label_set.shards)
+    units = tuple(count_pairs(recipe, label_set.samples(name).usable) for name in label_set.shards)
     order = Order(shard_units=units, unit_size=2, batch_size=24, repeated_aug=1, views=range(3), window=2, seed=0)
     batch = rendered(BatchRenderer(Catalogue(source, label_set), recipe, order), 1)
     assert sorted(batch.keys) == [f"img-{number:04}" for number in range(23) if number not in (3, 15)]

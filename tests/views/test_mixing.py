@@ -9,8 +9,8 @@ from timm.data.mixup import cutmix_bbox_and_lam
 
 from pipeline.views import pairs
 from pipeline.views.draws import Draws
-from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
-from pipeline.views.pairs import Mix, draw_mix, draw_pairs, mix_blocks, shard_pairs
+from pipeline.views.mixing import MixBatch, apply_mix, lay_out, mix_batch
+from pipeline.views.pairs import Mix, Pairs, draw_mix, draw_pairs, mix_blocks, pairs_of
 from pipeline.views.recipe import PRESETS, Recipe
 
 SMALL = Recipe(img_size=32, mix_block=8)
@@ -34,7 +34,7 @@ def test_everyone_has_exactly_one_partner_and_an_odd_one_is_left(count):
 def test_a_single_sample_and_an_empty_block_have_no_pairs():
     np.testing.assert_array_equal(draw_pairs(SMALL, ["only"], 0), [[0, -1]])
     assert draw_pairs(SMALL, [], 0).shape == (0, 2)
-    assert shard_pairs(SMALL, names(4), np.array([], np.int64), 0).shape == (0, 2)
+    assert pairs_of(SMALL, names(4), np.array([], np.int64), 0).rows.shape == (0, 2)
 
 
 @pytest.mark.parametrize("share", [1, 2, 3, 5])
@@ -68,7 +68,7 @@ def test_every_partner_is_as_likely_and_every_sample_as_often_single():
 def test_a_recipe_that_does_not_mix_pairs_nobody(recipe):
     expected = [[i, -1] for i in range(5)]
     assert draw_pairs(recipe, names(5), 0).tolist() == expected
-    assert shard_pairs(recipe, names(5), np.arange(5), 3).tolist() == expected
+    assert pairs_of(recipe, names(5), np.arange(5), 3).rows.tolist() == expected
     assert draw_mix(recipe, "key", 0) == Mix()
 
 
@@ -90,7 +90,7 @@ def test_bad_rows_leave_gaps_and_move_no_row_to_another_block(usable, blocks):
 
 
 def test_pairs_of_a_shard_stay_within_their_blocks():
-    pairs = shard_pairs(SMALL, names(27), np.arange(27), 0)
+    pairs = pairs_of(SMALL, names(27), np.arange(27), 0).rows
     assert sorted(pairs.ravel().tolist()) == [-1, *range(27)]
     paired = pairs[pairs[:, 1] >= 0]
     np.testing.assert_array_equal(paired[:, 0] // 8, paired[:, 1] // 8)
@@ -98,21 +98,21 @@ def test_pairs_of_a_shard_stay_within_their_blocks():
 
 
 def test_a_bad_row_does_not_change_the_pairs_of_other_blocks():
-    whole = shard_pairs(SMALL, names(32), np.arange(32), 0)
-    holed = shard_pairs(SMALL, names(32), np.delete(np.arange(32), [9, 10, 13]), 0)
+    whole = pairs_of(SMALL, names(32), np.arange(32), 0).rows
+    holed = pairs_of(SMALL, names(32), np.delete(np.arange(32), [9, 10, 13]), 0).rows
     for block in (0, 2, 3):
         np.testing.assert_array_equal(whole[whole[:, 0] // 8 == block], holed[holed[:, 0] // 8 == block])
     assert sorted(holed[holed[:, 0] // 8 == 1].ravel().tolist()) == [-1, 8, 11, 12, 14, 15]
 
 
 def test_pairs_of_a_shard_are_those_of_its_blocks_whatever_follows():
-    long, short = (shard_pairs(SMALL, names(count), np.arange(count), 5) for count in (64, 16))
+    long, short = (pairs_of(SMALL, names(count), np.arange(count), 5).rows for count in (64, 16))
     np.testing.assert_array_equal(long[:8], short)
     np.testing.assert_array_equal(draw_pairs(SMALL, names(64)[8:16], 5) + 8, short[4:])
 
 
 def test_blocks_of_one_shard_are_paired_differently():
-    pairs = shard_pairs(Recipe(mix_block=64), names(128), np.arange(128), 0)
+    pairs = pairs_of(Recipe(mix_block=64), names(128), np.arange(128), 0).rows
     assert (pairs[:32] + 64).tolist() != pairs[32:].tolist()
 
 
@@ -233,7 +233,8 @@ MIXES = [Mix(lam=0.75), Mix(lam=0.3), Mix(lam=1 - 12 / 80, box=(5, 2, 3, 4)), Mi
 
 
 def slow_mix(images: np.ndarray, pairs: list[tuple[int, int]], mixes: list[Mix]) -> np.ndarray:
-    """Mix pixel by pixel in float64."""
+    """Mix images [B, H, W, 3] pixel by pixel in float64, to [B, 3, H, W]."""
+    images = images.transpose(0, 3, 1, 2)
     out = images.astype(np.float64)
     for (first, second), mix in zip(pairs, mixes, strict=True):
         if second < 0:
@@ -243,15 +244,20 @@ def slow_mix(images: np.ndarray, pairs: list[tuple[int, int]], mixes: list[Mix])
                 if mix.box is None:
                     share = mix.lam
                 else:
-                    top, left, tall, wide = mix.box
-                    share = 0.0 if top <= y < top + tall and left <= x < left + wide else 1.0
+                    top, left, height, width = mix.box
+                    share = 0.0 if top <= y < top + height and left <= x < left + width else 1.0
                 a, b = float(images[own, channel, y, x]), float(images[other, channel, y, x])
                 out[own, channel, y, x] = share * a + (1 - share) * b
     return out
 
 
 def random_images(count: int, height: int, width: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, height, width), dtype=np.uint8))
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
+
+
+def planes(images: torch.Tensor) -> torch.Tensor:
+    """The same values as float32 [B, 3, H, W]."""
+    return images.movedim(-1, -3).float()
 
 
 def test_both_partners_see_each_other_and_share_one_mix():
@@ -261,6 +267,50 @@ def test_both_partners_see_each_other_and_share_one_mix():
     assert batch.box.tolist() == [[0] * 4, [0] * 4, [5, 2, 3, 4], [0] * 4, [0] * 4, [0] * 4, [5, 2, 3, 4]]
     assert (batch.partner.dtype, batch.lam.dtype, batch.box.dtype) == (torch.int64, torch.float32, torch.int64)
     assert torch.equal(batch.partner[batch.partner], torch.arange(7))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "positions"),
+    [
+        ([(4, 1), (0, 3)], [(0, 1), (2, 3)]),  # pair after pair, whatever the samples
+        ([(4, 1), (2, -1)], [(0, 1), (2, -1)]),  # an odd block: its last sample is alone
+        ([(0, -1), (1, -1), (2, -1)], [(0, -1), (1, -1), (2, -1)]),  # nothing is mixed
+        ([(2, -1), (4, 1), (0, 3)], [(0, -1), (1, 2), (3, 4)]),  # one alone moves those behind it by one
+        ([], []),  # an empty block
+    ],
+)
+def test_the_two_of_a_pair_stand_together(pairs, positions):
+    drawn = Pairs(Recipe(), names(5), np.array(pairs, np.int64).reshape(-1, 2))
+    layout = lay_out(drawn, range(4, 5))
+    assert layout.places.tolist() == [[list(each)] for each in positions]
+    assert layout.rows.tolist() == [row for pair in pairs for row in pair if row >= 0]
+
+
+def test_views_of_a_pair_follow_each_other_with_the_mix_of_each():
+    recipe, keys = Recipe(), names(5)
+    drawn = Pairs(recipe, keys, np.array([[4, 1], [2, -1]]))
+    layout = lay_out(drawn, range(3, 6))
+    assert layout.rows.tolist() == [4, 1, 4, 1, 4, 1, 2, 2, 2]
+    assert layout.places.tolist() == [[[0, 1], [2, 3], [4, 5]], [[6, -1], [7, -1], [8, -1]]]
+    positions, mixes = [(0, 1), (2, 3), (4, 5)], [draw_mix(recipe, keys[4], view) for view in range(3, 6)]
+    expected = mix_batch(positions, mixes, 9)
+    for name in ("partner", "lam", "box"):
+        assert torch.equal(getattr(layout.mix, name), getattr(expected, name))
+
+
+def test_some_pairs_of_a_shard_keep_their_samples_and_mixes():
+    whole = pairs_of(SMALL, names(27), np.arange(27), 0)
+    some = whole.take(np.array([9, 2]))
+    assert some.rows.tolist() == [whole.rows[9].tolist(), whole.rows[2].tolist()]
+    assert some.mixes(1) == [whole.mixes(1)[9], whole.mixes(1)[2]]
+
+
+def test_the_first_of_a_pair_names_its_mix_and_a_single_sample_is_not_mixed():
+    pairs = pairs_of(Recipe(mix_block=9), names(9), np.arange(9), 0)
+    *pairs_rows, (single, nobody) = pairs.rows.tolist()
+    assert nobody == -1
+    assert draw_mix(pairs.recipe, names(9)[single], 0) != Mix()  # if it had a partner
+    assert pairs.mixes(0) == [draw_mix(pairs.recipe, names(9)[first], 0) for first, _ in pairs_rows] + [Mix()]
 
 
 def test_an_empty_batch_has_empty_arrays():
@@ -276,7 +326,7 @@ def test_as_many_mixes_as_pairs():
 def test_mixed_images_are_those_of_a_slow_loop():
     images = random_images(7, 8, 10)
     mixed = apply_mix(images, mix_batch(PAIRS, MIXES, 7))
-    assert (mixed.dtype, mixed.shape) == (torch.float32, images.shape)
+    assert (mixed.dtype, mixed.shape) == (torch.float32, (7, 3, 8, 10))
     np.testing.assert_allclose(mixed.numpy(), slow_mix(images.numpy(), PAIRS, MIXES), atol=1e-4)
 
 
@@ -294,30 +344,30 @@ def test_unmixed_images_are_exact():
     images = random_images(7, 8, 10)
     mixed = apply_mix(images, mix_batch(PAIRS, MIXES, 7))
     for position in (0, 3, 5):
-        assert torch.equal(mixed[position], images[position].float())
+        assert torch.equal(mixed[position], planes(images[position]))
     inside = torch.zeros(8, 10, dtype=torch.bool)
     inside[5:8, 2:6] = True
     for own, other in ((2, 6), (6, 2)):
-        assert torch.equal(mixed[own], torch.where(inside, images[other].float(), images[own].float()))
+        assert torch.equal(mixed[own], torch.where(inside, planes(images[other]), planes(images[own])))
 
 
 def test_a_cutmix_box_of_the_whole_image_swaps_the_partners():
     images = random_images(2, 6, 6)
     mixed = apply_mix(images, mix_batch([(0, 1)], [Mix(lam=0.0, box=(0, 0, 6, 6))], 2))
-    assert torch.equal(mixed, images.flip(0).float())
+    assert torch.equal(mixed, planes(images.flip(0)))
 
 
 def test_mixing_is_linear():
     """Mixing half the pixels and half the others, and adding: the same as mixing the sum."""
     batch = mix_batch(PAIRS, MIXES, 7)
-    one, other = random_images(7, 8, 10) // 2, random_images(7, 8, 10).flip(3) // 2
+    one, other = random_images(7, 8, 10) // 2, random_images(7, 8, 10).flip(2) // 2
     torch.testing.assert_close(apply_mix(one, batch) + apply_mix(other, batch), apply_mix(one + other, batch))
 
 
 def test_a_pair_keeps_its_mean_under_mixup():
     images = random_images(2, 8, 8)
     mixed = apply_mix(images, mix_batch([(0, 1)], [Mix(lam=0.3)], 2))
-    torch.testing.assert_close(mixed.sum(0), images.float().sum(0))
+    torch.testing.assert_close(mixed.sum(0), planes(images).sum(0))
 
 
 def test_mixing_does_not_depend_on_where_the_pair_stands_in_the_batch():
@@ -331,12 +381,17 @@ def test_mixing_does_not_depend_on_where_the_pair_stands_in_the_batch():
     assert torch.equal(alone, mixed[[2, 6]])
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_the_memory_format_of_the_images_is_kept_and_does_not_change_the_values(memory_format):
-    images = random_images(7, 8, 10)
-    batch = mix_batch(PAIRS, MIXES, 7)
-    mixed = apply_mix(images.contiguous(memory_format=memory_format), batch)
-    assert mixed.is_contiguous(memory_format=memory_format)
+def test_a_batch_is_channels_last_in_memory_as_its_images_lie():
+    mixed = apply_mix(random_images(7, 8, 10), mix_batch(PAIRS, MIXES, 7))
+    assert mixed.stride() == (8 * 10 * 3, 1, 10 * 3, 3)
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_memory_format_of_the_images_is_kept_and_does_not_change_the_values():
+    images, batch = random_images(7, 8, 10), mix_batch(PAIRS, MIXES, 7)
+    apart = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # the same values, channel after channel
+    mixed = apply_mix(apart, batch)
+    assert mixed.is_contiguous()
     assert torch.equal(mixed, apply_mix(images, batch))
 
 

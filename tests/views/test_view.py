@@ -19,11 +19,14 @@ from PIL import Image
 from support.builders import with_checkout
 from timm.data import auto_augment
 
+import pipeline
+from pipeline.errors import BadImageError
+from pipeline.images.decode import encode
 from pipeline.views import view as views
 from pipeline.views.draws import Draws, draws_for
 from pipeline.views.randaugment import FILL
 from pipeline.views.recipe import PRESETS, Recipe
-from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD, Erase, View, draw_view, render, render_views
+from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD, Erase, View, draw_view, render, render_view, render_views
 
 SMALL = Recipe(img_size=64)
 needs_photographs = pytest.mark.skipif(
@@ -132,6 +135,23 @@ def test_global_seeds_do_not_move_a_view_and_a_view_does_not_move_them():
     random.seed(2), np.random.seed(2), torch.manual_seed(2)
     assert states() != before
     assert everything() == first
+
+
+def test_one_view_is_rendered_of_a_file_as_of_its_pixels():
+    image = photo(60, 90)
+    expected = render(image, draw_view(SMALL, "key", 7, height=60, width=90))
+    np.testing.assert_array_equal(render_view(image, SMALL, "key", 7), expected)
+    np.testing.assert_array_equal(render_view(encode(image, "PNG"), SMALL, "key", 7), expected)
+    with pytest.raises(BadImageError, match="image 'key'"):
+        render_view(encode(image, "PNG")[:-500], SMALL, "key", 7)
+
+
+def test_the_public_names_read_labels_and_render_their_views():
+    assert sorted(pipeline.__all__) == ["LabelSet", "Recipe", "open_source", "render_view"]
+    assert pipeline.render_view is render_view
+    assert [getattr(pipeline, name).__name__ for name in pipeline.__all__] == pipeline.__all__
+    with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'render_views'"):
+        pipeline.__getattr__("render_views")
 
 
 def test_views_of_a_range_are_those_drawn_one_by_one():
