@@ -131,7 +131,6 @@ def by_verify(source: Path, labels: Path) -> Any:
 
 def by_train(source: Path, labels: Path) -> Any:
     """Return a hash of all that training would see of the label set; raise what stops it."""
-    from pipeline.errors import DeitCliError
     from trainer.config import TrainConfig
     from trainer.run import make_order, open_data
     from trainer.stream import BatchRenderer, Catalogue
@@ -144,11 +143,8 @@ def by_train(source: Path, labels: Path) -> Any:
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
     digest = hashlib.sha256()
     for index in range(config.epochs * order.steps_per_epoch):
-        batch = renderer(index)
-        if isinstance(batch, Exception):
-            assert isinstance(batch, DeitCliError)
-            raise batch
-        for tensor in (batch.images, batch.hard, batch.topk_index, batch.topk_prob, batch.tail_mass, batch.class_label):
+        batch = renderer.alone(index)
+        for tensor in (batch.images, *vars(batch.teacher).values(), batch.classes.class_label):
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 

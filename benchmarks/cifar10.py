@@ -54,6 +54,7 @@ from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint
 from trainer.export import export_model, hub_config
 from trainer.loop import batch_loss, train
+from trainer.losses import LossSettings, TeacherTarget
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.parallel import forward_dtype
 from trainer.run import build_state, make_order, open_data, top_rate
@@ -479,8 +480,9 @@ def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[
     state = build_state(config, data, order, device)
     workers = plan_workers(config.workers, device)
     total, comparison = order.steps_per_epoch * config.epochs, Comparison()
+    settings = LossSettings.of(config)
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
-    for batch in stream_batches(renderer, range(total), workers=workers, pin_memory=device.type == "cuda"):
+    for batch in stream_batches(renderer, range(total), workers=workers, device=device):
         answer = teacher.ask(batch.images, batch.mix, data.num_classes).result()
         if same:
             comparison.add(batch, answer)
@@ -494,8 +496,8 @@ def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[
         )
         set_learning_rate(state.optimizer, rate)
         torch.manual_seed(stream_of("step", str(config.seed), str(batch.index)).bits())  # stochastic depth
-        asked = replace(batch, **target_of(answer)).to(device)
-        loss, _ = batch_loss(config, state.student, state.student, asked, dtype)
+        asked = replace(batch, teacher=target_of(answer)).to(device)
+        loss, _ = batch_loss(settings, state.student, state.student, asked, dtype)
         loss.backward()
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
@@ -503,10 +505,10 @@ def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[
     return config.folder, comparison.to_dict() if same else {}
 
 
-def target_of(answer: Answer) -> dict[str, torch.Tensor]:
+def target_of(answer: Answer) -> TeacherTarget:
     """Return everything that the teacher said of a batch as a batch holds it: K = C, no tail."""
-    columns = {name: torch.from_numpy(getattr(answer, name)) for name in ("hard", "topk_index", "topk_prob")}
-    return columns | {"tail_mass": torch.zeros(len(answer.hard))}
+    columns = (torch.from_numpy(each) for each in (answer.hard, answer.topk_index, answer.topk_prob))
+    return TeacherTarget(*columns, torch.zeros(len(answer.hard)))
 
 
 class Comparison:
@@ -517,15 +519,16 @@ class Comparison:
         self._furthest = 0.0
 
     def add(self, batch: Batch, answer: Answer) -> None:
+        assert batch.teacher is not None
         stored, online = (
             torch.zeros(len(index), int(index.max()) + 1).scatter_(1, index, prob)
             for index, prob in (
-                (batch.topk_index, batch.topk_prob),
+                (batch.teacher.topk_index, batch.teacher.topk_prob),
                 (torch.from_numpy(answer.topk_index), torch.from_numpy(answer.topk_prob)),
             )
         )
         self._views += len(batch.keys)
-        self._other += int((batch.hard != torch.from_numpy(answer.hard)).sum())
+        self._other += int((batch.teacher.hard != torch.from_numpy(answer.hard)).sum())
         self._furthest = max(self._furthest, float((stored - online).abs().max()))
 
     def to_dict(self) -> dict[str, Any]:

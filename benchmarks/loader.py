@@ -161,7 +161,7 @@ def ours(labels: Path, repeats: int, batch_size: int, workers: int) -> Iterator[
 
 
 def ours_batches(repeats: int, folder: Path) -> Callable[[], Iterable[Any]]:
-    return lambda: ((batch.images, batch.hard) for batch in ours(folder / "labels", repeats, BATCH, WORKERS))
+    return lambda: ((batch.images, batch.teacher.hard) for batch in ours(folder / "labels", repeats, BATCH, WORKERS))
 
 
 def timm_batches(fast: bool, folder: Path) -> Callable[[], Iterable[Any]]:

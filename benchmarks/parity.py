@@ -171,7 +171,8 @@ def stored_against_online(label_set: LabelSet, teacher: Teacher, setting: Settin
         with torch.inference_mode():
             prob = teacher.logits(mixed_images(batch, setting.device))[0].softmax(1).cpu()
         online.append(prob)
-        stored.append(torch.zeros_like(prob).scatter_(1, batch.topk_index, batch.topk_prob))
+        assert batch.teacher is not None
+        stored.append(torch.zeros_like(prob).scatter_(1, batch.teacher.topk_index, batch.teacher.topk_prob))
     return compare(torch.cat(stored).numpy(), torch.cat(online).numpy()) | {"batch": order.views_per_step}
 
 

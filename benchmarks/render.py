@@ -40,11 +40,11 @@ from pipeline.cost.measuring import Head
 from pipeline.images import turbojpeg
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
-from pipeline.machine.loaders import Mapped, Slots, start_loader
+from pipeline.machine.loaders import Note, Slots, _IntoSlot, _Whereabouts, _Work, in_processes
 from pipeline.settings.files import load_recipe
-from pipeline.stage1.rendering import Block, BlockRenderer, _IntoSlots, deal
+from pipeline.stage1.rendering import Block, BlockRenderer, deal
 from pipeline.views import view as rendering
-from pipeline.views.view import draw_view, render, render_encoded, render_views
+from pipeline.views.view import draw_view, render, render_encoded, render_view
 
 RECIPE = load_recipe("deit", {})
 PER_DECODE = (1, 2, 4, 8, 30)
@@ -105,7 +105,7 @@ def ours(images: list[bytes], views: int) -> int:
 def ours_whole(images: list[bytes]) -> int:
     """Render one view of each image, all of which is decoded."""
     for number, image in enumerate(images):
-        render_views(decode(image, key="photo"), RECIPE, str(number), range(1))
+        render_view(image, RECIPE, str(number), 0)
     return len(images)
 
 
@@ -132,7 +132,7 @@ class Share:
     def __init__(self, images: list[bytes], views: int) -> None:
         self._images, self._views = images, views
 
-    def __call__(self, index: int) -> int:
+    def __call__(self, index: int, _: Note | None = None) -> int:
         return ours(self._images[index::2], self._views)
 
 
@@ -176,7 +176,7 @@ def competitors(images: list[bytes], tar: Path, data: str) -> dict[str, Callable
     for views in (1, 8):
         slots = Slots((len(images), 224, 224, 3), workers=1, held=1)
         work[f"ours_{views}_dataloader"] = loaded(
-            Mapped(_IntoSlots(BlockRenderer(source, RECIPE), slots)),
+            _Work(_IntoSlot(BlockRenderer(source, RECIPE), slots.pixels), _Whereabouts(1)),
             EPOCH_VIEWS,
             batch_size=None,
             sampler=Units(source, views, slots),
@@ -229,8 +229,7 @@ def threads_and_processes(images: list[bytes], rounds: int) -> dict[str, Any]:
     share = Share(images, 8)
     seen: dict[str, list[float]] = {"threads_2": [], "processes_2": []}
     with ThreadPoolExecutor(2) as pool:
-        loader = start_loader(Mapped(share, 10**6), workers=2)
-        arriving = iter(loader)
+        arriving = in_processes(share, range(10**6), workers=2)
         for _ in range(4):
             next(arriving)  # the processes have started
         for _ in range(rounds):

@@ -3,7 +3,7 @@
     python benchmarks/slots.py --out benchmarks/results/slots.json
 
 Two loader processes copy one view after the other into a batch, and the main process looks at every sixteenth row of it: once
-into memory that is allocated for each batch, as a DataLoader does, once into slots, as `pipeline.stage1.rendering` does, in
+into memory that is allocated for each batch, as a DataLoader does, once into slots, as `pipeline.machine.loaders.SlotStream` does, in
 alternating rounds. Both start with full queues. Microseconds for a view of 224 pixels.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from rounds import machine
 from torch import Tensor
 
-from pipeline.machine.loaders import PREFETCH, Mapped, Slots, _shared_pixels, checked, start_loader
+from pipeline.machine.loaders import PREFETCH, Note, Slots, _shared_pixels, in_processes
 
 VIEWS, SIZE, WORKERS, BATCHES = 125, 224, 2, 40
 
@@ -30,7 +30,7 @@ class Copy:
         self._slots = slots
         self._view = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 
-    def __call__(self, number: int) -> tuple[Tensor, float]:
+    def __call__(self, number: int, _: Note) -> tuple[Tensor, float]:
         began = time.perf_counter()
         slots = self._slots
         batch = _shared_pixels(VIEWS, SIZE, SIZE, 3) if slots is None else slots[number % len(slots)]
@@ -40,7 +40,7 @@ class Copy:
 
 
 def measure(slots: Tensor | None) -> dict[str, float]:
-    batches = checked(start_loader(Mapped(Copy(slots)), sampler=range(BATCHES), workers=WORKERS))
+    batches = in_processes(Copy(slots), range(BATCHES), workers=WORKERS)
     writing, reading = [], []
     for number, (batch, seconds) in enumerate(batches):
         began = time.perf_counter()

@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.cost.measuring import forward_flops, measure_rates, measure_together
 from pipeline.images.source import Source, open_source
-from pipeline.machine.loaders import Whereabouts, usable_cores
+from pipeline.machine.loaders import usable_cores
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.machine.timing import row_s, steady_s, synchronise
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
@@ -44,7 +44,7 @@ from pipeline.settings.files import load_recipe
 from pipeline.stage1.engines import limit
 from pipeline.stage1.indexing import scan_shard
 from pipeline.stage1.loop import AHEAD, device_name
-from pipeline.stage1.rendering import Block, BlockRenderer, blocks_of, deal, stream_views
+from pipeline.stage1.rendering import Block, BlockRenderer, blocks_of, stream_views
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher, one_thread
 from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
@@ -80,7 +80,7 @@ def rendering_alone(blocks: list[Any], renderer: BlockRenderer, img_size: int, w
     """Return views/s of the loader processes when nothing but this loop takes their batches."""
     most = max(len(block.rows) for block in blocks)
     endless = itertools.cycle(blocks)
-    batches = stream_views(renderer, endless, img_size=img_size, most=most, workers=workers, held=AHEAD)
+    batches = iter(stream_views(renderer, endless, img_size=img_size, most=most, workers=workers, held=AHEAD))
     for _ in islice(batches, 2 * workers + 2):
         pass
     made, began = 0, time.perf_counter()
@@ -92,10 +92,11 @@ def rendering_alone(blocks: list[Any], renderer: BlockRenderer, img_size: int, w
 
 
 @contextmanager
-def others_rendering(blocks: list[Any], renderer: BlockRenderer, workers: int) -> Iterator[None]:
+def others_rendering(blocks: list[Any], renderer: BlockRenderer, img_size: int, workers: int) -> Iterator[None]:
     """Render on other cores, and throw it all away."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=render_forever, args=(blocks, renderer), daemon=True) for _ in range(workers)]
+    work = (blocks, renderer, img_size)
+    processes = [context.Process(target=render_forever, args=work, daemon=True) for _ in range(workers)]
     for process in processes:
         process.start()
     time.sleep(10)  # they import libraries first
@@ -107,19 +108,17 @@ def others_rendering(blocks: list[Any], renderer: BlockRenderer, workers: int) -
             process.join()
 
 
-def render_forever(blocks: list[Any], renderer: BlockRenderer) -> None:
+def render_forever(blocks: list[Any], renderer: BlockRenderer, img_size: int) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    for unit in deal(itertools.cycle(blocks), 1):
-        renderer(unit)
+    most = max(len(block.rows) for block in blocks)
+    for _ in stream_views(renderer, itertools.cycle(blocks), img_size=img_size, most=most, workers=0, held=0):
+        pass
 
 
 def blocks_in(source: Source, recipe: Recipe, views: range) -> list[Block]:
-    names, whereabouts = [shard.name for shard in source.shards], Whereabouts(1)
-    tables = [scan_shard(source, names, "skip", whereabouts, index) for index in range(len(names))]
-    return [
-        block for name, samples in zip(names, tables, strict=True) for block in blocks_of(name, views, samples, recipe)
-    ]  # pyright: ignore[reportArgumentType]
+    tables = {shard.name: scan_shard(source, "skip", shard.name, lambda _: None) for shard in source.shards}
+    return [block for name, samples in tables.items() for block in blocks_of(name, views, samples, recipe)]
 
 
 def main() -> None:
@@ -175,7 +174,7 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
         for _ in range(args.rounds):
             with one_thread(teacher.device):
                 alone, busy_alone = teacher_alone(teacher, recipe, batch, args.seconds)
-                with others_rendering(blocks, BlockRenderer(source, recipe), workers):
+                with others_rendering(blocks, BlockRenderer(source, recipe), recipe.img_size, workers):
                     beside, _ = teacher_alone(teacher, recipe, batch, args.seconds)
             rendered = rendering_alone(blocks, BlockRenderer(source, recipe), recipe.img_size, workers, args.seconds)
             tick = measure_together(source, recipe, teacher, config, num_images=args.images, seconds=args.seconds)

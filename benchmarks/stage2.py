@@ -101,7 +101,8 @@ def online_step(run: Run, batch: Batch, teacher: torch.nn.Module) -> Work:
 def mixed_targets(batch: Batch, num_classes: int, smoothing: float) -> torch.Tensor:
     """Return the smoothed class labels of mixed views, float32 [B, C]: what timm's Mixup hands to its loss."""
     own = (
-        torch.nn.functional.one_hot(batch.class_label, num_classes).float() * (1 - smoothing) + smoothing / num_classes
+        torch.nn.functional.one_hot(batch.classes.class_label, num_classes).float() * (1 - smoothing)
+        + smoothing / num_classes
     )
     lam = batch.mix.lam[:, None]
     return lam * own + (1 - lam) * own[batch.mix.partner]

@@ -1,5 +1,6 @@
 """Training from stored labels is training with the teacher online on the same views: equal losses, step by step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,13 @@ from support.builders import make_labels, small_recipe, small_teacher, write_tar
 from pipeline.images.source import open_source
 from pipeline.labels.encoding import LOG8_STEP
 from pipeline.labels.labelset import LabelSet
-from pipeline.machine.loaders import Mapped, start_loader
 from pipeline.teacher.teacher import Teacher
 from trainer.config import TrainConfig
-from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
+from trainer.losses import LossSettings, TeacherTarget, distillation_loss
 from trainer.metrics import read_metrics
 from trainer.optim import create_optimizer
 from trainer.run import make_order, open_data
-from trainer.stream import Batch, BatchRenderer, Catalogue, mixed_images
+from trainer.stream import Batch, BatchRenderer, Catalogue, mixed_images, stream_batches
 from trainer.student import Student, create_student, normalise
 
 STEPS = 12
@@ -25,7 +25,8 @@ CPU = torch.device("cpu")
 
 
 def stored(batch: Batch, _: Teacher) -> TeacherTarget:
-    return TeacherTarget(batch.hard, batch.topk_index, batch.topk_prob, batch.tail_mass)
+    assert batch.teacher is not None
+    return batch.teacher
 
 
 def online(batch: Batch, teacher: Teacher) -> TeacherTarget:
@@ -46,20 +47,14 @@ def losses_of(label_set: LabelSet, teacher: Teacher, target_of, **settings) -> l
     _spread_heads(student)
     optimizer = create_optimizer(student, lr=1e-3, weight_decay=0.05, fused=False)
     losses: list[float] = []
-    for batch in start_loader(Mapped(renderer, STEPS), workers=0):
+    for batch in stream_batches(renderer, range(STEPS), workers=0):
         heads = student(normalise(mixed_images(batch, CPU), student))
-        class_target = ClassTarget(batch.class_label, batch.labelled, batch.mix.partner, batch.mix.lam)
         loss, _ = distillation_loss(
             heads.class_logits,
             heads.distill_logits,
-            class_target,
+            batch.classes,
             target_of(batch, teacher),
-            distillation_type=config.distillation_type,
-            alpha=config.distillation_alpha,
-            tau=config.distillation_tau,
-            tail=config.tail,
-            reduction=config.soft_reduction,
-            smoothing=config.smoothing,
+            LossSettings.of(config),
         )
         optimizer.zero_grad()
         loss.backward()
@@ -117,8 +112,8 @@ def test_log8_costs_no_more_than_half_a_step_of_each_logit(data, teacher, tmp_pa
     settings = {"distillation_type": "soft", "distillation_alpha": 1.0}
     mine, theirs = (losses_of(label_set, teacher, t, **settings)[0] for t in (stored, online))
     batch, logs = first_batch(label_set)
-    full = online(batch, teacher)
-    p, q = (torch.zeros(len(batch.hard), 3).scatter_(1, t.topk_index, t.topk_prob) for t in (full, batch))
+    full, kept = online(batch, teacher), stored(batch, teacher)
+    p, q = (torch.zeros(len(batch.keys), 3).scatter_(1, t.topk_index, t.topk_prob) for t in (full, kept))
     ratio = (p / q).log()
     assert (
         ratio - ratio.max(1, keepdim=True).values
@@ -139,11 +134,11 @@ def test_a_cut_tail_costs_no_more_than_the_tail_policy_says(data, teacher, tmp_p
     settings = {"distillation_type": "soft", "tail": tail, "distillation_alpha": 1.0}
     mine, theirs = (losses_of(label_set, teacher, t, **settings)[0] for t in (stored, online))
     batch, logs = first_batch(label_set)
-    full = online(batch, teacher)
-    p = torch.zeros(len(batch.hard), 3).scatter_(1, full.topk_index, full.topk_prob)
-    q = torch.zeros_like(p).scatter_(1, batch.topk_index, batch.topk_prob)
+    full, kept = online(batch, teacher), stored(batch, teacher)
+    p = torch.zeros(len(batch.keys), 3).scatter_(1, full.topk_index, full.topk_prob)
+    q = torch.zeros_like(p).scatter_(1, kept.topk_index, kept.topk_prob)
     if tail == "spread":
-        q = torch.where(q == 0, batch.tail_mass[:, None], q)
+        q = torch.where(q == 0, kept.tail_mass[:, None], q)
     q = q / q.sum(1, keepdim=True)
     entropy = [-(x * x.clamp_min(1e-30).log()).sum(1) for x in (p, q)]
     allowed = (entropy[0] - entropy[1]).abs() + (p - q).abs().sum(1) * logs.abs().max(1).values
@@ -164,10 +159,10 @@ def test_ten_of_thirty_classes_cost_no_more_than_the_tail_policy_says(tmp_path, 
     settings = {"distillation_type": "soft", "tail": tail, "distillation_alpha": 1.0}
     mine, theirs = (losses_of(label_set, teacher, t, **settings)[0] for t in (stored, online))
     batch, logs = first_batch(label_set)
-    full = online(batch, teacher)
+    full, kept = online(batch, teacher), stored(batch, teacher)
     p = torch.zeros_like(logs).scatter_(1, full.topk_index, full.topk_prob)
-    rest = batch.tail_mass[:, None] / 20 if tail == "spread" else torch.zeros(len(logs), 1)
-    q = rest.expand_as(logs).scatter(1, batch.topk_index, batch.topk_prob)
+    rest = kept.tail_mass[:, None] / 20 if tail == "spread" else torch.zeros(len(logs), 1)
+    q = rest.expand_as(logs).scatter(1, kept.topk_index, kept.topk_prob)
     q = q / q.sum(1, keepdim=True)
     entropy = [-(x * x.clamp_min(1e-30).log()).sum(1) for x in (p, q)]
     allowed = (entropy[0] - entropy[1]).abs() + (p - q).abs().sum(1) * logs.abs().max(1).values
@@ -179,8 +174,7 @@ def first_batch(label_set: LabelSet) -> tuple[Batch, torch.Tensor]:
     """Return the first batch, and the untrained student's log-probabilities of its distillation head."""
     config = TrainConfig(labels=label_set.folder, batch_size=8, epochs=STEPS, warmup_epochs=0)
     data = open_data(config)
-    batch = BatchRenderer(Catalogue(data.source, label_set), data.recipe, make_order(config, data))(0)
-    assert isinstance(batch, Batch)
+    batch = BatchRenderer(Catalogue(data.source, label_set), data.recipe, make_order(config, data)).alone(0)
     torch.manual_seed(0)
     student = create_student("deit-ti", num_classes=label_set.num_classes, img_size=16, **TINY).train()
     _spread_heads(student)
@@ -195,7 +189,8 @@ def test_the_parity_test_notices_labels_of_other_views(data, teacher, tmp_path):
     label_set = labels(tmp_path, data, topk=0)
 
     def shifted(batch: Batch, _: Teacher) -> TeacherTarget:
-        return TeacherTarget(batch.hard.roll(2), batch.topk_index, batch.topk_prob, batch.tail_mass)
+        assert batch.teacher is not None
+        return replace(batch.teacher, hard=batch.teacher.hard.roll(2))
 
     mine, theirs = (losses_of(label_set, teacher, t, distillation_type="hard") for t in (shifted, online))
     assert mine != theirs
@@ -213,21 +208,15 @@ def test_the_loop_itself_has_these_losses(data, teacher, tmp_path):
     train(config)
     first = next(line for line in read_metrics(config.folder) if line["kind"] == "train")
     data_ = open_data(config)
-    batch = BatchRenderer(Catalogue(data_.source, label_set), data_.recipe, make_order(config, data_))(0)
-    assert isinstance(batch, Batch)
+    batch = BatchRenderer(Catalogue(data_.source, label_set), data_.recipe, make_order(config, data_)).alone(0)
     torch.manual_seed(config.seed)
     student = create_student("deit-ti", num_classes=3, img_size=16, **TINY).train()
     heads = student(normalise(mixed_images(batch, CPU), student))
     loss, _ = distillation_loss(
         heads.class_logits,
         heads.distill_logits,
-        ClassTarget(batch.class_label, batch.labelled, batch.mix.partner, batch.mix.lam),
+        batch.classes,
         online(batch, teacher),
-        distillation_type="hard",
-        alpha=0.5,
-        tau=1.0,
-        tail="spread",
-        reduction="batchmean",
-        smoothing=0.1,
+        LossSettings(distillation_type="hard", alpha=0.5, tau=1.0, tail="spread", reduction="batchmean", smoothing=0.1),
     )
     assert first["loss"] == pytest.approx(loss.item(), abs=1e-7)

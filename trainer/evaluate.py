@@ -11,7 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
-from pipeline.machine.loaders import Mapped, checked, plan_workers, start_loader
+from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import resolve_device
 from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
@@ -19,7 +19,7 @@ from pipeline.weights import weights_here
 from trainer.config import AmpDtype
 from trainer.order import Order
 from trainer.parallel import Running, World, forward_dtype
-from trainer.stream import BatchRenderer, Catalogue, CentreBatches, mixed_images, stream_batches
+from trainer.stream import BatchRenderer, Catalogue, CentreRenderer, mixed_images, stream_batches
 from trainer.student import Heads, Student, normalise, open_student
 
 log = logging.getLogger("deit_cli.evaluate")
@@ -121,14 +121,13 @@ def evaluate(
     """
     labelled = labelled_places(source, student)
     world, names = running.world, answer_names(student)
-    batches = CentreBatches(
-        source, labelled[world.rank :: world.size], centre_recipe(student, crop_pct), running.batch_size
-    )
+    mine = labelled[world.rank :: world.size]
+    renderer = CentreRenderer(source, mine, centre_recipe(student, crop_pct), running.batch_size)
     right = torch.zeros(len(names), 2, dtype=torch.int64)
-    for images, target in checked(start_loader(Mapped(batches, len(batches)), workers=world.workers)):
-        pixels = images.to(running.device).permute(0, 3, 1, 2).float()
+    for batch in renderer.stream(workers=world.workers):
+        pixels = batch.images.to(running.device).permute(0, 3, 1, 2).float()
         for counts, logits in zip(right, _answers(student, pixels, running).values(), strict=True):
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == target[:, None]
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == batch.class_label[:, None]
             counts += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
     percent = (100 * world.total(right) / len(labelled)).tolist()
     return {name: {"top1": a, "top5": b} for name, (a, b) in zip(names, percent, strict=True)}, len(labelled)
@@ -209,8 +208,9 @@ def measure_agreement(
     same: dict[str, int] = {}
     seen = 0
     for batch in stream_batches(renderer, range(steps), workers=running.world.workers):
+        assert batch.teacher is not None
         for name, logits in _answers(student, mixed_images(batch, running.device), running).items():
-            same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.hard).sum())
+            same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.teacher.hard).sum())
         seen += len(batch.keys)
     return {name: 100 * count / seen for name, count in same.items()}, seen
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import StoppedError, TrainingError, UsageError
+from pipeline.errors import DeitCliError, StoppedError, TrainingError, UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.machine.ranks import rank_from
 from pipeline.storage.atomic import replace_file, sweep_temporaries
@@ -24,7 +24,7 @@ from trainer.checkpoint import BackgroundWriter, check_finite, pack_training, sa
 from trainer.config import TrainConfig
 from trainer.evaluate import Scores, evaluate, labelled_places
 from trainer.export import export_model, hub_config
-from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
+from trainer.losses import LossSettings, distillation_loss
 from trainer.metrics import Recorder, open_recorder
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.order import Order, Share
@@ -162,6 +162,7 @@ class Run:
         mirror: Mirror | None = None,
     ) -> None:
         self.config, self.share, self.running, self.mirror = config, share, running, mirror
+        self.loss_settings = LossSettings.of(config)
         world = running.world
         self.data = open_data(config, recipe)
         self.order = make_order(config, self.data, share)
@@ -207,7 +208,7 @@ class Run:
             set_learning_rate(state.optimizer, lr)
             share, sums = self.accumulate(batches)
             watch.add(update, sums["loss"])
-            extra = _step(config, state, update)
+            extra = update_weights(config, state, update)
             state.next_update = update + 1
             self.pace.count(update, sum(len(batch.keys) for batch in batches) * world.size, waited_s=waited, lr=lr)
             epoch, step = order.position(update)
@@ -248,8 +249,7 @@ class Run:
         """Yield each update that is left, with its batches on the device and the seconds that they were waited for."""
         passes, world = self.share.passes, self.running.world
         left = range(self.state.next_update * passes, total * passes)
-        cuda = world.device.type == "cuda"
-        stream = stream_batches(self.renderer, left, workers=world.workers, held=passes, pin_memory=cuda)
+        stream = stream_batches(self.renderer, left, workers=world.workers, held=passes, device=world.device)
         batches = on_device(stream, world.device)
         for update in range(self.state.next_update, total):
             began = time.monotonic()
@@ -272,7 +272,9 @@ class Run:
             torch.manual_seed(stream_of("step", str(self.config.seed), str(part)).bits())  # stochastic depth
             weight = len(batch.keys) * self.share.size / self.order.views_per_step
             with self.on_rank.accumulating() if number < passes - 1 else contextlib.nullcontext():
-                loss, parts = batch_loss(self.config, self.on_rank, self.state.student, batch, self.running.dtype)
+                loss, parts = batch_loss(
+                    self.loss_settings, self.on_rank, self.state.student, batch, self.running.dtype
+                )
                 (loss * weight).backward()
             share += weight
             for name, value in {"loss": loss.detach(), **parts}.items():
@@ -352,11 +354,17 @@ class Run:
     def explain(self, update: int, loss: float) -> TrainingError:
         """Save the views of this rank in an update whose loss is no number, rendered once more; return the error."""
         passes, name = self.share.passes, f"nonfinite-rank{self.share.rank}"
-        batches = [self.renderer(update * passes + number) for number in range(passes)]
-        sound = [batch for batch in batches if isinstance(batch, Batch)]
-        samples = [{"keys": list(batch.keys), "views": list(batch.views)} for batch in sound]
+        batches: list[Batch] = []
+        for number in range(passes):
+            with contextlib.suppress(DeitCliError):  # the loss is what is to be explained
+                batches.append(self.renderer.alone(update * passes + number))
+        samples = [{"keys": list(batch.keys), "views": list(batch.views)} for batch in batches]
         record = {"update": update, "loss": str(loss), "batches": samples}
-        tensors = {f"{number}.{field}": getattr(batch, field) for number, batch in enumerate(sound) for field in _SAVED}
+        tensors: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            saved = {"images": batch.images, "class_label": batch.classes.class_label}
+            saved |= {} if batch.teacher is None else vars(batch.teacher)
+            tensors |= {f"{number}.{name}": tensor for name, tensor in saved.items()}
         save_state(self.config.folder / f"{name}.safetensors", tensors, record)
         path = self.config.folder / f"{name}.json"
         replace_file(path, readable_json(record))
@@ -367,9 +375,6 @@ class Run:
                 "Lower --lr or set --clip-grad, and continue from the last checkpoint with another --output and --init"
             ),
         )
-
-
-_SAVED = ("images", "hard", "topk_index", "topk_prob", "tail_mass", "class_label")
 
 
 class _LossWatch:
@@ -399,12 +404,12 @@ class _LossWatch:
 
 
 def batch_loss(
-    config: TrainConfig, on_rank: OnRank, student: Student, batch: Batch, dtype: torch.dtype
+    settings: LossSettings, on_rank: OnRank, student: Student, batch: Batch, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mix a batch, let the student answer, and return its loss and the detached parts of it.
 
     Args:
-        config: kind and weights of the loss.
+        settings: kind and weights of the loss.
         on_rank: calls the student.
         student: whose normalisation and device it is.
         batch: on that device.
@@ -414,29 +419,14 @@ def batch_loss(
     images = normalise(mixed_images(batch, device), student)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         heads = on_rank(images)
-    class_target = ClassTarget(batch.class_label, batch.labelled, batch.mix.partner, batch.mix.lam)
-    teacher = None
-    if config.distillation_type != "none":
-        teacher = TeacherTarget(batch.hard, batch.topk_index, batch.topk_prob, batch.tail_mass)
     distill_logits = heads.class_logits if heads.distill_logits is None else heads.distill_logits
-    loss, parts = distillation_loss(
-        heads.class_logits,
-        distill_logits,
-        class_target,
-        teacher,
-        distillation_type=config.distillation_type,
-        alpha=config.distillation_alpha,
-        tau=config.distillation_tau,
-        tail=config.tail,
-        reduction=config.soft_reduction,
-        smoothing=config.smoothing,
-    )
-    if teacher is not None:
-        parts["teacher_agreement"] = (distill_logits.detach().argmax(1) == teacher.hard).float().mean()
+    loss, parts = distillation_loss(heads.class_logits, distill_logits, batch.classes, batch.teacher, settings)
+    if batch.teacher is not None and settings.distillation_type != "none":
+        parts["teacher_agreement"] = (distill_logits.detach().argmax(1) == batch.teacher.hard).float().mean()
     return loss, parts
 
 
-def _step(config: TrainConfig, state: State, update: int) -> dict[str, Tensor]:
+def update_weights(config: TrainConfig, state: State, update: int) -> dict[str, Tensor]:
     """Move the weights, and their average after them."""
     extra: dict[str, Tensor] = {}
     if config.clip_grad is not None:

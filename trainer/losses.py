@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.errors import UsageError
-from trainer.config import DistillationType, Reduction, Tail
+from trainer.config import DistillationType, Reduction, Tail, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,45 @@ class TeacherTarget:
     tail_mass: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What the loss of a run is.
+
+    Attributes:
+        distillation_type: `none` is the class loss alone, whatever alpha is.
+        alpha: weight of the distillation loss, 0..1.
+        tau: temperature of the soft distillation loss, see `soft_distillation_loss`.
+        tail: likewise.
+        reduction: likewise.
+        smoothing: of the class labels, see `class_loss`.
+    """
+
+    distillation_type: DistillationType
+    alpha: float
+    tau: float
+    tail: Tail
+    reduction: Reduction
+    smoothing: float
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "LossSettings":
+        """Return what the settings of a run say of its loss."""
+        return cls(
+            distillation_type=config.distillation_type,
+            alpha=config.distillation_alpha,
+            tau=config.distillation_tau,
+            tail=config.tail,
+            reduction=config.soft_reduction,
+            smoothing=config.smoothing,
+        )
+
+
 def distillation_loss(
     class_logits: Tensor,
     distill_logits: Tensor | None,
     class_target: ClassTarget,
     teacher: TeacherTarget | None,
-    *,
-    distillation_type: DistillationType,
-    alpha: float,
-    tau: float,
-    tail: Tail,
-    reduction: Reduction,
-    smoothing: float,
+    settings: LossSettings,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return (1 - alpha) * class loss + alpha * distillation loss, and the two parts.
 
@@ -71,25 +98,25 @@ def distillation_loss(
         class_logits: float [B, C].
         distill_logits: float [B, C]; None for a student with one head, which then learns from both.
         class_target: the class labels.
-        teacher: the stored labels; None only without distillation.
-        distillation_type: `none` is the class loss alone, whatever alpha is.
-        alpha: weight of the distillation loss, 0..1.
-        tau, tail, reduction: see `soft_distillation_loss`.
-        smoothing: see `class_loss`.
+        teacher: the stored labels; without distillation they are not used, and may be None.
+        settings: kind and weights of the loss.
 
     Returns:
         The loss, a scalar; its detached parts `class_loss` and, with distillation, `distill_loss`.
     """
-    class_part = class_loss(class_logits, class_target, smoothing=smoothing)
-    if distillation_type == "none":
+    kind, alpha = settings.distillation_type, settings.alpha
+    class_part = class_loss(class_logits, class_target, smoothing=settings.smoothing)
+    if kind == "none":
         return class_part, {"class_loss": class_part.detach()}
     if teacher is None:
-        raise UsageError(f"distillation type {distillation_type!r} needs stored teacher labels, and there are none")
+        raise UsageError(f"distillation type {kind!r} needs stored teacher labels, and there are none")
     logits = class_logits if distill_logits is None else distill_logits
-    if distillation_type == "hard":
+    if kind == "hard":
         distill_part = hard_distillation_loss(logits, teacher.hard)
     else:
-        distill_part = soft_distillation_loss(logits, teacher, tau=tau, tail=tail, reduction=reduction)
+        distill_part = soft_distillation_loss(
+            logits, teacher, tau=settings.tau, tail=settings.tail, reduction=settings.reduction
+        )
     loss = (1 - alpha) * class_part + alpha * distill_part
     return loss, {"class_loss": class_part.detach(), "distill_loss": distill_part.detach()}
 

@@ -26,7 +26,8 @@ from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render_encoded
 from trainer.checkpoint import BackgroundWriter
 from trainer.config import TrainConfig
-from trainer.loop import Run, _step, only_deterministic
+from trainer.loop import Run, only_deterministic, update_weights
+from trainer.losses import TeacherTarget
 from trainer.order import Share
 from trainer.pace import Pace, Step
 from trainer.parallel import Running, StopRequest, forward_dtype, joined_world
@@ -207,7 +208,7 @@ def _only_errors() -> Iterator[None]:
 def batches_in_memory(run: Run) -> list[Batch]:
     """Return the batches of one update, real views with their labels, on the device of the run."""
     renderer, device = _renderer_of(run), run.running.device
-    return [_sound(renderer(number)).to(device) for number in range(run.share.passes)]
+    return [renderer.alone(number).to(device) for number in range(run.share.passes)]
 
 
 def update_on(run: Run, batches: list[Batch]) -> Work:
@@ -215,7 +216,7 @@ def update_on(run: Run, batches: list[Batch]) -> Work:
 
     def update() -> None:
         run.accumulate(batches)
-        _step(run.config, run.state, run.state.next_update)
+        update_weights(run.config, run.state, run.state.next_update)
 
     return update
 
@@ -323,7 +324,7 @@ class _Planner(BatchRenderer):
 
     label_s = 0.0
 
-    def _labels_of(self, *args: Any) -> tuple[Any, ...]:
+    def _labels_of(self, *args: Any) -> TeacherTarget | None:
         began = time.perf_counter()
         labels = super()._labels_of(*args)
         self.label_s += time.perf_counter() - began
@@ -340,9 +341,9 @@ def _planning_s(run: Run, least_s: float) -> tuple[float, float]:
     plans, finds = [], []
     began = time.perf_counter()
     for index in cycle(range(min(8, run.order.steps_per_epoch * run.share.passes))):
-        planner(index, out)  # reads what is not in memory yet
+        planner(index, out, _unheard)  # reads what is not in memory yet
         planner.label_s, start = 0.0, time.perf_counter()
-        size = len(_sound(planner(index, out)).keys)
+        size = len(planner(index, out, _unheard).keys)
         took = time.perf_counter() - start
         plans.append((took - planner.label_s) / size)
         finds.append(planner.label_s / size)
@@ -380,7 +381,7 @@ def _copy_s(run: Run, least_s: float) -> float | None:
     device = run.running.device
     if device.type != "cuda":
         return None
-    batch = _sound(_renderer_of(run)(0))
+    batch = _renderer_of(run).alone(0)
     batch = replace(batch, images=batch.images.pin_memory())
     return median_s(lambda: batch.to(device), device, least_s) / len(batch.keys)
 
@@ -390,10 +391,8 @@ def _renderer_of(run: Run, kind: type[BatchRenderer] = BatchRenderer) -> Any:
     return kind(Catalogue(run.data.source, run.data.label_set), run.data.recipe, run.order, run.share)
 
 
-def _sound(batch: Batch | Exception) -> Batch:
-    if isinstance(batch, Exception):
-        raise batch
-    return batch
+def _unheard(_: str) -> None:
+    """Take a note of where a process is, which nobody asks for here."""
 
 
 def stage2_table(found: Measured) -> str:

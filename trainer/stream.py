@@ -4,9 +4,10 @@ A loader process renders whole batches. Batch i of a rank is a pure function of 
 that are left and repeats nothing.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -14,19 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
+from pipeline.errors import LabelSetCorrupt, SourceError
 from pipeline.images.decode import decode
-from pipeline.images.source import Source, SourceShard
+from pipeline.images.source import Source
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
-from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
+from pipeline.machine.loaders import Note, SlotStream
 from pipeline.storage.cache import RemoteFile, prefetch
-from pipeline.views.mixing import MixBatch, apply_mix, lay_out
+from pipeline.views.mixing import Layout, MixBatch, apply_mix, lay_out
 from pipeline.views.pairs import Pairs, pairs_of
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import render_encoded, render_view, render_views
+from trainer.losses import ClassTarget, TeacherTarget
 from trainer.order import Order, Share
 
 Value = TypeVar("Value")
@@ -42,12 +44,8 @@ class Batch:
         keys: sample keys, B of them.
         images: uint8 [B, H, W, 3].
         mix: partners and mixes.
-        class_label: int64 [B], 0 where not labelled.
-        labelled: bool [B].
-        hard: int64 [B], the teacher's argmax; empty without a label set.
-        topk_index: int64 [B, K].
-        topk_prob: float32 [B, K].
-        tail_mass: float32 [B], zeros where K = 0.
+        classes: class labels, 0 where not labelled; partners and weights are those of `mix`.
+        teacher: the teacher's stored answers; None without a label set.
     """
 
     index: int
@@ -55,38 +53,42 @@ class Batch:
     keys: tuple[str, ...]
     images: Tensor
     mix: MixBatch
-    class_label: Tensor
-    labelled: Tensor
-    hard: Tensor
-    topk_index: Tensor
-    topk_prob: Tensor
-    tail_mass: Tensor
+    classes: ClassTarget
+    teacher: TeacherTarget | None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on a device; copies from page-locked memory run on the current stream."""
         if device.type == "cpu":
             return self
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
-        return replace(self, mix=self.mix.to(device), **moved)
+        return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def record_stream(self, stream: "torch.cuda.Stream") -> None:
         """Tell the allocator that this stream will use the batch, which another one has made."""
-        for tensor in (*(getattr(self, name) for name in _TENSORS), self.mix.partner, self.mix.lam, self.mix.box):
+
+        def record(tensor: Tensor) -> Tensor:
             tensor.record_stream(stream)
+            return tensor
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle tensors as arrays: torch would open a file of shared memory for each of them."""
-        plain = {name: getattr(self, name).numpy() for name in _TENSORS}
-        mix = (self.mix.partner.numpy(), self.mix.lam.numpy(), self.mix.box.numpy())
-        return _restored, (self.index, self.views, self.keys, mix, plain)
+        _with_tensors(self, record)
 
 
-_TENSORS = ("images", "class_label", "labelled", "hard", "topk_index", "topk_prob", "tail_mass")
+Record = TypeVar("Record")
 
 
-def _restored(index: int, views: range, keys: tuple[str, ...], mix: tuple[Any, ...], plain: dict[str, Any]) -> Batch:
-    tensors = {name: torch.from_numpy(array) for name, array in plain.items()}
-    return Batch(index=index, views=views, keys=keys, mix=MixBatch(*map(torch.from_numpy, mix)), **tensors)
+def _with_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """Return a record, and the records in it, with each of its tensors changed once."""
+    changed: dict[int, Tensor] = {}
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in changed:
+                changed[id(value)] = change(value)
+            return changed[id(value)]
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{field.name: visit(getattr(value, field.name)) for field in fields(value)})
+        return value
+
+    return visit(record)
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -157,12 +159,11 @@ class Catalogue:
 
 
 class BatchRenderer:
-    """`renderer(i)` is this rank's i-th forward pass of the run, or the error that stops it: called in loader processes."""
+    """`renderer(i, out, note)` is this rank's i-th forward pass of the run: called in loader processes."""
 
     def __init__(self, catalogue: Catalogue, recipe: Recipe, order: Order, share: Share = Share()) -> None:
         self._catalogue, self._recipe, self._order, self._share = catalogue, recipe, order, share
         self.img_size = recipe.img_size
-        self.whereabouts: Whereabouts | None = None
         # Shards of a window and its neighbours, with room; a rank meets its share of them.
         self.shards_kept = 4 * -(-order.window // share.size)
         self._tables = _Recent[ShardTable](self.shards_kept)
@@ -191,30 +192,27 @@ class BatchRenderer:
                 fetched.add(shard)
                 yield from catalogue.remote_files(shard, self._order.views_of_epoch(epoch))
 
-    def __call__(self, index: int, out: Tensor | None = None) -> Batch | Exception:
-        """Render a batch, into `out` (uint8 [at least B, H, W, 3]) if it is given.
+    def alone(self, index: int) -> Batch:
+        """Render a batch in this process, into memory of its own."""
+        out = torch.empty(self.most, self.img_size, self.img_size, 3, dtype=torch.uint8)
+        return self(index, out, lambda _: None)
 
-        Errors are returned, so that they cross processes whole.
+    def __call__(self, index: int, out: Tensor, note: Note) -> Batch:
+        """Render a batch into the first rows of `out`, uint8 [at least B, H, W, 3].
+
+        Raises:
+            DeitCliError: an image or a label is not what it should be.
         """
-        try:
-            return self._render(index, out)
-        except DeitCliError as error:
-            return error
-
-    def _render(self, index: int, out: Tensor | None) -> Batch:
         update, number = divmod(index, self._share.passes)
         epoch, step = self._order.position(update)
         views = self._order.views_of_epoch(epoch)
         units = self._share.cut(self._order.step_units(epoch, step), number)
         parts = [self._part(shard, chosen, views) for shard, chosen in _by_shard(units)]
-        count = sum(len(part.keys) for part in parts)
-        size = self._recipe.img_size
-        images = torch.empty(count, size, size, 3, dtype=torch.uint8) if out is None else out[:count]
-        pixels, start = images.numpy(), 0
+        start = 0
         for part in parts:
-            self._render_images(part, views, pixels[start : start + len(part.keys)])
-            start += len(part.keys)
-        return _joined(index, views, images, parts)
+            self._render_images(part, views, out[start:].numpy(), note)
+            start += len(part.layout.rows)
+        return _joined(index, views, out[:start], parts)
 
     def _part(self, shard: int, units: NDArray[np.int64], views: range) -> "_Part":
         """Find rows, mixes and labels of the units that come from one source shard; nothing is decoded yet."""
@@ -224,50 +222,44 @@ class BatchRenderer:
             (shard, group), lambda: pairs_of(self._recipe, table.keys, table.usable, views.start)
         ).take(units)
         layout = lay_out(pairs, views)
-        return _Part(
-            shard=shard,
-            table=table,
-            pairs=pairs.rows,
-            places=layout.places,
-            keys=tuple(map(table.keys.__getitem__, layout.rows.tolist())),
-            class_label=table.class_label[layout.rows],
-            labelled=table.labelled[layout.rows],
-            mix=layout.mix,
-            labels=self._labels_of(shard, table, pairs.rows, layout.places >= 0, views),
-        )
+        return _Part(shard, table, pairs.rows, layout, self._labels_of(shard, table, pairs.rows, layout, views))
 
     def _labels_of(
-        self, shard: int, table: ShardTable, pairs: NDArray[np.int64], there: NDArray[np.bool_], views: range
-    ) -> tuple[NDArray[Any], ...]:
-        """Return hard, topk_index, topk_prob and tail_mass of the views that are there, in their order."""
+        self, shard: int, table: ShardTable, pairs: NDArray[np.int64], layout: Layout, views: range
+    ) -> TeacherTarget | None:
+        """Return the stored answers for the views in a layout, in their order."""
         label_set = self._catalogue.label_set
         if label_set is None:
-            return ()
+            return None
         name = self._catalogue.names[shard]
 
         def read(view: int, label_set: LabelSet = label_set) -> LabelRows:
             return self._labels.get((shard, view), lambda: _read_labels(label_set, name, view, table.usable))
 
         found = [read(view) for view in views]
-        at = np.searchsorted(table.usable, np.where(pairs >= 0, pairs, table.usable[0]))
+        at, there = np.searchsorted(table.usable, np.where(pairs >= 0, pairs, table.usable[0])), layout.places >= 0
 
-        def column(of: Callable[[LabelRows], NDArray[Any]]) -> NDArray[Any]:
-            return np.stack([of(rows)[at] for rows in found], axis=1)[there]
+        def column(name: str, dtype: type) -> Tensor:
+            values = np.stack([getattr(rows, name)[at] for rows in found], axis=1)[there]
+            return torch.from_numpy(values.astype(dtype))
 
-        hard, index, prob = (column(of) for of in (lambda x: x.hard, lambda x: x.topk_index, lambda x: x.topk_prob))
-        tail = column(lambda x: x.tail_mass) if len(found[0].tail_mass) else np.zeros(len(hard))
-        return hard.astype(np.int64), index.astype(np.int64), prob.astype(np.float32), tail.astype(np.float32)
+        has_tail = len(found[0].tail_mass) > 0  # not where only hard labels are stored
+        return TeacherTarget(
+            hard=column("hard", np.int64),
+            topk_index=column("topk_index", np.int64),
+            topk_prob=column("topk_prob", np.float32),
+            tail_mass=column("tail_mass", np.float32) if has_tail else torch.zeros(len(layout.rows)),
+        )
 
-    def _render_images(self, part: "_Part", views: range, pixels: NDArray[np.uint8]) -> None:
+    def _render_images(self, part: "_Part", views: range, pixels: NDArray[np.uint8], note: Note) -> None:
         """Decode each image once, and put its views where they belong."""
-        for pair, places in zip(part.pairs.tolist(), part.places, strict=True):
+        for pair, places in zip(part.pairs.tolist(), part.layout.places, strict=True):
             for row, at in zip(pair, places.T, strict=True):
                 if row >= 0:
-                    pixels[at] = self._rendered(part.shard, row, part.table, views)
+                    pixels[at] = self._rendered(part.shard, row, part.table, views, note)
 
-    def _rendered(self, shard: int, row: int, table: ShardTable, views: range) -> NDArray[np.uint8]:
-        if self.whereabouts:
-            self.whereabouts.note(f"image {table.keys[row]!r} of {self._catalogue.names[shard]}")
+    def _rendered(self, shard: int, row: int, table: ShardTable, views: range, note: Note) -> NDArray[np.uint8]:
+        note(f"image {table.keys[row]!r} of {self._catalogue.names[shard]}")
         sample = self._catalogue.source.shards[shard][row]
         if table.samples is None:  # nobody has decoded this image before: all of it must be sound
             return render_views(decode(sample.image, key=sample.key), self._recipe, sample.key, views)
@@ -276,68 +268,66 @@ class BatchRenderer:
 
 
 def stream_batches(
-    renderer: BatchRenderer, indices: range, *, workers: int, held: int = 1, pin_memory: bool = False
+    renderer: BatchRenderer, indices: range, *, workers: int, held: int = 1, device: torch.device | None = None
 ) -> Iterator[Batch]:
     """Render batches in loader processes and yield them in order.
 
-    Their images lie in shared memory that is used over and over (see `pipeline.machine.loaders.Slots`): those of a batch are
-    another one's when, after it, more than `held` further batches have been asked for.
+    Their images lie in shared memory that is used over and over (see `SlotStream`): those of a batch are another one's
+    when, after it, more than `held` further batches have been asked for.
 
     Args:
         renderer: of the batches.
         indices: which of them.
         workers: loader processes; 0: in this one.
         held: batches that the caller may hold while it asks for another one.
-        pin_memory: whether the shared memory is to be page-locked, so that copies to a GPU run beside its work.
+        device: where the caller copies batches to; None: nowhere.
 
     Raises:
         DeitCliError: what stopped a batch, after the batches before it.
     """
-    slots = Slots((renderer.most, renderer.img_size, renderer.img_size, 3), workers=workers, held=held)
-    if pin_memory:
-        slots.pin()
-    renderer.whereabouts = Whereabouts(workers)
-    loader = start_loader(Mapped(_IntoSlots(renderer, slots)), workers=workers, sampler=slots.number(indices))
+    shape = (renderer.most, renderer.img_size, renderer.img_size, 3)
     with prefetch(renderer.remote_files(indices)):
-        for slot, batch in checked(loader, renderer.whereabouts):
-            yield replace(batch, images=slots.pixels[slot, : len(batch.keys)])
+        yield from SlotStream(renderer, indices, shape, workers=workers, held=held, device=device)
 
 
-class _IntoSlots:
-    """Renders into the slot that comes with an index; the images stay there, and only the rest crosses processes."""
+@dataclass(frozen=True)
+class CentreBatch:
+    """Centre crops, uint8 [B, H, W, 3], and their class labels, int64 [B]."""
 
-    def __init__(self, renderer: BatchRenderer, slots: Slots) -> None:
-        self._renderer, self._slots = renderer, slots
-
-    def __call__(self, numbered: tuple[int, int]) -> tuple[int, Batch] | Exception:
-        slot, index = numbered
-        batch = self._renderer(index, self._slots.pixels[slot])
-        return batch if isinstance(batch, Exception) else (slot, replace(batch, images=torch.empty(0)))
+    images: Tensor
+    class_label: Tensor
 
 
-class CentreBatches:
-    """`batches(i)` is the i-th batch of centre crops and class labels; it is called in worker processes."""
+class CentreRenderer:
+    """`renderer(i, out, note)` is the i-th batch of centre crops and class labels: called in loader processes."""
 
     def __init__(self, source: Source, labelled: list[tuple[int, int]], recipe: Recipe, batch_size: int) -> None:
         self._source, self._labelled, self._recipe, self._size = source, labelled, recipe, batch_size
 
-    def __len__(self) -> int:
-        return -(-len(self._labelled) // self._size)
+    def stream(self, *, workers: int) -> SlotStream[CentreBatch]:
+        """Return all batches, rendered in loader processes."""
+        size = max(1, min(self._size, len(self._labelled)))
+        shape = (size, self._recipe.img_size, self._recipe.img_size, 3)
+        batches = range(-(-len(self._labelled) // self._size))
+        return SlotStream(self, batches, shape, workers=workers, held=1)
 
-    def __call__(self, index: int) -> tuple[Tensor, Tensor] | Exception:
-        """Return uint8 [B, H, W, 3] and int64 [B], or the error."""
-        try:
-            chosen = self._labelled[index * self._size : (index + 1) * self._size]
-            views = [self._view(self._source.shards[shard], row) for shard, row in chosen]
-        except DeitCliError as error:
-            return error
-        return torch.from_numpy(np.stack([pixels for pixels, _ in views])), torch.tensor([label for _, label in views])
+    def __call__(self, index: int, out: Tensor, note: Note) -> CentreBatch:
+        """Render a batch into the first rows of `out`.
 
-    def _view(self, shard: SourceShard[Any], row: int) -> tuple[NDArray[np.uint8], int]:
-        sample = shard[row]
-        if sample.class_label is None:
-            raise SourceError(f"{sample.key!r} has lost its class label since the source was opened")
-        return render_view(sample.image, self._recipe, sample.key, 0), sample.class_label
+        Raises:
+            SourceError: an image cannot be decoded, or has lost its class label.
+        """
+        chosen = self._labelled[index * self._size : (index + 1) * self._size]
+        pixels, labels = out.numpy(), []
+        for at, (number, row) in enumerate(chosen):
+            shard = self._source.shards[number]
+            note(f"image {shard.keys[row]!r} of {shard.name}")
+            sample = shard[row]
+            if sample.class_label is None:
+                raise SourceError(f"{sample.key!r} has lost its class label since the source was opened")
+            pixels[at] = render_view(sample.image, self._recipe, sample.key, 0)
+            labels.append(sample.class_label)
+        return CentreBatch(out[: len(chosen)], torch.tensor(labels))
 
 
 def _read_labels(label_set: LabelSet, name: str, view: int, usable: NDArray[np.int64]) -> LabelRows:
@@ -351,53 +341,47 @@ def _read_labels(label_set: LabelSet, name: str, view: int, usable: NDArray[np.i
 
 @dataclass(frozen=True)
 class _Part:
-    """What one source shard gives to a batch of B views: U units, V views of each.
+    """What one source shard gives to a batch: U units, V views of each.
 
     Attributes:
+        shard: number of the source shard.
+        table: its samples.
         pairs: int64 [U, 2], rows of the partners; second -1 for a sample without one.
-        places: int64 [U, V, 2], where each view stands in this part; -1 where there is none.
-        labels: hard, topk_index, topk_prob and tail_mass of the B views; empty without a label set.
+        layout: where each view stands in this part.
+        teacher: the stored answers for its views; None without a label set.
     """
 
     shard: int
     table: ShardTable
     pairs: NDArray[np.int64]
-    places: NDArray[np.int64]
-    keys: tuple[str, ...]
-    class_label: NDArray[np.int64]
-    labelled: NDArray[np.bool_]
-    mix: MixBatch
-    labels: tuple[NDArray[Any], ...]
-
-
-_NO_LABELS = (np.empty(0, np.int64), np.empty((0, 0), np.int64), np.empty((0, 0), np.float32), np.empty(0, np.float32))
+    layout: Layout
+    teacher: TeacherTarget | None
 
 
 def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Batch:
     """Lay the parts of a batch one behind the other."""
-
-    def joined(columns: Iterable[NDArray[Any]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(list(columns)))
-
-    starts = np.cumsum([0, *(len(part.keys) for part in parts)]).tolist()
-    labels = zip(*(part.labels or _NO_LABELS for part in parts), strict=True)
-    hard, topk_index, topk_prob, tail_mass = (joined(column) for column in labels)
+    rows = [(part.table, part.layout.rows) for part in parts]
+    mixes = [part.layout.mix for part in parts]
+    starts = itertools.accumulate((len(mix.lam) for mix in mixes), initial=0)
+    mix = MixBatch(
+        torch.cat([mix.partner + start for mix, start in zip(mixes, starts, strict=False)]),
+        torch.cat([mix.lam for mix in mixes]),
+        torch.cat([mix.box for mix in mixes]),
+    )
+    class_label = torch.from_numpy(np.concatenate([table.class_label[at] for table, at in rows]))
+    labelled = torch.from_numpy(np.concatenate([table.labelled[at] for table, at in rows]))
+    answers = [part.teacher for part in parts if part.teacher is not None]
+    names = [field.name for field in fields(TeacherTarget)]
     return Batch(
         index=index,
         views=views,
-        keys=tuple(key for part in parts for key in part.keys),
+        keys=tuple(table.keys[row] for table, at in rows for row in at.tolist()),
         images=images,
-        mix=MixBatch(
-            torch.cat([part.mix.partner + start for part, start in zip(parts, starts, strict=False)]),
-            torch.cat([part.mix.lam for part in parts]),
-            torch.cat([part.mix.box for part in parts]),
-        ),
-        class_label=joined(part.class_label for part in parts),
-        labelled=joined(part.labelled for part in parts),
-        hard=hard,
-        topk_index=topk_index,
-        topk_prob=topk_prob,
-        tail_mass=tail_mass,
+        mix=mix,
+        classes=ClassTarget(class_label, labelled, mix.partner, mix.lam),
+        teacher=TeacherTarget(*(torch.cat([getattr(each, name) for each in answers]) for name in names))
+        if answers
+        else None,
     )
 
 

@@ -8,15 +8,16 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from pipeline.errors import DeitCliError, LabelSetMismatch, UsageError
+from pipeline.errors import LabelSetMismatch, UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import Source
 from pipeline.images.tar_archive import check_member_key, member_extension, write_tar
@@ -25,7 +26,7 @@ from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image, check_replay
 from pipeline.labels.tables import SampleRows
-from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
+from pipeline.machine.loaders import Note, in_processes
 from pipeline.machine.progress import Progress, Tick
 from pipeline.stage1.rendering import Block, BlockRenderer
 from pipeline.storage.atomic import publish_file, replace_file, sweep_temporaries
@@ -94,7 +95,6 @@ class _Job:
     out: Path
     export: Export
     class_labels: bool
-    whereabouts: Whereabouts
 
 
 def export_labels(
@@ -133,11 +133,9 @@ def export_labels(
     begin(out, export)
     labelled = all(label is not None for samples in names.values() for label in samples.class_label)
     tasks = [(name, view) for view in range(*export.views) for name in label_set.shards]
-    whereabouts = Whereabouts(config.workers)
-    job = _Job(label_set, source, out, export, labelled, whereabouts)
-    loader = start_loader(Mapped(partial(_export_one, job, tasks), len(tasks)), workers=min(config.workers, len(tasks)))
+    job = _Job(label_set, source, out, export, labelled)
     began, counts = time.monotonic(), []
-    for count in checked(loader, whereabouts):
+    for count in in_processes(partial(_export_one, job), tasks, workers=min(config.workers, len(tasks))):
         counts.append(count)
         progress(Tick("export", len(counts), len(tasks), time.monotonic() - began, len(counts)))
     files = {tar_name(*task): count for task, count in zip(tasks, counts, strict=True)}
@@ -213,28 +211,26 @@ def timm_info(files: dict[str, int]) -> dict[str, Any]:
     return {"splits": {SPLIT: split}}
 
 
-def _export_one(job: _Job, tasks: Sequence[tuple[str, int]], index: int) -> int | Exception:
-    """Write one tar, and return its number of images. Errors are returned: they cross processes whole."""
-    name, view = tasks[index]
-    try:
-        rows = job.label_set.read(name, view)
-        path = job.out / tar_name(name, view)
-        if not path.is_file():
-            publish_file(path, partial(write_tar, members=_members(job, name, view, rows)))
-        return len(rows)
-    except DeitCliError as error:
-        return error
+def _export_one(job: _Job, task: tuple[str, int], note: Note) -> int:
+    """Write the tar of one view of a source shard, and return its number of images."""
+    name, view = task
+    rows = job.label_set.read(name, view)
+    path = job.out / tar_name(name, view)
+    if not path.is_file():
+        publish_file(path, partial(write_tar, members=_members(job, name, view, rows, note)))
+    return len(rows)
 
 
-def _members(job: _Job, name: str, view: int, rows: LabelRows) -> Iterator[tuple[str, bytes]]:
+def _members(job: _Job, name: str, view: int, rows: LabelRows, note: Note) -> Iterator[tuple[str, bytes]]:
     """Yield the files of one tar: image, class label, labels, image after image."""
     samples, export = job.label_set.samples(name), job.export
     if not np.array_equal(rows.row, samples.usable):
         raise LabelSetMismatch(f"{job.label_set.folder}: view {view} of {name} lacks usable rows of its samples file")
-    images = _views(job, name, samples, view) if export.pixels == "views" else _originals(job, name, samples)
+    as_seen = export.pixels == "views"
+    images = _views(job, name, samples, view, note) if as_seen else _originals(job, name, samples, note)
     for at, (row, image, lam) in enumerate(images):
         key, label = samples.key[row], samples.class_label[row]
-        stem = f"{key}-view-{view:05d}" if export.pixels == "views" else key
+        stem = f"{key}-view-{view:05d}" if as_seen else key
         yield stem + member_extension(image), image
         if job.class_labels:
             yield f"{stem}.cls", b"%d" % label
@@ -250,15 +246,13 @@ def _members(job: _Job, name: str, view: int, rows: LabelRows) -> Iterator[tuple
         yield f"{stem}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
 
 
-def _views(job: _Job, name: str, samples: SampleRows, view: int) -> Iterator[tuple[int, bytes, float]]:
+def _views(job: _Job, name: str, samples: SampleRows, view: int, note: Note) -> Iterator[tuple[int, bytes, float]]:
     """Yield row, encoded view and its own image's weight in the mix, of every usable sample in the order of rows."""
     recipe, encoding = job.label_set.recipe, job.export.encoding
-    renderer = BlockRenderer(job.source, recipe, job.whereabouts)
+    renderer, alone = BlockRenderer(job.source, recipe), range(view, view + 1)
+    out = torch.empty(min(recipe.mix_block, len(samples)), recipe.img_size, recipe.img_size, 3, dtype=torch.uint8)
     for rows in mix_blocks(recipe, samples.usable):
-        alone = range(view, view + 1)
-        batch = renderer((Block(name, alone, alone, rows, samples.take(rows)), view))
-        if isinstance(batch, Exception):
-            raise batch
+        batch = renderer((Block(name, alone, alone, rows, samples.take(rows)), view), out, note)
         mixed = apply_mix(batch.images, batch.mix).round().clamp(0, 255).byte()
         pixels = mixed.permute(0, 2, 3, 1).contiguous().numpy()
         for at in np.argsort(batch.rows.numpy()).tolist():
@@ -266,10 +260,10 @@ def _views(job: _Job, name: str, samples: SampleRows, view: int) -> Iterator[tup
             yield int(batch.rows[at]), image, float(batch.mix.lam[at])
 
 
-def _originals(job: _Job, name: str, samples: SampleRows) -> Iterator[tuple[int, bytes, None]]:
+def _originals(job: _Job, name: str, samples: SampleRows, note: Note) -> Iterator[tuple[int, bytes, None]]:
     shard = job.source.shard(name)
     for row in samples.usable.tolist():
-        job.whereabouts.note(f"image {samples.key[row]!r} of {name}")
+        note(f"image {samples.key[row]!r} of {name}")
         sample = shard[row]
         check_image(sample, samples, row, shard=name)
         yield row, sample.image, None

@@ -1,11 +1,17 @@
-"""Loader processes: work for them in, ready batches out, and a named error when one of them is lost."""
+"""Loader processes: work for them in, what they made out, and a named error when one of them is lost.
+
+`in_processes` calls a function for each item of some work. `SlotStream` does the same for a function that renders batches of
+images: they lie in shared memory, and only the rest of a batch travels between the processes.
+"""
 
 import contextlib
+import io
 import itertools
 import logging
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -14,19 +20,20 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from multiprocessing import forkserver
+from dataclasses import replace
+from functools import lru_cache, partial
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import cv2
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.errors import WorkerError
+from pipeline.errors import DeitCliError, WorkerError
 from pipeline.repeats import FirstOfEachKind
 
 # A batch that takes longer than this will not come any more: a process hangs, or a network file system does.
@@ -36,6 +43,116 @@ LOOK_S = 5
 PREFETCH = 2  # items that each process is ahead
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; elsewhere it has no limit of its own
 _NOTE_BYTES = 256
+
+Note = Callable[[str], None]  # says which image a process is at, so that it can be named when the process is lost
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class Imaged(Protocol):
+    """A batch of images: a frozen dataclass that has its pixels in `images`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def images(self) -> Tensor:
+        """Return uint8 [B, ...]."""
+        ...
+
+
+Batch = TypeVar("Batch", bound=Imaged)
+
+
+def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, workers: int) -> Iterator[Made]:
+    """Yield `work(item, note)` of each item, in order.
+
+    Args:
+        work: called in loader processes, to which it is pickled once. It calls `note` with the image that it comes to.
+        items: taken one by one, shortly before they are needed; item i goes to process i modulo `workers`.
+        workers: loader processes; 0: in this one.
+
+    Raises:
+        DeitCliError: `work` raised it; what was made before has been yielded.
+        WorkerError: a process was lost, or hangs; it names the images that they were at.
+    """
+    whereabouts = _Whereabouts(workers)
+    loader = _start_loader(_Work(work, whereabouts), items, workers=workers, module=_module_of(work))
+    yield from _checked(loader, whereabouts)
+
+
+class SlotStream(Generic[Batch]):
+    """Batches that loader processes render into shared memory, which is used over and over.
+
+    The images of a batch are those of another one when, after it, more than `held` further batches have been asked for.
+    For a GPU the pages of the memory are locked for as long as the stream, or the images of a batch, are kept.
+    """
+
+    def __init__(
+        self,
+        render: Callable[[Any, Tensor, Note], Batch],
+        items: Iterable[Any],
+        shape: tuple[int, ...],
+        *,
+        workers: int,
+        held: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """Take the shared memory; processes start when batches are asked for.
+
+        Args:
+            render: `render(item, out, note)` writes the images of a batch into the first rows of `out`, uint8 of `shape`, and
+                returns the batch with these rows as its `images`. Called in loader processes, as `work` of `in_processes`.
+            items: one for each batch; None gives the process whose turn it is nothing to do.
+            shape: of the images of the largest batch.
+            workers: loader processes; 0: in this one.
+            held: batches that the caller may hold while it asks for another one: those that it uses, and those that a
+                device has yet to copy.
+            device: where the caller copies batches to; None: nowhere.
+
+        Raises:
+            WorkerError: there is not enough shared memory.
+        """
+        self._render, self._items, self._workers = render, items, workers
+        self._slots = Slots(shape, workers=workers, held=held)
+        if device is not None and device.type == "cuda":
+            self._slots.pin(device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batch of each item, in order; raise as `in_processes` does."""
+        pixels = self._slots.pixels
+        for rendered in in_processes(
+            _IntoSlot(self._render, pixels), self._slots.number(self._items), workers=self._workers
+        ):
+            if rendered is not None:
+                slot, size, batch = rendered
+                yield replace(pickle.loads(batch), images=pixels[slot, :size])
+
+
+class _IntoSlot:
+    """Renders into the slot that comes with an item, and returns the slot, the number of images, and the rest of the batch."""
+
+    def __init__(self, render: Callable[[Any, Tensor, Note], Imaged], pixels: Tensor) -> None:
+        self.render, self._pixels = render, pixels
+
+    def __call__(self, numbered: tuple[int, Any] | None, note: Note) -> tuple[int, int, bytes] | None:
+        if numbered is None:
+            return None
+        slot, item = numbered
+        batch = self.render(item, self._pixels[slot], note)
+        return slot, len(batch.images), _pickled(replace(batch, images=torch.empty(0)))
+
+
+class _ArrayPickler(pickle.Pickler):
+    """Pickles tensors as arrays: between processes, torch would open a file of shared memory for each of them."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, Tensor) else NotImplemented
+
+
+def _pickled(value: object) -> bytes:
+    buffer = io.BytesIO()
+    _ArrayPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
 
 
 class Slots:
@@ -69,16 +186,22 @@ class Slots:
         for item in items:
             yield None if item is None else (next(turns), item)
 
-    def pin(self) -> None:
-        """Lock the pages of the memory for this process, so that a GPU copies from them beside its work.
+    def pin(self, device: torch.device) -> None:
+        """Lock the pages of the memory for this process, so that a GPU copies from them while it computes.
 
         Raises:
             RuntimeError: CUDA refused.
         """
         cudart: Any = torch.cuda.cudart()
-        torch.cuda.check_error(cudart.cudaHostRegister(self.pixels.data_ptr(), self.pixels.nbytes, 0))
+        with torch.cuda.device(device):  # or CUDA would take memory of the first GPU for this
+            torch.cuda.check_error(cudart.cudaHostRegister(self.pixels.data_ptr(), self.pixels.nbytes, 0))
         # Before the memory goes, its pages must be given back.
-        weakref.finalize(self.pixels, cudart.cudaHostUnregister, self.pixels.data_ptr())
+        weakref.finalize(self.pixels, _unpin, self.pixels.data_ptr(), device)
+
+
+def _unpin(address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(address)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
 def _shared_pixels(*shape: int) -> Tensor:
@@ -93,8 +216,8 @@ def _shared_pixels(*shape: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-class Whereabouts:
-    """What each loader process is at, in shared memory: so that the image at which one was lost can be named."""
+class _Whereabouts:
+    """Which image each loader process is at, in shared memory: so that the image at which one was lost can be named."""
 
     def __init__(self, workers: int) -> None:
         self._notes = torch.zeros(max(1, workers), _NOTE_BYTES, dtype=torch.uint8).share_memory_()
@@ -137,18 +260,36 @@ def plan_workers(asked: int | None, device: torch.device, cores: int | None = No
     return workers
 
 
-def start_loader(
-    dataset: Dataset[Any], *, workers: int, sampler: Any = None, pin_memory: bool = False
-) -> DataLoader[Any]:
-    """Return a loader of ready batches over worker processes; 0 workers loads in this process.
+class _Work(Dataset[Any]):
+    """Item i of the work is whatever the sampler gives; what a function makes of it, or the error that it raises."""
 
-    Workers start from a clean server process (no fork of a process that runs threads), and each uses one thread.
-    Item i of the sampler goes to worker i modulo their number, and results come in the order of the sampler.
+    def __init__(self, work: Callable[[Any, Note], Any], whereabouts: _Whereabouts) -> None:
+        self._work, self._whereabouts = work, whereabouts
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self._work(item, self._whereabouts.note)
+        except DeitCliError as error:  # as a value: a DataLoader would wrap it in the traceback of its worker
+            return error
+
+
+def _module_of(work: Callable[..., Any]) -> str:
+    """Return the name of the module that defines a function, or the class of an object that is called."""
+    if isinstance(work, _IntoSlot):
+        return _module_of(work.render)
+    return _module_of(work.func) if isinstance(work, partial) else work.__module__
+
+
+def _start_loader(work: Dataset[Any], items: Iterable[Any], *, workers: int, module: str) -> DataLoader[Any]:
+    """Return a loader over worker processes; 0 workers loads in this process.
+
+    Workers start from a clean server process (no fork of a process that runs threads) that has imported the module of the
+    work, and each uses one thread. Item i goes to worker i modulo their number, and results come in order.
     """
     options: dict[str, Any] = {}
     if workers:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "cv2", "pipeline.stage1.rendering"])
+        context.set_forkserver_preload([__name__, *([module] if module != "__main__" else [])])
         _start_server()
         options = {
             "multiprocessing_context": context,
@@ -158,35 +299,35 @@ def start_loader(
         }
     with _any_number_of_processes():
         return DataLoader(
-            dataset,
+            work,
             batch_size=None,
-            sampler=sampler,
+            sampler=items,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=pin_memory,
             generator=torch.Generator(),  # its own, so that loading never moves the global random state
             **options,
         )
 
 
-def checked(loader: Iterable[Any], whereabouts: Whereabouts | None = None) -> Iterator[Any]:
+def _checked(loader: Iterable[Any], whereabouts: _Whereabouts) -> Iterator[Any]:
     """Yield what a loader brings, and raise the errors that its processes sent instead.
-
-    Errors cross processes as values: a DataLoader would wrap a raised one in its worker's traceback.
 
     Raises:
         WorkerError: a process was lost, or hangs; it names the images that they were at.
     """
     with _any_number_of_processes():
-        batches = iter(loader)
-    while True:
-        try:
-            batch = _next(batches, whereabouts)
-        except StopIteration:
-            return
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+        results = iter(loader)
+    try:
+        while True:
+            try:
+                result = _next(results, whereabouts)
+            except StopIteration:
+                return
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    finally:
+        del results  # processes end now, and not ten seconds after an error has been forgotten
 
 
 @contextlib.contextmanager
@@ -197,28 +338,28 @@ def _any_number_of_processes() -> Iterator[None]:
         yield
 
 
-def _next(batches: Iterator[Any], whereabouts: Whereabouts | None) -> Any:
-    """Wait for a batch until for TIMEOUT_S no process has come to another image.
+def _next(results: Iterator[Any], whereabouts: _Whereabouts) -> Any:
+    """Wait for a result until for TIMEOUT_S no process has come to another image.
 
     A DataLoader that timed out may be asked again, and loses nothing.
     """
     began, seen = time.monotonic(), None
     while True:
         try:
-            return next(batches)
+            return next(results)
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
-            if whereabouts and (now := whereabouts.of(())) != seen:
+            if (now := whereabouts.of(())) != seen:
                 began, seen = time.monotonic(), now
             if "timed out" not in str(error) or time.monotonic() - began > TIMEOUT_S:
                 raise _lost(error, whereabouts) from error
 
 
-def _lost(error: RuntimeError, whereabouts: Whereabouts | None) -> WorkerError:
+def _lost(error: RuntimeError, whereabouts: _Whereabouts) -> WorkerError:
     first = str(error).splitlines()[0]
     pids = [int(pid) for listed in re.findall(r"pid\S* ([\d, ]+)", first) for pid in re.findall(r"\d+", listed)]
-    notes = whereabouts.of(pids) if whereabouts else []
+    notes = whereabouts.of(pids)
     hangs = "timed out" in first
     return WorkerError(
         (f"no batch came for {TIMEOUT_S} s" if hangs else f"a loader process was lost ({first})")
@@ -230,18 +371,16 @@ def _lost(error: RuntimeError, whereabouts: Whereabouts | None) -> WorkerError:
 def _start_server() -> None:
     """Start the server that forks loaders, deaf to the signals that a scheduler or Ctrl-C sends to every process of a job.
 
-    This process then decides when to stop, and loaders end with it. Only the main thread may say so.
+    This process then decides when to stop, and loaders end with it.
     """
     _kill_loaders_at_the_end_of(os.getpid())
-    if threading.current_thread() is not threading.main_thread():
-        return
-    # What is ignored stays ignored in a new program.
-    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+    resource_tracker.ensure_running()  # which lets both signals through again, where it starts its process
+    # What is blocked stays blocked in a new program and in its forks, whatever handlers a DataLoader sets in them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @lru_cache
@@ -261,8 +400,6 @@ def _kill_loaders() -> None:
 
 
 def _start_worker(_: int) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C goes to every process of a terminal
-        signal.signal(each, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     if logging.lastResort is not None:  # what shows the warnings of a process whose messages nobody arranged
@@ -292,19 +429,3 @@ def _end_with_parent() -> None:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-MapFunction = Callable[[Any], Any]
-
-
-class Mapped(Dataset[Any]):
-    """Item i is `function(i)`: lets worker processes call any picklable function on what a sampler gives, or a range."""
-
-    def __init__(self, function: MapFunction, size: int = 0) -> None:
-        self._function, self._size = function, size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._function(index)

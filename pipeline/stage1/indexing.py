@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeline.images.source import Source
 from pipeline.labels.labelset import checked_samples
 from pipeline.labels.manifest import Plan, samples_path
 from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
-from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
+from pipeline.machine.loaders import Made, Note, in_processes
 from pipeline.machine.progress import Progress, Tick
 from pipeline.settings.configs import BadImagePolicy
 from pipeline.storage.atomic import publish_file
@@ -23,31 +24,45 @@ from pipeline.storage.atomic import publish_file
 log = logging.getLogger("deit_cli.indexing")
 
 
-def index_samples(
-    out: Path,
-    plan: Plan,
-    source: Source,
-    *,
-    shards: Sequence[str],
-    on_bad_image: BadImagePolicy,
-    workers: int,
-    progress: Progress,
-) -> dict[str, SampleRows]:
+@dataclass(frozen=True)
+class Reading:
+    """How images are read before any of them is labelled.
+
+    Attributes:
+        source: the images.
+        shards: names of the source shards to read, in the order of their use.
+        on_bad_image: `fail` stops at an image that cannot be decoded, `skip` leaves it out.
+        workers: loader processes.
+        progress: told how many source shards are read.
+    """
+
+    source: Source
+    shards: tuple[str, ...]
+    on_bad_image: BadImagePolicy
+    workers: int
+    progress: Progress
+
+    def each(self, phase: str, work: Callable[[str, Note], Made], shards: Sequence[str]) -> Iterator[tuple[str, Made]]:
+        """Yield some of the source shards with what `work(name, note)` made of each, and tell how many are done."""
+        began = time.monotonic()
+        made = in_processes(work, shards, workers=min(self.workers, len(shards)))
+        for done, result in enumerate(zip(shards, made, strict=True), start=1):
+            yield result
+            self.progress(Tick(phase, done, len(shards), time.monotonic() - began, done))
+
+
+def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRows]:
     """Write these source shards' samples files where there are none, and return their samples.
 
     Raises:
         SourceError: an image cannot be decoded and `on_bad_image` is `fail`; or no image can.
     """
-    records = {record.name: record for record in plan.source.shards}
+    source, shards = reading.source, reading.shards
     missing = [name for name in shards if not (out / samples_path(name)).is_file()]
-    began = time.monotonic()
-    whereabouts = Whereabouts(workers)
-    scan = partial(scan_shard, source, missing, on_bad_image, whereabouts)
-    loader = start_loader(Mapped(scan, len(missing)), workers=min(workers, len(missing)))
-    for done, (name, samples) in enumerate(zip(missing, checked(loader, whereabouts), strict=True)):
+    for name, samples in reading.each("index", partial(scan_shard, source, reading.on_bad_image), missing):
         footer = SamplesFooter(labelset_id=plan.labelset_id, source_id=plan.source_id, shard=name, rows=len(samples))
         publish_file(out / samples_path(name), partial(write_samples, samples=samples, footer=footer))
-        progress(Tick("index", done + 1, len(missing), time.monotonic() - began, done + 1))
+    records = {record.name: record for record in plan.source.shards}
     tables = {name: checked_samples(out / samples_path(name), plan, records[name]) for name in shards}
     bad = sum(len(samples) - len(samples.usable) for samples in tables.values())
     if bad:
@@ -61,21 +76,16 @@ def index_samples(
     return tables
 
 
-def scan_shard(
-    source: Source, names: list[str], on_bad_image: BadImagePolicy, whereabouts: Whereabouts, index: int
-) -> SampleRows | Exception:
-    """Read, hash and decode all images of a source shard. Errors are returned, so that they cross processes whole."""
-    try:
-        return _scan(source, names[index], on_bad_image, whereabouts)
-    except SourceError as error:
-        return error
+def scan_shard(source: Source, on_bad_image: BadImagePolicy, name: str, note: Note) -> SampleRows:
+    """Read, hash and decode all images of a source shard.
 
-
-def _scan(source: Source, name: str, on_bad_image: BadImagePolicy, whereabouts: Whereabouts) -> SampleRows:
+    Raises:
+        SourceError: an image cannot be read; or cannot be decoded, and `on_bad_image` is `fail`.
+    """
     shard = source.shard(name)
     sizes, hashes, shapes, bad = [], [], [], []
     for row in range(len(shard)):
-        whereabouts.note(f"image {shard.keys[row]!r} of {name}")
+        note(f"image {shard.keys[row]!r} of {name}")
         sample = shard[row]
         sizes.append(len(sample.image))
         hashes.append(xxhash.xxh3_128_digest(sample.image))

@@ -17,7 +17,6 @@ from pipeline.labels.labelset import checked_labels_footer, checked_samples
 from pipeline.labels.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
 from pipeline.labels.replay import compare_probes
 from pipeline.labels.tables import SampleRows, read_all_views
-from pipeline.machine.loaders import Whereabouts
 from pipeline.machine.progress import Report
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.drafts import LabelDraft, publish_draft
@@ -85,13 +84,13 @@ def label_shards(
     """
     desk = _Desk(job, teacher, tell, finish)
     batches = stream_views(
-        BlockRenderer(job.source, job.recipe, Whereabouts(job.workers)),
+        BlockRenderer(job.source, job.recipe),
         desk.open(tasks),
         img_size=job.recipe.img_size,
         most=min(job.recipe.mix_block, max((record.num_samples for record in job.plan.source.shards), default=1)),
         workers=job.workers,
-        held=AHEAD,
-        pin_memory=teacher.device.type == "cuda",
+        held=AHEAD,  # the device may still have to copy them
+        device=teacher.device,
     )
     waiting: deque[tuple[ViewBatch, Pending]] = deque()
     with one_thread(teacher.device), desk:

@@ -5,8 +5,7 @@ It says in its comment how its images were made, and is written whole or not at 
 """
 
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,9 @@ from pipeline.labels.labelset import checked_samples
 from pipeline.labels.manifest import Plan, images_path, samples_path
 from pipeline.labels.sealing import sealed_manifest
 from pipeline.labels.tables import SampleRows
-from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader
-from pipeline.machine.progress import Progress, Tick
+from pipeline.machine.loaders import Note
 from pipeline.settings.configs import ORIGINAL, BadImagePolicy
+from pipeline.stage1.indexing import Reading
 from pipeline.storage.atomic import publish_file, refusals_named, sha256_file
 
 log = logging.getLogger("deit_cli.packing")
@@ -126,46 +125,25 @@ def packed_source(out: Path, source: Source) -> Source:
     return Source(str(folder), "tar", source.class_names, shards)
 
 
-def pack_images(
-    out: Path,
-    plan: Plan,
-    source: Source,
-    packing: Packing,
-    *,
-    shards: Sequence[str],
-    on_bad_image: BadImagePolicy,
-    workers: int,
-    progress: Progress,
-) -> Source:
+def pack_images(out: Path, plan: Plan, packing: Packing, reading: Reading) -> Source:
     """Pack these source shards' images where they are not packed yet; return the packed images as a source.
 
-    Args:
-        out: folder of the label set.
-        plan: of the label set.
-        source: of the images.
-        packing: how.
-        shards: names, in the order of their use.
-        on_bad_image: `fail` stops at an image that cannot be decoded; with `skip` its bytes are packed as they are.
-        workers: loader processes.
-        progress: told how far this is.
+    With `on_bad_image` `skip`, the bytes of an image that cannot be decoded are packed as they are.
 
     Raises:
         SourceError: an image cannot be decoded and `on_bad_image` is `fail`.
         LabelSetMismatch: the labels that are there are of other images.
     """
+    source = reading.source
     if source.class_names is not None:
         lines = "".join(f"{name}\n" for name in source.class_names).encode()
         publish_file(out / IMAGES_FOLDER / "classes.txt", lines)
     packed = packed_source(out, source)
-    missing = [name for name in shards if not (out / images_path(name)).is_file()]
-    began = time.monotonic()
-    whereabouts = Whereabouts(workers)
-    pack = partial(_pack_shard, out, plan, source, packing, on_bad_image, whereabouts, missing)
-    loader = start_loader(Mapped(pack, len(missing)), workers=min(workers, len(missing)))
-    for done, _ in enumerate(checked(loader, whereabouts), start=1):
-        progress(Tick("pack", done, len(missing), time.monotonic() - began, done))
+    missing = [name for name in reading.shards if not (out / images_path(name)).is_file()]
+    for _ in reading.each("pack", _Packer(out, plan, source, packing, reading.on_bad_image), missing):
+        pass
     records = {record.name: record for record in plan.source.shards}
-    for name in shards:
+    for name in reading.shards:
         shard, record = packed.shard(name), records[name]
         if keys_sha256(shard.keys, shard.class_labels) != record.keys_sha256:
             raise LabelSetMismatch(
@@ -174,58 +152,43 @@ def pack_images(
     return packed
 
 
-def _pack_shard(
-    out: Path,
-    plan: Plan,
-    source: Source,
-    packing: Packing,
-    on_bad_image: BadImagePolicy,
-    whereabouts: Whereabouts,
-    names: Sequence[str],
-    index: int,
-) -> Exception | None:
-    """Write the tar of one source shard, unless another rank was quicker. Errors are returned: they cross processes."""
-    name = names[index]
-    path = out / images_path(name)
-    try:
+@dataclass(frozen=True)
+class _Packer:
+    """Writes the tar of one source shard, unless another rank was quicker: called in loader processes."""
+
+    out: Path
+    plan: Plan
+    source: Source
+    packing: Packing
+    on_bad_image: BadImagePolicy
+
+    def __call__(self, name: str, note: Note) -> None:
+        path = self.out / images_path(name)
         if path.is_file():
-            return None
-        samples = _samples_of(out, plan, name)
-        members = _members(source.shard(name), packing, samples, on_bad_image, whereabouts)
-        if publish_file(path, partial(write_tar, members=members, comment=packing.comment)):
-            _check_as_sealed(out, path, name)
-    except (SourceError, LabelSetError) as error:
-        return error
-    return None
+            return
+        members = self._members(self.source.shard(name), self._labelled_samples(name), note)
+        if publish_file(path, partial(write_tar, members=members, comment=self.packing.comment)):
+            _check_as_sealed(self.out, path, name)
 
+    def _labelled_samples(self, name: str) -> SampleRows | None:
+        """Return the samples that are labelled already: the set had no images until now, or this tar was deleted."""
+        path = self.out / samples_path(name)
+        return checked_samples(path, self.plan, self.plan.shard(name)) if path.is_file() else None
 
-def _samples_of(out: Path, plan: Plan, name: str) -> SampleRows | None:
-    """Return the samples that are labelled already: the set had no images until now, or this tar was deleted."""
-    path = out / samples_path(name)
-    record = plan.shard(name)
-    return checked_samples(path, plan, record) if path.is_file() else None
-
-
-def _members(
-    shard: SourceShard,
-    packing: Packing,
-    samples: SampleRows | None,
-    on_bad_image: BadImagePolicy,
-    whereabouts: Whereabouts,
-) -> Iterator[tuple[str, bytes]]:
-    """Yield the files of a tar: an image and its class label, sample after sample."""
-    for row in range(len(shard)):
-        whereabouts.note(f"image {shard.keys[row]!r} of {shard.name}")
-        sample = shard[row]
-        image = _packed_image(sample, packing, on_bad_image)
-        if samples is not None and xxhash.xxh3_128_digest(image) != samples.image_xxh3[row]:
-            raise LabelSetMismatch(
-                f"image {sample.key!r} of {shard.name} would be packed with other bytes than those that are labelled:"
-                " pass the --data that was labelled, and how its images were packed, or choose another --out"
-            )
-        yield sample.key + member_extension(image), image
-        if sample.class_label is not None:
-            yield f"{sample.key}.cls", b"%d" % sample.class_label
+    def _members(self, shard: SourceShard, samples: SampleRows | None, note: Note) -> Iterator[tuple[str, bytes]]:
+        """Yield the files of a tar: an image and its class label, sample after sample."""
+        for row in range(len(shard)):
+            note(f"image {shard.keys[row]!r} of {shard.name}")
+            sample = shard[row]
+            image = _packed_image(sample, self.packing, self.on_bad_image)
+            if samples is not None and xxhash.xxh3_128_digest(image) != samples.image_xxh3[row]:
+                raise LabelSetMismatch(
+                    f"image {sample.key!r} of {shard.name} would be packed with other bytes than those that are labelled:"
+                    " pass the --data that was labelled, and how its images were packed, or choose another --out"
+                )
+            yield sample.key + member_extension(image), image
+            if sample.class_label is not None:
+                yield f"{sample.key}.cls", b"%d" % sample.class_label
 
 
 def _packed_image(sample: Sample, packing: Packing, on_bad_image: BadImagePolicy) -> bytes:

@@ -5,9 +5,8 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.engines import limit, run_here, run_processes
-from pipeline.stage1.indexing import index_samples
+from pipeline.stage1.indexing import Reading, index_samples
 from pipeline.stage1.loop import Job, LabelTask, paths_of
 from pipeline.stage1.packing import Packing, check_packable, pack_images, plan_packing
 from pipeline.stage1.ray import connect_ray, run_ray
@@ -215,16 +214,13 @@ def _precompute(
     if rank.world_size > 1:
         log.info("rank %d of %d: %d of %d label shards", rank.rank, rank.world_size, len(mine), len(tasks))
     loaders = plan_loaders(config.workers, cores, devices[0])
-    reading: dict[str, Any] = {
-        "shards": list(dict.fromkeys(task.shard for task in mine)),
-        "on_bad_image": config.on_bad_image,
-        "workers": loaders * len(devices),
-        "progress": progress,
-    }
+    shards = tuple(dict.fromkeys(task.shard for task in mine))
+    reading = Reading(source, shards, config.on_bad_image, loaders * len(devices), progress)
     if work.packing:
-        source = pack_images(config.folder, work.plan, source, work.packing, **reading)
-    job = Job(config, work.plan, recipe, source, loaders, cores, work.packing.changes if work.packing else None)
-    samples = index_samples(config.folder, work.plan, source, **reading)
+        reading = replace(reading, source=pack_images(config.folder, work.plan, work.packing, reading))
+    changes = work.packing.changes if work.packing else None
+    job = Job(config, work.plan, recipe, reading.source, loaders, cores, changes)
+    samples = index_samples(config.folder, work.plan, reading)
     _warn_of_sorted_classes(recipe, samples)
     _label(job, teacher, devices, mine, samples, progress)
     if mirror:

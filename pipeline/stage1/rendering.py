@@ -9,12 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import DeitCliError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
-from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
+from pipeline.machine.loaders import Note, SlotStream
 from pipeline.views.mixing import MixBatch, lay_out
 from pipeline.views.pairs import mix_blocks, pairs_of
 from pipeline.views.recipe import Recipe
@@ -72,39 +71,33 @@ class ViewBatch:
     images: Tensor
     mix: MixBatch
 
-    def pin_memory(self) -> "ViewBatch":
-        """Return the same batch with its images in page-locked memory (a DataLoader calls this)."""
-        return ViewBatch(self.shard, self.views, self.view, self.rows, self.images.pin_memory(), self.mix)
-
 
 class BlockRenderer:
-    """`renderer((block, view))` is one view of a block, or the error that stops it: called in loader processes.
+    """`renderer((block, view), out, note)` is one view of a block, its images in `out`: called in loader processes.
 
-    It holds the images of the block that it was asked for last, so whoever asks for all views of a block in a row
+    It holds the images of the block that it was asked for last: a caller that asks for all views of a block in a row
     (see `deal`) pays for one decode.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, whereabouts: Whereabouts | None = None) -> None:
-        self._source, self._recipe, self.whereabouts = source, recipe, whereabouts
+    def __init__(self, source: Source, recipe: Recipe) -> None:
+        self._source, self._recipe = source, recipe
         self._name: tuple[str, int, int] | None = None
         self._held: list[NDArray[np.uint8]] = []
 
-    def __call__(self, unit: Unit, out: Tensor | None = None) -> ViewBatch | Exception:
-        """Render one view of a block, into `out` (uint8 [at least B, H, W, 3]) if it is given."""
-        try:
-            return self._render(*unit, out)
-        except DeitCliError as error:
-            return error
+    def __call__(self, unit: Unit, out: Tensor, note: Note) -> ViewBatch:
+        """Render one view of a block into the first rows of `out`, uint8 [at least B, H, W, 3].
 
-    def _render(self, block: Block, view: int, out: Tensor | None) -> ViewBatch:
+        Raises:
+            DeitCliError: an image is not the one that was indexed, or cannot be read.
+        """
+        block, view = unit
         if self._name != block.name:
             self._name, self._held = None, []  # the old images go before the new ones come
-            self._held = [self._hold(block, position) for position in range(len(block.rows))]
+            self._held = [self._hold(block, position, note) for position in range(len(block.rows))]
             self._name = block.name
-        recipe, size, keys = self._recipe, self._recipe.img_size, block.samples.key
+        recipe, keys = self._recipe, block.samples.key
         layout = lay_out(pairs_of(recipe, keys, np.arange(len(keys)), view), range(view, view + 1))
-        count = len(layout.rows)
-        images = torch.empty(count, size, size, 3, dtype=torch.uint8) if out is None else out[:count]
+        images = out[: len(layout.rows)]
         pixels = images.numpy()
         for at, position in enumerate(layout.rows.tolist()):
             held = self._held[position]
@@ -115,10 +108,9 @@ class BlockRenderer:
         rows = torch.from_numpy(block.rows[layout.rows])
         return ViewBatch(block.shard, block.views, view, rows, images, layout.mix)
 
-    def _hold(self, block: Block, position: int) -> NDArray[np.uint8]:
+    def _hold(self, block: Block, position: int, note: Note) -> NDArray[np.uint8]:
         """Return the decoded image [H, W, 3], or all its views [V, size, size, 3] where they take less memory."""
-        if self.whereabouts:
-            self.whereabouts.note(f"image {block.samples.key[position]!r} of {block.shard}")
+        note(f"image {block.samples.key[position]!r} of {block.shard}")
         sample = self._source.shard(block.shard)[int(block.rows[position])]
         check_image(sample, block.samples, position, shard=block.shard)
         if len(block.chunk) == 1:
@@ -137,12 +129,9 @@ def stream_views(
     most: int,
     workers: int,
     held: int,
-    pin_memory: bool = False,
-) -> Iterator[ViewBatch]:
-    """Render blocks in loader processes, and yield every view of each.
-
-    Batches lie in shared memory that is used over and over (see `Slots`): the images of a batch are those of another one
-    when, after it, more than `held` further ones have been asked for. (Pinned ones are copies.)
+    device: torch.device | None = None,
+) -> SlotStream[ViewBatch]:
+    """Return a stream of every view of each block, rendered in loader processes.
 
     Args:
         renderer: of the views.
@@ -151,26 +140,10 @@ def stream_views(
         most: samples in a block.
         workers: loader processes; 0: in this one.
         held: batches that the caller may hold while it asks for another one.
-        pin_memory: whether images are to lie in page-locked memory.
+        device: where the caller copies batches to; None: nowhere.
     """
-    slots = Slots((most, img_size, img_size, 3), workers=workers, held=held)
-    loader = start_loader(
-        Mapped(_IntoSlots(renderer, slots)),
-        sampler=slots.number(deal(blocks, workers)),
-        workers=workers,
-        pin_memory=pin_memory,
-    )
-    return (batch for batch in checked(loader, renderer.whereabouts) if batch is not None)
-
-
-class _IntoSlots:
-    """Renders into the slot that comes with a unit."""
-
-    def __init__(self, renderer: BlockRenderer, slots: Slots) -> None:
-        self._renderer, self._slots = renderer, slots
-
-    def __call__(self, numbered: tuple[int, Unit] | None) -> ViewBatch | Exception | None:
-        return self._renderer(numbered[1], self._slots.pixels[numbered[0]]) if numbered else None
+    shape = (most, img_size, img_size, 3)
+    return SlotStream(renderer, deal(blocks, workers), shape, workers=workers, held=held, device=device)
 
 
 def blocks_of(shard: str, views: range, samples: SampleRows, recipe: Recipe) -> Iterator[Block]:

@@ -73,9 +73,8 @@ def views_in(label_set: LabelSet, source: Source, views: range, *, workers: int 
     renderer = BlockRenderer(source, label_set.recipe)
     for unit in deal(blocks_in(label_set, views), workers):
         if unit is not None:
-            batch = renderer(unit)
-            assert isinstance(batch, ViewBatch)
-            yield batch
+            block, size = unit[0], label_set.recipe.img_size
+            yield renderer(unit, torch.empty(len(block.rows), size, size, 3, dtype=torch.uint8), lambda _: None)
 
 
 def mixed(batch: ViewBatch) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.errors import StoppedError
 from trainer import loop
 from trainer.loop import train
+from trainer.losses import TeacherTarget
 from trainer.parallel import Consensus, OnRank, World
 from trainer.stream import Batch, mixed_images
 from trainer.student import Student, create_student
@@ -47,18 +48,18 @@ def test_training_from_stored_labels_has_the_losses_of_the_teacher_in_the_step(
     differing: list[Tensor] = []
 
     def asking(shift: int) -> Callable[..., Any]:
-        def batch_loss(config: Any, on_rank: Any, student: Any, batch: Batch, dtype: torch.dtype) -> Any:
+        def batch_loss(settings: Any, on_rank: Any, student: Any, batch: Batch, dtype: torch.dtype) -> Any:
             with torch.no_grad():
                 prob, index = teacher.logits(mixed_images(batch, device))[0].softmax(1).sort(dim=1, descending=True)
-            differing.append((index[:, 0] != batch.hard).sum())
-            online = dataclasses.replace(
-                batch,
+            assert batch.teacher is not None
+            differing.append((index[:, 0] != batch.teacher.hard).sum())
+            answers = TeacherTarget(
                 hard=index[:, 0].roll(shift),
                 topk_index=index.roll(shift, 0),
                 topk_prob=prob.roll(shift, 0),
-                tail_mass=torch.zeros_like(batch.tail_mass),
+                tail_mass=torch.zeros_like(batch.teacher.tail_mass),
             )
-            return real(config, on_rank, student, online, dtype)
+            return real(settings, on_rank, student, dataclasses.replace(batch, teacher=answers), dtype)
 
         return batch_loss
 
@@ -171,7 +172,7 @@ def test_two_passes_of_half_the_batch_are_one_of_the_whole(device, label_set, tm
 
 
 def test_the_average_of_the_weights_is_the_one_worked_out_by_hand(device, label_set, tmp_path, monkeypatch):
-    real, decay = loop._step, 0.7
+    real, decay = loop.update_weights, 0.7
     by_hand: dict[str, Tensor] = {}
 
     def step(config: Any, state: Any, update: int) -> dict[str, Tensor]:
@@ -184,7 +185,7 @@ def test_the_average_of_the_weights_is_the_one_worked_out_by_hand(device, label_
             by_hand[name] = kept * by_hand[name] + (1 - kept) * value.cpu().double()
         return extra
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "update_weights", step)
     train(run_config(label_set, tmp_path / "run", device, model_ema_decay=decay, warmup_epochs=0))
     state = state_of(tmp_path / "run")
     averaged = {name.removeprefix("ema."): value for name, value in state.items() if name.startswith("ema.")}

@@ -291,8 +291,8 @@ def batches(label_set: LabelSet, source: Path):
     config = TrainConfig(labels=str(label_set.folder), data=str(source), output=Path("run"), batch_size=4, epochs=2)
     data = open_data(config)
     order = make_order(config, data)
-    render = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order, Share())
-    return [render(index) for index in range(2 * order.steps_per_epoch)], order
+    renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order, Share())
+    return [renderer.alone(index) for index in range(2 * order.steps_per_epoch)], order
 
 
 def test_training_takes_the_samples_of_a_subset_and_the_same_whichever_source_is_given(images, subset, tmp_path):
@@ -305,7 +305,7 @@ def test_training_takes_the_samples_of_a_subset_and_the_same_whichever_source_is
     for mine, theirs in zip(whole, alone, strict=True):
         assert mine.keys == theirs.keys
         assert torch.equal(mine.images, theirs.images)
-        assert torch.equal(mine.topk_prob, theirs.topk_prob)
+        assert torch.equal(mine.teacher.topk_prob, theirs.teacher.topk_prob)
         keys |= set(mine.keys)
     here = {key for shard in subset.shards for key in subset.samples(shard).key}
     assert keys <= here
@@ -320,7 +320,7 @@ def test_labels_of_a_batch_are_those_of_its_images(images, made, subset):
             shard = next(name for name in NAMES if key in made.samples(name).key)
             row = made.samples(shard).key.index(key)
             stored = [made.read(shard, view) for view in batch.views]
-            assert int(batch.hard[at]) in {int(rows.hard[rows.row.tolist().index(row)]) for rows in stored}
+            assert int(batch.teacher.hard[at]) in {int(rows.hard[rows.row.tolist().index(row)]) for rows in stored}
 
 
 def test_a_run_on_a_subset_is_not_continued_on_the_whole_set(images, made, subset, tmp_path, caplog):

@@ -4,7 +4,6 @@ import os
 import time
 from collections import deque
 from dataclasses import replace
-from math import factorial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,7 @@ from pipeline.errors import LabelSetMismatch, WorkerError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.tables import SampleRows
-from pipeline.machine.loaders import Mapped, Whereabouts, checked, plan_workers, start_loader
+from pipeline.machine.loaders import in_processes
 from pipeline.settings.files import load_recipe
 from pipeline.stage1 import rendering
 from pipeline.stage1.rendering import (
@@ -65,6 +64,10 @@ def rendered(source: Source, recipe: Recipe, blocks: list[Block], *, workers: in
     renderer = BlockRenderer(source, recipe)
     held = sum(len(block.chunk) for block in blocks)
     return list(stream_views(renderer, blocks, img_size=recipe.img_size, most=8, workers=workers, held=held))
+
+
+def unheard(_: str) -> None:
+    """A note that nobody asks for."""
 
 
 def content(batch: ViewBatch) -> tuple:
@@ -218,7 +221,7 @@ def test_each_image_is_decoded_once_by_each_worker(source, monkeypatch):
     workers = [BlockRenderer(source, recipe) for _ in range(3)]
     for at, unit in enumerate(deal(blocks_in(source, recipe), 3)):
         if unit:
-            workers[at % 3](unit)
+            workers[at % 3](unit, torch.empty(8, 16, 16, 3, dtype=torch.uint8), unheard)
     assert len(keys) == len(set(keys)) == 23
 
 
@@ -243,19 +246,19 @@ import os, sys
 import cv2, torch
 
 class Spy:
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, renderer, shape):
+        self.renderer, self.shape = renderer, shape
 
-    def __call__(self, index):
-        self.function(index)
+    def __call__(self, index, note):
+        self.renderer(index, torch.empty(self.shape, dtype=torch.uint8), note)
         return os.getpid(), sorted(sys.modules), torch.get_num_threads(), cv2.getNumThreads()
 """
 
 
 def centre_batches(source: Source):
-    from trainer.stream import CentreBatches
+    from trainer.stream import CentreRenderer
 
-    return CentreBatches(source, [(0, row) for row in range(13)], load_recipe("none", {"img_size": 16}), 5)
+    return CentreRenderer(source, [(0, row) for row in range(13)], load_recipe("none", {"img_size": 16}), 5)
 
 
 def train_batches(source: Source):
@@ -274,97 +277,24 @@ def test_workers_are_processes_of_one_thread_that_never_import_timm_or_matplotli
     monkeypatch.syspath_prepend(tmp_path)
     from loader_spy import Spy  # pyright: ignore[reportMissingImports]
 
-    seen = list(start_loader(Mapped(Spy(make(source)), 3), workers=1))
+    seen = list(in_processes(Spy(make(source), (8, 16, 16, 3)), range(3), workers=1))
     assert len(seen) == 3
     for process, modules, torch_threads, cv2_threads in seen:
         assert process != os.getpid()
-        assert {"torch", "cv2", "pipeline.stage1.rendering", "trainer.stream"} <= set(modules)
+        assert {"torch", "cv2", "trainer.stream"} <= set(modules)
         assert [name for name in modules if name.split(".")[0] in ("timm", "matplotlib", "click", "rich")] == []
         assert (torch_threads, cv2_threads) == (1, 1)
 
 
-def test_without_workers_everything_runs_here(source):
-    assert list(start_loader(Mapped(lambda _: os.getpid(), 2), workers=0)) == [os.getpid()] * 2
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_results_come_in_the_order_of_the_sampler(workers):
-    # A function of the standard library: a worker that needs one of this file imports all that is imported here.
-    assert list(start_loader(Mapped(factorial, 7), workers=workers, sampler=range(3, 7))) == [6, 24, 120, 720]
-    assert list(start_loader(Mapped(factorial, 4), workers=workers)) == [1, 1, 2, 6]
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loading_never_moves_the_global_random_states(source, workers):
+    from trainer.stream import stream_batches
+
     recipe = small_recipe()
     torch.manual_seed(3)
     np.random.seed(3)
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     rendered(source, recipe, blocks_in(source, recipe, range(1)), workers=workers)
-    list(start_loader(Mapped(train_batches(source), 2), workers=workers))
+    list(stream_batches(train_batches(source), range(2), workers=workers))
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert np.random.get_state()[1].tolist() == numpy_before
-
-
-# --- how many -------------------------------------------------------------------------------------------------
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-PLANS = [
-    # asked, device, cores, OMP_NUM_THREADS, workers, threads of torch (7: as they were)
-    (None, CPU, 8, None, 4, 4),  # half each
-    (None, CPU, 1, None, 1, 1),  # never none
-    (3, CPU, 8, None, 3, 5),  # what is asked, and the rest for the network
-    (0, CPU, 8, None, 0, 8),  # loading happens between the forward passes
-    (12, CPU, 8, None, 12, 1),  # more than there are
-    (None, CPU, 8, "2", 4, 7),  # the environment decides the threads
-    (3, CPU, 8, "2", 3, 7),  # and not the workers
-    (None, CUDA, 8, None, 7, 7),  # the network needs one core only
-    (None, CUDA, 1, None, 1, 7),
-    (5, CUDA, 8, None, 5, 7),
-]
-
-
-@pytest.mark.parametrize(("asked", "device", "cores", "omp", "workers", "threads"), PLANS)
-def test_loaders_and_network_share_the_cores(monkeypatch, asked, device, cores, omp, workers, threads):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if omp is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    set_to = [7]
-    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    assert plan_workers(asked, device) == workers
-    assert set_to[-1] == threads
-
-
-def test_cores_are_counted_where_the_system_knows_no_affinity(monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert plan_workers(None, CUDA) == 5
-
-
-@pytest.mark.parametrize(("moves", "hangs"), [(True, False), (False, True)])
-def test_a_loader_hangs_when_it_comes_to_no_other_image_and_not_when_a_batch_takes_long(monkeypatch, moves, hangs):
-    clock = iter(range(0, 10_000, 5))
-    monkeypatch.setattr("pipeline.machine.loaders.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr("pipeline.machine.loaders.TIMEOUT_S", 60)
-    whereabouts = Whereabouts(1)
-
-    class Slow:
-        asked = 0
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            self.asked += 1
-            if self.asked == 100:
-                return "batch"
-            whereabouts.note(f"image {self.asked if moves else 0}")
-            raise RuntimeError("DataLoader timed out after 5 seconds")
-
-    batches = checked(Slow(), whereabouts)
-    if hangs:
-        with pytest.raises(WorkerError, match=r"no batch came for 60 s, at image 0\."):
-            next(batches)
-    else:
-        assert next(batches) == "batch"

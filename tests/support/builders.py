@@ -189,7 +189,7 @@ def before_update(number: int, do: Callable[[], object]) -> Iterator[None]:
     """Make the training loop do something else before it moves the weights for the `number`-th time, counted from 0."""
     from trainer import loop  # not above: some tests run without the trainer
 
-    real, calls = loop._step, []
+    real, calls = loop.update_weights, []
 
     def step(*args: Any) -> Any:
         if len(calls) == number:
@@ -198,7 +198,7 @@ def before_update(number: int, do: Callable[[], object]) -> Iterator[None]:
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_step", step)
+        patch.setattr(loop, "update_weights", step)
         yield
 
 

@@ -1,13 +1,14 @@
 """A tiny student, and what tests compare of its runs."""
 
-from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from trainer.checkpoint import load_state
 from trainer.stream import Batch
 
+NOTHING = SimpleNamespace()
 TINY = {"model": "deit-ti", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
@@ -23,9 +24,9 @@ def assert_same_state(one: Path, other: Path) -> None:
 
 def content(batch: Batch) -> dict:
     """Every value of a batch, in a form that can be compared."""
-    values = {field.name: getattr(batch, field.name) for field in fields(Batch)}
-    values |= {f"mix.{name}": getattr(batch.mix, name) for name in ("partner", "lam", "box")}
-    del values["mix"]
+    values = dict(vars(batch))
+    for record in ("mix", "classes", "teacher"):
+        values |= {f"{record}.{name}": value for name, value in vars(values.pop(record) or NOTHING).items()}
     return {
         name: (value.dtype, tuple(value.shape), value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
         for name, value in values.items()

@@ -1,6 +1,7 @@
 """The losses against slow references: plain Python over dense float64 arrays, timm's task, DeiT's formula."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import UsageError
 from trainer.losses import (
     ClassTarget,
+    LossSettings,
     TeacherTarget,
     class_loss,
     cross_entropy,
@@ -298,6 +300,12 @@ class FixedStudent(nn.Module):
         return self.answers
 
 
+def settings(distillation_type: Any, **changes: float) -> LossSettings:
+    """Equal shares of both losses at temperature 1, unless changed."""
+    common: dict[str, Any] = {"alpha": 0.5, "tau": 1.0, "tail": "spread", "reduction": "batchmean", "smoothing": 0.1}
+    return LossSettings(distillation_type=distillation_type, **(common | changes))
+
+
 class FixedTeacher(FixedStudent):
     def forward(self, images: Tensor) -> Tensor:
         return self.answers[0]
@@ -322,24 +330,16 @@ def test_whole_loss_equals_timm_token_distillation_task_with_a_live_teacher(rng,
         distill_logits,
         plain_target(labels),
         topk_of(teacher_logits.softmax(-1), 15),
-        distillation_type=kind,
-        alpha=0.7,
-        tau=tau,
-        tail="spread",
-        reduction="batchmean",
-        smoothing=0.1,
+        settings(kind, alpha=0.7, tau=tau),
     )
     torch.testing.assert_close(loss, theirs["loss"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(parts["class_loss"], theirs["task_loss"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(parts["distill_loss"], theirs["distill_loss"], rtol=1e-5, atol=1e-6)
 
 
-COMMON = {"alpha": 0.5, "tau": 1.0, "tail": "spread", "reduction": "batchmean", "smoothing": 0.1}
-
-
 def test_without_distillation_the_loss_is_the_class_loss_alone(rng):
     logits, target = torch.randn(4, 6, generator=rng, requires_grad=True), plain_target(torch.tensor([0, 5, 2, 2]))
-    loss, parts = distillation_loss(logits, None, target, None, distillation_type="none", **COMMON)
+    loss, parts = distillation_loss(logits, None, target, None, settings("none"))
     assert torch.equal(loss, class_loss(logits, target, smoothing=0.1))
     assert loss.requires_grad
     assert list(parts) == ["class_loss"]
@@ -349,17 +349,15 @@ def test_without_distillation_the_loss_is_the_class_loss_alone(rng):
 def test_a_student_with_one_head_learns_from_both_on_it(rng):
     logits, target = torch.randn(4, 6, generator=rng), plain_target(torch.tensor([0, 5, 2, 2]))
     teacher = topk_of(torch.randn(4, 6, generator=rng).softmax(-1), 3)
-    one, _ = distillation_loss(logits, None, target, teacher, distillation_type="soft", **COMMON)
-    two, _ = distillation_loss(logits, logits, target, teacher, distillation_type="soft", **COMMON)
+    one, _ = distillation_loss(logits, None, target, teacher, settings("soft"))
+    two, _ = distillation_loss(logits, logits, target, teacher, settings("soft"))
     assert torch.equal(one, two)
 
 
 def test_the_parts_carry_no_gradient_and_the_heads_get_their_own(rng):
     class_logits, distill_logits = torch.randn(2, 4, 6, generator=rng).requires_grad_().unbind()
     target, teacher = plain_target(torch.tensor([0, 5, 2, 2])), topk_of(torch.eye(6)[:4] * 0.5 + 1 / 12, 3)
-    loss, parts = distillation_loss(
-        class_logits, distill_logits, target, teacher, distillation_type="soft", **COMMON | {"alpha": 0.25}
-    )
+    loss, parts = distillation_loss(class_logits, distill_logits, target, teacher, settings("soft", alpha=0.25))
     torch.testing.assert_close(loss, 0.75 * parts["class_loss"] + 0.25 * parts["distill_loss"])
     assert not any(part.requires_grad for part in parts.values())
     own = torch.autograd.grad(class_loss(class_logits, target, smoothing=0.1), class_logits)[0]
@@ -375,10 +373,10 @@ def test_the_loss_of_bfloat16_logits_is_that_of_the_same_logits_in_float32(rng, 
     logits = (10 * torch.randn(4, 1000, generator=rng)).bfloat16()
     target = mirrored_target(torch.tensor([1, 2, 3, 4]), 0.3)
     teacher = topk_of(torch.randn(4, 1000, generator=rng).softmax(-1), 10)
-    plain, _ = distillation_loss(logits.float(), logits.float(), target, teacher, distillation_type=kind, **COMMON)
+    plain, _ = distillation_loss(logits.float(), logits.float(), target, teacher, settings(kind))
     for autocast in (True, False):  # without it too: no operation is left to torch's list of float32 ones
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            low, parts = distillation_loss(logits, logits, target, teacher, distillation_type=kind, **COMMON)
+            low, parts = distillation_loss(logits, logits, target, teacher, settings(kind))
         assert {low.dtype, *(part.dtype for part in parts.values())} == {torch.float32}
         assert torch.equal(low, plain)
 
@@ -387,15 +385,15 @@ def test_soft_distillation_from_hard_labels_is_refused():
     empty = TeacherTarget(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 0).long(), torch.zeros(2, 0), torch.ones(2))
     logits, target = torch.zeros(2, 5), plain_target(torch.tensor([0, 1]))
     with pytest.raises(UsageError, match=r"needs top-k labels .* holds only hard labels \(K = 0\)\. Train with hard"):
-        distillation_loss(logits, logits, target, empty, distillation_type="soft", **COMMON)
-    loss, _ = distillation_loss(logits, logits, target, empty, distillation_type="hard", **COMMON)
+        distillation_loss(logits, logits, target, empty, settings("soft"))
+    loss, _ = distillation_loss(logits, logits, target, empty, settings("hard"))
     assert loss.item() == pytest.approx(math.log(5))
 
 
 def test_distillation_without_labels_is_refused():
     logits, target = torch.zeros(2, 5), plain_target(torch.tensor([0, 1]))
     with pytest.raises(UsageError, match="distillation type 'hard' needs stored teacher labels"):
-        distillation_loss(logits, logits, target, None, distillation_type="hard", **COMMON)
+        distillation_loss(logits, logits, target, None, settings("hard"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -413,7 +411,7 @@ def test_the_backward_pass_keeps_the_logits_and_nothing_else_of_their_size(rng, 
 
     both = [logits.clone().requires_grad_() for logits in (class_logits, distill_logits)]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, _ = distillation_loss(*both, target, teacher, distillation_type="soft", **COMMON | {"tau": tau})
+        loss, _ = distillation_loss(*both, target, teacher, settings("soft", tau=tau))
     assert saved == {logits.untyped_storage().data_ptr() for logits in both}
     loss.backward()
     assert [logits.grad.dtype for logits in both if logits.grad is not None] == [dtype, dtype]

@@ -58,13 +58,13 @@ def rank(options: dict[str, str], environment: dict[str, str], gate: str | None)
     real = loop.batch_loss
     record = Path(options["output"]).with_name(f"samples-{environment['RANK']}.jsonl")
 
-    def noting(config: Any, on_rank: Any, student: Any, batch: Any, dtype: Any) -> Any:
-        update, number = divmod(batch.index, config.grad_accum_steps)
+    def noting(settings: Any, on_rank: Any, student: Any, batch: Any, dtype: Any) -> Any:
+        update, number = divmod(batch.index, int(options.get("grad-accum-steps", "1")))
         while gate is not None and update >= int(Path(gate).read_text() or 0):
             time.sleep(0.002)
         with record.open("a") as file:
             file.write(json.dumps([update, number, [*zip(batch.keys, batch.mix.lam.tolist(), strict=True)]]) + "\n")
-        return real(config, on_rank, student, batch, dtype)
+        return real(settings, on_rank, student, batch, dtype)
 
     loop.batch_loss = noting
     words = [word for name, value in options.items() for word in (f"--{name}", value)]

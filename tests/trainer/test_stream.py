@@ -1,5 +1,7 @@
 """Batches of stage 2: the replayed views, their mixes and their labels, whoever renders them."""
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,20 +9,21 @@ import pytest
 import torch
 from support.builders import encoded, keys_decoded, make_labels, photo, small_recipe, write_tars
 from support.training import content
+from torch import Tensor
 
 from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.machine.loaders import Mapped, checked, start_loader
 from pipeline.settings.files import load_recipe
-from pipeline.stage1.rendering import BlockRenderer, blocks_of, deal
+from pipeline.stage1.rendering import BlockRenderer, blocks_of, stream_views
 from pipeline.views.pairs import Mix, count_pairs, draw_mix, pairs_of
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render
 from trainer import stream
+from trainer.losses import TeacherTarget
 from trainer.order import Order
-from trainer.stream import Batch, BatchRenderer, Catalogue, CentreBatches, _Recent
+from trainer.stream import Batch, BatchRenderer, Catalogue, CentreRenderer, _Recent, on_device, stream_batches
 
 SIZES = (13, 10)  # blocks of 8, 5, 8 and 2: an odd one, so that one sample of each view has no partner
 
@@ -51,10 +54,10 @@ def renderer_of(source: Source, label_set: LabelSet | None, recipe: Recipe | Non
     return BatchRenderer(Catalogue(source, label_set), recipe, order_of(recipe, **changes))
 
 
-def rendered(renderer: BatchRenderer, index: int) -> Batch:
-    batch = renderer(index)
-    assert isinstance(batch, Batch), batch
-    return batch
+def answers(batch: Batch) -> TeacherTarget:
+    """What is stored for a batch of labelled views."""
+    assert batch.teacher is not None
+    return batch.teacher
 
 
 def place_of(source: Source, key: str) -> tuple[str, int]:
@@ -99,21 +102,21 @@ def test_batches_are_what_a_slow_reference_makes_one_view_at_a_time(source, labe
     classes = {key: label for shard in source.shards for key, label in zip(shard.keys, shard.class_labels, strict=True)}
     order = order_of(recipe, **changes)
     for index in range(2 * order.steps_per_epoch):
-        batch = rendered(renderer, index)
+        batch = renderer.alone(index)
         epoch, _ = order.position(index)
         assert (batch.index, batch.views) == (index, order.views_of_epoch(epoch))
         assert batch.images.dtype == torch.uint8
         for (key, view), at in places(batch).items():
             np.testing.assert_array_equal(batch.images[at], view_by_hand(source, recipe, key, view))
-            assert bool(batch.labelled[at]) is (classes[key] is not None)
-            assert int(batch.class_label[at]) == (classes[key] or 0)
+            assert bool(batch.classes.labelled[at]) is (classes[key] is not None)
+            assert int(batch.classes.class_label[at]) == (classes[key] or 0)
             shard, row = place_of(source, key)
             labels = label_set.read(shard, view)
             stored = labels.row.tolist().index(row)
-            assert int(batch.hard[at]) == labels.hard[stored]
-            assert batch.topk_index[at].tolist() == labels.topk_index[stored].tolist()
-            assert batch.topk_prob[at].tolist() == labels.topk_prob[stored].astype(np.float32).tolist()
-            assert float(batch.tail_mass[at]) == float(labels.tail_mass[stored])
+            assert int(answers(batch).hard[at]) == labels.hard[stored]
+            assert answers(batch).topk_index[at].tolist() == labels.topk_index[stored].tolist()
+            assert answers(batch).topk_prob[at].tolist() == labels.topk_prob[stored].astype(np.float32).tolist()
+            assert float(answers(batch).tail_mass[at]) == float(labels.tail_mass[stored])
 
 
 @pytest.mark.parametrize("changes", [{}, {"repeated_aug": 3, "batch_size": 12}], ids=str)
@@ -121,7 +124,7 @@ def test_partners_stand_in_the_same_batch_with_the_mix_that_was_drawn_for_them(s
     recipe, renderer = label_set.recipe, renderer_of(source, label_set, **changes)
     alone = mixed = 0
     for index in range(3 * order_of(recipe, **changes).steps_per_epoch):
-        batch = rendered(renderer, index)
+        batch = renderer.alone(index)
         position = places(batch)
         for (key, view), at in position.items():
             partner, mix = pair_by_hand(source, recipe, key, view)
@@ -137,7 +140,7 @@ def test_partners_stand_in_the_same_batch_with_the_mix_that_was_drawn_for_them(s
 def test_an_epoch_shows_every_image_once(source, label_set):
     recipe = label_set.recipe
     whole = order_of(recipe, batch_size=24)  # 12 pairs and single samples: all of an epoch
-    batch = rendered(BatchRenderer(Catalogue(source, label_set), recipe, whole), 0)
+    batch = BatchRenderer(Catalogue(source, label_set), recipe, whole).alone(0)
     assert sorted(batch.keys) == sorted(key for shard in source.shards for key in shard.keys)
     assert len(batch.keys) == 23
 
@@ -147,28 +150,28 @@ def test_an_epoch_shows_every_image_once(source, label_set):
 
 def test_a_batch_is_the_same_from_any_process_and_any_order_of_asking(source, label_set):
     total = 2 * order_of(label_set.recipe).steps_per_epoch
-    forward = [content(rendered(renderer_of(source, label_set), index)) for index in range(total)]
+    forward = [content(renderer_of(source, label_set).alone(index)) for index in range(total)]
     renderer = renderer_of(source, label_set)  # one renderer for all: what it remembers must not show
-    assert [content(rendered(renderer, index)) for index in reversed(range(total))] == forward[::-1]
+    assert [content(renderer.alone(index)) for index in reversed(range(total))] == forward[::-1]
     for workers in (0, 2):
-        loader = start_loader(Mapped(renderer_of(source, label_set), total), workers=workers)
-        assert [content(batch) for batch in checked(loader)] == forward
+        batches = stream_batches(renderer_of(source, label_set), range(total), workers=workers)
+        assert [content(batch) for batch in batches] == forward
     assert len({str(batch) for batch in forward}) == total
 
 
 def test_a_continuation_asks_for_the_batches_that_are_left(source, label_set):
     renderer = renderer_of(source, label_set)
-    loader = start_loader(Mapped(renderer, 9), workers=0, sampler=range(5, 9))
-    assert [content(batch) for batch in checked(loader)] == [content(rendered(renderer, i)) for i in range(5, 9)]
+    batches = stream_batches(renderer, range(5, 9), workers=0)
+    assert [content(batch) for batch in batches] == [content(renderer.alone(i)) for i in range(5, 9)]
 
 
 def test_the_batch_size_moves_no_pixel_and_no_label(source, label_set):
     def views(batch_size: int) -> dict[tuple[str, int], tuple]:
         order = order_of(label_set.recipe, batch_size=batch_size)
         renderer = BatchRenderer(Catalogue(source, label_set), label_set.recipe, order)
-        batches = [rendered(renderer, index) for index in range(order.steps_per_epoch)]
+        batches = [renderer.alone(index) for index in range(order.steps_per_epoch)]
         return {
-            place: (batch.images[at].numpy().tobytes(), int(batch.hard[at]), float(batch.mix.lam[at]))
+            place: (batch.images[at].numpy().tobytes(), int(answers(batch).hard[at]), float(batch.mix.lam[at]))
             for batch in batches
             for place, at in places(batch).items()
         }
@@ -187,7 +190,7 @@ def test_both_stages_render_the_same_pixels_and_mixes(source, label_set):
     ]
     first: dict[tuple[str, int], tuple] = {}
     renderer = BlockRenderer(source, recipe)
-    for block in [renderer(unit) for unit in deal(blocks, 1) if unit]:
+    for block in stream_views(renderer, blocks, img_size=16, most=8, workers=0, held=1):
         keys = [label_set.samples(block.shard).key[row] for row in block.rows.tolist()]
         for at, key in enumerate(keys):
             partner = keys[int(block.mix.partner[at])]
@@ -196,13 +199,59 @@ def test_both_stages_render_the_same_pixels_and_mixes(source, label_set):
     second: dict[tuple[str, int], tuple] = {}
     renderer = renderer_of(source, label_set, batch_size=24)
     for index in range(3):
-        batch = rendered(renderer, index)
+        batch = renderer.alone(index)
         for (key, view), at in places(batch).items():
             partner = batch.keys[int(batch.mix.partner[at])]
             mix = (float(batch.mix.lam[at]), tuple(batch.mix.box[at].tolist()))
             second[key, view] = (batch.images[at].numpy().tobytes(), partner, *mix)
     assert len(first) == 23 * 3
     assert second == first
+
+
+# --- copies to a device ---------------------------------------------------------------------------------------
+
+
+class LateCopies:
+    """A stream of a GPU that copies what it was given only when somebody waits for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: self)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+        monkeypatch.setattr(Batch, "record_stream", lambda *_: None)
+        monkeypatch.setattr(Batch, "to", lambda batch, device: self.queue(batch, device))
+
+    def queue(self, batch: Batch, device: torch.device) -> Batch:
+        there = torch.zeros_like(batch.images)
+        self.waiting.append((there, batch.images))
+        return replace(batch, images=there)
+
+    def synchronize(self) -> None:
+        for there, here in self.waiting:
+            there.copy_(here)
+        self.waiting.clear()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_that_copies_batches_as_late_as_it_may_has_their_pixels(source, label_set, monkeypatch, workers):
+    total = 2 * order_of(label_set.recipe).steps_per_epoch
+    expected = [content(renderer_of(source, label_set).alone(index)) for index in range(total)]
+    LateCopies(monkeypatch)
+    batches = stream_batches(renderer_of(source, label_set), range(total), workers=workers, held=1)
+    assert [content(batch) for batch in on_device(batches, torch.device("cuda"))] == expected
+
+
+def test_a_batch_takes_all_that_it_holds_to_a_device_and_each_tensor_once(source, label_set):
+    batch = renderer_of(source, label_set).alone(0)
+    assert batch.to(torch.device("cpu")) is batch
+    moved = batch.to(torch.device("meta"))
+    assert moved.teacher is not None
+    held = (moved.mix, moved.classes, moved.teacher)
+    assert {tensor.device.type for tensor in (moved.images, *(t for r in held for t in vars(r).values()))} == {"meta"}
+    assert moved.classes.partner is moved.mix.partner
+    assert moved.classes.lam is moved.mix.lam
+    assert (moved.index, moved.views, moved.keys) == (batch.index, batch.views, batch.keys)
 
 
 # --- repeated augmentation ------------------------------------------------------------------------------------
@@ -221,7 +270,7 @@ def test_an_image_is_decoded_once_for_all_its_views_in_a_batch(source, label_set
     steps = order_of(label_set.recipe, repeated_aug=repeats, batch_size=6 * repeats).steps_per_epoch
     for epoch, expected in enumerate(views):
         keys.clear()
-        batch = rendered(renderer, epoch * steps)
+        batch = renderer.alone(epoch * steps)
         assert list(batch.views) == expected
         assert len(keys) == len(set(keys)) == len(batch.keys) / repeats
         assert sorted(batch.keys) == sorted(keys * repeats)
@@ -231,44 +280,39 @@ def test_an_image_is_decoded_once_for_all_its_views_in_a_batch(source, label_set
 
 
 def test_without_a_label_set_batches_have_class_labels_alone(source, label_set):
-    bare, full = (rendered(renderer_of(source, labels), 0) for labels in (None, label_set))
-    assert (bare.hard.shape, bare.topk_index.shape, bare.topk_prob.shape, bare.tail_mass.shape) == (
-        (0,),
-        (0, 0),
-        (0, 0),
-        (0,),
-    )
-    assert (bare.hard.dtype, bare.topk_index.dtype) == (torch.int64, torch.int64)
-    same = ("keys", "images", "class_label", "labelled", "mix.partner", "mix.lam", "mix.box")
-    assert {name: content(bare)[name] for name in same} == {name: content(full)[name] for name in same}
+    bare, full = (renderer_of(source, labels).alone(0) for labels in (None, label_set))
+    assert bare.teacher is None
+    assert full.teacher is not None
+    held = content(full)
+    assert content(bare) == {name: held[name] for name in held if not name.startswith("teacher.")}
 
 
 def test_without_a_label_set_views_have_no_end(source):
     renderer = renderer_of(source, None, views=None, batch_size=24)
-    batch = rendered(renderer, 1000)
+    batch = renderer.alone(1000)
     assert list(batch.views) == [1000]
     np.testing.assert_array_equal(batch.images[0], view_by_hand(source, small_recipe(), batch.keys[0], 1000))
 
 
 def test_unlabelled_samples_have_the_teachers_label_and_a_class_label_that_counts_for_nothing(source, label_set):
-    batch = rendered(renderer_of(source, label_set, batch_size=24), 0)
-    unlabelled = [key for key, known in zip(batch.keys, batch.labelled.tolist(), strict=True) if not known]
+    batch = renderer_of(source, label_set, batch_size=24).alone(0)
+    unlabelled = [key for key, known in zip(batch.keys, batch.classes.labelled.tolist(), strict=True) if not known]
     assert sorted(unlabelled) == [f"img-{number:04}" for number in range(0, 23, 5)]
-    assert batch.class_label[~batch.labelled].tolist() == [0] * 5
-    assert batch.hard.shape == (23,)
+    assert batch.classes.class_label[~batch.classes.labelled].tolist() == [0] * 5
+    assert answers(batch).hard.shape == (23,)
 
 
 def test_hard_labels_alone_leave_the_other_columns_empty(source, data, tmp_path):
     hard_only = make_labels(tmp_path / "set", data, topk=0, views=(0, 1))
-    batch = rendered(renderer_of(source, hard_only, views=range(1)), 0)
-    assert batch.hard.shape == (len(batch.keys),)
-    assert batch.topk_index.shape == batch.topk_prob.shape == (len(batch.keys), 0)
-    assert batch.tail_mass.tolist() == [0.0] * len(batch.keys)
+    batch = renderer_of(source, hard_only, views=range(1)).alone(0)
+    assert answers(batch).hard.shape == (len(batch.keys),)
+    assert answers(batch).topk_index.shape == answers(batch).topk_prob.shape == (len(batch.keys), 0)
+    assert answers(batch).tail_mass.tolist() == [0.0] * len(batch.keys)
 
 
 def test_a_recipe_that_does_not_mix_has_no_partners(source):
     recipe = load_recipe("crop-flip", {"img_size": 16})
-    batch = rendered(renderer_of(source, None, recipe, repeated_aug=2, batch_size=7), 0)
+    batch = renderer_of(source, None, recipe, repeated_aug=2, batch_size=7).alone(0)
     assert len(batch.keys) == 6  # three images, two views each
     assert batch.mix.partner.tolist() == list(range(6))
     assert batch.mix.lam.tolist() == [1.0] * 6
@@ -280,12 +324,12 @@ def test_rows_that_could_not_be_labelled_are_never_asked_for(tmp_path):
     recipe = label_set.recipe
     units = tuple(count_pairs(recipe, label_set.samples(name).usable) for name in label_set.shards)
     order = Order(shard_units=units, unit_size=2, batch_size=24, repeated_aug=1, views=range(3), window=2, seed=0)
-    batch = rendered(BatchRenderer(Catalogue(source, label_set), recipe, order), 1)
+    batch = BatchRenderer(Catalogue(source, label_set), recipe, order).alone(1)
     assert sorted(batch.keys) == [f"img-{number:04}" for number in range(23) if number not in (3, 15)]
     for (key, view), at in places(batch).items():
         shard, row = place_of(source, key)
         labels = label_set.read(shard, view)
-        assert int(batch.hard[at]) == labels.hard[labels.row.tolist().index(row)]
+        assert int(answers(batch).hard[at]) == labels.hard[labels.row.tolist().index(row)]
 
 
 def test_labels_of_shards_and_views_are_not_mixed_up_when_few_are_remembered(tmp_path, monkeypatch):
@@ -300,12 +344,12 @@ def test_labels_of_shards_and_views_are_not_mixed_up_when_few_are_remembered(tmp
     renderer = renderer_of(source, label_set, sizes=sizes, views=range(3), window=1, batch_size=4)
     steps = order_of(label_set.recipe, sizes=sizes, views=range(3), window=1, batch_size=4).steps_per_epoch
     for index in [*range(3 * steps), *range(steps)]:  # the three views, and the first again: long forgotten
-        batch = rendered(renderer, index)
+        batch = renderer.alone(index)
         for (key, view), at in places(batch).items():
             shard, row = place_of(source, key)
             labels = read(label_set, shard, view)
-            assert int(batch.hard[at]) == labels.hard[row]
-            assert batch.topk_prob[at].tolist() == labels.topk_prob[row].astype(np.float32).tolist()
+            assert int(answers(batch).hard[at]) == labels.hard[row]
+            assert answers(batch).topk_prob[at].tolist() == labels.topk_prob[row].astype(np.float32).tolist()
     assert len(reads) == 8 * 4  # once for each shard and view while it is in use, though only four are kept
 
 
@@ -336,10 +380,9 @@ def test_labels_whose_rows_are_not_those_of_the_samples_are_refused(source, labe
         return read(self, shard, view).part(slice(1, None))
 
     monkeypatch.setattr(LabelSet, "read", one_less)
-    error = renderer_of(source, label_set)(0)
-    assert isinstance(error, LabelSetCorrupt)
-    assert "view 0 of train-00000" in str(error)
-    assert str(error).endswith("does not have the usable rows of its samples file")
+    message = r"view 0 of train-00000\d does not have the usable rows of its samples file$"
+    with pytest.raises(LabelSetCorrupt, match=message):
+        renderer_of(source, label_set).alone(0)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
@@ -359,29 +402,36 @@ def test_an_image_that_changed_after_labelling_is_refused_with_its_key(label_set
     data = write_tars(tmp_path / "data", SIZES, unlabelled=5)
     change_image(tmp_path / "data", 17)
     renderer = renderer_of(open_source(data), label_set, batch_size=24)
-    loader = start_loader(Mapped(renderer, 3), workers=workers)
     with pytest.raises(
         LabelSetMismatch, match="image 'img-0017' of train-000001 has other bytes than the one that was"
     ):
-        list(checked(loader))
+        list(stream_batches(renderer, range(3), workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_image_arrives_whole_from_another_process(tmp_path, workers):
     data = write_tars(tmp_path / "data", SIZES, bad=(20,))
-    loader = start_loader(Mapped(renderer_of(open_source(data), None, batch_size=24), 2), workers=workers)
+    renderer = renderer_of(open_source(data), None, batch_size=24)
     with pytest.raises(BadImageError, match="image 'img-0020': damaged or truncated") as caught:
-        list(checked(loader))
+        list(stream_batches(renderer, range(2), workers=workers))
     assert caught.value.key == "img-0020"
     assert caught.value.reason.startswith("damaged or truncated")
+
+
+def is_bad(renderer: BatchRenderer, index: int) -> bool:
+    try:
+        renderer.alone(index)
+    except BadImageError:
+        return True
+    return False
 
 
 def test_batches_before_an_error_are_used(tmp_path):
     data = write_tars(tmp_path / "data", SIZES, bad=(20,))
     renderer = renderer_of(open_source(data), None)
-    last = next(index for index in range(100) if isinstance(renderer(index), BadImageError))
+    last = next(index for index in range(100) if is_bad(renderer, index))
     assert last > 0
-    batches = checked(renderer(index) for index in range(100))
+    batches = stream_batches(renderer, range(100), workers=0)
     assert [next(batches).index for _ in range(last)] == list(range(last))
     with pytest.raises(BadImageError, match="img-0020"):
         next(batches)
@@ -393,7 +443,7 @@ def test_only_errors_on_purpose_are_sent_on(source, label_set, monkeypatch):
 
     monkeypatch.setattr(stream, "render_encoded", breaks)
     with pytest.raises(ZeroDivisionError, match="img-00"):  # a defect of ours keeps its traceback
-        renderer_of(source, label_set)(0)
+        renderer_of(source, label_set).alone(0)
 
 
 # --- centre crops ---------------------------------------------------------------------------------------------
@@ -402,11 +452,11 @@ def test_only_errors_on_purpose_are_sent_on(source, label_set, monkeypatch):
 def test_centre_batches_hold_the_samples_in_order_and_a_last_partial_one(source):
     recipe = load_recipe("none", {"img_size": 16})
     chosen = [(0, 1), (1, 0), (0, 4), (1, 9), (0, 7)]
-    batches = CentreBatches(source, chosen, recipe, 2)
-    assert len(batches) == 3
-    got = [batches(index) for index in range(3)]
+    got: list[tuple[np.ndarray, list[int]]] = []
+    for batch in CentreRenderer(source, chosen, recipe, 2).stream(workers=0):
+        got.append((batch.images.numpy().copy(), batch.class_label.tolist()))
     assert [len(target) for _, target in got] == [2, 2, 1]
-    flat = [(image, int(label)) for images, target in got for image, label in zip(images, target, strict=True)]
+    flat = [(image, label) for images, target in got for image, label in zip(images, target, strict=True)]
     for (shard, row), (image, label) in zip(chosen, flat, strict=True):
         sample = source.shards[shard][row]
         np.testing.assert_array_equal(image, view_by_hand(source, recipe, sample.key, 0))
@@ -416,13 +466,13 @@ def test_centre_batches_hold_the_samples_in_order_and_a_last_partial_one(source)
 def test_centre_batches_send_a_bad_image_on(tmp_path):
     source = open_source(write_tars(tmp_path / "data", (4,), bad=(2,)))
     recipe = load_recipe("none", {"img_size": 16})
-    error = CentreBatches(source, [(0, row) for row in range(4)], recipe, 4)(0)
-    assert isinstance(error, BadImageError)
-    assert error.key == "img-0002"
+    with pytest.raises(BadImageError) as caught:
+        list(CentreRenderer(source, [(0, row) for row in range(4)], recipe, 4).stream(workers=0))
+    assert caught.value.key == "img-0002"
 
 
 def test_a_class_label_that_went_away_is_named(source):
     recipe = load_recipe("none", {"img_size": 16})
-    error = CentreBatches(source, [(0, 5)], recipe, 4)(0)  # listed as labelled; it is not
-    assert isinstance(error, SourceError)
-    assert str(error) == "'img-0005' has lost its class label since the source was opened"
+    batches = CentreRenderer(source, [(0, 5)], recipe, 4).stream(workers=0)  # listed as labelled; it is not
+    with pytest.raises(SourceError, match=r"^'img-0005' has lost its class label since the source was opened$"):
+        list(batches)

@@ -246,7 +246,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_saves_its_views(label_set, t
 def test_a_state_that_is_no_number_never_replaces_a_sound_one(label_set, tmp_path, monkeypatch):
     import trainer.loop as loop
 
-    real, calls = loop._step, []
+    real, calls = loop.update_weights, []
 
     def spoils(*args):
         calls.append(1)
@@ -254,7 +254,7 @@ def test_a_state_that_is_no_number_never_replaces_a_sound_one(label_set, tmp_pat
             next(args[1].student.parameters()).grad.fill_(float("nan"))
         return real(*args)
 
-    monkeypatch.setattr(loop, "_step", spoils)
+    monkeypatch.setattr(loop, "update_weights", spoils)
     with pytest.raises(TrainingError, match=r"is no longer finite|the loss of update 4 is nan"):
         train(config(label_set, tmp_path / "run", recovery_interval=1, repeated_aug=1))
     assert load_state(tmp_path / "run/state.safetensors")[1]["next_update"] == 3
