@@ -48,7 +48,7 @@ from pipeline.stage1.precompute import precompute
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json, read_json
 from pipeline.teacher.loading import load_teacher
-from pipeline.teacher.teacher import Answer, Teacher
+from pipeline.teacher.teacher import Answer, Teacher, one_thread
 from pipeline.views.draws import stream_of
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate_checkpoint
@@ -481,7 +481,8 @@ def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[
     total, comparison = order.steps_per_epoch * config.epochs, Comparison()
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
     for batch in stream_batches(renderer, range(total), workers=workers, pin_memory=device.type == "cuda"):
-        answer = teacher.ask(batch.images, batch.mix, data.num_classes).result()
+        with one_thread(teacher.device):
+            answer = teacher.ask(batch.images, batch.mix, data.num_classes).result()
         if same:
             comparison.add(batch, answer)
         rate = learning_rate(

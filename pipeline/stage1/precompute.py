@@ -33,7 +33,7 @@ from pipeline.stage1.packing import Packing, check_packable, pack_images, plan_p
 from pipeline.stage1.ray import connect_ray, run_ray
 from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
 from pipeline.storage.mirror import ChangedElsewhere, Mirror, mirror_of
-from pipeline.teacher.teacher import Teacher, check_classes
+from pipeline.teacher.teacher import Teacher, check_classes, one_thread
 from pipeline.text import byte_size, count, two_columns
 from pipeline.views.mixing import mix_batch
 from pipeline.views.recipe import PRESETS, Recipe
@@ -278,7 +278,8 @@ def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[floa
         if not views:
             continue
         images = torch.from_numpy(np.stack([pixels for pixels, _ in views]))
-        answer = teacher.ask(images, mix_batch([], [], len(images)), 0).result()
+        with one_thread(teacher.device):
+            answer = teacher.ask(images, mix_batch([], [], len(images)), 0).result()
         right += int((answer.hard == np.array([label for _, label in views])).sum())
         seen += len(views)
     return (100 * right / seen, seen) if seen else None

@@ -143,7 +143,12 @@ class Teacher:
             images: uint8 [B, H, W, 3] on the host, pinned where the device is a GPU; pairs lie at even positions.
             mix: partners and mixes, by position in the batch.
             topk: K, 0..C.
+
+        Raises:
+            RuntimeError: on a CPU, outside `one_thread`: the last bits of answers would depend on the number of threads.
         """
+        if self._pool and torch.get_num_threads() != 1:
+            raise RuntimeError("a teacher on a CPU answers inside `with one_thread(device)` only")
         parts: list[_Part | Future[_Part]] = []
         start = 0
         while start < len(images):
@@ -294,7 +299,11 @@ def check_classes(teacher: AnyTeacher, class_names: tuple[str, ...] | None, high
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, let every operation use one thread: the teacher brings its own."""
+    """On a CPU, let every operation use one thread for as long as the block runs: the teacher brings its own threads.
+
+    A thread takes over this number when it first computes. So every thread of the teacher must begin inside such a block;
+    one that began outside would split sums in another way, and change the last bits of stored probabilities.
+    """
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

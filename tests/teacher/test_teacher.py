@@ -1,6 +1,7 @@
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError, UsageError
 from pipeline.images.source import open_source
+from pipeline.stage1.precompute import measure_accuracy
 from pipeline.teacher.loading import DEIT_TEACHERS, weights_sha256
 from pipeline.teacher.teacher import Answer, Teacher, check_classes, one_thread
 from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
@@ -340,6 +342,28 @@ def test_answers_do_not_depend_on_the_batch_size_that_is_asked_or_on_the_number_
             answers.append(teacher.ask(images, mix, 4).result())
     assert len(np.unique(answers[0].hard)) > 1  # or the comparison would say little
     assert all(same_bits(answers[0], answer) for answer in answers[1:])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_teacher_on_a_cpu_never_answers_with_several_threads_an_operation(two_threads):
+    teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
+    with pytest.raises(RuntimeError, match="inside `with one_thread"):
+        teacher.ask(*mixed_batch(4), 3)
+
+
+def test_threads_that_begin_while_the_accuracy_is_measured_use_one_thread_an_operation(tmp_path, two_threads):
+    """They stay for the labels, and with two they would split sums in another way than the threads that begin later."""
+    teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
+    measure_accuracy(teacher, open_source(write_tars(tmp_path / "data", (12,))), 64)
+    assert teacher._pool.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
 
 
 def test_answers_come_in_the_order_of_the_views_however_many_are_on_their_way():
