@@ -12,9 +12,7 @@ what K = 10 in full precision costs. Reading is `LabelSet.read` of one view afte
 the page cache, hashes and checks included, in alternating rounds.
 """
 
-import argparse
 import hashlib
-import json
 import statistics
 import tempfile
 import time
@@ -23,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rounds import machine
+from rounds import machine, options, write_json
 
 from pipeline.images.samples import keys_sha256
 from pipeline.labels.encoding import encode_rows
@@ -136,10 +134,8 @@ def later_rate(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=15)
     parser.add_argument("--labels", required=True, help="Label set that keeps every class in float32.")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     source = LabelSet.open(args.labels)
     index, prob = full_answers(source)
@@ -175,8 +171,7 @@ def main() -> None:
         "published_bytes_per_view": PUBLISHED,
         "machine": machine(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
     for name, way in ways.items():
         print(name, {key: float(f"{value:.4g}") for key, value in way.items()})
 

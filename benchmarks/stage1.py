@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from typing import Any
 import cv2
 import torch
 from ceilings import matrix_tflops
-from rounds import Job, machine
+from rounds import Job, machine, medians, options, write_json
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.cost.measuring import forward_flops, measure_rates, measure_together
@@ -123,7 +122,7 @@ def blocks_in(source: Source, recipe: Recipe, views: range) -> list[Block]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", nargs="+", default=["resnet18"], help="each is measured in turn, random weights")
     parser.add_argument("--teacher-img-size", type=int, help="by default the teacher's own")
@@ -134,10 +133,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the teacher, on a CPU")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--machine", help="what to call this machine; by default its processor and device")
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
     source, recipe = open_source(args.data), load_recipe(args.recipe, {})
@@ -145,8 +141,7 @@ def main() -> None:
     results |= {"recipe": args.recipe, "views_per_decode": args.views, "teachers": {}}
     for name in args.teacher:
         results["teachers"][name] = measure(args, name, source, recipe)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.out, results)
         print(name, json.dumps(results["teachers"][name]["median"]), flush=True)
 
 
@@ -204,7 +199,7 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
         "batch": batch,
         "seconds": args.seconds,
         "rounds": rounds,
-        "median": {key: round(statistics.median(each[key] for each in rounds), 4) for key in rounds[0]},
+        "median": medians(rounds, 4),
     }
 
 

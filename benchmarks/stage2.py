@@ -31,7 +31,7 @@ from typing import Any
 
 import timm
 import torch
-from rounds import Job, machine
+from rounds import Job, machine, options, write_json
 from stage1 import kernels
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import DistillationTeacher, TokenDistillationTask
@@ -374,7 +374,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=5, out_required=False)
     parser.add_argument("--table", type=Path, help="print the results in this file as Markdown, and measure nothing")
     parser.add_argument("--data", help="folder with a tar of photographs")
     parser.add_argument("--students", nargs="+", default=["deit-ti", "deit-s", "deit-b"], help="each in turn")
@@ -387,10 +387,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1, help="of student and teacher, on a CPU")
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each competitor in a round; one step at least")
-    parser.add_argument("--machine", help="what to call this machine; by default its processor and device")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not args.table and not (args.data and args.out):
         parser.error("pass --data and --out, or --table")
@@ -411,8 +408,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         for name in args.students:
             results["students"][name] = measure(args, name, labels)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(args.out, results)
     print(table(results))
 
 

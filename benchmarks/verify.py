@@ -7,10 +7,8 @@ bytes for its images; it is read from the page cache, so that the figures are of
 alternate between the numbers of threads. Beside it, SHA-256 alone over the same label files on one thread.
 """
 
-import argparse
 import hashlib
 import io
-import json
 import statistics
 import tarfile
 import tempfile
@@ -21,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from rounds import machine
+from rounds import machine, options, write_json
 
 from pipeline.images.source import Source, open_source
 from pipeline.labels.encoding import content_xxh3, encode_rows
@@ -126,7 +124,7 @@ def hash_alone(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument(
         "--images", type=int, default=1281, help="Of a source shard; ImageNet in 1,000 shards has 1,281."
@@ -134,8 +132,6 @@ def main() -> None:
     parser.add_argument("--image-bytes", type=int, default=110_000)
     parser.add_argument("--views", type=int, default=300)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         images, folder = Path(root) / "images", Path(root) / "set"
@@ -159,8 +155,7 @@ def main() -> None:
         print(f"{name:24}{rate:10,.0f} MiB/s")
     size = {"label_bytes": label_bytes, "image_bytes": image_bytes, "labels": args.shards * args.images * args.views}
     result = {"what": "labels verify, from the page cache", "machine": machine(), **size, "mib_per_s": rates}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result | {"rounds": rounds}, indent=1) + "\n")
+    write_json(args.out, result | {"rounds": rounds})
 
 
 if __name__ == "__main__":
