@@ -40,7 +40,7 @@ KEEPERS = {
     "rich": {"trainer.console"},
     "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export"},
     "pyarrow": {"pipeline.labels.tables", "pipeline.exchange.imported", "pipeline.images.parquet"},
-    "pydantic": {"pipeline.storage.json", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.labelset"},
+    "pydantic": {"pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.labelset"},
     "yaml": {"pipeline.storage.yaml"},
     "fsspec": {"pipeline.storage.remote"},
     "aiohttp": {"pipeline.storage.remote"},

@@ -271,7 +271,7 @@ def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[floa
     ]
     chosen = [labelled[i * len(labelled) // limit] for i in range(limit)] if len(labelled) > limit else labelled
     size = teacher.img_size
-    recipe = Recipe.from_dict(PRESETS["none"].to_dict() | {"img_size": size, "crop_pct": teacher.crop_pct})
+    recipe = PRESETS["none"].with_fields(img_size=size, crop_pct=teacher.crop_pct)
     right = seen = 0
     for start in range(0, len(chosen), 64):
         views = [view for shard, row in chosen[start : start + 64] if (view := _centre_view(shard[row], recipe))]

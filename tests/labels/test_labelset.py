@@ -611,7 +611,7 @@ def test_k_beyond_the_format_is_a_misuse(images, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "gain", "settings", "text"),
     [
-        (dataclasses.replace(RECIPE, seed=1), 8.0, {}, r"was made with recipe \w{12}, this run asks for \w{12} \(seed: 0, not 1\)"),
+        (RECIPE.with_fields(seed=1), 8.0, {}, r"was made with recipe \w{12}, this run asks for \w{12} \(seed: 0, not 1\)"),
         (RECIPE, 2.0, {}, r"was made with teacher \w{12}, this run asks for \w{12} \(weights_sha256: "),
         (RECIPE, 8.0, {"topk": 1}, r"was made with --topk 2, this run asks for 1"),
         (RECIPE, 8.0, {"precision": "float32"}, r"was made with --precision float16, this run asks for float32"),
