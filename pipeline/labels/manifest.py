@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
+from pipeline.labels.encoding import Codec, codec_of
 from pipeline.labels.format import (
     DAMAGED_MANIFEST,
     DAMAGED_PLAN,
@@ -203,6 +204,11 @@ class Plan(Record):
         if len(set(names)) != len(names):
             raise ValueError("two source shards have one name")
         return self
+
+    @property
+    def codec(self) -> Codec:
+        """How its labels are stored."""
+        return codec_of(self.precision, self.teacher.num_classes, self.topk)
 
     def shard(self, name: str) -> ShardRecord:
         """Return what the plan says of one source shard, or raise LabelSetMismatch."""

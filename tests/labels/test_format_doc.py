@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import MAX_TOPK
 from pipeline.labels.manifest import (
     EnsembleIdentity,
@@ -58,7 +59,7 @@ FIELDS = {
     },
     **{kind.__name__: tuple(kind.model_fields) for kind in (SourceRecord, ShardRecord, SamplesFooter, LabelsFooter)},
     "samples table": tuple(SAMPLES_SCHEMA.names),
-    "labels table": tuple(labels_schema(10, 2, "float16").names),
+    "labels table": tuple(labels_schema(codec_of("float16", 10, 2)).names),
 }
 
 
