@@ -339,7 +339,7 @@ def estimate(
     from pipeline.cost import estimate as estimating
     from pipeline.cost.estimate import estimate_table
     from pipeline.cost.measuring import forward_flops, measure_rates, training_step_s
-    from pipeline.labels.encoding import label_bytes
+    from pipeline.labels.encoding import codec_of
     from pipeline.stage1.engines import load_here
     from pipeline.stage1.precompute import choose_topk
     from trainer.student import create_student
@@ -368,7 +368,7 @@ def estimate(
         reachable,
         **asked_for,
         views_per_decode=machine.views_per_decode,
-        bytes_per_label=label_bytes(classes, topk, config.precision),
+        bytes_per_label=codec_of(config.precision, classes, topk).label_bytes,
         teacher_s=teacher_cost,
         student_s=student_cost,
     )

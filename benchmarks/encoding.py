@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rounds import machine, options, write_json
 
 from pipeline.images.samples import keys_sha256
-from pipeline.labels.encoding import encode_rows
+from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan, ShardRecord, SourceRecord, samples_path
@@ -67,9 +67,8 @@ def divergence(index: NDArray[np.int64], prob: NDArray[np.float64], precision: P
     """Return KL(full || stored) of every label in nats, float64 [labels]."""
     kept, classes = prob[:, :TOPK], prob.shape[1]
     rows = np.arange(len(prob))
-    stored = encode_rows(
-        rows, index[:, 0], index[:, :TOPK], kept.astype(np.float32), num_classes=classes, precision=precision
-    )
+    codec = codec_of(precision, classes, TOPK)
+    stored = codec.encode(rows, index[:, 0], index[:, :TOPK], kept.astype(np.float32))
     tail = np.repeat(stored.tail_mass.astype(np.float64)[:, None] / (classes - TOPK), classes - TOPK, axis=1)
     whole = np.concatenate([stored.topk_prob.astype(np.float64), tail], axis=1)
     whole /= whole.sum(1, keepdims=True)

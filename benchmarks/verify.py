@@ -22,7 +22,7 @@ import xxhash
 from rounds import machine, options, write_json
 
 from pipeline.images.source import Source, open_source
-from pipeline.labels.encoding import content_xxh3, encode_rows
+from pipeline.labels.encoding import codec_of
 from pipeline.labels.labelset import LabelSet, record_of
 from pipeline.labels.manifest import Plan, TeacherIdentity, labels_path, samples_path
 from pipeline.labels.sealing import claim, seal
@@ -87,7 +87,7 @@ def write_set(out: Path, source: Source, views: int) -> None:
                 num_classes=CLASSES,
                 topk=TOPK,
                 precision="float16",
-                content_xxh3=content_xxh3(answers),
+                content_xxh3=plan.codec.content_xxh3(answers),
                 probes=[],
                 environment={},
             )
@@ -99,7 +99,7 @@ def draw_rows(rng: np.random.Generator, size: int):
     prob = -np.sort(-rng.dirichlet(np.full(TOPK + 1, 0.3), size)[:, :TOPK], axis=1).astype(np.float32)
     first = rng.integers(0, CLASSES, size)
     index = (first[:, None] + np.arange(TOPK) * rng.integers(1, 99, (size, 1))) % CLASSES
-    return encode_rows(np.arange(size), index[:, 0], index, prob, num_classes=CLASSES, precision="float16")
+    return codec_of("float16", CLASSES, TOPK).encode(np.arange(size), index[:, 0], index, prob)
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -34,7 +34,6 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
-from pipeline.labels.encoding import content_xxh3
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import (
     read_all_views,
@@ -439,7 +438,7 @@ def forge_labels(path: Path) -> None:
     footer, rows = read_labels_footer(path), read_all_views(path)
     rows = [dataclasses.replace(r, hard=(r.hard + 1) % 3, topk_index=(r.topk_index + 1) % 3) for r in rows]
     with path.open("wb") as file:
-        write_labels(file, rows, footer.model_copy(update={"content_xxh3": content_xxh3(rows)}))
+        write_labels(file, rows, footer.model_copy(update={"content_xxh3": footer.codec.content_xxh3(rows)}))
 
 
 def forge_samples(path: Path, what: str) -> None:

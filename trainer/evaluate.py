@@ -217,7 +217,7 @@ def measure_agreement(
 def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:
     """Return the recipe of evaluation: resize and centre crop, as the student's configuration says."""
     pct = crop_pct or float(student.model.pretrained_cfg.get("crop_pct") or 0.875)
-    return Recipe.from_dict(PRESETS["none"].to_dict() | {"img_size": student.img_size, "crop_pct": pct})
+    return PRESETS["none"].with_fields(img_size=student.img_size, crop_pct=pct)
 
 
 def _answers(student: Student, images: Tensor, running: Running) -> dict[str, Tensor]:

@@ -241,7 +241,7 @@ class Run:
             tensorboard=config.log_tensorboard,
             wandb=config.log_wandb,
             wandb_project=config.wandb_project,
-            run_config=config.to_dict() | {"recipe": self.data.recipe.to_dict()},
+            run_config=config.to_dict() | {"recipe": self.data.recipe.model_dump(mode="json")},
         )
 
     def _updates(self, total: int) -> Iterator[tuple[int, list[Batch], float]]:

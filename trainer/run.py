@@ -81,7 +81,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
         return Data(source, None, recipe or PRESETS["deit"], source.num_classes or max(labels) + 1, source.class_names)
     label_set = LabelSet.open(config.labels, cache=cache, expect_manifest=config.expect_manifest)
     if recipe is not None and recipe.id != label_set.recipe.id:
-        difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
+        difference = first_difference(label_set.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
         raise LabelSetMismatch(
             f"{config.labels} was made with another recipe{difference}",
             fix=("Leave --recipe and --set out, on the command line and in the file of -c: the labels say it"),
@@ -305,7 +305,7 @@ def save_evaluation(output: Path, state: State) -> None:
 
 def save_config(config: TrainConfig, data: Data) -> None:
     """Write what the run was asked and what that came to."""
-    resolved = {"config": config.to_dict(), "recipe": data.recipe.to_dict(), "recipe_id": data.recipe.id}
+    resolved = {"config": config.to_dict(), "recipe": data.recipe.model_dump(mode="json"), "recipe_id": data.recipe.id}
     if data.label_set:
         resolved |= {
             "labelset_id": data.label_set.plan.labelset_id,

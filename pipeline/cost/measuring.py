@@ -20,7 +20,7 @@ from pipeline.errors import BadImageError, SourceError, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.samples import Sample, ShardIndex, SourceShard
 from pipeline.images.source import Source
-from pipeline.labels.encoding import content_xxh3, encode_rows
+from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
 from pipeline.machine.progress import Tick
@@ -281,8 +281,8 @@ def _writing(num_classes: int, topk: int, precision: Precision) -> Callable[[], 
     zeros: dict[str, Any] = dict.fromkeys(("labelset_id", "recipe_id", "teacher_id", "source_id"), "0" * 64)
 
     def write() -> None:
-        rows = np.arange(WRITTEN[1])
-        views = [encode_rows(rows, hard, index, each, num_classes=num_classes, precision=precision) for each in prob]
+        rows, codec = np.arange(WRITTEN[1]), codec_of(precision, num_classes, topk)
+        views = [codec.encode(rows, hard, index, each) for each in prob]
         footer = LabelsFooter(
             **zeros,
             shard="timing",
@@ -292,7 +292,7 @@ def _writing(num_classes: int, topk: int, precision: Precision) -> Callable[[], 
             num_classes=num_classes,
             topk=topk,
             precision=precision,
-            content_xxh3=content_xxh3(views),
+            content_xxh3=codec.content_xxh3(views),
             probes=[],
             environment={},
         )

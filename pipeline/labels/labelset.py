@@ -145,7 +145,7 @@ class LabelSet:
     @property
     def recipe(self) -> Recipe:
         """The augmentation that made the views."""
-        return self.plan.make_recipe()
+        return self.plan.recipe
 
     @property
     def num_classes(self) -> int:

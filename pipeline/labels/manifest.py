@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
+from pipeline.labels.encoding import Codec, codec_of
 from pipeline.labels.format import (
     DAMAGED_MANIFEST,
     DAMAGED_PLAN,
@@ -169,7 +170,7 @@ class Plan(Record):
     recipe_id: Sha256
     teacher_id: Sha256
     source_id: Sha256
-    recipe: dict[str, Any]
+    recipe: Recipe
     teacher: _TaggedTeacher
     source: SourceRecord
     topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
@@ -186,7 +187,7 @@ class Plan(Record):
             recipe_id=recipe.id,
             teacher_id=teacher.id,
             source_id=source.id,
-            recipe=recipe.to_dict(),
+            recipe=recipe,
             teacher=teacher,
             source=source,
             topk=topk,
@@ -195,10 +196,7 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _ids_follow_from_parts(self) -> Self:
-        recipe = self.make_recipe()
-        if canonical_json(recipe.to_dict()) != canonical_json(self.recipe):
-            raise ValueError("the recipe must be complete: every field, as it is hashed")
-        ids = {"recipe_id": recipe.id, "teacher_id": self.teacher.id, "source_id": self.source.id}
+        ids = {"recipe_id": self.recipe.id, "teacher_id": self.teacher.id, "source_id": self.source.id}
         for name, value in (ids | {"labelset_id": _labelset_id(ids, self.topk, self.precision)}).items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is {short(getattr(self, name))}, but its parts hash to {short(value)}")
@@ -207,9 +205,10 @@ class Plan(Record):
             raise ValueError("two source shards have one name")
         return self
 
-    def make_recipe(self) -> Recipe:
-        """Return the recipe as an object."""
-        return Recipe.from_dict(self.recipe)
+    @property
+    def codec(self) -> Codec:
+        """How its labels are stored."""
+        return codec_of(self.precision, self.teacher.num_classes, self.topk)
 
     def shard(self, name: str) -> ShardRecord:
         """Return what the plan says of one source shard, or raise LabelSetMismatch."""
@@ -396,7 +395,11 @@ def read_plan(folder: Path) -> Plan:
 
 def parse_plan(data: bytes, name: object) -> Plan:
     """Check the bytes of a `plan.json`; `name` is for errors."""
-    return _load_record(_load_json(data, name), Plan, name)
+    values = _load_json(data, name)
+    plan = _load_record(values, Plan, name)
+    if canonical_json(plan.recipe.model_dump(mode="json")) != canonical_json(values["recipe"]):
+        raise LabelSetCorrupt(f"{name}: the recipe must be complete: every field, as it is hashed", fix=DAMAGED_PLAN)
+    return plan
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -36,7 +36,7 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
         "teacher_name": plan.teacher.name,
         "teacher": plan.teacher.model_dump(mode="json"),
         "recipe_id": plan.recipe_id,
-        "recipe": plan.recipe,
+        "recipe": dict(sorted(plan.recipe.model_dump(mode="json").items())),
         "source": {
             "kind": plan.source.kind,
             "location": plan.source.location,

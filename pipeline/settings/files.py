@@ -54,10 +54,10 @@ def plain_settings(config: Any) -> dict[str, Any]:
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as a file would hold it: the nearest preset under `recipe`, what differs from it under `set`."""
-    fields = recipe.to_dict()
+    fields = recipe.model_dump(mode="json")
 
     def changes(preset: str) -> dict[str, Any]:
-        known = PRESETS[preset].to_dict()
+        known = PRESETS[preset].model_dump(mode="json")
         return {name: value for name, value in fields.items() if value != known[name]}
 
     nearest = min(PRESETS, key=lambda preset: len(changes(preset)))
@@ -185,7 +185,7 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> R
     preset = values.pop("preset", name_or_path if name_or_path in PRESETS else DEFAULT_RECIPE)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    return Recipe.from_dict(PRESETS[preset].to_dict() | values | (overrides or {}))
+    return PRESETS[preset].with_fields(**values | (overrides or {}))
 
 
 def parse_override(text: str) -> tuple[str, Any]:

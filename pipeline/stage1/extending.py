@@ -45,7 +45,7 @@ def extension(
         **({"views_per_shard": longest} if longest else {}),
         **_of(PrecomputeConfig, values),
     )
-    return config, _teacher_of(plan, _of(TeacherConfig, values)), plan.make_recipe()
+    return config, _teacher_of(plan, _of(TeacherConfig, values)), plan.recipe
 
 
 def _images_of(location: str, label_set: LabelSet) -> str:

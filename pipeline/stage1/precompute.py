@@ -17,7 +17,6 @@ from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, Usage
 from pipeline.images.decode import decode
 from pipeline.images.source import Sample, Source
 from pipeline.labels.card import refresh_card
-from pipeline.labels.encoding import label_bytes
 from pipeline.labels.format import MANIFEST_NAME, MAX_TOPK, PLAN_NAME
 from pipeline.labels.labelset import LabelSet, record_of
 from pipeline.labels.manifest import Plan, SourceRecord, label_blocks, read_plan
@@ -83,7 +82,7 @@ class Work:
     def bytes_before_compression(self) -> int:
         """Size of all labels before compression: class, K indices and probabilities, tail."""
         plan = self.plan
-        return self.teacher_passes * label_bytes(plan.teacher.num_classes, plan.topk, plan.precision)
+        return self.teacher_passes * plan.codec.label_bytes
 
 
 def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
@@ -271,7 +270,7 @@ def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[floa
     ]
     chosen = [labelled[i * len(labelled) // limit] for i in range(limit)] if len(labelled) > limit else labelled
     size = teacher.img_size
-    recipe = Recipe.from_dict(PRESETS["none"].to_dict() | {"img_size": size, "crop_pct": teacher.crop_pct})
+    recipe = PRESETS["none"].with_fields(img_size=size, crop_pct=teacher.crop_pct)
     right = seen = 0
     for start in range(0, len(chosen), 64):
         views = [view for shard, row in chosen[start : start + 64] if (view := _centre_view(shard[row], recipe))]

@@ -31,8 +31,6 @@ PAIRS_AT_ONCE = 16
 # against float32 (benchmarks/results/gpu-h200.json): 0.012 in float32, where convolutions on a GPU keep 10 bits (TF32), 0.025 in
 # float16, 0.17 in bfloat16. On a CPU, 99 % of views are within 0.07 in bfloat16; the tail is long.
 ROUNDING = {"float32 on a CPU": 1e-3, "float32": 0.02, "float16": 0.05, "bfloat16": 0.3}
-STORED = {"float32": 1e-6, "float16": 1e-3}  # what storing a probability changes at most, with some room
-STORED_OTHERWISE = 0.03
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def relabel(
             part = pairs[start : start + PAIRS_AT_ONCE]
             _compare(label_set, source, teacher, samples, part, compared)
             progress(Tick("relabel", len(compared.kl), max(views, len(compared.kl)), made=len(compared.kl)))
-    return compared.result(rounding_of(label_set, teacher), STORED.get(label_set.plan.precision, STORED_OTHERWISE))
+    return compared.result(rounding_of(label_set, teacher), label_set.plan.codec.rounding)
 
 
 def rounding_of(label_set: LabelSet, teacher: Teacher) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.cost.estimate import Estimate, Machine, Pace, estimate, pace
 from pipeline.cost.measuring import Rates
-from pipeline.labels.encoding import content_xxh3, encode_rows, label_bytes
+from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
 
@@ -137,11 +137,11 @@ def test_an_estimate_can_be_written_as_json_by_its_names():
 def label_shard(classes: int, topk: int, precision: Precision) -> int:
     """Write 8 views of 2,000 images, answered at random, and return the size of the file."""
     rng = np.random.default_rng(0)
-    rows, views = np.arange(2000), []
+    rows, views, codec = np.arange(2000), [], codec_of(precision, classes, topk)
     for _ in range(8):
         prob = -np.sort(-rng.dirichlet(np.full(classes, 0.1), size=2000).astype(np.float32), axis=1)[:, :topk]
         index = rng.permuted(np.tile(np.arange(classes), (2000, 1)), axis=1)[:, : max(1, topk)]
-        views.append(encode_rows(rows, index[:, 0], index[:, :topk], prob, num_classes=classes, precision=precision))
+        views.append(codec.encode(rows, index[:, 0], index[:, :topk], prob))
     footer = LabelsFooter(
         labelset_id="0" * 64,
         recipe_id="0" * 64,
@@ -154,7 +154,7 @@ def label_shard(classes: int, topk: int, precision: Precision) -> int:
         num_classes=classes,
         topk=topk,
         precision=precision,
-        content_xxh3=content_xxh3(views),
+        content_xxh3=codec.content_xxh3(views),
         probes=[],
         environment={},
     )
@@ -173,5 +173,5 @@ SHARDS: list[tuple[int, int, Precision, int]] = [
 
 @pytest.mark.parametrize(("classes", "topk", "precision", "each"), SHARDS, ids=range(len(SHARDS)))
 def test_the_bytes_that_are_promised_are_those_of_a_file(classes, topk, precision, each):
-    assert label_bytes(classes, topk, precision) == each
+    assert codec_of(precision, classes, topk).label_bytes == each
     assert 0.4 * each * 16_000 < label_shard(classes, topk, precision) < 1.1 * each * 16_000

@@ -603,8 +603,8 @@ def test_fault_05_views_that_another_run_seals_in_blocks_of_another_size_are_nam
 OTHERS: list[tuple[str, dict[str, Any], str]] = [
     # what it has of its own, its settings, what the refusal names
     ("teacher", {"teacher": colour_teacher(4.0)}, "made with teacher"),
-    ("seed", {"recipe": replace(RECIPE, seed=1)}, r"made with recipe .* \(seed: 0, not 1\)"),
-    ("recipe", {"recipe": replace(RECIPE, hflip=0.25)}, r"made with recipe .* \(hflip: 0.5, not 0.25\)"),
+    ("seed", {"recipe": RECIPE.with_fields(seed=1)}, r"made with recipe .* \(seed: 0, not 1\)"),
+    ("recipe", {"recipe": RECIPE.with_fields(hflip=0.25)}, r"made with recipe .* \(hflip: 0.5, not 0.25\)"),
     ("K", {"topk": 1}, "made with --topk 2, this run asks for 1"),
 ]
 
@@ -1076,7 +1076,7 @@ def teacher_with_room(views: int) -> tuple[Teacher, list[int]]:
 def test_fault_14_a_batch_that_does_not_fit_is_halved_until_it_does_and_the_labels_are_the_same(
     tmp_path, no_pool, caplog, room, sizes
 ):
-    images, recipe = write_source(tmp_path / "tars", (19, 16)), replace(RECIPE, mix_block=16)
+    images, recipe = write_source(tmp_path / "tars", (19, 16)), RECIPE.with_fields(mix_block=16)
     expected = make_label_set(images, tmp_path / "enough", recipe=recipe)
     teacher, asked = teacher_with_room(room)
     found = make_label_set(images, tmp_path / "little", recipe=recipe, teacher=teacher)

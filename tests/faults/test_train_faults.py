@@ -100,7 +100,7 @@ def other_teacher(labels: Path, data: str) -> None:
 
 def other_recipe(labels: Path, data: str) -> None:
     shutil.rmtree(labels)
-    make_labels(labels, data, views=(0, 6), recipe=replace(small_recipe(), hflip=0.25))
+    make_labels(labels, data, views=(0, 6), recipe=small_recipe().with_fields(hflip=0.25))
 
 
 def more_views(labels: Path, data: str) -> None:

@@ -41,7 +41,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.images.source import open_source
-from pipeline.labels.encoding import LabelRows, content_xxh3, encode_rows
+from pipeline.labels.encoding import LabelRows, codec_of
 from pipeline.labels.labelset import LabelSet, record_of
 from pipeline.labels.tables import (
     LabelsFooter,
@@ -388,7 +388,8 @@ def test_a_view_or_shard_that_the_set_does_not_hold_is_refused(made):
 def rewrite(path: Path, change, **footer) -> None:
     """Replace a label shard by changed rows under a changed footer, sound in itself."""
     views = [change(rows) for rows in read_all_views(path)]
-    values = read_labels_footer(path).model_copy(update=footer | {"content_xxh3": content_xxh3(views)})
+    values = read_labels_footer(path).model_copy(update=footer)
+    values = values.model_copy(update={"content_xxh3": values.codec.content_xxh3(views)})
     with path.open("wb") as file:
         write_labels(file, views, values)
 
@@ -396,7 +397,7 @@ def rewrite(path: Path, change, **footer) -> None:
 def recoded(rows: LabelRows, *, topk=2, classes=3, precision="float16") -> LabelRows:
     index, prob = rows.topk_index[:, :topk].astype(int), rows.topk_prob[:, :topk].astype(np.float32)
     kept = (rows.row.astype(int), rows.hard.astype(int), index, prob)
-    return encode_rows(*kept, num_classes=classes, precision=precision)
+    return codec_of(precision, classes, prob.shape[1]).encode(*kept)
 
 
 def first_three(rows: LabelRows) -> LabelRows:
@@ -611,7 +612,7 @@ def test_k_beyond_the_format_is_a_misuse(images, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "gain", "settings", "text"),
     [
-        (dataclasses.replace(RECIPE, seed=1), 8.0, {}, r"was made with recipe \w{12}, this run asks for \w{12} \(seed: 0, not 1\)"),
+        (RECIPE.with_fields(seed=1), 8.0, {}, r"was made with recipe \w{12}, this run asks for \w{12} \(seed: 0, not 1\)"),
         (RECIPE, 2.0, {}, r"was made with teacher \w{12}, this run asks for \w{12} \(weights_sha256: "),
         (RECIPE, 8.0, {"topk": 1}, r"was made with --topk 2, this run asks for 1"),
         (RECIPE, 8.0, {"precision": "float32"}, r"was made with --precision float16, this run asks for float32"),

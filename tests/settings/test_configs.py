@@ -23,7 +23,6 @@ from pipeline.settings import options
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import describe_settings, load_recipe, plain_settings, read_settings, recipe_settings
 from pipeline.storage.yaml import parse_yaml, to_yaml
-from pipeline.views.recipe import _RANGES as recipe_ranges
 from pipeline.views.recipe import PRESETS, Recipe
 from trainer.config import _RANGES as train_ranges
 from trainer.config import TrainConfig
@@ -186,7 +185,7 @@ def test_recipe_fields_of_the_file_and_of_the_command_line_add_up(tmp_path):
     @cli.config_option(TrainConfig)
     @cli.recipe_options
     def show(recipe, overrides):
-        click.echo(json.dumps(cli.chosen_recipe(recipe, overrides).to_dict()))
+        click.echo(json.dumps(cli.chosen_recipe(recipe, overrides).model_dump(mode="json")))
 
     try:
         for arguments, expected in (
@@ -195,7 +194,7 @@ def test_recipe_fields_of_the_file_and_of_the_command_line_add_up(tmp_path):
             (["--recipe", "none"], load_recipe("none", {"img_size": 32, "scale": [0.4, 1.0]})),
         ):
             done = CliRunner().invoke(show, ["-c", path, *arguments], catch_exceptions=False)
-            assert Recipe.from_dict(json.loads(done.stdout)) == expected
+            assert Recipe(**json.loads(done.stdout)) == expected
     finally:
         del cli.commands.commands["show-recipe"]
 
@@ -217,7 +216,8 @@ def test_settings_are_said_as_the_options_that_differ():
     assert describe_settings(recipe=Recipe(aa=None, hflip=1e-7)) == "--set hflip=1.0e-07 --set aa=null"
 
 
-RANGES = {TrainConfig: train_ranges, Recipe: recipe_ranges}
+BOUNDED = {name: field.metadata for name, field in Recipe.model_fields.items() if len(field.metadata) == 2}
+RANGES = {TrainConfig: train_ranges, Recipe: [(name, low.ge, high.le) for name, (low, high) in BOUNDED.items()]}
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 SPECIAL = {
     # field: values that only some texts or pairs are
@@ -257,8 +257,9 @@ def values_of(kind: type, name: str, hint) -> st.SearchStrategy:
 def settings_of(kind: type) -> st.SearchStrategy:
     """Return configs of a kind with any of their fields set, those that may stand together."""
     hints = typing.get_type_hints(kind)
-    fields = {field.name: values_of(kind, field.name, hints[field.name]) for field in dataclasses.fields(kind)}
-    needed = {f.name: fields.pop(f.name) for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    known = {} if kind is Recipe else {field.name: field for field in dataclasses.fields(kind)}
+    fields = {name: values_of(kind, name, hints[name]) for name in known or Recipe.model_fields}
+    needed = {name: fields.pop(name) for name, field in known.items() if field.default is dataclasses.MISSING}
 
     def made(values):
         try:
