@@ -24,8 +24,9 @@ import xxhash
 from rounds import machine
 
 from pipeline.images.source import Source, open_source
+from pipeline.labels.comparing import record_of
 from pipeline.labels.encoding import content_xxh3, encode_rows
-from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan, TeacherIdentity, labels_path, samples_path
 from pipeline.labels.sealing import claim, seal
 from pipeline.labels.tables import LabelsFooter, SampleRows, SamplesFooter, write_labels, write_samples
