@@ -827,7 +827,7 @@ def export(
     """
     from pipeline.exchange.export import ExportConfig, export_labels
     from pipeline.labels.labelset import LabelSet
-    from pipeline.machine.loaders import usable_cores
+    from pipeline.machine.threads import usable_cores
 
     config = ExportConfig(
         views=views, pixels=pixels, encoding=encoding, workers=usable_cores() if workers is None else workers

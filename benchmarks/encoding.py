@@ -32,6 +32,7 @@ from pipeline.labels.sealing import claim, seal
 from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
 from pipeline.stage1.drafts import LabelDraft, publish_draft
 from pipeline.storage.atomic import publish_file
+from pipeline.storage.place import open_place
 
 ROWS, VIEWS, TOPK = 1000, 30, 10
 SHARD = "train-000000"
@@ -49,7 +50,7 @@ def full_answers(label_set: LabelSet) -> tuple[NDArray[np.int64], NDArray[np.flo
     read = [label_set.read(shard, view) for view in label_set.views for shard in label_set.shards]
     if label_set.plan.topk != label_set.num_classes:
         raise SystemExit(
-            f"{label_set.folder} keeps {label_set.plan.topk} of {label_set.num_classes} classes: make it with --topk C"
+            f"{label_set.place} keeps {label_set.plan.topk} of {label_set.num_classes} classes: make it with --topk C"
         )
     index = np.concatenate([rows.topk_index.astype(np.int64) for rows in read])
     return index, np.concatenate([rows.topk_prob.astype(np.float64) for rows in read])
@@ -90,7 +91,7 @@ def write_set(
         draft.add(view, np.arange(ROWS), index[at, 0], index[at, :kept], prob[at, :kept].astype(np.float32))
     publish_draft(folder, plan, draft, {"device": "cpu"})
     seal(folder, plan, [block])
-    return LabelSet(folder)
+    return LabelSet(open_place(folder))
 
 
 def plan_of(source: LabelSet, samples: SampleRows, topk: int, precision: Precision) -> Plan:

@@ -40,7 +40,7 @@ SPLIT, PLAIN, DELTA, DICTIONARY = "BYTE_STREAM_SPLIT", "PLAIN", "DELTA_BINARY_PA
 def full_answers(label_set: LabelSet, most: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return classes, most probable first, and probabilities, [labels, C] each, view by view."""
     if label_set.plan.topk != label_set.num_classes:
-        raise SystemExit(f"{label_set.folder} does not keep every class: make it with --topk {label_set.num_classes}")
+        raise SystemExit(f"{label_set.place} does not keep every class: make it with --topk {label_set.num_classes}")
     index, prob, images = [], [], 0
     for view in label_set.views:
         for shard in label_set.shards:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from photographs import write_source
 
-from pipeline.machine.loaders import usable_cores
+from pipeline.machine.threads import usable_cores
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "simplejpeg", "pyarrow")
 

@@ -35,8 +35,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.cost.measuring import forward_flops, measure_rates, measure_together
 from pipeline.images.source import Source, open_source
-from pipeline.machine.loaders import Whereabouts, usable_cores
+from pipeline.machine.loaders import Whereabouts
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
+from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import row_s, steady_s, synchronise
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe

@@ -37,7 +37,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.task import DistillationTeacher, TokenDistillationTask
 
 from pipeline.cost.measuring import forward_flops
-from pipeline.machine.loaders import usable_cores
+from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import Work, row_s
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe

@@ -22,8 +22,9 @@ import xxhash
 from rounds import machine, options, write_json
 
 from pipeline.images.source import Source, open_source
+from pipeline.labels.comparing import record_of
 from pipeline.labels.encoding import codec_of
-from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan, TeacherIdentity, labels_path, samples_path
 from pipeline.labels.sealing import claim, seal
 from pipeline.labels.tables import LabelsFooter, SampleRows, SamplesFooter, write_labels, write_samples

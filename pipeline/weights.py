@@ -18,7 +18,7 @@ from pipeline.errors import CheckpointError, RemoteFileMissing, StorageError
 from pipeline.storage.atomic import locked, refusals_named
 from pipeline.storage.json import read_json
 from pipeline.storage.remote import receive_file
-from pipeline.storage.urls import is_url, join_url, url_name, working_folder
+from pipeline.storage.urls import join_url, local_path, url_name, working_folder
 from pipeline.text import CONTROL_CHARACTERS
 
 _FILES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".tar"})
@@ -33,8 +33,8 @@ def weights_here(location: str) -> Path:
         RemoteFileMissing: there are no weights.
         StorageError: they cannot be brought.
     """
-    if not is_url(location):
-        return Path(location)
+    if (path := local_path(location)) is not None:
+        return path
     folder, name = working_folder(location), url_name(location)
     with refusals_named(folder):
         folder.mkdir(parents=True, exist_ok=True)

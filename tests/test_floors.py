@@ -40,11 +40,11 @@ KEEPERS = {
     "rich": {"trainer.console"},
     "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export"},
     "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imported", "pipeline.images.parquet"},
-    "pydantic": {"pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.labelset"},
+    "pydantic": {"pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.comparing"},
     "yaml": {"pipeline.storage.yaml"},
-    "fsspec": {"pipeline.storage.remote"},
-    "aiohttp": {"pipeline.storage.remote"},
-    "huggingface_hub": {"pipeline.storage.uploads"},
+    "fsspec": {"pipeline.storage.remote", "pipeline.storage.stores"},
+    "aiohttp": {"pipeline.storage.stores"},
+    "huggingface_hub": {"pipeline.storage.stores"},
     "matplotlib": {"pipeline.labels.sheet", "trainer.demo"},
     "PIL": {"pipeline.images.decode", "pipeline.doctor.probing", "trainer.demo"},
     "cv2": {"pipeline.views.randaugment", "pipeline.machine.loaders"},
@@ -57,7 +57,7 @@ NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixe
 NO_TORCH_MODULES = {
     "cli", "trainer.config", "trainer.order", "pipeline.views.draws", "pipeline.views.recipe", "pipeline.views.pairs",
     "pipeline.labels.format", "pipeline.labels.encoding", "pipeline.labels.tables", "pipeline.labels.manifest",
-    "pipeline.labels.labelset", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.labels.summary",
+    "pipeline.labels.labelset", "pipeline.labels.checked_files", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.labels.summary",
     "pipeline.labels.card",
 }  # fmt: skip
 

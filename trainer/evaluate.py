@@ -192,7 +192,7 @@ def measure_agreement(
         ("pixels", student.img_size, recipe.img_size),
     ):
         if mine != theirs:
-            raise UsageError(f"the student has {mine} {what}, {label_set.folder} has {theirs}")
+            raise UsageError(f"the student has {mine} {what}, {label_set.place} has {theirs}")
     units = tuple(count_units(recipe, label_set.samples(name).usable) for name in label_set.shards)
     order = Order(
         shard_units=units,

@@ -17,7 +17,7 @@ from pipeline.images.source import Source, open_source
 from pipeline.machine.ranks import rank_from
 from pipeline.storage.atomic import replace_file, sweep_temporaries
 from pipeline.storage.cache import open_cache
-from pipeline.storage.mirror import Mirror, mirror_of
+from pipeline.storage.mirror import Mirror, OneWriterMirror
 from pipeline.views.draws import stream_of
 from pipeline.views.recipe import Recipe
 from trainer.checkpoint import BackgroundWriter, check_finite, pack_training, save_state, snapshot
@@ -140,7 +140,7 @@ def only_deterministic() -> Iterator[None]:
 @contextlib.contextmanager
 def mirrored(config: TrainConfig) -> Iterator[Mirror | None]:
     """Bring a run whose --output is a URL, and let the first rank send it for as long as the block runs."""
-    mirror = mirror_of(config.output, config.folder, last=STATE_NAME, leave=frozenset({LOCK_NAME}))
+    mirror = OneWriterMirror.of(config.output, config.folder, last=STATE_NAME, leave=frozenset({LOCK_NAME}))
     with contextlib.ExitStack() as stack:
         if mirror is not None:
             mirror.bring()

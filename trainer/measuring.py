@@ -19,7 +19,8 @@ from pipeline.images.decode import decode, decode_around, image_size
 from pipeline.images.samples import Sample
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image
-from pipeline.machine.loaders import PREFETCH, one_core, usable_cores
+from pipeline.machine.loaders import PREFETCH, one_core
+from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import Work, median_s, steady_s, synchronise
 from pipeline.text import count
 from pipeline.views.recipe import Recipe

@@ -14,13 +14,15 @@ from timm.utils.model_ema import ModelEmaV3
 
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.images.source import Source, open_source
-from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.comparing import record_of
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import first_difference
 from pipeline.labels.replay import check_replay
 from pipeline.settings.files import plain_settings, recipe_settings
 from pipeline.storage.atomic import refusals_named, replace_file
-from pipeline.storage.cache import open_cache, prefetch
+from pipeline.storage.cache import open_cache
 from pipeline.storage.json import pretty_json, read_json
+from pipeline.storage.prefetch import Prefetch
 from pipeline.storage.yaml import to_yaml
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
@@ -136,7 +138,7 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
     catalogue = Catalogue(data.source, data.label_set)
     views = _views(config, data)
     shards = range(len(catalogue.names))
-    with prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
+    with Prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
         units = tuple(count_units(data.recipe, catalogue.table(shard).usable) for shard in shards)
     repeats = config.repeated_aug or default_repeats(data.recipe, views)
     if config.repeated_aug is None and sum(units) < repeats * share.parts:

@@ -14,15 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import DeitCliError, LabelSetCorrupt, SourceError
+from pipeline.errors import DeitCliError, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, SourceShard
+from pipeline.labels.comparing import labelled_part
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Mapped, Slots, Whereabouts, checked, start_loader
-from pipeline.storage.cache import RemoteFile, prefetch
+from pipeline.storage.place import RemoteFile
+from pipeline.storage.prefetch import Prefetch
 from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
 from pipeline.views.pairs import Mix, draw_mix, shard_pairs
 from pipeline.views.recipe import Recipe
@@ -128,7 +130,7 @@ class Catalogue:
     """The samples of every source shard: from the label set where there is one, else from the source itself."""
 
     def __init__(self, source: Source, label_set: LabelSet | None) -> None:
-        self.source = source if label_set is None else label_set.labelled_part(source)
+        self.source = source if label_set is None else labelled_part(label_set, source)
         self.label_set = label_set
         self.names = tuple(shard.name for shard in self.source.shards)
 
@@ -255,7 +257,7 @@ class BatchRenderer:
         name = self._catalogue.names[shard]
 
         def read(view: int, label_set: LabelSet = label_set) -> LabelRows:
-            return self._labels.get((shard, view), lambda: _read_labels(label_set, name, view, table.usable))
+            return self._labels.get((shard, view), lambda: label_set.read(name, view))
 
         found = [read(view) for view in views]
         at = np.searchsorted(table.usable, np.where(there, rows, table.usable[0]))
@@ -307,7 +309,7 @@ def stream_batches(
         slots.pin()
     renderer.whereabouts = Whereabouts(workers)
     loader = start_loader(Mapped(_IntoSlots(renderer, slots)), workers=workers, sampler=slots.number(indices))
-    with prefetch(renderer.remote_files(indices)):
+    with Prefetch(renderer.remote_files(indices)):
         for slot, batch in checked(loader, renderer.whereabouts):
             yield replace(batch, images=slots.pixels[slot, : len(batch.keys)])
 
@@ -349,15 +351,6 @@ class CentreBatches:
         image = decode(sample.image, key=sample.key)
         drawn = draw_view(self._recipe, sample.key, 0, height=image.shape[0], width=image.shape[1])
         return render(image, drawn), sample.class_label
-
-
-def _read_labels(label_set: LabelSet, name: str, view: int, usable: NDArray[np.int64]) -> LabelRows:
-    labels = label_set.read(name, view)
-    if not np.array_equal(labels.row, usable):
-        raise LabelSetCorrupt(
-            f"{label_set.folder}: view {view} of {name} does not have the usable rows of its samples file"
-        )
-    return labels
 
 
 @dataclass(frozen=True)

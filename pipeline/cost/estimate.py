@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.cost.measuring import Rates
-from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Tick
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
+from pipeline.machine.threads import usable_cores
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.teacher.teacher import Teacher
 from pipeline.text import byte_size, count, duration, two_columns

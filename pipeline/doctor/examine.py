@@ -16,10 +16,10 @@ from typing import Any
 from pipeline.doctor.findings import Finding, Row, Section
 from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.packages import examine_packages
-from pipeline.doctor.places import examine_folder
+from pipeline.doctor.places import examine_bucket, examine_folder
 from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
-from pipeline.storage.urls import is_url, working_folder
+from pipeline.storage.urls import local_path, working_folder
 
 LABELS_TIMEOUT_S = 900.0  # its images may have to be downloaded
 
@@ -58,10 +58,8 @@ def _looked(title: str, look: Callable[[], list[Section]]) -> list[Section]:
 
 def _examine_place(out: str) -> list[Section]:
     """Look at a folder; of a URL, at the bucket and at the folder of this machine that stands for it."""
-    if not is_url(out):
-        return [examine_folder(Path(out))]
-    from pipeline.doctor.places import examine_bucket
-
+    if (folder := local_path(out)) is not None:
+        return [examine_folder(folder)]
     return [examine_bucket(out), examine_folder(working_folder(out))]
 
 

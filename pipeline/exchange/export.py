@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.errors import DeitCliError, LabelSetMismatch, UsageError
+from pipeline.errors import DeitCliError, UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import Source
 from pipeline.images.tar_archive import check_member_key, member_extension, write_tar
@@ -229,8 +229,6 @@ def _export_one(job: _Job, tasks: Sequence[tuple[str, int]], index: int) -> int 
 def _members(job: _Job, name: str, view: int, rows: LabelRows) -> Iterator[tuple[str, bytes]]:
     """Yield the files of one tar: image, class label, labels, image after image."""
     samples, export = job.label_set.samples(name), job.export
-    if not np.array_equal(rows.row, samples.usable):
-        raise LabelSetMismatch(f"{job.label_set.folder}: view {view} of {name} lacks usable rows of its samples file")
     images = _views(job, name, samples, view) if export.pixels == "views" else _originals(job, name, samples)
     for at, (row, image, lam) in enumerate(images):
         key, label = samples.key[row], samples.class_label[row]

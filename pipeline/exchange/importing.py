@@ -22,7 +22,7 @@ from pipeline.labels.manifest import IMPORT_FORMAT, IMPORT_NAME, IMPORT_VERSION,
 from pipeline.machine.progress import Progress, Tick
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sweep_temporaries
 from pipeline.storage.json import pretty_json
-from pipeline.storage.urls import is_url
+from pipeline.storage.urls import local_path
 from pipeline.text import byte_size, count
 
 PART_BYTES = 64 * 2**20  # of rows in memory
@@ -131,11 +131,11 @@ def import_labels(
 
 
 def _local(place: str | os.PathLike[str]) -> Path:
-    if is_url(place):
+    if (path := local_path(place)) is None:
         raise UsageError(
             f"labels are imported from a folder into a folder, {os.fspath(place)} is a URL: copy them first"
         )
-    return Path(place)
+    return path
 
 
 def _check_settings(num_classes: int, topk: int | None) -> None:

@@ -85,7 +85,7 @@ def refresh_card(label_set: LabelSet) -> None:
         if not write_card(label_set):
             log.info(
                 "%s/%s is not as deit-cli wrote it, so it stays as it is: deit-cli labels card %s --replace",
-                *(label_set.folder, CARD_NAME, label_set.folder),
+                *(label_set.place, CARD_NAME, label_set.place),
             )
     except DeitCliError as error:
         log.warning("the label set is sealed, but its card could not be written: %s", error)
@@ -106,8 +106,8 @@ def write_card(label_set: LabelSet, licence: Licence | None = None, *, replace: 
         UsageError: the label set is behind a URL.
         StorageError: the operating system refused.
     """
-    if not isinstance(label_set.folder, Path):
-        raise UsageError(f"{label_set.folder}: a card is written into a folder; write it there and push it")
+    if label_set.place.path is None:
+        raise UsageError(f"{label_set.place}: a card is written into a folder; write it there and push it")
     path = label_set.folder / CARD_NAME
     there = _read(path)
     ours = there is not None and is_untouched(there)

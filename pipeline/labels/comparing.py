@@ -1,13 +1,96 @@
-"""How another copy of a source differs from the one that was labelled: by names of shards and classes, keys, images.
+"""Whether a source is the one that was labelled, and how another copy of it differs: by names of shards and classes, keys, images.
 
 Copies of one collection differ in quiet ways: an image was left out, another order, other bytes under the same key. A hash
-says that they differ; whoever has to mend it needs the names.
+says that they differ; the person who has to repair the copy needs the names.
 """
 
+import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from pipeline.errors import LabelSetMismatch, SourceError
+from pipeline.images.source import Source
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import SourceRecord, short
+from pipeline.storage.json import canonical_json
+from pipeline.storage.urls import local_path
+
+
+def check_source(label_set: LabelSet, source: Source) -> None:
+    """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled.
+
+    Where the set holds some source shards only, a source of these alone will do, and one that has others too. The
+    keys of a remote source would cost a download of all of it, so there names of shards and classes are compared,
+    and keys and bytes image by image when they are used.
+    """
+    source = labelled_part(label_set, source)
+    found = None if source.is_remote else record_of(source)
+    classes, names = label_set.plan.source.class_names, tuple(shard.name for shard in source.shards)
+    same = (source.class_names, names) == (classes, label_set.shards)
+    if same and (found is None or found.shards == label_set.records):
+        return
+    differences = [
+        compare_names("class", classes, source.class_names),
+        compare_names("shard", label_set.shards, names),
+        *([] if found is None else _compare_keys(label_set, source, found)),
+    ]
+    other = "" if found is None or label_set.manifest.shards is not None else f" (id {short(found.id)})"
+    raise LabelSetMismatch(
+        f"{label_set.place} labels source {short(label_set.plan.source_id)}, {source.location}{other} is"
+        f" another: {'; '.join(filter(None, differences))}",
+        fix="Pass the --data that was labelled",
+    )
+
+
+def _compare_keys(label_set: LabelSet, source: Source, found: SourceRecord) -> list[str]:
+    """Say which samples of a local source differ, reading only the samples files of source shards that do."""
+    comparison = Comparison()
+    labelled, others = ({record.name: record for record in records} for records in (label_set.records, found.shards))
+    for name in dict.fromkeys((*labelled, *others)):
+        if labelled.get(name) != others.get(name):
+            table = label_set.samples(name) if name in labelled else None
+            shard = source.shard(name) if name in others else None
+            comparison.add(
+                name,
+                Listing(table.key, table.class_label) if table else Listing(),
+                Listing(shard.keys, shard.class_labels) if shard else Listing(),
+            )
+    return comparison.result().describe(limit=3)
+
+
+def labelled_part(label_set: LabelSet, source: Source) -> Source:
+    """Return what the labels are of: the source, or those shards of it that are here if these are only some.
+
+    Raises:
+        LabelSetMismatch: it lacks one of those.
+    """
+    if label_set.manifest.shards is None:
+        return source
+    found = {shard.name for shard in source.shards}
+    if lacking := [name for name in label_set.shards if name not in found]:
+        raise LabelSetMismatch(
+            f"{label_set.place} labels {len(label_set.shards)} source shards, and {source.location} lacks"
+            f" {len(lacking)} of them, such as {lacking[0]!r}",
+            fix="Pass the --data that was labelled, or the part of it that has these",
+        )
+    return source.only(label_set.shards)
+
+
+def record_of(source: Source) -> SourceRecord:
+    """Return what plan and manifest say of a source."""
+    path = local_path(source.location)
+    location = source.location if path is None else os.path.abspath(source.location)
+    record = source.identity() | {"kind": source.kind, "location": location}
+    try:
+        return SourceRecord.model_validate_json(canonical_json(record))
+    except (ValidationError, UnicodeEncodeError) as error:
+        raise SourceError(
+            f"{source.location!r} cannot be named in a label set: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
 from pipeline.images.decode import decode
 from pipeline.images.source import Sample, Source
+from pipeline.labels.comparing import check_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Probe
 from pipeline.labels.tables import SampleRows
@@ -70,11 +71,9 @@ def check_replay(label_set: LabelSet, source: Source) -> float:
         ReplayError: pixels or mixes differ by more than rounding.
         LabelSetMismatch: an image has other bytes than the one that was labelled.
     """
-    label_set.check_source(source)
+    check_source(label_set, source)
     if not label_set.manifest.probes:
-        raise LabelSetCorrupt(
-            f"{label_set.folder} has no replay probes: nothing shows that its labels fit these pixels"
-        )
+        raise LabelSetCorrupt(f"{label_set.place} has no replay probes: nothing shows that its labels fit these pixels")
     return compare_probes(label_set.manifest.probes, label_set.recipe, source, label_set.samples)
 
 

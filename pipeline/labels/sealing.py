@@ -1,4 +1,4 @@
-"""Plan first, manifest last: how a label set is claimed, and how what is complete of it is committed."""
+"""Plan first, manifest last: how a label set is claimed, how what is complete of it is committed, and what complete means."""
 
 import dataclasses
 import itertools
@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
-from pipeline.labels.format import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, PULL, damaged_file
-from pipeline.labels.labelset import checked_labels_footer
+from pipeline.errors import LabelSetCorrupt, LabelSetIncomplete, LabelSetMismatch
+from pipeline.labels.checked_files import checked_labels_footer
+from pipeline.labels.format import IMAGES_FOLDER, INCOMPLETE_SET, MANIFEST_NAME, PLAN_NAME, PULL, damaged_file
 from pipeline.labels.manifest import (
     FileEntry,
     Manifest,
@@ -92,6 +92,45 @@ def seal(
     for folder in sorted(folder for folder in listed if folder.is_relative_to(out)):
         sync_folder(folder)  # a killed run may have named its last file without doing so
     replace_file(out / MANIFEST_NAME, pretty_json(manifest.to_json()))
+
+
+def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> None:
+    """Raise unless a set is sealed, and its manifest lists the samples of each source shard and labels for each block.
+
+    Args:
+        manifest: of the set.
+        shards: names of the source shards that it holds.
+        place: where it lies, for errors.
+
+    Raises:
+        LabelSetIncomplete: it is not sealed, or its views have a gap.
+        LabelSetCorrupt: the manifest lists other files.
+    """
+    if not manifest.sealed:
+        raise LabelSetIncomplete(f"{place} is not sealed: some of its labels do not exist yet", fix=INCOMPLETE_SET)
+    blocks = sorted(manifest.view_blocks)
+    if not blocks:
+        raise LabelSetIncomplete(f"{place} holds no views")
+    if any(a[1] != b[0] for a, b in itertools.pairwise(blocks)):
+        raise LabelSetIncomplete(
+            f"{place}: its views {blocks} have a gap",
+            fix="Compute the missing ones with --views",
+        )
+    wanted = len(shards) * (1 + len(blocks))
+    if wanted > 1000 + 2 * len(manifest.files):  # two long lists have a product that no memory holds
+        raise LabelSetCorrupt(
+            f"{place}: the sealed manifest lists {len(manifest.files)} files, {len(shards)} source"
+            f" shards and {len(blocks)} blocks of views need {wanted}"
+        )
+    expected = {("samples", name, 0, 0) for name in shards}
+    if any(entry.kind == "images" for entry in manifest.files):
+        expected |= {("images", name, 0, 0) for name in shards}
+    expected |= {("labels", name, start, stop) for name in shards for start, stop in blocks}
+    found = {(e.kind, e.shard, e.view_start, e.view_stop) for e in manifest.files}
+    for what, difference in (("lacks", expected - found), ("has an unknown", found - expected)):
+        if difference:
+            kind, shard, *_ = sorted(difference)[0]
+            raise LabelSetCorrupt(f"{place}: the sealed manifest {what} {kind} file of {shard!r}")
 
 
 def _sealed_blocks(out: Path) -> set[tuple[int, int]]:
@@ -211,17 +250,17 @@ def sealed_manifest(out: Path) -> Manifest | None:
     return manifest if manifest.sealed else None
 
 
-def check_theirs(ours: Path, theirs: Path) -> None:
-    """Look at another machine's file before it takes the place of ours: whole, and of the same label set and images.
+def check_replaceable(ours: Path, other: Path) -> None:
+    """Check another machine's file before it takes the place of ours: that it is whole, and of the same label set and images.
 
     Raises:
         LabelSetMismatch: it is of another label set, or other images lay under the same keys.
         LabelSetCorrupt: it is damaged.
     """
     if ours.name == PLAN_NAME:
-        parse_plan(read_small(ours), ours).check_same(parse_plan(read_small(theirs), theirs), folder=theirs)
+        parse_plan(read_small(ours), ours).check_same(parse_plan(read_small(other), other), folder=other)
     elif ours.parent.name == "samples":
-        if not _same(read_samples(ours), read_samples(theirs)):
+        if not _same(read_samples(ours), read_samples(other)):
             raise LabelSetMismatch(
                 f"{ours}: another machine has labelled other images under these keys",
                 fix="All machines need the same --data",
@@ -232,9 +271,9 @@ def check_theirs(ours: Path, theirs: Path) -> None:
             fix="All machines need the same --data and the same versions",
         )
     else:
-        mine, other = (read_labels_footer(path).model_dump(exclude=_MAY_DIFFER) for path in (ours, theirs))
-        read_all_views(theirs)  # its content hash
-        if mine != other:
+        ours_says, other_says = (read_labels_footer(path).model_dump(exclude=_MAY_DIFFER) for path in (ours, other))
+        read_all_views(other)  # its content hash
+        if ours_says != other_says:
             raise LabelSetMismatch(
                 f"{ours}: another machine's file of this name has other views or rows",
                 fix="Use another --out",
@@ -244,6 +283,6 @@ def check_theirs(ours: Path, theirs: Path) -> None:
 _MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # processors differ in last bits
 
 
-def _same(mine: SampleRows, theirs: SampleRows) -> bool:
-    pairs = ((getattr(mine, f.name), getattr(theirs, f.name)) for f in dataclasses.fields(SampleRows))
+def _same(ours: SampleRows, other: SampleRows) -> bool:
+    pairs = ((getattr(ours, f.name), getattr(other, f.name)) for f in dataclasses.fields(SampleRows))
     return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)

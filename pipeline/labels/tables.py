@@ -6,7 +6,7 @@ answers for one source shard and one block of views: row group i is view `view_s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
@@ -43,7 +43,7 @@ from pipeline.storage.json import (
 
 FOOTER_KEY = b"deit_cli"
 MAX_VIEW_BYTES = 1 << 30  # of memory
-AHEAD_ROWS = 8192  # of views that are read at once, at most
+ROWS_AT_ONCE = 8192  # of views that are read at once, at most
 _WRITE: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 3,
@@ -192,7 +192,6 @@ class Contents:
 
     name: str
     data: bytes
-    _ahead: "_Ahead" = field(default_factory=lambda: _Ahead(), init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.name
@@ -221,30 +220,6 @@ class Contents:
         _check_layout(self.parquet, self.name, footer)
         return footer
 
-    def take(self, view: int) -> LabelRows:
-        """Read one view of a label shard; who takes them in order gets them faster."""
-        ahead, footer = self._ahead, self.labels_layout
-        rows = ahead.rows.pop(view, None)
-        if rows is None:
-            ahead.many = 2 * ahead.many if view == ahead.following else 1
-            most = max(1, min(ahead.many, AHEAD_ROWS // max(1, footer.rows_per_view)))
-            run = _read_run(self, footer, range(view, min(view + most, footer.view_stop)))
-            rows, ahead.rows = run.pop(view), run
-        ahead.following = view + 1
-        return rows
-
-
-@dataclass
-class _Ahead:
-    """Views that were read with the one before them, because a call of a library costs as much as a hundred rows.
-
-    Twice as many each time, so who reads a few in a row has as many read as are used.
-    """
-
-    following: int = -1
-    many: int = 1
-    rows: dict[int, LabelRows] = field(default_factory=dict)
-
 
 def read_labels_footer(file: Path | Contents) -> LabelsFooter:
     """Read what a label shard says of itself, without its rows."""
@@ -263,18 +238,37 @@ def read_view(file: Path | Contents, view: int) -> LabelRows:
     Raises:
         LabelSetCorrupt: the file is not what its footer says.
     """
-    file = _contents(file)
+    (rows,) = read_views(_contents(file), view, 1)
+    return rows
+
+
+def read_views(file: Contents, first: int, most: int) -> list[LabelRows]:
+    """Read views of a label shard in a row, and check them as `read_view` does.
+
+    One call for several views is faster: a call of the library costs as much as a hundred rows.
+
+    Args:
+        file: a label shard.
+        first: the first of these views.
+        most: how many are wanted, at least 1.
+
+    Returns:
+        at least the first view, and after it as many as are wanted, are there, fit in ROWS_AT_ONCE and are sound.
+    """
     footer = file.labels_layout
-    if not footer.view_start <= view < footer.view_stop:
-        raise LabelSetCorrupt(f"{file} holds views {footer.view_start}..{footer.view_stop - 1}, not {view}")
-    return file.take(view)
+    if not footer.view_start <= first < footer.view_stop:
+        raise LabelSetCorrupt(f"{file} holds views {footer.view_start}..{footer.view_stop - 1}, not {first}")
+    most = max(1, min(most, ROWS_AT_ONCE // max(1, footer.rows_per_view), footer.view_stop - first))
+    return _read_run(file, footer, range(first, first + most))
 
 
 def read_all_views(file: Path | Contents) -> list[LabelRows]:
     """Read a whole label shard, and check its content hash too."""
     file = _contents(file)
     footer = file.labels_layout
-    views = [file.take(view) for view in range(footer.view_start, footer.view_stop)]
+    views: list[LabelRows] = []
+    while (first := footer.view_start + len(views)) < footer.view_stop:
+        views += read_views(file, first, footer.view_stop - first)
     if footer.codec.content_xxh3(views) != footer.content_xxh3:
         raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states", fix=DAMAGED_FILE)
     return views
@@ -391,7 +385,7 @@ def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
         )
 
 
-def _read_run(file: Contents, footer: LabelsFooter, views: range) -> dict[int, LabelRows]:
+def _read_run(file: Contents, footer: LabelsFooter, views: range) -> list[LabelRows]:
     """Read and check some views; where a later one is damaged, the first alone."""
     try:
         rows = _read_row_groups(file, footer, views)
@@ -400,7 +394,7 @@ def _read_run(file: Contents, footer: LabelsFooter, views: range) -> dict[int, L
             raise
         return _read_run(file, footer, views[:1])
     size = footer.rows_per_view
-    return {view: rows.part(slice(place * size, (place + 1) * size)) for place, view in enumerate(views)}
+    return [rows.part(slice(place * size, (place + 1) * size)) for place in range(len(views))]
 
 
 def _read_row_groups(file: Contents, footer: LabelsFooter, views: range) -> LabelRows:

@@ -16,9 +16,9 @@ from typing import Any
 from pipeline.crash import CRASHED, Crash, crash_of
 from pipeline.errors import DeitCliError, TeacherError, WorkerError
 from pipeline.images.source import Source, open_source
-from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, rank_from
+from pipeline.machine.threads import usable_cores
 from pipeline.repeats import hear, send_messages, warn_again
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.stage1.dispatch import TRIES, Dispatcher

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
@@ -10,8 +9,7 @@ from pipeline.labels.format import IMAGES_FOLDER
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
-from pipeline.storage.cache import RemoteFolder, open_cache
-from pipeline.storage.urls import is_url, join_url
+from pipeline.storage.place import open_place
 from pipeline.views.recipe import Recipe
 
 
@@ -33,11 +31,11 @@ def extension(
         LabelSetError: there is no label set.
         UsageError: one image size for teachers that see several.
     """
-    label_set = LabelSet(RemoteFolder(location, open_cache()) if is_url(location) else Path(location))
+    label_set = LabelSet(open_place(location))
     plan = label_set.plan
     longest = max((stop - start for start, stop in label_set.manifest.view_blocks), default=0)  # the last may be short
     config = PrecomputeConfig(
-        data=_images_of(location, label_set) if data is None else data,
+        data=_images_of(label_set) if data is None else data,
         out=location,
         views=views,
         topk=plan.topk,
@@ -48,10 +46,8 @@ def extension(
     return config, _teacher_of(plan, _of(TeacherConfig, values)), plan.recipe
 
 
-def _images_of(location: str, label_set: LabelSet) -> str:
-    if not label_set.has_images:
-        return label_set.images_location()
-    return join_url(location, IMAGES_FOLDER) if is_url(location) else str(Path(location) / IMAGES_FOLDER)
+def _images_of(label_set: LabelSet) -> str:
+    return str(label_set.place / IMAGES_FOLDER) if label_set.has_images else label_set.images_location()
 
 
 def _of(kind: type, values: dict[str, Any]) -> dict[str, Any]:

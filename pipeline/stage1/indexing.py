@@ -12,7 +12,7 @@ import xxhash
 from pipeline.errors import BadImageError, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
-from pipeline.labels.labelset import checked_samples
+from pipeline.labels.checked_files import checked_samples
 from pipeline.labels.manifest import Plan, samples_path
 from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
 from pipeline.machine.loaders import Mapped, Whereabouts, checked, start_loader

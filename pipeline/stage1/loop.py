@@ -7,13 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.images.source import Source
+from pipeline.labels.checked_files import check_rows, checked_labels_footer, checked_samples
 from pipeline.labels.format import damaged_file
-from pipeline.labels.labelset import checked_labels_footer, checked_samples
 from pipeline.labels.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
 from pipeline.labels.replay import compare_probes
 from pipeline.labels.tables import SampleRows, read_all_views
@@ -184,8 +183,8 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
         return False
     try:
         footer = checked_labels_footer(path, job.plan, task.shard, task.views)
-        if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
-            raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file")
+        for view, rows in enumerate(read_all_views(path), task.views.start):
+            check_rows(path, view, rows, samples.usable, block=task.views)
     except (LabelSetCorrupt, LabelSetMismatch) as error:
         raise error.with_fix(damaged_file(task.views)) from error.__cause__
     compare_probes(read_probes(footer.probes, path), job.recipe, job.source, {task.shard: samples}.__getitem__)

@@ -17,10 +17,11 @@ from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, Usage
 from pipeline.images.decode import decode
 from pipeline.images.source import Sample, Source
 from pipeline.labels.card import refresh_card
+from pipeline.labels.comparing import check_source, labelled_part, record_of
 from pipeline.labels.format import MANIFEST_NAME, MAX_TOPK, PLAN_NAME
-from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan, SourceRecord, label_blocks, read_plan
-from pipeline.labels.sealing import check_theirs, check_untouched, claim, seal, sealed_manifest
+from pipeline.labels.sealing import check_replaceable, check_untouched, claim, seal, sealed_manifest
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
@@ -31,7 +32,8 @@ from pipeline.stage1.loop import Job, LabelTask, paths_of
 from pipeline.stage1.packing import Packing, check_packable, pack_images, plan_packing
 from pipeline.stage1.ray import connect_ray, run_ray
 from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
-from pipeline.storage.mirror import ChangedElsewhere, Mirror, mirror_of
+from pipeline.storage.mirror import ChangedElsewhere, ManyWritersMirror
+from pipeline.storage.place import Place
 from pipeline.teacher.teacher import Teacher, check_classes, one_thread
 from pipeline.text import byte_size, count, two_columns
 from pipeline.views.mixing import mix_batch
@@ -142,12 +144,12 @@ def _held_part(out: Path, source: Source) -> tuple[Source, SourceRecord]:
     manifest = sealed_manifest(out)
     if manifest is None or manifest.shards is None:
         return source, record_of(source)
-    held = LabelSet(out)
-    held.check_source(source)
+    held = LabelSet(Place(out))
+    check_source(held, source)
     log.info(
         "%s holds %d of %d source shards: only these are labelled", out, len(held.shards), len(held.plan.source.shards)
     )
-    return held.labelled_part(source), held.plan.source
+    return labelled_part(held, source), held.plan.source
 
 
 def look_ahead(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
@@ -196,7 +198,7 @@ def _precompute(
     teacher: Teacher,
     source: Source,
     progress: Progress,
-    mirror: Mirror | None,
+    mirror: ManyWritersMirror | None,
 ) -> LabelSet | None:
     work = plan_work(config, recipe, teacher, source)
     source = work.source
@@ -334,13 +336,13 @@ def _cut(views: list[int], size: int) -> tuple[range, ...]:
 
 
 @contextlib.contextmanager
-def mirrored(config: PrecomputeConfig) -> Iterator[Mirror | None]:
+def mirrored(config: PrecomputeConfig) -> Iterator[ManyWritersMirror | None]:
     """Bring the label set of an --out that is a URL, and send what is made of it for as long as the block runs.
 
     Raises:
         UsageError: Ray's workers would write to folders of their own.
     """
-    mirror = mirror_of(config.out, config.folder, last=MANIFEST_NAME, shared=True, adopt=check_theirs)
+    mirror = ManyWritersMirror.of(config.out, config.folder, last=MANIFEST_NAME, adopt=check_replaceable)
     if mirror is None:
         yield None
         return
@@ -361,13 +363,13 @@ def commit(
     shards: tuple[str, ...] | None,
     *,
     images: bool,
-    mirror: Mirror | None,
+    mirror: ManyWritersMirror | None,
 ) -> None:
     """Seal; where another machine has changed the manifest behind a URL meanwhile, seal its views and ours."""
     seal(out, plan, blocks, shards, images=images)
     while mirror is not None:
         try:
-            mirror.send(commit=True)
+            mirror.commit()
             return
         except ChangedElsewhere as error:
             log.info("%s: sealing once more, with what is there now", error)

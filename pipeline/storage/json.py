@@ -31,17 +31,17 @@ def read_json(path: Path) -> Any:
     Raises:
         StorageError: the file is missing, too large, or not such JSON.
     """
-    return load_json(read_small(path), path)
+    return load_json(read_small(path, max_bytes=MAX_JSON_BYTES), path)
 
 
-def read_small(path: Path) -> bytes:
-    """Return the bytes of a JSON file, whose size is bounded."""
+def read_small(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return the bytes of a small file, such as a JSON file."""
     with refusals_named(path):
         size = path.stat().st_size
         if not path.is_file():
             raise StorageError(f"{path}: a plain file must be here, not a folder, pipe or device")
-        if size > MAX_JSON_BYTES:
-            raise StorageError(f"{path}: a JSON file may have at most {MAX_JSON_BYTES} bytes, this one has {size}")
+        if size > max_bytes:
+            raise StorageError(f"{path}: such a file may have at most {max_bytes} bytes, this one has {size}")
         return path.read_bytes()
 
 

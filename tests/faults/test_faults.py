@@ -61,6 +61,7 @@ from pipeline.stage1 import drafts
 from pipeline.stage1 import loop as labelling
 from pipeline.stage1 import precompute as stage1
 from pipeline.storage import atomic as storage
+from pipeline.storage.place import open_place
 from pipeline.teacher.teacher import Teacher
 
 ROOT = Path(__file__).parents[2]
@@ -878,7 +879,7 @@ def test_fault_10_a_run_with_files_missing_or_mixed_up_makes_them_again_or_refus
     else:
         with pytest.raises(LabelSetMismatch, match="|".join(names)):
             make_label_set(images, copied)
-        assert not LabelSet(copied).manifest.sealed
+        assert not LabelSet(open_place(copied)).manifest.sealed
 
 
 def test_fault_10_a_file_too_many_changes_no_label_and_is_never_listed(images, begun, made, whole):

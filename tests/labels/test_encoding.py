@@ -16,6 +16,7 @@ from support.tables import assert_equal, encode_rows, footer_of, write
 
 from pipeline.errors import LabelSetCorrupt
 from pipeline.images.source import open_source
+from pipeline.labels.checked_files import ViewsInOrder
 from pipeline.labels.encoding import (
     CODECS,
     LOG8_STEP,
@@ -264,9 +265,9 @@ def test_views_are_the_same_in_whatever_order_they_are_read(tmp_path, precision,
     rng = np.random.default_rng(0)
     orders = [list(range(12)), list(range(12))[::-1], [0, 1, 1, 2, 0, 1, 2, 3, 4, 5, 3, 11], *rng.permutation(12)[None].repeat(3, 0).tolist()]  # fmt: skip
     for order in orders:
-        contents = Contents("a", path.read_bytes())
+        reader = ViewsInOrder(Contents("a", path.read_bytes()))
         for view in order:
-            assert_equal(read_view(contents, 3 + view), views[view])
+            assert_equal(reader.read(3 + view), views[view])
 
 
 def test_a_damaged_view_spoils_none_that_is_read_with_it(tmp_path):
@@ -275,8 +276,9 @@ def test_a_damaged_view_spoils_none_that_is_read_with_it(tmp_path):
     tail[2] = np.nan
     views[6] = dataclasses.replace(views[6], tail_mass=tail)
     contents = Contents("a", write(tmp_path / "a.parquet", views, footer_of(views, 9)).read_bytes())
-    for view in range(6):
-        assert_equal(read_view(contents, view), views[view])
-    with pytest.raises(LabelSetCorrupt, match="a: view 6: a probability is outside"):
-        read_view(contents, 6)
-    assert_equal(read_view(contents, 7), views[7])
+    for read in (ViewsInOrder(contents).read, lambda view: read_view(contents, view)):
+        for view in range(6):
+            assert_equal(read(view), views[view])
+        with pytest.raises(LabelSetCorrupt, match="a: view 6: a probability is outside"):
+            read(6)
+        assert_equal(read(7), views[7])

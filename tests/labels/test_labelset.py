@@ -41,8 +41,9 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.images.source import open_source
+from pipeline.labels.comparing import check_source, record_of
 from pipeline.labels.encoding import LabelRows, codec_of
-from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import (
     LabelsFooter,
     read_all_views,
@@ -53,6 +54,7 @@ from pipeline.labels.tables import (
     write_samples,
 )
 from pipeline.stage1.precompute import plan_work
+from pipeline.storage.place import open_place
 from pipeline.views.recipe import Recipe
 
 FIRST = "labels/views-00000-00001/train-0.parquet"
@@ -273,7 +275,7 @@ def test_verify_names_every_damaged_file_and_no_other(copied):
     flip(copied / FIRST)
     flip(copied / "samples/train-1.parquet")
     (copied / LATER).write_bytes(b"short")
-    problems = problems_in(LabelSet(copied))
+    problems = problems_in(LabelSet(open_place(copied)))
     names = [str(path.relative_to(copied)) for path in files_of(copied)]
     named = {name for name in names if any(name in text for text in problems)}
     assert named == {FIRST, LATER, "samples/train-1.parquet"}
@@ -436,8 +438,8 @@ def last_row_moved(rows: LabelRows) -> LabelRows:
 ROWS = [
     # what the rows become, how many the manifest names, what verify says
     (first_three, 10, "has 3 rows a view, the manifest says 10 in all"),
-    (first_three, 6, "view 0 must have the 5 usable rows of its samples file"),
-    (last_row_moved, 10, "view 0 must have the 5 usable rows of its samples file"),
+    (first_three, 6, "view 0 does not have the usable rows of its samples file"),
+    (last_row_moved, 10, "view 0 does not have the usable rows of its samples file"),
 ]
 
 
@@ -445,8 +447,11 @@ ROWS = [
 def test_labels_of_other_rows_are_found_by_verify(copied, change, count, text):
     rewrite(copied / FIRST, change, rows_per_view=len(change(read_all_views(copied / FIRST)[0])))
     seal_again(copied, lambda m: entries(m, kind="labels", shard="train-0")[0].update(rows=count))
-    (problem,) = problems_in(LabelSet.open(copied))
+    opened = LabelSet.open(copied)
+    (problem,) = problems_in(opened)
     assert problem.startswith((f"{copied / FIRST}: {text}. Fetch it", f"{copied / FIRST} {text}. Fetch it"))
+    with pytest.raises(LabelSetCorrupt, match=f"{copied / FIRST}:? {text}"):
+        opened.read("train-0", 0)
 
 
 def test_a_footer_whose_probes_are_none_is_refused(copied):
@@ -536,14 +541,14 @@ SOURCES = [
 def test_another_source_is_refused_with_the_names_of_what_differs(made, tmp_path, change, names):
     source = open_source(other_source(tmp_path / "other", change))
     with pytest.raises(LabelSetMismatch) as caught:
-        LabelSet.open(made).check_source(source)
+        check_source(LabelSet.open(made), source)
     assert f"{made} labels source" in str(caught.value)
     assert f"is another: {names}" in str(caught.value)
     assert str(caught.value).endswith("Pass the --data that was labelled")
 
 
 def test_the_same_source_elsewhere_is_accepted(made, tmp_path):
-    LabelSet.open(made).check_source(open_source(other_source(tmp_path / "copy", "nothing")))
+    check_source(LabelSet.open(made), open_source(other_source(tmp_path / "copy", "nothing")))
 
 
 def test_a_shard_name_that_the_format_cannot_hold_is_an_error_of_ours(tmp_path):

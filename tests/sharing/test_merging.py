@@ -227,7 +227,7 @@ def test_labels_of_an_open_folder_must_have_the_rows_of_its_samples(data, whole,
     shutil.copy(whole / "samples/train-000000.parquet", tmp_path / "b/samples/train-000000.parquet")
     (tmp_path / "b/manifest.json").unlink()
     with pytest.raises(
-        LabelSetCorrupt, match=r"train-000000.parquet does not have the usable rows of its samples file"
+        LabelSetCorrupt, match=r"train-000000.parquet: view 0 does not have the usable rows of its samples file"
     ):
         merge(tmp_path / "set", [str(tmp_path / "b")])
 

@@ -1,5 +1,6 @@
 """Batches of stage 2: the replayed views, their mixes and their labels, whoever renders them."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from support.training import content
 from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
+from pipeline.labels.checked_files import ViewsInOrder
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import Mapped, checked, start_loader
 from pipeline.settings.files import load_recipe
@@ -330,16 +332,17 @@ def test_a_value_that_could_not_be_made_is_asked_for_again():
 
 
 def test_labels_whose_rows_are_not_those_of_the_samples_are_refused(source, label_set, monkeypatch):
-    read = LabelSet.read
+    read = ViewsInOrder.read
 
-    def one_less(self, shard, view):
-        return read(self, shard, view).part(slice(1, None))
+    def one_less(self, view):
+        return read(self, view).part(slice(1, None))
 
-    monkeypatch.setattr(LabelSet, "read", one_less)
+    monkeypatch.setattr(ViewsInOrder, "read", one_less)
     error = renderer_of(source, label_set)(0)
     assert isinstance(error, LabelSetCorrupt)
-    assert "view 0 of train-00000" in str(error)
-    assert str(error).endswith("does not have the usable rows of its samples file")
+    assert re.search(
+        r"train-00000.\.parquet: view 0 does not have the usable rows of its samples file\. Fetch it", str(error)
+    )
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
