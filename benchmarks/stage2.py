@@ -36,7 +36,7 @@ from stage1 import kernels
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import DistillationTeacher, TokenDistillationTask
 
-from pipeline.cost.measuring import forward_flops
+from pipeline.cost.rates import forward_flops
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.timing import Work, row_s
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig

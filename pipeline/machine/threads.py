@@ -14,15 +14,15 @@ Made = TypeVar("Made")
 class Telling:
     """Counts what is done, and tells how far it is."""
 
-    def __init__(self, phase: str, total: int, progress: Progress) -> None:
-        self._phase, self._total, self._progress = phase, total, progress
+    def __init__(self, phase: str, total: int, progress: Progress, *, unit: str) -> None:
+        self._phase, self._total, self._progress, self._unit = phase, total, progress, unit
         self._done, self._began = 0, time.monotonic()
 
     def __call__(self) -> None:
         """Count one more."""
         self._done += 1
         elapsed = time.monotonic() - self._began
-        self._progress(Tick(self._phase, self._done, self._total, elapsed, made=self._done))
+        self._progress(Tick(self._phase, self._done, self._total, elapsed, made=self._done, unit=self._unit))
 
 
 def in_threads(items: Iterable[Item], do: Callable[[Item], Made], threads: int) -> Iterator[tuple[Item, Made]]:

@@ -84,7 +84,7 @@ def merge(out: Path, locations: Sequence[str], *, progress: Progress = lambda _:
     plan = _claim(out, parts)
     _check_found(out, plan)
     sweep_temporaries(out)
-    found, tell = 0, Telling("merge", sum(len(part) for part in parts), progress)
+    found, tell = 0, Telling("merge", sum(len(part) for part in parts), progress, unit="files")
     for part in parts:
         for file in part:
             with refusals_named(out / file.path):

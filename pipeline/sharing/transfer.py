@@ -281,6 +281,7 @@ def _move_all(
                 elapsed_s=time.monotonic() - began,
                 made=tick.made + (brought is not None),
                 bytes_written=tick.bytes_written + (brought or 0),
+                unit="files",
             )
             progress(tick)
     return tick

@@ -68,7 +68,7 @@ def compare_images(
         if (text := compare_names(what, mine, theirs, limit=10)) != "":
             report.problems.append(Problem(source.location, "source", f"{source.location}: {text}", way_out))
     shards = list(dict.fromkeys((*label_set.shards, *names)))
-    tell = Telling("compare", len(shards), progress)
+    tell = Telling("compare", len(shards), progress, unit="source shards")
     comparison, local = Comparison(), threading.local()
     report.images = 0
 
