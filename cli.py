@@ -212,10 +212,10 @@ def stage2(as_json: bool, **values: Any) -> None:
     """
     config, timing = split_values(values, TrainConfig, TimingConfig)
     recipe = asked_recipe(values)
-    from trainer.measuring import measure_training, stage2_table
+    from trainer.bench import bench_training
 
-    found = measure_training(config, recipe, seconds=timing.seconds)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else stage2_table(found))
+    found = bench_training(config, recipe, seconds=timing.seconds)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
 
 
 @commands.group()

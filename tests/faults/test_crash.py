@@ -23,7 +23,7 @@ INJECTED = {
     "estimate": ("pipeline.cost.estimate.load_here", TEACHER),
     "bench stage1": ("pipeline.cost.bench.load_here", TEACHER),
     "train": ("trainer.loop.build_state", ["--labels", LABELS]),
-    "bench stage2": ("trainer.measuring.measure_training", ["--labels", LABELS]),
+    "bench stage2": ("trainer.bench.bench_training", ["--labels", LABELS]),
     "evaluate": ("trainer.evaluate.open_student", ["--model", "test_resnet", "--data", DATA]),
     "labels info": ("pipeline.labels.summary.summarise", [LABELS]),
     "labels verify": ("pipeline.verify.verify.check_images", [LABELS]),
