@@ -33,7 +33,8 @@ from ceilings import matrix_tflops
 from rounds import Job, machine, medians, options, write_json
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.cost.measuring import forward_flops, measure_rates, measure_together
+from pipeline.cost.bench import measure_run
+from pipeline.cost.rates import forward_flops, measure_rates
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import Whereabouts
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
@@ -174,7 +175,7 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
                 with others_rendering(blocks, BlockRenderer(source, recipe), workers):
                     beside, _ = teacher_alone(teacher, recipe, batch, args.seconds)
             rendered = rendering_alone(blocks, BlockRenderer(source, recipe), recipe.img_size, workers, args.seconds)
-            tick = measure_together(source, recipe, teacher, config, num_images=args.images, seconds=args.seconds)
+            tick = measure_run(source, recipe, teacher, config, num_images=args.images, seconds=args.seconds)
             slower = min(alone, rendered)
             rounds.append(
                 {
@@ -330,7 +331,7 @@ def together_figures(
     marks = [time.monotonic()]
     rendered = rendering_alone(blocks, BlockRenderer(source, recipe), recipe.img_size, workers, seconds)
     marks.append(time.monotonic())
-    tick = measure_together(source, recipe, teacher, config, num_images=source.num_samples, seconds=seconds)
+    tick = measure_run(source, recipe, teacher, config, num_images=source.num_samples, seconds=seconds)
     synchronise(teacher.device)
     marks.append(time.monotonic())
     made = tick.per_second or 0.0

@@ -36,16 +36,16 @@ from stage1 import kernels
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import DistillationTeacher, TokenDistillationTask
 
-from pipeline.cost.measuring import forward_flops
+from pipeline.cost.rates import forward_flops
 from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import Work, row_s
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.engines import load_here
 from pipeline.stage1.precompute import precompute
+from trainer.bench import batches_in_memory, measure_loop, measure_stream, opened_run, update_on
 from trainer.config import TrainConfig
 from trainer.loop import Run
-from trainer.measuring import batches_in_memory, measure_stream, measure_together, opened_run, update_on
 from trainer.optim import create_ema, create_optimizer
 from trainer.stream import Batch, mixed_images
 from trainer.student import normalise
@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, name: str, labels: Path) -> dict[str, Any]
             calls[kind] = max(1, int(args.seconds / row_s(work, 1, device)))
         for _ in range(args.rounds):
             alone = views / row_s(works["alone"], calls["alone"], device)
-            together = measure_together(run, seconds=args.seconds)
+            together = measure_loop(run, seconds=args.seconds)
             online = views / row_s(works["online"], calls["online"], device)
             rounds.append(
                 {
@@ -307,7 +307,7 @@ def case_figures(bench: Bench, name: str, batch: int, compiled: bool) -> dict[st
         calls = {kind: max(1, int(bench.seconds / row_s(work, 3, device))) for kind, work in works.items()}
         rounds, marks = [], [began, time.monotonic()]
         for _ in range(bench.rounds):
-            together = measure_together(run, seconds=bench.seconds)
+            together = measure_loop(run, seconds=bench.seconds)
             marks.append(time.monotonic())
             rates = {kind: views / row_s(work, calls[kind], device) for kind, work in works.items()}
             rounds.append(rates | {"from_labels": together.images_per_s, "data_wait": together.data_wait})

@@ -27,7 +27,7 @@ ROOMS = {
     "teacher": GROUND | {"weights", "machine", "views", "labels", "settings"},
     "stage1": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "teacher"},
     "verify": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "sharing", "teacher"},
-    "exchange": GROUND | {"storage", "machine", "images", "views", "labels", "stage1"},
+    "exchange": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "stage1"},
     "cost": GROUND | {"machine", "images", "views", "labels", "settings", "teacher", "stage1"},
     "pipeline": {"labels", "views", "images"},  # the public names
     "trainer": GROUND | {"storage", "machine", "weights", "images", "views", "labels", "settings"},

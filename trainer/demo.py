@@ -23,7 +23,7 @@ from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
 from pipeline.storage.atomic import refusals_named
 from pipeline.views.recipe import Recipe
-from trainer.config import TrainConfig
+from trainer.config import EvaluateConfig, TrainConfig
 from trainer.evaluate import evaluate_checkpoint
 from trainer.loop import train
 from trainer.metrics import read_metrics
@@ -256,19 +256,8 @@ def _label(
 
 
 def _evaluate(run: Path, data: Path) -> dict[str, Any]:
-    return evaluate_checkpoint(
-        checkpoint=str(run / "last"),
-        model=None,
-        pretrained=False,
-        data=str(data),
-        labels=None,
-        agreement_samples=0,
-        batch_size=256,
-        workers=0,
-        crop_pct=1.0,
-        device="auto",
-        amp_dtype="auto",
-    )["scores"]
+    config = EvaluateConfig(checkpoint=str(run / "last"), data=str(data), workers=0, crop_pct=1.0)
+    return evaluate_checkpoint(config)["scores"]
 
 
 def _table(results: Results, out: Path) -> str:

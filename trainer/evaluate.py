@@ -1,7 +1,7 @@
 """Accuracy of the class head, the distillation head and their fusions; agreement with the teacher's stored answers."""
 
 import logging
-import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pipeline.machine.loaders import Mapped, checked, plan_workers, start_loader
 from pipeline.machine.ranks import resolve_device
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
-from trainer.config import AmpDtype
+from trainer.config import EvaluateConfig
 from trainer.order import Order, count_units
 from trainer.parallel import Running, World, forward_dtype
 from trainer.stream import BatchRenderer, Catalogue, CentreBatches, mixed_images, stream_batches
@@ -27,62 +27,40 @@ Scores = dict[str, dict[str, float]]
 ANSWERS = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
 
 
-def evaluate_checkpoint(
-    *,
-    checkpoint: str | None,
-    model: str | None,
-    pretrained: bool,
-    data: str | None,
-    labels: str | None,
-    labels_data: str | None = None,
-    expect_manifest: str | None = None,
-    num_classes: int | None = None,
-    agreement_samples: int,
-    batch_size: int,
-    workers: int | None,
-    crop_pct: float | None,
-    device: str,
-    amp_dtype: AmpDtype,
-) -> dict[str, Any]:
+def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     """Open a student, measure what was asked, and return it as plain JSON values.
 
-    Args:
-        checkpoint: path or URL; see `open_student`, as `model` and `pretrained`.
-        data: labelled images to measure accuracy on, or None.
-        labels: label set to measure agreement on, or None.
-        labels_data: its images; None takes them from where it found them.
-        expect_manifest: pin of its manifest; None: any.
-        num_classes: C of a file of weights; None takes that of `data` or `labels`.
-        agreement_samples: views to measure agreement on, at most.
-        batch_size: images in one forward pass.
-        workers: loader processes; None asks the machine.
-        crop_pct: of the centre crop; None takes the model's.
-        device: torch device, or `auto`.
-        amp_dtype: of the forward pass.
+    Raises:
+        UsageError: the student is not named well, or it does not fit the images or the labels.
     """
-    label_set = None if labels is None else LabelSet.open(labels, expect_manifest=expect_manifest)
-    source = None if data is None else open_source(data)
-    classes = num_classes or (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
-    here = weights_here(os.fspath(checkpoint)) if checkpoint else None
-    if num_classes and (here is None or here.is_dir()):
+    label_set = None if config.labels is None else LabelSet.open(config.labels, expect_manifest=config.expect_manifest)
+    source = None if config.data is None else open_source(config.data)
+    student = _open(config, [each.num_classes for each in (source, label_set) if each])
+    where = resolve_device(config.device)
+    world = World(0, 1, where, plan_workers(config.workers, where))
+    running = Running(world=world, dtype=forward_dtype(config.amp_dtype, where), batch_size=config.batch_size)
+    student.to(where)
+    result: dict[str, Any] = {"checkpoint": config.checkpoint or str(config.model)}
+    if source:
+        result["scores"], result["images"] = evaluate(student, source, running, crop_pct=config.crop_pct)
+    if label_set:
+        images = label_set.open_source(config.labels_data)
+        check_replay(label_set, images)
+        result["agreement"], result["agreement_views"] = measure_agreement(
+            student, label_set, images, running, limit=config.agreement_samples
+        )
+    return result
+
+
+def _open(config: EvaluateConfig, num_classes: Sequence[int | None]) -> Student:
+    """Open the student; `num_classes` are those of the images and the labels, where they are known."""
+    here = weights_here(config.checkpoint) if config.checkpoint else None
+    if config.num_classes and (here is None or here.is_dir()):
         raise UsageError(
             "--num-classes is of a file of weights: a folder and published weights say their own, leave it out"
         )
-    student = open_student(here, model=model, num_classes=classes, pretrained=pretrained)
-    where = resolve_device(device)
-    world = World(0, 1, where, plan_workers(workers, where))
-    running = Running(world=world, dtype=forward_dtype(amp_dtype, where), batch_size=batch_size)
-    student.to(where)
-    result: dict[str, Any] = {"checkpoint": str(checkpoint or model)}
-    if source:
-        result["scores"], result["images"] = evaluate(student, source, running, crop_pct=crop_pct)
-    if label_set:
-        images = label_set.open_source(labels_data)
-        check_replay(label_set, images)
-        result["agreement"], result["agreement_views"] = measure_agreement(
-            student, label_set, images, running, limit=agreement_samples
-        )
-    return result
+    classes = next(filter(None, (config.num_classes, *num_classes)), None)
+    return open_student(here, model=config.model, num_classes=classes, pretrained=config.pretrained)
 
 
 def fused_logits(heads: Heads) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from trainer.losses import ClassTarget, TeacherTarget, distillation_loss
 from trainer.metrics import Recorder, open_recorder
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.order import Order, Share
-from trainer.pace import Pace, Progress
+from trainer.pace import Pace, StepProgress
 from trainer.parallel import (
     Consensus,
     OnRank,
@@ -65,7 +65,7 @@ log = logging.getLogger("deit_cli.train")
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progress | None = None) -> Path:
+def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: StepProgress | None = None) -> Path:
     """Train a student, or continue its run; return the run's folder.
 
     Started by torchrun, every rank calls this, and rank 0 writes the files.
@@ -158,7 +158,7 @@ class Run:
         recipe: Recipe | None,
         share: Share,
         running: Running,
-        progress: Progress | None,
+        progress: StepProgress | None,
         mirror: Mirror | None = None,
     ) -> None:
         self.config, self.share, self.running, self.mirror = config, share, running, mirror

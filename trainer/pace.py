@@ -1,13 +1,14 @@
 """How far a training run is and how fast it goes: what the loop counts, and what a person reads."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from pipeline.machine.progress import Throttle
 from pipeline.text import count
 from trainer.metrics import read_metrics
 
@@ -60,13 +61,17 @@ class Step:
     left_s: float | None = None
     doing: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self) | {"per_second": self.per_second}
+
     @property
     def per_second(self) -> float:
         """Updates of this start in a second, pauses included."""
         return self.made / self.elapsed_s if self.elapsed_s else 0.0
 
 
-Progress = Callable[[Step], None]
+StepProgress = Callable[[Step], None]
 
 
 @dataclass
@@ -91,7 +96,7 @@ class Pace:
     Everything but `look` is free of device synchronisation, and is meant to be called for every update.
     """
 
-    def __init__(self, *, total: int, per_epoch: int, progress: Progress | None = None) -> None:
+    def __init__(self, *, total: int, per_epoch: int, progress: StepProgress | None = None) -> None:
         """Begin to measure.
 
         Args:
@@ -182,20 +187,22 @@ class Pace:
         return left * (time.monotonic() - self._first) / (self._made - 1)
 
 
-def now_and_then(every_s: float = SAY_EVERY_S) -> Progress:
-    """Return a progress that logs the first look, then looks no faster than so, and the last; and in between where the run is."""
-    looked, said = -math.inf, time.monotonic()
+def log_steps(every_s: float = SAY_EVERY_S) -> StepProgress:
+    """Return a progress that logs where a run is, at most once in so many seconds, and its last step.
+
+    The first step with new numbers is logged at once. Where the numbers are old, the line leaves them out.
+    """
+    numbers, lines = Throttle(every_s, due=True), Throttle(every_s)
 
     def update(step: Step) -> None:
-        nonlocal looked, said
-        now = time.monotonic()
-        news = step.news and (now - looked >= every_s or step.done == step.total)
-        if news or now - said >= every_s:
+        if lines.due or (step.news and (numbers.due or step.done == step.total)):
+            lines.restart()
+            if step.news:
+                numbers.restart()
             shown = (
                 step if step.news else replace(step, numbers={})
             )  # an old loss would look like one that stands still
-            said, looked = now, now if step.news else looked
-            log.info("%s", "  ".join(filter(None, (place(step), state(shown, every_number=True), left(step)))))
+            log.info("%s", "  ".join(filter(None, (place(step), step_text(shown, every_number=True), left(step)))))
 
     return update
 
@@ -206,7 +213,7 @@ def place(step: Step) -> str:
     return f"epoch {step.epoch}, update {step.update:>{len(of)},}/{of}"  # one width, so that a bar stands still
 
 
-def state(step: Step, *, every_number: bool = False) -> str:
+def step_text(step: Step, *, every_number: bool = False) -> str:
     """Return losses, learning rate and speed; without `every_number` it fits a narrow terminal."""
     names = step.numbers if every_number else ("loss",)
     parts = [f"{name} {step.numbers[name]:.4f}" for name in names if name in step.numbers]

@@ -174,7 +174,7 @@ def _open_fkd(path: Path, num_classes: int, progress: Progress) -> Reader:
         began = time.monotonic()
         for done, file in enumerate(files, 1):
             yield Batch("part", fkd.read_file(file, path, num_classes=num_classes))
-            progress(Tick("files", done, len(files), time.monotonic() - began, made=done))
+            progress(Tick("files", done, len(files), time.monotonic() - began, made=done, unit="files"))
 
     return Reader(len(files), _sizes(files), read())
 
@@ -190,7 +190,7 @@ def _open_tinyvit(path: Path, num_classes: int, progress: Progress) -> Reader:
             for rows in tinyvit.read_rank(file, num_classes=num_classes):
                 yield Batch(file.name, rows)
                 done += len(rows)
-                progress(Tick("records", done, sum(totals), time.monotonic() - began, made=done))
+                progress(Tick("records", done, sum(totals), time.monotonic() - began, made=done, unit="records"))
 
     return Reader(2 * len(files), size, read())
 

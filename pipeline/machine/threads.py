@@ -22,15 +22,15 @@ def usable_cores() -> int:
 class ProgressCounter:
     """Counts what is done of a phase, and reports each count to a `Progress`."""
 
-    def __init__(self, phase: str, total: int, progress: Progress) -> None:
-        self._phase, self._total, self._progress = phase, total, progress
+    def __init__(self, phase: str, total: int, progress: Progress, *, unit: str) -> None:
+        self._phase, self._total, self._progress, self._unit = phase, total, progress, unit
         self._done, self._began = 0, time.monotonic()
 
     def __call__(self) -> None:
         """Count one more."""
         self._done += 1
         elapsed = time.monotonic() - self._began
-        self._progress(Tick(self._phase, self._done, self._total, elapsed, made=self._done))
+        self._progress(Tick(self._phase, self._done, self._total, elapsed, made=self._done, unit=self._unit))
 
 
 def in_threads(

@@ -86,7 +86,7 @@ def merge(out: Path, locations: Sequence[str], *, progress: Progress = lambda _:
     _check_found(out, plan)
     sweep_temporaries(out)
     files = [(given, file) for given in inputs for file in given.files]
-    found, count_one = 0, ProgressCounter("merge", len(files), progress)
+    found, count_one = 0, ProgressCounter("merge", len(files), progress, unit="files")
     for given, file in files:
         with refusals_named(out / file.path):
             found += not _add(out / file.path, given, file)

@@ -281,6 +281,7 @@ def _move_all(
                 elapsed_s=time.monotonic() - began,
                 made=tick.made + brought,
                 bytes_written=tick.bytes_written + (entry.bytes if brought else 0),
+                unit="files",
             )
             progress(tick)
     return tick

@@ -47,7 +47,7 @@ def index_samples(
     for done, (name, samples) in enumerate(zip(missing, checked(loader, whereabouts), strict=True)):
         footer = SamplesFooter(labelset_id=plan.labelset_id, source_id=plan.source_id, shard=name, rows=len(samples))
         publish_file(out / samples_path(name), partial(write_samples, samples=samples, footer=footer))
-        progress(Tick("index", done + 1, len(missing), time.monotonic() - began, done + 1))
+        progress(Tick("index", done + 1, len(missing), time.monotonic() - began, done + 1, unit="source shards"))
     tables = {name: checked_samples(out / samples_path(name), plan, records[name]) for name in shards}
     bad = sum(len(samples) - len(samples.usable) for samples in tables.values())
     if bad:

@@ -17,7 +17,7 @@ from pipeline.labels.manifest import Plan, labels_path, pixel_environment, read_
 from pipeline.labels.replay import compare_probes
 from pipeline.labels.tables import SampleRows, read_all_views
 from pipeline.machine.loaders import Whereabouts
-from pipeline.machine.progress import Report
+from pipeline.machine.progress import WorkDone
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.drafts import LabelDraft, publish_draft
 from pipeline.stage1.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
@@ -66,7 +66,7 @@ class Job:
         return checked_samples(self.config.folder / samples_path(shard), self.plan, record)
 
 
-Tell = Callable[[Report], None]
+Tell = Callable[[WorkDone], None]
 Finish = Callable[[LabelTask], None]
 
 
@@ -96,7 +96,7 @@ def label_shards(
     with one_thread(teacher.device), desk:
         for number, batch in enumerate(batches):
             if number == 0:
-                tell(Report())
+                tell(WorkDone())
             waiting.append((batch, teacher.ask(batch.images, batch.mix, job.plan.topk)))
             if len(waiting) > AHEAD:
                 desk.settle(*waiting.popleft())
@@ -135,7 +135,7 @@ class _Desk:
         for task in tasks:
             samples = self._job.samples(task.shard)
             if is_done(self._job, task, samples):
-                self._tell(Report(found=len(samples.usable) * len(task.views)))
+                self._tell(WorkDone(found=len(samples.usable) * len(task.views)))
                 self._finish(task)
                 continue
             draft = LabelDraft(samples, task.shard, task.views, self._job.plan)
@@ -154,7 +154,7 @@ class _Desk:
         draft.add(batch.view, rows, answer.hard, answer.topk_index, answer.topk_prob)
         draft.add_probe(batch, self._job.recipe)
         busy, self._busy_s = self._teacher.busy_s - self._busy_s, self._teacher.busy_s
-        self._tell(Report(views=len(rows), busy_s=busy))
+        self._tell(WorkDone(views=len(rows), busy_s=busy))
         if draft.is_complete:
             self._publish(task, self._drafts.pop(task))
 
@@ -168,7 +168,7 @@ class _Desk:
         """Wait until at most so many files are still to be written, and report those that are."""
         while len(self._writes) > most or (self._writes and self._writes[0][1].done()):
             task, future = self._writes.popleft()
-            self._tell(Report(bytes=future.result()))
+            self._tell(WorkDone(bytes=future.result()))
             self._finish(task)
 
 

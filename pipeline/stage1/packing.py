@@ -166,7 +166,7 @@ def pack_images(
     pack = partial(_pack_shard, out, plan, source, packing, on_bad_image, whereabouts, missing)
     loader = start_loader(Mapped(pack, len(missing)), workers=min(workers, len(missing)))
     for done, _ in enumerate(checked(loader, whereabouts), start=1):
-        progress(Tick("pack", done, len(missing), time.monotonic() - began, done))
+        progress(Tick("pack", done, len(missing), time.monotonic() - began, done, unit="source shards"))
     records = {record.name: record for record in plan.source.shards}
     for name in shards:
         shard, record = packed.shard(name), records[name]

@@ -377,6 +377,17 @@ def commit(
             seal(out, plan, blocks, shards, images=images)
 
 
+def ended_line(config: PrecomputeConfig, label_set: LabelSet | None) -> str:
+    """Return what `precompute` came to, for people."""
+    if label_set is None:
+        return f"{config.out}: this rank's label shards are complete; the rank that ends last seals the set"
+    views = label_set.views
+    return (
+        f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed."
+        f" Look: deit-cli labels show {config.out}"
+    )
+
+
 def plan_table(work: Work) -> str:
     """Return what a run would do."""
     plan = work.plan

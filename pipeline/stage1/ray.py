@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import DeitCliError, UsageError, WorkerError
-from pipeline.machine.progress import Report, Tally
+from pipeline.machine.progress import Tally, WorkDone
 from pipeline.machine.ranks import plan_loaders
 from pipeline.repeats import hear, send_messages, warn_again
 from pipeline.settings.configs import TeacherConfig
@@ -158,7 +158,7 @@ class _RayDesk:
 
     def __init__(self, tasks: Sequence[LabelTask]) -> None:
         self._dispatcher = Dispatcher(deque(tasks))
-        self._reports: list[Report] = []
+        self._reports: list[WorkDone] = []
         self._messages: list[logging.LogRecord] = []
 
     def take(self, worker: str) -> LabelTask | None:
@@ -170,7 +170,7 @@ class _RayDesk:
     def lose(self, worker: str) -> int:
         return self._dispatcher.lose(worker)
 
-    def report(self, report: Report) -> None:
+    def report(self, report: WorkDone) -> None:
         self._reports.append(report)
 
     def say(self, message: logging.LogRecord) -> None:
@@ -179,7 +179,7 @@ class _RayDesk:
     def set_aside(self) -> list[LabelTask]:
         return self._dispatcher.set_aside
 
-    def news(self) -> tuple[list[Report], list[logging.LogRecord], bool, int]:
+    def news(self) -> tuple[list[WorkDone], list[logging.LogRecord], bool, int]:
         reports, self._reports = self._reports, []
         messages, self._messages = self._messages, []
         return reports, messages, self._dispatcher.finished, len(self._dispatcher.waiting)

@@ -67,7 +67,7 @@ def compare_images(
         if (text := compare_names(what, labelled, found, limit=10)) != "":
             report.problems.append(Problem(source.location, "source", f"{source.location}: {text}", way_out))
     shards = list(dict.fromkeys((*label_set.shards, *names)))
-    count_one = ProgressCounter("compare", len(shards), progress)
+    count_one = ProgressCounter("compare", len(shards), progress, unit="source shards")
     comparison, local = Comparison(), threading.local()
     report.images = 0
 

@@ -73,7 +73,8 @@ def relabel(
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             part = pairs[start : start + PAIRS_AT_ONCE]
             _compare(label_set, source, teacher, samples, part, compared)
-            progress(Tick("relabel", len(compared.kl), max(views, len(compared.kl)), made=len(compared.kl)))
+            done = len(compared.kl)
+            progress(Tick("relabel", done, max(views, done), made=done, unit="views"))
     return compared.result(rounding_of(label_set, teacher), label_set.plan.codec.rounding)
 
 

@@ -236,7 +236,7 @@ def _check_files(
     progress: Progress,
 ) -> None:
     """Look at every file: samples first, because they say which rows a label shard must have."""
-    count_one = ProgressCounter("verify", len(tasks), progress)
+    count_one = ProgressCounter("verify", len(tasks), progress, unit="files")
     usable: dict[str, NDArray[np.int64] | None] = {}
     found: dict[_Task, Problem] = {}
     first = [task for task in tasks if task.kind == "samples"]

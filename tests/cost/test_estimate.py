@@ -6,8 +6,9 @@ import io
 import numpy as np
 import pytest
 
-from pipeline.cost.estimate import Estimate, Machine, Pace, estimate, pace
-from pipeline.cost.measuring import Rates
+from pipeline.cost.estimate import Estimate, estimate
+from pipeline.cost.rates import Rates
+from pipeline.cost.reach import Machine, ReachableRates, reachable_rates
 from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
@@ -16,7 +17,7 @@ from pipeline.labels.tables import LabelsFooter, write_labels
 RATES = Rates(read_s=0.010, decode_s=0.020, render_s=0.002, copy_s=5e-5, teacher_s=0.0009, topk_s=0.0001, write_s=1e-6)
 
 
-def worked_out(reachable: Pace | None = None, **changes) -> Estimate:
+def worked_out(reachable: ReachableRates | None = None, **changes) -> Estimate:
     known = {
         "num_images": 1000,
         "num_views": 36,
@@ -27,7 +28,7 @@ def worked_out(reachable: Pace | None = None, **changes) -> Estimate:
         "students": 4,
         "epochs": 18,
     }
-    return estimate(RATES, reachable or Pace(1000.0, 333.0, None), **(known | changes))
+    return estimate(RATES, reachable or ReachableRates(1000.0, 333.0, None), **(known | changes))
 
 
 def test_a_view_costs_its_render_and_its_share_of_one_decode():
@@ -93,7 +94,7 @@ def test_more_images_cost_in_proportion_and_move_no_ratio():
         assert getattr(ten, name) == getattr(one, name)
 
 
-PACES = [
+REACHABLE = [
     # devices, loaders, cores, threads, views per decode: views/s of teacher, rendering, cores; which decides
     (1, 3, 4, None, 30, (1000, 1000, None), "teacher"),
     (2, 3, 4, None, 30, (2000, 1000, None), "rendering"),
@@ -104,9 +105,9 @@ PACES = [
 ]
 
 
-@pytest.mark.parametrize(("devices", "loaders", "cores", "threads", "shared", "expected", "limit"), PACES)
+@pytest.mark.parametrize(("devices", "loaders", "cores", "threads", "shared", "expected", "limit"), REACHABLE)
 def test_the_slowest_part_decides(devices, loaders, cores, threads, shared, expected, limit):
-    found = pace(
+    found = reachable_rates(
         RATES,
         Machine(device="any", views_per_decode=shared, devices=devices, loaders=loaders, cores=cores, threads=threads),
     )

@@ -262,6 +262,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--compile", seen=lambda got: got.compiled > 0),
     ],
     "evaluate": [
+        Trial("-c {folder}/evaluate.yaml", seen=lambda got: got.settings["crop_pct"] == 0.5),
         Trial("--checkpoint {folder}/teacher.safetensors --model test_resnet --num-classes 3 --crop-pct 1 --batch-size 4"),
         Trial("--labels {labels} --labels-data {copy} --expect-manifest {manifest} --agreement-samples 6 --workers 1"),
         Trial("--data {copy} --device cpu --amp-dtype auto --json", seen=is_json),
@@ -349,7 +350,7 @@ def given(command: str, arguments: list[str]) -> dict[str, Any]:
     """Return the value of each parameter that these arguments give."""
     known = {flag: option for option in COMMANDS[command].params for flag in (*option.opts, *option.secondary_opts)}
     kept = [a for a in arguments if a not in ("-c", "--config")]  # a file that is not there yet
-    kept = [a for a in kept if not a.endswith(("train.yaml", "labels.yaml"))]
+    kept = [a for a in kept if not a.endswith(("train.yaml", "labels.yaml", "evaluate.yaml"))]
     context = COMMANDS[command].make_context(command, kept, resilient_parsing=True)
     values = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     return values | {known[a].name or "": a for a in arguments if a in ("-c", "--config")}
@@ -423,6 +424,7 @@ def world(tmp_path_factory) -> dict[str, str]:
     save_file(teacher.state_dict(), folder / "teacher.safetensors")
     (folder / "train.yaml").write_text("weight_decay: 0.25\nclip_grad: null\n")
     (folder / "labels.yaml").write_text("topk: 1\nset: {scale: [0.5, 1.0]}\n")
+    (folder / "evaluate.yaml").write_text("crop_pct: 0.5\n")
     (folder / "recipe.yaml").write_text("preset: deit\nimg_size: 16\nscale: [0.4, 1.0]\n")
     write_key(folder, "team")  # team.pem and team.pub
     write_fkd(folder / "fkd")

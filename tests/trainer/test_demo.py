@@ -86,7 +86,7 @@ cli.main()
 """
     command = [sys.executable, "-c", script, "demo", "--out", str(tmp_path / "demo")]
     done = subprocess.run(command, env=with_checkout(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.stdout.splitlines() == ["label 1 of 2  1 of them made before", "the table"]
+    assert done.stdout.splitlines() == ["label 1 of 2  1 of them there before", "the table"]
 
 
 def small_runs(folder: Path) -> tuple[dict, dict]:

@@ -25,6 +25,7 @@ from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.pairs import draw_mix, shard_pairs
 from pipeline.views.view import draw_view, render
 from trainer import student as student_module
+from trainer.config import EvaluateConfig
 from trainer.evaluate import centre_recipe, evaluate, evaluate_checkpoint, fused_logits, measure_agreement
 from trainer.export import export_model, hub_config
 from trainer.parallel import Running, World, forward_dtype
@@ -401,19 +402,13 @@ def test_agreement_of_a_student_of_another_size_than_the_views_is_refused_with_b
 
 def ask(**changes) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "checkpoint": None,
-        "model": None,
-        "pretrained": False,
-        "data": None,
-        "labels": None,
         "agreement_samples": 1000,
         "batch_size": 24,
         "workers": 0,
-        "crop_pct": None,
         "device": "cpu",
         "amp_dtype": "float32",
     }
-    return evaluate_checkpoint(**(settings | changes))
+    return evaluate_checkpoint(EvaluateConfig(**(settings | changes)))
 
 
 def exported(folder: Path, student: Student) -> Path:

@@ -1,4 +1,4 @@
-"""Where the time of stage 2 goes: the student alone, the stream of batches alone, and both together."""
+"""`bench stage2`: where the time of training goes: the student alone, the stream of batches alone, and both together."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ Limit = Literal["student", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class StreamParts:
     """Seconds that each part of the stream takes for one view, on one core of a loader process.
 
     Attributes:
@@ -61,7 +61,7 @@ class Parts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Together:
+class LoopRate:
     """What the training loop reached.
 
     Attributes:
@@ -78,7 +78,7 @@ class Together:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class TrainingBench:
     """The parts of stage 2 on one machine.
 
     Attributes:
@@ -104,8 +104,8 @@ class Measured:
     views_per_decode: int
     student: float
     stream: float
-    parts: Parts
-    together: Together
+    parts: StreamParts
+    together: LoopRate
 
     @property
     def limit(self) -> Limit:
@@ -135,8 +135,52 @@ class Measured:
         derived = ("limit", "reachable", "loaders_enough", "label_share")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
+    def table(self) -> str:
+        """Return where the time of stage 2 goes, which part holds it back, and how many loader processes would be enough."""
+        parts, together, loaders = self.parts, self.together, count(self.loaders, "loader process", "es")
+        share = "" if self.label_share is None else f", {100 * self.label_share:.2g} % of a step"
+        on = self.device if self.threads is None else f"{self.device}, {count(self.threads, 'thread')}"
+        rows = [
+            ("read", parts.read_s, "one core"),
+            ("decode", parts.decode_s, "one core"),
+            ("render", parts.render_s, "one core"),
+            ("plan and mix", parts.plan_s, "one core"),
+            ("labels", parts.labels_s, f"one core{share}"),
+            ("copy", parts.copy_s, f"to {self.device}, while it computes"),
+            ("student", 1 / self.student, on),
+        ]
+        lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
+        lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s:12,.1f}  {where}" for name, s, where in rows if s is not None]
+        if self.views_per_decode > 1:
+            lines.append(f"read and decode are shared by the {self.views_per_decode} views of an image")
+        update = f"{1000 * self.views_per_update / self.student:,.4g} ms for an update of {count(self.views_per_update, 'view')}"
+        of_best = together.images_per_s / self.reachable
+        lines += [
+            f"{'student alone':29}{self.student:12,.1f}  {on}, {update}",
+            f"{'stream alone':29}{self.stream:12,.1f}  {loaders if self.loaders else 'in this process'}",
+            f"{'together, measured':29}{together.images_per_s:12,.1f}  {100 * of_best:.0f} % of"
+            f" {'the slower of these' if self.loaders else 'both in turn'}, waiting for data"
+            f" {100 * together.data_wait:.0f} % of the time",
+            self._verdict(),
+        ]
+        if not 0.5 <= of_best <= 1.2:
+            lines.append(
+                "measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds"
+            )
+        return "\n".join(lines)
 
-def measure_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds: float) -> Measured:
+    def _verdict(self) -> str:
+        """Return what holds training back, by how much, and what would help."""
+        enough = f"{count(self.loaders_enough, 'loader process', 'es')} would be enough"
+        if self.loaders == 0:
+            return f"student and stream take turns in one process: {enough} (--workers) to let the student go on"
+        if self.limit == "student":
+            return f"the student is the limit: the stream could feed {self.stream / self.student:.2f} times as much; {enough}"
+        more = f"; this machine has {count(self.cores, 'core')}" if self.loaders_enough > self.cores else ""
+        return f"the stream is the limit: the student could take {self.student / self.stream:.2f} times as much; {enough}{more}"
+
+
+def bench_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds: float) -> TrainingBench:
     """Time student, stream and parts of the stream for about so many seconds each, then the loop five times as long.
 
     Whatever a run writes goes into a temporary folder. Ranks that a launcher started are not joined.
@@ -151,7 +195,7 @@ def measure_training(config: TrainConfig, recipe: Recipe | None = None, *, secon
         batches = batches_in_memory(run)
         views = sum(len(batch.keys) for batch in batches)
         update_s = steady_s(update_on(run, batches), world.device, seconds)
-        return Measured(
+        return TrainingBench(
             model=config.model,
             device=world.device.type,
             threads=torch.get_num_threads() if world.device.type == "cpu" else None,
@@ -162,7 +206,7 @@ def measure_training(config: TrainConfig, recipe: Recipe | None = None, *, secon
             student=views / update_s,
             parts=measure_parts(run, least_s=seconds),
             stream=measure_stream(run, seconds=seconds),
-            together=measure_together(run, seconds=5 * seconds),
+            together=measure_loop(run, seconds=5 * seconds),
         )
 
 
@@ -237,7 +281,7 @@ def measure_stream(run: Run, *, seconds: float) -> float:
     return made / (time.perf_counter() - began)
 
 
-def measure_together(run: Run, *, seconds: float) -> Together:
+def measure_loop(run: Run, *, seconds: float) -> LoopRate:
     """Let the loop train for so many seconds, once its queues have filled and run empty again."""
     device = run.running.device
     first = -(-(PREFETCH * run.running.world.workers + 1) // run.share.passes)
@@ -257,7 +301,7 @@ def measure_together(run: Run, *, seconds: float) -> Together:
         run.go(writer, StopRequest())
     (began, before), (ended, after) = marks
     elapsed_s = ended - began
-    return Together(
+    return LoopRate(
         images_per_s=(after.images - before.images) / elapsed_s,
         data_wait=min(1.0, (after.waited_s - before.waited_s) / elapsed_s),
         updates=after.made - before.made,
@@ -269,7 +313,7 @@ class _Enough(Exception):
     """Stops a run that has been timed for long enough."""
 
 
-def measure_parts(run: Run, *, least_s: float) -> Parts:
+def measure_parts(run: Run, *, least_s: float) -> StreamParts:
     """Time each part of the stream alone, for about so many seconds each, on the first images; medians."""
     data, views, host = run.data, run.order.views_of_epoch(0), torch.device("cpu")
     catalogue = Catalogue(data.source, data.label_set)
@@ -285,7 +329,7 @@ def measure_parts(run: Run, *, least_s: float) -> Parts:
         spent = {name: median_s(each, host, least_s) / len(samples) / len(views) for name, each in work.items()}
         plan_s, find_s = _planning_s(run, least_s)
         labels_s = None if data.label_set is None else find_s + _label_files_s(run, data.label_set, least_s)
-    return Parts(
+    return StreamParts(
         read_s=spent["read_s"],
         decode_s=spent["decode_s"],
         render_s=max(spent["made_s"] - spent["decode_s"], 0.01 * spent["made_s"]),  # both are noisy
@@ -395,47 +439,3 @@ def _sound(batch: Batch | Exception) -> Batch:
     if isinstance(batch, Exception):
         raise batch
     return batch
-
-
-def stage2_table(found: Measured) -> str:
-    """Return where the time of stage 2 goes, which part holds it back, and how many loader processes would be enough."""
-    parts, together, loaders = found.parts, found.together, count(found.loaders, "loader process", "es")
-    share = "" if found.label_share is None else f", {100 * found.label_share:.2g} % of a step"
-    on = found.device if found.threads is None else f"{found.device}, {count(found.threads, 'thread')}"
-    rows = [
-        ("read", parts.read_s, "one core"),
-        ("decode", parts.decode_s, "one core"),
-        ("render", parts.render_s, "one core"),
-        ("plan and mix", parts.plan_s, "one core"),
-        ("labels", parts.labels_s, f"one core{share}"),
-        ("copy", parts.copy_s, f"to {found.device}, while it computes"),
-        ("student", 1 / found.student, on),
-    ]
-    lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
-    lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s:12,.1f}  {where}" for name, s, where in rows if s is not None]
-    if found.views_per_decode > 1:
-        lines.append(f"read and decode are shared by the {found.views_per_decode} views of an image")
-    update = f"{1000 * found.views_per_update / found.student:,.4g} ms for an update of {count(found.views_per_update, 'view')}"
-    of_best = together.images_per_s / found.reachable
-    lines += [
-        f"{'student alone':29}{found.student:12,.1f}  {on}, {update}",
-        f"{'stream alone':29}{found.stream:12,.1f}  {loaders if found.loaders else 'in this process'}",
-        f"{'together, measured':29}{together.images_per_s:12,.1f}  {100 * of_best:.0f} % of"
-        f" {'the slower of these' if found.loaders else 'both in turn'}, waiting for data"
-        f" {100 * together.data_wait:.0f} % of the time",
-        _verdict(found),
-    ]
-    if not 0.5 <= of_best <= 1.2:
-        lines.append("measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds")
-    return "\n".join(lines)
-
-
-def _verdict(found: Measured) -> str:
-    """Return what holds training back, by how much, and what would help."""
-    enough = f"{count(found.loaders_enough, 'loader process', 'es')} would be enough"
-    if found.loaders == 0:
-        return f"student and stream take turns in one process: {enough} (--workers) to let the student go on"
-    if found.limit == "student":
-        return f"the student is the limit: the stream could feed {found.stream / found.student:.2f} times as much; {enough}"
-    more = f"; this machine has {count(found.cores, 'core')}" if found.loaders_enough > found.cores else ""
-    return f"the stream is the limit: the student could take {found.student / found.stream:.2f} times as much; {enough}{more}"

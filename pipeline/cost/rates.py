@@ -1,13 +1,11 @@
-"""How fast this machine renders and labels: each part alone, for `bench` and `estimate`."""
+"""Seconds that each part of labelling takes alone on this machine, for `estimate` and `bench stage1`."""
 
 import contextlib
 import io
 import itertools
-import os
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import BadImageError, SourceError, UsageError
 from pipeline.images.decode import decode
-from pipeline.images.samples import Sample, ShardIndex, SourceShard
+from pipeline.images.samples import Sample
 from pipeline.images.source import Source
 from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
-from pipeline.machine.progress import Tick
 from pipeline.machine.timing import median_s
-from pipeline.settings.configs import MAX_VIEW, PrecomputeConfig
-from pipeline.stage1.loop import AHEAD
-from pipeline.stage1.precompute import precompute
 from pipeline.teacher.teacher import CPU_BATCH, Teacher, one_thread
 from pipeline.views.mixing import mix_batch
 from pipeline.views.pairs import draw_mix
@@ -36,9 +30,7 @@ from pipeline.views.view import draw_view, render
 
 IMAGES = 64  # on which reading, decoding and rendering are timed, at most
 GPU_BATCH = 256
-FILLING = AHEAD + 2  # answers until the queues of a run are full
 WRITTEN = (8, 1000)  # views and rows of the label shard whose writing is timed
-MANY_VIEWS = 50_000  # of each image, more than are made before the time is up
 
 
 @dataclass(frozen=True)
@@ -168,65 +160,6 @@ def _asking(teacher: Teacher, recipe: Recipe, pixels: Tensor, topk: int) -> Call
             pending.result()
 
     return ask
-
-
-def measure_together(
-    source: Source, recipe: Recipe, teacher: Teacher, config: PrecomputeConfig, *, num_images: int, seconds: float
-) -> Tick:
-    """Run stage 1 into a temporary folder for some seconds, on the first images alone; return how far it got.
-
-    Time and views count from the moment when all queues are full, so that the start of processes is left out.
-    """
-    shard = next((shard for shard in source.shards if len(shard)), None)
-    if shard is None:
-        raise SourceError(f"{source.location} holds no image")
-    head = replace(source, shards=(Head(shard, num_images),))
-    ticks: list[tuple[float, Tick]] = []
-
-    def progress(tick: Tick) -> None:
-        if tick.phase == "label" and tick.made:
-            ticks.append((time.monotonic(), tick))
-            if len(ticks) > FILLING and ticks[-1][0] - ticks[FILLING - 1][0] > seconds:
-                raise _Enough
-
-    start, stop = config.views
-    changes: dict[str, Any] = {
-        "views": (start, min(MAX_VIEW, start + MANY_VIEWS)),  # few images must not end it
-        "views_per_shard": min(config.views_per_shard, stop - start),
-        "on_bad_image": "skip",
-        "accuracy_samples": 0,
-        "min_teacher_accuracy": 0,
-    }
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
-        precompute(
-            replace(config, out=os.path.join(folder, "labels"), **changes), recipe, teacher, head, progress=progress
-        )
-    (began, first), (ended, last) = ticks[min(FILLING, len(ticks)) - 1], ticks[-1]
-    busy = None
-    if first.teacher_busy is not None and last.teacher_busy is not None and ended > began:
-        busy = (last.teacher_busy * last.elapsed_s - first.teacher_busy * first.elapsed_s) / (ended - began)
-        busy = min(busy, 1.0)  # the first answers that are heard were computed before
-    return replace(last, made=last.made - first.made, elapsed_s=ended - began, teacher_busy=busy)
-
-
-class _Enough(Exception):
-    """Stops a run that has been timed for long enough."""
-
-
-class Head(SourceShard[Any]):
-    """The first samples of a source shard."""
-
-    def __init__(self, shard: SourceShard[Any], num_samples: int) -> None:
-        self.name, self._shard, self._num_samples = shard.name, shard, num_samples
-
-    def build_index(self) -> ShardIndex[Any]:
-        """Keep the first places."""
-        index, stop = self._shard.index, self._num_samples
-        return ShardIndex(index.keys[:stop], index.class_labels[:stop], index.places[:stop])
-
-    def read_image(self, place: Any) -> bytes:
-        """Read as the shard does."""
-        return self._shard.read_image(place)
 
 
 def forward_flops(module: nn.Module, img_size: int) -> int:
