@@ -489,7 +489,8 @@ def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) 
       deit-cli labels import fkd FKD_soft_label/imagenet/train fkd-labels
       deit-cli labels import tinyvit teacher_logits tinyvit-labels --num-classes 21841
     """
-    from pipeline.exchange.importing import import_labels, import_table
+    from pipeline.exchange.import_record import import_table
+    from pipeline.exchange.imports import import_labels
 
     with shown_progress() as progress:
         record = import_labels(kind, path, out, num_classes=num_classes, topk=topk, progress=progress)

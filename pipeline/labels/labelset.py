@@ -14,18 +14,18 @@ from pipeline.labels.encoding import LabelRows
 from pipeline.labels.format import (
     DAMAGED_PLAN,
     IMAGES_FOLDER,
+    IMPORT_NAME,
     INCOMPLETE_SET,
     MANIFEST_NAME,
     PLAN_NAME,
     check_pin,
 )
 from pipeline.labels.manifest import (
-    IMPORT_NAME,
     FileEntry,
     ShardRecord,
     parse_manifest,
     parse_plan,
-    refusal,
+    refuse_import,
     shards_of,
     short,
 )
@@ -52,7 +52,7 @@ class LabelSet:
         plan = (place / PLAN_NAME).read()
         if plan is None:
             if (found := (place / IMPORT_NAME).read()) is not None:
-                raise LabelSetMismatch(refusal(found, place))
+                raise refuse_import(found, place)
             raise LabelSetError(
                 f"{place} is not a label set: it has no {PLAN_NAME}",
                 fix="Make one with: deit-cli precompute",

@@ -19,6 +19,8 @@ from pipeline.labels.format import (
     DAMAGED_PLAN,
     FORMAT,
     IMAGES_FOLDER,
+    IMPORT_FORMAT,
+    IMPORT_NAME,
     MANIFEST_NAME,
     MAX_FILE_BYTES,
     MAX_PROBES,
@@ -443,6 +445,33 @@ def _load_json(data: bytes, name: object) -> Any:
         raise StorageError(f"{name}: not valid JSON: {error}", fix=damaged_json(name)) from error
 
 
+class _Import(Record, extra="ignore"):
+    """What an import.json says of itself, as far as a refusal needs it; `exchange.import_record` has the whole."""
+
+    imported_from: Text
+    lost: Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+def refuse_import(data: bytes, folder: object) -> LabelSetMismatch:
+    """Return the error that a folder of imported labels is not a label set; `data` are the bytes of its import.json."""
+    try:
+        values = parse_json(data)
+        if not is_version(values, IMPORT_FORMAT, VERSION):
+            raise ValueError(f"it is not {IMPORT_FORMAT} of version {VERSION}")
+        record = _Import.model_validate_json(canonical_json(values))
+    except (ValueError, RecursionError) as error:
+        why = _first_problem(error) if isinstance(error, ValidationError) else error
+        return LabelSetMismatch(
+            f"{folder} is not a label set, and its {IMPORT_NAME} cannot be read: {why}", fix="Import the labels again"
+        )
+    made_by = {"fkd": "FKD", "tinyvit": "TinyViT"}.get(record.imported_from, record.imported_from)
+    return LabelSetMismatch(
+        f"{folder} is an import of {made_by}'s labels, not a label set: its views cannot be replayed, because"
+        f" {record.lost[0]}",
+        fix=f"Read labels/*.parquet; {IMPORT_NAME} says what they are good for. To train, make labels with: deit-cli precompute",
+    )
+
+
 def read_probes(values: list[dict[str, Any]], path: object) -> list[Probe]:
     """Check the probes of a label shard's footer."""
     try:
@@ -500,83 +529,12 @@ def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
         # As text, because JSON has no tuples: there, strict mode takes lists for them.
         return kind.model_validate_json(canonical_json(values))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in _TEACHER_TAGS)
-        raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}", fix=damaged_json(path)) from error
+        raise LabelSetCorrupt(f"{path}: {_first_problem(error)}", fix=damaged_json(path)) from error
     except DeitCliError as error:
         raise LabelSetMismatch(f"{path}: {error}", fix=damaged_json(path)) from error
 
 
-IMPORT_NAME = "import.json"
-
-
-IMPORT_FORMAT = "deit-cli-import"
-
-
-IMPORT_VERSION = 1
-
-
-Foreign = Literal["fkd", "tinyvit"]
-
-
-Floats = Literal["float16", "float32"]
-
-
-class PartRecord(Record):
-    """One Parquet file of an import."""
-
-    path: Annotated[str, Field(pattern=r"^labels/[A-Za-z0-9._-]+\.parquet$")]
-    rows: Count
-    bytes: Count
-    sha256: Sha256
-
-
-class ImportRecord(Record):
-    """What import.json holds. It is written last: without it there is no import.
-
-    Attributes:
-        imported_from: the format.
-        num_classes: C.
-        topk: K.
-        precision: of the probabilities.
-        rows: labels, of all files.
-        views: smallest and largest view number.
-        source_files: that were read.
-        source_bytes: of them.
-        lost: what the format does not record, or this import left out.
-        use: what the labels are good for.
-        columns: what each column means.
-        files: the tables.
-    """
-
-    format: Literal["deit-cli-import"] = IMPORT_FORMAT
-    version: Literal[1] = IMPORT_VERSION
-    imported_from: Foreign
-    num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
-    topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
-    precision: Floats
-    rows: Count
-    views: tuple[Count, Count]
-    source_files: Count
-    source_bytes: Count
-    lost: tuple[str, ...]
-    use: tuple[str, ...]
-    columns: dict[Name, str]
-    files: tuple[PartRecord, ...]
-
-
-def refusal(data: bytes, folder: object) -> str:
-    """Return why an import is not opened as a label set; `data` are the bytes of its import.json."""
-    try:
-        values = parse_json(data)
-        if not is_version(values, IMPORT_FORMAT, IMPORT_VERSION):
-            raise ValueError(f"it is no {IMPORT_FORMAT} of version {IMPORT_VERSION}")
-        record = ImportRecord.model_validate_json(canonical_json(values))
-    except (ValueError, RecursionError, ValidationError) as error:
-        why = str(error).splitlines()[0]
-        return f"{folder} is no label set, and its {IMPORT_NAME} cannot be read: {why}. Import the labels again"
-    made_by = {"fkd": "FKD", "tinyvit": "TinyViT"}[record.imported_from]
-    return (
-        f"{folder} is an import of {made_by}'s labels, not a label set: its views cannot be replayed, because {record.lost[0]}."
-        f" Read labels/*.parquet; {IMPORT_NAME} says what they are good for. To train, make labels with: deit-cli precompute"
-    )
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in _TEACHER_TAGS)
+    return f"{where or 'content'}: {first['msg']}"

@@ -138,7 +138,26 @@ Footer = TypeVar("Footer", SamplesFooter, LabelsFooter)
 def labels_schema(codec: Codec) -> pa.Schema:
     """Return the exact schema of the label shards that a codec fills."""
     rows = [pa.field(name, pa.uint32(), nullable=False) for name in ("view", "row")]
-    return pa.schema([*rows, *(_field(name, codec.record[name]) for name in codec.record.names or ())])
+    return pa.schema([*rows, *(column_field(name, codec.record[name]) for name in codec.record.names or ())])
+
+
+def column_field(name: str, kind: np.dtype[Any]) -> pa.Field:
+    """Return a column of numbers, or of lists where `kind` has a width, as fields of a codec's record have."""
+    element = pa.from_numpy_dtype(kind.base)
+    if not kind.shape:
+        return pa.field(name, element, nullable=False)
+    return pa.field(name, pa.list_(pa.field("element", element, nullable=False), kind.shape[0]), nullable=False)
+
+
+def column_leaf(field: pa.Field) -> str:
+    """Return the name that Parquet gives to the numbers of a column."""
+    return f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
+
+
+def column_array(values: NDArray[Any], field: pa.Field) -> pa.Array:
+    """Return numbers [N], or lists of them [N, K], as a column holds them."""
+    flat = pa.array(np.ascontiguousarray(values).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, type=field.type) if pa.types.is_fixed_size_list(field.type) else flat
 
 
 SAMPLES_SCHEMA = pa.schema(
@@ -159,7 +178,7 @@ def write_labels(file: BinaryIO, views: Sequence[LabelRows], footer: LabelsFoote
     """Write one label shard: a row group for each view."""
     schema = labels_schema(footer.codec)
     # Bytes of one significance side by side compress best; rows and views are runs, so their differences do.
-    encoding = {_leaf(field): "BYTE_STREAM_SPLIT" for field in schema} | dict.fromkeys(
+    encoding = {column_leaf(field): "BYTE_STREAM_SPLIT" for field in schema} | dict.fromkeys(
         ("view", "row"), "DELTA_BINARY_PACKED"
     )
     with pq.ParquetWriter(
@@ -300,30 +319,13 @@ def read_samples(file: Path | Contents) -> SampleRows:
     )
 
 
-def _field(name: str, kind: np.dtype[Any]) -> pa.Field:
-    """Return the column of a field of a codec's record: a number, or a list of as many as the record has."""
-    element = pa.from_numpy_dtype(kind.base)
-    if not kind.shape:
-        return pa.field(name, element, nullable=False)
-    return pa.field(name, pa.list_(pa.field("element", element, nullable=False), kind.shape[0]), nullable=False)
-
-
-def _leaf(field: pa.Field) -> str:
-    """Return the name that Parquet gives to the values of a column."""
-    return f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
-
-
 def _metadata(footer: SamplesFooter | LabelsFooter) -> dict[bytes, bytes]:
     return {FOOTER_KEY: canonical_json(footer.model_dump(mode="json"))}
 
 
 def _labels_table(rows: LabelRows, view: int, schema: pa.Schema) -> pa.Table:
-    arrays = [pa.array(np.full(len(rows), view, np.uint32))]
-    for column in list(schema)[1:]:
-        values = pa.array(np.ascontiguousarray(getattr(rows, column.name)).ravel())
-        is_list = pa.types.is_fixed_size_list(column.type)
-        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=column.type) if is_list else values)
-    return pa.table(arrays, schema=schema)
+    arrays = [column_array(getattr(rows, field.name), field) for field in list(schema)[1:]]
+    return pa.table([pa.array(np.full(len(rows), view, np.uint32)), *arrays], schema=schema)
 
 
 def _read(path: Path) -> Contents:

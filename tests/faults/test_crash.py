@@ -33,7 +33,7 @@ INJECTED = {
     "labels pull": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
     "labels merge": ("pipeline.sharing.merging.merge", ["out", LABELS]),
     "labels extend": ("pipeline.stage1.engines.load_here", [LABELS, "--views", "3:5"]),
-    "labels import": ("pipeline.exchange.importing.import_labels", ["fkd", "path", "out"]),
+    "labels import": ("pipeline.exchange.imports.import_labels", ["fkd", "path", "out"]),
     "labels card": ("pipeline.labels.card.write_card", [LABELS]),
     "labels export": ("pipeline.exchange.export.plan_export", [LABELS, "out"]),
     "doctor": ("pipeline.doctor.findings.report_table", []),
