@@ -52,7 +52,7 @@ from pipeline.labels.tables import (
     write_labels,
     write_samples,
 )
-from pipeline.stage1.precompute import plan_work
+from pipeline.stage1.plan import plan_work
 from pipeline.views.recipe import Recipe
 
 FIRST = "labels/views-00000-00001/train-0.parquet"
