@@ -1,6 +1,7 @@
 """The house: a room imports only the rooms that this table gives it, and third parties stand only where they belong."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -138,6 +139,18 @@ def test_no_module_draws_from_a_global_random_state():
         assert "np.random.default_rng" not in text, name
         assert "np.random.seed" not in text, name
         assert name in allowed or "manual_seed" not in text, name
+
+
+def test_only_storage_asks_whether_a_location_is_a_url():
+    """Others open it, and get a place or file that knows."""
+    users = {name for name in MODULES if "is_url" in MODULES[name].read_text()}
+    assert {name for name in users if room_of(name) != "storage"} == set()
+    users = {
+        name
+        for name in MODULES
+        if re.search(r"isinstance\([^)]*\b(RemoteFile|LocalFile|Place)\b", MODULES[name].read_text())
+    }
+    assert users == set()
 
 
 def test_only_a_label_set_opens_the_location_in_its_plan():

@@ -36,7 +36,7 @@ def examine_folder(asked: Path) -> Section:
     if folder != asked.absolute():
         section.row("looked at", f"{folder}, which would hold it")
     if not folder.is_dir():
-        section.problem(f"{folder} is no folder", "Choose a folder")
+        section.problem(f"{folder} is not a folder", "Choose a folder")
         return section
     try:
         with _scratch(folder) as file:

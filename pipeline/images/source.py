@@ -133,7 +133,7 @@ def open_source(location: str | os.PathLike[str], *, cache: Cache | None = None)
 
 
 def _open_urls(location: str, cache: Cache | None) -> Source:
-    """Open remote tars or Parquet files; whether all of them exist shows when they are used."""
+    """Open remote tars or Parquet files; a missing one is noticed when it is used."""
     files = [open_file(name, cache) for name in (_expand(location) if "{" in location else [location])]
     if files[0].suffix in (".tar", ".parquet") or len(files) > 1:
         return _open_files(location, files)
@@ -253,7 +253,7 @@ class FolderShard(SourceShard[str]):
         with reading(path):
             check_image_bytes(path.stat().st_size, path)
             if not path.is_file():  # a pipe would be waited for
-                raise SourceError(f"{path}: is no longer a file")
+                raise SourceError(f"{path}: is not a file any more")
             return path.read_bytes()
 
 

@@ -240,7 +240,7 @@ def _cls_label(archive: Archive, member: Member) -> int:
 
 
 def _json_labels(archive: Archive, member: Member) -> list[int]:
-    """Return the values of "label" and "cls"; a file that has neither is no label."""
+    """Return the values of "label" and "cls"; a file that has neither is not a label."""
     if member.size > MAX_JSON_BYTES:
         raise archive.refusal(member, f"must be at most {MAX_JSON_BYTES} bytes, got {member.size}")
     try:
@@ -375,7 +375,7 @@ def _pax_records(archive: Archive, offset: int, body: bytes) -> dict[str, str]:
         records[keyword] = body[match.end() : length - 1].decode("utf-8", "surrogateescape")
         body = body[length:]
     if not re.fullmatch("[0-9]{1,19}", records.get("size", "0"), re.ASCII):
-        raise archive.error(offset, f"PAX header with a size that is no number: {records['size']!r}")
+        raise archive.error(offset, f"PAX header with a size that is not a number: {records['size']!r}")
     return {field: records[field] for field in ("path", "size") if field in records}
 
 

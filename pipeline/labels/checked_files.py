@@ -61,7 +61,7 @@ class CheckedFiles:
         return self.__dict__ | {"_recent": OrderedDict(), "_usable": OrderedDict()}
 
     def file(self, entry: FileEntry) -> File:
-        """Return where a file lies, with what the manifest promises of it."""
+        """Return a file of the set, with what the manifest promises of it."""
         return self._place.file(entry.path, Promise(entry.bytes, entry.sha256))
 
     def read(self, entry: FileEntry) -> Contents:
@@ -200,9 +200,9 @@ class _Read:
     """A file in memory.
 
     Attributes:
-        state: of the local file that was read; empty for a remote one.
-        contents: its bytes, which were checked.
-        views: of a label shard whose footer was checked.
+        state: identity and dates of the local file that was read; empty for a remote one.
+        contents: the bytes, which were checked.
+        views: reader of a label shard whose footer was checked; None before.
     """
 
     state: tuple[int, ...]
@@ -216,7 +216,7 @@ def _state(stat: os.stat_result) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def fits_in_memory(file: object) -> Iterator[None]:
-    """Name the file that is read as a whole where there is no room for it: its length may be that of a hole."""
+    """Name the file for which there is not enough memory: a sparse file may claim any length."""
     try:
         yield
     except MemoryError as error:
@@ -290,10 +290,10 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
 
 
 def _check_sample_values(samples: SampleRows, num_classes: int, file: Path | Contents) -> None:
-    """Refuse what nobody can have indexed: it would end up in terminals, in paths of other tools, in a loss."""
+    """Refuse keys and labels that no source can have: they would end up in terminals, in paths of other tools, in a loss."""
     if len(set(samples.key)) != len(samples):
         key = next(key for key, count in Counter(samples.key).items() if count > 1)
-        raise LabelSetCorrupt(f"{file}: the key {key!r} stands there twice")
+        raise LabelSetCorrupt(f"{file}: the key {key!r} is there twice")
     try:
         for key in samples.key:
             check_name(key, "sample key")

@@ -186,7 +186,7 @@ class LabelSet:
         """Open the images: those at `data`, or else the set's own, or else those where it found them.
 
         Args:
-            data: a source, which goes before all others; None: there is none.
+            data: a source to use instead of the others; None: none is given.
             cache: through which a remote `data` is read; None: the default one.
         """
         if data is None and self.has_images:

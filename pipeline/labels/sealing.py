@@ -35,9 +35,9 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
 
     Args:
         out: folder of the label set.
-        plan: what it is to be.
-        blocks: of views.
-        offer: is called when the plan is there; where `out` stands for a URL, it may bring that of another machine.
+        plan: what it will be.
+        blocks: blocks of views.
+        offer: is called when the plan is written; where `out` stands for a URL, it may bring the plan of another machine.
     """
     _refuse_links(out, blocks)
     publish_file(out / PLAN_NAME, pretty_json(plan.model_dump(mode="json")))
@@ -77,10 +77,10 @@ def seal(
 
     Args:
         out: the folder; it may hold a sealed set, whose blocks of views are listed too.
-        plan: of the label set.
-        blocks: of views, complete.
-        shards: source shards that it holds, in the plan's order, if they are not all of them.
-        images: whether its images are in it; where they are sealed they stay.
+        plan: plan of the label set.
+        blocks: blocks of views, all complete.
+        shards: names of the source shards that it holds, in the plan's order; None: all.
+        images: whether the set holds its images; images that are sealed stay.
     """
     bounds = {(block.start, block.stop) for block in blocks}
     manifest = None
@@ -98,7 +98,7 @@ def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> 
     """Raise unless a set is sealed, and its manifest lists the samples of each source shard and labels for each block.
 
     Args:
-        manifest: of the set.
+        manifest: manifest of the set.
         shards: names of the source shards that it holds.
         place: where it lies, for errors.
 
@@ -141,7 +141,7 @@ def _sealed_blocks(out: Path) -> set[tuple[int, int]]:
 def _list_files(
     out: Path, plan: Plan, bounds: Sequence[tuple[int, int]], chosen: tuple[str, ...] | None, images: bool
 ) -> Manifest:
-    """Return the manifest of these blocks of views and source shards, after looking at every file of theirs."""
+    """Return the manifest of these blocks of views and source shards, after checking each of their files."""
     for (start, stop), (following, _) in itertools.pairwise(bounds):
         if following < stop:
             raise LabelSetMismatch(
@@ -162,7 +162,7 @@ def _list_files(
     if sealed := sealed_manifest(out):
         _check_same_samples(sealed, files, out)
     known = {entry.shard: entry for entry in sealed.files if entry.kind == "images"} if sealed else {}
-    if images or known:  # a tar is hashed once: a later manifest vouches for the bytes that the first one did
+    if images or known:  # a tar is hashed once: a later manifest promises the same bytes as the first
         records = [record for record in plan.source.shards if record.name in shards]
         files += [known.get(record.name) or _images_entry(out, record) for record in records]
     return Manifest(
@@ -183,7 +183,7 @@ def thin_probes(probes: Sequence[Probe]) -> tuple[Probe, ...]:
 
 
 def check_untouched(out: Path, blocks: Sequence[range]) -> None:
-    """A new manifest must not vouch for a file that changed since it was sealed. A missing one is made again."""
+    """Raise LabelSetCorrupt if a file changed since it was sealed: a new manifest must not list it. A missing one is made again."""
     sealed = sealed_manifest(out)
     looked_at = {(block.start, block.stop) for block in blocks}
     for entry in sealed.files if sealed else ():

@@ -26,8 +26,8 @@ def subset_manifest(
     """Return the sealed manifest of a part of a sealed set.
 
     Args:
-        manifest: of the set.
-        plan: of the set, and of the subset.
+        manifest: manifest of the set.
+        plan: plan of the set, and of the subset.
         views: start and stop of the views that are wanted; whole blocks come, so they may be more. None: all.
         shards: names of source shards, or patterns of the shell (`train-00*`). None: all that are there.
         probes_of: reads the probes in a label shard's footer. It is called for a few files, and only where none of the
@@ -77,7 +77,7 @@ def choose_shards(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """Return the source shards that have one of these names or match one of these patterns, in the order of `names`.
 
     Raises:
-        UsageError: a name or pattern is of none, or there is none to choose.
+        UsageError: a name or pattern matches no source shard, or no pattern is given.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -131,12 +131,12 @@ def contains(large: Manifest, small: Manifest) -> bool:
 
 
 def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]) -> Manifest:
-    """Return the manifest of a set with the files of both; one of them itself, where that has everything.
+    """Return the manifest of a set with the files of both; where one of them has everything, it is returned itself.
 
     Args:
-        ours: sealed.
-        there: of the same label set.
-        plan: of both. The result has the `plan_sha256` of `there`, beside whose plan it will stand.
+        ours: the sealed manifest of the set that is brought.
+        there: the manifest at the destination, of the same label set.
+        plan: plan of both. The result has the `plan_sha256` of `there`, because it will lie beside that plan.
         names: where the two lie, for errors.
 
     Raises:

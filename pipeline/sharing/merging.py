@@ -49,13 +49,13 @@ _BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge came to.
+    """The result of a merge.
 
     Attributes:
-        files: label shards, samples files and tars that were taken over.
-        found: those that were there before.
-        label_set: the result; None where it lacks label shards, and was not sealed.
-        missing: these label shards, source shard and views; none of a sealed result.
+        files: number of label shards, samples files and tars that were taken over.
+        found: number of files that were there before.
+        label_set: the result; None where label shards are missing, so that it was not sealed.
+        missing: source shard and views of each missing label shard; empty for a sealed result.
     """
 
     files: int
@@ -67,17 +67,17 @@ class Merged:
 def merge(out: Path, locations: Sequence[str], *, progress: Progress = lambda _: None) -> Merged:
     """Take over the files of several label sets of one identity, and seal what is complete.
 
-    The result holds every source shard that has samples in one of them. It is sealed if each of these has every block of
-    views that one of them has.
+    The result holds every source shard that has samples in one of them. It is sealed if every
+    source shard has every block of views.
 
     Args:
         out: a folder that is empty, not there yet, or holds a label set of the same identity, which then grows.
         locations: folders; of sealed sets URLs too.
-        progress: hears of files.
+        progress: is told how many files are done.
 
     Raises:
         UsageError: `out` is among `locations`.
-        LabelSetMismatch: two of them are of different label sets or images, or cut the same views into other blocks.
+        LabelSetMismatch: two sets differ in their identity or images, or cut the same views into other blocks.
         LabelSetCorrupt: a file is damaged.
     """
     _refuse_same(out, locations)
@@ -106,7 +106,7 @@ class _File:
         entry: what the manifest says of it; None where no manifest lists it.
         path: inside the set.
         shard: name of its source shard.
-        views: of a label shard; none of samples and images.
+        views: views of a label shard; empty for samples and images.
     """
 
     entry: FileEntry | None
@@ -120,8 +120,8 @@ class _Input(ABC):
 
     Attributes:
         name: path or URL.
-        plan: of the set.
-        files: that it has.
+        plan: plan of the set.
+        files: its files.
     """
 
     def __init__(self, name: object, plan: Plan, files: Iterable[_File]) -> None:
@@ -274,7 +274,7 @@ def _check_same(plan: Plan, where: str, given: _Input) -> None:
 
 
 def _check_found(out: Path, plan: Plan) -> None:
-    """Check what lies in the result already: a manifest vouches for all that it lists, whoever made it.
+    """Check what lies in the result already: a manifest promises all that it lists, whoever made it.
 
     Raises:
         LabelSetCorrupt: a file is not as it was sealed, or, where none was sealed, not what its footer says.
@@ -353,7 +353,7 @@ def _refuse_overlap(out: Path, blocks: Sequence[range]) -> None:
 
 
 def merged_lines(out: Path, merged: Merged) -> str:
-    """Return what a merge came to, for people."""
+    """Return the result of a merge, for people."""
     files = f"{count(merged.files, 'file')} taken over, {merged.found:,} were there"
     if merged.label_set is not None:
         held, views = merged.label_set, merged.label_set.views

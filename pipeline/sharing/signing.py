@@ -34,10 +34,10 @@ def sign(folder: Path, *, private_key: Path | None = None, identity_token: str |
     """Sign the manifest of a label set, and return where the signature lies.
 
     Args:
-        folder: of the set, local.
+        folder: local folder of the set.
         private_key: PEM of an elliptic curve (P-256, P-384 or P-521); None signs with an identity of Sigstore: that of the
             machine (a CI job's, say), or the one that a browser asks for.
-        identity_token: of Sigstore, where there is no browser.
+        identity_token: token of Sigstore, where there is no browser.
 
     Raises:
         SignatureError: the key cannot be used, or Sigstore gave no signature.
@@ -71,7 +71,7 @@ def check_signature(
 
     Args:
         place: where the set lies.
-        manifest_sha256: of the manifest that was looked at: the signature must be of that very one.
+        manifest_sha256: hash of the manifest that was verified: the signature must be over that very one.
         public_key: PEM; None checks an identity.
         identity: whose signature it must be, such as a mail address or the URL of a CI workflow.
         identity_provider: who vouches for the identity, such as `https://accounts.google.com`.
@@ -131,7 +131,7 @@ def _signed_sha256(bundle: bytes, name: object) -> str:
         return str(resource["digest"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SignatureError(
-            f"{name} is no signature of a manifest, or damaged: {type(error).__name__}: {error}. {_SIGN_AGAIN}"
+            f"{name} is not a signature of a manifest, or is damaged: {type(error).__name__}: {error}. {_SIGN_AGAIN}"
         ) from error
 
 

@@ -41,11 +41,11 @@ class Moved:
     """What a push or a pull did.
 
     Attributes:
-        manifest: of what lies at the destination now.
-        sent_files: label and samples files that were missing there, and were brought.
-        sent_bytes: of them.
-        found_files: those that were there before.
-        found_bytes: of them.
+        manifest: manifest of the set that is at the destination now.
+        sent_files: number of label and samples files that were missing there, and were brought.
+        sent_bytes: their size.
+        found_files: number of files that were there before.
+        found_bytes: their size.
     """
 
     manifest: Manifest
@@ -59,9 +59,9 @@ def push(folder: Path, location: str, *, workers: int = WORKERS, progress: Progr
     """Send a sealed label set of this machine to a folder or bucket, beside views that are there of the same set.
 
     Args:
-        folder: where it lies.
-        location: a folder, or s3://, gs://, hf://.
-        workers: files that are sent at a time.
+        folder: folder of the set.
+        location: the destination: a folder, or s3://, gs://, hf://.
+        workers: number of files that are sent at a time.
         progress: is told how many files are there.
 
     Raises:
@@ -92,10 +92,10 @@ def pull(
     Args:
         location: a folder, or s3://, gs://, hf://, http(s)://.
         folder: where it is to lie.
-        views: start and stop of those that are wanted; whole blocks come. None: all.
+        views: start and stop of the views that are wanted; whole blocks come. None: all.
         shards: names of source shards, or patterns. None: all.
         expect_manifest: pin, `sha256:` and the hash that the manifest there must have; None: any.
-        workers: files that are brought at a time.
+        workers: number of files that are brought at a time.
         progress: is told how many files are here.
 
     Raises:
@@ -165,13 +165,13 @@ def _transfer(
     workers: int,
     progress: Progress,
 ) -> Moved:
-    """Plan first, files, manifest last."""
+    """Bring the plan first, then the files, and the manifest last."""
     plan, names = label_set.plan, (str(source), str(target))
     plan_data, manifest_data = _read_both(source, label_set)
     claimed = hashlib.sha256(_claim(target, plan_data, plan, names)).hexdigest()
 
     def change(old: bytes | None) -> bytes:
-        """The manifest of both; as it was written by whoever sealed it, wherever that is possible, with its hash."""
+        """Return the manifest of both; the very bytes of one of them, wherever that is possible, so that its hash stays."""
         if old is None:
             united = manifest.model_copy(update={"plan_sha256": claimed, "content_sha256": None})
         else:
@@ -234,9 +234,9 @@ def _differs(one: Plan, other: Plan, name: str) -> bool:
 
 
 def _carry(source: Place, target: Place, *, signed: bool) -> None:
-    """Take along what lies beside the files: the card where there is none, and the signature of this very manifest.
+    """Copy what lies beside the files: the card if the destination has none, and the signature of this very manifest.
 
-    And the class names of packed images, so that these are a source there too.
+    The class names of packed images come too, so that the images are a source there.
     """
     classes, card, signature = (_read_optional(source / name) for name in (CLASSES_NAME, CARD_NAME, SIGNATURE_NAME))
     if classes is not None:
@@ -265,7 +265,7 @@ def _move_all(
     workers: int,
     progress: Progress,
 ) -> Tick:
-    """Move every file; return the last tick: `done` of them are there, `made` were brought."""
+    """Move every file; return the last tick: `done` counts files that are there now, `made` those that were brought."""
     began, tick, stop = time.monotonic(), Tick(phase=phase, done=0, total=len(entries)), threading.Event()
 
     def one(entry: FileEntry) -> bool:

@@ -45,7 +45,7 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of downloaded files, at most `max_bytes` of them. It is two values, and pickles as such.
+    """A folder of downloaded files that may hold at most `max_bytes`. It has two fields, so it pickles small.
 
     The limit holds for files and for downloads of known length, which take their room before their first byte; one of
     unknown length takes it when it has come.
@@ -281,7 +281,7 @@ def _lock(path: Path) -> Path:
 
 
 def _date(path: Path, when: float) -> None:
-    """Date the last use; it only moves a file in the order of eviction, so a refusal is no error."""
+    """Date the last use. It only decides the order of eviction, so a refusal is not an error."""
     with contextlib.suppress(OSError):
         os.utime(path, (when, when))
 

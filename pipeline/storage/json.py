@@ -66,7 +66,7 @@ def parse_json(data: bytes) -> Any:
         data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
     )
     if b"\\u" in data:
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate escape is no text: raises UnicodeEncodeError
+        json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError for a lone surrogate escape
     return value
 
 
@@ -126,7 +126,7 @@ class Record(BaseModel):
 
 
 def is_version(values: Any, name: str, version: int) -> bool:
-    """Return whether a JSON object says that it is of this format and version; `true` and `1.0` are no version 1."""
+    """Return whether a JSON object says that it is of this format and version; `true` and `1.0` do not count as version 1."""
     return (
         isinstance(values, dict)
         and values.get("format") == name

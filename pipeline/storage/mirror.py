@@ -1,4 +1,4 @@
-"""A folder that is worked on here and kept behind a URL: brought before the work begins, sent while it goes on.
+"""A local folder that is kept in step with one behind a URL: downloaded before the work begins, uploaded while it goes on.
 
 What is behind the URL is the truth: a file that changed there replaces ours, one that was deleted there is deleted here.
 What changed only here (a run was killed before it was sent) stays, and is sent. Whether something changed is told by
@@ -44,17 +44,17 @@ class Mirror(ABC):
     """One folder, and its copy behind a URL.
 
     Attributes:
-        url: of the copy.
-        folder: where this machine works.
+        url: URL of the copy.
+        folder: the folder that this machine works in.
     """
 
     def __init__(self, url: str, folder: Path, *, last: str) -> None:
         """Make a mirror that does nothing yet.
 
         Args:
-            url: of a folder in a bucket.
-            folder: the local one, which belongs to this mirror.
-            last: name of the file that vouches for the others: sent after them.
+            url: URL of a folder in a bucket.
+            folder: the local folder, which belongs to this mirror.
+            last: name of the file that lists the others, and so is sent after them.
 
         Raises:
             UsageError: nothing can be written to the URL.
@@ -76,14 +76,14 @@ class Mirror(ABC):
         return None if local_path(location) is not None else cls(location, folder, **how)
 
     def bring(self) -> None:
-        """Have here what is behind the URL, but for files that changed only here."""
+        """Download what is new behind the URL; files that changed only here stay."""
         with refusals_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
             known, there = self._read_book(), remote.list_tree(self.url)
-            for name in sorted(known.keys() - there.keys()):  # it was deleted there
+            for name in sorted(known.keys() - there.keys()):  # deleted there
                 (self.folder / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # others are in it
+                with contextlib.suppress(OSError):  # the folder has other files
                     os.removedirs((self.folder / name).parent)
                 del known[name]
             for name, token in there.items():
@@ -96,7 +96,7 @@ class Mirror(ABC):
 
     @abstractmethod
     def _bring_last(self, known: Book, token: str) -> None:
-        """Do what is needed for the file that vouches for the others, where there is one; `token` is its present one."""
+        """Do what is needed for the file that lists the others, if it is behind the URL; `token` is its present token."""
 
     def send(self) -> None:
         """Send what changed here.
@@ -186,10 +186,10 @@ class Mirror(ABC):
         """Send a copy of one file; return False where another machine was first, whose file is the one.
 
         Args:
-            name: of the file in the folder.
-            held: its copy.
-            url: of the file.
-            token: of what is known to be there; None: nothing.
+            name: name of the file in the folder.
+            held: the copy.
+            url: URL of the file.
+            token: token of the content that is known to be there; None: nothing is.
         """
 
     def _take_other(self, name: str) -> None:
@@ -253,17 +253,17 @@ class OneWriterMirror(Mirror):
 class ManyWritersMirror(Mirror):
     """A mirror whose URL several machines write to at a time.
 
-    Every file is created, never replaced; where another machine was first, its file replaces ours. The file that vouches for
-    the others is sent by `commit` alone, and only if it is still the one that was brought here.
+    Every file is created, never replaced; where another machine was first, its file replaces ours. The file that lists the
+    others is sent by `commit` alone, and only if it is still the one that was brought here.
     """
 
     def __init__(self, url: str, folder: Path, *, last: str, adopt: Adopt = lambda ours, other: None) -> None:
         """Make a mirror as `Mirror` does.
 
         Args:
-            url: of a folder in a bucket.
-            folder: the local one, which belongs to this mirror.
-            last: name of the file that vouches for the others.
+            url: URL of a folder in a bucket.
+            folder: the local folder, which belongs to this mirror.
+            last: name of the file that lists the others.
             adopt: is called with our file and another machine's before that replaces ours; may raise.
         """
         super().__init__(url, folder, last=last)
@@ -271,7 +271,7 @@ class ManyWritersMirror(Mirror):
         self._brought: bytes | None = None
 
     def commit(self) -> None:
-        """Send what changed here, and at last the file that vouches for the others.
+        """Send what changed here, and last the file that lists the others.
 
         Raises:
             ChangedElsewhere: another machine has committed since the last `bring`.
@@ -280,7 +280,7 @@ class ManyWritersMirror(Mirror):
         self._send_some(lambda name: True)
 
     def _bring_last(self, known: Book, token: str) -> None:
-        """Replace ours, even one that changed only here: what this machine would vouch for is made anew."""
+        """Replace our file, even if it changed only here: this machine makes a new one before it commits."""
         known[self._last] = [token, self._fetch(self._last)]
         self._brought = (self.folder / self._last).read_bytes()
         self._write_book(known)
@@ -295,7 +295,7 @@ class ManyWritersMirror(Mirror):
         return put_file(held, url, replace=name in _REPLACED)
 
     def _swap_last(self, url: str, new: bytes) -> None:
-        """Replace the file that vouches for the others, unless another machine did so since it was brought here."""
+        """Replace the file that lists the others, unless another machine has done so since it was brought here."""
 
         def change(old: bytes | None) -> bytes:
             if old not in (self._brought, new):

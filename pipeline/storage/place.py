@@ -1,14 +1,13 @@
 """Places and their files: a folder of this machine, or one behind a URL, and how each of its files is read and written.
 
-Outside this package nobody asks which of the two it is: a reader opens a `File` with `use`, and a writer stores it whole,
-create-only, checked against its promise; only `update` changes what is there. What differs for users shows in `path`, which a
-place or file behind a URL does not have.
+A `LocalFile` and a `RemoteFile` have the same methods, so outside this package nobody asks which of the two a `File` is: a
+reader opens it with `use`, and a writer stores it whole, create-only, checked against its promise; only `update` changes what
+is there. What differs for users shows in `path`, which is None behind a URL.
 """
 
 import hashlib
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,93 +37,105 @@ BLOCK_BYTES = 1 << 20
 Result = TypeVar("Result")
 
 
-class File(ABC):
-    """One file of a place, with what is promised of its content. As text it is its path or URL. It pickles as a few values.
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file behind a URL, the cache that it is read through, and what is promised of its content. As text it is its URL."""
 
-    Attributes:
-        path: its path on this machine; None behind a URL.
-        promise: length and hash of the content, as far as they are known.
-    """
+    path = None
+    url: str
+    cache: Cache
+    promise: Promise = NO_PROMISE
 
-    path: Path | None
-    promise: Promise
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Its name in its folder."""
+    def __str__(self) -> str:
+        return self.url
 
     @property
     def stem(self) -> str:
         """Its name without the extension."""
-        return os.path.splitext(self.name)[0]
+        return os.path.splitext(url_name(self.url))[0]
 
     @property
     def suffix(self) -> str:
         """Its extension, with the dot."""
-        return os.path.splitext(self.name)[1]
+        return os.path.splitext(url_name(self.url))[1]
 
-    @abstractmethod
-    def beside(self, name: str) -> "File":
+    def beside(self, name: str) -> "RemoteFile":
         """Return the file of this name in the same folder."""
+        return RemoteFile(join_url(parent_url(self.url), name), self.cache)
 
-    @abstractmethod
+    @property
+    def to_download(self) -> tuple["RemoteFile", ...]:
+        """What is downloaded when the file is used: the file itself."""
+        return (self,)
+
     def read(self, *, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
         """Return a small file as it is now, never from a cache; None where there is none.
 
         Raises:
             StorageError: it has more than `max_bytes`, or cannot be read.
         """
+        try:
+            return read_url(self.url, max_bytes=max_bytes)
+        except RemoteFileMissing:
+            return None
 
-    @abstractmethod
     def use(self, use: Callable[[Path], Result]) -> Result:
-        """Return `use(path)` of the file, or of the local copy of a remote one, which may be evicted while it is open."""
+        """Return `use(path)` of the local copy, which may be evicted while it is open; see `Cache.fetch` for its errors."""
+        return self.cache.use(self.url, self.promise, use)
 
-    @abstractmethod
     def use_ranges(self, use: Callable[[Any], Result]) -> Result:
-        """Return `use(file)` of the open file; of a remote one only the ranges that are asked for are received.
+        """Return `use(file)` of the open file, of which only the ranges that are asked for are received.
 
         Raises:
             StorageError: it cannot be read, or its server gives no ranges.
         """
+        return read_ranges(self.url, use)
 
-    @abstractmethod
+    def discard(self) -> None:
+        """Forget the local copy, which has turned out to be damaged."""
+        self.cache.discard(self.url, self.promise)
+
     def copy_to(self, out: BinaryIO) -> Received:
         """Write the whole file, as it is now, to an open one from its start; return length and hash of what came."""
 
-    @abstractmethod
+        def attempt() -> Received:
+            out.seek(0)
+            out.truncate()
+            return receive(self.url, out, size=self.promise.bytes)
+
+        return retried(self.url, attempt)
+
     def holds(self, copy: Path | None = None) -> bool | None:
-        """Return whether the promised content is there, None for no file; `copy` is a local file of that content."""
+        """Return whether the promised content is there, None for no file; `copy` is a local file of that content.
 
-    @abstractmethod
+        Length and the store's own checksum are compared, or the SHA-256 of what it gives.
+        """
+        assert copy is not None
+        return uploads.holds(self.url, copy, self.promise)
+
     def store(self, path: Path) -> bool:
-        """Store a local file here, create-only; return False if another content has the name. Damaged files are refused."""
+        """Upload a local file, create-only; return False if another content has the name. Damaged files are refused."""
+        return uploads.put_file(path, self.url, sha256=self.promise.sha256)
 
-    @abstractmethod
     def fetch(self, path: Path, stop: threading.Event) -> bool:
-        """Bring the file to a path of this machine, create-only; return False if another file has that name."""
+        """Download the file to a path, create-only; return False if another file has that name. A cut download goes on."""
+        return download(self.url, path, self.promise, stop=stop)
 
-    @abstractmethod
     def put(self, data: bytes, *, replace: bool = False) -> bool:
         """Store a small file; return False if another content has the name."""
+        return uploads.put_bytes(data, self.url, replace=replace)
 
-    @abstractmethod
     def update(self, change: Callable[[bytes | None], bytes]) -> bytes:
-        """Replace a small file by what `change` makes of it, losing no other writer's change; return what is there."""
+        """Replace a small file by `change(old)` on the condition that it is still the old one; return what is there then.
 
-    @abstractmethod
-    def discard(self) -> None:
-        """Forget the local copy of a remote file, which has turned out to be damaged."""
-
-    @property
-    @abstractmethod
-    def to_download(self) -> tuple["RemoteFile", ...]:
-        """What is downloaded when the file is used: the file itself, or nothing of a local one."""
+        Where another writer was quicker, its file is changed, so that no change is lost.
+        """
+        return uploads.update_url(self.url, change, max_bytes=MAX_JSON_BYTES)
 
 
 @dataclass(frozen=True)
-class LocalFile(File):
-    """A file of this machine."""
+class LocalFile:
+    """A file of this machine, and what is promised of its content; see `RemoteFile`."""
 
     path: Path
     promise: Promise = NO_PROMISE
@@ -133,13 +144,23 @@ class LocalFile(File):
         return str(self.path)
 
     @property
-    def name(self) -> str:
-        """Its name in its folder."""
-        return self.path.name
+    def stem(self) -> str:
+        """Its name without the extension."""
+        return self.path.stem
+
+    @property
+    def suffix(self) -> str:
+        """Its extension, with the dot."""
+        return self.path.suffix
 
     def beside(self, name: str) -> "LocalFile":
         """Return the file of this name in the same folder."""
         return LocalFile(self.path.parent / name)
+
+    @property
+    def to_download(self) -> tuple[RemoteFile, ...]:
+        """Nothing."""
+        return ()
 
     def read(self, *, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
         """Return a small file as it is now, or None."""
@@ -149,28 +170,26 @@ class LocalFile(File):
         """Return `use(path)`."""
         return use(self.path)
 
-    def use_ranges(self, use: Callable[[Any], Result]) -> Result:
-        """Return `use(file)` of the open file."""
-        with refusals_named(self.path), self.path.open("rb") as file:
-            return use(file)
+    def discard(self) -> None:
+        """There is no copy of a local file."""
 
     def copy_to(self, out: BinaryIO) -> Received:
         """Copy the file to an open one."""
         return _copy(self.path, out, threading.Event())
 
     def holds(self, copy: Path | None = None) -> bool | None:
-        """Compare length and SHA-256."""
+        """Compare length and SHA-256 with the promised ones; None for no file."""
         with refusals_named(self.path):
             if not self.path.is_file():
                 return None
             return self.path.stat().st_size == self.promise.bytes and sha256_file(self.path) == self.promise.sha256
 
     def store(self, path: Path) -> bool:
-        """Copy a local file to here."""
+        """Copy a local file to here, create-only."""
         return _publish_copy(path, self.path, self.promise, threading.Event()) or bool(self.holds())
 
     def fetch(self, path: Path, stop: threading.Event) -> bool:
-        """Copy the file to a path."""
+        """Copy the file to a path, create-only."""
         return _publish_copy(self.path, path, self.promise, stop)
 
     def put(self, data: bytes, *, replace: bool = False) -> bool:
@@ -190,90 +209,8 @@ class LocalFile(File):
                 replace_file(self.path, new)
             return new
 
-    def discard(self) -> None:
-        """There is no copy of a local file."""
 
-    @property
-    def to_download(self) -> tuple["RemoteFile", ...]:
-        """Nothing."""
-        return ()
-
-
-@dataclass(frozen=True)
-class RemoteFile(File):
-    """A file behind a URL, and the cache that it is read through."""
-
-    path = None
-    url: str
-    cache: Cache
-    promise: Promise = NO_PROMISE
-
-    def __str__(self) -> str:
-        return self.url
-
-    @property
-    def name(self) -> str:
-        """Its name in its folder."""
-        return url_name(self.url)
-
-    def beside(self, name: str) -> "RemoteFile":
-        """Return the file of this name in the same folder."""
-        return RemoteFile(join_url(parent_url(self.url), name), self.cache)
-
-    def read(self, *, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
-        """Return a small file as it is now, or None."""
-        try:
-            return read_url(self.url, max_bytes=max_bytes)
-        except RemoteFileMissing:
-            return None
-
-    def use(self, use: Callable[[Path], Result]) -> Result:
-        """Return `use(path)` of the copy in the cache."""
-        return self.cache.use(self.url, self.promise, use)
-
-    def use_ranges(self, use: Callable[[Any], Result]) -> Result:
-        """Return `use(file)` of the open file, of which only the ranges that are asked for are received."""
-        return read_ranges(self.url, use)
-
-    def copy_to(self, out: BinaryIO) -> Received:
-        """Receive the file, past the cache."""
-
-        def attempt() -> Received:
-            out.seek(0)
-            out.truncate()
-            return receive(self.url, out, size=self.promise.bytes)
-
-        return retried(self.url, attempt)
-
-    def holds(self, copy: Path | None = None) -> bool | None:
-        """Compare length, and the store's checksum with that of the local copy, or the SHA-256 of what it gives."""
-        assert copy is not None
-        return uploads.holds(self.url, copy, self.promise)
-
-    def store(self, path: Path) -> bool:
-        """Upload a local file."""
-        return uploads.put_file(path, self.url, sha256=self.promise.sha256)
-
-    def fetch(self, path: Path, stop: threading.Event) -> bool:
-        """Download the file; a cut download is continued."""
-        return download(self.url, path, self.promise, stop=stop)
-
-    def put(self, data: bytes, *, replace: bool = False) -> bool:
-        """Store a small file."""
-        return uploads.put_bytes(data, self.url, replace=replace)
-
-    def update(self, change: Callable[[bytes | None], bytes]) -> bytes:
-        """Replace a small file on the condition that it is still the one that was read."""
-        return uploads.update_url(self.url, change, max_bytes=MAX_JSON_BYTES)
-
-    def discard(self) -> None:
-        """Forget the copy in the cache."""
-        self.cache.discard(self.url, self.promise)
-
-    @property
-    def to_download(self) -> tuple["RemoteFile", ...]:
-        """The file itself."""
-        return (self,)
+File = LocalFile | RemoteFile
 
 
 @dataclass(frozen=True)

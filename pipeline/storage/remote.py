@@ -72,11 +72,11 @@ def receive(
     """Write a remote file to a local one, once, and measure it against what is known of its length.
 
     Args:
-        url: of the file.
+        url: URL of the file.
         file: is written to from its start.
         size: promised bytes, or None.
         start: bytes of it that are in `file` already, which can then be read too; only the rest is asked for. Whether they
-            were right shows in the hash. A server that sends everything all the same is listened to from the start.
+            were right shows in the hash. If a server sends the whole file anyway, all of it is received.
         begin: is called before the first byte with the announced length, None where there is none.
         check: is called before every block with the bytes that will have come; it may raise.
 
@@ -319,7 +319,7 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
     """Bring a remote file here under its final name, create-only.
 
     Args:
-        url: of the file.
+        url: URL of the file.
         path: its final name.
         promise: its length and hash.
         stop: when it is set, the download ends.

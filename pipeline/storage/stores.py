@@ -24,7 +24,7 @@ BLOCK_BYTES = 16 << 20  # of one request to an object store
 PART_BYTES = 16 << 20  # of one request of an upload; a file of up to two goes up in one
 PARTS_AT_ONCE = 4
 _MAY_PASS = frozenset({408, 425, 429})  # of the answers 4xx; 5xx may pass too
-# What S3 answers with 400 or 409 where the transfer failed, or another writer was at it just then.
+# What S3 answers with 400 or 409 where the transfer failed, or another writer was writing just then.
 _MAY_PASS_S3 = frozenset(
     {
         "BadDigest",
@@ -198,13 +198,12 @@ class Store:
         """Return what changes with the content of a file: the store's own mark of it, and its length."""
         marks = ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime")
         mark = next((entry[name] for name in marks if entry.get(name) is not None), "")
-        mark = (
-            mark.timestamp() if isinstance(mark, datetime.datetime) else mark
-        )  # in memory: one in lists, the other alone
+        if isinstance(mark, datetime.datetime):  # so in memory, in lists; asked alone, it is a number
+            mark = mark.timestamp()
         return f"{entry['size']} {mark}"
 
     def version(self, url: str, info: dict[str, Any]) -> str:
-        """Return what the store calls the present version of a file, `` where it has no name for it."""
+        """Return what the store calls the present version of a file, an empty text where it has no name for it."""
         return str(info.get("ETag") or "")
 
     def send(self, upload: Upload, *, replace: bool, version: str | None = None) -> None:
@@ -234,16 +233,15 @@ class Store:
         """Return the error of ours for what a file system raised: one to stop at, or one that may pass.
 
         Args:
-            url: of the file.
+            url: URL of the file.
             error: what was raised.
             doing: `read` or `written`, for the message.
         """
         if isinstance(error, (DeitCliError, Interrupted)):
             return error
         if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception) and not self._code(error):
-            return self.named(
-                url, error.__cause__, doing=doing
-            )  # fsspec's `info` takes every failure for a missing file
+            # fsspec's `info` takes every failure for a missing file.
+            return self.named(url, error.__cause__, doing=doing)
         if (own := self._named_by_code(url, error)) is not None:
             return own
         status = self.status(error)
@@ -383,7 +381,7 @@ class GoogleStore(Store):
             system.pipe_file(path, upload.data, mode=mode)
 
     def _send_generation(self, system: Any, path: str, upload: Upload, generation: str) -> None:
-        """Replace a file on condition; gcsfs itself knows only the condition that there is none."""
+        """Replace a file on condition; gcsfs itself can only ask that no such file exists."""
         bucket, key, _ = system.split_path(path)
         system.call(
             "POST",
@@ -456,7 +454,7 @@ def store_of(url: str) -> Store:
     """Return the store that a URL leads to.
 
     Raises:
-        StorageError: its scheme is none of ours; others may name local files or even commands.
+        StorageError: we do not know its scheme; others may name local files or even commands.
     """
     scheme = url.partition("://")[0]
     if scheme not in STORES:

@@ -20,7 +20,7 @@ def put_file(path: Path, url: str, *, sha256: str | None = None, replace: bool =
     """Upload a local file whole.
 
     Args:
-        path: of the file; it must not change meanwhile.
+        path: path of the file; it must not change meanwhile.
         url: its name there: s3://, gs:// or hf://.
         sha256: promised hash of the file, or None; another file is not sent.
         replace: swap what is there, atomically, instead of leaving it.
@@ -48,10 +48,10 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
     some stores ignore conditions, the file is read again afterwards, and changed once more where the change is not in it.
 
     Args:
-        url: of the file.
+        url: URL of the file.
         change: is given the old content (None: there is no file) and returns the new. Given what it returned, or what
             another writer's change made of that, it must return the same bytes.
-        max_bytes: of the file.
+        max_bytes: maximum size of the file.
 
     Raises:
         StorageError: it could not be written, or other writers were quicker every time.
@@ -76,8 +76,8 @@ def holds(url: str, path: Path, promise: Promise = NO_PROMISE) -> bool | None:
     Length and the store's own checksum decide where they can; otherwise the file is read back and its SHA-256 compared.
 
     Args:
-        url: of the remote file.
-        path: of the local one.
+        url: URL of the remote file.
+        path: path of the local file.
         promise: length and hash that the local one should have; where nothing is promised, those that it has count.
     """
     upload = Upload(url, path, promise.sha256)
@@ -100,7 +100,7 @@ def refuse_unwritable(url: str) -> None:
 def _put(upload: Upload, *, replace: bool) -> bool:
     refuse_unwritable(upload.url)
     store = store_of(upload.url)
-    _ = upload.size  # a local file that cannot be read is no business of the store's
+    _ = upload.size  # raises for a local file that cannot be read, before the store is asked
     tries = 0
 
     def attempt() -> bool:
@@ -146,7 +146,7 @@ def _write_error(store: Store, upload: Upload, error: Exception) -> Exception:
 
 
 def _version(url: str) -> str | None:
-    """Return what the store calls the present version of a file, `` where it has no name for it; None where there is none."""
+    """Return what the store calls the present version of a file, an empty text where it has no name for it; None where there is no file."""
     info = info_of(url)
     return None if info is None else store_of(url).version(url, info)
 
@@ -193,5 +193,5 @@ def _check_arrived(upload: Upload) -> None:
         raise RemoteFileCorrupt(
             f"{upload.url}: {upload.size} bytes were stored, and now there is {found} or another"
             " checksum: another writer replaced it, or the store lost it",
-            fix="Look who writes there, and run the same command again",
+            fix="Find out who writes there, and run the same command again",
         )

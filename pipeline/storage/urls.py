@@ -41,7 +41,7 @@ def parent_url(url: str) -> str:
 
 
 def _is_web(url: str) -> bool:
-    """Return whether `?` and `#` are no part of the path."""
+    """Return whether `?` and `#` end the path."""
     return url.startswith(("http://", "https://"))
 
 

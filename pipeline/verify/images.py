@@ -1,4 +1,4 @@
-"""Do these images, and the pixels that are rendered from them, fit a label set? Every one is looked at, and all misfits named."""
+"""Check that images, and the pixels that are rendered from them, fit a label set; every misfit is named."""
 
 import copy
 import threading
@@ -15,8 +15,10 @@ from pipeline.machine.threads import ProgressCounter, in_threads
 from pipeline.settings.configs import VerifyConfig
 from pipeline.verify.report import Problem, Report
 
-OTHER_DATA = "Pass the --data that was labelled, or mend this copy"
-OTHER_IMAGES = "Its labels are of other images than those in it: get the damaged files again, or ask whoever made it"
+OTHER_DATA = "Pass the --data that was labelled, or repair this copy"
+OTHER_IMAGES = (
+    "Its labels belong to other images than those in it: fetch the damaged files again, or ask the people who made it"
+)
 
 
 def check_images(

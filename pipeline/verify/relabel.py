@@ -34,7 +34,7 @@ ROUNDING = {"float32 on a CPU": 1e-3, "float32": 0.02, "float16": 0.05, "bfloat1
 
 @dataclass(frozen=True)
 class _Pair:
-    """One pair of one view, to be answered for: both of them see the same mix."""
+    """One pair of samples of one view that the teacher labels again; both see the same mix."""
 
     shard: str
     view: int
@@ -54,12 +54,12 @@ def relabel(
     """Label at least so many random views again, and compare.
 
     Args:
-        label_set: sound, as far as it is read.
+        label_set: a label set that was found sound.
         source: its images.
-        teacher: the one that labelled it.
-        views: to compare, in pairs that were mixed with each other.
-        seed: of the choice.
-        progress: hears of views.
+        teacher: the teacher that labelled it.
+        views: number of views to compare, in pairs that were mixed with each other.
+        seed: random seed for choosing the views.
+        progress: is told how many views are done.
 
     Raises:
         TeacherError: this is another teacher.
@@ -98,7 +98,7 @@ def _check_teacher(label_set: LabelSet, teacher: Teacher) -> None:
 
 
 def _choose(label_set: LabelSet, samples: dict[str, SampleRows], views: int, seed: int) -> list[_Pair]:
-    """Draw pairs, every labelled view with equal chance, until there are enough views; at most all of them."""
+    """Draw pairs, every labelled view with equal chance, until there are enough views; at most all."""
     usable = {name: table.usable for name, table in samples.items()}
     ends = np.cumsum([len(rows) for rows in usable.values()])
     total = int(ends[-1]) if len(ends) else 0

@@ -1,4 +1,4 @@
-"""What a verification found: problems, each with its way out, and what was looked at."""
+"""The findings of a verification: problems, each with its fix, and what was checked."""
 
 import contextlib
 from collections import Counter
@@ -16,14 +16,14 @@ from pipeline.text import byte_size, count
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it must be.
+    """One thing that is wrong.
 
     Attributes:
-        file: what it is about: a path inside the set, or where the images lie.
+        file: the file with the problem: a path inside the set, or the location of the images.
         rule: what was checked: `plan`, `manifest`, `pin`, `signature`, `sealed`, `present`, `length`, `sha256`, `content`,
             `source`, `images`, `probe`, `teacher`.
         text: what was found and what was expected, with the full name.
-        way_out: what repairs it.
+        way_out: how to fix it.
     """
 
     file: str
@@ -111,22 +111,22 @@ class Relabelled:
 
 @dataclass
 class Report:
-    """What was looked at, and what is wrong with it.
+    """What was checked, and what is wrong with it.
 
     Attributes:
         location: folder or URL.
         label_set: None where plan or manifest are damaged.
-        manifest_sha256: of the bytes of the manifest; None where there is none.
-        files: of tables that were read.
-        bytes: of them.
-        problems: all that were found.
-        notes: what is worth knowing and wrong with nothing.
+        manifest_sha256: hash of the bytes of the manifest; None where there is none.
+        files: number of files that were read.
+        bytes: size of these files.
+        problems: all problems that were found.
+        notes: what is worth knowing although nothing is wrong.
         source: the images, where they were opened.
-        pixels: largest mean difference of a replayed probe, in levels of 255; None where none was rendered.
-        images: how many images were compared; None where none were.
-        differences: of those images.
+        pixels: largest mean difference of a replay probe, in levels of 255; None where none was rendered.
+        images: number of images that were compared; None where none were.
+        differences: how these images differ from those that were labelled.
         signed_by: key or identity that signed the manifest; None where that was not asked.
-        relabelled: what the teacher says now of some views; None where it was not asked.
+        relabelled: what the teacher says now about some views; None where it was not asked.
     """
 
     location: str

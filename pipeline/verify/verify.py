@@ -1,7 +1,6 @@
-"""Verify a label set: look at every file, row, probe and image, and name all that is wrong, not only the first.
+"""Verify a label set: check every file, row, probe and image, and name all that is wrong, not only the first.
 
-A label set refuses itself as soon as one thing is not as it must be; whoever has to repair it needs the whole list. So
-here nothing stops the rest: where the manifest is damaged, files are held against the plan by what they say of
+Other readers stop at the first error; to repair a set, people need the whole list. So here nothing stops the rest: where the manifest is damaged, files are held against the plan by what they say of
 themselves; where the plan is, they are at least hashed. Remote sets are read anew from where they lie, not from the cache.
 """
 
@@ -69,9 +68,7 @@ from pipeline.verify.images import check_images
 from pipeline.verify.report import Problem, Report
 
 REMOTE_THREADS = 8  # they wait for a server most of the time
-WRONG_LABELS = (
-    "Do not train on this set; ask whoever labelled it, or label again with deit-cli precompute and another --out"
-)
+WRONG_LABELS = "Do not train on this set; ask the people who labelled it, or label again with deit-cli precompute and another --out"
 
 
 def verify(
@@ -86,8 +83,8 @@ def verify(
     Args:
         location: folder or URL of the set.
         config: what to check.
-        asked: the teacher to label some views again with; None: none.
-        progress: hears of files, images and views.
+        asked: the teacher that labels some views again; None: none does.
+        progress: is told how many files, images and views are done.
 
     Raises:
         LabelSetError: there is no label set.
@@ -190,7 +187,7 @@ def _open_each(report: Report, place: Place, error: DeitCliError) -> tuple[Plan 
 
 @dataclass(frozen=True)
 class _Task:
-    """One file to look at; its length and hash are known where the manifest lists it."""
+    """One file to check; its length and hash are known if the manifest lists it."""
 
     kind: str
     shard: str
@@ -201,7 +198,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Looked:
-    """What one file came to: its bytes, what is wrong with it, and of a samples file the usable rows, int64 [N]."""
+    """The result for one file: its size, what is wrong with it, and for a samples file the usable rows, int64 [N]."""
 
     bytes: int
     problem: Problem | None
@@ -235,7 +232,7 @@ def _check_files(
     threads: int,
     progress: Progress,
 ) -> None:
-    """Look at every file: samples first, because they say which rows a label shard must have."""
+    """Check every file: samples first, because they say which rows a label shard must have."""
     count_one = ProgressCounter("verify", len(tasks), progress, unit="files")
     usable: dict[str, NDArray[np.int64] | None] = {}
     found: dict[_Task, Problem] = {}
