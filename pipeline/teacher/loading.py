@@ -65,6 +65,22 @@ def load_teacher(config: TeacherConfig, *, num_classes: int | None = None, devic
     return Teacher(networks, identity, config, num_classes, device=resolve_device(device or config.device))
 
 
+def weights_sha256(module: nn.Module) -> str:
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of all parameters and buffers, sorted by name.
+
+    Raises:
+        TeacherError: the module's state_dict holds something other than tensors.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # get_extra_state
+            raise TeacherError(f"the teacher's state_dict must hold only tensors, {name} is {type(tensor).__name__}")
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _load_network(name: str, checkpoint: Path | None, options: TeacherConfig, num_classes: int | None) -> Network:
     if ":" in name and not name.startswith((LOCAL, HUB)):
         if checkpoint is not None:
@@ -73,7 +89,7 @@ def _load_network(name: str, checkpoint: Path | None, options: TeacherConfig, nu
                 fix="Let the function load it",
             )
         module, config = _from_function(name)
-        resolved, fix = name, "It must take float32 images [B, 3, H, W] in channels-last memory on the CPU"
+        resolved, fix = name, "The network must take float32 images [B, 3, H, W] in channels-last memory on the CPU"
     else:
         module, resolved = _from_timm(
             name, checkpoint=checkpoint, pretrained=options.pretrained, num_classes=num_classes
@@ -102,22 +118,6 @@ def _first_problem(error: ValidationError) -> str:
     """Return the name of the first invalid field of a record, and the rule that it breaks."""
     found = error.errors()[0]
     return ": ".join([".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")]).removeprefix(": ")
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Return the SHA-256 of the names, dtypes, shapes and bytes of all parameters and buffers, sorted by name.
-
-    Raises:
-        TeacherError: the module's state_dict holds something other than tensors.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if not isinstance(tensor, Tensor):  # get_extra_state
-            raise TeacherError(f"the teacher's state_dict must hold only tensors, {name} is {type(tensor).__name__}")
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _from_timm(name: str, *, checkpoint: Path | None, pretrained: bool, num_classes: int | None) -> tuple[Any, str]:
@@ -178,7 +178,7 @@ def _from_function(name: str) -> tuple[nn.Module, dict[str, Any]]:
     some of the keys. If it returns a network alone, the network's `pretrained_cfg`, which timm sets, gives the values.
 
     Raises:
-        UsageError: there is no such function.
+        UsageError: the function cannot be imported.
         TeacherError: the function fails, or returns something else.
     """
     function = _import_function(name)
@@ -235,7 +235,7 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
     unknown = next((key for key in config if key not in FUNCTION_DEFAULTS), None)
     if unknown is not None:
         raise TeacherError(
-            f"teacher {name}: the dict may have the keys {', '.join(FUNCTION_DEFAULTS)}; got {unknown!r}"
+            f"teacher {name}: the dict may have only the keys {', '.join(FUNCTION_DEFAULTS)}; got {unknown!r}"
         )
     size = config.get("input_size", (3, 224, 224))
     if not _is_list_of(size, int) or len(size) != 3 or size[0] != 3 or size[1] != size[2] or not 1 <= size[1] <= 4096:
@@ -271,8 +271,7 @@ def _as_teacher_error(what: str, *, fix: str) -> Iterator[None]:
 def _count_classes(module: nn.Module, size: int, name: str, fix: str) -> int:
     """Return the number of classes: the number of columns in the network's answer for two blank images.
 
-    The images have the memory layout that they have when the network labels, so that a network which cannot take it
-    fails here.
+    The images have the memory layout of the later forward passes, so that a network that cannot take it fails here.
     """
     images = torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), _as_teacher_error(f"teacher {name} does not take images of {size} pixels", fix=fix):

@@ -148,7 +148,7 @@ RETURNED_WRONGLY = [
     ({"input_size": (3, 2, 2)}, f"{A_MODULE} dict"),
     ((nn.Flatten(), None), f"{A_MODULE} Flatten, NoneType"),
     ((nn.Flatten(), {}, 1), f"{A_MODULE} Flatten, dict, int"),
-    (tall(means=(0, 0, 0)), "the dict may have the keys input_size, mean, std, crop_pct, class_names; got 'means'"),
+    (tall(means=(0, 0, 0)), "the dict may have only the keys input_size, mean, std, crop_pct, class_names; got 'means'"),
     (tall(input_size=2), "input_size must be (3, H, H) with H in 1..4096 pixels, got 2"),
     (tall(input_size=(2, 2, 3)), "input_size must be (3, H, H) with H in 1..4096 pixels, got (2, 2, 3)"),
     (tall(input_size=(3, 2, 4)), "input_size must be (3, H, H) with H in 1..4096 pixels, got (3, 2, 4)"),
@@ -162,7 +162,7 @@ RETURNED_WRONGLY = [
     ((AnswersTwice(), tall()[1]), "must answer 2 images with logits [2, C], got tuple"),
     ((nn.Identity(), tall()[1]), "must answer 2 images with logits [2, C], got [2, 3, 2, 2]"),
     ((nn.Flatten(0), tall()[1]), "must answer 2 images with logits [2, C], got [24]"),
-    ((NeedsContiguous(), tall()[1]), "Use .reshape(...) instead. It must take float32 images [B, 3, H, W] in channels-last"),
+    ((NeedsContiguous(), tall()[1]), "Use .reshape(...) instead. The network must take float32 images [B, 3, H, W] in channels-last"),
     ((nn.Sequential(nn.Flatten(), nn.Linear(12, 3).half()), tall()[1]), "does not take images of 2 pixels: mat1 and mat2"),
     ((KeepsMore(), tall()[1]), "the teacher's state_dict must hold only tensors, _extra_state is int"),
 ]  # fmt: skip
