@@ -54,7 +54,7 @@ def check_name(name: str, what: str) -> str:
 
     Args:
         name: sample key or class name.
-        what: kind and place of the name, for the error: `the sample key of member 3 in train-0.tar`.
+        what: place and kind of the name, for the error: `train-0.tar: byte 512: sample key`.
 
     Raises:
         SourceError: the name is not UTF-8, is empty or too long, or contains control characters.
@@ -62,20 +62,11 @@ def check_name(name: str, what: str) -> str:
     try:
         size = len(name.encode())
     except UnicodeEncodeError:  # Python decodes file names that are not UTF-8 to surrogates
-        raise SourceError(
-            f"{what} must be valid UTF-8, got {name!r}",
-            fix="Rename it",
-        ) from None
+        raise SourceError(f"{what} must be valid UTF-8, got {name!r}", fix="Rename it") from None
     if not 0 < size <= MAX_KEY_BYTES:
-        raise SourceError(
-            f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}",
-            fix="Rename it",
-        )
+        raise SourceError(f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}", fix="Rename it")
     if CONTROL_CHARACTERS.search(name):
-        raise SourceError(
-            f"{what} must not contain control characters, got {name!r}",
-            fix="Rename it",
-        )
+        raise SourceError(f"{what} must not contain control characters, got {name!r}", fix="Rename it")
     return name
 
 

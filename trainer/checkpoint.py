@@ -21,7 +21,7 @@ from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import canonical_json, parse_json
 
 _METADATA_KEY = "deit_cli"
-_FIX = "Replace it with an intact copy, or start a run in another --output with --init and the last/ of this run"
+_FIX = "Replace it with an intact copy, or start a new run from the last/ beside it, with --init and another --output"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 

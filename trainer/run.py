@@ -64,7 +64,7 @@ class Data:
 
 @dataclass
 class State:
-    """The state of a run that training changes and checkpoints save.
+    """The part of a run that training changes and checkpoints save.
 
     Attributes:
         student: student in training.
@@ -264,7 +264,7 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
 
 
 def _load_initial_weights(config: TrainConfig, student: Student) -> None:
-    """Load the weights of --init, and log how they and published weights were changed to fit."""
+    """Load the weights of --init, and log how the initial weights were made to fit."""
     if config.init is not None:
         changes = start_from(student, weights_here(config.init))
         log.info("starting from %s: %s", config.init, "; ".join(changes) or "all weights as they are")
@@ -310,9 +310,8 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     found = {name: saved.get(name) for name in meta}
     pin = found.pop("expect_manifest")
     meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
-    if (
-        pin is not None and config.expect_manifest is None
-    ):  # a changed pin is a decision, a missing one may be an oversight
+    # A changed pin is a decision; a missing one may be an oversight.
+    if pin is not None and config.expect_manifest is None:
         raise CheckpointError(
             f"{path} belongs to a run that is pinned to a manifest",
             fix=f"Pass --expect-manifest {pin}, or if you know why the manifest changed, its present pin",
@@ -377,7 +376,7 @@ def save_config(config: TrainConfig, data: Data) -> None:
 
 
 def announce(config: TrainConfig, data: Data, order: Order, state: State, share: Share) -> None:
-    """Log the student and the schedule, and warn of what a user may not expect."""
+    """Log the student and the schedule, and warn about settings with surprising effects."""
     parameters = sum(p.numel() for p in state.student.parameters())
     log.info(
         "student %s: %.1f M parameters, %d px, %d classes",

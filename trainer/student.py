@@ -320,7 +320,7 @@ def _check_names(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path
 
 @lru_cache
 def _channel_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return three values in 0..1 as float32 [1, 3, 1, 1] in 0..255. Cached: a copy to a GPU waits for all queued work."""
+    """Return three values in 0..1 as float32 [1, 3, 1, 1] in 0..255. Cached: creating it on a GPU waits for all queued work."""
     return torch.tensor(values, device=device)[None, :, None, None] * 255
 
 

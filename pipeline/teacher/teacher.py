@@ -220,7 +220,8 @@ class Teacher:
         with torch.inference_mode():
             began = time.perf_counter()
             columns = self.top_classes(self.logits(apply_mix(images.permute(0, 3, 1, 2), mix)), topk)
-            hard, index, prob, finite = (column.to("cpu", non_blocking=True) for column in columns)  # pinned memory
+            # From a GPU, these copies go into pinned memory and do not wait.
+            hard, index, prob, finite = (column.to("cpu", non_blocking=True) for column in columns)
             return _ForwardPass(images, mix, hard, index, prob, finite, (time.perf_counter() - began) / self.threads)
 
     def _launch(self, images: Tensor, mix: MixBatch, topk: int) -> _ForwardPass:
@@ -252,9 +253,15 @@ class Teacher:
         return [network.logits(images, dtype or self.dtype) for network in self.networks]
 
     def top_classes(self, logits: Sequence[Tensor], topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the most probable classes, all on the device: hard int64 [B], index int64 [B, K], prob float32 [B, K].
+        """Return the most probable classes and their probabilities, averaged over the networks.
 
-        The fourth tensor, finite bool [B], says for each view whether the logits of every network are finite.
+        Args:
+            logits: logits of each network, float32 [B, C].
+            topk: number of classes to keep, K, 0..C.
+
+        Returns:
+            hard int64 [B], index int64 [B, K] and prob float32 [B, K] as in `Answer`; finite bool [B], True for views
+            whose logits are all finite. All are on the device of the logits.
         """
         finite = torch.stack([each.isfinite().all(dim=1) for each in logits]).all(dim=0)
         score = logits[0] if len(logits) == 1 else torch.stack([each.softmax(dim=1) for each in logits]).mean(dim=0)
@@ -263,7 +270,7 @@ class Teacher:
         return top.indices[:, 0], top.indices[:, :topk], prob[:, :topk], finite
 
     def _compute_in_float32(self, images: Tensor, bad: Tensor, topk: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hard, index and prob of the views in `bad`, computed in float32.
+        """Return hard, index and prob (see `top_classes`) of the views in `bad`, computed in float32.
 
         Non-finite outputs must never be stored: their argmax would be a valid class.
         """
