@@ -15,7 +15,7 @@ _KIND = "repeats"  # attribute of a log record that holds its kind
 log = logging.getLogger("deit_cli")
 
 
-def warn_again(logger: logging.Logger, kind: str, message: str, *args: object) -> None:
+def warn_counted(logger: logging.Logger, kind: str, message: str, *args: object) -> None:
     """Log a warning that a loop may repeat, with the kind under which it is counted.
 
     Args:

@@ -19,7 +19,7 @@ from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, rank_from
-from pipeline.repeats import forward_messages, log_forwarded, warn_again
+from pipeline.repeats import forward_messages, log_forwarded, warn_counted
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.stage1.dispatch import TRIES, Dispatcher
 from pipeline.stage1.loop import Job, LabelTask, label_shards
@@ -122,7 +122,7 @@ class _Crew:
         if worker.crash:
             self.cause = worker.crash.summary
             log.debug("%s", worker.crash.traceback)
-        warn_again(
+        warn_counted(
             log,
             "lost teacher processes",
             "teacher process on %s was lost (%s): its %d label shards go to another",

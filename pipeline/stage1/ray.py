@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.errors import DeitCliError, UsageError, WorkerError
 from pipeline.machine.progress import Report, Tally
 from pipeline.machine.ranks import plan_loaders
-from pipeline.repeats import forward_messages, log_forwarded, warn_again
+from pipeline.repeats import forward_messages, log_forwarded, warn_counted
 from pipeline.settings.configs import TeacherConfig
 from pipeline.stage1.dispatch import TRIES, Dispatcher
 from pipeline.stage1.engines import load_same
@@ -139,7 +139,7 @@ class _RayCrew:
         except ray.exceptions.RayError as error:
             ray.kill(actor)  # it may only have been out of reach
             had = ray.get(self._desk.lose.remote(name))
-            warn_again(
+            warn_counted(
                 log,
                 "lost Ray workers",
                 "Ray worker %s was lost (%s): its %d label shards go to another",

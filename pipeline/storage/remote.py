@@ -29,7 +29,7 @@ from fsspec.callbacks import Callback
 from fsspec.config import conf
 
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.storage.atomic import locked, make_folder, publish_partial, refusals_named, replace_file
 from pipeline.storage.urls import EXTRAS, check_url, is_web
 
@@ -128,7 +128,7 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
                     f"{url}: gave up after {tries} tries in {spent:.0f} s: {error}",
                     fix="Run the same command again when it answers",
                 ) from error
-            warn_again(
+            warn_counted(
                 log, "interrupted requests that were tried again", "%s: %s; trying again in %g s", url, error, delay
             )
             pause(delay)
@@ -487,7 +487,7 @@ def download(url: str, path: Path, *, size: int, sha256: str, stop: threading.Ev
             except RemoteFileCorrupt:
                 if not trusted:
                     raise
-                warn_again(
+                warn_counted(
                     log,
                     "downloads that began anew",
                     "%s: what has come does not go on as it began; fetching it from its start",
@@ -496,7 +496,7 @@ def download(url: str, path: Path, *, size: int, sha256: str, stop: threading.Ev
                 continue
             if received.sha256 == sha256:
                 return publish_partial(partial, path)
-            warn_again(
+            warn_counted(
                 log,
                 "downloads that began anew",
                 "%s has SHA-256 %s…, not %s…; fetching it from its start",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError
 from pipeline.labels.manifest import AnyTeacher, TeacherIdentity
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.settings.configs import Dtype, TeacherConfig
 from pipeline.views.mixing import MixBatch, apply_mix
 
@@ -275,7 +275,7 @@ class Teacher:
         Non-finite outputs must never be stored: their argmax would be a valid class.
         """
         if self.dtype != torch.float32:
-            warn_again(
+            warn_counted(
                 log,
                 "batches with non-finite outputs that were computed again in float32",
                 "%d views gave non-finite outputs in %s: computing them again in float32",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.builders import with_checkout, write_tars
 
-from pipeline.repeats import FirstOfEachKind, forward_messages, log_forwarded, warn_again
+from pipeline.repeats import FirstOfEachKind, forward_messages, log_forwarded, warn_counted
 
 ROOT = Path(__file__).parents[2]
 CONSTANT = """
@@ -79,8 +79,8 @@ def test_each_kind_is_said_once_and_counted_if_it_came_again(caplog):
     log.addHandler(handler)
     try:
         for number in range(1200):
-            warn_again(log, "bad views", "view %d is bad", number)
-        warn_again(log, "lost files", "file %s is lost", "x")
+            warn_counted(log, "bad views", "view %d is bad", number)
+        warn_counted(log, "lost files", "file %s is lost", "x")
         log.warning("something else")
         log.warning("something else")
     finally:
@@ -98,7 +98,7 @@ def test_messages_of_another_process_are_heard_with_their_kind(monkeypatch, capl
     before = root.handlers
     try:
         forward_messages(sent.append)
-        warn_again(logging.getLogger("deit_cli.tests"), "bad views", "view %d is bad", 3)
+        warn_counted(logging.getLogger("deit_cli.tests"), "bad views", "view %d is bad", 3)
     finally:
         root.handlers = before
     (record,) = sent
@@ -122,7 +122,7 @@ def test_a_process_that_nobody_hears_goes_on(monkeypatch, capsys):
 
 
 # A warning that stands here can come only a few times in a command, whatever the size of the data. All others go through
-# `warn_again`.
+# `warn_counted`.
 ONCE = {
     "pipeline.labels.card.refresh_card",
     "pipeline.exchange.export.export_labels",
@@ -131,7 +131,7 @@ ONCE = {
     "pipeline.sharing.merging._has_images",
     "pipeline.stage1.precompute._warn_of_sorted_classes",
     "pipeline.repeats.log_counts",
-    "pipeline.repeats.warn_again",
+    "pipeline.repeats.warn_counted",
     "pipeline.sharing.transfer._carry",
     "pipeline.teacher.teacher._launch_or_halve",  # halves a batch
     "trainer.evaluate._compare_names",
