@@ -290,7 +290,7 @@ def on_device(teacher: Teacher, recipe: Recipe, batch: int) -> Callable[[], obje
 
     def answer() -> None:
         with torch.inference_mode():
-            teacher.rank(teacher.logits(apply_mix(images.permute(0, 3, 1, 2), mix)), 10)
+            teacher.top_classes(teacher.logits(apply_mix(images.permute(0, 3, 1, 2), mix)), 10)
 
     return answer
 

@@ -210,7 +210,7 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
         (["train", "--labels", labels, "--linear-probe"], 2, "pass --init or --pretrained too"),
         (["train", "--labels", labels, "--epochs", "3", "--warmup-epochs", "5"], 2, "--warmup-epochs must be at most --epochs (3), got 5"),
         (["train", "--labels", labels, "--init", data, "--output", str(tmp / "run")], 1, "this folder holds no model.safetensors"),
-        (["evaluate", "--data", data, "--checkpoint", data], 1, "is no exported model"),
+        (["evaluate", "--data", data, "--checkpoint", data], 1, "is not an exported model"),
         (["evaluate", "--checkpoint", data], 2, "pass --data to measure accuracy"),
         (["labels", "info", data], 1, "is not a label set"),
         (["labels", "verify", labels, "--data", corrupt], 1, "problems (2 images, 1 source)"),

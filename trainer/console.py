@@ -33,7 +33,7 @@ def say_counts() -> None:
     """Log how often each warning came of which only the first was shown."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, ToStderr):
-            handler.first.say_counts()
+            handler.first.log_counts()
 
 
 class ShownProgress:

@@ -98,7 +98,7 @@ def measure_rates(
             "decode_s": (lambda: [decode(sample.image, key=sample.key) for sample in samples], len(samples)),
             "render_s": (lambda: views(next(numbers)), len(samples)),
             "copy_s": (lambda: pixels.to(teacher.device, copy=True), batch),
-            "topk_s": (lambda: [column.cpu() for column in teacher.rank(logits, topk)], batch),
+            "topk_s": (lambda: [column.cpu() for column in teacher.top_classes(logits, topk)], batch),
             "write_s": (_writing(teacher.identity.num_classes, topk, precision), WRITTEN[0] * WRITTEN[1]),
         }
         seconds = {name: median_s(work, teacher.device, least_s) / count for name, (work, count) in timed.items()}

@@ -20,7 +20,7 @@ from pipeline.labels.comparing import check_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Probe
 from pipeline.labels.tables import SampleRows
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.views.pairs import Mix, draw_mix, shard_pairs
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render
@@ -91,7 +91,7 @@ def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samp
         _check_mix(probe, recipe, samples)
         worst = max(worst, _pixel_difference(probe, recipe, sample))
     if worst:
-        warn_again(
+        warn_counted(
             log,
             "comparisons of replayed views that differ by rounding",
             "replayed views differ from the labelled ones by up to %.3f of 255 on average: rounding only",

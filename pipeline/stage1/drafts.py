@@ -11,7 +11,7 @@ from pipeline.labels.encoding import LabelRows
 from pipeline.labels.manifest import Plan, Probe, labels_path
 from pipeline.labels.replay import make_probe, pair_of
 from pipeline.labels.tables import LabelsFooter, SampleRows, write_labels
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.stage1.rendering import ViewBatch
 from pipeline.storage.atomic import publish_file
 from pipeline.views.recipe import Recipe
@@ -101,7 +101,7 @@ def _warn_of_one_class(draft: LabelDraft, views: list[LabelRows]) -> None:
         return
     first = views[0].hard[0]
     if all((rows.hard == first).all() for rows in views):
-        warn_again(
+        warn_counted(
             log,
             "label shards in which the teacher gave one class to all views",
             "%s, views %d:%d: the teacher gave class %d to all of %d views. Is it trained, and its input normalised?",

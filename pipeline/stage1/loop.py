@@ -21,7 +21,7 @@ from pipeline.machine.progress import WorkDone
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.drafts import LabelDraft, publish_draft
 from pipeline.stage1.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
-from pipeline.teacher.teacher import Answer, Pending, Teacher, one_thread
+from pipeline.teacher.teacher import Answer, PendingAnswer, Teacher, one_thread
 from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.labelling")
@@ -92,7 +92,7 @@ def label_shards(
         held=AHEAD,
         pin_memory=teacher.device.type == "cuda",
     )
-    waiting: deque[tuple[ViewBatch, Pending]] = deque()
+    waiting: deque[tuple[ViewBatch, PendingAnswer]] = deque()
     with one_thread(teacher.device), desk:
         for number, batch in enumerate(batches):
             if number == 0:
@@ -145,7 +145,7 @@ class _Desk:
             self._drafts[task] = draft
             yield from blocks_of(task.shard, task.views, samples, self._job.recipe)
 
-    def settle(self, batch: ViewBatch, pending: Pending) -> None:
+    def settle(self, batch: ViewBatch, pending: PendingAnswer) -> None:
         """Wait for an answer, and put it where it belongs."""
         task = LabelTask(batch.shard, batch.views)
         draft = self._drafts[task]
@@ -196,7 +196,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _named(pending: Pending, batch: ViewBatch, job: Job) -> Answer:
+def _named(pending: PendingAnswer, batch: ViewBatch, job: Job) -> Answer:
     try:
         return pending.result()
     except NonFiniteTeacherError as error:

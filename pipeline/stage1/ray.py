@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.errors import DeitCliError, UsageError, WorkerError
 from pipeline.machine.progress import Tally, WorkDone
 from pipeline.machine.ranks import plan_loaders
-from pipeline.repeats import hear, send_messages, warn_again
+from pipeline.repeats import forward_messages, log_forwarded, warn_counted
 from pipeline.settings.configs import TeacherConfig
 from pipeline.stage1.dispatch import TRIES, Dispatcher
 from pipeline.stage1.engines import load_same
@@ -109,7 +109,7 @@ class _RayCrew:
                 for report in reports:
                     tally.add(report)
                 for message in messages:
-                    hear(message)
+                    log_forwarded(message)
                 if waiting and len(self._running) < self._count:
                     self._start()
             set_aside = ray.get(self._desk.set_aside.remote())
@@ -139,7 +139,7 @@ class _RayCrew:
         except ray.exceptions.RayError as error:
             ray.kill(actor)  # it may only have been out of reach
             had = ray.get(self._desk.lose.remote(name))
-            warn_again(
+            warn_counted(
                 log,
                 "lost Ray workers",
                 "Ray worker %s was lost (%s): its %d label shards go to another",
@@ -191,7 +191,7 @@ class _RayWorker:
     def run(self, name: str, job: Job, config: TeacherConfig, num_classes: int | None, device: str, desk: Any) -> None:
         import ray
 
-        send_messages(lambda message: desk.say.remote(message))
+        forward_messages(lambda message: desk.say.remote(message))
         teacher = load_same(job, config, num_classes, device)
         tasks = iter(lambda: ray.get(desk.take.remote(name)), None)
         label_shards(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from pipeline.errors import RemoteFileCorrupt, StorageError
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.storage import remote
 from pipeline.storage.atomic import TEMPORARY_PREFIX, locked, refusals_named, replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json
@@ -143,7 +143,7 @@ class Cache:
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if found.st_size != promised:
-            warn_again(
+            warn_counted(
                 log,
                 "files that were downloaded again",
                 "%s has %d bytes, %s were downloaded: fetching it again",
@@ -176,7 +176,7 @@ class Cache:
         try:
             remote.retried(url, lambda: self._download_once(url, path, promise, ahead), pause=pause)
         except RemoteFileCorrupt as error:
-            warn_again(log, "files that were downloaded again", "%s; downloading it once more", error)
+            warn_counted(log, "files that were downloaded again", "%s; downloading it once more", error)
             remote.retried(url, lambda: self._download_once(url, path, promise, ahead), pause=pause)
 
     def _download_once(self, url: str, path: Path, promise: Promise, ahead: threading.Event | None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline.errors import DeitCliError, StorageError, UsageError
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.storage import remote
 from pipeline.storage.atomic import TEMPORARY_PREFIX, locked, refusals_named, replace_file
 from pipeline.storage.json import MAX_JSON_BYTES, pretty_json
@@ -156,7 +156,7 @@ class Mirror(ABC):
                 self._lost = error
                 return
             except StorageError as error:
-                warn_again(
+                warn_counted(
                     log, "failed uploads", "%s; what is to be sent stays in %s and is tried again", error, self.folder
                 )
 

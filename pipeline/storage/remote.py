@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import RemoteFileCorrupt, StorageError
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.storage.atomic import locked, make_folder, publish_partial, refusals_named, replace_file
 from pipeline.storage.stores import Interrupted, store_of
 
@@ -119,7 +119,7 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
                     f"{url}: gave up after {tries} tries in {spent:.0f} s: {error}",
                     fix="Run the same command again when it answers",
                 ) from error
-            warn_again(
+            warn_counted(
                 log, "interrupted requests that were tried again", "%s: %s; trying again in %g s", url, error, delay
             )
             pause(delay)
@@ -350,7 +350,7 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
             except RemoteFileCorrupt:
                 if not trusted:
                     raise
-                warn_again(
+                warn_counted(
                     log,
                     "downloads that began anew",
                     "%s: what has come does not go on as it began; fetching it from its start",
@@ -359,7 +359,7 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
                 continue
             if received.sha256 == sha256:
                 return publish_partial(partial, path)
-            warn_again(
+            warn_counted(
                 log,
                 "downloads that began anew",
                 "%s has SHA-256 %s…, not %s…; fetching it from its start",

@@ -104,7 +104,7 @@ WRONG = [
     (["--distillation-type", "none"], 2, "--distillation-type none needs --data"),
     (["--labels", "nowhere"], 1, "is not a label set"),
     (["--labels", "{labels}", "--data", "nowhere"], 1, "does not exist"),
-    (["--labels", "{labels}", "--img-size", "32"], 2, "--img-size 32 is not that of the views, 16"),
+    (["--labels", "{labels}", "--img-size", "32"], 2, "--img-size must be the size of the views, 16, got 32"),
     (["--labels", "{labels}", "--batch-size", "1"], 2, "--batch-size must be at least 6"),
     (["--labels", "{labels}", "--seconds", "0"], 2, "--seconds must be in 0.1..600, got 0.0"),
     (["--labels", "{labels}", "--device", "cuda:7"], 2, "--device 'cuda:7' cannot be used"),

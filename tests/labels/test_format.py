@@ -145,7 +145,7 @@ def test_a_run_stays_pinned(copied, data, tmp_path):
     with pytest.raises(LabelSetMismatch, match=f"--expect-manifest says {pin}, it has {new}"):
         train(again)
     with pytest.raises(
-        CheckpointError, match=f"a run that is pinned to one manifest: pass --expect-manifest {pin}, or"
+        CheckpointError, match=rf"a run that is pinned to a manifest\. Pass --expect-manifest {pin}, or"
     ):
         train(settings(copied, run, resume="auto", views=(0, 3)))
     train(settings(copied, run, resume="auto", views=(0, 3), expect_manifest=new))  # a new pin is a decision

@@ -168,7 +168,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--output elsewhere", seen=exists("elsewhere/last")),
         Trial("--model deit-s", seen=lambda got: "student deit-s" in got.said),
         Trial("--img-size 16"),
-        Trial("--img-size 24", "is not that of the views, 16"),
+        Trial("--img-size 24", "must be the size of the views, 16, got 24"),
         Trial("--patch-size 4 --embed-dim 48 --depth 2 --num-heads 4"),
         Trial("--init {run}/last", seen=lambda got: "all weights as they are" in got.said),
         Trial("--linear-probe --init {run}/last", seen=lambda got: "linear probe" in got.said),

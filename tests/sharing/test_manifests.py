@@ -340,7 +340,7 @@ def test_a_run_on_a_subset_is_not_continued_on_the_whole_set(images, made, subse
         "device": "cpu",
     }
     train(TrainConfig(labels=str(subset.folder), **settings))
-    assert "holds 2 of 3 source shards: only their images are trained on" in caplog.text
+    assert "holds 2 of 3 source shards: the student trains only on their images" in caplog.text
     train(TrainConfig(labels=str(subset.folder), resume="auto", **settings))  # it is complete
     with pytest.raises(Exception, match=r"other settings \(shards: \['train-0', 'train-2'\], not None\)"):
         train(TrainConfig(labels=str(made.folder), resume="auto", **settings))

@@ -504,7 +504,7 @@ def test_a_file_of_weights_scores_as_timms_own_model_does(tmp_path, file, layout
 def test_a_file_of_weights_of_other_classes_than_the_images_is_refused(data, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), path)
-    with pytest.raises(CheckpointError, match="its fc knows 5 classes, this run needs 8"):
+    with pytest.raises(CheckpointError, match="its fc has 5 classes, this run needs 8"):
         ask(checkpoint=path, model="test_resnet", data=data)
 
 
