@@ -143,7 +143,7 @@ def by_train(source: Path, labels: Path) -> Any:
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
     digest = hashlib.sha256()
     for index in range(config.epochs * order.steps_per_epoch):
-        batch = renderer.alone(index)
+        batch = renderer.render_here(index)
         for tensor in (batch.images, *vars(batch.teacher).values(), batch.classes.class_label):
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

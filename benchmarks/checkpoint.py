@@ -7,8 +7,6 @@ looked through for what is no number, hashed, and written as a run writes them (
 goes on). Medians over the rounds; on a GPU the copy crosses the bus.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rounds import machine
+from rounds import machine, options, write_json
 
 from trainer.checkpoint import check_finite, pack_training, save_state, snapshot
 from trainer.optim import create_ema, create_optimizer
@@ -55,11 +53,9 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=5, out_required=False)
     parser.add_argument("--models", nargs="+", default=["deit-ti", "deit-s", "deit-b"])
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -69,9 +65,7 @@ def main() -> None:
             print(f"{model}: {row['bytes'] / 1e6:,.0f} MB, copied in {copy:.3f} s, written in {write:.3f} s")
             rows.append(row | {"copy_median_s": copy, "write_median_s": write})
     if asked.out:
-        asked.out.write_text(
-            json.dumps({"machine": machine(), "device": asked.device, "states": rows}, indent=1) + "\n"
-        )
+        write_json(asked.out, {"machine": machine(), "device": asked.device, "states": rows})
 
 
 if __name__ == "__main__":

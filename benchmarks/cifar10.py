@@ -48,9 +48,9 @@ from pipeline.stage1.precompute import precompute
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json, read_json
 from pipeline.teacher.loading import load_teacher
-from pipeline.teacher.teacher import Answer, Teacher
+from pipeline.teacher.teacher import Answer, Teacher, one_thread
 from pipeline.views.draws import stream_of
-from trainer.config import TrainConfig
+from trainer.config import EvaluateConfig, TrainConfig
 from trainer.evaluate import evaluate_checkpoint
 from trainer.export import export_model, hub_config
 from trainer.loop import batch_loss, train
@@ -234,19 +234,14 @@ class Bench:
 
     def evaluate(self, run: Path) -> dict[str, float]:
         """Return top-1 by way of reading the heads."""
-        scores = evaluate_checkpoint(
+        config = EvaluateConfig(
             checkpoint=str(run / "last"),
-            model=None,
-            pretrained=False,
             data=str(self.test),
-            labels=None,
-            agreement_samples=0,
-            batch_size=256,
             workers=0,  # 4,000 small images take less than it takes to start loader processes
             crop_pct=1.0,
             device=str(self.device),
-            amp_dtype="auto",
-        )["scores"]
+        )
+        scores = evaluate_checkpoint(config)["scores"]
         return {head: round(values["top1"], 4) for head, values in scores.items()}
 
     def todo(self, arms: Sequence[str], seeds: int) -> list[tuple[str, int]]:
@@ -483,7 +478,8 @@ def train_online(config: TrainConfig, teacher: Teacher, *, same: bool) -> tuple[
     settings = LossSettings.of(config)
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
     for batch in stream_batches(renderer, range(total), workers=workers, device=device):
-        answer = teacher.ask(batch.images, batch.mix, data.num_classes).result()
+        with one_thread(teacher.device):
+            answer = teacher.ask(batch.images, batch.mix, data.num_classes).result()
         if same:
             comparison.add(batch, answer)
         rate = learning_rate(

@@ -12,9 +12,7 @@ what K = 10 in full precision costs. Reading is `LabelSet.read` of one view afte
 the page cache, hashes and checks included, in alternating rounds.
 """
 
-import argparse
 import hashlib
-import json
 import statistics
 import tempfile
 import time
@@ -23,10 +21,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rounds import machine
+from rounds import machine, options, write_json
 
 from pipeline.images.samples import keys_sha256
-from pipeline.labels.encoding import encode_rows
+from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan, ShardRecord, SourceRecord, samples_path
@@ -34,6 +32,7 @@ from pipeline.labels.sealing import claim, seal
 from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
 from pipeline.stage1.drafts import LabelDraft, publish_draft
 from pipeline.storage.atomic import publish_file
+from pipeline.storage.place import open_place
 
 ROWS, VIEWS, TOPK = 1000, 30, 10
 SHARD = "train-000000"
@@ -51,7 +50,7 @@ def full_answers(label_set: LabelSet) -> tuple[NDArray[np.int64], NDArray[np.flo
     read = [label_set.read(shard, view) for view in label_set.views for shard in label_set.shards]
     if label_set.plan.topk != label_set.num_classes:
         raise SystemExit(
-            f"{label_set.folder} keeps {label_set.plan.topk} of {label_set.num_classes} classes: make it with --topk C"
+            f"{label_set.place} keeps {label_set.plan.topk} of {label_set.num_classes} classes: make it with --topk C"
         )
     index = np.concatenate([rows.topk_index.astype(np.int64) for rows in read])
     return index, np.concatenate([rows.topk_prob.astype(np.float64) for rows in read])
@@ -69,9 +68,8 @@ def divergence(index: NDArray[np.int64], prob: NDArray[np.float64], precision: P
     """Return KL(full || stored) of every label in nats, float64 [labels]."""
     kept, classes = prob[:, :TOPK], prob.shape[1]
     rows = np.arange(len(prob))
-    stored = encode_rows(
-        rows, index[:, 0], index[:, :TOPK], kept.astype(np.float32), num_classes=classes, precision=precision
-    )
+    codec = codec_of(precision, classes, TOPK)
+    stored = codec.encode(rows, index[:, 0], index[:, :TOPK], kept.astype(np.float32))
     tail = np.repeat(stored.tail_mass.astype(np.float64)[:, None] / (classes - TOPK), classes - TOPK, axis=1)
     whole = np.concatenate([stored.topk_prob.astype(np.float64), tail], axis=1)
     whole /= whole.sum(1, keepdims=True)
@@ -93,7 +91,7 @@ def write_set(
         draft.add(view, np.arange(ROWS), index[at, 0], index[at, :kept], prob[at, :kept].astype(np.float32))
     publish_draft(folder, plan, draft, {"device": "cpu"})
     seal(folder, plan, [block])
-    return LabelSet(folder)
+    return LabelSet(open_place(folder))
 
 
 def plan_of(source: LabelSet, samples: SampleRows, topk: int, precision: Precision) -> Plan:
@@ -136,10 +134,8 @@ def later_rate(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=15)
     parser.add_argument("--labels", required=True, help="Label set that keeps every class in float32.")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     source = LabelSet.open(args.labels)
     index, prob = full_answers(source)
@@ -175,8 +171,7 @@ def main() -> None:
         "published_bytes_per_view": PUBLISHED,
         "machine": machine(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
     for name, way in ways.items():
         print(name, {key: float(f"{value:.4g}") for key, value in way.items()})
 

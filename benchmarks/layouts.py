@@ -15,7 +15,6 @@ stored), the tail spread evenly over the other classes, less what K = 10 in full
 rounding moves it, on the views that both have. `--table` prints a JSON again.
 """
 
-import argparse
 import io
 import json
 import time
@@ -27,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from rounds import machine
+from rounds import machine, options, write_json
 
 from pipeline.labels.labelset import LabelSet
 
@@ -41,7 +40,7 @@ SPLIT, PLAIN, DELTA, DICTIONARY = "BYTE_STREAM_SPLIT", "PLAIN", "DELTA_BINARY_PA
 def full_answers(label_set: LabelSet, most: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return classes, most probable first, and probabilities, [labels, C] each, view by view."""
     if label_set.plan.topk != label_set.num_classes:
-        raise SystemExit(f"{label_set.folder} does not keep every class: make it with --topk {label_set.num_classes}")
+        raise SystemExit(f"{label_set.place} does not keep every class: make it with --topk {label_set.num_classes}")
     index, prob, images = [], [], 0
     for view in label_set.views:
         for shard in label_set.shards:
@@ -248,13 +247,12 @@ def print_tables(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, out_required=False)
     parser.add_argument("--labels", help="Label set that keeps every class in float32.")
     parser.add_argument("--other", help="Label set of the same views and teacher in another dtype.")
     parser.add_argument("--rows", type=int, default=1000, help="Of a row group: samples of a source shard.")
     parser.add_argument("--groups", type=int, default=8, help="Row groups.")
     parser.add_argument("--table", type=Path, metavar="FILE", help="Print the tables of a result, and measure nothing.")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.table:
         print_tables(json.loads(args.table.read_text()))
@@ -277,8 +275,7 @@ def main() -> None:
         "other_dtype": compare_teachers(source, LabelSet.open(args.other)) if args.other else None,
         "machine": machine(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
     print_tables(json.loads(args.out.read_text()))
 
 

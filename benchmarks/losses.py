@@ -17,17 +17,14 @@ backward, which ends with the gradient (1), and what is kept between the two. On
 allocated, on CUDA its allocator. One thread on the CPU.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rounds import Job, machine
+from rounds import Job, machine, options, write_json
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
@@ -243,10 +240,7 @@ def on_gpu(job: Job) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--machine", help="what to call this machine; by default its processor and device")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = options(__doc__, rounds=11)
     args = parser.parse_args()
     torch.set_num_threads(1)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -258,8 +252,7 @@ def main() -> None:
             for device in devices
         },
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
 
 
 if __name__ == "__main__":

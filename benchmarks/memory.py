@@ -7,8 +7,6 @@ process of its own; twice a second the proportional set sizes of it and of all i
 count once), and the largest sum is kept. Linux only.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rounds import machine
+from rounds import machine, options, write_json
 from webdataset.writer import TarWriter
 
 CASES = [
@@ -91,9 +89,8 @@ def peak(source: Path, out: Path, views: int, block: int) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     cases = []
     with tempfile.TemporaryDirectory() as folder:
@@ -107,8 +104,7 @@ def main() -> None:
             )
             print(f"{count:6} images {views:3} views, mix block {block:3}: {highest / 2**20:,.0f} MiB", flush=True)
     result = {"what": "peak memory of precompute, 1 loader process, PSS", "machine": machine(), "cases": cases}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
 
 
 if __name__ == "__main__":

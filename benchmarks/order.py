@@ -14,15 +14,13 @@ the shards, as ready-made tars are, and once they lie sorted by class, which is 
 A full shuffle draws all images of a pass anew; every image still meets its mixup partner in the same update.
 """
 
-import argparse
-import json
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rounds import options, write_json
 
 from trainer.order import Order, Share
 
@@ -98,8 +96,7 @@ def shards_of_a_rank(order: Order) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser = options(__doc__, out_required=False)
     asked = parser.parse_args()
     cases = [(window, repeats) for repeats in (1, 3) for window in (8, 16, 64, 256, SHARDS)]
     rows = [measure(window, repeats) for window, repeats in cases]
@@ -108,7 +105,7 @@ def main() -> None:
     versions = {"numpy": metadata.version("numpy"), "python": platform.python_version()}
     layout = {"shards": SHARDS, "images": IMAGES, "classes": CLASSES, "batch": BATCH, "ranks": RANKS}
     if asked.out:
-        asked.out.write_text(json.dumps({"layout": layout, "versions": versions, "windows": rows}, indent=1) + "\n")
+        write_json(asked.out, {"layout": layout, "versions": versions, "windows": rows})
 
 
 if __name__ == "__main__":

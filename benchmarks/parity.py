@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.machine.loaders import usable_cores
+from pipeline.machine.threads import usable_cores
 from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.precompute import precompute

@@ -8,7 +8,6 @@ one worker and an idle parent. The recipe is DeiT's: random resized crop to 224,
 erasing 0.25; mixing happens on the device for all of them, and is left out.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -30,13 +29,13 @@ import cv2
 import torch
 import webdataset as wds
 from PIL import Image
-from rounds import machine
+from rounds import machine, medians, options, ratios, write_json
 from stage1 import blocks_in
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from pipeline.cost.measuring import Head
+from pipeline.cost.bench import Head
 from pipeline.images import turbojpeg
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
@@ -240,12 +239,9 @@ def threads_and_processes(images: list[bytes], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=9)
     parser.add_argument("--data", required=True, help="folder with a tar of JPEGs")
     parser.add_argument("--images", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--machine", help="what to call this machine; by default its processor")
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
@@ -270,21 +266,16 @@ def main() -> None:
         "machine": args.machine or machine(),
         "images": args.images,
         "regions_decoded": turbojpeg.is_installed(),  # by ours_1
-        "median": {name: round(statistics.median(each[name] for each in rounds), 1) for name in work},
+        "median": medians(rounds),
         "ratio_to_timm_dataloader": {
-            name: round(statistics.median(each[name] / each["timm_dataloader"] for each in rounds), 2)
-            for name in work
-            if name.endswith("_dataloader")
+            name: ratio for name, ratio in ratios(rounds, "timm_dataloader").items() if name.endswith("_dataloader")
         },
-        "ratio_to_timm": {
-            name: round(statistics.median(each[name] / each["timm"] for each in rounds), 2) for name in work
-        },
+        "ratio_to_timm": ratios(rounds, "timm"),
         "us_per_view": parts(images[: args.images]),
         "two_at_once": together,
         "rounds": rounds,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
     print(
         json.dumps(
             {key: result[key] for key in ("median", "ratio_to_timm", "ratio_to_timm_dataloader", "us_per_view")},

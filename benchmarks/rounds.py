@@ -1,9 +1,12 @@
-"""What the benchmarks share: the machine's description, and results that are written to a file as soon as they are there."""
+"""Shared by the benchmarks: options, medians over rounds, the machine's description, results written as soon as they are there."""
 
+import argparse
 import json
 import platform
+import statistics
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -12,9 +15,35 @@ from typing import Any
 import torch
 from photographs import write_source
 
-from pipeline.machine.loaders import usable_cores
+from pipeline.machine.threads import usable_cores
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "simplejpeg", "pyarrow")
+
+
+def options(doc: str | None, *, rounds: int | None = None, out_required: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with what the benchmarks have in common.
+
+    Args:
+        doc: description, the script's docstring.
+        rounds: default of --rounds; None: the script measures no rounds.
+        out_required: whether --out must be passed.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="rounds in which what is compared alternates")
+    parser.add_argument("--machine", help="name of this machine; default its processor and versions")
+    parser.add_argument("--out", type=Path, required=out_required, help="JSON to write")
+    return parser
+
+
+def medians(rounds: Sequence[Mapping[str, float]], digits: int = 1) -> dict[str, float]:
+    """Return the median of each value over the rounds."""
+    return {name: round(statistics.median(each[name] for each in rounds), digits) for name in rounds[0]}
+
+
+def ratios(rounds: Sequence[Mapping[str, float]], to: str, digits: int = 2) -> dict[str, float]:
+    """Return for each value the median of its ratio to one of them, each taken within a round."""
+    return {name: round(statistics.median(each[name] / each[to] for each in rounds), digits) for name in rounds[0]}
 
 
 def machine() -> dict[str, Any]:

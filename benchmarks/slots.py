@@ -7,15 +7,13 @@ into memory that is allocated for each batch, as a DataLoader does, once into sl
 alternating rounds. Both start with full queues. Microseconds for a view of 224 pixels.
 """
 
-import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rounds import machine
+from rounds import machine, options, write_json
 from torch import Tensor
 
 from pipeline.machine.loaders import PREFETCH, Note, Slots, _shared_pixels, in_processes
@@ -52,9 +50,7 @@ def measure(slots: Tensor | None) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = options(__doc__, rounds=5)
     args = parser.parse_args()
     slots = Slots((VIEWS, SIZE, SIZE, 3), workers=WORKERS, held=1).pixels
     rounds: list[dict[str, Any]] = [{"fresh": measure(None), "slots": measure(slots)} for _ in range(args.rounds)]
@@ -69,8 +65,7 @@ def main() -> None:
         "median": median,
         "rounds": rounds,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
     print(json.dumps(median, indent=1))
 
 

@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,13 +30,14 @@ from typing import Any
 import cv2
 import torch
 from ceilings import matrix_tflops
-from rounds import Job, machine
+from rounds import Job, machine, medians, options, write_json
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.cost.measuring import forward_flops, measure_rates, measure_together
+from pipeline.cost.bench import measure_run
+from pipeline.cost.rates import forward_flops, measure_rates
 from pipeline.images.source import Source, open_source
-from pipeline.machine.loaders import usable_cores
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
+from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import row_s, steady_s, synchronise
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
@@ -122,7 +122,7 @@ def blocks_in(source: Source, recipe: Recipe, views: range) -> list[Block]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", nargs="+", default=["resnet18"], help="each is measured in turn, random weights")
     parser.add_argument("--teacher-img-size", type=int, help="by default the teacher's own")
@@ -133,10 +133,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the teacher, on a CPU")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--machine", help="what to call this machine; by default its processor and device")
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
     source, recipe = open_source(args.data), load_recipe(args.recipe, {})
@@ -144,8 +141,7 @@ def main() -> None:
     results |= {"recipe": args.recipe, "views_per_decode": args.views, "teachers": {}}
     for name in args.teacher:
         results["teachers"][name] = measure(args, name, source, recipe)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.out, results)
         print(name, json.dumps(results["teachers"][name]["median"]), flush=True)
 
 
@@ -177,7 +173,7 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
                 with others_rendering(blocks, BlockRenderer(source, recipe), recipe.img_size, workers):
                     beside, _ = teacher_alone(teacher, recipe, batch, args.seconds)
             rendered = rendering_alone(blocks, BlockRenderer(source, recipe), recipe.img_size, workers, args.seconds)
-            tick = measure_together(source, recipe, teacher, config, num_images=args.images, seconds=args.seconds)
+            tick = measure_run(source, recipe, teacher, config, num_images=args.images, seconds=args.seconds)
             slower = min(alone, rendered)
             rounds.append(
                 {
@@ -203,7 +199,7 @@ def measure(args: argparse.Namespace, name: str, source: Source, recipe: Recipe)
         "batch": batch,
         "seconds": args.seconds,
         "rounds": rounds,
-        "median": {key: round(statistics.median(each[key] for each in rounds), 4) for key in rounds[0]},
+        "median": medians(rounds, 4),
     }
 
 
@@ -292,7 +288,7 @@ def on_device(teacher: Teacher, recipe: Recipe, batch: int) -> Callable[[], obje
 
     def answer() -> None:
         with torch.inference_mode():
-            teacher.rank(teacher.logits(apply_mix(images, mix)), 10)
+            teacher.top_classes(teacher.logits(apply_mix(images, mix)), 10)
 
     return answer
 
@@ -333,7 +329,7 @@ def together_figures(
     marks = [time.monotonic()]
     rendered = rendering_alone(blocks, BlockRenderer(source, recipe), recipe.img_size, workers, seconds)
     marks.append(time.monotonic())
-    tick = measure_together(source, recipe, teacher, config, num_images=source.num_samples, seconds=seconds)
+    tick = measure_run(source, recipe, teacher, config, num_images=source.num_samples, seconds=seconds)
     synchronise(teacher.device)
     marks.append(time.monotonic())
     made = tick.per_second or 0.0

@@ -31,21 +31,21 @@ from typing import Any
 
 import timm
 import torch
-from rounds import Job, machine
+from rounds import Job, machine, options, write_json
 from stage1 import kernels
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import DistillationTeacher, TokenDistillationTask
 
-from pipeline.cost.measuring import forward_flops
-from pipeline.machine.loaders import usable_cores
+from pipeline.cost.rates import forward_flops
+from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import Work, row_s
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.engines import load_here
 from pipeline.stage1.precompute import precompute
+from trainer.bench import batches_in_memory, measure_loop, measure_stream, opened_run, update_on
 from trainer.config import TrainConfig
 from trainer.loop import Run
-from trainer.measuring import batches_in_memory, measure_stream, measure_together, opened_run, update_on
 from trainer.optim import create_ema, create_optimizer
 from trainer.stream import Batch, mixed_images
 from trainer.student import normalise
@@ -137,7 +137,7 @@ def measure(args: argparse.Namespace, name: str, labels: Path) -> dict[str, Any]
             calls[kind] = max(1, int(args.seconds / row_s(work, 1, device)))
         for _ in range(args.rounds):
             alone = views / row_s(works["alone"], calls["alone"], device)
-            together = measure_together(run, seconds=args.seconds)
+            together = measure_loop(run, seconds=args.seconds)
             online = views / row_s(works["online"], calls["online"], device)
             rounds.append(
                 {
@@ -308,7 +308,7 @@ def case_figures(bench: Bench, name: str, batch: int, compiled: bool) -> dict[st
         calls = {kind: max(1, int(bench.seconds / row_s(work, 3, device))) for kind, work in works.items()}
         rounds, marks = [], [began, time.monotonic()]
         for _ in range(bench.rounds):
-            together = measure_together(run, seconds=bench.seconds)
+            together = measure_loop(run, seconds=bench.seconds)
             marks.append(time.monotonic())
             rates = {kind: views / row_s(work, calls[kind], device) for kind, work in works.items()}
             rounds.append(rates | {"from_labels": together.images_per_s, "data_wait": together.data_wait})
@@ -375,7 +375,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=5, out_required=False)
     parser.add_argument("--table", type=Path, help="print the results in this file as Markdown, and measure nothing")
     parser.add_argument("--data", help="folder with a tar of photographs")
     parser.add_argument("--students", nargs="+", default=["deit-ti", "deit-s", "deit-b"], help="each in turn")
@@ -388,10 +388,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1, help="of student and teacher, on a CPU")
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each competitor in a round; one step at least")
-    parser.add_argument("--machine", help="what to call this machine; by default its processor and device")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not args.table and not (args.data and args.out):
         parser.error("pass --data and --out, or --table")
@@ -412,8 +409,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         for name in args.students:
             results["students"][name] = measure(args, name, labels)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(args.out, results)
     print(table(results))
 
 

@@ -7,10 +7,8 @@ bytes for its images; it is read from the page cache, so that the figures are of
 alternate between the numbers of threads. Beside it, SHA-256 alone over the same label files on one thread.
 """
 
-import argparse
 import hashlib
 import io
-import json
 import statistics
 import tarfile
 import tempfile
@@ -21,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from rounds import machine
+from rounds import machine, options, write_json
 
 from pipeline.images.source import Source, open_source
-from pipeline.labels.encoding import content_xxh3, encode_rows
-from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.comparing import record_of
+from pipeline.labels.encoding import codec_of
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan, TeacherIdentity, labels_path, samples_path
 from pipeline.labels.sealing import claim, seal
 from pipeline.labels.tables import LabelsFooter, SampleRows, SamplesFooter, write_labels, write_samples
@@ -89,7 +88,7 @@ def write_set(out: Path, source: Source, views: int) -> None:
                 num_classes=CLASSES,
                 topk=TOPK,
                 precision="float16",
-                content_xxh3=content_xxh3(answers),
+                content_xxh3=plan.codec.content_xxh3(answers),
                 probes=[],
                 environment={},
             )
@@ -101,7 +100,7 @@ def draw_rows(rng: np.random.Generator, size: int):
     prob = -np.sort(-rng.dirichlet(np.full(TOPK + 1, 0.3), size)[:, :TOPK], axis=1).astype(np.float32)
     first = rng.integers(0, CLASSES, size)
     index = (first[:, None] + np.arange(TOPK) * rng.integers(1, 99, (size, 1))) % CLASSES
-    return encode_rows(np.arange(size), index[:, 0], index, prob, num_classes=CLASSES, precision="float16")
+    return codec_of("float16", CLASSES, TOPK).encode(np.arange(size), index[:, 0], index, prob)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -126,7 +125,7 @@ def hash_alone(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument(
         "--images", type=int, default=1281, help="Of a source shard; ImageNet in 1,000 shards has 1,281."
@@ -134,8 +133,6 @@ def main() -> None:
     parser.add_argument("--image-bytes", type=int, default=110_000)
     parser.add_argument("--views", type=int, default=300)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         images, folder = Path(root) / "images", Path(root) / "set"
@@ -159,8 +156,7 @@ def main() -> None:
         print(f"{name:24}{rate:10,.0f} MiB/s")
     size = {"label_bytes": label_bytes, "image_bytes": image_bytes, "labels": args.shards * args.images * args.views}
     result = {"what": "labels verify, from the page cache", "machine": machine(), **size, "mib_per_s": rates}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result | {"rounds": rounds}, indent=1) + "\n")
+    write_json(args.out, result | {"rounds": rounds})
 
 
 if __name__ == "__main__":

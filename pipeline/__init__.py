@@ -1,6 +1,17 @@
-"""Stage 1, and the contract that both stages share: exact replayable views, and the label sets made from them.
+"""Stage 1, and what both stages share: views that are rendered the same every time, and label sets.
 
-    sources -> decode -> views -> mixing -> teacher -> labels -> manifest
+An image becomes a stored label in these steps, which `stage1.loop` runs:
+
+    images.source      list the images of the source and read their bytes
+    images.decode      decode an image
+    views.view         draw the parameters of a view, and render it
+    views.mixing       mix the views of two partners (mixup, CutMix)
+    teacher.teacher    compute the teacher's answers for a batch of views
+    labels.encoding    round the answers to the precision of the label set
+    labels.tables      write a label shard as a Parquet file
+    labels.sealing     write the manifest, which commits the label set
+
+Training (`trainer`) runs the first four steps again, and reads the stored labels through `labels.labelset`.
 
 The public API reads a label set and renders the views that its labels belong to:
 

@@ -1,38 +1,38 @@
-"""The exception tree. Every error says the rule, the value and the way out; only `cli` turns them into one line.
+"""The exceptions of this project. Each states the rule, the value and the fix; only `cli` prints it as one line.
 
-DeitCliError                    exit code 1: cannot
-├── UsageError                  exit code 2: a value the user passed is out of its range
+DeitCliError                    exit code 1: the command cannot do what was asked
+├── UsageError                  exit code 2: a value that the user passed is out of range, or contradicts another
 │   └── RecipeError             a recipe that cannot be rendered
 ├── StorageError                a file that cannot be read, written or published
-│   ├── RemoteFileMissing       there is no file at a URL
-│   ├── RemoteFileRefused       a server gives no access to it
-│   └── RemoteFileCorrupt       what a URL gives has not the promised length or hash
-├── SourceError                 the original images: missing, ambiguous, damaged archive
+│   ├── RemoteFileMissing       no file exists at the URL
+│   ├── RemoteFileRefused       the server denies access to a file
+│   └── RemoteFileCorrupt       a downloaded file does not have the promised length or hash
+├── SourceError                 original images that are missing or ambiguous, or lie in a damaged archive
 │   └── BadImageError           one image that cannot be decoded; carries its key
-├── TeacherError                wrong classes, wrong weights, not accurate enough
-│   └── NonFiniteTeacherError   NaN or infinity in the teacher's outputs; carries their positions in the batch
-├── WorkerError                 a process was lost: killed, out of memory, hanging
-├── LabelSetError               anything wrong with a label set
-│   ├── LabelSetCorrupt         bytes that are not what the manifest promises
-│   ├── LabelSetMismatch        sound, but made from another recipe, teacher, source or format
-│   ├── LabelSetIncomplete      not sealed: rows are missing
-│   ├── ReplayError             this machine renders other pixels than the teacher saw
-│   └── SignatureError          a signature that is missing, damaged, or of somebody or something else
-├── ImportedLabelsError         labels of another format are damaged, or not in its layout
-├── CheckpointError             a checkpoint that is damaged or belongs to another run
-├── TrainingError               the run cannot go on (non-finite loss, say)
-└── StoppedError                exit code 128 + signal: a signal stopped the run after a checkpoint
+├── TeacherError                a teacher with the wrong classes or weights, or with too low an accuracy
+│   └── NonFiniteTeacherError   NaN or infinity in the teacher's outputs; carries the views' positions in the batch
+├── WorkerError                 a process of this run that was killed, ran out of memory or hangs
+├── LabelSetError               a label set that cannot be used
+│   ├── LabelSetCorrupt         files that do not have the content that the manifest promises
+│   ├── LabelSetMismatch        intact, but made from another recipe, teacher, source or format
+│   ├── LabelSetIncomplete      not sealed: some rows are missing
+│   ├── ReplayError             pixels rendered on this machine that differ from those the teacher saw
+│   └── SignatureError          a signature that is missing, damaged, by another signer or for another manifest
+├── ImportedLabelsError         labels of another format that are damaged, unsafe, or not in its layout
+├── CheckpointError             a checkpoint that is damaged, or belongs to another run
+├── TrainingError               training cannot continue, for example because the loss is not finite
+└── StoppedError                exit code 128 + signal number: a signal stopped the run after it had saved a checkpoint
 """
 
 from typing import Self
 
 
 class DeitCliError(Exception):
-    """Base of every error that this project raises on purpose. `str(error)` is `what`, and after it the fix.
+    """Base class of every error that this project raises on purpose. `str(error)` is `what`, followed by the fix.
 
     Attributes:
-        what: the rule that was broken and the value that broke it.
-        fix: what the user can do about it, a sentence without its full stop; None where `what` says all.
+        what: the rule that was broken and the value that broke it, without a full stop.
+        fix: what the user can do about it, a sentence without a full stop; None if there is nothing to add to `what`.
     """
 
     exit_code = 1
@@ -43,26 +43,26 @@ class DeitCliError(Exception):
 
     @property
     def what(self) -> str:
-        """What is wrong, without the fix."""
+        """Return the rule and the value, without the fix."""
         return str(self.args[0]) if self.args else type(self).__name__
 
     def __str__(self) -> str:
         return f"{self.what}. {self.fix}" if self.fix else self.what
 
     def with_fix(self, fix: str) -> Self:
-        """Return the error itself, with this fix unless it has one."""
+        """Set the fix, unless the error already has one, and return the error itself."""
         self.fix = self.fix or fix
         return self
 
 
 class UsageError(DeitCliError):
-    """A value that the user passed is out of its range, or two of them contradict each other."""
+    """A value that the user passed is out of range, or contradicts another."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe that cannot be rendered: unknown field, value out of range."""
+    """A recipe that cannot be rendered: it has an unknown field, or a value out of range."""
 
 
 class StorageError(DeitCliError):
@@ -70,27 +70,27 @@ class StorageError(DeitCliError):
 
 
 class RemoteFileMissing(StorageError):
-    """There is no file at a URL."""
+    """No file exists at the URL."""
 
 
 class RemoteFileRefused(StorageError):
-    """A server gives no access to a file."""
+    """The server denies access to a file."""
 
 
 class RemoteFileCorrupt(StorageError):
-    """What a URL gives does not have the length or the hash that was promised."""
+    """A downloaded file does not have the promised length or hash."""
 
 
 class SourceError(DeitCliError):
-    """The original images cannot be used: missing, ambiguous, or a damaged archive."""
+    """The original images are missing or ambiguous, or lie in a damaged archive."""
 
 
 class BadImageError(SourceError):
-    """One image cannot be decoded.
+    """An image that cannot be decoded.
 
     Attributes:
-        key: the sample key of the image.
-        reason: what is wrong with it, without the key.
+        key: sample key of the image.
+        reason: why the image cannot be decoded, without the key.
     """
 
     def __init__(self, key: str, reason: str) -> None:
@@ -99,19 +99,19 @@ class BadImageError(SourceError):
 
     @property
     def what(self) -> str:
-        """The key and the reason."""
+        """Return the key and the reason."""
         return f"image {self.key!r}: {self.reason}"
 
 
 class TeacherError(DeitCliError):
-    """The teacher cannot label this source: wrong classes, wrong weights, not accurate enough."""
+    """The teacher cannot label this source: its classes or weights are wrong, or its accuracy is too low."""
 
 
 class NonFiniteTeacherError(TeacherError):
-    """The teacher answered NaN or infinity; the argmax of that is a valid class, so it must never be stored.
+    """The teacher answered NaN or infinity, which must never be stored: its argmax would be a valid class.
 
     Attributes:
-        positions: positions of the views in the batch.
+        positions: positions of these views in the batch.
     """
 
     def __init__(self, what: str, positions: tuple[int, ...], fix: str | None = None) -> None:
@@ -120,19 +120,19 @@ class NonFiniteTeacherError(TeacherError):
 
 
 class WorkerError(DeitCliError):
-    """A process of ours was lost: killed, out of memory, or hanging."""
+    """A process of this run was killed, ran out of memory, or hangs."""
 
 
 class LabelSetError(DeitCliError):
-    """Anything wrong with a label set."""
+    """A label set cannot be used."""
 
 
 class LabelSetCorrupt(LabelSetError):
-    """Bytes of the label set are not what its manifest promises."""
+    """A file of the label set does not have the content that the manifest promises."""
 
 
 class LabelSetMismatch(LabelSetError):
-    """The label set is sound, but was made from another recipe, teacher, source or format version."""
+    """The label set is intact, but was made from another recipe, teacher, source or format version."""
 
 
 class LabelSetIncomplete(LabelSetError):
@@ -140,15 +140,15 @@ class LabelSetIncomplete(LabelSetError):
 
 
 class ReplayError(LabelSetError):
-    """This machine renders other pixels than those the teacher answered for."""
+    """The pixels rendered on this machine differ from those that the teacher saw."""
 
 
 class SignatureError(LabelSetError):
-    """The manifest has no signature, or one that is damaged, of another signer, or of another manifest."""
+    """The signature of the manifest is missing, damaged, by another signer, or for another manifest."""
 
 
 class ImportedLabelsError(DeitCliError):
-    """Labels of another format cannot be imported: damaged, unsafe, or not in its layout."""
+    """Labels of another format are damaged, unsafe, or not in its layout."""
 
 
 class CheckpointError(DeitCliError):
@@ -156,11 +156,11 @@ class CheckpointError(DeitCliError):
 
 
 class TrainingError(DeitCliError):
-    """The run cannot go on."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class StoppedError(DeitCliError):
-    """A signal stopped the run, and all of it is saved."""
+    """A signal stopped the run, after it had saved a checkpoint."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, signal_number)

@@ -1,6 +1,7 @@
-"""Warnings that a loop may repeat, and messages of other processes: a person reads the first of each kind, and its count.
+"""Warnings that a loop may repeat, and log messages of worker processes.
 
-Every message still reaches the other handlers, such as `--log-json`.
+A person reads the first warning of each kind, and at the end how many there were; `--log-json` gets every one. Worker
+processes forward their messages to the process that started them, which filters and counts them.
 """
 
 import logging
@@ -9,59 +10,63 @@ from collections.abc import Callable
 from logging.handlers import QueueHandler
 from typing import Any, cast
 
-_KIND = "repeats"  # attribute of a record: what is counted
+_KIND = "repeats"  # attribute of a log record that holds its kind
 
 log = logging.getLogger("deit_cli")
 
 
-def warn_again(logger: logging.Logger, kind: str, message: str, *args: object) -> None:
-    """Log a warning that a loop may repeat.
+def warn_counted(logger: logging.Logger, kind: str, message: str, *args: object) -> None:
+    """Log a warning that a loop may repeat, with the kind under which it is counted.
 
     Args:
-        logger: of the module that warns.
-        kind: what is counted, as a plural: `lost teacher processes`.
-        message: of this time.
-        args: of the message.
+        logger: logger of the module that warns.
+        kind: events that are counted, in the plural: `lost teacher processes`.
+        message: text of this warning, with % placeholders.
+        args: values for the placeholders.
     """
     logger.warning(message, *args, extra={_KIND: kind})
 
 
 class FirstOfEachKind(logging.Filter):
-    """Let the first warning of each kind pass, and count them all."""
+    """A filter that passes the first warning of each kind, and counts every one."""
 
     def __init__(self) -> None:
         super().__init__()
         self._counts: Counter[str] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record is to be said."""
+        """Return True for a record without a kind, and for the first of its kind."""
         kind = getattr(record, _KIND, None)
         if kind is None:
             return True
         self._counts[kind] += 1
         return self._counts[kind] == 1
 
-    def say_counts(self) -> None:
-        """Log how often each kind came that came more than once, and begin to count anew."""
+    def log_counts(self) -> None:
+        """Log the count of each kind that occurred more than once, and reset all counts."""
         counts, self._counts = self._counts, Counter()
         for kind, count in counts.items():
             if count > 1:
                 log.warning("%s: %s in all", kind, f"{count:,}")
 
 
-def send_messages(send: Callable[[logging.LogRecord], object]) -> None:
-    """Hand all messages of this process, which another one started, to that one's `hear`; `send` may be called by any thread."""
+def forward_messages(send: Callable[[logging.LogRecord], object]) -> None:
+    """Send all log messages of this worker process to the process that started it, and to no other handler.
 
-    class Sending(QueueHandler):
+    Args:
+        send: sends one record, which the other process passes to `log_forwarded`; must be thread-safe.
+    """
+
+    class Forwarding(QueueHandler):
         def enqueue(self, record: logging.LogRecord) -> None:
             send(record)
 
         def handleError(self, record: logging.LogRecord) -> None:
-            """The process that would hear it is gone, and this one will be told so when it asks for more work."""
+            """Ignore the error: the other process is gone, and this one notices when it asks for more work."""
 
-    logging.getLogger().handlers = [Sending(cast(Any, None))]
+    logging.getLogger().handlers = [Forwarding(cast(Any, None))]
 
 
-def hear(record: logging.LogRecord) -> None:
-    """Log a message of another process here."""
+def log_forwarded(record: logging.LogRecord) -> None:
+    """Log a message of a worker process in this process."""
     logging.getLogger(record.name).handle(record)

@@ -1,11 +1,11 @@
-"""Numbers and sizes as people write them, and names that every file format and terminal can carry."""
+"""Numbers and sizes for people, and checks of names that go into files and messages."""
 
 import re
 from collections.abc import Sequence
 
 from pipeline.errors import SourceError, UsageError
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")  # of files and folders of a label set
+SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")  # names of files and folders in a label set
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_KEY_BYTES = 1024
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -13,19 +13,19 @@ _BYTES |= {f"{prefix}I": 2 ** (10 * power) for power, prefix in enumerate("KMGT"
 
 
 def count(number: int, what: str, plural: str = "s") -> str:
-    """Return `1 view`, `2,000 views`."""
+    """Return a count with its noun: `1 view`, `2,000 views`."""
     return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
 def duration(hours: float) -> str:
-    """Return hours in the unit that a person would choose."""
+    """Return a duration as text, in seconds, minutes or hours, whichever suits its length."""
     if hours < 1 / 30:
         return f"{3600 * hours:.3g} s"
     return f"{60 * hours:.3g} min" if hours < 2 else f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h"
 
 
 def byte_size(number: float) -> str:
-    """Return bytes in decimal units."""
+    """Return a number of bytes as text, in decimal units: `512 B`, `1.5 GB`."""
     unit = next(
         (unit for unit in ("B", "kB", "MB", "GB") if abs(number) < 1000 or (number := number / 1000) is None), "TB"
     )
@@ -33,14 +33,14 @@ def byte_size(number: float) -> str:
 
 
 def parse_bytes(text: str, *, what: str) -> int:
-    """Return the bytes of a size such as `500MB`, `1.5 TB` (decimal) or `64GiB` (powers of 1,024).
+    """Return the number of bytes in a size such as `500MB`, `1.5 TB` (decimal) or `64GiB` (powers of 1,024).
 
     Args:
-        text: the size.
-        what: what it is of, for the error.
+        text: size with its unit.
+        what: name of the setting, for the error.
 
     Raises:
-        UsageError: it is no such size, or none above 0.
+        UsageError: the text is not such a size, or the size is not above 0.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B", text.strip().upper(), re.ASCII)
     number = float(match[1]) * _BYTES[match[2]] if match and match[2] in _BYTES else 0
@@ -50,32 +50,26 @@ def parse_bytes(text: str, *, what: str) -> int:
 
 
 def check_name(name: str, what: str) -> str:
-    """Return a sample key or class name that every file format and log line can carry, or raise SourceError.
+    """Check that every file format and log line can carry a sample key or class name, and return it.
 
     Args:
-        name: the key or class name.
-        what: what it is and where it stands, for the error.
+        name: sample key or class name.
+        what: place and kind of the name, for the error: `train-0.tar: byte 512: sample key`.
+
+    Raises:
+        SourceError: the name is not UTF-8, is empty or too long, or contains control characters.
     """
     try:
         size = len(name.encode())
-    except UnicodeEncodeError:  # surrogates: how Python shows file names that are not UTF-8
-        raise SourceError(
-            f"{what} must be valid UTF-8, got {name!r}",
-            fix="Rename it",
-        ) from None
+    except UnicodeEncodeError:  # Python decodes file names that are not UTF-8 to surrogates
+        raise SourceError(f"{what} must be valid UTF-8, got {name!r}", fix="Rename it") from None
     if not 0 < size <= MAX_KEY_BYTES:
-        raise SourceError(
-            f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}",
-            fix="Rename it",
-        )
+        raise SourceError(f"{what} must have 1 to {MAX_KEY_BYTES} bytes, got {size}: {name[:80]!r}", fix="Rename it")
     if CONTROL_CHARACTERS.search(name):
-        raise SourceError(
-            f"{what} must not contain control characters, got {name!r}",
-            fix="Rename it",
-        )
+        raise SourceError(f"{what} must not contain control characters, got {name!r}", fix="Rename it")
     return name
 
 
 def two_columns(rows: Sequence[tuple[str, str]]) -> str:
-    """Return a table of names and texts, a row a line."""
+    """Return rows of a name and a text as a table, one row per line."""
     return "\n".join(f"{name:15}{text}" for name, text in rows)

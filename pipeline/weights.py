@@ -18,7 +18,7 @@ from pipeline.errors import CheckpointError, RemoteFileMissing, StorageError
 from pipeline.storage.atomic import locked, refusals_named
 from pipeline.storage.json import read_json
 from pipeline.storage.remote import receive_file
-from pipeline.storage.urls import is_url, join_url, url_name, working_folder
+from pipeline.storage.urls import join_url, local_path, url_name, working_folder
 from pipeline.text import CONTROL_CHARACTERS
 
 _FILES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".tar"})
@@ -30,11 +30,11 @@ def weights_here(location: str) -> Path:
     What lies behind a URL is brought each time, because a run replaces it.
 
     Raises:
-        RemoteFileMissing: there are no weights.
+        RemoteFileMissing: there are no weights at the URL.
         StorageError: they cannot be brought.
     """
-    if not is_url(location):
-        return Path(location)
+    if (path := local_path(location)) is not None:
+        return path
     folder, name = working_folder(location), url_name(location)
     with refusals_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,9 +49,7 @@ def weights_here(location: str) -> Path:
     return folder
 
 
-SMALL = (
-    1 << 24
-)  # numbers that any machine has room for: of so small a network loading says more exactly what does not fit
+SMALL = 1 << 24  # numbers, for which any machine has room; if so few do not fit, loading says more exactly why
 
 
 _REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # of a network's arguments: how often a part stands in it
@@ -108,7 +106,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         )
     odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if odd is not None or not state:
-        what = "it is empty" if odd is None else f"{odd} is no tensor"
+        what = "it is empty" if odd is None else f"{odd} is not a tensor"
         raise CheckpointError(
             f"{path} holds no state dict: {what}",
             fix="It must stand alone, or under state_dict or model",
@@ -120,11 +118,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _why(path: Path, error: Exception) -> str:
-    """Return what is wrong with a file that torch's or safetensors' reader refused, and the way out."""
+    """Return what is wrong with a file that torch's or safetensors' reader refused, and how to fix it."""
     if named := _NAMED.search(f"{error} {error.__cause__}"):
         return f"it holds {named[1]}, which needs code to load. Load it where you trust it, and {_ANEW}"
     if path.suffix == ".safetensors":
-        return "it is damaged, or no safetensors file. Fetch or export it again"
+        return "it is damaged, or not a safetensors file. Fetch or export it again"
     return (
         "it is damaged, or holds no state dict as torch.save writes it."
         f" Fetch it again, or load it where you trust it and {_ANEW}"

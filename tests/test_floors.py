@@ -1,6 +1,7 @@
 """The house: a room imports only the rooms that this table gives it, and third parties stand only where they belong."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -27,7 +28,7 @@ ROOMS = {
     "teacher": GROUND | {"weights", "machine", "views", "labels", "settings"},
     "stage1": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "teacher"},
     "verify": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "sharing", "teacher"},
-    "exchange": GROUND | {"storage", "machine", "images", "views", "labels", "stage1"},
+    "exchange": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "stage1"},
     "cost": GROUND | {"machine", "images", "views", "labels", "settings", "teacher", "stage1"},
     "pipeline": {"labels", "views", "images"},  # the public names
     "trainer": GROUND | {"storage", "machine", "weights", "images", "views", "labels", "settings"},
@@ -39,12 +40,12 @@ KEEPERS = {
     "click": {"cli", "pipeline.settings", "trainer.console"},
     "rich": {"trainer.console"},
     "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export"},
-    "pyarrow": {"pipeline.labels.tables", "pipeline.exchange.imported", "pipeline.images.parquet"},
-    "pydantic": {"pipeline.storage.json", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.labelset"},
+    "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet"},
+    "pydantic": {"pipeline.exchange.import_record", "pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.comparing"},
     "yaml": {"pipeline.storage.yaml"},
-    "fsspec": {"pipeline.storage.remote"},
-    "aiohttp": {"pipeline.storage.remote"},
-    "huggingface_hub": {"pipeline.storage.uploads"},
+    "fsspec": {"pipeline.storage.remote", "pipeline.storage.stores"},
+    "aiohttp": {"pipeline.storage.stores"},
+    "huggingface_hub": {"pipeline.storage.stores"},
     "matplotlib": {"pipeline.labels.sheet", "trainer.demo"},
     "PIL": {"pipeline.images.decode", "pipeline.doctor.probing", "trainer.demo"},
     "cv2": {"pipeline.views.randaugment", "pipeline.machine.loaders"},
@@ -57,7 +58,7 @@ NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixe
 NO_TORCH_MODULES = {
     "cli", "trainer.config", "trainer.order", "pipeline.views.draws", "pipeline.views.recipe", "pipeline.views.pairs",
     "pipeline.labels.format", "pipeline.labels.encoding", "pipeline.labels.tables", "pipeline.labels.manifest",
-    "pipeline.labels.labelset", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.labels.summary",
+    "pipeline.labels.labelset", "pipeline.labels.checked_files", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.labels.summary",
     "pipeline.labels.card",
 }  # fmt: skip
 
@@ -138,6 +139,18 @@ def test_no_module_draws_from_a_global_random_state():
         assert "np.random.default_rng" not in text, name
         assert "np.random.seed" not in text, name
         assert name in allowed or "manual_seed" not in text, name
+
+
+def test_only_storage_asks_whether_a_location_is_a_url():
+    """Others open it, and get a place or file that knows."""
+    users = {name for name in MODULES if "is_url" in MODULES[name].read_text()}
+    assert {name for name in users if room_of(name) != "storage"} == set()
+    users = {
+        name
+        for name in MODULES
+        if re.search(r"isinstance\([^)]*\b(RemoteFile|LocalFile|Place)\b", MODULES[name].read_text())
+    }
+    assert users == set()
 
 
 def test_only_a_label_set_opens_the_location_in_its_plan():

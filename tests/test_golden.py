@@ -12,6 +12,7 @@ from support.label_sets import problems_in
 
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
+from pipeline.labels.comparing import check_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_replay
 from pipeline.labels.tables import read_labels_footer, read_samples_footer
@@ -182,7 +183,7 @@ def test_the_manifest_s_hashes_follow_by_the_rules_of_the_format_page():
 
 
 def test_today_s_source_has_the_pinned_id():
-    label_set().check_source(source())
+    check_source(label_set(), source())
     assert source().source_id == IDS["source_id"]
 
 

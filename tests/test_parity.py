@@ -174,7 +174,7 @@ def first_batch(label_set: LabelSet) -> tuple[Batch, torch.Tensor]:
     """Return the first batch, and the untrained student's log-probabilities of its distillation head."""
     config = TrainConfig(labels=label_set.folder, batch_size=8, epochs=STEPS, warmup_epochs=0)
     data = open_data(config)
-    batch = BatchRenderer(Catalogue(data.source, label_set), data.recipe, make_order(config, data)).alone(0)
+    batch = BatchRenderer(Catalogue(data.source, label_set), data.recipe, make_order(config, data)).render_here(0)
     torch.manual_seed(0)
     student = create_student("deit-ti", num_classes=label_set.num_classes, img_size=16, **TINY).train()
     _spread_heads(student)
@@ -208,7 +208,7 @@ def test_the_loop_itself_has_these_losses(data, teacher, tmp_path):
     train(config)
     first = next(line for line in read_metrics(config.folder) if line["kind"] == "train")
     data_ = open_data(config)
-    batch = BatchRenderer(Catalogue(data_.source, label_set), data_.recipe, make_order(config, data_)).alone(0)
+    batch = BatchRenderer(Catalogue(data_.source, label_set), data_.recipe, make_order(config, data_)).render_here(0)
     torch.manual_seed(config.seed)
     student = create_student("deit-ti", num_classes=3, img_size=16, **TINY).train()
     heads = student(normalise(mixed_images(batch, CPU), student))

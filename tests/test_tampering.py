@@ -34,7 +34,6 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
-from pipeline.labels.encoding import content_xxh3
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import (
     read_all_views,
@@ -284,9 +283,9 @@ def test_a_changed_label_byte_stops_the_batch_that_would_use_it(copied, tmp_path
         uses_it = epoch >= 2 and 0 in order.step_units(epoch, step)[:, 0]
         if uses_it:
             with pytest.raises(LabelSetCorrupt, match=f"{LATER} has SHA-256"):
-                renderer.alone(index)
+                renderer.render_here(index)
         else:
-            renderer.alone(index)
+            renderer.render_here(index)
 
 
 def test_training_takes_no_step_on_a_changed_label_byte(copied, tmp_path, threads):
@@ -307,7 +306,7 @@ def by_train(folder: Path, output: Path) -> int:
     order = make_order(config, data)
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
     for index in range(4 * order.steps_per_epoch):
-        renderer.alone(index)
+        renderer.render_here(index)
     return 4 * order.steps_per_epoch
 
 
@@ -436,7 +435,7 @@ def forge_labels(path: Path) -> None:
     footer, rows = read_labels_footer(path), read_all_views(path)
     rows = [dataclasses.replace(r, hard=(r.hard + 1) % 3, topk_index=(r.topk_index + 1) % 3) for r in rows]
     with path.open("wb") as file:
-        write_labels(file, rows, footer.model_copy(update={"content_xxh3": content_xxh3(rows)}))
+        write_labels(file, rows, footer.model_copy(update={"content_xxh3": footer.codec.content_xxh3(rows)}))
 
 
 def forge_samples(path: Path, what: str) -> None:

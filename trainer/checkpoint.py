@@ -1,7 +1,7 @@
-"""Training state and exported models: safetensors and JSON, no pickle, one atomic rename each.
+"""Checkpoints: the whole state of a run in one safetensors file, which is replaced atomically.
 
-A state file is an ordinary safetensors file whose only metadata, `deit_cli`, is a JSON object: the caller's `meta`
-and a SHA-256 over it and every tensor. All of a run's state is in one file, so a crash leaves the old or the new.
+The file's only metadata entry, `deit_cli`, is a JSON object with the caller's `meta` and a SHA-256 of it and of all
+tensors. A crash leaves either the old file or the new one. Nothing is pickled.
 """
 
 import hashlib
@@ -21,19 +21,22 @@ from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import canonical_json, parse_json
 
 _METADATA_KEY = "deit_cli"
-_ANEW = ". Put a sound copy in its place, or start another --output from the last/ beside it with --init"
+_FIX = "Replace it with an intact copy, or start a new run from the last/ beside it, with --init and another --output"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and metadata as one file, atomically. Same input, same bytes.
+    """Write tensors and metadata as one file, atomically. The same input gives the same bytes.
 
     Args:
-        path: replaced only by a complete file.
-        tensors: any dtype, device and layout; no two may share memory.
-        meta: JSON values; NaN and infinity are refused (ValueError).
+        path: file to write; an old one is replaced only by a complete new one.
+        tensors: tensors of any dtype, device and layout; no two may share memory.
+        meta: JSON values.
+
+    Raises:
+        ValueError: `meta` holds NaN or infinity.
     """
-    plain, meta = on_cpu(tensors), json.loads(canonical_json(meta))  # what a reader will see: lists, keys of text
+    plain, meta = on_cpu(tensors), json.loads(canonical_json(meta))  # as a reader gets it: lists, keys as text
     header = canonical_json({"meta": meta, "sha256": _digest(plain, meta)}).decode()
     # One metadata key: safetensors writes several in an order that changes from call to call.
     data = safetensors.torch.save(plain, {_METADATA_KEY: header})
@@ -41,10 +44,13 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote, on the CPU, after checking every byte of it.
+    """Read a file that `save_state` wrote, and check every byte of it.
+
+    Returns:
+        the tensors by name, on the CPU, and the metadata.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not one of ours.
+        CheckpointError: the file is missing, damaged, or not written by `save_state`.
     """
     try:
         data = path.read_bytes()
@@ -57,24 +63,26 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: cannot read this checkpoint: {error.strerror}") from error
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: this is not a whole checkpoint of deit-cli ({type(error).__name__}: {error}){_ANEW}"
+            f"{path}: this is not a complete checkpoint of deit-cli ({type(error).__name__}: {error})", fix=_FIX
         ) from error
     found = _digest(tensors, meta)
     if found != sha256:
-        raise CheckpointError(f"{path}: this checkpoint is damaged: its SHA-256 is {found}, it says {sha256}{_ANEW}")
+        raise CheckpointError(
+            f"{path}: this checkpoint is damaged: its SHA-256 is {found}, but its metadata says {sha256}", fix=_FIX
+        )
     return tensors, meta
 
 
 def pack_training(student: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
-    """Name every tensor that training continues from: `model.*`, `ema.*`, `optim.<parameter index>.*`.
+    """Return all tensors that training continues from, by name: `model.*`, `ema.*`, `optim.<parameter index>.*`.
 
-    The tensors are the live ones: save them before the next update. The optimizer's rate and decay are not among
-    them: they are functions of the step and of the configuration.
+    The tensors share memory with the objects, so save them before the next update. The optimizer's learning rate and
+    weight decay are not included: they follow from the step and the configuration.
 
     Args:
-        student: the `Student`, unwrapped.
-        optimizer: its AdamW.
-        ema: its `ModelEmaV3`, or None.
+        student: `Student` without DDP or `torch.compile`.
+        optimizer: AdamW of the student.
+        ema: `ModelEmaV3` of the student, or None.
     """
     tensors = _weights(student, ema)
     for index, state in optimizer.state_dict()["state"].items():
@@ -85,10 +93,10 @@ def pack_training(student: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.
 def unpack_training(
     tensors: Mapping[str, Tensor], student: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
 ) -> None:
-    """Put what `pack_training` named back into objects built from the same configuration.
+    """Copy the tensors of `pack_training` into a student, optimizer and EMA built from the same configuration.
 
     Raises:
-        CheckpointError: names or shapes are not those of these objects, which are then unchanged.
+        CheckpointError: names, shapes or dtypes differ from those of the objects, which are unchanged.
     """
     weights = _weights(student, ema)
     moments = {name: value for name, value in tensors.items() if name.startswith("optim.")}
@@ -103,24 +111,29 @@ def unpack_training(
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the CPU, which training on does not change."""
+    """Return copies of tensors on the CPU, which further training does not change."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU and contiguous, as safetensors needs them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise TrainingError if a tensor holds what is no number: such a state must not take the place of a sound one."""
+    """Raise TrainingError if a tensor holds NaN or infinity: such a state must not replace the last good checkpoint."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise TrainingError(
-                f"{name} is no longer finite; the last checkpoint is, and stays",
-                fix="Lower --lr or set --clip-grad, and continue from it with another --output and --init",
+                f"{name} became NaN or infinite, so the last checkpoint is kept",
+                fix="Lower --lr or set --clip-grad, and start from that checkpoint with --init and another --output",
             )
 
 
 class BackgroundWriter:
-    """Writes files beside the training, one job at a time and in order; what goes wrong is raised at the next call.
+    """A thread that writes files during training, one after the other; the next call raises the error of a failed write.
 
-    Use it in a `with` block: at its end all that was begun is finished.
+    Use it in a `with` block: at its end, every submitted write has finished.
     """
 
     def __init__(self) -> None:
@@ -128,12 +141,12 @@ class BackgroundWriter:
         self._pending: Future[None] | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Begin a job, when the one before is done: so that no more than one snapshot waits in memory."""
+        """Start a job once the previous one is done, so that at most one snapshot waits in memory."""
         self.wait()
         self._pending = self._pool.submit(job)
 
     def wait(self) -> None:
-        """Return when everything is written, or raise what went wrong."""
+        """Wait until everything is written, and raise the error of a failed write."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -148,7 +161,7 @@ class BackgroundWriter:
 
 
 def _weights(student: nn.Module, ema: nn.Module | None) -> dict[str, Tensor]:
-    """Return the live weights; `Student` keeps timm's model under `model`, `ModelEmaV3` a `Student` under `module`."""
+    """Return the weights in use, by name; `Student` has timm's model as `model`, `ModelEmaV3` a `Student` as `module`."""
     owners = {"model": student.get_submodule("model")}
     if ema is not None:
         owners["ema"] = ema.get_submodule("module.model")
@@ -156,7 +169,7 @@ def _weights(student: nn.Module, ema: nn.Module | None) -> dict[str, Tensor]:
 
 
 def _optimizer_state(moments: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """Group `optim.<index>.<name>` by parameter. One that had no gradient yet has no state; any other has all of it."""
+    """Return the tensors `optim.<index>.<name>` by parameter index; parameters that never had a gradient have none."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     started = [index for index in range(len(parameters)) if f"optim.{index}.step" in moments]
     scalar = torch.empty(())
@@ -168,12 +181,12 @@ def _optimizer_state(moments: Mapping[str, Tensor], optimizer: torch.optim.Optim
     _check_names(moments.keys(), like.keys())
     for name, tensor in like.items():
         _check_same_kind(name, moments[name], tensor)
-    # Cloned, because the optimizer goes on to change the tensors that it is given.
+    # Clones, because the optimizer later changes the tensors that it gets.
     return {index: {name: moments[f"optim.{index}.{name}"].clone() for name in _ADAMW_STATE} for index in started}
 
 
 def _check_names(found: Set[str], wanted: Set[str]) -> None:
-    for what, names in (("lacks", wanted - found), ("has the unknown", found - wanted)):
+    for what, names in (("lacks", wanted - found), ("has an unknown tensor", found - wanted)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"the checkpoint {what} {min(names)}{more}: it was made with another configuration")
@@ -187,13 +200,8 @@ def _check_same_kind(name: str, found: Tensor, wanted: Tensor) -> None:
         )
 
 
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as safetensors writes them: on the CPU, contiguous."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def _digest(tensors: Mapping[str, Tensor], meta: Any) -> str:
-    """Return the SHA-256 over the metadata and, by name, every tensor's name, dtype, shape and bytes."""
+    """Return the SHA-256 of the metadata and of each tensor's name, dtype, shape and bytes, sorted by name."""
     sha256 = hashlib.sha256(canonical_json(meta))
     for name, tensor in sorted(tensors.items()):
         sha256.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

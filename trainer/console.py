@@ -1,4 +1,4 @@
-"""What is seen while a command runs: messages on stderr, a bar on a terminal, elsewhere a line now and then."""
+"""What people see while a command runs: messages on stderr, and a bar on a terminal or else a line now and then."""
 
 import logging
 import sys
@@ -13,9 +13,9 @@ from pipeline.repeats import FirstOfEachKind
 
 
 class ToStderr(logging.Handler):
-    """Messages to whatever stderr is at the time: a progress bar takes its place for as long as it is shown.
+    """Writes messages to the stderr of the moment: while a progress bar is shown, it takes the place of stderr.
 
-    Of warnings that a loop repeats it shows the first of each kind, unless `every` asks for all.
+    It shows the first of each kind of warning that a loop repeats, or all of them with `every`.
     """
 
     def __init__(self, *, every: bool = False) -> None:
@@ -30,49 +30,57 @@ class ToStderr(logging.Handler):
 
 
 def say_counts() -> None:
-    """Say how often the warnings came of which only the first was shown."""
+    """Log how often each warning came of which only the first was shown."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, ToStderr):
-            handler.first.say_counts()
+            handler.first.log_counts()
+
+
+class ShownProgress:
+    """Passes on how far a command is: to a terminal or the log, and to a file.
+
+    Attributes:
+        last: last tick or step; None before the first.
+    """
+
+    def __init__(self, *tell: Callable[[Any], None]) -> None:
+        self._tell = tell
+        self.last: Any = None
+
+    def __call__(self, tick: Any) -> None:
+        """Pass a tick of stage 1, or a step of training, on."""
+        self.last = tick
+        for tell in self._tell:
+            tell(tick)
 
 
 @contextmanager
-def shown_progress(log_json: Path | None = None) -> Iterator[Callable[[Any], None]]:
-    """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
+def shown_progress(log_json: Path | None = None) -> Iterator[ShownProgress]:
+    """Show a bar on a terminal, or log a line now and then; write a JSON log, too, if `log_json` names a file."""
     from pipeline.machine.progress import json_log
 
     with json_log(log_json) as write:
         try:
             with _bar() if sys.stderr.isatty() else _lines() as show:
-
-                def update(tick: Any) -> None:
-                    show(tick)
-                    write(tick)
-
-                yield update
+                yield ShownProgress(show, write)
         finally:
             say_counts()
 
 
 @contextmanager
 def _lines() -> Iterator[Callable[[Any], None]]:
-    from pipeline.machine.progress import now_and_then, say
+    from pipeline.machine.progress import log_tick, throttled
     from trainer import pace
 
-    say_step = pace.now_and_then()
+    log_step = pace.log_steps()
 
-    def say_tick(tick: Any) -> None:
+    def log_other(tick: Any) -> None:
         if not isinstance(tick, pace.Step):
-            say(tick)
+            log_tick(tick)
 
-    with now_and_then(say_tick, every_s=60) as look:
-
-        def update(tick: Any) -> None:
-            look(tick)  # a step too: it ends the phase before it, whose last line comes now
-            if isinstance(tick, pace.Step):
-                say_step(tick)
-
-        yield update
+    with throttled(log_other, every_s=60) as update:
+        # A step goes to both: it ends the phase before it, whose last line comes now.
+        yield ShownProgress(update, lambda tick: log_step(tick) if isinstance(tick, pace.Step) else None)
 
 
 @contextmanager
@@ -82,7 +90,7 @@ def _bar() -> Iterator[Callable[[Any], None]]:
     from rich.live import Live
     from rich.text import Text
 
-    from pipeline.machine.progress import state
+    from pipeline.machine.progress import tick_text
     from trainer import pace
 
     columns = (
@@ -102,10 +110,10 @@ def _bar() -> Iterator[Callable[[Any], None]]:
         if isinstance(tick, pace.Step):
             done = f"{100 * tick.done // tick.total} %"
             shown = {"description": pace.place(tick), "count": done, "left": pace.left(tick)}
-        below = pace.state(tick) if isinstance(tick, pace.Step) else state(tick)
+        below = pace.step_text(tick) if isinstance(tick, pace.Step) else tick_text(tick)
         rows.update(tasks[tick.phase], completed=tick.done, total=tick.total, **shown)
         live.update(Group(rows, Text(below)))
-        live.start()  # only now: before it there may be questions to the user
+        live.start()  # not earlier: a command may ask the user something first
 
     try:
         yield update

@@ -1,8 +1,8 @@
-"""The demo: the whole main job, offline, on scikit-learn's digits, in 45 seconds to two minutes on two cores.
+"""The demo: labelling and training on scikit-learn's digits, offline, in 45 seconds to two minutes on two cores.
 
-A few labelled images and many unlabelled ones, where a teacher has something to give: a small CNN learns from 100
-class labels, answers once for all 1,000 training images, and a small DeiT learns from its answers. The same DeiT on
-the 100 class labels alone is what it is compared with. Everything runs through the functions behind the commands.
+Few images have class labels and many have none, so a teacher helps: a small CNN learns from 100 class labels and
+labels all 1,000 training images once, and a small DeiT learns from its labels. For comparison, the same DeiT learns
+from the 100 class labels alone. The demo calls the same functions as the commands.
 """
 
 import io
@@ -23,14 +23,14 @@ from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
 from pipeline.storage.atomic import refusals_named
 from pipeline.views.recipe import Recipe
-from trainer.config import TrainConfig
+from trainer.config import EvaluateConfig, TrainConfig
 from trainer.evaluate import evaluate_checkpoint
 from trainer.loop import train
 from trainer.metrics import read_metrics
 
 log = logging.getLogger("deit_cli.demo")
 
-LABELLED, TRAINING = 100, 1000  # of the 1,797 digits; the others are for evaluation
+LABELLED, TRAINING = 100, 1000  # of 1,797 digits; the other 797 are for evaluation
 EVALUATION = 1797 - TRAINING
 VIEWS = 36
 STUDENT = {
@@ -40,12 +40,12 @@ STUDENT = {
     "num_heads": 4,
     "drop_path": 0.0,
     "batch_size": 24,
-    "repeated_aug": 1,  # DeiT's three views of an image would leave eight images in a batch so small
+    "repeated_aug": 1,  # DeiT's 3 would leave only eight different images in a batch
     "lr": 2e-3,
 }
 TEACHER = {"model": "test_resnet", "drop_path": 0.0, "batch_size": 50, "lr": 3e-3, "epochs": 100, "warmup_epochs": 5}
-# Digits are 8 x 8 pixels, drawn twice as large. A mirrored digit is another digit, and half of one is none: DeiT's view
-# with every part of it in small measure.
+# DeiT's recipe with weaker augmentation, for digits of 8 x 8 pixels at twice that size: a mirrored digit is another
+# digit, and half a digit cannot be recognised.
 RECIPE = {
     "img_size": 16,
     "scale": [0.85, 1.0],
@@ -69,15 +69,15 @@ SHORT = {
     "soft": "DeiT, soft labels",
     "alone": "DeiT alone",
 }
-# Right answers of seeds 0, 1 and 2 to the EVALUATION digits, by `top1_of`: measured on two virtual cores of an AMD EPYC
-# (family 26) with torch 2.14.1. Counts and not percent, because README's gains are differences of unrounded numbers.
+# Number of correct answers for the EVALUATION digits with seeds 0, 1 and 2, by `top1_of`: measured on two virtual cores of
+# an AMD EPYC (family 26) with torch 2.14.1. Counts, because the gains in README.md are differences before rounding.
 THREE_SEEDS = {
     "teacher": (773, 763, 758),
     "hard": (771, 767, 765),
     "soft": (765, 776, 767),
     "alone": (728, 723, 692),
 }
-Results = dict[str, dict[str, dict[str, float]]]
+Results = dict[str, dict[str, dict[str, float]]]  # network -> head or fusion -> score -> percent
 
 
 def run_demo(
@@ -89,18 +89,24 @@ def run_demo(
     contact_sheet: Callable[..., None],
     progress: Callable[[Any], None],
 ) -> str:
-    """Run the demo and return its table as text; stage 1 is handed in, because stage 2 knows no teacher.
+    """Run the demo and return its table as text.
+
+    The functions of stage 1 are arguments, because the trainer must not import the teacher.
 
     Args:
         out: folder for sources, runs, labels, pictures and results.json; must be empty or new.
-        seed: of weights, order and stochastic depth.
+        seed: random seed of weights, order and stochastic depth.
         load_teacher: `pipeline.teacher.loading.load_teacher`.
         precompute: `pipeline.stage1.precompute.precompute`.
         contact_sheet: `pipeline.labels.sheet.contact_sheet`.
-        progress: told how far precompute and training are.
+        progress: called with the progress of labelling and training.
+
+    Raises:
+        UsageError: `out` is not empty, scikit-learn is not installed, or a launcher started several processes.
+        StoppedError: a signal stopped the demo.
     """
     if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty: choose another --out")
+        raise UsageError(f"{out} is not empty", fix="Choose another --out")
     with refusals_named(out):
         data = write_digits(out / "data")
     recipe = load_recipe("deit", RECIPE)
@@ -108,7 +114,7 @@ def run_demo(
     alone = {"data": str(data["labelled"]), "distillation_type": "none"}
     log.info("1. a CNN teacher learns from %d labelled digits", LABELLED)
     teacher = _train(out / "teacher", seed, recipe, progress, **alone, **TEACHER)
-    log.info("2. it answers once for %d views of %d digits", VIEWS, TRAINING)
+    log.info("2. the teacher labels %d views of each of %d digits, once", VIEWS, TRAINING)
     label_set = _label(out, data["training"], recipe, load_teacher, precompute, progress)
     contact_sheet(label_set, label_set.open_source(), out / "labels.png")
     runs = {"teacher": teacher}
@@ -120,7 +126,7 @@ def run_demo(
             "model": "deit-ti",
         }
         runs[kind] = _train(out / kind, seed, recipe, progress, **labelled, **STUDENT, epochs=VIEWS, warmup_epochs=3)
-    log.info("4. the same DeiT learns from the %d class labels alone, for as many updates", LABELLED)
+    log.info("4. the same DeiT learns from the %d class labels alone, with the same number of updates", LABELLED)
     epochs = VIEWS * TRAINING // LABELLED
     plain = {"model": "deit_tiny_patch16_224", "epochs": epochs, "warmup_epochs": epochs / 12}
     runs["alone"] = _train(out / "alone", seed, recipe, progress, **alone, **STUDENT, **plain)
@@ -131,13 +137,13 @@ def run_demo(
 
 
 def write_digits(folder: Path) -> dict[str, Path]:
-    """Write scikit-learn's digits as WebDataset tars; return where labelled, training and evaluation images lie."""
+    """Write scikit-learn's digits as WebDataset tars, and return their folders: labelled, training and evaluation."""
     from webdataset.writer import TarWriter
 
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UsageError('the demo needs scikit-learn: pip install "deit-cli[demo]"') from error
+        raise UsageError("the demo needs scikit-learn", fix='Run pip install "deit-cli[demo]"') from error
     digits: Any = load_digits()
     images, classes = (digits.images * 255 / 16).round().astype(np.uint8), digits.target
     order = np.random.Philox(key=0).random_raw(len(classes)).argsort()
@@ -156,23 +162,23 @@ def write_digits(folder: Path) -> dict[str, Path]:
 
 
 def draw_results(results: Results, runs: dict[str, Path], path: Path) -> None:
-    """Draw the top-1 of each network with the spread of three seeds, and below how the training went.
+    """Draw the top-1 accuracy of each network with the range of three seeds, and below it the training curves.
 
     Args:
-        results: name -> answer -> score -> percent, of this run.
-        runs: name -> folder of the training run.
-        path: PNG to write.
+        results: scores of this demo, network -> head or fusion -> score -> percent.
+        runs: folder of the training run of each network.
+        path: PNG file to write.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplot_mosaic([["top1", "top1"], ["class_loss", "agreement"]], height_ratios=[1.1, 1])
     _draw_bars(axes["top1"], {name: top1_of(scores) for name, scores in results.items()})
-    # Nine of ten views of a distilled run have no class label: its class loss cannot be compared with the others'.
+    # Only runs on class labels: nine of ten views of a distilled run have none, so its class loss is not comparable.
     _draw_curves(axes["class_loss"], "class_loss", {name: runs[name] for name in ("teacher", "alone")})
     axes["class_loss"].set_title(f"Training on the {LABELLED} class labels only", fontsize=10)
     axes["class_loss"].set_ylabel("class loss (smoothed labels), nats")
-    # Cross-entropy (hard) and KL divergence (soft) are different losses; how often student and teacher agree is one number.
+    # Agreement with the teacher, because the losses are not comparable: cross-entropy (hard) and KL divergence (soft).
     _draw_curves(axes["agreement"], "teacher_agreement", {name: runs[name] for name in ("hard", "soft")})
     axes["agreement"].set_title("Training on the teacher's labels", fontsize=10)
     axes["agreement"].set_ylabel("training views on which student\nand teacher choose the same class")
@@ -182,12 +188,12 @@ def draw_results(results: Results, runs: dict[str, Path], path: Path) -> None:
 
 
 def top1_of(scores: dict[str, dict[str, float]]) -> float:
-    """Return the top-1 by which a network is compared: the mean of both heads' logits, or its only head, percent."""
+    """Return the top-1 accuracy of the mean of both heads' logits, or of the only head, in percent."""
     return scores.get("mean_logits", scores["class_head"])["top1"]
 
 
 def three_seeds_top1(name: str) -> list[float]:
-    """Return the top-1 of seeds 0, 1 and 2 as they were measured in advance, percent."""
+    """Return the top-1 accuracy measured in advance with seeds 0, 1 and 2, in percent."""
     return [100 * right / EVALUATION for right in THREE_SEEDS[name]]
 
 
@@ -204,20 +210,20 @@ def _draw_bars(axis: Any, top1: dict[str, float]) -> None:
     axis.locator_params(axis="y", integer=True)
     axis.set_ylabel(f"top-1, % (axis starts at {start}, not at 0)" if start else "top-1, %")
     axis.set_title(
-        f"Right answers to {EVALUATION} digits that no network was trained on\n"
-        "bars: this run, lines: three seeds on one machine, measured in advance",
+        f"Accuracy on {EVALUATION} digits that no network was trained on\n"
+        "bars: this run, lines: range of three seeds on one machine, measured in advance",
         fontsize=10,
     )
 
 
 def _draw_curves(axis: Any, number: str, runs: dict[str, Path]) -> None:
-    """Draw a number of metrics.jsonl over the share of the training, each point the mean over a thirty-sixth of it."""
+    """Draw a number from metrics.jsonl over the course of training; each point is the mean over 1/36 of it."""
     for name, run in runs.items():
         lines = [line for line in read_metrics(run) if line["kind"] == "train"]
         parts = [part for part in np.array_split([line[number] for line in lines], VIEWS) if len(part)]
         share = [(place + 1) / len(parts) for place in range(len(parts))]
         axis.plot(share, [float(part.mean()) for part in parts], label=SHORT[name], color=_color(name))
-    axis.set_xlabel("share of the training")
+    axis.set_xlabel("progress of the training")
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.legend(fontsize=9)
 
@@ -227,7 +233,7 @@ def _color(name: str) -> str:
 
 
 def _train(output: Path, seed: int, recipe: Recipe, progress: Callable[[Any], None], **settings: Any) -> Path:
-    # DeiT's EMA averages over 25,000 updates, more than the demo has.
+    # Without DeiT's EMA: it averages over 25,000 updates, more than the demo has.
     config = TrainConfig(
         output=str(output), seed=seed, model_ema=False, log_interval=1, checkpoint_interval=50, **settings
     )
@@ -235,7 +241,8 @@ def _train(output: Path, seed: int, recipe: Recipe, progress: Callable[[Any], No
         return train(config, recipe if config.labels is None else None, progress=progress)
     except StoppedError as error:
         raise StoppedError(
-            f"stopped: delete {output.parent}, or choose another --out, to start again", error.exit_code - 128
+            f"the demo was stopped and cannot be resumed: to start again, delete {output.parent} or choose another --out",
+            error.exit_code - 128,
         ) from None
 
 
@@ -251,24 +258,13 @@ def _label(
     teacher = load_teacher(TeacherConfig(teacher=(str(out / "teacher" / "last"),), device=str(resolve_device("auto"))))
     label_set = precompute(config, recipe, teacher, open_source(config.data), progress=progress)
     if label_set is None:
-        raise UsageError("the demo is for one process: unset RANK and WORLD_SIZE, or run it outside the launcher")
+        raise UsageError("the demo runs in one process", fix="Unset RANK and WORLD_SIZE, or run it without a launcher")
     return label_set
 
 
 def _evaluate(run: Path, data: Path) -> dict[str, Any]:
-    return evaluate_checkpoint(
-        checkpoint=str(run / "last"),
-        model=None,
-        pretrained=False,
-        data=str(data),
-        labels=None,
-        agreement_samples=0,
-        batch_size=256,
-        workers=0,
-        crop_pct=1.0,
-        device="auto",
-        amp_dtype="auto",
-    )["scores"]
+    config = EvaluateConfig(checkpoint=str(run / "last"), data=str(data), workers=0, crop_pct=1.0)
+    return evaluate_checkpoint(config)["scores"]
 
 
 def _table(results: Results, out: Path) -> str:

@@ -1,7 +1,7 @@
 """Accuracy of the class head, the distillation head and their fusions; agreement with the teacher's stored answers."""
 
 import logging
-import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from pipeline.machine.ranks import resolve_device
 from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
-from trainer.config import AmpDtype
+from trainer.config import EvaluateConfig
 from trainer.order import Order
 from trainer.parallel import Running, World, forward_dtype
 from trainer.stream import BatchRenderer, Catalogue, CentreRenderer, mixed_images, stream_batches
@@ -28,66 +28,44 @@ Scores = dict[str, dict[str, float]]
 ANSWERS = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
 
 
-def evaluate_checkpoint(
-    *,
-    checkpoint: str | None,
-    model: str | None,
-    pretrained: bool,
-    data: str | None,
-    labels: str | None,
-    labels_data: str | None = None,
-    expect_manifest: str | None = None,
-    num_classes: int | None = None,
-    agreement_samples: int,
-    batch_size: int,
-    workers: int | None,
-    crop_pct: float | None,
-    device: str,
-    amp_dtype: AmpDtype,
-) -> dict[str, Any]:
+def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     """Open a student, measure what was asked, and return it as plain JSON values.
 
-    Args:
-        checkpoint: path or URL; see `open_student`, as `model` and `pretrained`.
-        data: labelled images to measure accuracy on, or None.
-        labels: label set to measure agreement on, or None.
-        labels_data: its images; None takes them from where it found them.
-        expect_manifest: pin of its manifest; None: any.
-        num_classes: C of a file of weights; None takes that of `data` or `labels`.
-        agreement_samples: views to measure agreement on, at most.
-        batch_size: images in one forward pass.
-        workers: loader processes; None asks the machine.
-        crop_pct: of the centre crop; None takes the model's.
-        device: torch device, or `auto`.
-        amp_dtype: of the forward pass.
+    Raises:
+        UsageError: the student is not named well, or it does not fit the images or the labels.
     """
-    label_set = None if labels is None else LabelSet.open(labels, expect_manifest=expect_manifest)
-    source = None if data is None else open_source(data)
-    classes = num_classes or (source.num_classes if source else None) or (label_set.num_classes if label_set else None)
-    here = weights_here(os.fspath(checkpoint)) if checkpoint else None
-    if num_classes and (here is None or here.is_dir()):
-        raise UsageError(
-            "--num-classes is of a file of weights: a folder and published weights say their own, leave it out"
-        )
-    student = open_student(here, model=model, num_classes=classes, pretrained=pretrained)
-    where = resolve_device(device)
-    world = World(0, 1, where, plan_workers(workers, where))
-    running = Running(world=world, dtype=forward_dtype(amp_dtype, where), batch_size=batch_size)
+    label_set = None if config.labels is None else LabelSet.open(config.labels, expect_manifest=config.expect_manifest)
+    source = None if config.data is None else open_source(config.data)
+    student = _open(config, [each.num_classes for each in (source, label_set) if each])
+    where = resolve_device(config.device)
+    world = World(0, 1, where, plan_workers(config.workers, where))
+    running = Running(world=world, dtype=forward_dtype(config.amp_dtype, where), batch_size=config.batch_size)
     student.to(where)
-    result: dict[str, Any] = {"checkpoint": str(checkpoint or model)}
+    result: dict[str, Any] = {"checkpoint": config.checkpoint or str(config.model)}
     if source:
-        result["scores"], result["images"] = evaluate(student, source, running, crop_pct=crop_pct)
+        result["scores"], result["images"] = evaluate(student, source, running, crop_pct=config.crop_pct)
     if label_set:
-        images = label_set.open_source(labels_data)
+        images = label_set.open_source(config.labels_data)
         check_replay(label_set, images)
         result["agreement"], result["agreement_views"] = measure_agreement(
-            student, label_set, images, running, limit=agreement_samples
+            student, label_set, images, running, limit=config.agreement_samples
         )
     return result
 
 
+def _open(config: EvaluateConfig, num_classes: Sequence[int | None]) -> Student:
+    """Open the student; `num_classes` are those of the images and the labels, where they are known."""
+    here = weights_here(config.checkpoint) if config.checkpoint else None
+    if config.num_classes and (here is None or here.is_dir()):
+        raise UsageError(
+            "--num-classes is of a file of weights: a folder and published weights say their own, leave it out"
+        )
+    classes = next(filter(None, (config.num_classes, *num_classes)), None)
+    return open_student(here, model=config.model, num_classes=classes, pretrained=config.pretrained)
+
+
 def fused_logits(heads: Heads) -> dict[str, Tensor]:
-    """Return what each way of reading the two heads answers, [B, C] each; the first is what a one-head model has.
+    """Return the answers that can be read from the two heads, [B, C] each; a model with one head has only the first.
 
     `mean_logits` is the released code's fusion, `sum_softmax` the paper's (Touvron et al. 2021, section 5.2).
     """
@@ -111,13 +89,13 @@ def evaluate(
     """Measure top-1 and top-5 in percent on centre crops of all labelled samples, which the ranks share out.
 
     Args:
-        student: is set to evaluation and back.
+        student: model to measure; it is in evaluation mode meanwhile.
         source: labelled images.
-        running: how to run it; every rank must call.
-        crop_pct: share of the resized shorter side; None takes the model's configuration.
+        running: how to run the student; every rank must call this.
+        crop_pct: centre crop, as a share of the resized shorter side; None takes the model's configuration.
 
     Returns:
-        scores by way of reading the heads, and the number of images.
+        scores by the name of the answer, and the number of images.
     """
     labelled = labelled_places(source, student)
     world, names = running.world, answer_names(student)
@@ -157,7 +135,7 @@ def labelled_places(source: Source, student: Student) -> list[tuple[int, int]]:
 
 
 def _compare_names(source: Source, student: Student) -> None:
-    """Refuse the same class names in another order, which would count wrong answers as right; say other differences."""
+    """Refuse the same class names in another order, which would count wrong answers as right; warn of other differences."""
     mine, theirs = student.class_names, source.class_names
     if mine is None or theirs is None or mine == theirs:
         return
@@ -168,7 +146,7 @@ def _compare_names(source: Source, student: Student) -> None:
             f"{text}: the same names in another order",
             fix="Give the images the student's order of classes",
         )
-    log.warning("%s: their numbers are compared all the same", text)
+    log.warning("%s: their numbers are compared anyway", text)
 
 
 def measure_agreement(
@@ -177,14 +155,14 @@ def measure_agreement(
     """Measure how often each head's argmax is the teacher's stored one, on replayed views of the label set.
 
     Args:
-        student: is set to evaluation and back.
-        label_set: whose first view is used.
-        source: its images.
-        running: how to run it.
-        limit: views to look at, at most (whole batches).
+        student: model to measure; it is in evaluation mode meanwhile.
+        label_set: label set whose first view is used.
+        source: images of the label set.
+        running: how to run the student.
+        limit: largest number of views to look at, in whole batches.
 
     Returns:
-        percent by way of reading the heads, and the number of views.
+        percent by the name of the answer, and the number of views.
     """
     recipe = label_set.recipe
     for what, mine, theirs in (
@@ -192,7 +170,7 @@ def measure_agreement(
         ("pixels", student.img_size, recipe.img_size),
     ):
         if mine != theirs:
-            raise UsageError(f"the student has {mine} {what}, {label_set.folder} has {theirs}")
+            raise UsageError(f"the student has {mine} {what}, {label_set.place} has {theirs}")
     units = tuple(count_pairs(recipe, label_set.samples(name).usable) for name in label_set.shards)
     order = Order(
         shard_units=units,
@@ -216,9 +194,9 @@ def measure_agreement(
 
 
 def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:
-    """Return the recipe of evaluation: resize and centre crop, as the student's configuration says."""
+    """Return the recipe of evaluation: resize and centre crop as the configuration of the student says."""
     pct = crop_pct or float(student.model.pretrained_cfg.get("crop_pct") or 0.875)
-    return Recipe.from_dict(PRESETS["none"].to_dict() | {"img_size": student.img_size, "crop_pct": pct})
+    return PRESETS["none"].with_fields(img_size=student.img_size, crop_pct=pct)
 
 
 def _answers(student: Student, images: Tensor, running: Running) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from pipeline.images.source import Source, open_source
 from pipeline.machine.ranks import rank_from
 from pipeline.storage.atomic import replace_file, sweep_temporaries
 from pipeline.storage.cache import open_cache
-from pipeline.storage.mirror import Mirror, mirror_of
+from pipeline.storage.mirror import Mirror, OneWriterMirror
 from pipeline.views.draws import stream_of
 from pipeline.views.recipe import Recipe
 from trainer.checkpoint import BackgroundWriter, check_finite, pack_training, save_state, snapshot
@@ -28,7 +28,7 @@ from trainer.losses import LossSettings, distillation_loss
 from trainer.metrics import Recorder, open_recorder
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.order import Order, Share
-from trainer.pace import Pace, Progress
+from trainer.pace import Pace, StepProgress
 from trainer.parallel import (
     Consensus,
     OnRank,
@@ -65,7 +65,7 @@ log = logging.getLogger("deit_cli.train")
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: Progress | None = None) -> Path:
+def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: StepProgress | None = None) -> Path:
     """Train a student, or continue its run; return the run's folder.
 
     Started by torchrun, every rank calls this, and rank 0 writes the files.
@@ -140,7 +140,7 @@ def only_deterministic() -> Iterator[None]:
 @contextlib.contextmanager
 def mirrored(config: TrainConfig) -> Iterator[Mirror | None]:
     """Bring a run whose --output is a URL, and let the first rank send it for as long as the block runs."""
-    mirror = mirror_of(config.output, config.folder, last=STATE_NAME, leave=frozenset({LOCK_NAME}))
+    mirror = OneWriterMirror.of(config.output, config.folder, last=STATE_NAME, leave=frozenset({LOCK_NAME}))
     with contextlib.ExitStack() as stack:
         if mirror is not None:
             mirror.bring()
@@ -158,7 +158,7 @@ class Run:
         recipe: Recipe | None,
         share: Share,
         running: Running,
-        progress: Progress | None,
+        progress: StepProgress | None,
         mirror: Mirror | None = None,
     ) -> None:
         self.config, self.share, self.running, self.mirror = config, share, running, mirror
@@ -242,7 +242,7 @@ class Run:
             tensorboard=config.log_tensorboard,
             wandb=config.log_wandb,
             wandb_project=config.wandb_project,
-            run_config=config.to_dict() | {"recipe": self.data.recipe.to_dict()},
+            run_config=config.to_dict() | {"recipe": self.data.recipe.model_dump(mode="json")},
         )
 
     def _updates(self, total: int) -> Iterator[tuple[int, list[Batch], float]]:
@@ -357,7 +357,7 @@ class Run:
         batches: list[Batch] = []
         for number in range(passes):
             with contextlib.suppress(DeitCliError):  # the loss is what is to be explained
-                batches.append(self.renderer.alone(update * passes + number))
+                batches.append(self.renderer.render_here(update * passes + number))
         samples = [{"keys": list(batch.keys), "views": list(batch.views)} for batch in batches]
         record = {"update": update, "loss": str(loss), "batches": samples}
         tensors: dict[str, Tensor] = {}

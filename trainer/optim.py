@@ -1,6 +1,7 @@
-"""AdamW with DeiT's parameter groups, the learning rate as a function of the update, and the EMA: timm's.
+"""Optimizer, learning rate schedule and EMA, all as in timm.
 
-DeiT's own code changes the rate once an epoch; here it changes every update, as timm's `--sched-on-updates`.
+DeiT's own code changes the learning rate once per epoch; here it changes at every update, as with timm's
+`--sched-on-updates`.
 """
 
 import math
@@ -20,37 +21,39 @@ def create_optimizer(
     eps: float = 1e-8,
     fused: bool,
 ) -> torch.optim.Optimizer:
-    """Return AdamW over a `Student`: no decay on biases, norms, tokens and position embedding, as DeiT.
+    """Return AdamW for a `Student`, with DeiT's parameter groups: biases, norms, tokens and position embedding do not decay.
 
     Args:
-        student: the student; its timm model says which of its parameters must not decay.
-        lr: learning rate until `set_learning_rate` is called.
-        weight_decay: decay of all other parameters, as a fraction of the rate.
-        betas, eps: AdamW's.
-        fused: one kernel for all parameters; CUDA, and CPU on recent torch.
+        student: student whose parameters are optimized; its timm model lists the tokens and embeddings without decay.
+        lr: learning rate until the first call of `set_learning_rate`.
+        weight_decay: weight decay of all other parameters; AdamW multiplies it by the learning rate.
+        betas: decay rates of AdamW's two moving averages.
+        eps: AdamW's constant in the denominator.
+        fused: use one kernel for all parameters; for CUDA, and for CPUs with a recent torch.
     """
-    model = student.get_submodule("model")  # timm asks the model itself, and the wrapper has no such list
+    model = student.get_submodule("model")  # `Student` itself does not have timm's list of parameters without decay
     return create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused)
 
 
 def linear_scaled_lr(lr_base: float, batch: int) -> float:
-    """Return the rate for a global batch: lr_base * batch / 512 (DeiT, section 6)."""
+    """Return the learning rate for a global batch size: lr_base * batch / 512 (DeiT, section 6)."""
     return lr_base * batch / 512
 
 
 def learning_rate(
     update: int, *, updates_total: int, updates_warmup: int, lr: float, warmup_lr: float, min_lr: float
 ) -> float:
-    """Return the rate of one update: a linear warm-up, then a cosine (timm's `CosineLRScheduler`, to the bit).
+    """Return the learning rate of an update: linear warm-up, then cosine decay, bit for bit timm's `CosineLRScheduler`.
 
-    The cosine spans all updates, so the warm-up cuts off its start: right after it the rate is a little below `lr`.
+    The cosine spans all updates and the warm-up replaces its start, so the rate right after the warm-up is slightly below
+    `lr`.
 
     Args:
-        update: 0 for the first; from `updates_total` on the rate stays at `min_lr`.
-        updates_total: updates of the run, warm-up included, > 0.
-        updates_warmup: updates of the warm-up, 0 for none.
-        lr: top of the cosine.
-        warmup_lr: rate of update 0 of a warm-up.
+        update: number of the update, from 0; from `updates_total` on the rate stays at `min_lr`.
+        updates_total: number of updates in the run, with warm-up, > 0.
+        updates_warmup: number of updates in the warm-up, 0 for none.
+        lr: peak of the cosine.
+        warmup_lr: learning rate of update 0 if there is a warm-up.
         min_lr: end of the cosine.
     """
     if update < updates_warmup:
@@ -61,18 +64,18 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the rate of every parameter group, times the group's `lr_scale` where it has one (layer decay)."""
+    """Set the learning rate of every parameter group, multiplied by its `lr_scale` if it has one (layer decay)."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)
 
 
 def create_ema(student: nn.Module, decay: float | None, warmup: bool) -> ModelEmaV3 | None:
-    """Return a moving average of the student's weights, itself a `Student` under `.module`; None means off.
+    """Return an exponential moving average (EMA) of the student's weights; its `.module` is a `Student`.
 
     Args:
-        student: the student, before DDP and `torch.compile` wrap it.
-        decay: weight of the old average at each update; DeiT 0.99996. None for no average.
-        warmup: let the decay rise to that value from 0, for runs too short for it. It follows the update number, so
-            `update(student, step)` must be given one.
+        student: student, before DDP and `torch.compile` wrap it.
+        decay: weight of the old average at each update, 0.99996 in DeiT; None returns None.
+        warmup: let the decay rise from 0 to its value, for short runs. It depends on the update number, so
+            `update(student, step)` must get a step.
     """
     return None if decay is None else ModelEmaV3(student, decay=decay, use_warmup=warmup)

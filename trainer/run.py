@@ -1,4 +1,4 @@
-"""A training run before its first step: what it trains on, what is trained, and whether it may go on."""
+"""Setup of a training run: open its data, build the student, check the output folder, resume from a checkpoint."""
 
 import contextlib
 import fcntl
@@ -14,13 +14,15 @@ from timm.utils.model_ema import ModelEmaV3
 
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.images.source import Source, open_source
-from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.comparing import record_of
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import first_difference
 from pipeline.labels.replay import check_replay
 from pipeline.settings.files import plain_settings, recipe_settings
 from pipeline.storage.atomic import refusals_named, replace_file
-from pipeline.storage.cache import open_cache, prefetch
+from pipeline.storage.cache import open_cache
 from pipeline.storage.json import pretty_json, read_json
+from pipeline.storage.prefetch import Prefetch
 from pipeline.storage.yaml import to_yaml
 from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
@@ -46,7 +48,15 @@ EVALUATION_NAME = "evaluation.json"
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on."""
+    """The images and labels of a run.
+
+    Attributes:
+        source: original images.
+        label_set: label set with the teacher's answers; None to train on class labels alone.
+        recipe: recipe of the views.
+        num_classes: number of classes, C.
+        class_names: one name per class, or None.
+    """
 
     source: Source
     label_set: LabelSet | None
@@ -57,21 +67,35 @@ class Data:
 
 @dataclass
 class State:
-    """What changes while training, and can be saved."""
+    """The part of a run that training changes and checkpoints save.
+
+    Attributes:
+        student: student in training.
+        optimizer: AdamW of the student.
+        ema: moving average of the student's weights, or None.
+        next_update: number of updates done, which is the index of the next one.
+        evaluated: number of updates done at the last evaluation.
+        best_top1: best top-1 accuracy so far in percent, -1 before the first evaluation.
+    """
 
     student: Student
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
     next_update: int = 0
-    evaluated: int = 0  # update after which the student was evaluated last
+    evaluated: int = 0
     best_top1: float = -1.0
 
 
 def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
-    """Open label set and source, and prove that this machine renders the labelled pixels.
+    """Open the label set and the source, and check that this machine renders the pixels that the teacher saw.
+
+    Args:
+        config: settings of the run.
+        recipe: recipe that the user asked for, or None; with a label set, it must be the one of the label set.
 
     Raises:
-        LabelSetError: the label set is incomplete, damaged, or of other images, recipe or pixels.
+        LabelSetError: the label set is incomplete or damaged, or has other images, another recipe or other pixels.
+        UsageError: no label set is given, and the source has no class labels.
     """
     cache = open_cache(config.cache_dir, config.cache_size)
     if config.labels is None:
@@ -82,40 +106,49 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
         return Data(source, None, recipe or PRESETS["deit"], source.num_classes or max(labels) + 1, source.class_names)
     label_set = LabelSet.open(config.labels, cache=cache, expect_manifest=config.expect_manifest)
     if recipe is not None and recipe.id != label_set.recipe.id:
-        difference = first_difference(label_set.recipe.to_dict(), recipe.to_dict())
+        difference = first_difference(label_set.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
         raise LabelSetMismatch(
             f"{config.labels} was made with another recipe{difference}",
-            fix=("Leave --recipe and --set out, on the command line and in the file of -c: the labels say it"),
+            fix="Leave out --recipe and --set, on the command line and in the file of -c: the label set has its recipe",
         )
     source = label_set.open_source(config.data, cache=cache)
     difference = check_replay(label_set, source)
     if not difference:
-        log.info("%d replay probes: every pixel as the teacher saw it", len(label_set.manifest.probes))
+        log.info("%d replay probes: every pixel is as the teacher saw it", len(label_set.manifest.probes))
     if label_set.manifest.shards is not None:
         shards = len(label_set.shards), len(label_set.plan.source.shards)
-        log.warning("%s holds %d of %d source shards: only their images are trained on", config.labels, *shards)
+        log.warning("%s holds %d of %d source shards: the student trains only on their images", config.labels, *shards)
     return Data(source, label_set, label_set.recipe, label_set.num_classes, label_set.class_names)
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raise UsageError if --output holds a run that nobody asked to continue, or what a run without its state has left."""
+    """Check that --output is free, or that the run in it is to be resumed.
+
+    Raises:
+        UsageError: --output holds a run or the remains of one, and --resume is not given.
+    """
     if config.resume == "auto":
         return
     if (config.folder / STATE_NAME).is_file():
-        raise UsageError(f"{config.output} already holds a run: continue it with --resume, or choose another --output")
+        raise UsageError(
+            f"{config.output} already holds a run", fix="Continue it with --resume, or choose another --output"
+        )
     if kept := next((name for name in ("last", "best") if (config.folder / name).is_dir()), None):
         raise UsageError(
-            f"{config.output} holds {kept}/ of a run whose {STATE_NAME} is gone: choose another --output, or start anew and"
-            " replace it with --resume"
+            f"{config.output} holds {kept}/ of a run whose {STATE_NAME} is gone",
+            fix="Choose another --output, or pass --resume to start again and replace it",
         )
 
 
 @contextlib.contextmanager
 def only_run_in(output: Path) -> Iterator[None]:
-    """Keep every other process from training in the same folder for as long; a killed one leaves nothing in the way.
+    """Lock a folder inside the block, so that no other process trains in it. A killed process releases its lock.
+
+    Args:
+        output: folder of the run, created if missing.
 
     Raises:
-        UsageError: another process does.
+        UsageError: another process trains in the folder.
     """
     with refusals_named(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -125,7 +158,7 @@ def only_run_in(output: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
-                f"another process trains in {output}: wait for its end, or choose another --output"
+                f"another process trains in {output}", fix="Wait until it ends, or choose another --output"
             ) from None
         except OSError as error:  # some network file systems have no locks
             log.debug("%s cannot be locked: %s", output, error)
@@ -133,21 +166,30 @@ def only_run_in(output: Path) -> Iterator[None]:
 
 
 def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order:
-    """Return the order of all updates of the run, which all ranks share."""
+    """Return the order of all updates of the run, which is the same on every rank.
+
+    Args:
+        config: settings of the run.
+        data: images and labels of the run.
+        share: this process's part of every update.
+
+    Raises:
+        UsageError: the views, the repeated augmentation or the batch size do not fit the data or the ranks.
+    """
     catalogue = Catalogue(data.source, data.label_set)
-    views = _views(config, data)
+    views = _views_to_train_on(config, data)
     shards = range(len(catalogue.names))
-    with prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
+    with Prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
         units = tuple(count_pairs(data.recipe, catalogue.table(shard).usable) for shard in shards)
     repeats = config.repeated_aug or default_repeats(data.recipe, views)
     if config.repeated_aug is None and sum(units) < repeats * share.parts:
-        repeats = 1  # so few images that an epoch of a third of them is nothing
+        repeats = 1  # with repeats, an epoch would have fewer units than an update has forward passes
     check_repeats(data.recipe, repeats, views)
     if config.view_policy == "once" and views is not None and config.epochs > len(views):
         raise UsageError(
-            f"--view-policy once takes at most one epoch for each view: the label set has {len(views)},"
+            f"--view-policy once allows one epoch per view: the label set has {len(views)} views,"
             f" --epochs is {config.epochs}",
-            fix="Label more with deit-cli precompute --views, or pass --view-policy cycle",
+            fix="Label more views with deit-cli precompute --views, or pass --view-policy cycle",
         )
     order = Order(
         shard_units=units,
@@ -162,28 +204,35 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
     least = order.least_units_per_step * order.unit_size * repeats
     if order.least_units_per_step < share.parts:
         raise UsageError(
-            f"an update of {least} views cannot be cut into {share.parts} forward passes ({share.size} ranks,"
-            f" --grad-accum-steps {share.passes}) of at least {order.unit_size * repeats} views: pass fewer"
+            f"an update of {least} views cannot be split into {share.parts} forward passes ({share.size} ranks,"
+            f" --grad-accum-steps {share.passes}) of at least {order.unit_size * repeats} views",
+            fix="Use fewer ranks or a smaller --grad-accum-steps",
         )
     return order
 
 
-def _views(config: TrainConfig, data: Data) -> range | None:
-    """Return the views to train on: those that were asked for, or all that are labelled; None: without end."""
+def _views_to_train_on(config: TrainConfig, data: Data) -> range | None:
+    """Return the views of --views, or else all labelled views; None for new views without end (no label set)."""
     labelled = data.label_set.views if data.label_set else None
     if config.views is None:
         return labelled
     start, stop = config.views
     if labelled is None or not labelled.start <= start < stop <= labelled.stop:
-        has = "there is no label set" if labelled is None else f"the label set has {labelled.start}:{labelled.stop}"
+        has = "no label set is given" if labelled is None else f"the label set has {labelled.start}:{labelled.stop}"
         raise UsageError(f"--views must be START:STOP within the labelled views, got {start}:{stop}: {has}")
     return range(start, stop)
 
 
 def build_state(config: TrainConfig, data: Data, order: Order, device: torch.device) -> State:
-    """Build student, optimizer and EMA from the configuration and its seed, the same on every rank."""
+    """Build the student, its optimizer and EMA from the settings and their seed; every rank gets the same.
+
+    Raises:
+        UsageError: timm cannot build the student, or its image size is not that of the views.
+        CheckpointError: the weights of --init do not fit.
+        StorageError: the weights of --init or the published ones cannot be read.
+    """
     torch.manual_seed(config.seed)
-    continues = (config.folder / STATE_NAME).is_file()  # then what it started from is not needed any more
+    continues = (config.folder / STATE_NAME).is_file()  # then --init and --pretrained are not needed
     student = create_student(
         config.model,
         num_classes=data.num_classes,
@@ -198,15 +247,12 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
     )
     if student.img_size != data.recipe.img_size:
         raise UsageError(
-            f"--img-size {student.img_size} is not that of the views, {data.recipe.img_size}: the student"
+            f"--img-size must be the size of the views, {data.recipe.img_size}, got {student.img_size}: the student"
             " sees what the teacher saw",
-            fix=(
-                f"For {student.img_size} pixels make the labels with --recipe deit-384 or --set"
-                f" img_size={student.img_size}"
-            ),
+            fix=f"For {student.img_size} pixels, label with --recipe deit-384 or --set img_size={student.img_size}",
         )
     if not continues:
-        _start(config, student)
+        _load_initial_weights(config, student)
     if config.linear_probe:
         student.freeze_backbone()
     student.to(device)
@@ -220,19 +266,19 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
     return State(student, optimizer, ema)
 
 
-def _start(config: TrainConfig, student: Student) -> None:
-    """Load the weights to start from, and say what was done to fit them."""
+def _load_initial_weights(config: TrainConfig, student: Student) -> None:
+    """Load the weights of --init, and log how the initial weights were made to fit."""
     if config.init is not None:
         changes = start_from(student, weights_here(config.init))
         log.info("starting from %s: %s", config.init, "; ".join(changes) or "all weights as they are")
     if config.pretrained:
-        there = student.model.pretrained_cfg["num_classes"]
-        new = f": the heads are new: {there} classes there, {student.num_classes} here"
-        log.info("starting from timm's published weights%s", new if there != student.num_classes else "")
+        published = student.model.pretrained_cfg["num_classes"]
+        new = f": the heads are new: {published} classes in the published weights, {student.num_classes} here"
+        log.info("starting from timm's published weights%s", new if published != student.num_classes else "")
 
 
 def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any]:
-    """Return what a continuation must agree with, on however many ranks it runs."""
+    """Return the settings and ids that must be the same when a run is resumed, on any number of ranks."""
     return {
         "version": STATE_VERSION,
         "config": config.identity(),
@@ -248,36 +294,46 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
 
 
 def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
-    """Bring the state to where the run in --output stopped; refuse a run of other settings."""
+    """Load the state of the run in --output, if there is one, into `state`.
+
+    Args:
+        config: settings of the run.
+        state: state as `build_state` returns it; changed in place.
+        meta: `run_identity` of the run.
+
+    Raises:
+        CheckpointError: the file of the state is damaged, or belongs to a run with other settings.
+    """
     path = config.folder / STATE_NAME
     if not path.is_file():
         return
     tensors, saved = load_state(path)
     if not isinstance(saved, dict) or type(saved.get("next_update")) is not int or saved["next_update"] < 0:
-        raise CheckpointError(f"{path} does not say after which update it was saved: it is no state of a run")
+        raise CheckpointError(f"{path} is not the state of a run: it does not say after which update it was saved")
     found = {name: saved.get(name) for name in meta}
     pin = found.pop("expect_manifest")
     meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
-    if pin is not None and config.expect_manifest is None:  # another pin is a decision, none may be an oversight
+    # A changed pin is a decision; a missing one may be an oversight.
+    if pin is not None and config.expect_manifest is None:
         raise CheckpointError(
-            f"{path} belongs to a run that is pinned to one manifest: pass --expect-manifest {pin}, or the pin of the"
-            " manifest as it is now, where you know why it changed"
+            f"{path} belongs to a run that is pinned to a manifest",
+            fix=f"Pass --expect-manifest {pin}, or if you know why the manifest changed, its present pin",
         )
-    views, mine = found["views_per_update"], meta["views_per_update"]
-    if found | {"views_per_update": mine} == meta and views != mine:
+    saved_views, views = found["views_per_update"], meta["views_per_update"]
+    if found | {"views_per_update": views} == meta and saved_views != views:
         raise CheckpointError(
-            f"{path} belongs to a run with {views} views an update, this one has {mine} (--batch-size x"
-            " --grad-accum-steps x ranks): change these so that their product is the same"
+            f"{path} belongs to a run with {saved_views} views per update, this one has {views}",
+            fix=f"Choose --batch-size, --grad-accum-steps and ranks so that their product is {saved_views}",
         )
     if found["views"] != meta["views"] and found | {"views": meta["views"]} == meta:
         views = ":".join(map(str, found["views"])) if isinstance(found["views"], list) else str(found["views"])
         raise CheckpointError(
-            f"{path} belongs to a run on views {views}, this one has {meta['views']}: pass --views {views}"
+            f"{path} belongs to a run on views {views}, this one has {meta['views']}", fix=f"Pass --views {views}"
         )
     if found != meta:
         raise CheckpointError(
             f"{path} belongs to a run with other settings{first_difference(found, meta)}",
-            fix="Use those, or another --output",
+            fix="Use the settings of that run, or another --output",
         )
     unpack_training(tensors, state.student, state.optimizer, state.ema)
     state.next_update = saved["next_update"]
@@ -286,7 +342,7 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
 
 
 def _last_evaluation(output: Path) -> tuple[int, float]:
-    """Return the update after which the run was evaluated last, and the best top-1 until then."""
+    """Return the number of updates done at the last evaluation, and the best top-1 so far in percent."""
     path = output / EVALUATION_NAME
     if not path.is_file():
         return 0, -1.0
@@ -294,19 +350,21 @@ def _last_evaluation(output: Path) -> tuple[int, float]:
     values = record if isinstance(record, dict) else {}
     update, best = values.get("update"), values.get("best_top1", -1.0)
     if type(update) is not int or type(best) not in (int, float) or not -1 <= best <= 100:
-        raise CheckpointError(f"{path} is damaged: delete it, and the best weights are chosen anew from here on")
+        raise CheckpointError(
+            f"{path} is damaged", fix="Delete it; the best weights are then chosen among later evaluations only"
+        )
     return update, float(best)
 
 
 def save_evaluation(output: Path, state: State) -> None:
-    """Write that the student was evaluated after its last update, so that a continuation need not do it again."""
+    """Write the last evaluation to the output folder, so that a resumed run does not repeat it."""
     record = {"update": state.evaluated, "best_top1": state.best_top1}
     replace_file(output / EVALUATION_NAME, readable_json(record))
 
 
 def save_config(config: TrainConfig, data: Data) -> None:
-    """Write what the run was asked and what that came to."""
-    resolved = {"config": config.to_dict(), "recipe": data.recipe.to_dict(), "recipe_id": data.recipe.id}
+    """Write config.json, with all settings and ids, and config.yaml, with which `train -c` trains the same again."""
+    resolved = {"config": config.to_dict(), "recipe": data.recipe.model_dump(mode="json"), "recipe_id": data.recipe.id}
     if data.label_set:
         resolved |= {
             "labelset_id": data.label_set.plan.labelset_id,
@@ -314,14 +372,14 @@ def save_config(config: TrainConfig, data: Data) -> None:
         }
     replace_file(config.folder / CONFIG_NAME, readable_json(resolved))
     settings = plain_settings(config)
-    settings.pop("resume")  # a way to call the command, not a setting of the run
-    if data.label_set is None:  # else the labels say the recipe
+    settings.pop("resume")  # how the command was called, not a setting of the run
+    if data.label_set is None:  # a label set has its own recipe
         settings |= recipe_settings(data.recipe)
     replace_file(config.folder / SETTINGS_NAME, SETTINGS_HEADER + to_yaml(settings))
 
 
 def announce(config: TrainConfig, data: Data, order: Order, state: State, share: Share) -> None:
-    """Say what is about to happen, and what in it a user may not expect."""
+    """Log the student and the schedule, and warn about settings with surprising effects."""
     parameters = sum(p.numel() for p in state.student.parameters())
     log.info(
         "student %s: %.1f M parameters, %d px, %d classes",
@@ -339,10 +397,10 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State, share:
         top_rate(config, order),
         f", {order.repeated_aug} views of an image together" if order.repeated_aug > 1 else "",
     )
-    if state.student.probed:
+    if state.student.backbone_frozen:
         learning = sum(p.numel() for p in state.student.parameters() if p.requires_grad)
         log.info(
-            "linear probe: %s learn (%d parameters), all else is frozen",
+            "linear probe: only %s learn (%d parameters), the rest is frozen",
             " and ".join(state.student.head_names),
             learning,
         )
@@ -350,17 +408,20 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State, share:
     if repeats is not None and repeats < config.epochs:
         log.warning("the label set has %d views: from epoch %d on they repeat", repeats, repeats)
     if config.distillation_type != "none" and not state.student.has_distillation_head:
-        log.warning("%s has no distillation token: its one head learns class labels and teacher", config.model)
+        log.warning("%s has no distillation token: its one head learns from class labels and teacher", config.model)
     if config.distillation_type == "none" and state.student.has_distillation_head:
-        log.warning("%s has a distillation head, which class labels alone leave untrained", config.model)
+        log.warning("%s has a distillation head, which stays untrained without teacher labels", config.model)
 
 
 def top_rate(config: TrainConfig, order: Order) -> float:
-    """Return the learning rate at the top of the cosine: by the batch that was asked for, unless the source has less."""
+    """Return the peak learning rate: --lr, or --lr-base scaled by the views per update.
+
+    If the source has too few images for a full update, the views that an update really has are counted.
+    """
     views = min(order.batch_size, order.views_per_step) if order.is_one_step else order.batch_size
     return linear_scaled_lr(config.lr_base, views) if config.lr is None else config.lr
 
 
 def readable_json(value: dict[str, Any]) -> bytes:
-    """Return values as JSON for people; tuples become lists."""
+    """Return values as indented JSON; tuples become lists."""
     return pretty_json(json.loads(json.dumps(value)))

@@ -15,15 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import LabelSetCorrupt, SourceError
+from pipeline.errors import SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
+from pipeline.labels.comparing import labelled_part
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, SlotStream
-from pipeline.storage.cache import RemoteFile, prefetch
+from pipeline.storage.place import RemoteFile
+from pipeline.storage.prefetch import Prefetch
 from pipeline.views.mixing import Layout, MixBatch, apply_mix, lay_out
 from pipeline.views.pairs import Pairs, pairs_of
 from pipeline.views.recipe import Recipe
@@ -130,7 +132,7 @@ class Catalogue:
     """The samples of every source shard: from the label set where there is one, else from the source itself."""
 
     def __init__(self, source: Source, label_set: LabelSet | None) -> None:
-        self.source = source if label_set is None else label_set.labelled_part(source)
+        self.source = source if label_set is None else labelled_part(label_set, source)
         self.label_set = label_set
         self.names = tuple(shard.name for shard in self.source.shards)
 
@@ -192,7 +194,7 @@ class BatchRenderer:
                 fetched.add(shard)
                 yield from catalogue.remote_files(shard, self._order.views_of_epoch(epoch))
 
-    def alone(self, index: int) -> Batch:
+    def render_here(self, index: int) -> Batch:
         """Render a batch in this process, into memory of its own."""
         out = torch.empty(self.most, self.img_size, self.img_size, 3, dtype=torch.uint8)
         return self(index, out, lambda _: None)
@@ -234,7 +236,7 @@ class BatchRenderer:
         name = self._catalogue.names[shard]
 
         def read(view: int, label_set: LabelSet = label_set) -> LabelRows:
-            return self._labels.get((shard, view), lambda: _read_labels(label_set, name, view, table.usable))
+            return self._labels.get((shard, view), lambda: label_set.read(name, view))
 
         found = [read(view) for view in views]
         at, there = np.searchsorted(table.usable, np.where(pairs >= 0, pairs, table.usable[0])), layout.places >= 0
@@ -286,7 +288,7 @@ def stream_batches(
         DeitCliError: what stopped a batch, after the batches before it.
     """
     shape = (renderer.most, renderer.img_size, renderer.img_size, 3)
-    with prefetch(renderer.remote_files(indices)):
+    with Prefetch(renderer.remote_files(indices)):
         yield from SlotStream(renderer, indices, shape, workers=workers, held=held, device=device)
 
 
@@ -328,15 +330,6 @@ class CentreRenderer:
             pixels[at] = render_view(sample.image, self._recipe, sample.key, 0)
             labels.append(sample.class_label)
         return CentreBatch(out[: len(chosen)], torch.tensor(labels))
-
-
-def _read_labels(label_set: LabelSet, name: str, view: int, usable: NDArray[np.int64]) -> LabelRows:
-    labels = label_set.read(name, view)
-    if not np.array_equal(labels.row, usable):
-        raise LabelSetCorrupt(
-            f"{label_set.folder}: view {view} of {name} does not have the usable rows of its samples file"
-        )
-    return labels
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Starting points: the weights of another run, another size, other classes, fitted to a student; and what was done to fit.
+"""Initial weights: adapt a checkpoint to a student with another image size, other classes, or another kind of heads.
 
-Everything that is done to the weights is said. What is not named here must fit exactly, as in evaluation.
+Every change to the weights is reported. All other tensors must fit exactly, as in evaluation.
 """
 
 import math
@@ -14,45 +14,47 @@ from pipeline.errors import CheckpointError
 from pipeline.weights import read_hub_config, read_tensors
 from trainer.student import Student, load_exactly
 
-_TOKEN = "dist_token"  # of DeiT's distilled models; its position is the second one
+_TOKEN = "dist_token"  # distillation token in timm's DeiT models; its position embedding is the second one
 
 
 def start_from(student: Student, path: Path) -> list[str]:
-    """Load weights into a student that may have another image size, other classes, or no distillation token (or one).
+    """Load weights into a student; its image size, classes and distillation token may differ from the checkpoint's.
 
     Args:
-        student: receives the weights; what the checkpoint cannot give keeps its initial values.
-        path: a folder that a run exported, or a file of weights as for `pipeline.weights.read_tensors`.
+        student: student that receives the weights; parts that the checkpoint does not have keep their initial values.
+        path: folder that a run exported, or a file of weights that `pipeline.weights.read_tensors` reads.
 
     Returns:
-        What was changed to make them fit, a phrase each; empty if nothing was.
+        the changes that made the weights fit, one phrase each; empty if they fit as they are.
 
     Raises:
-        CheckpointError: unreadable, or of another architecture; the student is unchanged.
+        CheckpointError: the checkpoint cannot be read, or has another architecture; the student is unchanged.
     """
-    file, class_names = _find(path)
+    file, class_names = _find_weights(path)
     found = read_tensors(file)
-    if odd := next((n for n, t in found.items() if t.is_floating_point() and not torch.isfinite(t).all()), None):
+    if bad := next((n for n, t in found.items() if t.is_floating_point() and not torch.isfinite(t).all()), None):
         raise CheckpointError(
-            f"{file}: {odd} holds what is no number: it was spoiled in training",
-            fix="Start from an earlier one",
+            f"{file}: {bad} holds NaN or infinity: its training diverged",
+            fix="Start from an earlier checkpoint",
         )
-    said = _fit_heads(student, found, class_names, file)
-    said += _fit_token(student, found)
-    said += _fit_positions(student, found)
+    changes = _fit_heads(student, found, class_names, file)
+    changes += _fit_token(student, found)
+    changes += _fit_positions(student, found)
     load_exactly(student, found, file)
-    return said
+    return changes
 
 
-def _find(path: Path) -> tuple[Path, tuple[str, ...] | None]:
-    """Return the file of weights, and the names of its classes where a folder says them."""
+def _find_weights(path: Path) -> tuple[Path, tuple[str, ...] | None]:
+    """Return the file of weights and its class names; None for a file alone, and for a folder that has no names."""
     if not path.is_dir():
         return path, None
     weights, config = path / "model.safetensors", path / "config.json"
     if not weights.is_file():
         inside = next((name for name in ("best", "last") if (path / name / "model.safetensors").is_file()), None)
-        hint = f"Did you mean {path / inside}?" if inside else "A run keeps exported weights in last/ and best/"
-        raise CheckpointError(f"{path}: this folder holds no model.safetensors. {hint}")
+        raise CheckpointError(
+            f"{path}: this folder holds no model.safetensors",
+            fix=f"Did you mean {path / inside}?" if inside else "Pass last/ or best/ of a run",
+        )
     if not config.is_file():
         return weights, None
     names = read_hub_config(path).get("label_names")
@@ -62,7 +64,7 @@ def _find(path: Path) -> tuple[Path, tuple[str, ...] | None]:
 def _fit_heads(
     student: Student, found: dict[str, Tensor], class_names: tuple[str, ...] | None, path: Path
 ) -> list[str]:
-    """Put the student's new heads where those of the checkpoint answer for other classes."""
+    """Replace the checkpoint's heads by the student's new ones if they have other classes; return the change."""
     heads = [name for name in student.head_names if getattr(found.get(f"{name}.weight"), "ndim", 0)]
     counts = sorted({found[f"{name}.weight"].shape[0] for name in heads})
     if len(counts) > 1:
@@ -80,12 +82,12 @@ def _fit_heads(
 
 
 def _fit_token(student: Student, found: dict[str, Tensor]) -> list[str]:
-    """Give the weights a distillation token, or take it away, with its position and head."""
+    """Add the distillation token with its position and head to the weights, or remove it; return the change."""
     wanted = student.model.state_dict()
     has, needs = _TOKEN in found, _TOKEN in wanted
     shapes = [state["pos_embed"].shape for state in (found, wanted) if "pos_embed" in state]
     if has == needs or len(shapes) < 2 or len(shapes[0]) != 3 or shapes[0][2] != shapes[1][2]:
-        return []  # not two transformers of one width: loading says what does not fit
+        return []  # not two transformers of the same width: `load_exactly` names the tensor that does not fit
     heads = [name for name in (found if has else wanted) if name.startswith("head_dist.")]
     positions = found["pos_embed"]
     if has:
@@ -99,9 +101,9 @@ def _fit_token(student: Student, found: dict[str, Tensor]) -> list[str]:
 
 
 def _fit_positions(student: Student, found: dict[str, Tensor]) -> list[str]:
-    """Interpolate the position embedding [1, prefix + N, D] to the student's grid, as DeiT does: bicubic, not antialiased.
+    """Interpolate the position embedding [1, prefix + N, D] to the student's grid; return the change.
 
-    (Antialiased bicubic is another kernel, also where the grid grows.)
+    DeiT's interpolation is bicubic without antialiasing. (Antialiased bicubic uses another kernel, even for larger grids.)
     """
     model = student.model
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
@@ -111,7 +113,7 @@ def _fit_positions(student: Student, found: dict[str, Tensor]) -> list[str]:
     prefix = wanted.shape[1] - grid[0] * grid[1]
     side = math.isqrt(max(0, positions.shape[1] - prefix))
     if side == 0 or side**2 != positions.shape[1] - prefix:
-        return []  # no square: loading refuses the shape
+        return []  # not a square grid: `load_exactly` refuses the shape
     found["pos_embed"] = resample_abs_pos_embed(
         positions,
         new_size=list(grid),

@@ -1,1 +1,1 @@
-"""What stage 1 costs on this machine: measured rates, estimates."""
+"""The cost of labelling: rates measured on this machine, and estimates for a whole source."""

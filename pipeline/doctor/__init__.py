@@ -1,4 +1,4 @@
-"""`deit-cli doctor`: what the commands rely on, looked at before they do.
+"""`deit-cli doctor`: checks of packages, hardware, folders and label sets before a long run.
 
-Nothing is imported here: its modules must work where packages are broken or missing.
+This file must import nothing: the doctor also runs where packages are broken or missing.
 """

@@ -1,7 +1,6 @@
-"""Doctor: look at everything that the commands rely on, and say what is wrong and the way out, before they do.
+"""Doctor: check everything that the commands rely on, and say what is wrong and how to fix it before a command fails.
 
-Nothing that is looked at may bring it down: packages are imported in other processes, and what cannot be looked at is
-itself a finding.
+Nothing that is checked may stop it: packages are imported in other processes, and what cannot be checked is itself a finding.
 """
 
 import dataclasses
@@ -16,10 +15,10 @@ from typing import Any
 from pipeline.doctor.findings import Finding, Row, Section
 from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.packages import examine_packages
-from pipeline.doctor.places import examine_folder
+from pipeline.doctor.places import examine_bucket, examine_folder
 from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
-from pipeline.storage.urls import is_url, working_folder
+from pipeline.storage.urls import local_path, working_folder
 
 LABELS_TIMEOUT_S = 900.0  # its images may have to be downloaded
 
@@ -27,7 +26,7 @@ log = logging.getLogger("deit_cli.doctor")
 
 
 def examine(*, out: str | None = None, labels: str | None = None, data: str | None = None) -> list[Section]:
-    """Look at machine, packages and decoders, and where asked at a folder and a label set.
+    """Check machine, packages and decoders, and if asked a folder and a label set.
 
     Args:
         out: folder or URL to be written to, or None.
@@ -57,11 +56,9 @@ def _looked(title: str, look: Callable[[], list[Section]]) -> list[Section]:
 
 
 def _examine_place(out: str) -> list[Section]:
-    """Look at a folder; of a URL, at the bucket and at the folder of this machine that stands for it."""
-    if not is_url(out):
-        return [examine_folder(Path(out))]
-    from pipeline.doctor.places import examine_bucket
-
+    """Check a folder; for a URL, the bucket and the folder of this machine that stands for it."""
+    if (folder := local_path(out)) is not None:
+        return [examine_folder(folder)]
     return [examine_bucket(out), examine_folder(working_folder(out))]
 
 
@@ -71,7 +68,7 @@ def _examine_apart(labels: str, data: str | None) -> Section:
     (trial,) = try_all([f"{__name__}:tell_labels {arguments}"], timeout_s=LABELS_TIMEOUT_S)
     section = Section(f"labels {labels}")
     if trial.result is None:
-        section.problem(f"the label set could not be looked at: {trial.error}", "Mend the packages named above")
+        section.problem(f"the label set could not be looked at: {trial.error}", "Repair the packages named above")
         return section
     section.rows += [Row(**row) for row in trial.result["rows"]]
     section.findings += [Finding(**finding) for finding in trial.result["findings"]]
@@ -90,7 +87,7 @@ def examine_labels(labels: str, data: str | None) -> Section:
         from pipeline.labels.labelset import LabelSet
         from pipeline.labels.replay import check_replay
     except Exception as error:
-        section.problem(f"a label set cannot be read: {first_line(error)}", "Mend the packages named above")
+        section.problem(f"a label set cannot be read: {first_line(error)}", "Repair the packages named above")
         return section
     try:
         label_set = LabelSet.open(labels)
@@ -133,7 +130,7 @@ def compare_environments(recorded: Iterable[dict[str, str]]) -> list[tuple[str, 
         try:
             now = metadata.version(name)
         except metadata.PackageNotFoundError:
-            now = None  # device and dtype are no packages
+            now = None  # device and dtype are not packages
         made = ", ".join(versions)
         text = f"{made} then and here" if versions == [now] else f"{made} then" + (f", {now} here" if now else "")
         rows.append((name, text, {"then": versions, "here": now}))

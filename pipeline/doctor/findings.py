@@ -14,7 +14,7 @@ class Finding:
     Attributes:
         what: the rule and the value, one line.
         way_out: what to do about it.
-        is_warning: whether everything works all the same.
+        is_warning: whether everything works anyway.
     """
 
     what: str

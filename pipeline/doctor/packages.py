@@ -258,7 +258,7 @@ def _decoders(trial: Trial) -> Section:
     section = Section("decoders")
     if trial.result is None:
         section.row("self-test", "could not run")
-        section.problem(f"no image can be decoded: {trial.error}", "Mend the packages named above")
+        section.problem(f"no image can be decoded: {trial.error}", "Repair the packages named above")
         return section
     found = trial.result
     section.row("formats", ", ".join(found["formats"]), found["formats"])

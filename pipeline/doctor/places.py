@@ -12,9 +12,8 @@ from pathlib import Path
 from pipeline.doctor.findings import Section
 from pipeline.errors import StorageError
 from pipeline.storage.atomic import TEMPORARY_PREFIX, dead_temporaries, publish_file, temporary_name
-from pipeline.storage.remote import file_system, read_url
-from pipeline.storage.uploads import put_bytes
-from pipeline.storage.urls import check_url, is_web, join_url
+from pipeline.storage.place import Place, open_place
+from pipeline.storage.uploads import remove_url
 from pipeline.text import byte_size, count
 
 MOST_BYTES, MOST_S = 256 * 2**20, 2.0  # of the speed test
@@ -37,7 +36,7 @@ def examine_folder(asked: Path) -> Section:
     if folder != asked.absolute():
         section.row("looked at", f"{folder}, which would hold it")
     if not folder.is_dir():
-        section.problem(f"{folder} is no folder", "Choose a folder")
+        section.problem(f"{folder} is not a folder", "Choose a folder")
         return section
     try:
         with _scratch(folder) as file:
@@ -279,34 +278,33 @@ def examine_bucket(url: str) -> Section:
     """Try what writers of label sets do at a URL, with small files that are deleted again."""
     section = Section(f"bucket {url}")
     try:
-        scheme = check_url(url)
-        if is_web(url):
-            section.problem(f"{url} is on a web server, which takes no files", "Use s3://, gs:// or hf://, or a folder")
-        elif scheme == "hf":
+        place = open_place(url)
+        place.refuse_unwritable()
+        if place.takes_one_at_a_time:
             section.row("writing", "not tried: each file would be a commit of its own")
         else:
-            _try_writing(section, url)
+            _try_writing(section, place)
     except StorageError as error:
         section.row("writable", "no")
         section.problem(error.what, error.fix or "Check address and credentials")
     return section
 
 
-def _try_writing(section: Section, url: str) -> None:
-    small, large = (join_url(url, temporary_name()) for _ in range(2))
+def _try_writing(section: Section, place: Place) -> None:
+    small, large = (place / temporary_name() for _ in range(2))
     try:
         began = time.monotonic()
-        put_bytes(b"one", small)
+        small.put(b"one")
         each = time.monotonic() - began
-        second = put_bytes(b"two", small)
-        kept = read_url(small, max_bytes=3) == b"one"
+        second = small.put(b"two")
+        kept = small.read(max_bytes=3) == b"one"
         data = os.urandom(TRIED_BYTES)
         began = time.monotonic()
-        put_bytes(data, large)
+        large.put(data)
         pace = len(data) / max(1e-9, time.monotonic() - began)
     finally:
-        for place in (small, large):
-            _delete(section, place)
+        for file in (small, large):
+            _delete(section, str(file))
     section.row("writable", "yes")
     section.row("a small file", f"{1000 * each:.0f} ms", {"seconds": each})
     section.row(
@@ -315,16 +313,14 @@ def _try_writing(section: Section, url: str) -> None:
     section.row("creating only", "yes" if kept and not second else "no", kept and not second)
     if second or not kept:
         section.warning(
-            f"{url} gives a name a second time when it is asked not to (S3: If-None-Match), so that of two writers the last wins",
+            f"{place} gives a name a second time when it is asked not to (S3: If-None-Match), so that of two writers the last wins",
             "Let one machine at a time write there, or use a store that knows conditional writes",
         )
 
 
 def _delete(section: Section, url: str) -> None:
-    """Delete a file that was written to be deleted; who may write may not always do that."""
+    """Delete a file that was written to be deleted; not everybody who may write may delete."""
     try:
-        system, path = file_system(url)
-        if system.exists(path):
-            system.rm_file(path)
+        remove_url(url)
     except Exception as error:  # each store has its own, and the trial is over
         section.warning(f"{url} could not be deleted again: {str(error)[:200]}", "Delete it, should it be there")

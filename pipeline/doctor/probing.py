@@ -1,7 +1,7 @@
 """Trials in a process of their own: whether packages can be imported, what torch sees, whether decoders agree.
 
 A broken package may raise anything, print anything, or end the interpreter. So each trial is announced before it is made
-and told when it is over, a marked JSON line each; whoever reads them knows at which trial the process was lost.
+and told when it is over, a marked JSON line each; so the reader knows at which trial the process was lost.
 """
 
 import contextlib

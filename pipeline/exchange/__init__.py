@@ -1,1 +1,1 @@
-"""Labels for other trainers, and labels of other formats."""
+"""Exchange with other projects: export labels for other trainers, import labels of other formats."""

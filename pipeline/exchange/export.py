@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.errors import LabelSetMismatch, UsageError
+from pipeline.errors import UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import Source
 from pipeline.images.tar_archive import check_member_key, member_extension, write_tar
@@ -28,6 +28,8 @@ from pipeline.labels.replay import check_image, check_replay
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, in_processes
 from pipeline.machine.progress import Progress, Tick
+from pipeline.machine.threads import usable_cores
+from pipeline.settings.configs import Encoding, ExportConfig, Pixels
 from pipeline.stage1.rendering import Block, BlockRenderer
 from pipeline.storage.atomic import publish_file, replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json, read_json
@@ -41,26 +43,6 @@ log = logging.getLogger("deit_cli.exporting")
 ABOUT_NAME = "export.json"
 INFO_NAME = "_info.json"  # timm's
 SPLIT = "train"
-
-Pixels = Literal["views", "originals"]
-Encoding = Literal["png", "jpeg"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """What to export.
-
-    Attributes:
-        views: start and stop; None: the first view of the set.
-        pixels: `views`, as the teacher saw them, or `originals`, which it saw only where the recipe changes nothing.
-        encoding: of views; `png` loses nothing but the rounding of mixup, `jpeg` is of quality 95, 4:4:4.
-        workers: loader processes.
-    """
-
-    views: tuple[int, int] | None = None
-    pixels: Pixels = "views"
-    encoding: Encoding = "png"
-    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,11 +115,12 @@ def export_labels(
     begin(out, export)
     labelled = all(label is not None for samples in names.values() for label in samples.class_label)
     tasks = [(name, view) for view in range(*export.views) for name in label_set.shards]
+    workers = usable_cores() if config.workers is None else config.workers
     job = _Job(label_set, source, out, export, labelled)
     began, counts = time.monotonic(), []
-    for count in in_processes(partial(_export_one, job), tasks, workers=min(config.workers, len(tasks))):
+    for count in in_processes(partial(_export_one, job), tasks, workers=min(workers, len(tasks))):
         counts.append(count)
-        progress(Tick("export", len(counts), len(tasks), time.monotonic() - began, len(counts)))
+        progress(Tick("export", len(counts), len(tasks), time.monotonic() - began, len(counts), unit="tars"))
     files = {tar_name(*task): count for task, count in zip(tasks, counts, strict=True)}
     replace_file(out / CARD_NAME, _readme(label_set, export, labelled).encode())
     replace_file(out / INFO_NAME, pretty_json(timm_info(files)))  # last: timm needs it
@@ -224,8 +207,6 @@ def _export_one(job: _Job, task: tuple[str, int], note: Note) -> int:
 def _members(job: _Job, name: str, view: int, rows: LabelRows, note: Note) -> Iterator[tuple[str, bytes]]:
     """Yield the files of one tar: image, class label, labels, image after image."""
     samples, export = job.label_set.samples(name), job.export
-    if not np.array_equal(rows.row, samples.usable):
-        raise LabelSetMismatch(f"{job.label_set.folder}: view {view} of {name} lacks usable rows of its samples file")
     as_seen = export.pixels == "views"
     images = _views(job, name, samples, view, note) if as_seen else _originals(job, name, samples, note)
     for at, (row, image, lam) in enumerate(images):

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import ImportedLabelsError, SourceError
-from pipeline.exchange.imported import ForeignRows, check_answers
+from pipeline.exchange.foreign import ForeignRows, check_answers
 from pipeline.storage.atomic import refusals_named
 from pipeline.text import check_name, count
 

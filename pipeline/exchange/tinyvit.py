@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import ImportedLabelsError, SourceError
-from pipeline.exchange.imported import ForeignRows, check_answers
+from pipeline.exchange.foreign import ForeignRows, check_answers
 from pipeline.labels.format import MAX_TOPK
 from pipeline.storage.atomic import refusals_named
 from pipeline.text import MAX_KEY_BYTES, check_name
@@ -38,7 +38,7 @@ class RankFile:
 
     @property
     def name(self) -> str:
-        """A name for what becomes of them."""
+        """Stem of the tables that they go to."""
         return f"epoch-{self.epoch:05d}-rank-{self.rank:04d}"
 
     @property
@@ -163,7 +163,7 @@ def _rows(file: RankFile, names: list[str], records: np.ndarray, start: int, num
     if (seed < 0).any():
         refuse(int((seed < 0).argmax()), f"a seed is in 0..{2**31 - 1}, this one is {int(seed.min())}")
     views = np.full(len(names), file.epoch, np.uint32)
-    return ForeignRows(names, views, index[:, 0], index, np.minimum(prob, np.float16(1)), {"seed": seed})
+    return ForeignRows(names, views, index[:, 0], index, np.minimum(prob, np.float16(1)), {"seed": seed}, file.name)
 
 
 def _key(line: bytes, file: RankFile, number: int, total: int) -> str:

@@ -1,1 +1,1 @@
-"""Images in: samples, the three layouts of a source, decoders."""
+"""Original images: the three layouts of a source (image folder, tars, Parquet), its samples, and decoders."""

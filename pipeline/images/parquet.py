@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -21,8 +20,7 @@ import xxhash
 
 from pipeline.errors import RemoteFileMissing, SourceError, StorageError
 from pipeline.images.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_image_bytes, check_label, reading
-from pipeline.storage.cache import RemoteFile, read_local
-from pipeline.storage.remote import read_ranges
+from pipeline.storage.place import File, RemoteFile
 from pipeline.text import check_name
 
 log = logging.getLogger("deit_cli.parquet_source")
@@ -66,10 +64,10 @@ class RowGroupCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._columns: OrderedDict[tuple[Path | RemoteFile, int], pa.ChunkedArray] = OrderedDict()
+        self._columns: OrderedDict[tuple[File, int], pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[Path | RemoteFile, int], load: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
+    def get(self, key: tuple[File, int], load: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
         """Return the column of a row group, from `load` if it is not held."""
         with self._lock:
             if key not in self._columns:
@@ -93,7 +91,7 @@ class ParquetShard(SourceShard[ParquetPlace]):
     """Row groups `first_group`.. of one Parquet file, `group_rows` rows each."""
 
     name: str
-    path: Path | RemoteFile
+    file: File
     columns: Columns
     first_group: int
     group_rows: tuple[int, ...]
@@ -102,7 +100,7 @@ class ParquetShard(SourceShard[ParquetPlace]):
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
         """The Parquet file, where it is remote."""
-        return (self.path,) if isinstance(self.path, RemoteFile) else ()
+        return self.file.to_download
 
     def __len__(self) -> int:
         return sum(self.group_rows)
@@ -118,8 +116,8 @@ class ParquetShard(SourceShard[ParquetPlace]):
 
     def read_image(self, place: ParquetPlace) -> bytes:
         """Return the bytes of one row; its row group stays in memory for the next ones."""
-        column = self.cache.get((self.path, place.group), lambda: self._read_group(place.group))
-        with _named_errors(self.path):
+        column = self.cache.get((self.file, place.group), lambda: self._read_group(place.group))
+        with _named_errors(self.file):
             image = column[place.row].as_py()
         if image is None or image["bytes"] is None:
             raise SourceError(f"{self._where(place)}: no image bytes (a path to a file elsewhere is not followed)")
@@ -131,16 +129,16 @@ class ParquetShard(SourceShard[ParquetPlace]):
         return [ParquetPlace(group, row) for group, rows in groups for row in range(rows)]
 
     def _where(self, place: ParquetPlace) -> str:
-        return f"{self.path}: row group {place.group}, row {place.row}"
+        return f"{self.file}: row group {place.group}, row {place.row}"
 
     def _read_all(self, leaf: str) -> list[Any]:
         """Return one column, or one leaf of the image column, of every row."""
         groups = range(self.first_group, self.first_group + len(self.group_rows))
-        with _opened(self.path) as file:
+        with _opened(self.file) as file:
             return [value for group in groups for value in self._column(file, group, leaf).to_pylist()]
 
     def _read_group(self, group: int) -> pa.ChunkedArray:
-        with _opened(self.path) as file:
+        with _opened(self.file) as file:
             return self._column(file, group, f"{self.columns.image}.bytes")
 
     def _column(self, file: pq.ParquetFile, group: int, leaf: str) -> pa.ChunkedArray:
@@ -150,14 +148,14 @@ class ParquetShard(SourceShard[ParquetPlace]):
             size += batch.nbytes
             if size > MAX_ROW_GROUP_BYTES:
                 raise SourceError(
-                    f"{self.path}: row group {group} holds more than {MAX_ROW_GROUP_BYTES} bytes of images",
+                    f"{self.file}: row group {group} holds more than {MAX_ROW_GROUP_BYTES} bytes of images",
                     fix="Write the file anew with smaller row groups",
                 )
             batches.append(batch.column(0))
         rows = sum(map(len, batches))
         if rows != self.group_rows[group - self.first_group]:
             raise SourceError(
-                f"{self.path}: row group {group} has {rows} rows, its footer said otherwise",
+                f"{self.file}: row group {group} has {rows} rows, its footer said otherwise",
                 fix="Copy it again",
             )
         return pa.chunked_array(batches)
@@ -182,46 +180,46 @@ class ParquetShard(SourceShard[ParquetPlace]):
         return keys
 
 
-def open_parquets(paths: Sequence[Path | RemoteFile]) -> tuple[tuple[str, ...] | None, tuple[ParquetShard, ...]]:
+def open_parquets(files: Sequence[File]) -> tuple[tuple[str, ...] | None, tuple[ParquetShard, ...]]:
     """Return the class names, which all files must share, and the shards of all files in order."""
     cache = RowGroupCache(CACHE_BYTES)
     shards: list[ParquetShard] = []
-    columns: dict[Path | RemoteFile, Columns] = {}
-    for path in paths:
-        columns[path], rows = _read_footer(path)
-        if columns[path].class_names != columns[paths[0]].class_names:
-            raise SourceError(f"{path}: its class names differ from those of {paths[0]}; one source has one list")
+    columns: dict[File, Columns] = {}
+    for file in files:
+        columns[file], rows = _read_footer(file)
+        if columns[file].class_names != columns[files[0]].class_names:
+            raise SourceError(f"{file}: its class names differ from those of {files[0]}; one source has one list")
         for piece, groups in enumerate(_cut(rows)):
             group_rows = tuple(rows[groups.start : groups.stop])
-            shards.append(ParquetShard(f"{path.stem}.{piece:04}", path, columns[path], groups.start, group_rows, cache))
-    return columns[paths[0]].class_names, tuple(shards)
+            shards.append(ParquetShard(f"{file.stem}.{piece:04}", file, columns[file], groups.start, group_rows, cache))
+    return columns[files[0]].class_names, tuple(shards)
 
 
-def _read_footer(path: Path | RemoteFile) -> tuple[Columns, list[int]]:
+def _read_footer(file: File) -> tuple[Columns, list[int]]:
     """Return what the footer of a file says: columns, and rows of each row group."""
 
-    def parse(file: pq.ParquetFile) -> tuple[Columns, list[int]]:
-        return _find_columns(path, file.schema_arrow), _group_rows(path, file.metadata)
+    def parse(parquet: pq.ParquetFile) -> tuple[Columns, list[int]]:
+        return _find_columns(file, parquet.schema_arrow), _group_rows(file, parquet.metadata)
 
-    if isinstance(path, RemoteFile):
+    if file.path is None:
         # A source is opened without a download of all of it, where the server gives ranges. Else, or where the footer
         # is damaged, the whole file is read, and named if it is at fault.
         try:
-            return read_ranges(path.url, lambda file: parse(pq.ParquetFile(file)))
+            return file.use_ranges(lambda opened: parse(pq.ParquetFile(opened)))
         except RemoteFileMissing as error:
             raise SourceError(str(error)) from error
         except StorageError as error:
-            log.debug("%s: its footer cannot be read alone: %s", path, error)
-    with _opened(path) as file:
-        return parse(file)
+            log.debug("%s: its footer cannot be read alone: %s", file, error)
+    with _opened(file) as parquet:
+        return parse(parquet)
 
 
-def _group_rows(path: Path | RemoteFile, footer: pq.FileMetaData) -> list[int]:
+def _group_rows(file: File, footer: pq.FileMetaData) -> list[int]:
     rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     if not sum(rows):
-        raise SourceError(f"{path}: no rows in this file")
+        raise SourceError(f"{file}: no rows in this file")
     if not 0 <= min(rows) <= max(rows) <= MAX_ROW_GROUP_ROWS:
-        raise SourceError(f"{path}: row groups must have at most {MAX_ROW_GROUP_ROWS} rows, found {max(rows)}")
+        raise SourceError(f"{file}: row groups must have at most {MAX_ROW_GROUP_ROWS} rows, found {max(rows)}")
     return rows
 
 
@@ -247,46 +245,46 @@ def _without_extension(path: str) -> str:
 
 
 @contextmanager
-def _opened(path: Path | RemoteFile) -> Iterator[pq.ParquetFile]:
-    def use(local: Path) -> pq.ParquetFile:
-        return pq.ParquetFile(local, page_checksum_verification=True)
-
-    with _named_errors(path), read_local(path, use) as file:
-        yield file
+def _opened(file: File) -> Iterator[pq.ParquetFile]:
+    with (
+        _named_errors(file),
+        file.use(lambda path: pq.ParquetFile(path, page_checksum_verification=True)) as parquet,
+    ):
+        yield parquet
 
 
 @contextmanager
-def _named_errors(path: Path | RemoteFile) -> Iterator[None]:
+def _named_errors(file: File) -> Iterator[None]:
     """Name the file in whatever pyarrow raises: on damaged bytes that may be any of a dozen types."""
     try:
-        with reading(path):
+        with reading(file):
             yield
     except SourceError:
         raise
     except Exception as error:
-        raise SourceError(f"{path}: damaged, or not Parquet: {error}") from error
+        raise SourceError(f"{file}: damaged, or not Parquet: {error}") from error
 
 
-def _find_columns(path: Path | RemoteFile, schema: pa.Schema) -> Columns:
+def _find_columns(file: File, schema: pa.Schema) -> Columns:
     for field in schema:
-        _refuse_extension_types(path, field)
+        _refuse_extension_types(file, field)
     images = [field.name for field in schema if _is_image(field.type)]
     if len(images) != 1:
         raise SourceError(
-            f"{path}: exactly one image column (a struct of bytes and path) is needed, found {images or 'none'} "
+            f"{file}: exactly one image column (a struct of bytes and path) is needed, found {images or 'none'} "
             f"among {schema.names}"
         )
-    features = _features(path, schema)
-    label = _label_column(path, schema, features)
-    return Columns(images[0], label, _class_names(path, label, features))
+    features = _features(file, schema)
+    label = _label_column(file, schema, features)
+    return Columns(images[0], label, _class_names(file, label, features))
 
 
-def _refuse_extension_types(path: Path | RemoteFile, field: pa.Field) -> None:
+def _refuse_extension_types(file: File, field: pa.Field) -> None:
     """A registered extension type may run code when it is read; no image set needs one."""
     if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
-        raise SourceError(f"{path}: column {field.name!r} has an extension type, which is not read")
+        raise SourceError(f"{file}: column {field.name!r} has an extension type, which is not read")
     for child in range(field.type.num_fields):
-        _refuse_extension_types(path, field.type.field(child))
+        _refuse_extension_types(file, field.type.field(child))
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -298,21 +296,21 @@ def _is_image(kind: pa.DataType) -> bool:
     )
 
 
-def _features(path: Path | RemoteFile, schema: pa.Schema) -> dict[str, Any]:
+def _features(file: File, schema: pa.Schema) -> dict[str, Any]:
     """Return the column features that `datasets` writes into the schema metadata."""
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
     if len(text) > MAX_METADATA_BYTES:
         raise SourceError(
-            f"{path}: its 'huggingface' schema metadata has {len(text)} bytes, at most {MAX_METADATA_BYTES} are read"
+            f"{file}: its 'huggingface' schema metadata has {len(text)} bytes, at most {MAX_METADATA_BYTES} are read"
         )
     try:
         features = json.loads(text).get("info", {}).get("features", {})
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{path}: its 'huggingface' schema metadata cannot be read: {error}") from None
+        raise SourceError(f"{file}: its 'huggingface' schema metadata cannot be read: {error}") from None
 
 
-def _label_column(path: Path | RemoteFile, schema: pa.Schema, features: dict[str, Any]) -> str | None:
+def _label_column(file: File, schema: pa.Schema, features: dict[str, Any]) -> str | None:
     """Return the label column: the ClassLabel feature, or else an integer column with a usual name."""
     integers = [field.name for field in schema if pa.types.is_integer(field.type)]
     named = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
@@ -320,14 +318,14 @@ def _label_column(path: Path | RemoteFile, schema: pa.Schema, features: dict[str
     # CIFAR-100 has two ClassLabel columns, fine_label and coarse_label: the usual name decides.
     found = [name for name in named if name in usual] if len(named) > 1 else named or usual
     if len(found) > 1 or (named and not found):
-        raise SourceError(f"{path}: several label columns, {found or named}: write the file with one of them")
+        raise SourceError(f"{file}: several label columns, {found or named}: write the file with one of them")
     return found[0] if found else None
 
 
-def _class_names(path: Path | RemoteFile, label: str | None, features: dict[str, Any]) -> tuple[str, ...] | None:
+def _class_names(file: File, label: str | None, features: dict[str, Any]) -> tuple[str, ...] | None:
     names = features.get(label, {}).get("names") if label else None
     if names is None:
         return None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise SourceError(f"{path}: the class names of column {label!r} must be a list of strings")
-    return tuple(check_name(name, f"{path}: class name of column {label!r}") for name in names)
+        raise SourceError(f"{file}: the class names of column {label!r} must be a list of strings")
+    return tuple(check_name(name, f"{file}: class name of column {label!r}") for name in names)

@@ -7,18 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pipeline.errors import SourceError, StorageError
-from pipeline.storage.cache import RemoteFile
+from pipeline.storage.place import RemoteFile
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million pixels without compression have a quarter
 MAX_LABEL = 2**31 - 1  # class labels are stored as int32
 
 Box = tuple[int, int, int, int]  # of an image: top, left, height, width; pixels
-Place = TypeVar("Place")
+Where = TypeVar("Where")
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ShardIndex(Generic[Place]):
+class ShardIndex(Generic[Where]):
     """The samples of one source shard in order, without their images; three sequences of one length."""
 
     keys: tuple[str, ...]
     class_labels: tuple[int | None, ...]
-    places: Sequence[Place]
+    places: Sequence[Where]
 
 
-class SourceShard(ABC, Generic[Place]):
+class SourceShard(ABC, Generic[Where]):
     """An ordered run of samples. Pickles as its few fields: each process builds the index again when it needs it.
 
     Attributes:
@@ -56,19 +55,19 @@ class SourceShard(ABC, Generic[Place]):
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
-        """The remote files that it is read from, for `cache.prefetch`; none of a local one."""
+        """The remote files that it is read from, for `Prefetch`; none of a local one."""
         return ()
 
     @abstractmethod
-    def build_index(self) -> ShardIndex[Place]:
+    def build_index(self) -> ShardIndex[Where]:
         """Find the samples. The same files give the same index."""
 
     @abstractmethod
-    def read_image(self, place: Place) -> bytes:
+    def read_image(self, place: Where) -> bytes:
         """Return the encoded image that lies at one place of the index."""
 
     @cached_property
-    def index(self) -> ShardIndex[Place]:
+    def index(self) -> ShardIndex[Where]:
         """The index, built at the first use in this process."""
         return self.build_index()
 
@@ -103,7 +102,7 @@ class SourceShard(ABC, Generic[Place]):
 
 
 @contextmanager
-def reading(path: Path | RemoteFile) -> Iterator[None]:
+def reading(path: object) -> Iterator[None]:
     """Turn what the operating system or a server says about a file into a SourceError that names it."""
     try:
         yield

@@ -29,18 +29,17 @@ from pipeline.images.samples import (
     reading,
 )
 from pipeline.images.tars import open_tars
-from pipeline.storage.cache import RemoteFile, RemoteFolder, ShardCache, open_cache
+from pipeline.storage.cache import Cache
 from pipeline.storage.json import sha256_json
+from pipeline.storage.place import File, RemoteFile, open_file, open_place
 from pipeline.storage.remote import list_url
-from pipeline.storage.urls import check_url, is_url
+from pipeline.storage.urls import local_path
 from pipeline.text import check_name
 
 __all__ = ["Sample", "Source", "SourceShard", "open_source"]
 
 SAMPLES_PER_SHARD = 1024
 MAX_FILES = 100_000  # of one brace expression; ImageNet-21k has 2,048 tars
-
-Files = Sequence[Path | RemoteFile]
 
 ACCEPTED = (
     "an image folder, a .tar or .parquet file, a folder of these, or a brace expression like train-{000..127}.tar"
@@ -89,7 +88,7 @@ class Source:
         return any(shard.remote_files for shard in self.shards)
 
     def remote_files(self, name: str) -> tuple[RemoteFile, ...]:
-        """Return the remote files that a source shard is read from, for `cache.prefetch`; none of a local source."""
+        """Return the remote files that a source shard is read from, for `Prefetch`; none of a local source."""
         return self.shard(name).remote_files
 
     def describe(self) -> str:
@@ -115,7 +114,7 @@ class Source:
         return sha256_json(self.identity())
 
 
-def open_source(location: str | os.PathLike[str], *, cache: ShardCache | None = None) -> Source:
+def open_source(location: str | os.PathLike[str], *, cache: Cache | None = None) -> Source:
     """Open a source; its kind follows from the path.
 
     Args:
@@ -124,26 +123,21 @@ def open_source(location: str | os.PathLike[str], *, cache: ShardCache | None = 
             Parquet files may be http(s)://, s3://, gs:// or hf:// URLs.
         cache: through which URLs are read; None: the default one.
     """
-    text = os.fspath(location)
-    if is_url(text):
-        with reading(RemoteFile(text, cache or open_cache())):
-            return _open_urls(text, cache or open_cache())
-    path = Path(text)
-    with reading(path):
+    text, path = os.fspath(location), local_path(location)
+    with reading(text):
+        if path is None:
+            return _open_urls(text, cache)
         if path.is_dir():
             return _open_directory(text, path)
-        return _open_files(text, [path] if path.is_file() else _existing(text))
+        return _open_files(text, [open_file(name) for name in ([text] if path.is_file() else _existing(text))])
 
 
-def _open_urls(location: str, cache: ShardCache) -> Source:
-    """Open remote tars or Parquet files; whether all of them exist shows when they are used."""
-    check_url(location)
-    names = _expand(location) if "{" in location else [location]
-    files = [RemoteFile(name, cache) for name in names]
+def _open_urls(location: str, cache: Cache | None) -> Source:
+    """Open remote tars or Parquet files; a missing one is noticed when it is used."""
+    files = [open_file(name, cache) for name in (_expand(location) if "{" in location else [location])]
     if files[0].suffix in (".tar", ".parquet") or len(files) > 1:
         return _open_files(location, files)
-    folder = RemoteFolder(location, cache)
-    found = list_url(location)
+    folder, found = open_place(location, cache), list_url(location)
     archives = [name for name in found if Path(name).suffix in (".tar", ".parquet")]
     if not archives:
         raise SourceError(
@@ -155,7 +149,7 @@ def _open_urls(location: str, cache: ShardCache) -> Source:
     return _open_files(location, [folder / name for name in archives])
 
 
-def _existing(pattern: str) -> list[Path]:
+def _existing(pattern: str) -> list[str]:
     """Expand a brace expression to files that exist."""
     names = _expand(pattern)
     missing = [name for name in names if not Path(name).is_file()]
@@ -163,7 +157,7 @@ def _existing(pattern: str) -> list[Path]:
         raise SourceError(f"{pattern}: does not exist. A source is {ACCEPTED}")
     if missing:
         raise SourceError(f"{pattern}: {len(missing)} of {len(names)} files are missing, the first is {missing[0]}")
-    return [Path(name) for name in names]
+    return names
 
 
 def _expand(pattern: str) -> list[str]:
@@ -179,14 +173,14 @@ def _expand(pattern: str) -> list[str]:
     return names
 
 
-def _open_files(location: str, paths: Files) -> Source:
-    suffixes = {path.suffix for path in paths}
-    if odd := next((path for path in paths if isinstance(path, Path) and not path.is_file()), None):
+def _open_files(location: str, files: Sequence[File]) -> Source:
+    suffixes = {file.suffix for file in files}
+    if odd := next((file for file in files if file.path is not None and not file.path.is_file()), None):
         raise SourceError(f"{odd}: named like a file of images, but not a file (a broken link, a folder, or a pipe)")
     if suffixes == {".tar"}:
-        return _checked(Source(location, "tar", *open_tars(paths)))
+        return _checked(Source(location, "tar", *open_tars(files)))
     if suffixes == {".parquet"}:
-        return _checked(Source(location, "parquet", *open_parquets(paths)))
+        return _checked(Source(location, "parquet", *open_parquets(files)))
     raise SourceError(f"{location}: cannot tell what these {sorted(suffixes)} files are. A source is {ACCEPTED}")
 
 
@@ -198,7 +192,7 @@ def _open_directory(location: str, folder: Path) -> Source:
     if archives and images:
         raise SourceError(f"{location}: holds both images ({min(images)}) and {archives[0]}: give each its own folder")
     if archives:
-        return _open_files(location, [folder / name for name in archives])
+        return _open_files(location, [open_file(folder / name) for name in archives])
     return _checked(Source(location, "folder", *_open_folder(folder)))
 
 
@@ -259,7 +253,7 @@ class FolderShard(SourceShard[str]):
         with reading(path):
             check_image_bytes(path.stat().st_size, path)
             if not path.is_file():  # a pipe would be waited for
-                raise SourceError(f"{path}: is no longer a file")
+                raise SourceError(f"{path}: is not a file any more")
             return path.read_bytes()
 
 

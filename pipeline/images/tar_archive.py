@@ -18,7 +18,7 @@ def write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]], *, comment: 
     Args:
         file: is written to from its position.
         members: name and content of each, in order.
-        comment: of the archive, in a global PAX header, which readers of tars pass over.
+        comment: comment of the archive, in a global PAX header, which readers of tars pass over.
     """
     if comment is not None:
         file.write(tarfile.TarInfo.create_pax_global_header({"comment": comment}))
@@ -32,7 +32,7 @@ def write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]], *, comment: 
 
 
 def read_comment(file: BinaryIO) -> str | None:
-    """Return the comment of a tar that `write_tar` wrote, or None where it has none. It leaves the file somewhere."""
+    """Return the comment of a tar that `write_tar` wrote, or None where it has none. The position of the file changes."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             return tar.pax_headers.get("comment")
@@ -61,7 +61,7 @@ def check_member_key(key: str, where: str) -> str:
 
 
 def member_extension(image: bytes) -> str:
-    """Return the extension of an image's format by its first bytes; what is no image is stored as `.jpg`."""
+    """Return the extension of an image's format by its first bytes; other bytes are stored as `.jpg`."""
     if image[:8] == b"\x89PNG\r\n\x1a\n":
         return ".png"
     return ".webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else ".jpg"

@@ -9,18 +9,16 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import RemoteFileMissing, RemoteFileRefused, SourceError
+from pipeline.errors import RemoteFileRefused, SourceError
 from pipeline.images.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_image_bytes, check_label, reading
-from pipeline.storage.cache import RemoteFile, read_local
-from pipeline.storage.remote import read_url
+from pipeline.storage.place import File, RemoteFile
 from pipeline.text import check_name
 
 BLOCK = tarfile.BLOCKSIZE
@@ -73,8 +71,8 @@ class Header(NamedTuple):
 class Archive:
     """An open tar: reads of an exact length, and errors that name the place."""
 
-    def __init__(self, path: Path | RemoteFile, descriptor: int) -> None:
-        self.path, self.descriptor = path, descriptor
+    def __init__(self, file: File, descriptor: int) -> None:
+        self.file, self.descriptor = file, descriptor
         self.size = os.fstat(descriptor).st_size
 
     def read(self, offset: int, size: int) -> bytes:
@@ -86,7 +84,7 @@ class Archive:
 
     def error(self, offset: int, text: str) -> SourceError:
         """Return the error for something wrong at a byte of this tar."""
-        return SourceError(f"{self.path}: byte {offset}: {text}")
+        return SourceError(f"{self.file}: byte {offset}: {text}")
 
     def refusal(self, member: Member, text: str) -> SourceError:
         """Return the error for one member of this tar."""
@@ -94,10 +92,10 @@ class Archive:
 
 
 @contextmanager
-def opened(path: Path | RemoteFile) -> Iterator[Archive]:
+def opened(file: File) -> Iterator[Archive]:
     """Open a tar, or the local copy of a remote one, for one use."""
-    with reading(path), read_local(path, lambda local: open(local, "rb", buffering=0)) as file:
-        yield Archive(path, file.fileno())
+    with reading(file), file.use(lambda path: open(path, "rb", buffering=0)) as tar:
+        yield Archive(file, tar.fileno())
 
 
 @dataclass(frozen=True)
@@ -109,41 +107,41 @@ class TarShard(SourceShard[TarPlace]):
     """
 
     name: str
-    path: Path | RemoteFile
+    file: File
     num_classes: int | None
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
         """The tar, where it is remote."""
-        return (self.path,) if isinstance(self.path, RemoteFile) else ()
+        return self.file.to_download
 
     def build_index(self) -> ShardIndex[TarPlace]:
         """Walk the headers of the whole tar, and read its labels."""
-        with opened(self.path) as archive:
+        with opened(self.file) as archive:
             found = list(_samples(archive, self.num_classes))
         if not found:
-            raise SourceError(f"{self.path}: no image in this tar (.jpg, .jpeg, .png and .webp members are read)")
+            raise SourceError(f"{self.file}: no image in this tar (.jpg, .jpeg, .png and .webp members are read)")
         keys, labels, places = zip(*found, strict=True)
         return ShardIndex(keys, labels, places)
 
     def read_image(self, place: TarPlace) -> bytes:
         """Read one member's data."""
-        check_image_bytes(place.size, f"{self.path}: byte {place.offset}")
-        with opened(self.path) as archive:
+        check_image_bytes(place.size, f"{self.file}: byte {place.offset}")
+        with opened(self.file) as archive:
             return archive.read(place.offset, place.size)
 
 
-def open_tars(paths: Sequence[Path | RemoteFile]) -> tuple[tuple[str, ...] | None, tuple[TarShard, ...]]:
+def open_tars(files: Sequence[File]) -> tuple[tuple[str, ...] | None, tuple[TarShard, ...]]:
     """Return the class names, from a `classes.txt` beside the tars if there is one, and one shard per tar."""
-    class_names = _class_names({str(path.parent): path.parent / "classes.txt" for path in paths})
+    class_names = _class_names(dict.fromkeys(file.beside("classes.txt") for file in files))
     num_classes = None if class_names is None else len(class_names)
-    return class_names, tuple(TarShard(path.stem, path, num_classes) for path in paths)
+    return class_names, tuple(TarShard(file.stem, file, num_classes) for file in files)
 
 
-def _class_names(files: dict[str, Path | RemoteFile]) -> tuple[str, ...] | None:
-    """Return the class names in the files that exist, by folder."""
+def _class_names(files: Iterable[File]) -> tuple[str, ...] | None:
+    """Return the class names in the files that exist."""
     found: dict[str, tuple[str, ...]] = {}
-    for _, file in sorted(files.items()):
+    for file in sorted(files, key=str):
         with reading(file):
             content = _read_if_there(file)
         if content is not None:
@@ -155,20 +153,16 @@ def _class_names(files: dict[str, Path | RemoteFile]) -> tuple[str, ...] | None:
     return next(iter(found.values()), None)
 
 
-def _read_if_there(file: Path | RemoteFile) -> bytes | None:
-    if isinstance(file, Path):
-        if not file.exists():
-            return None
-        if not file.is_file() or file.stat().st_size > MAX_JSON_BYTES:
-            raise SourceError(f"{file}: class names must be a plain file of at most {MAX_JSON_BYTES} bytes")
-        return file.read_bytes()
+def _read_if_there(file: File) -> bytes | None:
+    if file.path is not None and file.path.exists() and not file.path.is_file():
+        raise SourceError(f"{file}: class names must be a plain file")
     try:
-        return read_url(file.url, max_bytes=MAX_JSON_BYTES)
-    except (RemoteFileMissing, RemoteFileRefused):  # where nobody may list, S3 answers 403 for what is not there
+        return file.read(max_bytes=MAX_JSON_BYTES)
+    except RemoteFileRefused:  # where nobody may list, S3 answers 403 for what is not there
         return None
 
 
-def _parse_class_names(content: bytes, file: Path | RemoteFile) -> tuple[str, ...]:
+def _parse_class_names(content: bytes, file: File) -> tuple[str, ...]:
     """Read one class name a line; the first line names label 0. Names may repeat: ImageNet has two cranes."""
     try:
         lines = content.decode().removesuffix("\n").split("\n")
@@ -188,7 +182,7 @@ def _samples(archive: Archive, num_classes: int | None) -> Iterator[tuple[str, i
         seen.add(key)
         image, label = _image(archive, members), _label(archive, members, num_classes)
         if image is not None:
-            check_name(key, f"{archive.path}: byte {image.offset}: sample key")
+            check_name(key, f"{archive.file}: byte {image.offset}: sample key")
             yield key, label, TarPlace(image.data, image.size)
         elif label is not None:
             raise archive.refusal(members[0], "is a label without an image")
@@ -234,7 +228,7 @@ def _label(archive: Archive, members: Sequence[Member], num_classes: int | None)
     if len(found) > 1:
         raise archive.refusal(members[0], f"has several class labels: {', '.join(map(str, sorted(found)))}")
     for label, member in found.items():
-        check_label(label, num_classes, f"{archive.path}: byte {member.offset}: member {member.name!r}")
+        check_label(label, num_classes, f"{archive.file}: byte {member.offset}: member {member.name!r}")
     return next(iter(found), None)
 
 
@@ -246,7 +240,7 @@ def _cls_label(archive: Archive, member: Member) -> int:
 
 
 def _json_labels(archive: Archive, member: Member) -> list[int]:
-    """Return the values of "label" and "cls"; a file that has neither is no label."""
+    """Return the values of "label" and "cls"; a file that has neither is not a label."""
     if member.size > MAX_JSON_BYTES:
         raise archive.refusal(member, f"must be at most {MAX_JSON_BYTES} bytes, got {member.size}")
     try:
@@ -381,7 +375,7 @@ def _pax_records(archive: Archive, offset: int, body: bytes) -> dict[str, str]:
         records[keyword] = body[match.end() : length - 1].decode("utf-8", "surrogateescape")
         body = body[length:]
     if not re.fullmatch("[0-9]{1,19}", records.get("size", "0"), re.ASCII):
-        raise archive.error(offset, f"PAX header with a size that is no number: {records['size']!r}")
+        raise archive.error(offset, f"PAX header with a size that is not a number: {records['size']!r}")
     return {field: records[field] for field in ("path", "size") if field in records}
 
 

@@ -1,1 +1,1 @@
-"""The label set: its files, their identity, the manifest that commits them, and how it is read."""
+"""The label set: its files and identity, the manifest that commits them, and `LabelSet`, which reads them."""

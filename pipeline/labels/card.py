@@ -9,10 +9,12 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.labels.labelset import LabelSet
@@ -83,7 +85,7 @@ def refresh_card(label_set: LabelSet) -> None:
         if not write_card(label_set):
             log.info(
                 "%s/%s is not as deit-cli wrote it, so it stays as it is: deit-cli labels card %s --replace",
-                *(label_set.folder, CARD_NAME, label_set.folder),
+                *(label_set.place, CARD_NAME, label_set.place),
             )
     except DeitCliError as error:
         log.warning("the label set is sealed, but its card could not be written: %s", error)
@@ -104,8 +106,8 @@ def write_card(label_set: LabelSet, licence: Licence | None = None, *, replace: 
         UsageError: the label set is behind a URL.
         StorageError: the operating system refused.
     """
-    if not isinstance(label_set.folder, Path):
-        raise UsageError(f"{label_set.folder}: a card is written into a folder; write it there and push it")
+    if label_set.place.path is None:
+        raise UsageError(f"{label_set.place}: a card is written into a folder; write it there and push it")
     path = label_set.folder / CARD_NAME
     there = _read(path)
     ours = there is not None and is_untouched(there)
@@ -231,14 +233,12 @@ def _loading(label_set: LabelSet) -> list[str]:
     shard, (start, stop) = label_set.shards[0], min(label_set.manifest.view_blocks)
     labels = f"labels/views-{start:05d}-{stop - 1:05d}/{shard}.parquet"
     samples = f"samples/{shard}.parquet"
-    plan = label_set.plan
-    coded = plan.topk > 0 and plan.precision == "log8"
-    stored = ["topk_index", "topk_code"] if coded else ["hard", "topk_index", "topk_prob"] if plan.topk else ["hard"]
+    codec = label_set.plan.codec
+    stored = [name for name in codec.record.names or () if name != "tail_mass"]
     columns = ", ".join(f'"{name}"' for name in stored)
     # DuckDB 2.0 reads no float16 whose bytes are split, which is how they compress best.
-    lacks = plan.topk > 0 and plan.precision == "float16"
-    names = ", ".join(name for name in stored if not (lacks and name == "topk_prob"))
-    first = '["topk_index"][0]' if coded else '["hard"]'
+    readable = [name for name in stored if codec.record[name].base != np.float16]
+    first = '["hard"]' if "hard" in stored else '["topk_index"][0]'
     data = "" if label_set.has_images else " --data IMAGES"
     return [
         "## How to load it",
@@ -253,19 +253,23 @@ def _loading(label_set: LabelSet) -> list[str]:
             f'keys = pq.read_table("{samples}")["key"].take(labels["row"])',
             f'print(labels.append_column("key", keys).select(["key", {columns}]).slice(0, 5).to_pylist())',
         ),
-        *(_decoding(labels, label_set.num_classes - plan.topk) if coded else ()),
+        *(_decoding(labels, codec.numpy_lines()) if "topk_code" in stored else ()),
         *_block(
             "DuckDB",
             "python",
             "import duckdb",
             'print(duckdb.sql("""',
-            f"    SELECT key, view, {names} FROM read_parquet('labels/*/*.parquet', filename = true) AS l",
+            f"    SELECT key, view, {', '.join(readable)} FROM read_parquet('labels/*/*.parquet', filename = true) AS l",
             "    JOIN read_parquet('samples/*.parquet', filename = true) AS s",
             "    ON l.row = s.row AND parse_filename(l.filename) = parse_filename(s.filename)",
             f"    WHERE view = {start} ORDER BY key LIMIT 5",
             '"""))',
         ),
-        *(["", "(DuckDB 2.0 does not read the float16 columns `topk_prob` and `tail_mass`.)"] if lacks else []),
+        *(
+            ["", "(DuckDB 2.0 does not read the float16 columns `topk_prob` and `tail_mass`.)"]
+            if readable != stored
+            else []
+        ),
         *_block(
             "Polars",
             "python",
@@ -298,18 +302,15 @@ def _loading(label_set: LabelSet) -> list[str]:
     ]
 
 
-def _decoding(labels: str, rest: int) -> list[str]:
-    """Return the block that turns codes into probabilities, `rest` classes not being kept."""
+def _decoding(labels: str, lines: Sequence[str]) -> list[str]:
+    """Return the block that turns the codes of a label shard into probabilities."""
     return _block(
         "NumPy, probabilities of the codes",
         "python",
         "import numpy as np",
         "import pyarrow.parquet as pq",
         f'code = np.stack(pq.read_table("{labels}")["topk_code"].to_numpy())',
-        "fallen = np.exp(-np.cumsum(np.where(code == 255, np.inf, code), axis=1) / 10)",
-        f"fallen[:, -1] *= {rest}  # classes that are not kept",
-        "values = np.column_stack([np.ones(len(fallen)), fallen])",
-        "values /= values.sum(axis=1, keepdims=True)",
+        *lines,
         "print(values[:5])  # K probabilities, most probable first, and the tail mass",
     )
 

@@ -1,13 +1,96 @@
-"""How another copy of a source differs from the one that was labelled: by names of shards and classes, keys, images.
+"""Check that a source is the one that was labelled, and name how a copy of it differs: names of shards and classes, keys, images.
 
 Copies of one collection differ in quiet ways: an image was left out, another order, other bytes under the same key. A hash
-says that they differ; whoever has to mend it needs the names.
+only says that they differ; to repair a copy, people need the names.
 """
 
+import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from pipeline.errors import LabelSetMismatch, SourceError
+from pipeline.images.source import Source
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import SourceRecord, short
+from pipeline.storage.json import canonical_json
+from pipeline.storage.urls import local_path
+
+
+def check_source(label_set: LabelSet, source: Source) -> None:
+    """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled.
+
+    Where the set holds only some source shards, the source may have these alone, or others too. The keys of a remote source
+    would cost a download of all of it, so of that only names of shards and classes are compared; keys and bytes are compared
+    image by image when they are used.
+    """
+    source = labelled_part(label_set, source)
+    found = None if source.is_remote else record_of(source)
+    classes, names = label_set.plan.source.class_names, tuple(shard.name for shard in source.shards)
+    same = (source.class_names, names) == (classes, label_set.shards)
+    if same and (found is None or found.shards == label_set.records):
+        return
+    differences = [
+        compare_names("class", classes, source.class_names),
+        compare_names("shard", label_set.shards, names),
+        *([] if found is None else _compare_keys(label_set, source, found)),
+    ]
+    other = "" if found is None or label_set.manifest.shards is not None else f" (id {short(found.id)})"
+    raise LabelSetMismatch(
+        f"{label_set.place} labels source {short(label_set.plan.source_id)}, {source.location}{other} is"
+        f" another: {'; '.join(filter(None, differences))}",
+        fix="Pass the --data that was labelled",
+    )
+
+
+def _compare_keys(label_set: LabelSet, source: Source, found: SourceRecord) -> list[str]:
+    """Say which samples of a local source differ, reading only the samples files of source shards that do."""
+    comparison = Comparison()
+    labelled, others = ({record.name: record for record in records} for records in (label_set.records, found.shards))
+    for name in dict.fromkeys((*labelled, *others)):
+        if labelled.get(name) != others.get(name):
+            table = label_set.samples(name) if name in labelled else None
+            shard = source.shard(name) if name in others else None
+            comparison.add(
+                name,
+                Listing(table.key, table.class_label) if table else Listing(),
+                Listing(shard.keys, shard.class_labels) if shard else Listing(),
+            )
+    return comparison.result().describe(limit=3)
+
+
+def labelled_part(label_set: LabelSet, source: Source) -> Source:
+    """Return what the labels are of: the source, or those shards of it that are here if these are only some.
+
+    Raises:
+        LabelSetMismatch: it lacks one of those.
+    """
+    if label_set.manifest.shards is None:
+        return source
+    found = {shard.name for shard in source.shards}
+    if lacking := [name for name in label_set.shards if name not in found]:
+        raise LabelSetMismatch(
+            f"{label_set.place} labels {len(label_set.shards)} source shards, and {source.location} lacks"
+            f" {len(lacking)} of them, such as {lacking[0]!r}",
+            fix="Pass the --data that was labelled, or the part of it that has these",
+        )
+    return source.only(label_set.shards)
+
+
+def record_of(source: Source) -> SourceRecord:
+    """Return what plan and manifest say of a source."""
+    path = local_path(source.location)
+    location = source.location if path is None else os.path.abspath(source.location)
+    record = source.identity() | {"kind": source.kind, "location": location}
+    try:
+        return SourceRecord.model_validate_json(canonical_json(record))
+    except (ValidationError, UnicodeEncodeError) as error:
+        raise SourceError(
+            f"{source.location!r} cannot be named in a label set: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -74,68 +157,68 @@ class Comparison:
 
     def __init__(self) -> None:
         self._found = Differences()
-        self._mine: defaultdict[str, list[_Place]] = defaultdict(list)
-        self._theirs: defaultdict[str, list[_Place]] = defaultdict(list)
+        self._labelled: defaultdict[str, list[_Place]] = defaultdict(list)
+        self._in_copy: defaultdict[str, list[_Place]] = defaultdict(list)
 
-    def add(self, shard: str, mine: Listing, theirs: Listing) -> None:
+    def add(self, shard: str, labelled: Listing, copy: Listing) -> None:
         """Take one source shard, labelled and in the copy; an empty listing for one that is not there."""
-        places = {key: at for at, key in enumerate(theirs.keys)}
-        both = {key: (at, places[key]) for at, key in enumerate(mine.keys) if key in places}
+        places = {key: at for at, key in enumerate(copy.keys)}
+        both = {key: (at, places[key]) for at, key in enumerate(labelled.keys) if key in places}
         stayed = _longest_rise([there for _, there in both.values()])
         for key, (at, there) in both.items():
-            self._compare(key, _place(shard, mine, at), _place(shard, theirs, there))
+            self._compare(key, _place(shard, labelled, at), _place(shard, copy, there))
             if there not in stayed:
                 self._found.moved.append(_named(key, shard))
-        for listing, rest in ((mine, self._mine), (theirs, self._theirs)):
+        for listing, rest in ((labelled, self._labelled), (copy, self._in_copy)):
             for at, key in enumerate(listing.keys):
                 if key not in both:
                     rest[key].append(_place(shard, listing, at))
 
     def result(self) -> Differences:
         """Return all differences, once every source shard was added."""
-        for key, labelled in self._mine.items():
-            others = self._theirs.pop(key, [])
-            for mine, theirs in zip(labelled, others, strict=False):
-                self._found.moved.append(f"{_named(key, mine.shard)} (now of {theirs.shard})")
-                self._compare(key, mine, theirs)
-            self._found.missing += [_named(key, place.shard) for place in labelled[len(others) :]]
-            self._found.new += [_named(key, place.shard) for place in others[len(labelled) :]]
-        self._found.new += [_named(key, place.shard) for key, places in self._theirs.items() for place in places]
-        self._mine.clear()
-        self._theirs.clear()
+        for key, places in self._labelled.items():
+            copies = self._in_copy.pop(key, [])
+            for labelled, copy in zip(places, copies, strict=False):
+                self._found.moved.append(f"{_named(key, labelled.shard)} (now of {copy.shard})")
+                self._compare(key, labelled, copy)
+            self._found.missing += [_named(key, place.shard) for place in places[len(copies) :]]
+            self._found.new += [_named(key, place.shard) for place in copies[len(places) :]]
+        self._found.new += [_named(key, place.shard) for key, places in self._in_copy.items() for place in places]
+        self._labelled.clear()
+        self._in_copy.clear()
         return self._found
 
-    def _compare(self, key: str, mine: _Place, theirs: _Place) -> None:
-        name = _named(key, mine.shard)
-        if mine.class_label != theirs.class_label:
-            self._found.relabelled.append(f"{name} ({_label(theirs)}, labelled as {_label(mine)})")
-        if None not in (mine.xxh3, theirs.xxh3) and mine.xxh3 != theirs.xxh3:
+    def _compare(self, key: str, labelled: _Place, copy: _Place) -> None:
+        name = _named(key, labelled.shard)
+        if labelled.class_label != copy.class_label:
+            self._found.relabelled.append(f"{name} ({_label(copy)}, labelled as {_label(labelled)})")
+        if None not in (labelled.xxh3, copy.xxh3) and labelled.xxh3 != copy.xxh3:
             self._found.changed.append(name)
 
 
-def compare_names(what: str, mine: Sequence[str] | None, theirs: Sequence[str] | None, limit: int = 3) -> str:
+def compare_names(what: str, labelled: Sequence[str] | None, copy: Sequence[str] | None, limit: int = 3) -> str:
     """Say how names of shards or classes differ, in which the order counts; nothing where they are equal.
 
     Args:
         what: `shard` or `class`.
-        mine: of the label set; None where there are none.
-        theirs: of the copy.
-        limit: names to give, at most.
+        labelled: names in the label set; None where it has none.
+        copy: names in the copy; None likewise.
+        limit: maximum number of names to give.
     """
     plural = {"class": "classes"}.get(what, f"{what}s")
-    if (mine is None) == (theirs is None) and list(mine or ()) == list(theirs or ()):
+    if (labelled is None) == (copy is None) and list(labelled or ()) == list(copy or ()):
         return ""
-    if mine is None or theirs is None:
-        here, there = ("no names", "names") if mine is None else ("names", "no names")
+    if labelled is None or copy is None:
+        here, there = ("no names", "names") if labelled is None else ("names", "no names")
         return f"the labelled {plural} have {here}, those of the copy {there}"
-    missing, new = (_first([repr(n) for n in a if n not in b], limit) for a, b in _both_ways(mine, theirs))
+    missing, new = (_first([repr(n) for n in a if n not in b], limit) for a, b in _both_ways(labelled, copy))
     if missing or new:
         lacks, has = f"lacks the {what} {missing}" if missing else "", f"has the new {what} {new}" if new else ""
         return f"the copy {' and '.join(filter(None, (lacks, has)))}"
-    at = next((at for at, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+    at = next((at for at, (a, b) in enumerate(zip(labelled, copy, strict=False)) if a != b), None)
     if at is None:
-        return f"the copy has {len(theirs)} {plural}, {len(mine)} were labelled"
-    return f"the {plural} are in another order: number {at} is {theirs[at]!r}, labelled as {mine[at]!r}"
+        return f"the copy has {len(copy)} {plural}, {len(labelled)} were labelled"
+    return f"the {plural} are in another order: number {at} is {copy[at]!r}, labelled as {labelled[at]!r}"
 
 
 def _longest_rise(places: Sequence[int]) -> set[int]:
@@ -156,8 +239,8 @@ def _longest_rise(places: Sequence[int]) -> set[int]:
     return rise
 
 
-def _both_ways(mine: Sequence[str], theirs: Sequence[str]) -> Iterable[tuple[Sequence[str], set[str]]]:
-    return (mine, set(theirs)), (theirs, set(mine))
+def _both_ways(labelled: Sequence[str], copy: Sequence[str]) -> Iterable[tuple[Sequence[str], set[str]]]:
+    return (labelled, set(copy)), (copy, set(labelled))
 
 
 def _place(shard: str, listing: Listing, at: int) -> _Place:

@@ -1,11 +1,10 @@
-"""Label rows: what a teacher answered, how it is rounded, and what no teacher can have answered.
+"""Label rows: what a teacher answered, how each precision stores it, and what no teacher can have answered.
 
-`log8` stores K bytes for K probabilities and the tail: how many tenths of a nat each lies below the one before it. Only
-ratios are rounded, each from what is decoded of the one before, so no logit is off by more than half a step however
-large K is, and the sum is exactly 1 again.
+A codec is all that the code knows of a precision. A new one is a row of CODECS (and a name in `format.Precision`, a section of
+docs/format-v1.md), and a class where it stores other columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,8 @@ _FALLEN = np.where(np.arange(_FAR + 1) == _FAR, 0.0, np.exp(-LOG8_STEP * np.aran
 COMPARED_TOPK = 64  # up to this K every rank is compared with every other; sorting is faster above
 SUM_TOLERANCE = 0.01  # float16 moves a probability, and so their sum, by 0.0005 of itself at most
 
+Columns = Mapping[str, NDArray[Any]] | NDArray[np.void]  # arrays by name, or a structured array with these fields
+
 
 @dataclass(frozen=True)
 class LabelRows:
@@ -34,7 +35,7 @@ class LabelRows:
         topk_index: as `hard`, [N, K], most probable first; K may be 0.
         topk_prob: float16 or float32 [N, K], probabilities at temperature 1.
         tail_mass: as `topk_prob`, [N], 1 minus the kept probability.
-        topk_code: uint8 [N, K], what is stored in place of the two where the precision is `log8`; else None.
+        topk_code: uint8 [N, K], what is stored in place of the two where the codec has codes; else None.
     """
 
     row: NDArray[np.uint32]
@@ -59,22 +60,150 @@ class LabelRows:
         )
 
 
+@dataclass(frozen=True)
+class Codec:
+    """How the labels of a set are stored; this one stores probabilities and tail as such.
+
+    Attributes:
+        num_classes: C.
+        topk: K.
+        prob_dtype: type of probabilities as they are read.
+        rounding: by how much storing a probability changes it at most, with some room.
+    """
+
+    num_classes: int
+    topk: int
+    prob_dtype: np.dtype[np.floating]
+    rounding: float
+
+    @property
+    def record(self) -> np.dtype[np.void]:
+        """One stored label: the columns beside `view` and `row`, in the order of the file, each a field of `LabelRows`."""
+        index, prob, width = index_dtype(self.num_classes), self.prob_dtype, (self.topk,)
+        return np.dtype(
+            [("hard", index), ("topk_index", index, width), ("topk_prob", prob, width), ("tail_mass", prob)]
+        )
+
+    @property
+    def label_bytes(self) -> int:
+        """Bytes of one label in a file, before compression."""
+        return self.record.itemsize
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of one label as it is read, without its row."""
+        index, prob = index_dtype(self.num_classes).itemsize, self.prob_dtype.itemsize
+        return index + self.topk * (index + prob) + (prob if self.topk else 0)
+
+    def store(self, hard: NDArray[Any], index: NDArray[Any], prob: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Return the columns that hold the teacher's answers, by name.
+
+        Args:
+            hard: int [N], argmax.
+            index: int [N, K].
+            prob: float32 [N, K], full-precision probabilities; the tail is 1 minus their sum.
+        """
+        kept, tail = prob.astype(self.prob_dtype), tail_of(prob).astype(self.prob_dtype)
+        kind = index_dtype(self.num_classes)
+        return {"hard": hard.astype(kind), "topk_index": index.astype(kind), "topk_prob": kept, "tail_mass": tail}
+
+    def decode(self, row: NDArray[np.uint32], stored: Columns) -> LabelRows:
+        """Return the labels of rows, uint32 [N], by their stored columns."""
+        return LabelRows(row, stored["hard"], stored["topk_index"], stored["topk_prob"], stored["tail_mass"])
+
+    def encode(
+        self, row: NDArray[np.int64], hard: NDArray[Any], index: NDArray[Any], prob: NDArray[np.float32]
+    ) -> LabelRows:
+        """Return the teacher's answers as they are read once they are stored, sorted by row, int [N]; the rest as for `store`."""
+        order = np.argsort(row, kind="stable")
+        return self.decode(row[order].astype(np.uint32), self.store(hard[order], index[order], prob[order]))
+
+    def content_xxh3(self, views: Sequence[LabelRows]) -> str:
+        """Return the xxh3-128 over the stored values of all views, little-endian: of each the rows, then column by column."""
+        digest, columns = xxhash.xxh3_128(), ("row", *(self.record.names or ()))
+        for rows in views:
+            for name in columns:
+                digest.update(np.ascontiguousarray(getattr(rows, name)).data)
+        return digest.hexdigest()
+
+    def numpy_lines(self) -> tuple[str, ...]:
+        """Return lines of NumPy that turn `code` [N, K] into `values` [N, K + 1], probabilities and tail; none without codes."""
+        return ()
+
+
+class HardOnly(Codec):
+    """Stores the hard label alone: K = 0, in any precision."""
+
+    @property
+    def record(self) -> np.dtype[np.void]:
+        """One stored label."""
+        return np.dtype([("hard", index_dtype(self.num_classes))])
+
+    def store(self, hard: NDArray[Any], index: NDArray[Any], prob: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Return the columns that hold the teacher's answers, by name."""
+        return {"hard": hard.astype(index_dtype(self.num_classes))}
+
+    def decode(self, row: NDArray[np.uint32], stored: Columns) -> LabelRows:
+        """Return the labels of rows by their stored columns."""
+        index, prob = np.empty((len(row), 0), index_dtype(self.num_classes)), np.empty((len(row), 0), self.prob_dtype)
+        return LabelRows(row, stored["hard"], index, prob, np.empty(0, self.prob_dtype))
+
+
+class Log8(Codec):
+    """Stores K bytes for K probabilities and the tail: how many tenths of a nat each lies below the one before it.
+
+    Only ratios are rounded, each from what is decoded of the one before, so no logit is off by more than half a step however
+    large K is, and the sum is exactly 1 again. The hard label is the first of top-k.
+    """
+
+    @property
+    def record(self) -> np.dtype[np.void]:
+        """One stored label."""
+        index, width = index_dtype(self.num_classes), (self.topk,)
+        return np.dtype([("topk_index", index, width), ("topk_code", np.uint8, width)])
+
+    def store(self, hard: NDArray[Any], index: NDArray[Any], prob: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Return the columns that hold the teacher's answers, by name."""
+        code = to_codes(prob, tail_of(prob), self.num_classes)
+        return {"topk_index": index.astype(index_dtype(self.num_classes)), "topk_code": code}
+
+    def decode(self, row: NDArray[np.uint32], stored: Columns) -> LabelRows:
+        """Return the labels of rows by their stored columns."""
+        index, code = stored["topk_index"], stored["topk_code"]
+        return LabelRows(row, index[:, 0], index, *from_codes(code, self.num_classes), code)
+
+    def numpy_lines(self) -> tuple[str, ...]:
+        """Return `from_codes` in NumPy."""
+        return (
+            f"fallen = np.exp(-np.cumsum(np.where(code == {LOG8_ZERO}, np.inf, code), axis=1) / 10)",
+            f"fallen[:, -1] *= {self.num_classes - self.topk}  # classes that are not kept",
+            "values = np.column_stack([np.ones(len(fallen)), fallen])",
+            "values /= values.sum(axis=1, keepdims=True)",
+        )
+
+
+# What stores the labels where K > 0, the type of probabilities as they are read, the largest change of one with some room.
+CODECS: dict[Precision, tuple[type[Codec], type[np.floating], float]] = {
+    "float16": (Codec, np.float16, 1e-3),
+    "float32": (Codec, np.float32, 1e-6),
+    "log8": (Log8, np.float32, 0.03),
+}
+
+
+def codec_of(precision: Precision, num_classes: int, topk: int) -> Codec:
+    """Return the codec of a precision for C classes, of which K are kept."""
+    kind, prob, rounding = CODECS[precision]
+    return (kind if topk else HardOnly)(num_classes, topk, np.dtype(prob), rounding)
+
+
 def index_dtype(num_classes: int) -> np.dtype[np.unsignedinteger]:
     """Return uint16, or uint32 where there are more than 65,536 classes."""
     return np.dtype(np.uint16 if num_classes <= 65536 else np.uint32)
 
 
-def prob_dtype(precision: Precision) -> np.dtype[np.floating]:
-    """Return the type of probabilities as they are read: float32 for codes, else as they are stored."""
-    return np.dtype(np.float32 if precision == "log8" else precision)
-
-
-def label_bytes(num_classes: int, topk: int, precision: Precision) -> int:
-    """Return the bytes of one label before compression: class, K indices and probabilities, tail."""
-    index, prob = index_dtype(num_classes).itemsize, prob_dtype(precision).itemsize
-    if precision == "log8" and topk:
-        return topk * (index + 1)
-    return index + topk * (index + prob) + (prob if topk else 0)
+def tail_of(prob: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return what probabilities, float32 [N, K], leave for all other classes, float64 [N]."""
+    return np.clip(1.0 - prob.astype(np.float64).sum(1), 0.0, 1.0)
 
 
 def to_codes(prob: NDArray[np.float32], tail: NDArray[np.float64], num_classes: int) -> NDArray[np.uint8]:
@@ -119,54 +248,6 @@ def from_codes(codes: NDArray[np.uint8], num_classes: int) -> tuple[NDArray[np.f
     values *= 1 / values.sum(axis=0)
     values = values.astype(np.float32)
     return np.ascontiguousarray(values[:topk].T), values[topk]
-
-
-def encode_rows(
-    row: NDArray[np.int64],
-    hard: NDArray[Any],
-    index: NDArray[Any],
-    prob: NDArray[np.float32],
-    *,
-    num_classes: int,
-    precision: Precision,
-) -> LabelRows:
-    """Turn the teacher's float32 answers into stored rows, sorted by row.
-
-    Args:
-        row: int [N], samples' rows.
-        hard: int [N], argmax.
-        index: int [N, K].
-        prob: float32 [N, K], full-precision probabilities; the tail is 1 minus their sum.
-        num_classes: C.
-        precision: of the stored probabilities.
-    """
-    order = np.argsort(row, kind="stable")
-    kind, stored, topk = index_dtype(num_classes), prob_dtype(precision), prob.shape[1]
-    prob = prob[order]
-    tail = np.clip(1.0 - prob.astype(np.float64).sum(1), 0.0, 1.0) if topk else np.empty(0)
-    codes = to_codes(prob, tail, num_classes) if precision == "log8" and topk else None
-    kept, left = (prob.astype(stored), tail.astype(stored)) if codes is None else from_codes(codes, num_classes)
-    return LabelRows(
-        row=row[order].astype(np.uint32),
-        hard=hard[order].astype(kind),
-        topk_index=index[order].astype(kind),
-        topk_prob=kept,
-        tail_mass=left,
-        topk_code=codes,
-    )
-
-
-def content_xxh3(views: Sequence[LabelRows]) -> str:
-    """Return the xxh3-128 over all stored values, little-endian.
-
-    For each view these are row, hard, topk_index, topk_prob, tail_mass; with codes row, topk_index, topk_code.
-    """
-    digest = xxhash.xxh3_128()
-    for rows in views:
-        floats = (rows.hard, rows.topk_index, rows.topk_prob, rows.tail_mass)
-        for column in (rows.row, *(floats if rows.topk_code is None else (rows.topk_index, rows.topk_code))):
-            digest.update(np.ascontiguousarray(column).data)
-    return digest.hexdigest()
 
 
 def find_problem(rows: LabelRows, num_classes: int, views: int = 1) -> str | None:

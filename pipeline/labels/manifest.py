@@ -13,11 +13,14 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
+from pipeline.labels.encoding import Codec, codec_of
 from pipeline.labels.format import (
     DAMAGED_MANIFEST,
     DAMAGED_PLAN,
     FORMAT,
     IMAGES_FOLDER,
+    IMPORT_FORMAT,
+    IMPORT_NAME,
     MANIFEST_NAME,
     MAX_FILE_BYTES,
     MAX_PROBES,
@@ -169,7 +172,7 @@ class Plan(Record):
     recipe_id: Sha256
     teacher_id: Sha256
     source_id: Sha256
-    recipe: dict[str, Any]
+    recipe: Recipe
     teacher: _TaggedTeacher
     source: SourceRecord
     topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
@@ -186,7 +189,7 @@ class Plan(Record):
             recipe_id=recipe.id,
             teacher_id=teacher.id,
             source_id=source.id,
-            recipe=recipe.to_dict(),
+            recipe=recipe,
             teacher=teacher,
             source=source,
             topk=topk,
@@ -195,10 +198,7 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _ids_follow_from_parts(self) -> Self:
-        recipe = self.make_recipe()
-        if canonical_json(recipe.to_dict()) != canonical_json(self.recipe):
-            raise ValueError("the recipe must be complete: every field, as it is hashed")
-        ids = {"recipe_id": recipe.id, "teacher_id": self.teacher.id, "source_id": self.source.id}
+        ids = {"recipe_id": self.recipe.id, "teacher_id": self.teacher.id, "source_id": self.source.id}
         for name, value in (ids | {"labelset_id": _labelset_id(ids, self.topk, self.precision)}).items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is {short(getattr(self, name))}, but its parts hash to {short(value)}")
@@ -207,9 +207,10 @@ class Plan(Record):
             raise ValueError("two source shards have one name")
         return self
 
-    def make_recipe(self) -> Recipe:
-        """Return the recipe as an object."""
-        return Recipe.from_dict(self.recipe)
+    @property
+    def codec(self) -> Codec:
+        """How its labels are stored."""
+        return codec_of(self.precision, self.teacher.num_classes, self.topk)
 
     def shard(self, name: str) -> ShardRecord:
         """Return what the plan says of one source shard, or raise LabelSetMismatch."""
@@ -396,7 +397,11 @@ def read_plan(folder: Path) -> Plan:
 
 def parse_plan(data: bytes, name: object) -> Plan:
     """Check the bytes of a `plan.json`; `name` is for errors."""
-    return _load_record(_load_json(data, name), Plan, name)
+    values = _load_json(data, name)
+    plan = _load_record(values, Plan, name)
+    if canonical_json(plan.recipe.model_dump(mode="json")) != canonical_json(values["recipe"]):
+        raise LabelSetCorrupt(f"{name}: the recipe must be complete: every field, as it is hashed", fix=DAMAGED_PLAN)
+    return plan
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -438,6 +443,33 @@ def _load_json(data: bytes, name: object) -> Any:
         return parse_json(data)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{name}: not valid JSON: {error}", fix=damaged_json(name)) from error
+
+
+class _Import(Record, extra="ignore"):
+    """What an import.json says of itself, as far as a refusal needs it; `exchange.import_record` has the whole."""
+
+    imported_from: Text
+    lost: Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+def refuse_import(data: bytes, folder: object) -> LabelSetMismatch:
+    """Return the error that a folder of imported labels is not a label set; `data` are the bytes of its import.json."""
+    try:
+        values = parse_json(data)
+        if not is_version(values, IMPORT_FORMAT, VERSION):
+            raise ValueError(f"it is not {IMPORT_FORMAT} of version {VERSION}")
+        record = _Import.model_validate_json(canonical_json(values))
+    except (ValueError, RecursionError) as error:
+        why = _first_problem(error) if isinstance(error, ValidationError) else error
+        return LabelSetMismatch(
+            f"{folder} is not a label set, and its {IMPORT_NAME} cannot be read: {why}", fix="Import the labels again"
+        )
+    made_by = {"fkd": "FKD", "tinyvit": "TinyViT"}.get(record.imported_from, record.imported_from)
+    return LabelSetMismatch(
+        f"{folder} is an import of {made_by}'s labels, not a label set: its views cannot be replayed, because"
+        f" {record.lost[0]}",
+        fix=f"Read labels/*.parquet; {IMPORT_NAME} says what they are good for. To train, make labels with: deit-cli precompute",
+    )
 
 
 def read_probes(values: list[dict[str, Any]], path: object) -> list[Probe]:
@@ -497,83 +529,12 @@ def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
         # As text, because JSON has no tuples: there, strict mode takes lists for them.
         return kind.model_validate_json(canonical_json(values))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in _TEACHER_TAGS)
-        raise LabelSetCorrupt(f"{path}: {where or 'content'}: {first['msg']}", fix=damaged_json(path)) from error
+        raise LabelSetCorrupt(f"{path}: {_first_problem(error)}", fix=damaged_json(path)) from error
     except DeitCliError as error:
         raise LabelSetMismatch(f"{path}: {error}", fix=damaged_json(path)) from error
 
 
-IMPORT_NAME = "import.json"
-
-
-IMPORT_FORMAT = "deit-cli-import"
-
-
-IMPORT_VERSION = 1
-
-
-Foreign = Literal["fkd", "tinyvit"]
-
-
-Floats = Literal["float16", "float32"]
-
-
-class PartRecord(Record):
-    """One Parquet file of an import."""
-
-    path: Annotated[str, Field(pattern=r"^labels/[A-Za-z0-9._-]+\.parquet$")]
-    rows: Count
-    bytes: Count
-    sha256: Sha256
-
-
-class ImportRecord(Record):
-    """What import.json holds. It is written last: without it there is no import.
-
-    Attributes:
-        imported_from: the format.
-        num_classes: C.
-        topk: K.
-        precision: of the probabilities.
-        rows: labels, of all files.
-        views: smallest and largest view number.
-        source_files: that were read.
-        source_bytes: of them.
-        lost: what the format does not record, or this import left out.
-        use: what the labels are good for.
-        columns: what each column means.
-        files: the tables.
-    """
-
-    format: Literal["deit-cli-import"] = IMPORT_FORMAT
-    version: Literal[1] = IMPORT_VERSION
-    imported_from: Foreign
-    num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
-    topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
-    precision: Floats
-    rows: Count
-    views: tuple[Count, Count]
-    source_files: Count
-    source_bytes: Count
-    lost: tuple[str, ...]
-    use: tuple[str, ...]
-    columns: dict[Name, str]
-    files: tuple[PartRecord, ...]
-
-
-def refusal(data: bytes, folder: object) -> str:
-    """Return why an import is not opened as a label set; `data` are the bytes of its import.json."""
-    try:
-        values = parse_json(data)
-        if not is_version(values, IMPORT_FORMAT, IMPORT_VERSION):
-            raise ValueError(f"it is no {IMPORT_FORMAT} of version {IMPORT_VERSION}")
-        record = ImportRecord.model_validate_json(canonical_json(values))
-    except (ValueError, RecursionError, ValidationError) as error:
-        why = str(error).splitlines()[0]
-        return f"{folder} is no label set, and its {IMPORT_NAME} cannot be read: {why}. Import the labels again"
-    made_by = {"fkd": "FKD", "tinyvit": "TinyViT"}[record.imported_from]
-    return (
-        f"{folder} is an import of {made_by}'s labels, not a label set: its views cannot be replayed, because {record.lost[0]}."
-        f" Read labels/*.parquet; {IMPORT_NAME} says what they are good for. To train, make labels with: deit-cli precompute"
-    )
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in _TEACHER_TAGS)
+    return f"{where or 'content'}: {first['msg']}"

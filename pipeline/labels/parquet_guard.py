@@ -1,18 +1,33 @@
-"""How much memory the pages of a Parquet file ask for: read from their headers, before anything is unpacked.
+"""Checks of a Parquet file before pyarrow reads it: it must run no code, and take no more memory than a table of the set needs.
 
-A page of some kB may say that it unpacks to 2 GiB, and zstd can keep that promise; pyarrow takes the memory at once. The
-footer says nothing that binds it. So the headers (Thrift, compact protocol) are walked where pyarrow will find them.
+pyarrow runs the deserialiser of a registered extension type as soon as a file is opened, takes the memory that a page header
+asks for at once (a page of some kB may say that it unpacks to 2 GiB, and zstd can keep that promise), and ends the process where
+statistics contradict each other. So the bytes are looked at first. Why not a library: pyarrow exposes no page headers and no memory
+pool with a limit.
+
+The footer says nothing that binds a page, so the page headers (Thrift, compact protocol) are walked where pyarrow will find them.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+import base64
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import LabelSetCorrupt
+from pipeline.labels.format import DAMAGED_FILE
+
+MAX_PAGE_BYTES = 16 << 20  # pages have a MiB by every writer's default
+MAX_SAMPLES_BYTES = 1 << 30
+_BATCH_ROWS = 16  # of a samples file, whose texts may be a page long each: the bound is looked at after so many
 _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 12
 _WHOLE = (4, 5, 6)  # int16, int32, int64: all of them zigzag varints
 _HEADER_BYTES = 256  # a header's; what else could lie in so few unpacks to some MiB at most
 _ROW_GROUPS, _COLUMNS, _META = 4, 1, 3  # of the footer, a row group, a column chunk
 _CHUNK_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 7, 9, 11  # of a column's metadata
 _UNPACKED, _PACKED = 2, 3  # fields of a page header: uncompressed_page_size, compressed_page_size
+_T = TypeVar("_T")
 
 
 class Chunk(NamedTuple):
@@ -20,6 +35,54 @@ class Chunk(NamedTuple):
 
     start: int
     size: int
+
+
+def guarded(name: str, read: Callable[[], _T]) -> _T:
+    """Return what a call of pyarrow returns; every error that a damaged file makes it raise becomes LabelSetCorrupt."""
+    try:
+        return read()
+    except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        raise LabelSetCorrupt(
+            f"{name}: damaged Parquet: {str(error).splitlines()[0] if str(error) else error}"
+        ) from error
+
+
+def refuse_extension_types(data: bytes, name: str) -> None:
+    """Raise LabelSetCorrupt for a file with Arrow extension types, before pyarrow sees it.
+
+    A registered extension type brings a deserialiser that runs as soon as the file is opened, and there are some that
+    unpickle. So the Parquet footer, which holds the Arrow schema in base64, is searched first; its structure is not
+    followed, because a hostile one could lead us past what pyarrow finds.
+    """
+    start = max(0, len(data) - 8 - int.from_bytes(data[-8:-4], "little"))
+    if any(data.find(mark, start) >= 0 for mark in _EXTENSION_MARKS):
+        raise LabelSetCorrupt(f"{name} has Arrow extension types, which may run code: no label set has any")
+
+
+def check_pages(data: bytes, groups: list[list[Chunk]], group: int, name: str) -> None:
+    """Raise LabelSetCorrupt for a row group in which a page says that it unpacks to more than any writer makes."""
+    if group >= len(groups):
+        raise LabelSetCorrupt(f"{name}: damaged Parquet: its footer lists {len(groups)} row groups", fix=DAMAGED_FILE)
+    largest = guarded(name, lambda: largest_page(data, groups[group]))
+    if largest > MAX_PAGE_BYTES:
+        raise LabelSetCorrupt(
+            f"{name}: a page in it unpacks to {largest} bytes, at most {MAX_PAGE_BYTES} are read", fix=DAMAGED_FILE
+        )
+
+
+def bounded_rows(parquet: pq.ParquetFile, schema: pa.Schema, name: str) -> pa.Table:
+    """Read a whole file, counting its bytes on the way: a dictionary or shared prefixes can unpack to any length.
+
+    Raises:
+        LabelSetCorrupt: it unpacks to more than MAX_SAMPLES_BYTES.
+    """
+    batches, size = [], 0
+    for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
+        size += batch.nbytes
+        if size > MAX_SAMPLES_BYTES:
+            raise LabelSetCorrupt(f"{name} unpacks to more than {MAX_SAMPLES_BYTES} bytes", fix=DAMAGED_FILE)
+        batches.append(batch)
+    return pa.Table.from_batches(batches, schema=schema)
 
 
 def column_chunks(data: bytes) -> list[list[Chunk]]:
@@ -82,6 +145,15 @@ def _begins_plainly(data: bytes, at: int, stop: int) -> tuple[int, int] | None:
         at += 1
         values.append(value >> 1 ^ -(value & 1))
     return (values[1], values[2]) if min(values) >= 0 else None
+
+
+def _base64_marks(text: bytes) -> tuple[bytes, ...]:
+    """Return what a base64 text with `text` in it must hold, for each place that it can have in a group of 3 bytes."""
+    whole = [base64.b64encode(bytes(lead) + text + bytes(2)) for lead in range(3)]
+    return tuple(code[-(-lead * 8 // 6) : (lead + len(text)) * 8 // 6] for lead, code in enumerate(whole))
+
+
+_EXTENSION_MARKS = _base64_marks(b"ARROW:extension")
 
 
 class _Reader:

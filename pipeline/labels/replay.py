@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
 from pipeline.images.source import Sample, Source
+from pipeline.labels.comparing import check_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Probe
 from pipeline.labels.tables import SampleRows
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.views.pairs import Mix, pairs_of
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import render_view
@@ -69,11 +70,9 @@ def check_replay(label_set: LabelSet, source: Source) -> float:
         ReplayError: pixels or mixes differ by more than rounding.
         LabelSetMismatch: an image has other bytes than the one that was labelled.
     """
-    label_set.check_source(source)
+    check_source(label_set, source)
     if not label_set.manifest.probes:
-        raise LabelSetCorrupt(
-            f"{label_set.folder} has no replay probes: nothing shows that its labels fit these pixels"
-        )
+        raise LabelSetCorrupt(f"{label_set.place} has no replay probes: nothing shows that its labels fit these pixels")
     return compare_probes(label_set.manifest.probes, label_set.recipe, source, label_set.samples)
 
 
@@ -91,7 +90,7 @@ def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samp
         _check_mix(probe, recipe, samples)
         worst = max(worst, _pixel_difference(probe, recipe, sample))
     if worst:
-        warn_again(
+        warn_counted(
             log,
             "comparisons of replayed views that differ by rounding",
             "replayed views differ from the labelled ones by up to %.3f of 255 on average: rounding only",

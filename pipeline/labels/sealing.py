@@ -1,4 +1,4 @@
-"""Plan first, manifest last: how a label set is claimed, and how what is complete of it is committed."""
+"""Plan first, manifest last: how a label set is claimed, how what is complete of it is committed, and what complete means."""
 
 import dataclasses
 import itertools
@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
-from pipeline.labels.format import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, PULL, damaged_file
-from pipeline.labels.labelset import checked_labels_footer
+from pipeline.errors import LabelSetCorrupt, LabelSetIncomplete, LabelSetMismatch
+from pipeline.labels.checked_files import checked_labels_footer
+from pipeline.labels.format import IMAGES_FOLDER, INCOMPLETE_SET, MANIFEST_NAME, PLAN_NAME, PULL, damaged_file
 from pipeline.labels.manifest import (
     FileEntry,
     Manifest,
@@ -35,9 +35,9 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
 
     Args:
         out: folder of the label set.
-        plan: what it is to be.
-        blocks: of views.
-        offer: is called when the plan is there; where `out` stands for a URL, it may bring that of another machine.
+        plan: what it will be.
+        blocks: blocks of views.
+        offer: is called when the plan is written; where `out` stands for a URL, it may bring the plan of another machine.
     """
     _refuse_links(out, blocks)
     publish_file(out / PLAN_NAME, pretty_json(plan.model_dump(mode="json")))
@@ -77,10 +77,10 @@ def seal(
 
     Args:
         out: the folder; it may hold a sealed set, whose blocks of views are listed too.
-        plan: of the label set.
-        blocks: of views, complete.
-        shards: source shards that it holds, in the plan's order, if they are not all of them.
-        images: whether its images are in it; where they are sealed they stay.
+        plan: plan of the label set.
+        blocks: blocks of views, all complete.
+        shards: names of the source shards that it holds, in the plan's order; None: all.
+        images: whether the set holds its images; images that are sealed stay.
     """
     bounds = {(block.start, block.stop) for block in blocks}
     manifest = None
@@ -94,6 +94,45 @@ def seal(
     replace_file(out / MANIFEST_NAME, pretty_json(manifest.to_json()))
 
 
+def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> None:
+    """Raise unless a set is sealed, and its manifest lists the samples of each source shard and labels for each block.
+
+    Args:
+        manifest: manifest of the set.
+        shards: names of the source shards that it holds.
+        place: where it lies, for errors.
+
+    Raises:
+        LabelSetIncomplete: it is not sealed, or its views have a gap.
+        LabelSetCorrupt: the manifest lists other files.
+    """
+    if not manifest.sealed:
+        raise LabelSetIncomplete(f"{place} is not sealed: some of its labels do not exist yet", fix=INCOMPLETE_SET)
+    blocks = sorted(manifest.view_blocks)
+    if not blocks:
+        raise LabelSetIncomplete(f"{place} holds no views")
+    if any(a[1] != b[0] for a, b in itertools.pairwise(blocks)):
+        raise LabelSetIncomplete(
+            f"{place}: its views {blocks} have a gap",
+            fix="Compute the missing ones with --views",
+        )
+    wanted = len(shards) * (1 + len(blocks))
+    if wanted > 1000 + 2 * len(manifest.files):  # two long lists have a product that no memory holds
+        raise LabelSetCorrupt(
+            f"{place}: the sealed manifest lists {len(manifest.files)} files, {len(shards)} source"
+            f" shards and {len(blocks)} blocks of views need {wanted}"
+        )
+    expected = {("samples", name, 0, 0) for name in shards}
+    if any(entry.kind == "images" for entry in manifest.files):
+        expected |= {("images", name, 0, 0) for name in shards}
+    expected |= {("labels", name, start, stop) for name in shards for start, stop in blocks}
+    found = {(e.kind, e.shard, e.view_start, e.view_stop) for e in manifest.files}
+    for what, difference in (("lacks", expected - found), ("has an unknown", found - expected)):
+        if difference:
+            kind, shard, *_ = sorted(difference)[0]
+            raise LabelSetCorrupt(f"{place}: the sealed manifest {what} {kind} file of {shard!r}")
+
+
 def _sealed_blocks(out: Path) -> set[tuple[int, int]]:
     sealed = sealed_manifest(out)
     return set(sealed.view_blocks) if sealed else set()
@@ -102,7 +141,7 @@ def _sealed_blocks(out: Path) -> set[tuple[int, int]]:
 def _list_files(
     out: Path, plan: Plan, bounds: Sequence[tuple[int, int]], chosen: tuple[str, ...] | None, images: bool
 ) -> Manifest:
-    """Return the manifest of these blocks of views and source shards, after looking at every file of theirs."""
+    """Return the manifest of these blocks of views and source shards, after checking each of their files."""
     for (start, stop), (following, _) in itertools.pairwise(bounds):
         if following < stop:
             raise LabelSetMismatch(
@@ -123,7 +162,7 @@ def _list_files(
     if sealed := sealed_manifest(out):
         _check_same_samples(sealed, files, out)
     known = {entry.shard: entry for entry in sealed.files if entry.kind == "images"} if sealed else {}
-    if images or known:  # a tar is hashed once: a later manifest vouches for the bytes that the first one did
+    if images or known:  # a tar is hashed once: a later manifest promises the same bytes as the first
         records = [record for record in plan.source.shards if record.name in shards]
         files += [known.get(record.name) or _images_entry(out, record) for record in records]
     return Manifest(
@@ -144,7 +183,7 @@ def thin_probes(probes: Sequence[Probe]) -> tuple[Probe, ...]:
 
 
 def check_untouched(out: Path, blocks: Sequence[range]) -> None:
-    """A new manifest must not vouch for a file that changed since it was sealed. A missing one is made again."""
+    """Raise LabelSetCorrupt if a file changed since it was sealed: a new manifest must not list it. A missing one is made again."""
     sealed = sealed_manifest(out)
     looked_at = {(block.start, block.stop) for block in blocks}
     for entry in sealed.files if sealed else ():
@@ -211,17 +250,17 @@ def sealed_manifest(out: Path) -> Manifest | None:
     return manifest if manifest.sealed else None
 
 
-def check_theirs(ours: Path, theirs: Path) -> None:
-    """Look at another machine's file before it takes the place of ours: whole, and of the same label set and images.
+def check_replaceable(ours: Path, other: Path) -> None:
+    """Check another machine's file before it takes the place of ours: that it is whole, and of the same label set and images.
 
     Raises:
         LabelSetMismatch: it is of another label set, or other images lay under the same keys.
         LabelSetCorrupt: it is damaged.
     """
     if ours.name == PLAN_NAME:
-        parse_plan(read_small(ours), ours).check_same(parse_plan(read_small(theirs), theirs), folder=theirs)
+        parse_plan(read_small(ours), ours).check_same(parse_plan(read_small(other), other), folder=other)
     elif ours.parent.name == "samples":
-        if not _same(read_samples(ours), read_samples(theirs)):
+        if not _same(read_samples(ours), read_samples(other)):
             raise LabelSetMismatch(
                 f"{ours}: another machine has labelled other images under these keys",
                 fix="All machines need the same --data",
@@ -232,9 +271,9 @@ def check_theirs(ours: Path, theirs: Path) -> None:
             fix="All machines need the same --data and the same versions",
         )
     else:
-        mine, other = (read_labels_footer(path).model_dump(exclude=_MAY_DIFFER) for path in (ours, theirs))
-        read_all_views(theirs)  # its content hash
-        if mine != other:
+        ours_says, other_says = (read_labels_footer(path).model_dump(exclude=_MAY_DIFFER) for path in (ours, other))
+        read_all_views(other)  # its content hash
+        if ours_says != other_says:
             raise LabelSetMismatch(
                 f"{ours}: another machine's file of this name has other views or rows",
                 fix="Use another --out",
@@ -244,6 +283,6 @@ def check_theirs(ours: Path, theirs: Path) -> None:
 _MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # processors differ in last bits
 
 
-def _same(mine: SampleRows, theirs: SampleRows) -> bool:
-    pairs = ((getattr(mine, f.name), getattr(theirs, f.name)) for f in dataclasses.fields(SampleRows))
+def _same(ours: SampleRows, other: SampleRows) -> bool:
+    pairs = ((getattr(ours, f.name), getattr(other, f.name)) for f in dataclasses.fields(SampleRows))
     return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)

@@ -65,7 +65,7 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
 def _spread(label_set: LabelSet, count: int) -> list[tuple[str, int]]:
     places = [(name, row) for name in label_set.shards for row in label_set.samples(name).usable.tolist()]
     if not places:
-        raise LabelSetError(f"{label_set.folder} has no usable image to show")
+        raise LabelSetError(f"{label_set.place} has no usable image to show")
     count = min(count, len(places))
     return [places[i * len(places) // count] for i in range(count)]
 

@@ -5,9 +5,8 @@ answers for one source shard and one block of views: row group i is view `view_s
 `row` of a label is the row of its sample. Each footer says what the file is, so a file found alone explains itself.
 """
 
-import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
@@ -19,17 +18,16 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch
-from pipeline.labels.encoding import (
-    LabelRows,
-    content_xxh3,
-    find_problem,
-    from_codes,
-    index_dtype,
-    label_bytes,
-    prob_dtype,
-)
+from pipeline.labels.encoding import Codec, LabelRows, codec_of, find_problem
 from pipeline.labels.format import DAMAGED_FILE, FORMAT, MAX_SHARD_SAMPLES, MAX_TOPK, VERSION, Precision
-from pipeline.labels.parquet_guard import Chunk, column_chunks, largest_page
+from pipeline.labels.parquet_guard import (
+    Chunk,
+    bounded_rows,
+    check_pages,
+    column_chunks,
+    guarded,
+    refuse_extension_types,
+)
 from pipeline.storage.json import (
     Count,
     Name,
@@ -44,12 +42,8 @@ from pipeline.storage.json import (
 )
 
 FOOTER_KEY = b"deit_cli"
-# What a file may make a reader hold at once. Pages have a MiB by every writer's default.
-MAX_PAGE_BYTES = 16 << 20
-MAX_VIEW_BYTES = 1 << 30
-MAX_SAMPLES_BYTES = 1 << 30
-AHEAD_ROWS = 8192  # of views that are read at once, at most
-_BATCH_ROWS = 16  # of a samples file, whose texts may be a page long each: the bound is looked at after so many
+MAX_VIEW_BYTES = 1 << 30  # of memory
+ROWS_AT_ONCE = 8192  # of views that are read at once, at most
 _WRITE: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 3,
@@ -132,25 +126,38 @@ class LabelsFooter(Record):
     probes: list[dict[str, Any]]
     environment: dict[str, str]
 
+    @property
+    def codec(self) -> Codec:
+        """How its labels are stored."""
+        return codec_of(self.precision, self.num_classes, self.topk)
+
 
 Footer = TypeVar("Footer", SamplesFooter, LabelsFooter)
 
 
-def labels_schema(num_classes: int, topk: int, precision: Precision) -> pa.Schema:
-    """Return the exact schema of label shards; K = 0 has no top-k columns, and with codes `hard` is the first of top-k."""
-    index, prob = pa.from_numpy_dtype(index_dtype(num_classes)), pa.from_numpy_dtype(prob_dtype(precision))
-    columns = [("view", pa.uint32()), ("row", pa.uint32())]
-    if topk and precision == "log8":
-        columns += [
-            ("topk_index", pa.list_(_element(index), topk)),
-            ("topk_code", pa.list_(_element(pa.uint8()), topk)),
-        ]
-    elif topk:
-        lists = [("topk_index", pa.list_(_element(index), topk)), ("topk_prob", pa.list_(_element(prob), topk))]
-        columns += [("hard", index), *lists, ("tail_mass", prob)]
-    else:
-        columns += [("hard", index)]
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+def labels_schema(codec: Codec) -> pa.Schema:
+    """Return the exact schema of the label shards that a codec fills."""
+    rows = [pa.field(name, pa.uint32(), nullable=False) for name in ("view", "row")]
+    return pa.schema([*rows, *(column_field(name, codec.record[name]) for name in codec.record.names or ())])
+
+
+def column_field(name: str, kind: np.dtype[Any]) -> pa.Field:
+    """Return a column of numbers, or of lists where `kind` has a width, as fields of a codec's record have."""
+    element = pa.from_numpy_dtype(kind.base)
+    if not kind.shape:
+        return pa.field(name, element, nullable=False)
+    return pa.field(name, pa.list_(pa.field("element", element, nullable=False), kind.shape[0]), nullable=False)
+
+
+def column_leaf(field: pa.Field) -> str:
+    """Return the name that Parquet gives to the numbers of a column."""
+    return f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
+
+
+def column_array(values: NDArray[Any], field: pa.Field) -> pa.Array:
+    """Return numbers [N], or lists of them [N, K], as a column holds them."""
+    flat = pa.array(np.ascontiguousarray(values).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, type=field.type) if pa.types.is_fixed_size_list(field.type) else flat
 
 
 SAMPLES_SCHEMA = pa.schema(
@@ -169,26 +176,16 @@ SAMPLES_SCHEMA = pa.schema(
 
 def write_labels(file: BinaryIO, views: Sequence[LabelRows], footer: LabelsFooter) -> None:
     """Write one label shard: a row group for each view."""
-    schema = labels_schema(footer.num_classes, footer.topk, footer.precision)
+    schema = labels_schema(footer.codec)
     # Bytes of one significance side by side compress best; rows and views are runs, so their differences do.
-    encoding = {name: _ENCODINGS[name] for name in schema.names}
-    encoding = {f"{name}.list.element" if name.startswith("topk_") else name: how for name, how in encoding.items()}
+    encoding = {column_leaf(field): "BYTE_STREAM_SPLIT" for field in schema} | dict.fromkeys(
+        ("view", "row"), "DELTA_BINARY_PACKED"
+    )
     with pq.ParquetWriter(
         file, schema.with_metadata(_metadata(footer)), column_encoding=encoding, **_WRITE_LABELS
     ) as writer:
         for view, rows in enumerate(views, footer.view_start):
             writer.write_table(_labels_table(rows, view, schema), row_group_size=max(1, len(rows)))
-
-
-_ENCODINGS = {
-    "view": "DELTA_BINARY_PACKED",
-    "row": "DELTA_BINARY_PACKED",
-    "hard": "BYTE_STREAM_SPLIT",
-    "topk_index": "BYTE_STREAM_SPLIT",
-    "topk_prob": "BYTE_STREAM_SPLIT",
-    "tail_mass": "BYTE_STREAM_SPLIT",
-    "topk_code": "BYTE_STREAM_SPLIT",
-}
 
 
 def write_samples(file: BinaryIO, samples: SampleRows, footer: SamplesFooter) -> None:
@@ -214,7 +211,6 @@ class Contents:
 
     name: str
     data: bytes
-    _ahead: "_Ahead" = field(default_factory=lambda: _Ahead(), init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.name
@@ -222,14 +218,14 @@ class Contents:
     @cached_property
     def parquet(self) -> pq.ParquetFile:
         """The file, opened once: views of one label shard are read in a row."""
-        refuse_extension_types(self)
+        refuse_extension_types(self.data, self.name)
         data = pa.BufferReader(self.data)
-        return _guarded(self.name, lambda: pq.ParquetFile(data, page_checksum_verification=True))
+        return guarded(self.name, lambda: pq.ParquetFile(data, page_checksum_verification=True))
 
     @cached_property
     def chunks(self) -> list[list[Chunk]]:
         """Where the columns of each row group lie."""
-        return _guarded(self.name, lambda: column_chunks(self.data))
+        return guarded(self.name, lambda: column_chunks(self.data))
 
     @cached_property
     def labels_footer(self) -> LabelsFooter:
@@ -242,30 +238,6 @@ class Contents:
         footer = self.labels_footer
         _check_layout(self.parquet, self.name, footer)
         return footer
-
-    def take(self, view: int) -> LabelRows:
-        """Read one view of a label shard; who takes them in order gets them faster."""
-        ahead, footer = self._ahead, self.labels_layout
-        rows = ahead.rows.pop(view, None)
-        if rows is None:
-            ahead.many = 2 * ahead.many if view == ahead.following else 1
-            most = max(1, min(ahead.many, AHEAD_ROWS // max(1, footer.rows_per_view)))
-            run = _read_run(self, footer, range(view, min(view + most, footer.view_stop)))
-            rows, ahead.rows = run.pop(view), run
-        ahead.following = view + 1
-        return rows
-
-
-@dataclass
-class _Ahead:
-    """Views that were read with the one before them, because a call of a library costs as much as a hundred rows.
-
-    Twice as many each time, so who reads a few in a row has as many read as are used.
-    """
-
-    following: int = -1
-    many: int = 1
-    rows: dict[int, LabelRows] = field(default_factory=dict)
 
 
 def read_labels_footer(file: Path | Contents) -> LabelsFooter:
@@ -285,19 +257,38 @@ def read_view(file: Path | Contents, view: int) -> LabelRows:
     Raises:
         LabelSetCorrupt: the file is not what its footer says.
     """
-    file = _contents(file)
+    (rows,) = read_views(_contents(file), view, 1)
+    return rows
+
+
+def read_views(file: Contents, first: int, most: int) -> list[LabelRows]:
+    """Read views of a label shard in a row, and check them as `read_view` does.
+
+    One call for several views is faster: a call of the library costs as much as a hundred rows.
+
+    Args:
+        file: a label shard.
+        first: the first of these views.
+        most: how many are wanted, at least 1.
+
+    Returns:
+        at least the first view, and after it as many as are wanted, are there, fit in ROWS_AT_ONCE and are sound.
+    """
     footer = file.labels_layout
-    if not footer.view_start <= view < footer.view_stop:
-        raise LabelSetCorrupt(f"{file} holds views {footer.view_start}..{footer.view_stop - 1}, not {view}")
-    return file.take(view)
+    if not footer.view_start <= first < footer.view_stop:
+        raise LabelSetCorrupt(f"{file} holds views {footer.view_start}..{footer.view_stop - 1}, not {first}")
+    most = max(1, min(most, ROWS_AT_ONCE // max(1, footer.rows_per_view), footer.view_stop - first))
+    return _read_run(file, footer, range(first, first + most))
 
 
 def read_all_views(file: Path | Contents) -> list[LabelRows]:
     """Read a whole label shard, and check its content hash too."""
     file = _contents(file)
     footer = file.labels_layout
-    views = [file.take(view) for view in range(footer.view_start, footer.view_stop)]
-    if content_xxh3(views) != footer.content_xxh3:
+    views: list[LabelRows] = []
+    while (first := footer.view_start + len(views)) < footer.view_stop:
+        views += read_views(file, first, footer.view_stop - first)
+    if footer.codec.content_xxh3(views) != footer.content_xxh3:
         raise LabelSetCorrupt(f"{file}: its rows do not have the hash that its footer states", fix=DAMAGED_FILE)
     return views
 
@@ -313,8 +304,8 @@ def read_samples(file: Path | Contents) -> SampleRows:
     if footer.rows > MAX_SHARD_SAMPLES:
         raise LabelSetCorrupt(f"{name} has {footer.rows} rows, at most {MAX_SHARD_SAMPLES} are read")
     for group in range(parquet.metadata.num_row_groups):
-        _check_pages(contents, group)
-    columns = _guarded(name, lambda: _bounded_rows(parquet, name)).to_pydict()
+        check_pages(contents.data, contents.chunks, group, name)
+    columns = guarded(name, lambda: bounded_rows(parquet, SAMPLES_SCHEMA, name)).to_pydict()
     if columns["row"] != list(range(footer.rows)):
         raise LabelSetCorrupt(f"{name}: rows must be 0..{footer.rows - 1} in order")
     return SampleRows(
@@ -328,44 +319,13 @@ def read_samples(file: Path | Contents) -> SampleRows:
     )
 
 
-def _bounded_rows(parquet: pq.ParquetFile, name: str) -> pa.Table:
-    """Read a whole file, counting its bytes on the way: a dictionary or shared prefixes can unpack to any length."""
-    batches, size = [], 0
-    for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
-        size += batch.nbytes
-        if size > MAX_SAMPLES_BYTES:
-            raise LabelSetCorrupt(f"{name} unpacks to more than {MAX_SAMPLES_BYTES} bytes", fix=DAMAGED_FILE)
-        batches.append(batch)
-    return pa.Table.from_batches(batches, schema=SAMPLES_SCHEMA)
-
-
-def _check_pages(file: Contents, group: int) -> None:
-    """Refuse a row group of which a page says that it unpacks to more than any writer makes; pyarrow would do it."""
-    groups = file.chunks
-    if group >= len(groups):
-        raise LabelSetCorrupt(f"{file}: damaged Parquet: its footer lists {len(groups)} row groups", fix=DAMAGED_FILE)
-    largest = _guarded(file.name, lambda: largest_page(file.data, groups[group]))
-    if largest > MAX_PAGE_BYTES:
-        raise LabelSetCorrupt(
-            f"{file}: a page in it unpacks to {largest} bytes, at most {MAX_PAGE_BYTES} are read", fix=DAMAGED_FILE
-        )
-
-
-def _element(kind: pa.DataType) -> pa.Field:
-    return pa.field("element", kind, nullable=False)
-
-
 def _metadata(footer: SamplesFooter | LabelsFooter) -> dict[bytes, bytes]:
     return {FOOTER_KEY: canonical_json(footer.model_dump(mode="json"))}
 
 
 def _labels_table(rows: LabelRows, view: int, schema: pa.Schema) -> pa.Table:
-    arrays = [pa.array(np.full(len(rows), view, np.uint32))]
-    for column in list(schema)[1:]:
-        values = pa.array(np.ascontiguousarray(getattr(rows, column.name)).ravel())
-        is_list = pa.types.is_fixed_size_list(column.type)
-        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=column.type) if is_list else values)
-    return pa.table(arrays, schema=schema)
+    arrays = [column_array(getattr(rows, field.name), field) for field in list(schema)[1:]]
+    return pa.table([pa.array(np.full(len(rows), view, np.uint32)), *arrays], schema=schema)
 
 
 def _read(path: Path) -> Contents:
@@ -379,39 +339,6 @@ def _read(path: Path) -> Contents:
 
 def _contents(file: Path | Contents) -> Contents:
     return _read(file) if isinstance(file, Path) else file
-
-
-def _base64_marks(text: bytes) -> tuple[bytes, ...]:
-    """Return what a base64 text with `text` in it must hold, for each place that it can have in a group of 3 bytes."""
-    whole = [base64.b64encode(bytes(lead) + text + bytes(2)) for lead in range(3)]
-    return tuple(code[-(-lead * 8 // 6) : (lead + len(text)) * 8 // 6] for lead, code in enumerate(whole))
-
-
-_EXTENSION_MARKS = _base64_marks(b"ARROW:extension")
-
-
-def refuse_extension_types(file: Contents) -> None:
-    """Raise LabelSetCorrupt for a file with Arrow extension types, before pyarrow sees it.
-
-    A registered extension type brings a deserialiser that runs as soon as the file is opened, and there are some that
-    unpickle. So the Parquet footer, which holds the Arrow schema in base64, is searched first; its structure is not
-    followed, because a hostile one could lead us past what pyarrow finds.
-    """
-    data = file.data
-    length = int.from_bytes(data[-8:-4], "little")
-    start = max(0, len(data) - 8 - length)
-    if any(data.find(mark, start) >= 0 for mark in _EXTENSION_MARKS):
-        raise LabelSetCorrupt(f"{file.name} has Arrow extension types, which may run code: no label set has any")
-
-
-def _guarded(path: str, read: Any) -> Any:
-    """Run a pyarrow call; whatever a damaged file makes it raise becomes one named error."""
-    try:
-        return read()
-    except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError, OverflowError, MemoryError) as error:
-        raise LabelSetCorrupt(
-            f"{path}: damaged Parquet: {str(error).splitlines()[0] if str(error) else error}"
-        ) from error
 
 
 def _footer(file: pq.ParquetFile, path: str, kind: type[Footer]) -> Footer:
@@ -442,18 +369,17 @@ def _footer(file: pq.ParquetFile, path: str, kind: type[Footer]) -> Footer:
 
 
 def _check_layout(file: pq.ParquetFile, path: str, footer: LabelsFooter) -> None:
-    _check_schema(file, labels_schema(footer.num_classes, footer.topk, footer.precision), path)
+    _check_schema(file, labels_schema(footer.codec), path)
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     if len(groups) != footer.view_stop - footer.view_start or set(groups) - {footer.rows_per_view}:
         raise LabelSetCorrupt(f"{path}: row groups {groups[:4]}… are not {footer.rows_per_view} rows for each view")
-    read_as: Precision = "float32" if footer.precision == "log8" else footer.precision
-    size = footer.rows_per_view * label_bytes(footer.num_classes, footer.topk, read_as)
+    size = footer.rows_per_view * footer.codec.memory_bytes
     if size > MAX_VIEW_BYTES:
         raise LabelSetCorrupt(f"{path}: one view takes {size} bytes of memory, at most {MAX_VIEW_BYTES} are read")
 
 
 def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
-    found = _guarded(path, lambda: file.schema_arrow).remove_metadata()
+    found = guarded(path, lambda: file.schema_arrow).remove_metadata()
     marked = any(b"ARROW:extension:name" in (field.metadata or {}) for field in found)
     if marked or not found.equals(expected):
         raise LabelSetCorrupt(
@@ -461,7 +387,7 @@ def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
         )
 
 
-def _read_run(file: Contents, footer: LabelsFooter, views: range) -> dict[int, LabelRows]:
+def _read_run(file: Contents, footer: LabelsFooter, views: range) -> list[LabelRows]:
     """Read and check some views; where a later one is damaged, the first alone."""
     try:
         rows = _read_row_groups(file, footer, views)
@@ -470,15 +396,15 @@ def _read_run(file: Contents, footer: LabelsFooter, views: range) -> dict[int, L
             raise
         return _read_run(file, footer, views[:1])
     size = footer.rows_per_view
-    return {view: rows.part(slice(place * size, (place + 1) * size)) for place, view in enumerate(views)}
+    return [rows.part(slice(place * size, (place + 1) * size)) for place in range(len(views))]
 
 
 def _read_row_groups(file: Contents, footer: LabelsFooter, views: range) -> LabelRows:
     """Read and check views, one behind the other."""
     groups = [view - footer.view_start for view in views]
     for group in groups:
-        _check_pages(file, group)
-    table = _guarded(file.name, lambda: file.parquet.read_row_groups(groups, use_threads=False))
+        check_pages(file.data, file.chunks, group, file.name)
+    table = guarded(file.name, lambda: file.parquet.read_row_groups(groups, use_threads=False))
     rows = _rows_of(table, footer)
     if problem := find_problem(rows, footer.num_classes, len(views)):
         raise LabelSetCorrupt(f"{file}: view {views[0]}: {problem}")
@@ -489,28 +415,12 @@ def _read_row_groups(file: Contents, footer: LabelsFooter, views: range) -> Labe
 
 
 def _rows_of(table: pa.Table, footer: LabelsFooter) -> LabelRows:
-    size, topk, prob = len(table), footer.topk, prob_dtype(footer.precision)
-    if not topk:
-        empty = np.empty((size, 0), index_dtype(footer.num_classes))
-        return LabelRows(
-            _values(table["row"]), _values(table["hard"]), empty, np.empty((size, 0), prob), np.empty(0, prob)
-        )
-    row, index = _values(table["row"]), _matrix(table["topk_index"], topk)
-    if footer.precision == "log8":
-        codes = _matrix(table["topk_code"], topk)
-        return LabelRows(row, index[:, 0], index, *from_codes(codes, footer.num_classes), codes)
-    return LabelRows(row, _values(table["hard"]), index, _matrix(table["topk_prob"], topk), _values(table["tail_mass"]))
+    record = footer.codec.record
+    stored = {name: _values(table[name]).reshape(-1, *record[name].shape) for name in record.names or ()}
+    return footer.codec.decode(_values(table["row"]), stored)
 
 
 def _values(column: pa.ChunkedArray) -> NDArray[Any]:
-    return _whole(column).to_numpy()
-
-
-def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
-    lists = _whole(column)
-    elements = lists.values[lists.offset * width : (lists.offset + len(lists)) * width]
-    return elements.to_numpy().reshape(-1, width)
-
-
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    """Return the numbers of a column, those of lists one behind the other."""
+    whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return (whole.flatten() if pa.types.is_fixed_size_list(whole.type) else whole).to_numpy()

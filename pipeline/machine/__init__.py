@@ -1,1 +1,1 @@
-"""The machine: loader processes, shares of the work, progress, times."""
+"""Processes and hardware: loader processes, threads, ranks, progress and timing."""

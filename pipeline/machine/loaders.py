@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.errors import DeitCliError, WorkerError
+from pipeline.machine.threads import usable_cores
 from pipeline.repeats import FirstOfEachKind
 
 # A batch that takes longer than this will not come any more: a process hangs, or a network file system does.
@@ -234,11 +235,6 @@ class _Whereabouts:
         notes = {int(pid): what for pid, _, what in (line.partition(" ") for line in lines if line)}
         wanted = set(pids) or set(notes)
         return [what for pid, what in notes.items() if pid in wanted]
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def plan_workers(asked: int | None, device: torch.device, cores: int | None = None) -> int:

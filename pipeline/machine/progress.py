@@ -1,8 +1,9 @@
-"""How far a run is: what its processes report, and what a person is told."""
+"""How far a command is: what its processes tell, and what people and log files are told."""
 
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,32 +17,19 @@ from pipeline.text import byte_size
 log = logging.getLogger("deit_cli")
 
 
-_UNITS = {  # what each phase counts
-    "pack": "source shards",
-    "index": "source shards",
-    "label": "views",
-    "verify": "files",
-    "compare": "source shards",
-    "relabel": "views",
-    "push": "files",
-    "pull": "files",
-    "export": "tars",
-    "merge": "files",
-}
-
-
 @dataclass(frozen=True)
 class Tick:
     """How far one phase of a run is.
 
     Attributes:
-        phase: `pack` and `index` count source shards, `label` counts views; others as `_UNITS` says.
-        done: of them, those that were there before included.
-        total: of them.
+        phase: name of the phase, such as `label`.
+        done: number of things that are done, those that were there before included.
+        total: number of things to do.
         elapsed_s: seconds since the phase began.
-        made: of `done`, what this run made itself.
-        teacher_busy: share of the time in which the teachers computed, 0..1; None where there is none.
-        bytes_written: of label shards, or of files that were moved.
+        made: number of things that this run made itself.
+        teacher_busy: share of the time in which the teachers computed, 0..1; None where there is no teacher.
+        bytes_written: bytes of label shards that were written, or of files that were moved.
+        unit: what the phase counts, such as `views`.
     """
 
     phase: str
@@ -51,10 +39,17 @@ class Tick:
     made: int = 0
     teacher_busy: float | None = None
     bytes_written: int = 0
+    unit: str = "things"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values = dataclasses.asdict(self) | {"per_second": self.per_second, "left_s": self.left_s}
+        del values["unit"]
+        return values
 
     @property
     def per_second(self) -> float:
-        """How many of them this run makes in a second."""
+        """Number of things that this run makes in a second."""
         return self.made / self.elapsed_s if self.elapsed_s else 0.0
 
     @property
@@ -69,8 +64,8 @@ Progress = Callable[[Tick], None]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one process did since its last report.
+class WorkDone:
+    """What one process did since its last work.
 
     Attributes:
         views: that its teacher answered for.
@@ -87,7 +82,7 @@ class Report:
 
 @dataclass
 class Tally:
-    """Adds the reports of all processes up, and tells `progress`."""
+    """Adds up what all processes did, and tells `progress`."""
 
     total: int
     processes: int
@@ -98,14 +93,14 @@ class Tally:
     _busy_s: float = 0.0
     _bytes: int = 0
 
-    def add(self, report: Report) -> None:
-        """Count one report; an empty one says that a process begins now, for until then nobody could do anything."""
-        if report == Report() and not self._made:
+    def add(self, work: WorkDone) -> None:
+        """Count what a process did; nothing at all means that it begins now, and before that nobody could do anything."""
+        if work == WorkDone() and not self._made:
             self._began = time.monotonic()
-        self._made += report.views
-        self._found += report.found
-        self._busy_s += report.busy_s
-        self._bytes += report.bytes
+        self._made += work.views
+        self._found += work.found
+        self._busy_s += work.busy_s
+        self._bytes += work.bytes
         self.progress(self.tick())
 
     def tick(self) -> Tick:
@@ -119,26 +114,45 @@ class Tally:
             made=self._made,
             teacher_busy=min(1.0, self._busy_s / (elapsed * self.processes)) if elapsed else None,  # reports come late
             bytes_written=self._bytes,
+            unit="views",
         )
 
 
+class Throttle:
+    """Tells when something is due again: at most once in so many seconds."""
+
+    def __init__(self, every_s: float, *, due: bool = False) -> None:
+        """Begin to wait now; something that is `due` need not wait the first time."""
+        self._every_s = every_s
+        self._since = -math.inf if due else time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() - self._since >= self._every_s
+
+    def restart(self) -> None:
+        """Wait anew from now on."""
+        self._since = time.monotonic()
+
+
 @contextmanager
-def now_and_then(say: Progress, every_s: float) -> Iterator[Progress]:
-    """Pass a tick on every so many seconds, and the last one of each phase, however it ends."""
-    began: dict[str, float] = {}
+def throttled(tell: Progress, every_s: float) -> Iterator[Progress]:
+    """Pass on at most one tick in `every_s` seconds, and the last tick of each phase, even if the block fails."""
+    throttles: dict[str, Throttle] = {}
     kept: list[Tick] = []
 
     def flush() -> None:
         while kept:
-            say(kept.pop())
+            tell(kept.pop())
 
     def update(tick: Tick) -> None:
         if kept and kept[0].phase != tick.phase:
             flush()
         kept[:] = [tick]
-        now = time.monotonic()
-        if now - began.setdefault(tick.phase, now) >= every_s:
-            began[tick.phase] = now
+        throttle = throttles.setdefault(tick.phase, Throttle(every_s))
+        if throttle.due:
+            throttle.restart()
             flush()
 
     try:
@@ -147,19 +161,18 @@ def now_and_then(say: Progress, every_s: float) -> Iterator[Progress]:
         flush()
 
 
-def say(tick: Tick) -> None:
+def log_tick(tick: Tick) -> None:
     """Log how far a run is."""
-    log.info("%s %s of %s  %s", tick.phase, f"{tick.done:,}", f"{tick.total:,}", state(tick))
+    log.info("%s %s of %s  %s", tick.phase, f"{tick.done:,}", f"{tick.total:,}", tick_text(tick))
 
 
-def state(tick: Tick) -> str:
+def tick_text(tick: Tick) -> str:
     """Return rate, time left, how busy the teacher is, and bytes written, as far as they are known."""
     parts = []
     if found := tick.done - tick.made:
-        parts.append(f"{found:,} of them {'there' if tick.phase in ('push', 'pull') else 'made'} before")
+        parts.append(f"{found:,} of them there before")
     if tick.made:
-        unit = _UNITS.get(tick.phase, tick.phase)
-        parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {unit}/s")
+        parts.append(f"{tick.per_second:,.{0 if tick.per_second >= 10 else 2}f} {tick.unit}/s")
     if tick.made and tick.left_s:
         hours, rest = divmod(int(tick.left_s), 3600)
         parts.append(f"{hours}:{rest // 60:02}:{rest % 60:02} left")
@@ -172,7 +185,12 @@ def state(tick: Tick) -> str:
 
 @contextmanager
 def json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Progress]:
-    """Append progress (every so many seconds, and the last of each phase) and log messages to a file, an object a line."""
+    """Append log messages and progress (as `throttled` passes it) to a file, one JSON object in each line.
+
+    Raises:
+        UsageError: the file cannot be opened.
+        StorageError: it cannot be written.
+    """
     if path is None:
         yield lambda _: None
         return
@@ -193,12 +211,12 @@ def json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Progress]:
             write("message", {"level": record.levelname, "from": record.name, "text": record.getMessage()})
 
     def tell(tick: Tick) -> None:
-        write("progress", dataclasses.asdict(tick) | {"per_second": tick.per_second, "left_s": tick.left_s})
+        write("progress", tick.to_dict())
 
     messages = Messages()
     log.addHandler(messages)
     try:
-        with now_and_then(tell, every_s) as update:
+        with throttled(tell, every_s) as update:
             yield update
         write("ended", {})
     except BaseException as error:
@@ -207,5 +225,5 @@ def json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Progress]:
         raise
     finally:
         log.removeHandler(messages)
-        with suppress(OSError):  # what it could not write has been named
+        with suppress(OSError):  # that it could not be written was said before
             file.close()

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from pipeline.errors import UsageError
-from pipeline.machine.loaders import usable_cores
+from pipeline.machine.threads import usable_cores
 
 Task = TypeVar("Task")
 

@@ -1,9 +1,12 @@
-"""Many things at a time in threads, for work that waits for disks and servers, hashes or unpacks: all of it without the GIL."""
+"""Work in threads, for what waits for disks and servers, hashes or unpacks: all of it without the GIL."""
 
+import contextlib
+import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from pipeline.machine.progress import Progress, Tick
 
@@ -11,27 +14,70 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-class Telling:
-    """Counts what is done, and tells how far it is."""
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def __init__(self, phase: str, total: int, progress: Progress) -> None:
-        self._phase, self._total, self._progress = phase, total, progress
+
+class ProgressCounter:
+    """Counts what is done of a phase, and reports each count to a `Progress`."""
+
+    def __init__(self, phase: str, total: int, progress: Progress, *, unit: str) -> None:
+        self._phase, self._total, self._progress, self._unit = phase, total, progress, unit
         self._done, self._began = 0, time.monotonic()
 
     def __call__(self) -> None:
         """Count one more."""
         self._done += 1
         elapsed = time.monotonic() - self._began
-        self._progress(Tick(self._phase, self._done, self._total, elapsed, made=self._done))
+        self._progress(Tick(self._phase, self._done, self._total, elapsed, made=self._done, unit=self._unit))
 
 
-def in_threads(items: Iterable[Item], do: Callable[[Item], Made], threads: int) -> Iterator[tuple[Item, Made]]:
-    """Yield each item with what was made of it, as soon as it is."""
-    with ThreadPoolExecutor(threads, "verify") as pool:
-        futures = {pool.submit(do, item): item for item in items}
-        try:
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()
-        finally:
-            for future in futures:
-                future.cancel()  # after an error nothing more is begun
+def in_threads(
+    items: Iterable[Item], do: Callable[[Item], Made], threads: int, *, stop: threading.Event | None = None
+) -> Generator[tuple[Item, Made], None, None]:
+    """Yield each item with what was made of it, as soon as it is.
+
+    The first failure is raised as soon as the items that are being worked on are done. The threads are daemons: a process
+    that is told to end does not wait for them.
+
+    Args:
+        items: work is begun in this order.
+        do: makes something of one item.
+        threads: items that are worked on at a time.
+        stop: is set when nothing more is wanted, after a failure too; `do` may look at it to end early.
+    """
+    waiting: SimpleQueue[Item] = SimpleQueue()
+    results: SimpleQueue[tuple[Item, Any, BaseException | None]] = SimpleQueue()
+    for item in items:
+        waiting.put(item)
+    left, failure = waiting.qsize(), None
+    stop = threading.Event() if stop is None else stop
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                item = waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                results.put((item, do(item), None))
+            except BaseException as error:
+                results.put((item, None, error))
+
+    workers = [threading.Thread(target=work, daemon=True, name="worker") for _ in range(min(threads, left))]
+    try:
+        for worker in workers:
+            worker.start()
+        while left and failure is None:
+            with contextlib.suppress(Empty):
+                item, made, failure = results.get(timeout=0.2)  # so that signals come through
+                left -= 1
+                if failure is None:
+                    yield item, made
+    finally:
+        stop.set()
+    if failure is not None:
+        for worker in workers:
+            worker.join()
+        raise failure

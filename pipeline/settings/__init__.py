@@ -1,1 +1,1 @@
-"""Settings: config dataclasses, their command-line options, YAML files."""
+"""Settings: config dataclasses, the command-line options made from them, and YAML files."""

@@ -1,14 +1,15 @@
-"""How configs become options of the command line, each with its help, type and default; and options that commands share."""
+"""Options of the command line: those of configs, each with its help, type and default, and those that commands share."""
 
 import dataclasses
 import logging
-import types
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+
+from pipeline.settings.fields import REQUIRED, Setting, Views, settings_of
 
 log = logging.getLogger("deit_cli")
 
@@ -34,111 +35,113 @@ class ViewsType(click.ParamType):
             self.fail(f"{value!r} is not START:STOP, such as 0:30", param, ctx)
 
 
-class NumberOrAuto(click.ParamType):
-    """A whole number, or `auto`."""
+class NumberOrWord(click.ParamType):
+    """A whole number, or one of a few words such as `auto`."""
 
-    name = "INTEGER|auto"
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
+        self.name = "|".join(("INTEGER", *words))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """Turn the text into a number, unless it is `auto`."""
+        """Turn the text into a number, unless it is one of the words."""
         text = str(value).lower()
         try:
-            return text if text == "auto" else int(text)
+            return text if text in self.words else int(text)
         except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor auto", param, ctx)
+            self.fail(f"{value!r} is neither a whole number nor {' or '.join(self.words)}", param, ctx)
 
 
-def options_of(config: type, *, skip: frozenset[str] = frozenset()) -> Callable[[Any], Any]:
-    """Return a decorator that adds an option for every field of a config: its help, its type, its default."""
-    hints = typing.get_type_hints(config)
+class GroupedOption(click.Option):
+    """An option that says under which heading `--help` shows it: one of `fields.GROUPS`."""
+
+    def __init__(self, *args: Any, group: str, **known: Any) -> None:
+        super().__init__(*args, **known)
+        self.group = group
+
+
+plain_option = partial(click.option, cls=GroupedOption)  # of a single command; those of configs are made by options_of
+
+
+def options_of(config: type, *, where: Callable[[Setting], bool] = lambda _: True) -> Callable[[Any], Any]:
+    """Return a decorator that adds an option for every setting of a config for which `where` is true."""
 
     def decorate(command: Any) -> Any:
-        for field in reversed(dataclasses.fields(config)):
-            if field.name not in skip:
-                command = _option(field, hints[field.name])(command)
+        for setting in reversed(settings_of(config)):
+            command = _option(setting)(command) if where(setting) else command
         return command
 
     return decorate
 
 
-def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Any], Any]:
-    flag = field.name.replace("_", "-")
-    kind, repeats = _plain_type(hint)
-    declaration = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    default: Any = field.default
-    if _click_type(kind).__class__ is ViewsType and isinstance(default, tuple):
-        default = ViewsType.text(default)
-    known: dict[str, Any] = {"required": True} if default is dataclasses.MISSING else {"default": default}
-    if (bare := field.metadata.get("bare")) is not None:
-        known |= {"is_flag": False, "flag_value": bare}
-    shown = default is not dataclasses.MISSING and default not in (None, False, ())
-    return click.option(
-        declaration,
-        *field.metadata.get("flags", ()),
-        field.name,
-        type=None if kind is bool else _click_type(kind),
-        help=field.metadata["help"],
-        show_default=shown,
-        multiple=repeats,
+def _option(setting: Setting) -> Callable[[Any], Any]:
+    default = ViewsType.text(setting.default) if setting.kind == Views and setting.default else setting.default
+    known: dict[str, Any] = {"required": True} if default is REQUIRED else {"default": default}
+    if setting.bare is not None:
+        known |= {"is_flag": False, "flag_value": setting.bare}
+    return plain_option(
+        f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind is bool else setting.flag,
+        *setting.flags,
+        setting.name,
+        type=_type_of(setting),
+        help=setting.help,
+        group=setting.group,
+        show_default=default is not REQUIRED and default not in (None, False, ()),
+        multiple=setting.repeats,
         **known,
     )
 
 
-def _plain_type(hint: Any) -> tuple[Any, bool]:
-    """Return the type of one value of a field, without its None, and whether the option repeats."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return (kinds[0] if len(kinds) == 1 else NumberOrAuto()), False
-    if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
-        return typing.get_args(hint)[0], True
-    return hint, False
-
-
-def _click_type(kind: Any) -> Any:
-    if typing.get_origin(kind) is typing.Literal:
-        return click.Choice(typing.get_args(kind))
-    if kind is Path:
-        return click.Path(path_type=Path)
-    return ViewsType() if typing.get_origin(kind) is tuple else kind
+def _type_of(setting: Setting) -> Any:
+    """Return click's type of one value; None for a flag."""
+    if setting.words:
+        return NumberOrWord(setting.words) if setting.kind else click.Choice(setting.words)
+    return {Path: click.Path(path_type=Path), Views: ViewsType(), bool: None}.get(setting.kind, setting.kind)
 
 
 def recipe_options(command: Any) -> Any:
     """Add --recipe and --set."""
-    command = click.option(
+    command = plain_option(
         "--set",
         "overrides",
         multiple=True,
         metavar="FIELD=VALUE",
-        help="Change a field of the recipe, such as img_size=32; repeatable.",
+        help="Change a field of the recipe, such as img_size=32. Repeat the option for several fields.",
+        group="Data",
     )(command)
-    return click.option(
-        "--recipe", default=None, show_default="deit", help="deit, deit-384, crop-flip, none, or a YAML file."
+    return plain_option(
+        "--recipe",
+        show_default="deit",
+        help="Recipe of the views: deit, deit-384, crop-flip, none, or a YAML file.",
+        group="Data",
     )(command)
 
 
-LOG_JSON = click.option(
+LOG_JSON = plain_option(
     "--log-json",
     type=click.Path(path_type=Path),
-    help="Append messages and progress to this file, a JSON object a line.",
+    help="Append messages and progress to this file, one JSON object in each line.",
+    group="Logging",
 )
+AS_JSON = plain_option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.", group="Logging")
 
 
 RECIPE_FIELDS = "deit_cli.recipe_fields"  # what a file of settings says under `set`, in the command's context
 
 
 def config_option(*kinds: type) -> Callable[[Any], Any]:
-    """Return a decorator that adds -c/--config: a file with the fields of these configs, under what is passed."""
+    """Return a decorator that adds -c/--config: a file with settings of these configs, which the other options override."""
 
     def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is None:
             return
         from pipeline.settings.files import read_settings
 
-        settings = read_settings(path, *kinds)
+        has_recipe = any(parameter.name == "recipe" for parameter in context.command.params)
+        settings = read_settings(path, *kinds, recipe=has_recipe)
         context.meta[RECIPE_FIELDS] = {str(k).replace("-", "_"): v for k, v in settings.pop("set", {}).items()}
         context.default_map = settings
 
-    return click.option(
+    return plain_option(
         "-c",
         "--config",
         type=click.Path(path_type=Path),
@@ -146,16 +149,31 @@ def config_option(*kinds: type) -> Callable[[Any], Any]:
         is_eager=True,
         expose_value=False,
         callback=read,
-        help="Take these options from a YAML file (name: value); what is passed here goes before it.",
+        help="Read options from this YAML file of `name: value` lines; options that are passed here override it.",
+        group="Run",
     )
 
 
-def chosen_recipe(name: str | None, overrides: tuple[str, ...]) -> Any:
+def split_values(values: dict[str, Any], *kinds: type) -> Any:
+    """Make one config of each kind from the values of its own options."""
+    return tuple(
+        kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}) for kind in kinds
+    )
+
+
+def chosen_recipe(values: Mapping[str, Any]) -> Any:
     """Return the recipe of --recipe, --set and the file of settings."""
     from pipeline.settings.files import load_recipe, parse_override
     from pipeline.views.recipe import DEFAULT_RECIPE
 
-    return load_recipe(name or DEFAULT_RECIPE, recipe_fields() | dict(parse_override(text) for text in overrides))
+    overrides = recipe_fields() | dict(parse_override(text) for text in values["overrides"])
+    return load_recipe(values["recipe"] or DEFAULT_RECIPE, overrides)
+
+
+def asked_recipe(values: Mapping[str, Any]) -> Any:
+    """Return the recipe as `chosen_recipe` does; None where neither the options nor the file say anything of it."""
+    said = values["recipe"] is not None or values["overrides"] or recipe_fields()
+    return chosen_recipe(values) if said else None
 
 
 def recipe_fields() -> dict[str, Any]:
@@ -168,19 +186,3 @@ def say_settings(*configs: Any, recipe: Any) -> None:
     from pipeline.settings.files import describe_settings
 
     log.info("settings: %s", describe_settings(*configs, recipe=recipe))
-
-
-def split_values(values: dict[str, Any], *kinds: type) -> Any:
-    """Make one config of each kind from the values of its own options."""
-    return tuple(
-        kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}) for kind in kinds
-    )
-
-
-SECONDS = click.option(
-    "--seconds",
-    type=click.FloatRange(0.1, 600),
-    default=2.0,
-    help="Spent on each measurement, about.",
-)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

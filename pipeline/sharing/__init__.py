@@ -1,1 +1,1 @@
-"""Label sets between places and people: push, pull, merge, sign."""
+"""Sharing of label sets: push, pull, merge, sign, and manifests of parts."""

@@ -26,8 +26,8 @@ def subset_manifest(
     """Return the sealed manifest of a part of a sealed set.
 
     Args:
-        manifest: of the set.
-        plan: of the set, and of the subset.
+        manifest: manifest of the set.
+        plan: plan of the set, and of the subset.
         views: start and stop of the views that are wanted; whole blocks come, so they may be more. None: all.
         shards: names of source shards, or patterns of the shell (`train-00*`). None: all that are there.
         probes_of: reads the probes in a label shard's footer. It is called for a few files, and only where none of the
@@ -77,7 +77,7 @@ def choose_shards(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """Return the source shards that have one of these names or match one of these patterns, in the order of `names`.
 
     Raises:
-        UsageError: a name or pattern is of none, or there is none to choose.
+        UsageError: a name or pattern matches no source shard, or no pattern is given.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -130,42 +130,42 @@ def contains(large: Manifest, small: Manifest) -> bool:
     return large.sealed and set(large.files) >= set(small.files) and set(large.view_blocks) >= set(small.view_blocks)
 
 
-def unite(mine: Manifest, theirs: Manifest, plan: Plan, *, names: tuple[str, str]) -> Manifest:
-    """Return the manifest of a set with the files of both; one of them itself, where that has everything.
+def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]) -> Manifest:
+    """Return the manifest of a set with the files of both; where one of them has everything, it is returned itself.
 
     Args:
-        mine: sealed.
-        theirs: of the same label set.
-        plan: of both. The result has the `plan_sha256` of `theirs`, beside whose plan it will stand.
+        ours: the sealed manifest of the set that is brought.
+        there: the manifest at the destination, of the same label set.
+        plan: plan of both. The result has the `plan_sha256` of `there`, because it will lie beside that plan.
         names: where the two lie, for errors.
 
     Raises:
-        LabelSetIncomplete: `theirs` is not sealed, or together they leave a gap.
+        LabelSetIncomplete: `there` is not sealed, or together they leave a gap.
         LabelSetMismatch: they are of two label sets, cut views into other blocks, or have other bytes for one file.
     """
-    if mine.labelset_id != theirs.labelset_id:
+    if ours.labelset_id != there.labelset_id:
         raise LabelSetMismatch(
-            f"{names[1]} holds label set {short(theirs.labelset_id)}, {names[0]} holds {short(mine.labelset_id)}",
+            f"{names[1]} holds label set {short(there.labelset_id)}, {names[0]} holds {short(ours.labelset_id)}",
             fix="Choose another address",
         )
-    if not theirs.sealed:
+    if not there.sealed:
         raise LabelSetIncomplete(
             f"{names[1]} is not sealed: a deit-cli precompute is, or was, at work there",
             fix="Run it again to complete it, or choose another address",
         )
-    mine = mine.model_copy(update={"plan_sha256": theirs.plan_sha256, "content_sha256": None})
-    _check_files(mine, theirs, names)
-    for large, small in ((theirs, mine), (mine, theirs)):
+    ours = ours.model_copy(update={"plan_sha256": there.plan_sha256, "content_sha256": None})
+    _check_files(ours, there, names)
+    for large, small in ((there, ours), (ours, there)):
         if contains(large, small):
             return large
-    held = {record.name for each in (mine, theirs) for record in shards_of(each, plan, names[0])}
+    held = {record.name for each in (ours, there) for record in shards_of(each, plan, names[0])}
     shards = tuple(record.name for record in plan.source.shards if record.name in held)
-    blocks = sorted({*mine.view_blocks, *theirs.view_blocks})
-    files = {entry.path: entry for entry in (*theirs.files, *mine.files)}
+    blocks = sorted({*ours.view_blocks, *there.view_blocks})
+    files = {entry.path: entry for entry in (*there.files, *ours.files)}
     _check_whole(shards, blocks, files.values(), names)
-    probes = {(p.shard, p.row, p.view): p for p in (*theirs.probes, *mine.probes)}
-    environments = {repr(sorted(e.items())): e for e in (*theirs.environments, *mine.environments)}
-    return theirs.model_copy(
+    probes = {(p.shard, p.row, p.view): p for p in (*there.probes, *ours.probes)}
+    environments = {repr(sorted(e.items())): e for e in (*there.environments, *ours.environments)}
+    return there.model_copy(
         update={
             "shards": shards if len(shards) < len(plan.source.shards) else None,
             "view_blocks": tuple(blocks),
@@ -179,15 +179,15 @@ def unite(mine: Manifest, theirs: Manifest, plan: Plan, *, names: tuple[str, str
     )
 
 
-def _check_files(mine: Manifest, theirs: Manifest, names: tuple[str, str]) -> None:
-    for (start, stop), (following, end) in itertools.pairwise(sorted({*mine.view_blocks, *theirs.view_blocks})):
+def _check_files(ours: Manifest, there: Manifest, names: tuple[str, str]) -> None:
+    for (start, stop), (following, end) in itertools.pairwise(sorted({*ours.view_blocks, *there.view_blocks})):
         if following < stop:
             raise LabelSetMismatch(
                 f"{names[0]} and {names[1]} cut the same views into other blocks: {start}:{stop} and {following}:{end}",
                 fix="Choose another address, or make them with one --views-per-shard",
             )
-    known = {entry.path: entry for entry in theirs.files}
-    for entry in mine.files:
+    known = {entry.path: entry for entry in there.files}
+    for entry in ours.files:
         if (other := known.get(entry.path, entry)) != entry:
             raise LabelSetMismatch(
                 f"{entry.path} has SHA-256 {short(entry.sha256)}… in {names[0]} and {short(other.sha256)}… in"

@@ -9,7 +9,8 @@ replay probes are sound shows when they are rendered, in verifying or training.
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, UsageError
 from pipeline.labels.card import refresh_card
+from pipeline.labels.checked_files import check_rows, checked_labels_footer, checked_samples
 from pipeline.labels.format import PLAN_NAME, damaged_file
-from pipeline.labels.labelset import LabelSet, checked_labels_footer, checked_samples
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import (
     FileEntry,
     Plan,
@@ -32,13 +34,12 @@ from pipeline.labels.manifest import (
     samples_path,
     short,
 )
-from pipeline.labels.sealing import check_theirs, check_untouched, claim, seal, sealed_manifest
-from pipeline.labels.tables import Contents, SampleRows, read_all_views
+from pipeline.labels.sealing import check_replaceable, check_untouched, claim, seal, sealed_manifest
+from pipeline.labels.tables import Contents, read_all_views
 from pipeline.machine.progress import Progress
-from pipeline.machine.threads import Telling
+from pipeline.machine.threads import ProgressCounter
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
-from pipeline.storage.cache import read_local
-from pipeline.storage.urls import is_url
+from pipeline.storage.urls import local_path
 from pipeline.text import count
 
 log = logging.getLogger("deit_cli.merging")
@@ -48,13 +49,13 @@ _BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge came to.
+    """The result of a merge.
 
     Attributes:
-        files: label shards, samples files and tars that were taken over.
-        found: those that were there before.
-        label_set: the result; None where it lacks label shards, and was not sealed.
-        missing: these label shards, source shard and views; none of a sealed result.
+        files: number of label shards, samples files and tars that were taken over.
+        found: number of files that were there before.
+        label_set: the result; None where label shards are missing, so that it was not sealed.
+        missing: source shard and views of each missing label shard; empty for a sealed result.
     """
 
     files: int
@@ -66,111 +67,154 @@ class Merged:
 def merge(out: Path, locations: Sequence[str], *, progress: Progress = lambda _: None) -> Merged:
     """Take over the files of several label sets of one identity, and seal what is complete.
 
-    The result holds every source shard that has samples in one of them. It is sealed if each of these has every block of
-    views that one of them has.
+    The result holds every source shard that has samples in one of them. It is sealed if every
+    source shard has every block of views.
 
     Args:
         out: a folder that is empty, not there yet, or holds a label set of the same identity, which then grows.
         locations: folders; of sealed sets URLs too.
-        progress: hears of files.
+        progress: is told how many files are done.
 
     Raises:
         UsageError: `out` is among `locations`.
-        LabelSetMismatch: two of them are of different label sets or images, or cut the same views into other blocks.
+        LabelSetMismatch: two sets differ in their identity or images, or cut the same views into other blocks.
         LabelSetCorrupt: a file is damaged.
     """
     _refuse_same(out, locations)
-    parts = [_open(location) for location in locations]
-    plan = _claim(out, parts)
+    inputs = [_open(location) for location in locations]
+    plan = _claim(out, inputs)
     _check_found(out, plan)
     sweep_temporaries(out)
-    found, tell = 0, Telling("merge", sum(len(part) for part in parts), progress)
-    for part in parts:
-        for file in part:
-            with refusals_named(out / file.path):
-                found += not _take(out / file.path, file)
-            tell()
+    files = [(given, file) for given in inputs for file in given.files]
+    found, count_one = 0, ProgressCounter("merge", len(files), progress, unit="files")
+    for given, file in files:
+        with refusals_named(out / file.path):
+            found += not _add(out / file.path, given, file)
+        count_one()
     missing = _seal(out, plan)
     label_set = None if missing else LabelSet.open(out)
     if label_set:
         refresh_card(label_set)
-    return Merged(sum(map(len, parts)) - found, found, label_set, missing)
+    return Merged(len(files) - found, found, label_set, missing)
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file that another set has: checked when it is written."""
+    """A file of one of the sets that are merged: checked when it is written.
 
-    part: "_Part"
-    entry: FileEntry | None  # None where no manifest lists it
-    path: Path  # in the set
+    Attributes:
+        entry: what the manifest says of it; None where no manifest lists it.
+        path: inside the set.
+        shard: name of its source shard.
+        views: views of a label shard; empty for samples and images.
+    """
+
+    entry: FileEntry | None
+    path: Path
     shard: str
-    views: range  # none of samples and images
-
-    def check(self) -> Contents | None:
-        """Read a table whole and check it; a tar of images is checked as it is copied."""
-        label_set = self.part.label_set
-        if self.entry is not None:
-            assert label_set is not None
-            return None if self.entry.kind == "images" else label_set.read_file(self.entry)
-        path, plan = Path(self.part.location) / self.path, self.part.plan
-        with refusals_named(path):
-            contents = Contents(str(path), path.read_bytes())
-        if self.views:
-            checked_labels_footer(contents, plan, self.shard, self.views)
-            usable = self.part.usable(self.shard)
-            if any(not np.array_equal(rows.row, usable) for rows in read_all_views(contents)):
-                raise LabelSetCorrupt(
-                    f"{path} does not have the usable rows of its samples file", fix=damaged_file(self.views)
-                )
-        else:
-            self.part.samples(contents, self.shard)
-        return contents
+    views: range
 
 
-class _Part:
-    """One of the sets that are merged."""
+class _Input(ABC):
+    """One of the sets that are merged, or the result as it lies there.
 
-    def __init__(self, location: str, plan: Plan, label_set: LabelSet | None, folder: Path | None) -> None:
-        self.location, self.plan, self.label_set = location, plan, label_set
-        self._usable: dict[str, NDArray[np.int64]] = {}
-        self._files = list(self._listed(label_set) if label_set else self._lying(folder or Path(location)))
+    Attributes:
+        name: path or URL.
+        plan: plan of the set.
+        files: its files.
+    """
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __iter__(self) -> Iterator[_File]:
-        return iter(self._files)
-
-    def samples(self, file: Path | Contents, shard: str) -> SampleRows:
-        """Read the samples of a source shard where no manifest lists them, and check them against the plan."""
-        return checked_samples(file, self.plan, next(r for r in self.plan.source.shards if r.name == shard))
-
-    def usable(self, shard: str) -> NDArray[np.int64]:
-        """Return the rows that each view of a source shard must have, where no manifest lists them."""
-        if shard not in self._usable:
-            self._usable[shard] = self.samples(Path(self.location) / samples_path(shard), shard).usable
-        return self._usable[shard]
+    def __init__(self, name: object, plan: Plan, files: Iterable[_File]) -> None:
+        self.name, self.plan, self.files = str(name), plan, list(files)
 
     @property
     def blocks(self) -> list[range]:
-        """Of views, of its label shards."""
-        return [file.views for file in self._files if file.views]
+        """Blocks of views of its label shards."""
+        return [file.views for file in self.files if file.views]
 
-    def _listed(self, label_set: LabelSet) -> Iterator[_File]:
-        for entry in label_set.manifest.files:
-            yield _File(self, entry, Path(entry.path), entry.shard, entry.views)
+    @abstractmethod
+    def read(self, file: _File) -> Contents | None:
+        """Return a table, read whole and checked; None for a tar of images, which is checked as it is copied."""
 
-    def _lying(self, folder: Path) -> Iterator[_File]:
-        names = [record.name for record in self.plan.source.shards]
-        present = [name for name in names if (folder / samples_path(name)).is_file()]
-        for name in present:
-            yield _File(self, None, Path(samples_path(name)), name, range(0))
-        for views in label_blocks(folder):
-            for name in present:  # without samples nobody knows whose labels they are
-                path = Path(labels_path(name, views))
-                if (folder / path).is_file():
-                    yield _File(self, None, path, name, views)
+    def copy_images(self, file: _File, target: BinaryIO) -> None:
+        """Copy a tar of images, and compare it with its manifest."""
+        raise NotImplementedError  # only sealed sets have images
+
+
+class _SealedSet(_Input):
+    """A sealed set: a file is what its manifest says."""
+
+    def __init__(self, label_set: LabelSet) -> None:
+        self._label_set = label_set
+        entries = label_set.manifest.files
+        files = (_File(entry, Path(entry.path), entry.shard, entry.views) for entry in entries)
+        super().__init__(label_set.place, label_set.plan, files)
+
+    def read(self, file: _File) -> Contents | None:
+        """Read a table by its hash."""
+        assert file.entry is not None
+        return None if file.entry.kind == "images" else self._label_set.read_file(file.entry)
+
+    def copy_images(self, file: _File, target: BinaryIO) -> None:
+        """Copy a tar of images, and compare it with its manifest."""
+        assert file.entry is not None
+
+        def copy(path: Path) -> str:
+            target.seek(0)
+            target.truncate()
+            digest = hashlib.sha256()
+            with path.open("rb") as source:
+                while block := source.read(_BLOCK_BYTES):
+                    digest.update(block)
+                    target.write(block)
+            return digest.hexdigest()
+
+        tar = self._label_set.file_of(file.entry)
+        if tar.use(copy) != file.entry.sha256:
+            raise LabelSetCorrupt(
+                f"{tar} has not the SHA-256 that its manifest says: it is damaged", fix=damaged_file()
+            )
+
+
+class _UnsealedFolder(_Input):
+    """A folder that was never sealed: a file is what its own footer says."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self._folder = folder
+        self._usable: dict[str, NDArray[np.int64]] = {}
+        super().__init__(folder, plan, _lying_files(folder, plan))
+
+    def read(self, file: _File) -> Contents:
+        """Read a table, and check it against plan and samples."""
+        path = self._folder / file.path
+        with refusals_named(path):
+            contents = Contents(str(path), path.read_bytes())
+        if file.views:
+            checked_labels_footer(contents, self.plan, file.shard, file.views)
+            for view, rows in enumerate(read_all_views(contents), file.views.start):
+                check_rows(path, view, rows, self._usable_rows(file.shard), block=file.views)
+        else:
+            checked_samples(contents, self.plan, self.plan.shard(file.shard))
+        return contents
+
+    def _usable_rows(self, shard: str) -> NDArray[np.int64]:
+        if shard not in self._usable:
+            path = self._folder / samples_path(shard)
+            self._usable[shard] = checked_samples(path, self.plan, self.plan.shard(shard)).usable
+        return self._usable[shard]
+
+
+def _lying_files(folder: Path, plan: Plan) -> Iterator[_File]:
+    """Yield the tables that lie in a folder."""
+    names = [record.name for record in plan.source.shards]
+    present = [name for name in names if (folder / samples_path(name)).is_file()]
+    for name in present:
+        yield _File(None, Path(samples_path(name)), name, range(0))
+    for views in label_blocks(folder):
+        for name in present:  # without samples nobody knows whose labels they are
+            path = Path(labels_path(name, views))
+            if (folder / path).is_file():
+                yield _File(None, path, name, views)
 
 
 def _refuse_same(out: Path, locations: Sequence[str]) -> None:
@@ -179,28 +223,27 @@ def _refuse_same(out: Path, locations: Sequence[str]) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: the first folder is the result")
     for location in locations:
-        if is_url(location):
+        if (path := local_path(location)) is None:
             continue
-        part, result = Path(location).resolve(), out.resolve()
-        if part == result:
+        given, result = path.resolve(), out.resolve()
+        if given == result:
             raise UsageError(f"{location} is both the result and a part: a label set that is there grows by itself")
-        if result.is_relative_to(part) or part.is_relative_to(result):
+        if result.is_relative_to(given) or given.is_relative_to(result):
             raise UsageError(f"{out} and {location} lie one in the other: choose a result apart from its parts")
 
 
-def _open(location: str) -> _Part:
-    """Open a part: a sealed set by its manifest, another folder by what lies in it."""
+def _open(location: str) -> _Input:
+    """Open a sealed set by its manifest, another folder by what lies in it."""
     try:
-        label_set = LabelSet.open(location)
+        return _SealedSet(LabelSet.open(location))
     except LabelSetError:
-        folder = Path(location)
-        if is_url(location) or not (folder / PLAN_NAME).is_file() or sealed_manifest(folder) is not None:
+        folder = local_path(location)
+        if folder is None or not (folder / PLAN_NAME).is_file() or sealed_manifest(folder) is not None:
             raise
-        return _Part(location, read_plan(folder), None, folder)
-    return _Part(location, label_set.plan, label_set, None)
+        return _UnsealedFolder(folder, read_plan(folder))
 
 
-def _claim(out: Path, parts: Sequence[_Part]) -> Plan:
+def _claim(out: Path, inputs: Sequence[_Input]) -> Plan:
     """Check that all are of one identity, and make `out` a label set of it, with the first one's plan if it has none."""
     known = out / PLAN_NAME
     if known.is_file():
@@ -208,30 +251,30 @@ def _claim(out: Path, parts: Sequence[_Part]) -> Plan:
     else:
         if out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
             raise LabelSetMismatch(f"{out} is not empty and holds no label set: choose another folder")
-        plan, where = parts[0].plan, parts[0].location
-    for part in parts:
-        _check_same(plan, where, part)
-    held = {(views.start, views.stop) for part in parts for views in part.blocks}
+        plan, where = inputs[0].plan, inputs[0].name
+    for given in inputs:
+        _check_same(plan, where, given)
+    held = {(views.start, views.stop) for given in inputs for views in given.blocks}
     blocks = [range(*block) for block in sorted(held | {(b.start, b.stop) for b in label_blocks(out)})]
     _refuse_overlap(out, blocks)
     claim(out, plan, blocks)
     return read_plan(out)
 
 
-def _check_same(plan: Plan, where: str, part: _Part) -> None:
+def _check_same(plan: Plan, where: str, given: _Input) -> None:
     for name in ("recipe_id", "teacher_id", "source_id", "topk", "precision"):
-        mine, theirs = getattr(plan, name), getattr(part.plan, name)
-        if mine != theirs:
+        expected, found = getattr(plan, name), getattr(given.plan, name)
+        if expected != found:
             what = name.removesuffix("_id")
             raise LabelSetMismatch(
-                f"{where} has {what} {short(str(mine))}, {part.location} has {short(str(theirs))}: only sets"
+                f"{where} has {what} {short(str(expected))}, {given.name} has {short(str(found))}: only sets"
                 " of one identity can be merged",
                 fix="Leave one of them out",
             )
 
 
 def _check_found(out: Path, plan: Plan) -> None:
-    """Check what lies in the result already: a manifest vouches for all that it lists, whoever made it.
+    """Check what lies in the result already: a manifest promises all that it lists, whoever made it.
 
     Raises:
         LabelSetCorrupt: a file is not as it was sealed, or, where none was sealed, not what its footer says.
@@ -239,55 +282,35 @@ def _check_found(out: Path, plan: Plan) -> None:
     check_untouched(out, label_blocks(out))
     sealed = sealed_manifest(out)
     listed = {Path(entry.path) for entry in sealed.files} if sealed else set()
-    for file in _Part(str(out), plan, None, out):
+    lying = _UnsealedFolder(out, plan)
+    for file in lying.files:
         if file.path not in listed:
-            file.check()
+            lying.read(file)
 
 
-def _take(path: Path, file: _File) -> bool:
+def _add(path: Path, given: _Input, file: _File) -> bool:
     """Create a file of the result; return False where it was there, of the same images and rows."""
-    contents = file.check()
-    if publish_file(path, contents.data if contents else partial(_copy_tar, file)):
+    contents = given.read(file)
+    if publish_file(path, contents.data if contents else partial(given.copy_images, file)):
         return True
     if contents is None:
         assert file.entry is not None
         if sha256_file(path) != file.entry.sha256:
             raise LabelSetMismatch(
-                f"{path} has other bytes than the one in {file.part.location}: it is damaged, or was packed"
+                f"{path} has other bytes than the one in {given.name}: it is damaged, or was packed"
                 " from other images or with another Pillow",
                 fix="Delete it, or leave that set out",
             )
         return False
     if contents.data != path.read_bytes():
-        theirs = path.with_name(f"{TEMPORARY_PREFIX}theirs-{path.name}")
+        other = path.with_name(f"{TEMPORARY_PREFIX}other-{path.name}")
         try:
-            theirs.write_bytes(contents.data)
-            check_theirs(path, theirs)
+            other.write_bytes(contents.data)
+            check_replaceable(path, other)
         finally:
-            theirs.unlink(missing_ok=True)
-        log.info("%s: %s has other bytes for the same rows; the file that is there stays", path, file.part.location)
+            other.unlink(missing_ok=True)
+        log.info("%s: %s has other bytes for the same rows; the file that is there stays", path, given.name)
     return False
-
-
-def _copy_tar(file: _File, target: BinaryIO) -> None:
-    """Copy a tar of images, and hold it against its manifest."""
-    label_set, entry = file.part.label_set, file.entry
-    assert label_set is not None
-    assert entry is not None
-
-    def copy(path: Path) -> str:
-        target.seek(0)
-        target.truncate()
-        digest = hashlib.sha256()
-        with path.open("rb") as source:
-            while block := source.read(_BLOCK_BYTES):
-                digest.update(block)
-                target.write(block)
-        return digest.hexdigest()
-
-    where = label_set.file_of(entry)
-    if read_local(where, copy) != entry.sha256:
-        raise LabelSetCorrupt(f"{where} has not the SHA-256 that its manifest says: it is damaged", fix=damaged_file())
 
 
 def _seal(out: Path, plan: Plan) -> tuple[tuple[str, range], ...]:
@@ -330,7 +353,7 @@ def _refuse_overlap(out: Path, blocks: Sequence[range]) -> None:
 
 
 def merged_lines(out: Path, merged: Merged) -> str:
-    """Return what a merge came to, for people."""
+    """Return the result of a merge, for people."""
     files = f"{count(merged.files, 'file')} taken over, {merged.found:,} were there"
     if merged.label_set is not None:
         held, views = merged.label_set, merged.label_set.views

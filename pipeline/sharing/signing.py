@@ -20,8 +20,7 @@ from pipeline.labels.format import MANIFEST_NAME, SIGNATURE_NAME, pin_of
 from pipeline.labels.labelset import LabelSet
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import MAX_JSON_BYTES, read_small
-from pipeline.storage.remote import read_url
-from pipeline.storage.urls import is_url, join_url
+from pipeline.storage.place import File, Place
 
 MAX_SIGNATURE_BYTES = 1 << 20  # an identity's bundle, with its certificate and log entry, has about 10 kB
 _SIGN_AGAIN = "Sign it again with deit-cli labels sign, or fetch manifest and signature again"
@@ -35,15 +34,15 @@ def sign(folder: Path, *, private_key: Path | None = None, identity_token: str |
     """Sign the manifest of a label set, and return where the signature lies.
 
     Args:
-        folder: of the set, local.
+        folder: local folder of the set.
         private_key: PEM of an elliptic curve (P-256, P-384 or P-521); None signs with an identity of Sigstore: that of the
             machine (a CI job's, say), or the one that a browser asks for.
-        identity_token: of Sigstore, where there is no browser.
+        identity_token: token of Sigstore, where there is no browser.
 
     Raises:
         SignatureError: the key cannot be used, or Sigstore gave no signature.
     """
-    LabelSet(folder).check_complete()  # nobody should vouch for what no reader takes
+    LabelSet(Place(folder)).check_complete()  # nobody should vouch for what no reader takes
     manifest = read_small(folder / MANIFEST_NAME)
     way_out = "Sigstore needs the network and an identity" if private_key is None else "Pass an EC private key in PEM"
     config = _library("signing").Config()
@@ -61,7 +60,7 @@ def sign(folder: Path, *, private_key: Path | None = None, identity_token: str |
 
 
 def check_signature(
-    location: str,
+    place: Place,
     *,
     manifest_sha256: str,
     public_key: Path | None = None,
@@ -71,8 +70,8 @@ def check_signature(
     """Check the signature of a manifest, and return who made it, for people.
 
     Args:
-        location: folder or URL of the set.
-        manifest_sha256: of the manifest that was looked at: the signature must be of that very one.
+        place: where the set lies.
+        manifest_sha256: hash of the manifest that was verified: the signature must be over that very one.
         public_key: PEM; None checks an identity.
         identity: whose signature it must be, such as a mail address or the URL of a CI workflow.
         identity_provider: who vouches for the identity, such as `https://accounts.google.com`.
@@ -80,9 +79,9 @@ def check_signature(
     Raises:
         SignatureError: it is missing, damaged, of another key or identity, or of another manifest.
     """
-    name = f"{location.rstrip('/')}/{SIGNATURE_NAME}"
-    bundle = _read(location, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
-    manifest = _read(location, MANIFEST_NAME, MAX_JSON_BYTES)
+    name = place / SIGNATURE_NAME
+    bundle = _read(name, MAX_SIGNATURE_BYTES)
+    manifest = _read(place / MANIFEST_NAME, MAX_JSON_BYTES)
     signed = _signed_sha256(bundle, name)
     found = hashlib.sha256(manifest).hexdigest()
     for sha256, what in ((found, "the manifest has"), (manifest_sha256, "the manifest that was verified has")):
@@ -105,19 +104,18 @@ def check_signature(
     return who
 
 
-def _read(location: str, name: str, max_bytes: int) -> bytes:
+def _read(file: File, max_bytes: int) -> bytes:
+    way_out = f"{_SIGN_AGAIN}, or leave --public-key and --identity out"
     try:
-        if is_url(location):
-            return read_url(join_url(location, name), max_bytes=max_bytes)
-        path = Path(location) / name
-        if path.is_file() and path.stat().st_size > max_bytes:
-            raise SignatureError(f"{path} has {path.stat().st_size} bytes, such a file has at most {max_bytes}")
-        return read_small(path)
+        data = file.read(max_bytes=max_bytes)
     except StorageError as error:
-        raise SignatureError(f"{error}. {_SIGN_AGAIN}, or leave --public-key and --identity out") from error
+        raise SignatureError(f"{error}. {way_out}") from error
+    if data is None:
+        raise SignatureError(f"{file}: there is no such file", fix=way_out)
+    return data
 
 
-def _signed_sha256(bundle: bytes, name: str) -> str:
+def _signed_sha256(bundle: bytes, name: object) -> str:
     """Return the SHA-256 of the manifest that a signature says it is over; whether it is genuine is not looked at here.
 
     A signature of the same signer over something else must not pass, whatever it makes the library leave out.
@@ -133,7 +131,7 @@ def _signed_sha256(bundle: bytes, name: str) -> str:
         return str(resource["digest"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SignatureError(
-            f"{name} is no signature of a manifest, or damaged: {type(error).__name__}: {error}. {_SIGN_AGAIN}"
+            f"{name} is not a signature of a manifest, or is damaged: {type(error).__name__}: {error}. {_SIGN_AGAIN}"
         ) from error
 
 

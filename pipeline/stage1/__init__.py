@@ -1,1 +1,1 @@
-"""Stage 1: from a plan to sealed labels."""
+"""Stage 1: render the views of a source, label them with a teacher, and seal the label set."""

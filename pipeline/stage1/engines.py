@@ -16,10 +16,10 @@ from typing import Any
 from pipeline.crash import CRASHED, Crash, crash_of
 from pipeline.errors import DeitCliError, TeacherError, WorkerError
 from pipeline.images.source import Source, open_source
-from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, rank_from
-from pipeline.repeats import hear, send_messages, warn_again
+from pipeline.machine.threads import usable_cores
+from pipeline.repeats import forward_messages, log_forwarded, warn_counted
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.stage1.dispatch import TRIES, Dispatcher
 from pipeline.stage1.loop import Job, LabelTask, label_shards
@@ -105,7 +105,7 @@ class _Crew:
         elif kind == "finish":
             self._dispatcher.finish(worker.name, value)
         elif kind == "message":
-            hear(value)
+            log_forwarded(value)
         elif kind == "error":
             raise value
         elif kind == "crash":
@@ -122,7 +122,7 @@ class _Crew:
         if worker.crash:
             self.cause = worker.crash.summary
             log.debug("%s", worker.crash.traceback)
-        warn_again(
+        warn_counted(
             log,
             "lost teacher processes",
             "teacher process on %s was lost (%s): its %d label shards go to another",
@@ -169,7 +169,7 @@ def _work(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | 
         with one_at_a_time:
             pipe.send((kind, value))
 
-    send_messages(partial(send, "message"))
+    forward_messages(partial(send, "message"))
     try:
         teacher = load_same(job, config, num_classes, device)
 

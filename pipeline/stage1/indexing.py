@@ -13,7 +13,7 @@ import xxhash
 from pipeline.errors import BadImageError, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
-from pipeline.labels.labelset import checked_samples
+from pipeline.labels.checked_files import checked_samples
 from pipeline.labels.manifest import Plan, samples_path
 from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
 from pipeline.machine.loaders import Made, Note, in_processes
@@ -48,7 +48,7 @@ class Reading:
         made = in_processes(work, shards, workers=min(self.workers, len(shards)))
         for done, result in enumerate(zip(shards, made, strict=True), start=1):
             yield result
-            self.progress(Tick(phase, done, len(shards), time.monotonic() - began, done))
+            self.progress(Tick(phase, done, len(shards), time.monotonic() - began, done, unit="source shards"))
 
 
 def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRows]:

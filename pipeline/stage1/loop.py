@@ -7,21 +7,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.images.source import Source
+from pipeline.labels.checked_files import check_rows, checked_labels_footer, checked_samples
 from pipeline.labels.format import damaged_file
-from pipeline.labels.labelset import checked_labels_footer, checked_samples
 from pipeline.labels.manifest import Plan, labels_path, pixel_environment, read_probes, samples_path
 from pipeline.labels.replay import compare_probes
 from pipeline.labels.tables import SampleRows, read_all_views
-from pipeline.machine.progress import Report
+from pipeline.machine.progress import WorkDone
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.drafts import LabelDraft, publish_draft
 from pipeline.stage1.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
-from pipeline.teacher.teacher import Answer, Pending, Teacher, one_thread
+from pipeline.teacher.teacher import Answer, PendingAnswer, Teacher, one_thread
 from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.labelling")
@@ -66,7 +65,7 @@ class Job:
         return checked_samples(self.config.folder / samples_path(shard), self.plan, record)
 
 
-Tell = Callable[[Report], None]
+Tell = Callable[[WorkDone], None]
 Finish = Callable[[LabelTask], None]
 
 
@@ -92,11 +91,11 @@ def label_shards(
         held=AHEAD,  # the device may still have to copy them
         device=teacher.device,
     )
-    waiting: deque[tuple[ViewBatch, Pending]] = deque()
+    waiting: deque[tuple[ViewBatch, PendingAnswer]] = deque()
     with one_thread(teacher.device), desk:
         for number, batch in enumerate(batches):
             if number == 0:
-                tell(Report())
+                tell(WorkDone())
             waiting.append((batch, teacher.ask(batch.images, batch.mix, job.plan.topk)))
             if len(waiting) > AHEAD:
                 desk.settle(*waiting.popleft())
@@ -135,7 +134,7 @@ class _Desk:
         for task in tasks:
             samples = self._job.samples(task.shard)
             if is_done(self._job, task, samples):
-                self._tell(Report(found=len(samples.usable) * len(task.views)))
+                self._tell(WorkDone(found=len(samples.usable) * len(task.views)))
                 self._finish(task)
                 continue
             draft = LabelDraft(samples, task.shard, task.views, self._job.plan)
@@ -145,7 +144,7 @@ class _Desk:
             self._drafts[task] = draft
             yield from blocks_of(task.shard, task.views, samples, self._job.recipe)
 
-    def settle(self, batch: ViewBatch, pending: Pending) -> None:
+    def settle(self, batch: ViewBatch, pending: PendingAnswer) -> None:
         """Wait for an answer, and put it where it belongs."""
         task = LabelTask(batch.shard, batch.views)
         draft = self._drafts[task]
@@ -154,7 +153,7 @@ class _Desk:
         draft.add(batch.view, rows, answer.hard, answer.topk_index, answer.topk_prob)
         draft.add_probe(batch, self._job.recipe)
         busy, self._busy_s = self._teacher.busy_s - self._busy_s, self._teacher.busy_s
-        self._tell(Report(views=len(rows), busy_s=busy))
+        self._tell(WorkDone(views=len(rows), busy_s=busy))
         if draft.is_complete:
             self._publish(task, self._drafts.pop(task))
 
@@ -168,7 +167,7 @@ class _Desk:
         """Wait until at most so many files are still to be written, and report those that are."""
         while len(self._writes) > most or (self._writes and self._writes[0][1].done()):
             task, future = self._writes.popleft()
-            self._tell(Report(bytes=future.result()))
+            self._tell(WorkDone(bytes=future.result()))
             self._finish(task)
 
 
@@ -183,8 +182,8 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
         return False
     try:
         footer = checked_labels_footer(path, job.plan, task.shard, task.views)
-        if any(not np.array_equal(rows.row, samples.usable) for rows in read_all_views(path)):
-            raise LabelSetCorrupt(f"{path} does not have the usable rows of its samples file")
+        for view, rows in enumerate(read_all_views(path), task.views.start):
+            check_rows(path, view, rows, samples.usable, block=task.views)
     except (LabelSetCorrupt, LabelSetMismatch) as error:
         raise error.with_fix(damaged_file(task.views)) from error.__cause__
     compare_probes(read_probes(footer.probes, path), job.recipe, job.source, {task.shard: samples}.__getitem__)
@@ -196,7 +195,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _named(pending: Pending, batch: ViewBatch, job: Job) -> Answer:
+def _named(pending: PendingAnswer, batch: ViewBatch, job: Job) -> Answer:
     try:
         return pending.result()
     except NonFiniteTeacherError as error:

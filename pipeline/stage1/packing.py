@@ -18,8 +18,8 @@ from pipeline.images.samples import Sample, keys_sha256
 from pipeline.images.source import Source, SourceShard
 from pipeline.images.tar_archive import check_member_key, member_extension, read_comment, write_tar
 from pipeline.images.tars import TarShard
+from pipeline.labels.checked_files import checked_samples
 from pipeline.labels.format import IMAGES_FOLDER
-from pipeline.labels.labelset import checked_samples
 from pipeline.labels.manifest import Plan, images_path, samples_path
 from pipeline.labels.sealing import sealed_manifest
 from pipeline.labels.tables import SampleRows
@@ -27,6 +27,7 @@ from pipeline.machine.loaders import Note
 from pipeline.settings.configs import ORIGINAL, BadImagePolicy
 from pipeline.stage1.indexing import Reading
 from pipeline.storage.atomic import publish_file, refusals_named, sha256_file
+from pipeline.storage.place import LocalFile
 
 log = logging.getLogger("deit_cli.packing")
 
@@ -121,7 +122,9 @@ def check_packable(source: Source) -> None:
 def packed_source(out: Path, source: Source) -> Source:
     """Return the source that the tars in a label set are, or will be."""
     folder = out / IMAGES_FOLDER
-    shards = tuple(TarShard(shard.name, folder / f"{shard.name}.tar", source.num_classes) for shard in source.shards)
+    shards = tuple(
+        TarShard(shard.name, LocalFile(folder / f"{shard.name}.tar"), source.num_classes) for shard in source.shards
+    )
     return Source(str(folder), "tar", source.class_names, shards)
 
 

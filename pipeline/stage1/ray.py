@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import DeitCliError, UsageError, WorkerError
-from pipeline.machine.progress import Report, Tally
+from pipeline.machine.progress import Tally, WorkDone
 from pipeline.machine.ranks import plan_loaders
-from pipeline.repeats import hear, send_messages, warn_again
+from pipeline.repeats import forward_messages, log_forwarded, warn_counted
 from pipeline.settings.configs import TeacherConfig
 from pipeline.stage1.dispatch import TRIES, Dispatcher
 from pipeline.stage1.engines import load_same
@@ -109,7 +109,7 @@ class _RayCrew:
                 for report in reports:
                     tally.add(report)
                 for message in messages:
-                    hear(message)
+                    log_forwarded(message)
                 if waiting and len(self._running) < self._count:
                     self._start()
             set_aside = ray.get(self._desk.set_aside.remote())
@@ -139,7 +139,7 @@ class _RayCrew:
         except ray.exceptions.RayError as error:
             ray.kill(actor)  # it may only have been out of reach
             had = ray.get(self._desk.lose.remote(name))
-            warn_again(
+            warn_counted(
                 log,
                 "lost Ray workers",
                 "Ray worker %s was lost (%s): its %d label shards go to another",
@@ -158,7 +158,7 @@ class _RayDesk:
 
     def __init__(self, tasks: Sequence[LabelTask]) -> None:
         self._dispatcher = Dispatcher(deque(tasks))
-        self._reports: list[Report] = []
+        self._reports: list[WorkDone] = []
         self._messages: list[logging.LogRecord] = []
 
     def take(self, worker: str) -> LabelTask | None:
@@ -170,7 +170,7 @@ class _RayDesk:
     def lose(self, worker: str) -> int:
         return self._dispatcher.lose(worker)
 
-    def report(self, report: Report) -> None:
+    def report(self, report: WorkDone) -> None:
         self._reports.append(report)
 
     def say(self, message: logging.LogRecord) -> None:
@@ -179,7 +179,7 @@ class _RayDesk:
     def set_aside(self) -> list[LabelTask]:
         return self._dispatcher.set_aside
 
-    def news(self) -> tuple[list[Report], list[logging.LogRecord], bool, int]:
+    def news(self) -> tuple[list[WorkDone], list[logging.LogRecord], bool, int]:
         reports, self._reports = self._reports, []
         messages, self._messages = self._messages, []
         return reports, messages, self._dispatcher.finished, len(self._dispatcher.waiting)
@@ -191,7 +191,7 @@ class _RayWorker:
     def run(self, name: str, job: Job, config: TeacherConfig, num_classes: int | None, device: str, desk: Any) -> None:
         import ray
 
-        send_messages(lambda message: desk.say.remote(message))
+        forward_messages(lambda message: desk.say.remote(message))
         teacher = load_same(job, config, num_classes, device)
         tasks = iter(lambda: ray.get(desk.take.remote(name)), None)
         label_shards(

@@ -1,1 +1,1 @@
-"""Bytes here and behind URLs: atomic files, strict JSON and YAML, transfers, a disk cache, a mirror."""
+"""Files on this machine and behind URLs: atomic writes, strict JSON and YAML, transfers, a disk cache, a mirror."""

@@ -31,7 +31,7 @@ def publish_file(path: Path, content: Content) -> bool:
 
     Args:
         path: final name; its folder is created.
-        content: of the file.
+        content: the bytes, or a function that writes them.
 
     Returns:
         True if this call created the file, False if another writer had already created it (ours is dropped).

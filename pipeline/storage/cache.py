@@ -1,9 +1,9 @@
 """Remote files on the local disk: a folder with a size limit that many processes share.
 
 A file is downloaded once, under a lock that dies with its holder, to a temporary name; measured, hashed, and only then
-given its name. Beside it stands a small JSON with its length and hash: without that, or with another length, it is no
-file of the cache. When room is needed, the file that was used longest ago goes; whoever wants it fetches it again. So
-every opening goes through `fetch` (or `read_local`), and nothing is decided by a date but the order of eviction.
+given its name. Beside it stands a small JSON with its length and hash: without that, or with another length, it is not a
+file of the cache. When room is needed, the least recently used file goes, and is fetched again by the next process that
+needs it. So every file is opened through `use` (or `fetch`), and a date decides nothing but the order of eviction.
 """
 
 import contextlib
@@ -14,17 +14,18 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from pipeline.errors import DeitCliError, RemoteFileCorrupt, StorageError
-from pipeline.repeats import warn_again
+from pipeline.errors import RemoteFileCorrupt, StorageError
+from pipeline.repeats import warn_counted
 from pipeline.storage import remote
 from pipeline.storage.atomic import TEMPORARY_PREFIX, locked, refusals_named, replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json
-from pipeline.storage.urls import join_url, parent_url, url_name, user_cache
+from pipeline.storage.remote import NO_PROMISE, Promise
+from pipeline.storage.urls import url_name, user_cache
 from pipeline.text import byte_size, parse_bytes
 
 log = logging.getLogger("deit_cli.cache")
@@ -32,9 +33,7 @@ log = logging.getLogger("deit_cli.cache")
 DEFAULT_SIZE = "100GB"
 IN_USE_S = 60.0  # what was used so lately is not given up for a file fetched ahead
 AHEAD_S = 900.0  # for so long a file that was fetched ahead counts as not used yet
-AHEAD_FILES = 256
-AHEAD_THREADS = 4
-_POLL_S = 0.2
+POLL_S = 0.2
 _OPENINGS = 8  # a file that is evicted between `fetch` and `open` so many times is a cache far too small
 
 Result = TypeVar("Result")
@@ -44,13 +43,9 @@ class NoRoom(Exception):
     """Everything in the cache is being downloaded, or (for a file fetched ahead) in use."""
 
 
-class _Stopped(Exception):
-    """Whoever fetched ahead was told to end."""
-
-
 @dataclass(frozen=True)
-class ShardCache:
-    """A folder of downloaded files, at most `max_bytes` of them. It is two values, and pickles as such.
+class Cache:
+    """A folder of downloaded files that may hold at most `max_bytes`. It has two fields, so it pickles small.
 
     The limit holds for files and for downloads of known length, which take their room before their first byte; one of
     unknown length takes it when it has come.
@@ -59,28 +54,41 @@ class ShardCache:
     folder: Path
     max_bytes: int
 
-    def fetch(self, url: str, *, size: int | None = None, sha256: str | None = None) -> Path:
+    def use(self, url: str, promise: Promise, use: Callable[[Path], Result]) -> Result:
+        """Return `use(path)` of the local copy of a remote file.
+
+        A copy that is evicted between `fetch` and the opening of it is fetched again; one that is open may be evicted unharmed.
+        It may raise what `fetch` does.
+        """
+        for _ in range(_OPENINGS):
+            with contextlib.suppress(FileNotFoundError):
+                return use(self.fetch(url, promise))
+        raise StorageError(
+            f"{url}: evicted from the cache {self.folder} {_OPENINGS} times before it was opened",
+            fix="Raise --cache-size",
+        )
+
+    def fetch(self, url: str, promise: Promise = NO_PROMISE) -> Path:
         """Return the local path of a remote file; download it if it is not here.
 
         Exactly one process downloads, others wait for it. The path is good until the file is evicted, at any time:
-        open it at once and fetch it again if it is gone, or use `read_local`.
+        open it at once and fetch it again if it is gone, or use `use`.
 
         Args:
             url: http(s)://, s3://, gs:// or hf://.
-            size: promised bytes, or None.
-            sha256: promised hash, or None.
+            promise: its length and hash, as far as they are known.
 
         Raises:
             RemoteFileMissing: there is no such file.
             RemoteFileCorrupt: it has not the promised length or hash, the second time too.
             StorageError: it cannot be downloaded, or does not fit into the cache.
         """
-        path = self._path(url, size, sha256)
+        path = self._path(url, promise)
         if not self._is_here(path, use=True):
             began = time.monotonic()
             while True:
                 try:
-                    self._bring(url, path, size, sha256)
+                    self._bring(url, path, promise)
                     break
                 except NoRoom as error:
                     if time.monotonic() - began > remote.DEADLINE_S:
@@ -89,16 +97,42 @@ class ShardCache:
                             f" {byte_size(self.max_bytes)}",
                             fix="Raise --cache-size",
                         ) from error
-                    time.sleep(_POLL_S)
+                    time.sleep(POLL_S)
         return path
 
-    def discard(self, url: str, *, size: int | None = None, sha256: str | None = None) -> None:
-        """Forget a file that has turned out to be damaged on this disk."""
-        self._evict(self._path(url, size, sha256))
+    def fetch_ahead(self, url: str, promise: Promise, stop: threading.Event) -> Path | None:
+        """Download a file before its first use, and date it AHEAD_S into the future; its first use dates it back.
 
-    def _path(self, url: str, size: int | None, sha256: str | None) -> Path:
+        For room it takes only what nobody has used for IN_USE_S.
+
+        Returns:
+            its path; None where another process downloads it, or `stop` was set.
+
+        Raises:
+            Stopped: `stop` was set during the download.
+            StorageError: it cannot be downloaded.
+        """
+        path, brought = self._path(url, promise), False
+        while not self._is_here(path, use=False):
+            try:
+                brought = self._bring(url, path, promise, ahead=stop)
+                if not brought:
+                    return None
+            except NoRoom:
+                if stop.wait(POLL_S):
+                    return None
+        if brought or time.time() - last_use(path) > IN_USE_S:
+            _date(path, time.time() + AHEAD_S)
+        return path
+
+    def discard(self, url: str, promise: Promise = NO_PROMISE) -> None:
+        """Forget a file that has turned out to be damaged on this disk."""
+        self._evict(self._path(url, promise))
+
+    def _path(self, url: str, promise: Promise) -> Path:
         """Return where a file lies; what is promised of it is in its name, so a changed promise is another file."""
-        digest = hashlib.blake2b(json.dumps([url, size, sha256]).encode(), digest_size=16).hexdigest()
+        promised = json.dumps([url, promise.bytes, promise.sha256])
+        digest = hashlib.blake2b(promised.encode(), digest_size=16).hexdigest()
         return self.folder / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', url_name(url))[-80:]}"
 
     def _is_here(self, path: Path, *, use: bool) -> bool:
@@ -109,7 +143,7 @@ class ShardCache:
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if found.st_size != promised:
-            warn_again(
+            warn_counted(
                 log,
                 "files that were downloaded again",
                 "%s has %d bytes, %s were downloaded: fetching it again",
@@ -122,60 +156,49 @@ class ShardCache:
             _date(path, time.time())
         return True
 
-    def _bring(
-        self,
-        url: str,
-        path: Path,
-        size: int | None,
-        sha256: str | None,
-        ahead: threading.Event | None = None,
-    ) -> bool:
-        """Have a file here; `ahead` of its use, return False where another process is at it.
+    def _bring(self, url: str, path: Path, promise: Promise, ahead: threading.Event | None = None) -> bool:
+        """Have a file here; `ahead` of its use, return False where another process downloads it.
 
         Raises:
             NoRoom: not now.
         """
         with refusals_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(_lock(path), wait=ahead is None) as mine:
-            if not mine:
+        with locked(_lock(path), wait=ahead is None) as ours:
+            if not ours:
                 return False
             if not self._is_here(path, use=ahead is None):  # else another process was quicker
-                self._download(url, path, size, sha256, ahead)
+                self._download(url, path, promise, ahead)
         return True
 
-    def _download(
-        self, url: str, path: Path, size: int | None, sha256: str | None, ahead: threading.Event | None
-    ) -> None:
+    def _download(self, url: str, path: Path, promise: Promise, ahead: threading.Event | None) -> None:
         pause = time.sleep if ahead is None else ahead.wait
         try:
-            remote.retried(url, lambda: self._download_once(url, path, size, sha256, ahead), pause=pause)
+            remote.retried(url, lambda: self._download_once(url, path, promise, ahead), pause=pause)
         except RemoteFileCorrupt as error:
-            warn_again(log, "files that were downloaded again", "%s; downloading it once more", error)
-            remote.retried(url, lambda: self._download_once(url, path, size, sha256, ahead), pause=pause)
+            warn_counted(log, "files that were downloaded again", "%s; downloading it once more", error)
+            remote.retried(url, lambda: self._download_once(url, path, promise, ahead), pause=pause)
 
-    def _download_once(
-        self, url: str, path: Path, size: int | None, sha256: str | None, ahead: threading.Event | None
-    ) -> None:
+    def _download_once(self, url: str, path: Path, promise: Promise, ahead: threading.Event | None) -> None:
         def write(file: BinaryIO) -> None:
             nonlocal received
             received = remote.receive(
                 url,
                 file,
-                size=size,
-                begin=lambda announced: self._take_room(url, file, announced or size, ahead),
+                size=promise.bytes,
+                begin=lambda announced: self._take_room(url, file, announced or promise.bytes, ahead),
                 check=check,
             )
             with contextlib.suppress(NoRoom), locked(self.folder / ".lock"):
                 self._make_room(0, older_than=None)  # for what came without an announced length
-            if sha256 is not None and received.sha256 != sha256:
+            if promise.sha256 is not None and received.sha256 != promise.sha256:
                 raise RemoteFileCorrupt(
-                    f"{url} has SHA-256 {received.sha256[:12]}…, {sha256[:12]}… is promised: it was changed or replaced"
+                    f"{url} has SHA-256 {received.sha256[:12]}…, {promise.sha256[:12]}… is promised: it was changed or replaced"
                 )
 
         def check(length: int) -> None:
             if ahead is not None and ahead.is_set():
-                raise _Stopped
+                raise remote.Stopped
             self._refuse_larger(url, length)
 
         received = remote.Received(0, "")
@@ -236,165 +259,17 @@ class ShardCache:
 
     def _evict(self, path: Path) -> bool:
         """Delete a file, unless it is being downloaded; its sidecar goes first, so that no half of it is believed."""
-        with refusals_named(path), locked(_lock(path), wait=False) as mine:
-            if mine:
+        with refusals_named(path), locked(_lock(path), wait=False) as ours:
+            if ours:
                 for part in (_sidecar(path), path, _lock(path)):
                     part.unlink(missing_ok=True)
-            return mine
+            return ours
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file behind a URL, and the cache that it is read through; as text it is its URL."""
-
-    url: str
-    cache: ShardCache
-    size: int | None = None
-    sha256: str | None = None
-
-    def __str__(self) -> str:
-        return self.url
-
-    @property
-    def stem(self) -> str:
-        """Its name without the extension."""
-        return os.path.splitext(url_name(self.url))[0]
-
-    @property
-    def suffix(self) -> str:
-        """Its extension, with the dot."""
-        return os.path.splitext(url_name(self.url))[1]
-
-    @property
-    def parent(self) -> "RemoteFolder":
-        """The folder that it lies in."""
-        return RemoteFolder(parent_url(self.url), self.cache)
-
-    def fetch(self) -> Path:
-        """Return its local path, see `ShardCache.fetch`."""
-        return self.cache.fetch(self.url, size=self.size, sha256=self.sha256)
-
-    def discard(self) -> None:
-        """Forget its local copy."""
-        self.cache.discard(self.url, size=self.size, sha256=self.sha256)
-
-
-@dataclass(frozen=True)
-class RemoteFolder:
-    """A folder behind a URL; `/` gives the files below it, as with a path."""
-
-    url: str
-    cache: ShardCache
-
-    def __str__(self) -> str:
-        return self.url
-
-    def __lt__(self, other: "RemoteFolder") -> bool:
-        return self.url < other.url
-
-    def __truediv__(self, name: object) -> RemoteFile:
-        return RemoteFile(join_url(self.url, str(name)), self.cache)
-
-
-class Prefetch:
-    """Fetches files in the order of their first use, in threads of its own, until it is closed or there are no more.
-
-    How far it runs ahead is seen on the disk, so that nobody needs to tell it who has come how far: a file that it
-    fetched is dated AHEAD_S into the future, and its first use dates it back. It stops while more than AHEAD_FILES, or
-    half of the cache, are so dated; for room it takes only what nobody has used for IN_USE_S. It never fails: what it
-    could not fetch is fetched, or refused by name, by whoever opens it. Several of them (one for each rank) share the
-    work, because each leaves alone what another is downloading.
-    """
-
-    def __init__(self, files: Iterable[RemoteFile]) -> None:
-        self._files, self._turn, self._stop = iter(files), threading.Lock(), threading.Event()
-        self._ahead: dict[Path, int] = {}  # and the bytes of each
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(AHEAD_THREADS)]
-        for thread in self._threads:
-            thread.start()
-
-    def close(self) -> None:
-        """End it; a download that does not stall ends within a second."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(timeout=2)
-
-    def wait(self) -> None:
-        """Wait until it is closed or every file was seen to."""
-        for thread in self._threads:
-            thread.join()
-
-    def __enter__(self) -> "Prefetch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _run(self) -> None:
-        while (file := self._next()) is not None:
-            try:
-                self._fetch(file)
-            except (DeitCliError, _Stopped) as error:
-                log.debug("not fetched ahead: %s", error)
-
-    def _next(self) -> RemoteFile | None:
-        """Return the next file as soon as there may be one more, or None at the end."""
-        with self._turn:
-            file = None if self._stop.is_set() else next(self._files, None)
-            while file is not None and self._is_far_ahead(file.cache):
-                if self._stop.wait(_POLL_S):
-                    return None
-            return file
-
-    def _is_far_ahead(self, cache: ShardCache) -> bool:
-        now = time.time()
-        for path in [path for path in list(self._ahead) if _last_use(path) <= now]:
-            del self._ahead[path]
-        return len(self._ahead) >= AHEAD_FILES or sum(self._ahead.values()) > cache.max_bytes // 2
-
-    def _fetch(self, file: RemoteFile) -> None:
-        cache = file.cache
-        path = cache._path(file.url, file.size, file.sha256)
-        brought = False
-        while not cache._is_here(path, use=False):
-            try:
-                brought = cache._bring(file.url, path, file.size, file.sha256, self._stop)
-                if not brought:
-                    return
-            except NoRoom:
-                if self._stop.wait(_POLL_S):
-                    return
-        if brought or time.time() - _last_use(path) > IN_USE_S:
-            _date(path, time.time() + AHEAD_S)
-        with contextlib.suppress(OSError):
-            self._ahead[path] = path.stat().st_size
-
-
-def prefetch(files: Iterable[RemoteFile]) -> Prefetch:
-    """Start to fetch files ahead of their use; see `Prefetch`. Close it, or use it in a `with`."""
-    return Prefetch(files)
-
-
-def read_local(file: Path | RemoteFile, use: Callable[[Path], Result]) -> Result:
-    """Return `use(path)` of a local file, or of the local copy of a remote one: the one door for both.
-
-    A copy that is evicted between `fetch` and `open` is fetched again; one that is open may be evicted unharmed.
-    """
-    if isinstance(file, Path):
-        return use(file)
-    for _ in range(_OPENINGS):
-        with contextlib.suppress(FileNotFoundError):
-            return use(file.fetch())
-    raise StorageError(
-        f"{file}: evicted from the cache {file.cache.folder} {_OPENINGS} times before it was opened",
-        fix="Raise --cache-size",
-    )
-
-
-def open_cache(folder: Path | None = None, size: str = DEFAULT_SIZE) -> ShardCache:
+def open_cache(folder: Path | None = None, size: str = DEFAULT_SIZE) -> Cache:
     """Return the cache in a folder (None: `deit-cli` in the user's cache folder) of a size such as `50GB`."""
     folder = folder.expanduser().absolute() if folder else user_cache() / "deit-cli"
-    return ShardCache(folder, parse_bytes(size, what="--cache-size"))
+    return Cache(folder, parse_bytes(size, what="--cache-size"))
 
 
 def _sidecar(path: Path) -> Path:
@@ -406,12 +281,12 @@ def _lock(path: Path) -> Path:
 
 
 def _date(path: Path, when: float) -> None:
-    """Date the last use; it only moves a file in the order of eviction, so a refusal is no error."""
+    """Date the last use. It only decides the order of eviction, so a refusal is not an error."""
     with contextlib.suppress(OSError):
         os.utime(path, (when, when))
 
 
-def _last_use(path: Path) -> float:
+def last_use(path: Path) -> float:
     """Return the date of the last use; 0 for a file that is not here."""
     with contextlib.suppress(OSError):
         return path.stat().st_mtime

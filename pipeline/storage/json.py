@@ -31,17 +31,17 @@ def read_json(path: Path) -> Any:
     Raises:
         StorageError: the file is missing, too large, or not such JSON.
     """
-    return load_json(read_small(path), path)
+    return load_json(read_small(path, max_bytes=MAX_JSON_BYTES), path)
 
 
-def read_small(path: Path) -> bytes:
-    """Return the bytes of a JSON file, whose size is bounded."""
+def read_small(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return the bytes of a small file, such as a JSON file."""
     with refusals_named(path):
         size = path.stat().st_size
         if not path.is_file():
             raise StorageError(f"{path}: a plain file must be here, not a folder, pipe or device")
-        if size > MAX_JSON_BYTES:
-            raise StorageError(f"{path}: a JSON file may have at most {MAX_JSON_BYTES} bytes, this one has {size}")
+        if size > max_bytes:
+            raise StorageError(f"{path}: such a file may have at most {max_bytes} bytes, this one has {size}")
         return path.read_bytes()
 
 
@@ -66,7 +66,7 @@ def parse_json(data: bytes) -> Any:
         data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
     )
     if b"\\u" in data:
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate escape is no text: raises UnicodeEncodeError
+        json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError for a lone surrogate escape
     return value
 
 
@@ -126,7 +126,7 @@ class Record(BaseModel):
 
 
 def is_version(values: Any, name: str, version: int) -> bool:
-    """Return whether a JSON object says that it is of this format and version; `true` and `1.0` are no version 1."""
+    """Return whether a JSON object says that it is of this format and version; `true` and `1.0` do not count as version 1."""
     return (
         isinstance(values, dict)
         and values.get("format") == name

@@ -1,4 +1,4 @@
-"""A folder that is worked on here and kept behind a URL: brought before the work begins, sent while it goes on.
+"""A local folder that is kept in step with one behind a URL: downloaded before the work begins, uploaded while it goes on.
 
 What is behind the URL is the truth: a file that changed there replaces ours, one that was deleted there is deleted here.
 What changed only here (a run was killed before it was sent) stays, and is sent. Whether something changed is told by
@@ -11,108 +11,108 @@ import logging
 import os
 import shutil
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pipeline.errors import DeitCliError, StorageError, UsageError
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.storage import remote
 from pipeline.storage.atomic import TEMPORARY_PREFIX, locked, refusals_named, replace_file
 from pipeline.storage.json import MAX_JSON_BYTES, pretty_json
+from pipeline.storage.stores import store_of
 from pipeline.storage.uploads import put_file, update_url
-from pipeline.storage.urls import is_url, is_web, join_url
+from pipeline.storage.urls import join_url, local_path
 
 log = logging.getLogger("deit_cli.mirror")
 
 SEND_S = 10.0  # between looks at what changed here
 
 COPIED_BYTES = 16 << 20  # a smaller file may be one that grows, and is copied before it is sent
-_REPLACED = frozenset({"README.md"})  # vouches for nothing, and may be written anew
+_REPLACED = frozenset({"README.md"})  # lists no other file, and may be written anew
 
 Adopt = Callable[[Path, Path], None]
+Book = dict[str, list[Any]]  # of each file the token there and the state here, when both were last the same
 
 
 class ChangedElsewhere(UsageError):
     """Another machine wrote to a URL that only one may write to."""
 
 
-class Mirror:
+class Mirror(ABC):
     """One folder, and its copy behind a URL.
 
     Attributes:
-        url: of the copy.
-        folder: where this machine works.
+        url: URL of the copy.
+        folder: the folder that this machine works in.
     """
 
-    def __init__(
-        self,
-        url: str,
-        folder: Path,
-        *,
-        last: str,
-        shared: bool = False,
-        adopt: Adopt = lambda ours, theirs: None,
-        leave: frozenset[str] = frozenset(),
-    ) -> None:
+    def __init__(self, url: str, folder: Path, *, last: str) -> None:
         """Make a mirror that does nothing yet.
 
         Args:
-            url: of a folder in a bucket.
-            folder: the local one, which belongs to this mirror.
-            last: name of the file that vouches for the others: sent after them.
-            shared: several machines write to the URL at a time: every file but `last` is created, never replaced, and
-                where another machine was first, its file replaces ours.
-            adopt: is called with our file and another machine's before that replaces ours; may raise.
-            leave: names that stay here.
+            url: URL of a folder in a bucket.
+            folder: the local folder, which belongs to this mirror.
+            last: name of the file that lists the others, and so is sent after them.
+
+        Raises:
+            UsageError: nothing can be written to the URL.
         """
-        if is_web(url):
+        if not store_of(url).takes_files:
             raise UsageError(
                 f"{url}: a web server takes no files",
                 fix="Write to a bucket (s3://, gs://, hf://) or a folder",
             )
         self.url, self.folder = url.rstrip("/"), folder
-        self._last, self._shared, self._adopt, self._leave = last, shared, adopt, leave
+        self._last = last
         self._book, self._lock = folder.with_name(folder.name + ".json"), threading.Lock()
         self._ended = threading.Event()
         self._lost: ChangedElsewhere | None = None
-        self._brought: bytes | None = None
+
+    @classmethod
+    def of(cls, location: str, folder: Path, **how: Any) -> Self | None:
+        """Return the mirror of a folder that stands for a URL; None where the location is a local folder."""
+        return None if local_path(location) is not None else cls(location, folder, **how)
 
     def bring(self) -> None:
-        """Have here what is behind the URL, but for files that changed only here."""
+        """Download what is new behind the URL; files that changed only here stay."""
         with refusals_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
-            known, theirs = self._read_book(), remote.list_tree(self.url)
-            for name in sorted(known.keys() - theirs.keys()):  # it was deleted there
+            known, there = self._read_book(), remote.list_tree(self.url)
+            for name in sorted(known.keys() - there.keys()):  # deleted there
                 (self.folder / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # others are in it
+                with contextlib.suppress(OSError):  # the folder has other files
                     os.removedirs((self.folder / name).parent)
                 del known[name]
-            for name, token in theirs.items():
+            for name, token in there.items():
                 if name not in known or known[name][0] != token or _state(self.folder / name) is None:
                     known[name] = [token, self._fetch(name)]
                     self._write_book(known)
-            if self._shared and self._last in theirs:  # what this machine would vouch for is made anew
-                known[self._last] = [theirs[self._last], self._fetch(self._last)]
-                self._brought = (self.folder / self._last).read_bytes()
             self._write_book(known)
+            if self._last in there:
+                self._bring_last(known, there[self._last])
 
-    def send(self, *, commit: bool = False) -> None:
+    @abstractmethod
+    def _bring_last(self, known: Book, token: str) -> None:
+        """Do what is needed for the file that lists the others, if it is behind the URL; `token` is its present token."""
+
+    def send(self) -> None:
         """Send what changed here.
-
-        Args:
-            commit: where the URL is shared, send the file that vouches for the others too.
 
         Raises:
             ChangedElsewhere: another machine wrote to the URL where only one may.
             StorageError: it cannot be sent.
         """
+        self._send_some(self._is_sent)
+
+    def _send_some(self, wanted: Callable[[str], bool]) -> None:
         with self._alone():
             known = self._read_book()
             changed = [name for name in self._names() if known.get(name, [None, None])[1] != _state(self.folder / name)]
             for name in sorted(changed, key=lambda name: (name == self._last, name.startswith("labels/"), name)):
-                if name != self._last or commit or not self._shared:
+                if wanted(name):
                     known[name] = self._send_one(name, known.get(name, [None])[0])
                     self._write_book(known)
 
@@ -126,7 +126,7 @@ class Mirror:
         except BaseException as error:
             self._end(thread)
             if not isinstance(error, ChangedElsewhere):
-                with contextlib.suppress(DeitCliError):  # what stopped the work is what is to be said
+                with contextlib.suppress(DeitCliError):  # the user should read the error that stopped the work
                     self.send()
             raise
         self._end(thread)
@@ -156,7 +156,7 @@ class Mirror:
                 self._lost = error
                 return
             except StorageError as error:
-                warn_again(
+                warn_counted(
                     log, "failed uploads", "%s; what is to be sent stays in %s and is tried again", error, self.folder
                 )
 
@@ -172,43 +172,29 @@ class Mirror:
         url, path = join_url(self.url, name), self.folder / name
         state = _state(path)
         with self._held(path) as held:
-            if self._shared and name not in (self._last, *_REPLACED):
-                if not put_file(held, url):
-                    return self._take_theirs(name)
-            elif self._shared and name == self._last:
-                self._commit(url, held.read_bytes())
-            else:
-                if name == self._last and remote.token_of(url) != token:
-                    raise ChangedElsewhere(
-                        f"{url} was changed by another machine since it was brought here: only one run may write to"
-                        f" {self.url}. Choose another URL, or run the same command again to go on from what is there"
-                    )
-                put_file(held, url, replace=True)
+            if not self._send_held(name, held, url, token):
+                self._take_other(name)
+                state = _state(path)
         return [remote.token_of(url), state]
 
-    def _commit(self, url: str, new: bytes) -> None:
-        """Swap the file that vouches for the others, unless it is not the one any more that was brought here."""
+    def _is_sent(self, name: str) -> bool:
+        """Return whether a file of the folder goes to the URL as soon as it changed."""
+        return True
 
-        def change(old: bytes | None) -> bytes:
-            if old not in (self._brought, new):
-                raise ChangedElsewhere(f"{url} was changed by another machine since it was brought here")
-            return new
+    @abstractmethod
+    def _send_held(self, name: str, held: Path, url: str, token: str | None) -> bool:
+        """Send a copy of one file; return False where another machine was first, whose file is the one.
 
-        self._brought = update_url(url, change, max_bytes=MAX_JSON_BYTES)
+        Args:
+            name: name of the file in the folder.
+            held: the copy.
+            url: URL of the file.
+            token: token of the content that is known to be there; None: nothing is.
+        """
 
-    def _take_theirs(self, name: str) -> list[Any]:
-        """Another machine was first: its file is the one."""
-        url, path = join_url(self.url, name), self.folder / name
-        theirs = path.with_name(f"{TEMPORARY_PREFIX}theirs-{path.name}")
-        try:
-            remote.receive_file(url, theirs)
-            if theirs.read_bytes() != path.read_bytes():
-                self._adopt(path, theirs)
-                log.info("%s: another machine was first, its file is taken", url)
-                os.replace(theirs, path)
-        finally:
-            theirs.unlink(missing_ok=True)
-        return [remote.token_of(url), _state(path)]
+    def _take_other(self, name: str) -> None:
+        """Replace a file by that of another machine, which was first."""
+        raise NotImplementedError  # a mirror of one writer is never second
 
     @contextlib.contextmanager
     def _held(self, path: Path) -> Iterator[Path]:
@@ -229,22 +215,106 @@ class Mirror:
         files = (
             path for path in self.folder.rglob("*") if path.is_file() and not path.name.startswith(TEMPORARY_PREFIX)
         )
-        return [name for path in files if (name := path.relative_to(self.folder).as_posix()) not in self._leave]
+        return [path.relative_to(self.folder).as_posix() for path in files]
 
-    def _read_book(self) -> dict[str, list[Any]]:
-        """Return the token there and the state here of each file, when both were last the same."""
+    def _read_book(self) -> Book:
         try:
             return json.loads(self._book.read_bytes())
         except (OSError, ValueError):
             return {}
 
-    def _write_book(self, known: dict[str, list[Any]]) -> None:
+    def _write_book(self, known: Book) -> None:
         replace_file(self._book, pretty_json(known))
 
 
-def mirror_of(location: str, folder: Path, **how: Any) -> Mirror | None:
-    """Return the mirror of a folder that stands for a URL, or None for a local one; see `Mirror`."""
-    return Mirror(location, folder, **how) if is_url(location) else None
+class OneWriterMirror(Mirror):
+    """A mirror whose URL one machine writes to at a time: what changed here replaces what is there."""
+
+    def __init__(self, url: str, folder: Path, *, last: str, leave: frozenset[str] = frozenset()) -> None:
+        """Make a mirror as `Mirror` does; `leave` names the files that stay here."""
+        super().__init__(url, folder, last=last)
+        self._leave = leave
+
+    def _bring_last(self, known: Book, token: str) -> None:
+        """It was brought as the other files were: what changed only here stays."""
+
+    def _is_sent(self, name: str) -> bool:
+        return name not in self._leave
+
+    def _send_held(self, name: str, held: Path, url: str, token: str | None) -> bool:
+        if name == self._last and remote.token_of(url) != token:
+            raise ChangedElsewhere(
+                f"{url} was changed by another machine since it was brought here: only one run may write to"
+                f" {self.url}. Choose another URL, or run the same command again to go on from what is there"
+            )
+        return put_file(held, url, replace=True)
+
+
+class ManyWritersMirror(Mirror):
+    """A mirror whose URL several machines write to at a time.
+
+    Every file is created, never replaced; where another machine was first, its file replaces ours. The file that lists the
+    others is sent by `commit` alone, and only if it is still the one that was brought here.
+    """
+
+    def __init__(self, url: str, folder: Path, *, last: str, adopt: Adopt = lambda ours, other: None) -> None:
+        """Make a mirror as `Mirror` does.
+
+        Args:
+            url: URL of a folder in a bucket.
+            folder: the local folder, which belongs to this mirror.
+            last: name of the file that lists the others.
+            adopt: is called with our file and another machine's before that replaces ours; may raise.
+        """
+        super().__init__(url, folder, last=last)
+        self._adopt = adopt
+        self._brought: bytes | None = None
+
+    def commit(self) -> None:
+        """Send what changed here, and last the file that lists the others.
+
+        Raises:
+            ChangedElsewhere: another machine has committed since the last `bring`.
+            StorageError: it cannot be sent.
+        """
+        self._send_some(lambda name: True)
+
+    def _bring_last(self, known: Book, token: str) -> None:
+        """Replace our file, even if it changed only here: this machine makes a new one before it commits."""
+        known[self._last] = [token, self._fetch(self._last)]
+        self._brought = (self.folder / self._last).read_bytes()
+        self._write_book(known)
+
+    def _is_sent(self, name: str) -> bool:
+        return name != self._last
+
+    def _send_held(self, name: str, held: Path, url: str, token: str | None) -> bool:
+        if name == self._last:
+            self._swap_last(url, held.read_bytes())
+            return True
+        return put_file(held, url, replace=name in _REPLACED)
+
+    def _swap_last(self, url: str, new: bytes) -> None:
+        """Replace the file that lists the others, unless another machine has done so since it was brought here."""
+
+        def change(old: bytes | None) -> bytes:
+            if old not in (self._brought, new):
+                raise ChangedElsewhere(f"{url} was changed by another machine since it was brought here")
+            return new
+
+        self._brought = update_url(url, change, max_bytes=MAX_JSON_BYTES)
+
+    def _take_other(self, name: str) -> None:
+        url, path = join_url(self.url, name), self.folder / name
+        other = path.with_name(f"{TEMPORARY_PREFIX}other-{path.name}")
+        try:
+            remote.receive_file(url, other)
+            if other.read_bytes() != path.read_bytes():
+                self._adopt(path, other)
+                log.info("%s: another machine was first, its file is taken", url)
+                os.replace(other, path)
+        finally:
+            other.unlink(missing_ok=True)
 
 
 def _state(path: Path) -> list[int] | None:

@@ -1,169 +1,302 @@
-"""A place where a label set lies, or is to lie: a folder of this machine, or one behind a URL.
+"""Places and their files: a folder of this machine, or one behind a URL, and how each of its files is read and written.
 
-Both give and take files whole, create-only, checked against a hash; only `update` changes what is there.
+A `LocalFile` and a `RemoteFile` have the same methods, so outside this package nobody asks which of the two a `File` is: a
+reader opens it with `use`, and a writer stores it whole, create-only, checked against its promise; only `update` changes what
+is there. What differs for users shows in `path`, which is None behind a URL.
 """
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import LabelSetCorrupt, RemoteFileMissing
 from pipeline.storage import uploads
 from pipeline.storage.atomic import locked_folder, make_folder, publish_file, refusals_named, replace_file, sha256_file
+from pipeline.storage.cache import Cache, open_cache
 from pipeline.storage.json import MAX_JSON_BYTES, read_small
-from pipeline.storage.remote import Stopped, download, read_url
-from pipeline.storage.urls import check_url, is_url, join_url
+from pipeline.storage.remote import (
+    NO_PROMISE,
+    Promise,
+    Received,
+    Stopped,
+    download,
+    read_ranges,
+    read_url,
+    receive,
+    retried,
+)
+from pipeline.storage.stores import store_of
+from pipeline.storage.urls import join_url, local_path, parent_url, url_name
 
 BLOCK_BYTES = 1 << 20
 
-
-@dataclass(frozen=True, kw_only=True)
-class Promise:
-    """A file of a label set: its name in it, and what its content is to be."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-class Place(Protocol):
-    """What push and pull need of either kind."""
-
-    def read(self, name: str) -> bytes | None:
-        """Return a small file as it is now, or None."""
-        ...
-
-    def holds(self, file: Promise, copy: Path | None) -> bool | None:
-        """Return whether the promised content is there, None for no file; `copy` is a local file of that content."""
-        ...
-
-    def take(self, file: Promise, path: Path) -> bool:
-        """Store a local file; return False if another content has the name. Damaged files are refused."""
-        ...
-
-    def give(self, file: Promise, path: Path, stop: threading.Event) -> bool:
-        """Bring a file to a path of this machine, create-only; return False if another file has that name."""
-        ...
-
-    def put(self, data: bytes, name: str, *, replace: bool = False) -> bool:
-        """Store a small file; return False if another content has the name."""
-        ...
-
-    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> bytes:
-        """Replace a small file by what `change` makes of it, losing no other writer's change; return what is there."""
-        ...
-
-
-def open_place(location: str) -> Place:
-    """Return the place that a path or URL names."""
-    if not is_url(location):
-        return Folder(Path(location))
-    check_url(location)
-    return Bucket(location)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder of this machine."""
+class RemoteFile:
+    """A file behind a URL, the cache that it is read through, and what is promised of its content. As text it is its URL."""
 
-    path: Path
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def read(self, name: str) -> bytes | None:
-        """Return a small file as it is now, or None."""
-        return read_small(self.path / name) if (self.path / name).is_file() else None
-
-    def holds(self, file: Promise, copy: Path | None) -> bool | None:
-        """Compare length and SHA-256."""
-        path = self.path / file.name
-        with refusals_named(path):
-            if not path.is_file():
-                return None
-            return path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
-
-    def take(self, file: Promise, path: Path) -> bool:
-        """Copy a local file to here."""
-        return _copy(path, self.path / file.name, file, threading.Event()) or bool(self.holds(file, None))
-
-    def give(self, file: Promise, path: Path, stop: threading.Event) -> bool:
-        """Copy a file from here."""
-        return _copy(self.path / file.name, path, file, stop)
-
-    def put(self, data: bytes, name: str, *, replace: bool = False) -> bool:
-        """Store a small file."""
-        if replace:
-            replace_file(self.path / name, data)
-            return True
-        return publish_file(self.path / name, data) or self.read(name) == data
-
-    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> bytes:
-        """Replace a small file under a lock of the folder."""
-        make_folder(self.path)
-        with locked_folder(self.path):
-            old = self.read(name)
-            new = change(old)
-            if new != old:
-                replace_file(self.path / name, new)
-            return new
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A folder behind a URL."""
-
+    path = None
     url: str
+    cache: Cache
+    promise: Promise = NO_PROMISE
 
     def __str__(self) -> str:
         return self.url
 
-    def read(self, name: str) -> bytes | None:
-        """Return a small file as it is now, or None."""
+    @property
+    def stem(self) -> str:
+        """Its name without the extension."""
+        return os.path.splitext(url_name(self.url))[0]
+
+    @property
+    def suffix(self) -> str:
+        """Its extension, with the dot."""
+        return os.path.splitext(url_name(self.url))[1]
+
+    def beside(self, name: str) -> "RemoteFile":
+        """Return the file of this name in the same folder."""
+        return RemoteFile(join_url(parent_url(self.url), name), self.cache)
+
+    @property
+    def to_download(self) -> tuple["RemoteFile", ...]:
+        """What is downloaded when the file is used: the file itself."""
+        return (self,)
+
+    def read(self, *, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
+        """Return a small file as it is now, never from a cache; None where there is none.
+
+        Raises:
+            StorageError: it has more than `max_bytes`, or cannot be read.
+        """
         try:
-            return read_url(join_url(self.url, name), max_bytes=MAX_JSON_BYTES)
+            return read_url(self.url, max_bytes=max_bytes)
         except RemoteFileMissing:
             return None
 
-    def holds(self, file: Promise, copy: Path | None) -> bool | None:
-        """Compare length, and the store's checksum with that of the local copy, or the SHA-256 of what it gives."""
+    def use(self, use: Callable[[Path], Result]) -> Result:
+        """Return `use(path)` of the local copy, which may be evicted while it is open; see `Cache.fetch` for its errors."""
+        return self.cache.use(self.url, self.promise, use)
+
+    def use_ranges(self, use: Callable[[Any], Result]) -> Result:
+        """Return `use(file)` of the open file, of which only the ranges that are asked for are received.
+
+        Raises:
+            StorageError: it cannot be read, or its server gives no ranges.
+        """
+        return read_ranges(self.url, use)
+
+    def discard(self) -> None:
+        """Forget the local copy, which has turned out to be damaged."""
+        self.cache.discard(self.url, self.promise)
+
+    def copy_to(self, out: BinaryIO) -> Received:
+        """Write the whole file, as it is now, to an open one from its start; return length and hash of what came."""
+
+        def attempt() -> Received:
+            out.seek(0)
+            out.truncate()
+            return receive(self.url, out, size=self.promise.bytes)
+
+        return retried(self.url, attempt)
+
+    def holds(self, copy: Path | None = None) -> bool | None:
+        """Return whether the promised content is there, None for no file; `copy` is a local file of that content.
+
+        Length and the store's own checksum are compared, or the SHA-256 of what it gives.
+        """
         assert copy is not None
-        return uploads.holds(join_url(self.url, file.name), copy, size=file.bytes, sha256=file.sha256)
+        return uploads.holds(self.url, copy, self.promise)
 
-    def take(self, file: Promise, path: Path) -> bool:
-        """Upload a local file."""
-        return uploads.put_file(path, join_url(self.url, file.name), sha256=file.sha256)
+    def store(self, path: Path) -> bool:
+        """Upload a local file, create-only; return False if another content has the name. Damaged files are refused."""
+        return uploads.put_file(path, self.url, sha256=self.promise.sha256)
 
-    def give(self, file: Promise, path: Path, stop: threading.Event) -> bool:
-        """Download a file; a cut download is continued."""
-        return download(join_url(self.url, file.name), path, size=file.bytes, sha256=file.sha256, stop=stop)
+    def fetch(self, path: Path, stop: threading.Event) -> bool:
+        """Download the file to a path, create-only; return False if another file has that name. A cut download goes on."""
+        return download(self.url, path, self.promise, stop=stop)
 
-    def put(self, data: bytes, name: str, *, replace: bool = False) -> bool:
+    def put(self, data: bytes, *, replace: bool = False) -> bool:
+        """Store a small file; return False if another content has the name."""
+        return uploads.put_bytes(data, self.url, replace=replace)
+
+    def update(self, change: Callable[[bytes | None], bytes]) -> bytes:
+        """Replace a small file by `change(old)` on the condition that it is still the old one; return what is there then.
+
+        Where another writer was quicker, its file is changed, so that no change is lost.
+        """
+        return uploads.update_url(self.url, change, max_bytes=MAX_JSON_BYTES)
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of this machine, and what is promised of its content; see `RemoteFile`."""
+
+    path: Path
+    promise: Promise = NO_PROMISE
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def stem(self) -> str:
+        """Its name without the extension."""
+        return self.path.stem
+
+    @property
+    def suffix(self) -> str:
+        """Its extension, with the dot."""
+        return self.path.suffix
+
+    def beside(self, name: str) -> "LocalFile":
+        """Return the file of this name in the same folder."""
+        return LocalFile(self.path.parent / name)
+
+    @property
+    def to_download(self) -> tuple[RemoteFile, ...]:
+        """Nothing."""
+        return ()
+
+    def read(self, *, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
+        """Return a small file as it is now, or None."""
+        return read_small(self.path, max_bytes=max_bytes) if os.path.isfile(self.path) else None
+
+    def use(self, use: Callable[[Path], Result]) -> Result:
+        """Return `use(path)`."""
+        return use(self.path)
+
+    def discard(self) -> None:
+        """There is no copy of a local file."""
+
+    def copy_to(self, out: BinaryIO) -> Received:
+        """Copy the file to an open one."""
+        return _copy(self.path, out, threading.Event())
+
+    def holds(self, copy: Path | None = None) -> bool | None:
+        """Compare length and SHA-256 with the promised ones; None for no file."""
+        with refusals_named(self.path):
+            if not self.path.is_file():
+                return None
+            return self.path.stat().st_size == self.promise.bytes and sha256_file(self.path) == self.promise.sha256
+
+    def store(self, path: Path) -> bool:
+        """Copy a local file to here, create-only."""
+        return _publish_copy(path, self.path, self.promise, threading.Event()) or bool(self.holds())
+
+    def fetch(self, path: Path, stop: threading.Event) -> bool:
+        """Copy the file to a path, create-only."""
+        return _publish_copy(self.path, path, self.promise, stop)
+
+    def put(self, data: bytes, *, replace: bool = False) -> bool:
         """Store a small file."""
-        return uploads.put_bytes(data, join_url(self.url, name), replace=replace)
+        if replace:
+            replace_file(self.path, data)
+            return True
+        return publish_file(self.path, data) or self.read() == data
 
-    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> bytes:
-        """Replace a small file on the condition that it is still the one that was read."""
-        return uploads.update_url(join_url(self.url, name), change, max_bytes=MAX_JSON_BYTES)
+    def update(self, change: Callable[[bytes | None], bytes]) -> bytes:
+        """Replace a small file under a lock of its folder."""
+        make_folder(self.path.parent)
+        with locked_folder(self.path.parent):
+            old = self.read()
+            new = change(old)
+            if new != old:
+                replace_file(self.path, new)
+            return new
 
 
-def _copy(source: Path, path: Path, file: Promise, stop: threading.Event) -> bool:
+File = LocalFile | RemoteFile
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder, here or behind a URL. As text it is the path or URL that was opened.
+
+    Attributes:
+        path: its path on this machine; None behind a URL.
+        url: its URL; None on this machine.
+        cache: through which files behind the URL are read.
+    """
+
+    path: Path | None
+    url: str | None = None
+    cache: Cache | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.url is None else self.url
+
+    def __truediv__(self, name: object) -> File:
+        return self.file(name)
+
+    def file(self, name: object, promise: Promise = NO_PROMISE) -> File:
+        """Return the file of this name below the folder, whether it is there or not."""
+        if self.path is not None:
+            return LocalFile(self.path / str(name), promise)
+        assert self.url is not None
+        assert self.cache is not None
+        return RemoteFile(join_url(self.url, str(name)), self.cache, promise)
+
+    def refuse_unwritable(self) -> None:
+        """Raise StorageError for a web server; a folder says so when it is written to."""
+        if self.url is not None:
+            uploads.refuse_unwritable(self.url)
+
+    @property
+    def takes_one_at_a_time(self) -> bool:
+        """Whether each file that is written must wait for the one before."""
+        return self.url is not None and store_of(self.url).commits
+
+
+def open_place(location: str | os.PathLike[str], cache: Cache | None = None) -> Place:
+    """Return the place that a path or URL names; nothing is looked at yet.
+
+    Args:
+        location: a path or URL of a folder.
+        cache: through which files behind a URL are read; None: the default one.
+
+    Raises:
+        StorageError: the URL leads to no store that we know.
+    """
+    if (path := local_path(location)) is not None:
+        return Place(path)
+    url = os.fspath(location)
+    store_of(url)
+    return Place(None, url, cache or open_cache())
+
+
+def open_file(location: str | os.PathLike[str], cache: Cache | None = None) -> File:
+    """Return the file that a path or URL names, as `open_place` does a folder."""
+    if (path := local_path(location)) is not None:
+        return LocalFile(path)
+    url = os.fspath(location)
+    store_of(url)
+    return RemoteFile(url, cache or open_cache())
+
+
+def _copy(source: Path, out: BinaryIO, stop: threading.Event) -> Received:
+    digest, length = hashlib.sha256(), 0
+    with refusals_named(source), source.open("rb") as data:
+        while block := data.read(BLOCK_BYTES):
+            if stop.is_set():
+                raise Stopped
+            digest.update(block)
+            length += len(block)
+            out.write(block)
+    return Received(length, digest.hexdigest())
+
+
+def _publish_copy(source: Path, path: Path, promise: Promise, stop: threading.Event) -> bool:
     def write(out: BinaryIO) -> None:
-        digest, length = hashlib.sha256(), 0
-        with refusals_named(source), source.open("rb") as data:
-            while block := data.read(BLOCK_BYTES):
-                if stop.is_set():
-                    raise Stopped
-                digest.update(block)
-                length += len(block)
-                out.write(block)
-        if (length, digest.hexdigest()) != (file.bytes, file.sha256):
+        came = _copy(source, out, stop)
+        if (came.bytes, came.sha256) != (promise.bytes, promise.sha256):
             raise LabelSetCorrupt(
-                f"{source} has {length} bytes and SHA-256 {digest.hexdigest()[:12]}…, the manifest says {file.bytes} and"
-                f" {file.sha256[:12]}…: it is damaged"
+                f"{source} has {came.bytes} bytes and SHA-256 {came.sha256[:12]}…, the manifest says {promise.bytes} and"
+                f" {str(promise.sha256)[:12]}…: it is damaged"
             )
 
     return publish_file(path, write)

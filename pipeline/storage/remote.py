@@ -11,12 +11,10 @@ locked while a process works on it. A later run asks for the rest only. Whether 
 the whole; where that is wrong the file is fetched once more from its start.
 """
 
-import datetime
 import hashlib
 import io
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -24,42 +22,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import fsspec
-from fsspec.callbacks import Callback
-from fsspec.config import conf
-
-from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
-from pipeline.repeats import warn_again
+from pipeline.errors import RemoteFileCorrupt, StorageError
+from pipeline.repeats import warn_counted
 from pipeline.storage.atomic import locked, make_folder, publish_partial, refusals_named, replace_file
-from pipeline.storage.urls import EXTRAS, check_url, is_web
+from pipeline.storage.stores import Interrupted, store_of
 
 log = logging.getLogger("deit_cli.remote")
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 DEADLINE_S = 900.0  # after which nothing is begun again
-CONNECT_TIMEOUT_S = 20.0
-STALL_TIMEOUT_S = 60.0  # without a single byte
-BLOCK_BYTES = 16 << 20  # of one request to an object store
 RANGE_BYTES = 1 << 20  # where only the end of a file is wanted
-_MAY_PASS = frozenset({408, 425, 429})  # of the answers 4xx; 5xx may pass too
-# What S3 answers with 400 or 409 where the transfer failed, or another writer was at it just then.
-_MAY_PASS_S3 = frozenset(
-    {
-        "BadDigest",
-        "ConditionalRequestConflict",
-        "IncompleteBody",
-        "OperationAborted",
-        "RequestTimeout",
-        "XAmzContentSHA256Mismatch",
-    }
-)
-_NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"})  # of botocore
 
 Result = TypeVar("Result")
 
 
-class Interrupted(Exception):
-    """A transfer failed in a way that may pass: worth another try."""
+@dataclass(frozen=True)
+class Promise:
+    """What is promised of the content of a file; None where nothing is.
+
+    Attributes:
+        bytes: length of the file.
+        sha256: hash of the file, hex.
+    """
+
+    bytes: int | None = None
+    sha256: str | None = None
+
+
+NO_PROMISE = Promise()
 
 
 @dataclass(frozen=True)
@@ -82,11 +72,11 @@ def receive(
     """Write a remote file to a local one, once, and measure it against what is known of its length.
 
     Args:
-        url: of the file.
+        url: URL of the file.
         file: is written to from its start.
         size: promised bytes, or None.
         start: bytes of it that are in `file` already, which can then be read too; only the rest is asked for. Whether they
-            were right shows in the hash. A server that sends everything all the same is listened to from the start.
+            were right shows in the hash. If a server sends the whole file anyway, all of it is received.
         begin: is called before the first byte with the announced length, None where there is none.
         check: is called before every block with the bytes that will have come; it may raise.
 
@@ -98,10 +88,11 @@ def receive(
         StorageError: it is refused for good.
     """
     sink = _Sink(url, file, size, start, begin, check)
+    store = store_of(url)
     try:
-        _transfer(url, sink)
+        store.receive(url, sink)
     except Exception as error:
-        raise sink.error or named(url, error) from error
+        raise sink.error or store.named(url, error) from error
     sink.begin()  # an empty file has no first byte
     if sink.announced not in (None, sink.received) or (sink.announced is None and sink.received < (size or 0)):
         expected = size if sink.announced is None else sink.announced
@@ -128,7 +119,7 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
                     f"{url}: gave up after {tries} tries in {spent:.0f} s: {error}",
                     fix="Run the same command again when it answers",
                 ) from error
-            warn_again(
+            warn_counted(
                 log, "interrupted requests that were tried again", "%s: %s; trying again in %g s", url, error, delay
             )
             pause(delay)
@@ -178,14 +169,11 @@ def read_ranges(url: str, use: Callable[[Any], Result]) -> Result:
     """
 
     def attempt() -> Result:
-        try:
-            system, path = file_system(url)
-            with system.open(path, "rb", block_size=RANGE_BYTES, cache_type="readahead") as file:
-                return use(file)
-        except Exception as error:
-            raise named(url, error) from error
+        system, path = store_of(url).file_system(url)
+        with system.open(path, "rb", block_size=RANGE_BYTES, cache_type="readahead") as file:
+            return use(file)
 
-    return retried(url, attempt)
+    return _asked(url, attempt)
 
 
 def list_url(url: str) -> list[str]:
@@ -195,19 +183,17 @@ def list_url(url: str) -> list[str]:
         RemoteFileMissing: there is no such folder.
         StorageError: web servers have no such list.
     """
-    if is_web(url):
+    store = store_of(url)
+    if not store.lists_files:
         raise StorageError(f"{url}: a web server has no list of its files: name them, as in train-{{000..127}}.tar")
 
     def attempt() -> list[str]:
-        try:
-            system, path = file_system(url)
-            entries = system.ls(path, detail=True, refresh=True)
-        except Exception as error:
-            raise named(url, error) from error
+        system, path = store.file_system(url)
+        entries = system.ls(path, detail=True, refresh=True)
         files = [entry["name"] for entry in entries if entry["type"] == "file"]
         return sorted(name.rstrip("/").rpartition("/")[2] for name in files)
 
-    return retried(url, attempt)
+    return _asked(url, attempt)
 
 
 def list_tree(url: str) -> dict[str, str]:
@@ -215,54 +201,42 @@ def list_tree(url: str) -> dict[str, str]:
 
     Never from a list that was asked for earlier. A folder that is not there has no files.
     """
+    store = store_of(url)
 
     def attempt() -> dict[str, str]:
+        system, path = store.file_system(url)
         try:
-            system, path = file_system(url)
             found = system.find(path, detail=True)
         except FileNotFoundError:
             return {}
-        except Exception as error:
-            raise named(url, error) from error
         top = path.strip("/") + "/"
         files = {name.strip("/"): entry for name, entry in found.items() if entry["type"] == "file"}
-        return {name.removeprefix(top): _token(entry) for name, entry in files.items() if name.startswith(top)}
+        return {name.removeprefix(top): store.token(entry) for name, entry in files.items() if name.startswith(top)}
+
+    return _asked(url, attempt)
+
+
+def _asked(url: str, ask: Callable[[], Result]) -> Result:
+    """Return what a store answers; its errors are named, and those that may pass tried again."""
+
+    def attempt() -> Result:
+        try:
+            return ask()
+        except Exception as error:
+            raise store_of(url).named(url, error) from error
 
     return retried(url, attempt)
 
 
 def info_of(url: str) -> dict[str, Any] | None:
     """Return what the store says of a file now, never from a list; None where there is none, or a folder."""
-
-    def attempt() -> dict[str, Any] | None:
-        try:
-            system, path = file_system(url)
-            refresh = {"refresh": True} if check_url(url) in ("s3", "hf") else {}
-            if check_url(url) in ("gs", "hf"):
-                system.invalidate_cache()
-            info = system.info(path, **refresh)
-        except Exception as error:
-            found = named(url, error)
-            if isinstance(found, RemoteFileMissing):
-                return None
-            raise found from error
-        return info if info["type"] == "file" else None
-
-    return retried(url, attempt)
+    return retried(url, lambda: store_of(url).info(url))
 
 
 def token_of(url: str) -> str | None:
     """Return the token of one file, see `list_tree`; None where there is none."""
     info = info_of(url)
-    return None if info is None else _token(info)
-
-
-def _token(entry: dict[str, Any]) -> str:
-    """Return the store's own mark of a content, and its length."""
-    marks = ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime")
-    mark = next((entry[name] for name in marks if entry.get(name) is not None), "")
-    mark = mark.timestamp() if isinstance(mark, datetime.datetime) else mark  # in memory: one in lists, the other alone
-    return f"{entry['size']} {mark}"
+    return None if info is None else store_of(url).token(info)
 
 
 class _Sink:
@@ -275,6 +249,8 @@ class _Sink:
     def __init__(
         self, url: str, file: BinaryIO, size: int | None, start: int, begin: Callable, check: Callable
     ) -> None:
+        from fsspec.callbacks import Callback  # here, so that local files do without it
+
         self._url, self._file, self._size, self._begin, self._check = url, file, size, begin, check
         self.callback = Callback()
         self.digest = hashlib.sha256()
@@ -332,135 +308,20 @@ class _Sink:
         return self.received
 
     def close(self) -> None:
-        """It is closed by whoever opened it."""
-
-
-def _transfer(url: str, sink: _Sink) -> None:
-    system, path = file_system(url)
-    if is_web(url):
-        # Without this a server may compress, and the announced length would be that of something else.
-        headers = {**getattr(system, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
-        headers |= {"Range": f"bytes={sink.start}-"} if sink.start else {}
-        system.get_file(path, sink, callback=sink.callback, chunk_size=1 << 20, headers=headers)
-        return
-    with system.open(path, "rb", block_size=BLOCK_BYTES) as remote:
-        size = getattr(remote, "size", None)
-        sink.callback.set_size(None if size is None else size - sink.start)
-        remote.seek(sink.start)
-        while block := remote.read(BLOCK_BYTES):
-            sink.write(block)
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL and the path in it; credentials and settings are fsspec's own."""
-    scheme = check_url(url)
-    try:
-        # No listing is kept: what a store said a while ago of a folder is nothing to decide by.
-        return fsspec.url_to_fs(url, **(_web_options(scheme) if is_web(url) else {"use_listings_cache": False}))
-    except ImportError as error:
-        raise StorageError(
-            f'{url}: {scheme}:// needs a package that is not installed ({error}): pip install "deit-cli[{EXTRAS[scheme]}]"'
-        ) from error
-
-
-def _web_options(scheme: str) -> dict[str, Any]:
-    import aiohttp  # of the extra `http`
-
-    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
-    return {"client_kwargs": {**conf.get(scheme, {}).get("client_kwargs", {}), "timeout": timeout}}
-
-
-def named(url: str, error: Exception, *, doing: str = "read") -> Exception:
-    """Return the error of ours for what a file system raised: one to stop at, or one that may pass.
-
-    Args:
-        url: of the file.
-        error: what was raised.
-        doing: `read` or `written`, for the message.
-    """
-    if isinstance(error, (DeitCliError, Interrupted)):
-        return error
-    status, code = status_of(error), _s3_code(error)
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception) and not code:
-        return named(url, error.__cause__, doing=doing)  # fsspec's `info` takes every failure for a missing file
-    if code == "NoSuchBucket":
-        return RemoteFileMissing(
-            f"{url}: there is no such bucket",
-            fix="Check the address, or make it first",
-        )
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return RemoteFileMissing(
-            f"{url}: there is no such file ({status or 404})",
-            fix="Check the address",
-        )
-    if code == "RequestTimeTooSkewed":
-        return RemoteFileRefused(
-            f"{url}: access is refused: the clocks of this machine and of the store differ",
-            fix="Set this one",
-        )
-    if type(error).__name__ in _NO_CREDENTIALS:
-        return RemoteFileRefused(f"{url}: no credentials are known for it: {_reason(error)}")
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return RemoteFileRefused(
-            f"{url}: access is refused ({status or 403})",
-            fix="Check the address and your credentials",
-        )
-    if code in _MAY_PASS_S3:
-        return Interrupted(_reason(error))
-    if status == 416:
-        return RemoteFileCorrupt(f"{url} is shorter than promised (416): it was cut, changed or replaced")
-    if isinstance(error, (ValueError, TypeError, NotImplementedError)) or (
-        status is not None and 300 <= status < 500 and status not in _MAY_PASS
-    ):
-        return StorageError(f"{url}: cannot be {doing}: {_reason(error)}")
-    return Interrupted(_reason(error))
-
-
-def status_of(error: BaseException | None) -> int | None:
-    """Return the HTTP status in an error of aiohttp, gcsfs, huggingface_hub or botocore (whose errors s3fs translates)."""
-    found = getattr(error, "status", None)  # of aiohttp, whose `code` warns that it is old
-    if found is None:
-        response = getattr(error, "response", None)
-        found = getattr(error, "code", None) or getattr(response, "status_code", None)
-        if isinstance(response, dict):
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    if found is None and isinstance(error, OSError) and _s3_code(error):
-        return status_of(error.__cause__)
-    return int(str(found)) if re.fullmatch("[1-5][0-9][0-9]", str(found)) else None
-
-
-def _s3_code(error: BaseException) -> str:
-    """Return S3's own name of an error, or nothing."""
-    for each in (error, error.__cause__):
-        response = getattr(each, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
-
-
-def _reason(error: Exception) -> str:
-    status = status_of(error)
-    if status is not None:
-        about = getattr(error, "message", "") or (str(error.args[-1]) if _s3_code(error) and error.args else "")
-        return f"the server answers {status} {about}".rstrip()
-    if isinstance(error, TimeoutError):
-        return f"no answer for {STALL_TIMEOUT_S:g} s"
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        """The caller closes the file, which it has opened."""
 
 
 class Stopped(Exception):
-    """Whoever waited for the file was told to end."""
+    """A transfer was told to end."""
 
 
-def download(url: str, path: Path, *, size: int, sha256: str, stop: threading.Event | None = None) -> bool:
+def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | None = None) -> bool:
     """Bring a remote file here under its final name, create-only.
 
     Args:
-        url: of the file.
+        url: URL of the file.
         path: its final name.
-        size: promised bytes.
-        sha256: promised hash.
+        promise: its length and hash.
         stop: when it is set, the download ends.
 
     Returns:
@@ -472,11 +333,13 @@ def download(url: str, path: Path, *, size: int, sha256: str, stop: threading.Ev
         StorageError: it could not be received or written.
         Stopped: as told.
     """
-    stop = stop or threading.Event()
+    assert promise.bytes is not None
+    assert promise.sha256 is not None
+    size, sha256, stop = promise.bytes, promise.sha256, stop or threading.Event()
     make_folder(path.parent)
     partial = path.with_name(f".part-{sha256[:32]}")
     with locked(partial):
-        if path.exists():  # whoever held the lock before has brought it
+        if path.exists():  # the process that held the lock before has brought it
             partial.unlink(missing_ok=True)
             return False
         for trusted in (True, False):
@@ -487,7 +350,7 @@ def download(url: str, path: Path, *, size: int, sha256: str, stop: threading.Ev
             except RemoteFileCorrupt:
                 if not trusted:
                     raise
-                warn_again(
+                warn_counted(
                     log,
                     "downloads that began anew",
                     "%s: what has come does not go on as it began; fetching it from its start",
@@ -496,7 +359,7 @@ def download(url: str, path: Path, *, size: int, sha256: str, stop: threading.Ev
                 continue
             if received.sha256 == sha256:
                 return publish_partial(partial, path)
-            warn_again(
+            warn_counted(
                 log,
                 "downloads that began anew",
                 "%s has SHA-256 %s…, not %s…; fetching it from its start",
@@ -526,5 +389,5 @@ def _continue(url: str, partial: Path, size: int, stop: threading.Event) -> Rece
         try:
             return receive(url, file, size=size, start=here, check=check)
         except Interrupted:
-            check(here)  # whoever ends a process cuts its connections
+            check(here)  # a process that is ended loses its connections first
             raise

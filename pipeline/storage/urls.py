@@ -5,22 +5,18 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from pipeline.errors import StorageError
-
-EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "hf": "hub", "memory": "http"}
+from pipeline.storage.stores import store_of
 
 
-def is_url(text: str | os.PathLike[str]) -> bool:
-    """Return whether this is a URL, and no path."""
-    return "://" in os.fspath(text)
+def is_url(text: str) -> bool:
+    """Return whether this is a URL, not a path."""
+    return "://" in text
 
 
-def check_url(url: str) -> str:
-    """Return the scheme of a URL, or raise StorageError: others may name local files or even commands."""
-    scheme = url.partition("://")[0]
-    if scheme not in EXTRAS:
-        raise StorageError(f"{url}: a URL must begin with http://, https://, s3://, gs:// or hf://, got {scheme}://")
-    return scheme
+def local_path(location: str | os.PathLike[str]) -> Path | None:
+    """Return the path that a location names on this machine, or None for a URL."""
+    text = os.fspath(location)
+    return None if is_url(text) else Path(text)
 
 
 def url_name(url: str) -> str:
@@ -29,8 +25,8 @@ def url_name(url: str) -> str:
 
 
 def join_url(url: str, name: str) -> str:
-    """Return the URL of a file below a folder; what a web address asks for behind `?` stays."""
-    if not is_web(url):
+    """Return the URL of a file below a folder; the query of a web address stays."""
+    if not _is_web(url):
         return f"{url.rstrip('/')}/{name}"
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
@@ -38,19 +34,19 @@ def join_url(url: str, name: str) -> str:
 
 def parent_url(url: str) -> str:
     """Return the URL of the folder that a file lies in."""
-    if not is_web(url):
+    if not _is_web(url):
         return url.rstrip("/").rpartition("/")[0]
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
 
 
-def is_web(url: str) -> bool:
-    """Return whether this is an address of the web, where `?` and `#` are no part of the path."""
+def _is_web(url: str) -> bool:
+    """Return whether `?` and `#` end the path."""
     return url.startswith(("http://", "https://"))
 
 
 def _path(url: str) -> str:
-    return urlsplit(url).path if is_web(url) else url.partition("://")[2]
+    return urlsplit(url).path if _is_web(url) else url.partition("://")[2]
 
 
 def working_folder(location: str) -> Path:
@@ -59,11 +55,11 @@ def working_folder(location: str) -> Path:
     The latter is the same for every process of a user on a machine, and for every start of a command.
 
     Raises:
-        StorageError: the URL's scheme is none of ours.
+        StorageError: the URL leads to no store that we know.
     """
-    if not is_url(location):
-        return Path(location)
-    check_url(location)
+    if (path := local_path(location)) is not None:
+        return path
+    store_of(location)
     url = location.rstrip("/")
     digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
     return user_cache() / "deit-cli-staging" / f"{url_name(url)[-80:] or 'root'}-{digest}"

@@ -1,1 +1,1 @@
-"""The frozen networks that answer for views, and their identity."""
+"""The teacher: frozen networks that label views, their loading and their identity."""

@@ -1,4 +1,4 @@
-"""Where a frozen teacher comes from: timm, the Hub, an exported folder, a checkpoint, or a function (docs/teachers.md)."""
+"""Loading of teachers: from timm, the Hub, an exported folder, a checkpoint, or a function (docs/teachers.md)."""
 
 import contextlib
 import difflib
@@ -26,10 +26,10 @@ from pipeline.teacher.teacher import Network, Teacher
 from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.weights import check_size, read_hub_config, read_tensors
 
-# timm's untagged `regnety_160` is another network, trained on ImageNet-12k; DeiT's teacher is this one.
+# DeiT's own teacher. timm's untagged `regnety_160` is another network, pretrained on ImageNet-12k.
 DEIT_TEACHERS = {"regnety_160": "regnety_160.deit_in1k"}
 LOCAL, HUB = "local-dir:", "hf-hub:"
-# What a function may say of its network, and what holds where it says nothing.
+# The keys of the dict that a `module:function` may return, with the value of each key that it leaves out.
 FUNCTION_DEFAULTS: dict[str, Any] = {
     "input_size": (3, 224, 224),
     "mean": IMAGENET_MEAN,
@@ -40,15 +40,16 @@ FUNCTION_DEFAULTS: dict[str, Any] = {
 
 
 def load_teacher(config: TeacherConfig, *, num_classes: int | None = None, device: str | None = None) -> Teacher:
-    """Load a teacher, or several whose probabilities are averaged.
+    """Load a teacher: one network, or several whose probabilities are averaged.
 
     Args:
-        config: names (`regnety_160` means DeiT's), weights, size, dtype.
-        num_classes: of the source; the class count of a network with random weights.
-        device: torch device; None takes the configuration's.
+        config: names (`regnety_160` means DeiT's), weights, image size and dtype.
+        num_classes: class count for a network with random weights; None means 1,000.
+        device: torch device; None takes the one in `config`.
 
     Raises:
-        TeacherError: it cannot be loaded, or its classes are not those of the other teachers.
+        TeacherError: a network cannot be loaded, or the networks have different classes.
+        UsageError: a name or a checkpoint does not exist, or the two do not go together.
     """
     checkpoints = config.teacher_checkpoint or (None,) * len(config.teacher)
     networks = [
@@ -60,58 +61,63 @@ def load_teacher(config: TeacherConfig, *, num_classes: int | None = None, devic
         try:
             identity = EnsembleIdentity(members=tuple(network.identity for network in networks))
         except ValidationError as error:
-            raise TeacherError(_first(error)) from error
+            raise TeacherError(_first_problem(error)) from error
     return Teacher(networks, identity, config, num_classes, device=resolve_device(device or config.device))
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of all parameters and buffers, sorted by name.
+
+    Raises:
+        TeacherError: the module's state_dict holds something other than tensors.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # get_extra_state
+            raise TeacherError(f"the teacher's state_dict must hold only tensors, {name} is {type(tensor).__name__}")
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _load_network(name: str, checkpoint: Path | None, options: TeacherConfig, num_classes: int | None) -> Network:
     if ":" in name and not name.startswith((LOCAL, HUB)):
         if checkpoint is not None:
             raise UsageError(
-                f"--teacher-checkpoint {checkpoint} cannot be loaded into {name}: let the function load it"
+                f"--teacher-checkpoint {checkpoint} cannot be loaded into {name}, which is a function",
+                fix="Let the function load it",
             )
         module, config = _from_function(name)
-        resolved, remedy = name, "It must take float32 images [B, 3, H, W] in channels-last memory on the CPU"
+        resolved, fix = name, "The network must take float32 images [B, 3, H, W] in channels-last memory on the CPU"
     else:
         module, resolved = _from_timm(
             name, checkpoint=checkpoint, pretrained=options.pretrained, num_classes=num_classes
         )
         config = timm.data.resolve_model_data_config(module)
         config |= {"class_names": (getattr(module, "pretrained_cfg", None) or {}).get("label_names") or None}
-        remedy = "Pass --teacher-img-size"
+        fix = "Pass --teacher-img-size"
     size = options.teacher_img_size or int(config["input_size"][-1])
     fields: dict[str, Any] = {
         "name": resolved,
         "weights_sha256": weights_sha256(module),
         "img_size": size,
-        "mean": _three(config["mean"], "mean", name),
-        "std": _three(config["std"], "std", name),
-        "num_classes": _count_classes(module, size, name, remedy),
+        "mean": _channel_values(config["mean"], "mean", name),
+        "std": _channel_values(config["std"], "std", name),
+        "num_classes": _count_classes(module, size, name, fix),
         "class_names": None if config["class_names"] is None else tuple(config["class_names"]),
     }
     try:
         identity = TeacherIdentity(**fields)
     except ValidationError as error:
-        raise TeacherError(f"teacher {name}: {_first(error)}") from error
+        raise TeacherError(f"teacher {name}: {_first_problem(error)}") from error
     return Network(module, identity, crop_pct=float(config.get("crop_pct", 0.875)))
 
 
-def _first(error: ValidationError) -> str:
-    """Return what is wrong with the first wrong field of a record."""
+def _first_problem(error: ValidationError) -> str:
+    """Return the name of the first invalid field of a record, and the rule that it breaks."""
     found = error.errors()[0]
     return ": ".join([".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")]).removeprefix(": ")
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, sorted by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if not isinstance(tensor, Tensor):  # get_extra_state
-            raise TeacherError(f"the teacher's state_dict must hold tensors alone, {name} is {type(tensor).__name__}")
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _from_timm(name: str, *, checkpoint: Path | None, pretrained: bool, num_classes: int | None) -> tuple[Any, str]:
@@ -120,13 +126,16 @@ def _from_timm(name: str, *, checkpoint: Path | None, pretrained: bool, num_clas
         wanted = LOCAL + name
     if not wanted.startswith((LOCAL, HUB)) and not timm.is_model(wanted):
         close = difflib.get_close_matches(wanted, timm.list_models(), n=3)
-        raise UsageError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+        fix = f"Did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
+        raise UsageError(f"timm has no model {name!r}", fix=fix)
     if checkpoint is not None:
         return _from_checkpoint(wanted, checkpoint)
     if wanted.startswith(LOCAL):
-        _check_folder(Path(wanted.removeprefix(LOCAL)))
+        _check_exported_folder(Path(wanted.removeprefix(LOCAL)))
     module: Any = None
-    with _named_failure(f"cannot load teacher {wanted}", "Pass --teacher-checkpoint, or --no-pretrained for a trial"):
+    with _as_teacher_error(
+        f"cannot load teacher {wanted}", fix="Pass --teacher-checkpoint, or --no-pretrained for a trial"
+    ):
         if pretrained:
             module = timm.create_model(wanted, pretrained=True)
         else:
@@ -142,7 +151,9 @@ def _from_timm(name: str, *, checkpoint: Path | None, pretrained: bool, num_clas
 def _from_checkpoint(name: str, checkpoint: Path) -> tuple[Any, str]:
     if not checkpoint.is_file():
         raise UsageError(f"--teacher-checkpoint {checkpoint}: no such file")
-    with _named_failure(f"cannot load {checkpoint} into teacher {name}", "Pass the --teacher that it was saved from"):
+    with _as_teacher_error(
+        f"cannot load {checkpoint} into teacher {name}", fix="Pass the --teacher that it was saved from"
+    ):
         state = read_tensors(checkpoint)
         classifier = (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).classifier
         weight = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
@@ -152,28 +163,29 @@ def _from_checkpoint(name: str, checkpoint: Path) -> tuple[Any, str]:
     return module, module.pretrained_cfg["architecture"]
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse an exported folder whose configuration and weights contradict each other, before it takes memory."""
+def _check_exported_folder(folder: Path) -> None:
+    """Raise TeacherError if config.json asks for a larger network than its weights, before it takes memory."""
     weights = folder / "model.safetensors"
     if (folder / "config.json").is_file() and weights.is_file():
-        with _named_failure(f"cannot load teacher {folder}", "Export it again"):
+        with _as_teacher_error(f"cannot load teacher {folder}", fix="Export it again"):
             check_size(folder, read_hub_config(folder), read_tensors(weights))
 
 
 def _from_function(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Call `module:function`.
+    """Call a `module:function`, and return its network and the values for all keys of FUNCTION_DEFAULTS.
 
-    It returns a network, or a network and a dict of some of FUNCTION_DEFAULTS; of a network alone, what timm has set as its
-    `pretrained_cfg` counts.
+    The function returns a network from normalised float32 images [B, 3, H, W] to logits [B, C], or that and a dict with
+    some of the keys. If it returns a network alone, the network's `pretrained_cfg`, which timm sets, gives the values.
 
-    Returns:
-        the network: normalised float32 images [B, 3, H, W] to logits [B, C]; and all of FUNCTION_DEFAULTS.
+    Raises:
+        UsageError: the function cannot be imported.
+        TeacherError: the function fails, or returns something else.
     """
     function = _import_function(name)
     try:
         result = function()
     except (Exception, SystemExit) as error:
-        raise TeacherError(f"teacher {name} failed{_place(error, function)}: {_named(error)}") from error
+        raise TeacherError(f"teacher {name} failed{_failing_line(error, function)}: {_kind_and_text(error)}") from error
     match result:
         case nn.Module() as network:
             about = getattr(network, "pretrained_cfg", None)
@@ -183,81 +195,86 @@ def _from_function(name: str) -> tuple[nn.Module, dict[str, Any]]:
             pass
         case _:
             kind = ", ".join(type(part).__name__ for part in (result if isinstance(result, tuple) else (result,)))
-            raise TeacherError(f"teacher {name} must return a torch.nn.Module, or one and a dict; got {kind}")
+            raise TeacherError(
+                f"teacher {name} must return a torch.nn.Module, or a torch.nn.Module and a dict, got {kind}"
+            )
     _check_config(name, config)
     return network, FUNCTION_DEFAULTS | config
 
 
 def _import_function(name: str) -> Callable[[], Any]:
-    """Import a function, looking in the current folder first."""
+    """Import a function; modules in the current folder come first."""
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # importing a module can raise anything
         raise UsageError(
-            f"--teacher {name!r} is no function that can be imported: {_named(error)}",
-            fix="The module is looked for in the current folder, then as any other",
+            f"--teacher {name!r} must be a function that can be imported: {_kind_and_text(error)}",
+            fix="Pass module:function, with the module in the current folder or on Python's search path",
         ) from error
     if not callable(function):
         raise UsageError(f"--teacher {name!r} must name a function, got {type(function).__name__}")
     return function
 
 
-def _named(error: BaseException) -> str:
+def _kind_and_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('. ')}"
 
 
-def _place(error: BaseException, function: Callable[[], Any]) -> str:
-    """Return the last line of the function's file that an error came through, for people."""
+def _failing_line(error: BaseException, function: Callable[[], Any]) -> str:
+    """Return ` at line N of FILE`: the innermost line of the function's own file in the traceback; "" if there is none."""
     file = getattr(sys.modules.get(function.__module__), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f" at line {lines[-1]} of {file}" if lines else ""
 
 
 def _check_config(name: str, config: dict[str, Any]) -> None:
-    """Raise TeacherError unless a function's dict says what may be said of a network. `_three` checks mean and std."""
+    """Raise TeacherError if a function's dict has an unknown key or a bad value; `_channel_values` checks mean and std."""
     unknown = next((key for key in config if key not in FUNCTION_DEFAULTS), None)
     if unknown is not None:
         raise TeacherError(
-            f"teacher {name}: the dict may have the keys {', '.join(FUNCTION_DEFAULTS)}; got {unknown!r}"
+            f"teacher {name}: the dict may have only the keys {', '.join(FUNCTION_DEFAULTS)}; got {unknown!r}"
         )
     size = config.get("input_size", (3, 224, 224))
-    if not _is_list(size, int) or len(size) != 3 or size[0] != 3 or size[1] != size[2] or not 1 <= size[1] <= 4096:
+    if not _is_list_of(size, int) or len(size) != 3 or size[0] != 3 or size[1] != size[2] or not 1 <= size[1] <= 4096:
         raise TeacherError(f"teacher {name}: input_size must be (3, H, H) with H in 1..4096 pixels, got {size!r}")
     crop = config.get("crop_pct", 1.0)
     if not isinstance(crop, (int, float)) or not 0.01 <= crop <= 1:
-        raise TeacherError(f"teacher {name}: crop_pct must be in 0.01..1 (a share, no percentage), got {crop!r}")
+        raise TeacherError(f"teacher {name}: crop_pct must be in 0.01..1 (a share, not a percentage), got {crop!r}")
     names = config.get("class_names")
-    if names is not None and not _is_list(names, str):
-        raise TeacherError(f"teacher {name}: class_names must be a list of texts, got {str(names)[:80]!r}")
+    if names is not None and not _is_list_of(names, str):
+        raise TeacherError(f"teacher {name}: class_names must be a list of strings, got {str(names)[:80]!r}")
 
 
-def _is_list(values: Any, kind: type) -> bool:
+def _is_list_of(values: Any, kind: type) -> bool:
     return isinstance(values, (list, tuple)) and all(type(value) is kind for value in values)
 
 
 @contextlib.contextmanager
-def _named_failure(what: str, remedy: str) -> Iterator[None]:
-    """Loading fails in as many ways as there are libraries below timm; the user needs the last line and a way out."""
+def _as_teacher_error(what: str, *, fix: str) -> Iterator[None]:
+    """Turn any error inside the block into a TeacherError of one line: the libraries below timm raise many kinds."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except (TeacherError, UsageError, KeyboardInterrupt):
         raise
-    except CheckpointError as error:  # names its file, and has a way out of its own
-        raise TeacherError(str(error)) from error
+    except CheckpointError as error:  # it names its file, and has a fix of its own
+        raise TeacherError(error.what, fix=error.fix) from error
     except Exception as error:
         text = " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__
-        raise TeacherError(f"{what}: {text}. {remedy}") from error
+        raise TeacherError(f"{what}: {text}", fix=fix) from error
 
 
-def _count_classes(module: nn.Module, size: int, name: str, remedy: str) -> int:
-    """Ask the network itself: its answer for images, as they lie in memory when it labels, has a column for each class."""
+def _count_classes(module: nn.Module, size: int, name: str, fix: str) -> int:
+    """Return the number of classes: the number of columns in the network's answer for two blank images.
+
+    The images have the memory layout of the later forward passes, so that a network that cannot take it fails here.
+    """
     images = torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode(), _named_failure(f"teacher {name} does not take images of {size} pixels", remedy):
+    with torch.inference_mode(), _as_teacher_error(f"teacher {name} does not take images of {size} pixels", fix=fix):
         output = module.eval()(images)
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -265,14 +282,14 @@ def _count_classes(module: nn.Module, size: int, name: str, remedy: str) -> int:
     return output.shape[1]
 
 
-def _three(values: Any, what: str, name: str) -> tuple[float, float, float]:
-    """Return a mean or a standard deviation, after a check."""
+def _channel_values(values: Any, what: str, name: str) -> tuple[float, float, float]:
+    """Return a mean or a standard deviation as three numbers, or raise TeacherError."""
     low, high = (0, 1) if what == "mean" else (1e-6, 1)
     try:
         numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != 3 or not all(low <= number <= high for number in numbers):
-        rule = "three numbers in 0..1" if what == "mean" else "three numbers above 0, at most 1"
-        raise TeacherError(f"teacher {name}: {what} must be {rule} (of pixels in 0..1, not 0..255), got {values!r}")
+        rule = "three numbers in 0..1" if what == "mean" else "three numbers above 0 and at most 1"
+        raise TeacherError(f"teacher {name}: {what} must be {rule} (for pixels in 0..1, not 0..255), got {values!r}")
     return numbers[0], numbers[1], numbers[2]

@@ -1,4 +1,4 @@
-"""The frozen teacher: what it answers for a batch of views, without ever making its device wait for the host."""
+"""The frozen teacher: computes its answers for batches of views, so that its device never waits for the host."""
 
 import logging
 import time
@@ -15,25 +15,25 @@ from torch import Tensor, nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError
 from pipeline.labels.manifest import AnyTeacher, TeacherIdentity
-from pipeline.repeats import warn_again
+from pipeline.repeats import warn_counted
 from pipeline.settings.configs import Dtype, TeacherConfig
 from pipeline.views.mixing import MixBatch, apply_mix
 
 log = logging.getLogger("deit_cli.teacher")
 
-# On a CPU, float32 answers depend in their last bit on the shape of the batch and on the number of threads. So there a
-# forward pass is always of 32 views and one thread, and as many of them run at a time as there are cores.
+# On a CPU, the last bits of float32 answers depend on the batch size and on the number of threads. So a forward pass
+# there always takes 32 views and uses one thread; several passes run in parallel.
 CPU_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the teacher says of a batch.
+    """The teacher's answer for a batch.
 
     Attributes:
-        hard: int64 [B], argmax class.
-        topk_index: int64 [B, K], most probable first.
-        topk_prob: float32 [B, K], probabilities at temperature 1.
+        hard: argmax classes, int64 [B].
+        topk_index: the K most probable classes, most probable first, int64 [B, K].
+        topk_prob: probabilities of these classes at temperature 1, float32 [B, K].
     """
 
     hard: NDArray[np.int64]
@@ -43,12 +43,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Network:
-    """One frozen network.
+    """A frozen network and its identity.
 
     Attributes:
-        module: float images [B, 3, H, W], normalised, to logits [B, C].
-        identity: its name, weights, size, normalisation and classes.
-        crop_pct: share of the shorter side that its centre crop keeps.
+        module: network from normalised float images [B, 3, H, W] to logits [B, C].
+        identity: name, weights, image size, normalisation and classes of the network.
+        crop_pct: share of the shorter side that the network's centre crop keeps, 0..1.
     """
 
     module: nn.Module
@@ -57,10 +57,16 @@ class Network:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One forward pass on its way: what it was asked, on the device, and host tensors that fill when `done` has passed.
+class _ForwardPass:
+    """A forward pass that has been launched.
 
-    `hard`, `index` and `prob` are those of Answer, `finite` is bool [B], `busy_s` is the share of the device's time.
+    Attributes:
+        images: views, uint8 [B, H, W, 3] on the device.
+        mix: partners and mixes of these views, on the device.
+        hard, index, prob: the columns of `Answer` on the host; on a GPU they are valid only after `done`.
+        finite: bool [B] on the host, True for views whose logits are all finite; valid when `hard` is.
+        busy_s: compute time on a CPU in seconds, divided by the number of passes that run in parallel; 0 on a GPU.
+        began, done: start and end of the pass on a GPU; None on a CPU.
     """
 
     images: Tensor
@@ -74,37 +80,42 @@ class _Part:
     done: torch.cuda.Event | None = None
 
 
-class Pending:
-    """An answer on its way."""
+class PendingAnswer:
+    """An answer that the teacher is still computing."""
 
-    def __init__(self, teacher: "Teacher", parts: Sequence["_Part | Future[_Part]"]) -> None:
-        self._teacher, self._parts = teacher, parts
+    def __init__(self, teacher: "Teacher", passes: Sequence["_ForwardPass | Future[_ForwardPass]"]) -> None:
+        self._teacher, self._passes = teacher, passes
 
     def result(self) -> Answer:
-        """Wait for the answer.
+        """Wait for the answer and return it.
 
         Raises:
-            NonFiniteTeacherError: NaN or infinity, also in float32; it carries the positions in the batch.
+            NonFiniteTeacherError: some outputs are NaN or infinite even in float32; carries their positions in the batch.
         """
         answers, start = [], 0
-        for waiting in self._parts:
-            part = waiting.result() if isinstance(waiting, Future) else waiting
-            answers.append(self._teacher.settle(part, start))
-            start += len(part.images)
+        for each in self._passes:
+            forward_pass = each.result() if isinstance(each, Future) else each
+            answers.append(self._teacher.answer_of(forward_pass, start))
+            start += len(forward_pass.images)
         columns = zip(*((a.hard, a.topk_index, a.topk_prob) for a in answers), strict=True)
         return Answer(*(np.concatenate(column) for column in columns))
 
 
 class Teacher:
-    """One frozen network, or several whose probabilities are averaged, on one device.
+    """A teacher on a device: one frozen network, or several whose probabilities are averaged.
 
     Attributes:
-        identity: what decides its answers.
-        config: how it was asked for, so that another process can load it again.
-        num_classes_asked: likewise, of a network with random weights.
-        batch_size: views in one forward pass, at most; halved when the device's memory does not suffice.
-        threads: forward passes at a time, on a CPU.
-        busy_s: seconds that forward passes have taken, copies to the device apart.
+        identity: everything that determines the answers: names, weights, image sizes, normalisation, classes.
+        config: settings with which another process can load the same teacher.
+        num_classes_asked: class count for a network with random weights; None means 1,000.
+        device: torch device of the networks.
+        dtype: precision of the forward passes.
+        img_size: largest image size of the networks, in pixels.
+        crop_pct: share of the shorter side that the first network's centre crop keeps, 0..1.
+        batch_size: maximum number of views in a forward pass; halved when the device runs out of memory.
+        threads: forward passes that run in parallel on a CPU; 1 on a GPU.
+        busy_s: time of all forward passes so far in seconds, without copies to the device.
+        networks: the networks on the device.
     """
 
     def __init__(
@@ -123,58 +134,72 @@ class Teacher:
         self.batch_size = CPU_BATCH if device.type == "cpu" else 2**16
         self.busy_s = 0.0
         self.limit_threads(1)
-        self.networks = [_Placed(network, device, compiled=config.compile) for network in networks]
+        self.networks = [_NetworkOnDevice(network, device, compiled=config.compile) for network in networks]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def limit_batch(self, size: int) -> None:
-        """Use at most `size` views in one forward pass; on a CPU that is always the same number."""
+        """Limit a GPU's forward passes to `size` views; a CPU always uses `CPU_BATCH`."""
         if self.device.type != "cpu":
             self.batch_size = min(self.batch_size, size - size % 2)
 
     def limit_threads(self, threads: int) -> None:
-        """Run at most so many forward passes at a time on a CPU."""
+        """Limit the number of forward passes that run in parallel on a CPU."""
         self.threads = max(1, threads) if self.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self.threads, "teacher") if self.device.type == "cpu" else None
 
-    def ask(self, images: Tensor, mix: MixBatch, topk: int) -> Pending:
-        """Begin to label a batch, and return before the device is done.
+    def ask(self, images: Tensor, mix: MixBatch, topk: int) -> PendingAnswer:
+        """Start to compute the answer for a batch, without waiting for the device.
 
         Args:
-            images: uint8 [B, H, W, 3] on the host, pinned where the device is a GPU; pairs lie at even positions.
-            mix: partners and mixes, by position in the batch.
-            topk: K, 0..C.
+            images: views, uint8 [B, H, W, 3] on the host, pinned if the device is a GPU; each pair starts at an even position.
+            mix: partners and mixes of these views, by position in the batch.
+            topk: number of classes to keep, K, 0..C.
+
+        Raises:
+            RuntimeError: the device is a CPU and the call is outside `one_thread`, so that the last bits of the answer
+                would depend on the number of threads.
         """
-        parts: list[_Part | Future[_Part]] = []
+        if self._pool and torch.get_num_threads() != 1:
+            raise RuntimeError("a teacher on a CPU must be asked inside `with one_thread(device)`")
+        passes: list[_ForwardPass | Future[_ForwardPass]] = []
         start = 0
         while start < len(images):
             piece = slice(start, min(start + self.batch_size, len(images)))
             cut = MixBatch(mix.partner[piece] - start, mix.lam[piece], mix.box[piece])
             if self._pool:
-                part = self._pool.submit(self._compute, images[piece], cut, topk)
+                launched = self._pool.submit(self._compute, images[piece], cut, topk)
             else:
-                part = self._try(images[piece], cut, topk)
-            if part is not None:
-                parts.append(part)
+                launched = self._launch_or_halve(images[piece], cut, topk)
+            if launched is not None:
+                passes.append(launched)
                 start = piece.stop
-        return Pending(self, parts)
+        return PendingAnswer(self, passes)
 
-    def settle(self, part: _Part, start: int) -> Answer:
-        """Wait for one forward pass that began at position `start` of its batch; views of NaN are asked again."""
-        if part.began and part.done:
-            part.done.synchronize()
-            self.busy_s += part.began.elapsed_time(part.done) / 1000
-        self.busy_s += part.busy_s
-        bad = ~part.finite
+    def answer_of(self, launched: _ForwardPass, start: int) -> Answer:
+        """Wait for a forward pass and return its answer; views with non-finite outputs are computed again in float32.
+
+        Args:
+            launched: the forward pass.
+            start: position in the batch of the first view of the pass.
+
+        Raises:
+            NonFiniteTeacherError: some outputs are NaN or infinite even in float32; carries their positions in the batch.
+        """
+        if launched.began and launched.done:
+            launched.done.synchronize()
+            self.busy_s += launched.began.elapsed_time(launched.done) / 1000
+        self.busy_s += launched.busy_s
+        bad = ~launched.finite
         if bad.any():
             with torch.inference_mode():
-                mixed = apply_mix(part.images, part.mix)
-                again = self._again(mixed, bad.to(self.device), part.index.shape[1], start)
-                for column, values in zip((part.hard, part.index, part.prob), again, strict=True):
+                mixed = apply_mix(launched.images, launched.mix)
+                again = self._compute_in_float32(mixed, bad.to(self.device), launched.index.shape[1], start)
+                for column, values in zip((launched.hard, launched.index, launched.prob), again, strict=True):
                     column[bad] = values.cpu()
-        return Answer(part.hard.numpy(), part.index.numpy(), part.prob.numpy())
+        return Answer(launched.hard.numpy(), launched.index.numpy(), launched.prob.numpy())
 
-    def _try(self, images: Tensor, mix: MixBatch, topk: int) -> _Part | None:
-        """Launch one forward pass; None if the device's memory did not suffice, and half as many are to be tried."""
+    def _launch_or_halve(self, images: Tensor, mix: MixBatch, topk: int) -> _ForwardPass | None:
+        """Launch a forward pass; if the device runs out of memory, halve the batch size and return None."""
         try:
             return self._launch(images, mix, topk)
         except torch.OutOfMemoryError as error:
@@ -187,19 +212,20 @@ class Teacher:
             torch.cuda.empty_cache()
         half = len(images) // 2
         self.batch_size = half - half % 2 or 2
-        log.warning("out of memory on %s: going on with %d views in one forward pass", self.device, self.batch_size)
+        log.warning("out of memory on %s: continuing with %d views per forward pass", self.device, self.batch_size)
         return None
 
-    def _compute(self, images: Tensor, mix: MixBatch, topk: int) -> _Part:
-        """One forward pass of views and mixes that are on the device, and its answer on the host."""
+    def _compute(self, images: Tensor, mix: MixBatch, topk: int) -> _ForwardPass:
+        """Run a forward pass of views and mixes on the device, and copy its answer to the host."""
         with torch.inference_mode():
             began = time.perf_counter()
-            top = self.rank(self.logits(apply_mix(images, mix)), topk)
-            hard, index, prob, finite = (column.to("cpu", non_blocking=True) for column in top)  # into pinned memory
-            return _Part(images, mix, hard, index, prob, finite, (time.perf_counter() - began) / self.threads)
+            columns = self.top_classes(self.logits(apply_mix(images, mix)), topk)
+            # From a GPU, these copies go into pinned memory and do not wait.
+            hard, index, prob, finite = (column.to("cpu", non_blocking=True) for column in columns)
+            return _ForwardPass(images, mix, hard, index, prob, finite, (time.perf_counter() - began) / self.threads)
 
-    def _launch(self, images: Tensor, mix: MixBatch, topk: int) -> _Part:
-        """Queue one forward pass on the device; its views travel while the pass before it still runs."""
+    def _launch(self, images: Tensor, mix: MixBatch, topk: int) -> _ForwardPass:
+        """Queue a forward pass on the device; its views are copied while the previous pass still runs."""
         if self._copies is None:
             return self._compute(images.to(self.device), mix.to(self.device), topk)
         computing = torch.cuda.current_stream(self.device)
@@ -210,33 +236,53 @@ class Teacher:
             tensor.record_stream(computing)
         began, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record(computing)
-        part = self._compute(pixels, mix, topk)
+        launched = self._compute(pixels, mix, topk)
         done.record(computing)
-        return replace(part, busy_s=0.0, began=began, done=done)
+        return replace(launched, busy_s=0.0, began=began, done=done)
 
     def logits(self, images: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Return each network's logits, float32 [B, C], for mixed images, float32 [B, 3, H, W] of 0..255."""
+        """Return the logits of each network.
+
+        Args:
+            images: mixed views, float32 [B, 3, H, W] in 0..255, on the device.
+            dtype: precision of the forward pass; None for the teacher's.
+
+        Returns:
+            logits, float32 [B, C], one tensor per network.
+        """
         return [network.logits(images, dtype or self.dtype) for network in self.networks]
 
-    def rank(self, logits: Sequence[Tensor], topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return hard int64 [B], index int64 [B, K], prob float32 [B, K], finite bool [B], on the device."""
+    def top_classes(self, logits: Sequence[Tensor], topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the most probable classes and their probabilities, averaged over the networks.
+
+        Args:
+            logits: logits of each network, float32 [B, C].
+            topk: number of classes to keep, K, 0..C.
+
+        Returns:
+            hard int64 [B], index int64 [B, K] and prob float32 [B, K] as in `Answer`; finite bool [B], True for views
+            whose logits are all finite. All are on the device of the logits.
+        """
         finite = torch.stack([each.isfinite().all(dim=1) for each in logits]).all(dim=0)
         score = logits[0] if len(logits) == 1 else torch.stack([each.softmax(dim=1) for each in logits]).mean(dim=0)
         top = score.topk(max(topk, 1), dim=1)
         prob = score.softmax(dim=1).gather(1, top.indices) if len(logits) == 1 else top.values
         return top.indices[:, 0], top.indices[:, :topk], prob[:, :topk], finite
 
-    def _again(self, images: Tensor, bad: Tensor, topk: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The argmax of NaN is a valid class: such views are asked again in float32, and never stored."""
+    def _compute_in_float32(self, images: Tensor, bad: Tensor, topk: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hard, index and prob (see `top_classes`) of the views in `bad`, computed in float32.
+
+        Non-finite outputs must never be stored: their argmax would be a valid class.
+        """
         if self.dtype != torch.float32:
-            warn_again(
+            warn_counted(
                 log,
                 "batches with non-finite outputs that were computed again in float32",
-                "%d views gave non-finite outputs in %s: trying float32",
+                "%d views gave non-finite outputs in %s: computing them again in float32",
                 int(bad.sum()),
                 self.dtype,
             )
-            hard, index, prob, finite = self.rank(self.logits(images[bad], torch.float32), topk)
+            hard, index, prob, finite = self.top_classes(self.logits(images[bad], torch.float32), topk)
             if finite.all():
                 return hard, index, prob
             bad = bad.clone()
@@ -247,7 +293,7 @@ class Teacher:
         )
 
 
-class _Placed:
+class _NetworkOnDevice:
     """A network on its device, with its normalisation."""
 
     def __init__(self, network: Network, device: torch.device, *, compiled: bool) -> None:
@@ -259,7 +305,7 @@ class _Placed:
         self.img_size = identity.img_size
 
     def logits(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return float32 logits [B, C] for float32 images [B, 3, H, W] of 0..255."""
+        """Return float32 logits [B, C] for float32 images [B, 3, H, W] in 0..255, resized and normalised first."""
         size = (self.img_size, self.img_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 255)
@@ -269,12 +315,15 @@ class _Placed:
 
 
 def check_classes(teacher: AnyTeacher, class_names: tuple[str, ...] | None, highest_label: int | None) -> None:
-    """Raise TeacherError unless the teacher's classes are those of the source.
+    """Check that the teacher's classes are those of the source.
 
     Args:
         teacher: identity of the teacher.
-        class_names: of the source, where it has them.
-        highest_label: of the source, None where nothing is labelled.
+        class_names: class names of the source, None if it has none.
+        highest_label: highest class label of the source, None if no image has one.
+
+    Raises:
+        TeacherError: the classes differ in number, names or order.
     """
     if class_names is not None and len(class_names) != teacher.num_classes:
         raise TeacherError(
@@ -294,7 +343,11 @@ def check_classes(teacher: AnyTeacher, class_names: tuple[str, ...] | None, high
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, let every operation use one thread: the teacher brings its own."""
+    """Limit every torch operation on a CPU to one thread inside the block; the teacher starts threads of its own.
+
+    A new thread adopts this limit at its first operation. So each thread of the teacher must start inside such a block:
+    a thread that started outside would sum in another order, and change the last bits of stored probabilities.
+    """
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""labels verify: every file, row, image and answer of a label set, checked."""
+"""`deit-cli labels verify`: checks of every file, row, image and stored answer of a label set."""

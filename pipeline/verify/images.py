@@ -1,4 +1,4 @@
-"""Do these images, and the pixels that are rendered from them, fit a label set? Every one is looked at, and all misfits named."""
+"""Check that images, and the pixels that are rendered from them, fit a label set; every misfit is named."""
 
 import copy
 import threading
@@ -7,17 +7,18 @@ import xxhash
 
 from pipeline.errors import DeitCliError, SourceError
 from pipeline.images.source import Source
-from pipeline.labels.comparing import Comparison, Listing, compare_names
+from pipeline.labels.comparing import Comparison, Listing, check_source, compare_names, labelled_part
 from pipeline.labels.format import DAMAGED_MANIFEST, MANIFEST_NAME
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.replay import compare_probes
 from pipeline.machine.progress import Progress
-from pipeline.machine.threads import Telling, in_threads
+from pipeline.machine.threads import ProgressCounter, in_threads
 from pipeline.settings.configs import VerifyConfig
 from pipeline.verify.report import Problem, Report
 
-OTHER_DATA = "Pass the --data that was labelled, or mend this copy"
-OTHER_IMAGES = "Its labels are of other images than those in it: get the damaged files again, or ask whoever made it"
+OTHER_DATA = "Pass the --data that was labelled, or repair this copy"
+OTHER_IMAGES = (
+    "Its labels belong to other images than those in it: fetch the damaged files again, or ask the people who made it"
+)
 
 
 def check_images(
@@ -29,12 +30,12 @@ def check_images(
     probes, are compared.
     """
     own = config.data is None and label_set.has_images
-    location = label_set.folder if own else config.data or label_set.plan.source.location
+    location = label_set.place if own else config.data or label_set.plan.source.location
     source, before = None, len(report.problems)
     with report.noting(location, "source", "Pass --data, or --no-probes to leave the images out"):
-        source = label_set.labelled_part(label_set.open_source(config.data))
+        source = labelled_part(label_set, label_set.open_source(config.data))
         if config.data is None:
-            label_set.check_source(source)
+            check_source(label_set, source)
     if source is None:
         return None
     if own or config.data is not None:
@@ -61,25 +62,25 @@ def compare_images(
     Several source shards are read at a time; of each only what differs is kept.
     """
     names = [shard.name for shard in source.shards]
-    for what, mine, theirs in (
+    for what, labelled, found in (
         ("class", label_set.plan.source.class_names, source.class_names),
         ("shard", label_set.shards, names),
     ):
-        if (text := compare_names(what, mine, theirs, limit=10)) != "":
+        if (text := compare_names(what, labelled, found, limit=10)) != "":
             report.problems.append(Problem(source.location, "source", f"{source.location}: {text}", way_out))
     shards = list(dict.fromkeys((*label_set.shards, *names)))
-    tell = Telling("compare", len(shards), progress)
+    count_one = ProgressCounter("compare", len(shards), progress, unit="source shards")
     comparison, local = Comparison(), threading.local()
     report.images = 0
 
     def read(shard: str) -> tuple[Listing, Listing] | DeitCliError:
         own = local.__dict__.setdefault("label_set", copy.copy(label_set))  # each keeps recent files of its own
         try:
-            mine = _labelled(own, shard) if shard in label_set.shards else Listing()
-            theirs = _listed(source, shard) if shard in names else Listing()
+            labelled = _labelled(own, shard) if shard in label_set.shards else Listing()
+            found = _listed(source, shard) if shard in names else Listing()
         except DeitCliError as error:
             return error
-        return mine, theirs
+        return labelled, found
 
     for shard, result in in_threads(shards, read, threads):
         if isinstance(result, DeitCliError):
@@ -88,7 +89,7 @@ def compare_images(
         else:
             report.images += len(result[1].keys)
             comparison.add(shard, *result)
-        tell()
+        count_one()
     report.differences = comparison.result()
     report.differences.sort()
     report.problems += [
@@ -110,9 +111,11 @@ def _listed(source: Source, shard: str) -> Listing:
 
 def _check_probes(report: Report, label_set: LabelSet, source: Source) -> None:
     """Render all probes; where that fails, one by one, so that each that does is named."""
+    from pipeline.labels.replay import compare_probes  # here, so that the other checks do without torch
+
     probes = label_set.manifest.probes
     if not probes:
-        text = f"{label_set.folder} has no replay probes: nothing shows that its labels fit these pixels"
+        text = f"{label_set.place} has no replay probes: nothing shows that its labels fit these pixels"
         report.problems.append(Problem(MANIFEST_NAME, "probe", text, DAMAGED_MANIFEST))
     try:
         report.pixels = compare_probes(probes, label_set.recipe, source, label_set.samples)

@@ -6,14 +6,13 @@ a wrong label by its margin: what must have changed for it is the distance betwe
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import LabelSetCorrupt, LabelSetError, TeacherError
+from pipeline.errors import LabelSetError, TeacherError
 from pipeline.images.source import Source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import first_difference, short
@@ -21,7 +20,7 @@ from pipeline.labels.replay import pair_of, rendered_view
 from pipeline.labels.tables import LabelRows, SampleRows
 from pipeline.machine.progress import Progress, Tick
 from pipeline.teacher.teacher import Teacher, one_thread
-from pipeline.text import count
+from pipeline.verify.report import Flip, Relabelled
 from pipeline.views.draws import stream_of
 from pipeline.views.mixing import mix_batch
 from pipeline.views.pairs import Mix
@@ -31,87 +30,11 @@ PAIRS_AT_ONCE = 16
 # against float32 (benchmarks/results/gpu-h200.json): 0.012 in float32, where convolutions on a GPU keep 10 bits (TF32), 0.025 in
 # float16, 0.17 in bfloat16. On a CPU, 99 % of views are within 0.07 in bfloat16; the tail is long.
 ROUNDING = {"float32 on a CPU": 1e-3, "float32": 0.02, "float16": 0.05, "bfloat16": 0.3}
-STORED = {"float32": 1e-6, "float16": 1e-3}  # what storing a probability changes at most, with some room
-STORED_OTHERWISE = 0.03
-
-
-@dataclass(frozen=True)
-class Flip:
-    """One view of which the teacher now says another class than the stored one.
-
-    Attributes:
-        margin: the larger of the distances between the two most probable classes, then and now, 0..1.
-    """
-
-    shard: str
-    key: str
-    view: int
-    stored: int
-    now: int
-    margin: float
-
-    def __str__(self) -> str:
-        return (
-            f"view {self.view} of {self.key!r} of {self.shard}: class {self.stored} is stored, the teacher says"
-            f" {self.now} by a margin of {self.margin:.2g}"
-        )
-
-
-@dataclass(frozen=True)
-class Relabelled:
-    """How stored answers and those of now agree.
-
-    Attributes:
-        views: that were compared.
-        agreeing: of them, those of the same hard label.
-        mean_kl: nats from the stored distribution to that of now over the kept classes and the rest; None with K = 0.
-        max_kl: likewise, of the worst view.
-        max_difference: of a kept probability; None with K = 0.
-        flips: views of another hard label, the largest margin first.
-        rounding: change of a probability up to which rounding explains it, on the devices and dtypes of then and now.
-        stored_rounding: the same for how the set stores probabilities.
-    """
-
-    views: int
-    agreeing: int
-    mean_kl: float | None
-    max_kl: float | None
-    max_difference: float | None
-    flips: tuple[Flip, ...]
-    rounding: float
-    stored_rounding: float
-
-    def problems(self) -> list[str]:
-        """Return what rounding does not explain, a line each."""
-        wrong = [flip for flip in self.flips if flip.margin > self.rounding]
-        lines = [str(flip) for flip in wrong[:10]]
-        if len(wrong) > 10:
-            lines.append(f"and {len(wrong) - 10:,} more views of another class")
-        limit = self.rounding + self.stored_rounding
-        if self.max_difference is not None and self.max_difference > limit:
-            lines.append(f"a stored probability differs by {self.max_difference:.3g}, rounding explains {limit:.3g}")
-        return lines
-
-    def describe(self) -> str:
-        """Return one line for people."""
-        text = f"{self.views:,} views labelled again: {100 * self.agreeing / self.views:.2f} % of hard labels agree"
-        if self.mean_kl is not None:
-            text += f", KL {self.mean_kl:.2g} nats (worst {self.max_kl:.2g}), probabilities within {self.max_difference:.2g}"
-        near = self.near_flips()
-        return text + (f"; {count(len(near), 'flip')} at a margin up to {near[0].margin:.2g}: rounding" if near else "")
-
-    def near_flips(self) -> list[Flip]:
-        """Return the flips that rounding explains, the largest margin first."""
-        return [flip for flip in self.flips if flip.margin <= self.rounding]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self) | {"flips": [asdict(flip) for flip in self.flips]}
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One pair of one view, to be answered for: both of them see the same mix."""
+    """One pair of samples of one view that the teacher labels again; both see the same mix."""
 
     shard: str
     view: int
@@ -131,12 +54,12 @@ def relabel(
     """Label at least so many random views again, and compare.
 
     Args:
-        label_set: sound, as far as it is read.
+        label_set: a label set that was found sound.
         source: its images.
-        teacher: the one that labelled it.
-        views: to compare, in pairs that were mixed with each other.
-        seed: of the choice.
-        progress: hears of views.
+        teacher: the teacher that labelled it.
+        views: number of views to compare, in pairs that were mixed with each other.
+        seed: random seed for choosing the views.
+        progress: is told how many views are done.
 
     Raises:
         TeacherError: this is another teacher.
@@ -150,8 +73,9 @@ def relabel(
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             part = pairs[start : start + PAIRS_AT_ONCE]
             _compare(label_set, source, teacher, samples, part, compared)
-            progress(Tick("relabel", len(compared.kl), max(views, len(compared.kl)), made=len(compared.kl)))
-    return compared.result(rounding_of(label_set, teacher), STORED.get(label_set.plan.precision, STORED_OTHERWISE))
+            done = len(compared.kl)
+            progress(Tick("relabel", done, max(views, done), made=done, unit="views"))
+    return compared.result(rounding_of(label_set, teacher), label_set.plan.codec.rounding)
 
 
 def rounding_of(label_set: LabelSet, teacher: Teacher) -> float:
@@ -163,23 +87,23 @@ def rounding_of(label_set: LabelSet, teacher: Teacher) -> float:
 
 
 def _check_teacher(label_set: LabelSet, teacher: Teacher) -> None:
-    mine, theirs = label_set.plan.teacher, teacher.identity
-    if mine.id != theirs.id:
-        difference = first_difference(mine.model_dump(mode="json"), theirs.model_dump(mode="json"))
+    labelled_by, given = label_set.plan.teacher, teacher.identity
+    if labelled_by.id != given.id:
+        difference = first_difference(labelled_by.model_dump(mode="json"), given.model_dump(mode="json"))
         raise TeacherError(
-            f"{label_set.folder} was labelled by {mine.name} (id {short(mine.id)}), --teacher is"
-            f" {theirs.name} (id {short(theirs.id)}){difference}",
+            f"{label_set.place} was labelled by {labelled_by.name} (id {short(labelled_by.id)}), --teacher is"
+            f" {given.name} (id {short(given.id)}){difference}",
             fix="Pass the teacher that labelled it, with its --teacher-checkpoint",
         )
 
 
 def _choose(label_set: LabelSet, samples: dict[str, SampleRows], views: int, seed: int) -> list[_Pair]:
-    """Draw pairs, every labelled view with equal chance, until there are enough views; at most all of them."""
+    """Draw pairs, every labelled view with equal chance, until there are enough views; at most all."""
     usable = {name: table.usable for name, table in samples.items()}
     ends = np.cumsum([len(rows) for rows in usable.values()])
     total = int(ends[-1]) if len(ends) else 0
     if not total:
-        raise LabelSetError(f"{label_set.folder} has no usable image to label again")
+        raise LabelSetError(f"{label_set.place} has no usable image to label again")
     draws = stream_of(label_set.plan.labelset_id, str(seed), "relabel")
     names, chosen, found = list(usable), {}, 0
     wanted = min(views, total * len(label_set.views))
@@ -228,10 +152,7 @@ def _stored(label_set: LabelSet, pairs: list[_Pair]) -> Iterator[tuple[_Pair, in
     for pair in pairs:
         rows = label_set.read(pair.shard, pair.view)
         for row in pair.rows:
-            at = int(np.searchsorted(rows.row, row))
-            if at == len(rows) or rows.row[at] != row:
-                raise LabelSetCorrupt(f"{label_set.folder}: view {pair.view} of row {row} of {pair.shard} has no label")
-            yield pair, row, rows, at
+            yield pair, row, rows, int(np.searchsorted(rows.row, row))
 
 
 class _Compared:
@@ -275,8 +196,8 @@ def _margin(falling: NDArray[np.float64]) -> float:
     return float(falling[0] - falling[1]) if len(falling) > 1 else 1.0
 
 
-def _kl(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
-    """Return KL(mine || theirs) in nats; what one rounded to 0 counts as the least probability of float16."""
+def _kl(stored: NDArray[np.float64], now: NDArray[np.float64]) -> float:
+    """Return KL(stored || now) in nats; a probability that was rounded to 0 counts as the least one of float16."""
     least = 2.0**-24
-    mine, theirs = np.maximum(mine, least), np.maximum(theirs, least)
-    return float(max(0.0, (mine * np.log(mine / theirs)).sum() - mine.sum() + theirs.sum()))
+    stored, now = np.maximum(stored, least), np.maximum(now, least)
+    return float(max(0.0, (stored * np.log(stored / now)).sum() - stored.sum() + now.sum()))

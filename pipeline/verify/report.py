@@ -1,9 +1,9 @@
-"""What a verification found: problems, each with its way out, and what was looked at."""
+"""The findings of a verification: problems, each with its fix, and what was checked."""
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.errors import DeitCliError, UsageError
@@ -12,19 +12,18 @@ from pipeline.labels.comparing import Differences
 from pipeline.labels.format import pin_of
 from pipeline.labels.labelset import LabelSet
 from pipeline.text import byte_size, count
-from pipeline.verify.relabel import Relabelled
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it must be.
+    """One thing that is wrong.
 
     Attributes:
-        file: what it is about: a path inside the set, or where the images lie.
+        file: the file with the problem: a path inside the set, or the location of the images.
         rule: what was checked: `plan`, `manifest`, `pin`, `signature`, `sealed`, `present`, `length`, `sha256`, `content`,
             `source`, `images`, `probe`, `teacher`.
         text: what was found and what was expected, with the full name.
-        way_out: what repairs it.
+        way_out: how to fix it.
     """
 
     file: str
@@ -36,24 +35,98 @@ class Problem:
         return f"{self.text}. {self.way_out}" if self.way_out else self.text
 
 
+@dataclass(frozen=True)
+class Flip:
+    """One view of which the teacher now says another class than the stored one.
+
+    Attributes:
+        margin: the larger of the distances between the two most probable classes, then and now, 0..1.
+    """
+
+    shard: str
+    key: str
+    view: int
+    stored: int
+    now: int
+    margin: float
+
+    def __str__(self) -> str:
+        return (
+            f"view {self.view} of {self.key!r} of {self.shard}: class {self.stored} is stored, the teacher says"
+            f" {self.now} by a margin of {self.margin:.2g}"
+        )
+
+
+@dataclass(frozen=True)
+class Relabelled:
+    """How stored answers and those of now agree.
+
+    Attributes:
+        views: number of views that were compared.
+        agreeing: number of views whose hard label is the same.
+        mean_kl: nats from the stored distribution to that of now over the kept classes and the rest; None with K = 0.
+        max_kl: the same for the worst view.
+        max_difference: largest change of a kept probability; None with K = 0.
+        flips: views whose hard label changed, the largest margin first.
+        rounding: change of a probability up to which rounding explains it, on the devices and dtypes of then and now.
+        stored_rounding: the same for how the set stores probabilities.
+    """
+
+    views: int
+    agreeing: int
+    mean_kl: float | None
+    max_kl: float | None
+    max_difference: float | None
+    flips: tuple[Flip, ...]
+    rounding: float
+    stored_rounding: float
+
+    def problems(self) -> list[str]:
+        """Return what rounding does not explain, a line each."""
+        wrong = [flip for flip in self.flips if flip.margin > self.rounding]
+        lines = [str(flip) for flip in wrong[:10]]
+        if len(wrong) > 10:
+            lines.append(f"and {len(wrong) - 10:,} more views of another class")
+        limit = self.rounding + self.stored_rounding
+        if self.max_difference is not None and self.max_difference > limit:
+            lines.append(f"a stored probability differs by {self.max_difference:.3g}, rounding explains {limit:.3g}")
+        return lines
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        text = f"{self.views:,} views labelled again: {100 * self.agreeing / self.views:.2f} % of hard labels agree"
+        if self.mean_kl is not None:
+            text += f", KL {self.mean_kl:.2g} nats (worst {self.max_kl:.2g}), probabilities within {self.max_difference:.2g}"
+        near = self.near_flips()
+        return text + (f"; {count(len(near), 'flip')} at a margin up to {near[0].margin:.2g}: rounding" if near else "")
+
+    def near_flips(self) -> list[Flip]:
+        """Return the flips that rounding explains, the largest margin first."""
+        return [flip for flip in self.flips if flip.margin <= self.rounding]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self) | {"flips": [asdict(flip) for flip in self.flips]}
+
+
 @dataclass
 class Report:
-    """What was looked at, and what is wrong with it.
+    """What was checked, and what is wrong with it.
 
     Attributes:
         location: folder or URL.
         label_set: None where plan or manifest are damaged.
-        manifest_sha256: of the bytes of the manifest; None where there is none.
-        files: of tables that were read.
-        bytes: of them.
-        problems: all that were found.
-        notes: what is worth knowing and wrong with nothing.
+        manifest_sha256: hash of the bytes of the manifest; None where there is none.
+        files: number of files that were read.
+        bytes: size of these files.
+        problems: all problems that were found.
+        notes: what is worth knowing although nothing is wrong.
         source: the images, where they were opened.
-        pixels: largest mean difference of a replayed probe, in levels of 255; None where none was rendered.
-        images: how many images were compared; None where none were.
-        differences: of those images.
+        pixels: largest mean difference of a replay probe, in levels of 255; None where none was rendered.
+        images: number of images that were compared; None where none were.
+        differences: how these images differ from those that were labelled.
         signed_by: key or identity that signed the manifest; None where that was not asked.
-        relabelled: what the teacher says now of some views; None where it was not asked.
+        relabelled: what the teacher says now about some views; None where it was not asked.
     """
 
     location: str

@@ -1,7 +1,6 @@
-"""Verify a label set: look at every file, row, probe and image, and name all that is wrong, not only the first.
+"""Verify a label set: check every file, row, probe and image, and name all that is wrong, not only the first.
 
-A label set refuses itself as soon as one thing is not as it must be; whoever has to repair it needs the whole list. So
-here nothing stops the rest: where the manifest is damaged, files are held against the plan by what they say of
+Other readers stop at the first error; to repair a set, people need the whole list. So here nothing stops the rest: where the manifest is damaged, files are held against the plan by what they say of
 themselves; where the plan is, they are at least hashed. Remote sets are read anew from where they lie, not from the cache.
 """
 
@@ -24,6 +23,15 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.images.source import Source
+from pipeline.labels.checked_files import (
+    check_length,
+    check_num_rows,
+    check_num_samples,
+    check_rows,
+    checked_labels_footer,
+    checked_samples,
+    fits_in_memory,
+)
 from pipeline.labels.format import (
     DAMAGED_MANIFEST,
     DAMAGED_PLAN,
@@ -35,7 +43,7 @@ from pipeline.labels.format import (
     damaged_file,
     missing_file,
 )
-from pipeline.labels.labelset import LabelSet, check_length, checked_labels_footer, checked_samples, fits_in_memory
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import (
     FileEntry,
     Manifest,
@@ -48,27 +56,19 @@ from pipeline.labels.manifest import (
     short,
 )
 from pipeline.labels.tables import Contents, read_all_views
-from pipeline.machine.loaders import usable_cores
 from pipeline.machine.progress import Progress
-from pipeline.machine.threads import Telling, in_threads
+from pipeline.machine.threads import ProgressCounter, in_threads, usable_cores
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
 from pipeline.sharing.signing import SIGNATURE_NAME, check_signature
 from pipeline.storage.atomic import TEMPORARY_PREFIX, refusals_named
-from pipeline.storage.cache import RemoteFolder, open_cache
-from pipeline.storage.json import MAX_JSON_BYTES, read_small
-from pipeline.storage.remote import read_url, receive, retried
-from pipeline.storage.urls import is_url, join_url
-from pipeline.teacher.loading import load_teacher
+from pipeline.storage.place import Place, open_place
+from pipeline.storage.remote import NO_PROMISE, Promise, Received
 from pipeline.text import count
 from pipeline.verify.images import check_images
-from pipeline.verify.relabel import relabel
 from pipeline.verify.report import Problem, Report
 
 REMOTE_THREADS = 8  # they wait for a server most of the time
-WRONG_LABELS = (
-    "Do not train on this set; ask whoever labelled it, or label again with deit-cli precompute and another --out"
-)
-_BLOCK_BYTES = 8 << 20
+WRONG_LABELS = "Do not train on this set; ask the people who labelled it, or label again with deit-cli precompute and another --out"
 
 
 def verify(
@@ -83,22 +83,22 @@ def verify(
     Args:
         location: folder or URL of the set.
         config: what to check.
-        asked: the teacher to label some views again with; None: none.
-        progress: hears of files, images and views.
+        asked: the teacher that labels some views again; None: none does.
+        progress: is told how many files, images and views are done.
 
     Raises:
         LabelSetError: there is no label set.
     """
-    folder = RemoteFolder(location, open_cache()) if is_url(location) else Path(location)
+    place = open_place(location)
     report = Report(location)
-    threads = config.threads or (REMOTE_THREADS if isinstance(folder, RemoteFolder) else usable_cores())
-    plan, manifest = _open_parts(report, folder, config.expect_manifest)
+    threads = config.threads or (REMOTE_THREADS if place.path is None else usable_cores())
+    plan, manifest = _open_parts(report, place, config.expect_manifest)
     if report.manifest_sha256 and (config.public_key or config.identity):
-        _check_signature(report, config, report.manifest_sha256)
-    tasks = list(_tasks(folder, plan, manifest))
-    _check_files(report, folder, plan, tasks, threads, progress)
-    if isinstance(folder, Path) and manifest and manifest.files:
-        _note_others(report, folder, tasks)
+        _check_signature(report, place, config, report.manifest_sha256)
+    tasks = list(_tasks(place.path, plan, manifest))
+    _check_files(report, place, plan, tasks, threads, progress)
+    if place.path is not None and manifest and manifest.files:
+        _note_others(report, place.path, tasks)
     if report.label_set and (config.probes or config.data or asked or report.label_set.has_images):
         report.source = check_images(report, report.label_set, config, threads=threads, progress=progress)
         if asked and report.source:
@@ -106,10 +106,10 @@ def verify(
     return report
 
 
-def _check_signature(report: Report, config: VerifyConfig, manifest_sha256: str) -> None:
+def _check_signature(report: Report, place: Place, config: VerifyConfig, manifest_sha256: str) -> None:
     with report.noting(SIGNATURE_NAME, "signature"):
         report.signed_by = check_signature(
-            report.location,
+            place,
             manifest_sha256=manifest_sha256,
             public_key=config.public_key,
             identity=config.identity,
@@ -121,13 +121,16 @@ def _ask_again(
     report: Report, label_set: LabelSet, source: Source, config: VerifyConfig, asked: TeacherConfig, progress: Progress
 ) -> None:
     """Label a sample of views again; what rounding does not explain is a problem."""
+    from pipeline.teacher.loading import load_teacher  # here, so that the other checks do without torch
+    from pipeline.verify.relabel import relabel
+
     with report.noting(" + ".join(asked.teacher), "teacher"):
         teacher = load_teacher(asked, num_classes=label_set.num_classes)
         report.relabelled = relabel(
             label_set, source, teacher, views=config.relabel, seed=config.relabel_seed, progress=progress
         )
         report.problems += [
-            Problem(teacher.identity.name, "teacher", f"{label_set.folder}: {line}", WRONG_LABELS)
+            Problem(teacher.identity.name, "teacher", f"{label_set.place}: {line}", WRONG_LABELS)
             for line in report.relabelled.problems()
         ]
 
@@ -135,15 +138,13 @@ def _ask_again(
 # Plan and manifest
 
 
-def _open_parts(
-    report: Report, folder: Path | RemoteFolder, expect_manifest: str | None
-) -> tuple[Plan | None, Manifest | None]:
+def _open_parts(report: Report, place: Place, expect_manifest: str | None) -> tuple[Plan | None, Manifest | None]:
     """Read plan and manifest as far as they can be read, and open the set where both are sound and fit."""
     plan = manifest = None
     try:
-        label_set = report.label_set = LabelSet(folder)
+        label_set = report.label_set = LabelSet(place)
     except (LabelSetError, StorageError) as error:
-        plan, manifest = _open_each(report, folder, error)
+        plan, manifest = _open_each(report, place, error)
     else:
         plan, manifest = label_set.plan, label_set.manifest
         report.manifest_sha256 = label_set.manifest_sha256
@@ -151,13 +152,16 @@ def _open_parts(
             label_set.check_complete()
     if report.manifest_sha256:
         with report.noting(MANIFEST_NAME, "pin"):
-            check_pin(expect_manifest, report.manifest_sha256, folder / MANIFEST_NAME)
+            check_pin(expect_manifest, report.manifest_sha256, place / MANIFEST_NAME)
     return plan, manifest
 
 
-def _open_each(report: Report, folder: Path | RemoteFolder, error: DeitCliError) -> tuple[Plan | None, Manifest | None]:
+def _open_each(report: Report, place: Place, error: DeitCliError) -> tuple[Plan | None, Manifest | None]:
     """Read plan and manifest each by itself, where they do not make a label set together."""
-    data = {name: _read_small(folder, name) for name in (PLAN_NAME, MANIFEST_NAME)}
+    data: dict[str, bytes | None] = {PLAN_NAME: None, MANIFEST_NAME: None}
+    for name in data:
+        with contextlib.suppress(StorageError):
+            data[name] = (place / name).read()
     if not any(data.values()):
         raise error
     plan = manifest = None
@@ -166,24 +170,16 @@ def _open_each(report: Report, folder: Path | RemoteFolder, error: DeitCliError)
         content = data[name]
         with report.noting(name, name.removesuffix(".json"), way_out):
             if content is None:
-                raise LabelSetCorrupt(f"{folder / name} is missing")
+                raise LabelSetCorrupt(f"{place / name} is missing")
             if name == PLAN_NAME:
-                plan = parse_plan(content, folder / name)
+                plan = parse_plan(content, place / name)
             else:
                 report.manifest_sha256 = hashlib.sha256(content).hexdigest()
-                manifest = parse_manifest(content, folder / name, plan_sha256=None)
+                manifest = parse_manifest(content, place / name, plan_sha256=None)
     if len(report.problems) == before:  # each is sound, but the manifest, which states its own hash, knows another plan
         report.problems.append(Problem(PLAN_NAME, "plan", error.what, error.fix or DAMAGED_PLAN))
         return None, manifest
     return plan, manifest
-
-
-def _read_small(folder: Path | RemoteFolder, name: str) -> bytes | None:
-    with contextlib.suppress(StorageError):
-        if isinstance(folder, RemoteFolder):
-            return read_url(join_url(folder.url, name), max_bytes=MAX_JSON_BYTES)
-        return read_small(folder / name)
-    return None
 
 
 # Files
@@ -191,7 +187,7 @@ def _read_small(folder: Path | RemoteFolder, name: str) -> bytes | None:
 
 @dataclass(frozen=True)
 class _Task:
-    """One file to look at; its length and hash are known where the manifest lists it."""
+    """One file to check; its length and hash are known if the manifest lists it."""
 
     kind: str
     shard: str
@@ -202,20 +198,20 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Looked:
-    """What one file came to: its bytes, what is wrong with it, and of a samples file the usable rows, int64 [N]."""
+    """The result for one file: its size, what is wrong with it, and for a samples file the usable rows, int64 [N]."""
 
     bytes: int
     problem: Problem | None
     usable: NDArray[np.int64] | None = None
 
 
-def _tasks(folder: Path | RemoteFolder, plan: Plan | None, manifest: Manifest | None) -> Iterator[_Task]:
+def _tasks(folder: Path | None, plan: Plan | None, manifest: Manifest | None) -> Iterator[_Task]:
     """Yield the files that the manifest lists; without it, those that are there of what the plan names."""
     if manifest and manifest.files:
         for entry in manifest.files:
             yield _Task(entry.kind, entry.shard, entry.views, str(entry.path), entry)
         return
-    if plan is None or not isinstance(folder, Path):
+    if plan is None or folder is None:  # nobody lists a web server
         return
     names = [record.name for record in plan.source.shards]
     for name in names:
@@ -230,82 +226,66 @@ def _tasks(folder: Path | RemoteFolder, plan: Plan | None, manifest: Manifest | 
 
 def _check_files(
     report: Report,
-    folder: Path | RemoteFolder,
+    place: Place,
     plan: Plan | None,
     tasks: Sequence[_Task],
     threads: int,
     progress: Progress,
 ) -> None:
-    """Look at every file: samples first, because they say which rows a label shard must have."""
-    tell = Telling("verify", len(tasks), progress)
+    """Check every file: samples first, because they say which rows a label shard must have."""
+    count_one = ProgressCounter("verify", len(tasks), progress, unit="files")
     usable: dict[str, NDArray[np.int64] | None] = {}
     found: dict[_Task, Problem] = {}
     first = [task for task in tasks if task.kind == "samples"]
     for part in (first, [task for task in tasks if task.kind != "samples"]):
-        for task, looked in in_threads(part, lambda task: _look(folder, plan, task, usable), threads):
+        for task, looked in in_threads(part, lambda task: _look(place, plan, task, usable), threads):
             report.files += 1
             report.bytes += looked.bytes
             if looked.problem:
                 found[task] = looked.problem
             if task.kind == "samples":
                 usable[task.shard] = looked.usable
-            tell()
+            count_one()
     report.problems += [found[task] for task in tasks if task in found]
 
 
-def _look(
-    folder: Path | RemoteFolder, plan: Plan | None, task: _Task, usable: dict[str, NDArray[np.int64] | None]
-) -> _Looked:
+def _look(place: Place, plan: Plan | None, task: _Task, usable: dict[str, NDArray[np.int64] | None]) -> _Looked:
     """Check one file: that it is there, its length and hash, and then all that is in it."""
-    remote = isinstance(folder, RemoteFolder)
     views = task.views if task.kind == "labels" else None
-    name, size = folder / task.path, 0
-    rule = "present" if isinstance(name, Path) and not name.is_file() else "length"
+    name, size = place / task.path, 0
+    rule = "present" if name.path is not None and not name.path.is_file() else "length"
     is_table = task.kind in ("samples", "labels") and plan is not None
     try:
-        data, size, sha256 = _read(folder, task, keep=is_table)
-        rule = "sha256"
-        if task.entry and (sha256, size) != (task.entry.sha256, task.entry.bytes):
+        data, received = _read(place, task, keep=is_table)
+        rule, size = "sha256", received.bytes
+        if task.entry and (received.sha256, size) != (task.entry.sha256, task.entry.bytes):
             raise LabelSetCorrupt(
-                f"{name} has SHA-256 {short(sha256)}…, the manifest says {short(task.entry.sha256)}…: it is damaged"
+                f"{name} has SHA-256 {short(received.sha256)}…, the manifest says {short(task.entry.sha256)}…: it is damaged"
             )
         rule = "content"
         rows = _check_table(Contents(str(name), data), plan, task, usable) if is_table and plan else None
         return _Looked(size, None, rows)
     except (LabelSetError, StorageError) as error:
         rule = "present" if isinstance(error, RemoteFileMissing) else rule
-        fix = REMOTE_FILE if remote else missing_file(views) if rule == "present" else damaged_file(views)
+        fix = REMOTE_FILE if place.path is None else missing_file(views) if rule == "present" else damaged_file(views)
         return _Looked(
             size, Problem(task.path, rule, error.what, (isinstance(error, LabelSetError) and error.fix) or fix)
         )
 
 
-def _read(folder: Path | RemoteFolder, task: _Task, *, keep: bool) -> tuple[bytes, int, str]:
-    """Return the bytes of a file (none, unless they are to be kept), their number and SHA-256, in one pass."""
+def _read(place: Place, task: _Task, *, keep: bool) -> tuple[bytes, Received]:
+    """Return the bytes of a file as it is now (none, unless they are to be kept), with length and SHA-256, in one pass."""
     buffer: Any = io.BytesIO() if keep else _Nowhere()
-    if isinstance(folder, RemoteFolder):
-        url, size = join_url(folder.url, task.path), task.entry.bytes if task.entry else None
-
-        def attempt() -> Any:
-            buffer.seek(0)
-            buffer.truncate()
-            return receive(url, buffer, size=size)
-
-        received = retried(url, attempt)
-        return _kept(buffer), received.bytes, received.sha256
-    path = folder / task.path
+    file = place.file(task.path, Promise(task.entry.bytes, task.entry.sha256) if task.entry else NO_PROMISE)
     if task.entry:
-        check_length(path, task.entry, folder)
-    digest, size = hashlib.sha256(), 0
-    with refusals_named(path):
-        if path.exists() and (not path.is_file() or (keep and path.stat().st_size > MAX_FILE_BYTES)):
-            raise StorageError(f"{path}: a table of a label set is a plain file of at most {MAX_FILE_BYTES} bytes")
-    with refusals_named(path), fits_in_memory(path), path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            buffer.write(block)
-            size += len(block)
-    return _kept(buffer), size, digest.hexdigest()
+        check_length(file, task.entry, place)
+    if (path := file.path) is not None:
+        with refusals_named(path):
+            if path.exists() and (not path.is_file() or (keep and path.stat().st_size > MAX_FILE_BYTES)):
+                raise StorageError(f"{path}: a table of a label set is a plain file of at most {MAX_FILE_BYTES} bytes")
+    with fits_in_memory(file):
+        received = file.copy_to(buffer)
+        return buffer.getvalue() if keep else b"", received
 
 
 class _Nowhere(io.RawIOBase):
@@ -321,10 +301,6 @@ class _Nowhere(io.RawIOBase):
         return 0
 
 
-def _kept(buffer: Any) -> bytes:
-    return buffer.getvalue() if isinstance(buffer, io.BytesIO) else b""
-
-
 def _check_table(
     file: Contents, plan: Plan, task: _Task, usable: dict[str, NDArray[np.int64] | None]
 ) -> NDArray[np.int64] | None:
@@ -332,18 +308,16 @@ def _check_table(
     record = plan.shard(task.shard)
     if task.kind == "samples":
         samples = checked_samples(file, plan, record)
-        if task.entry and len(samples) != task.entry.rows:
-            raise LabelSetCorrupt(f"{file} has {len(samples)} rows, the manifest says {task.entry.rows}")
+        if task.entry:
+            check_num_samples(file, samples, task.entry)
         return samples.usable
     footer = checked_labels_footer(file, plan, task.shard, task.views)
-    if task.entry and footer.rows_per_view * len(task.views) != task.entry.rows:
-        raise LabelSetCorrupt(
-            f"{file} has {footer.rows_per_view} rows a view, the manifest says {task.entry.rows} in all"
-        )
+    if task.entry:
+        check_num_rows(file, footer, task.entry)
     expected = usable.get(task.shard)
     for view, rows in enumerate(read_all_views(file), task.views.start):
-        if expected is not None and not np.array_equal(rows.row, expected):
-            raise LabelSetCorrupt(f"{file}: view {view} must have the {len(expected)} usable rows of its samples file")
+        if expected is not None:
+            check_rows(file, view, rows, expected, block=task.views)
     return None
 
 

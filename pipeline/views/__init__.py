@@ -1,1 +1,1 @@
-"""What a view is: recipe, draws, pixels, partners."""
+"""Views: the recipe, random draws, rendering, and mixing of partners."""

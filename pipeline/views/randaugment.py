@@ -1,7 +1,9 @@
 """RandAugment's operations: which magnitude means which argument, and what each does to uint8 pixels.
 
-The list, its order, the magnitudes and their directions are timm's (`timm.data.auto_augment`). They stand here as
-code of ours because a stored label must keep its pixels when timm changes its tables; a test compares the two.
+The list, its order, the magnitudes and their directions are timm's (`timm.data.auto_augment`). They are code of ours
+because a stored label must keep its pixels when timm changes its tables; a test compares the two. OPERATIONS, at the end, has
+a row for each operation.
+
 The operations work on uint8 [H, W, 3] through OpenCV and 256-entry tables. Those that send each level through a table equal
 Pillow's exactly. Color and Sharpness are one level above Pillow's in 42 and 36 % of the values of photographs (at magnitude
 9), and equal in the others: OpenCV's blend rounds, Pillow's truncates. Geometric ones are cubic interpolations with
@@ -10,6 +12,7 @@ a = -0.75, those of Pillow's `transform` with a = -1.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cv2 as _opencv
@@ -24,24 +27,28 @@ cv2: Any = _opencv  # its stubs lose the dtype of every array
 FILL = (124, 116, 104)  # ImageNet mean, what timm fills uncovered corners with
 MAX_LEVEL = 10.0
 
-INCREASING = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "PosterizeIncreasing",
-    "SolarizeIncreasing",
-    "SolarizeAdd",
-    "ColorIncreasing",
-    "ContrastIncreasing",
-    "BrightnessIncreasing",
-    "SharpnessIncreasing",
-    "ShearX",
-    "ShearY",
-    "TranslateXRel",
-    "TranslateYRel",
-)
-PLAIN = tuple(name.removesuffix("Increasing") for name in INCREASING)
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
+_LUMA = np.array([19595, 38470, 7471], np.float32)
+_A = -0.75  # OpenCV's: rotations are interpolated by its warp, with the same curve
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of RandAugment.
+
+    Attributes:
+        name: timm's name of it.
+        apply: turns uint8 [H, W, 3] and an argument into a new array of the same shape.
+        argument: turns share (magnitude / 10) and sign (1 or -1) into degrees, shear, share of the image, bits to keep,
+            threshold or blend factor; 0 for an operation that takes no argument.
+        increasing: replaces `argument` under timm's `inc`, where operations grow stronger with the magnitude; such an
+            operation is called NAMEIncreasing. None where `inc` changes nothing.
+    """
+
+    name: str
+    apply: Callable[[Pixels, float], Pixels]
+    argument: Callable[[float, float], float] = lambda share, sign: 0.0
+    increasing: Callable[[float, float], float] | None = None
 
 
 def op_argument(name: str, level: float, *, negate: bool) -> float:
@@ -53,38 +60,16 @@ def op_argument(name: str, level: float, *, negate: bool) -> float:
         negate: the coin that picks the direction, for operations that have two.
 
     Returns:
-        degrees, shear, share of the image, bits to keep, threshold or blend factor; 0 for operations without argument.
+        what `Op.argument` says.
     """
-    share = level / MAX_LEVEL
-    sign = -1.0 if negate else 1.0
-    match name:
-        case "Rotate":
-            return sign * share * 30
-        case "ShearX" | "ShearY":
-            return sign * share * 0.3
-        case "TranslateXRel" | "TranslateYRel":
-            return sign * share * 0.45
-        case "Posterize":
-            return int(share * 4)
-        case "PosterizeIncreasing":
-            return 4 - int(share * 4)
-        case "Solarize":
-            return min(256, int(share * 256))
-        case "SolarizeIncreasing":
-            return 256 - min(256, int(share * 256))
-        case "SolarizeAdd":
-            return min(128, int(share * 110))
-        case "Color" | "Contrast" | "Brightness" | "Sharpness":
-            return share * 1.8 + 0.1
-        case "ColorIncreasing" | "ContrastIncreasing" | "BrightnessIncreasing" | "SharpnessIncreasing":
-            return max(0.1, 1.0 + sign * share * 0.9)
-        case _:
-            return 0.0
+    op = _BY_NAME[name]
+    argument = op.argument if op.increasing is None or name == op.name else op.increasing
+    return argument(level / MAX_LEVEL, -1.0 if negate else 1.0)
 
 
 def apply_op(image: Pixels, name: str, argument: float) -> Pixels:
     """Apply one operation; returns a new array of the same shape."""
-    return _OPS[name.removesuffix("Increasing")](image, argument)
+    return _BY_NAME[name].apply(image, argument)
 
 
 def mirror(image: Pixels) -> Pixels:
@@ -154,6 +139,14 @@ def _contrast(image: Pixels, factor: float) -> Pixels:
     return cv2.LUT(image, _blend_table(mean, factor))
 
 
+def _blend(share: float, _: float) -> float:
+    return share * 1.8 + 0.1
+
+
+def _blend_increasing(share: float, sign: float) -> float:
+    return max(0.1, 1.0 + sign * share * 0.9)
+
+
 def _blend_table(base: int, factor: float) -> Pixels:
     """Pillow's blend of a constant with every level, in float32, truncated and clipped."""
     levels = np.float32(base) + np.float32(factor) * (np.arange(256, dtype=np.float32) - base)
@@ -171,9 +164,6 @@ def _sharpness(image: Pixels, factor: float) -> Pixels:
     return cv2.addWeighted(image, factor, smooth, 1 - factor, 0)
 
 
-_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
-
-
 def _grey(image: Pixels) -> NDArray[np.uint8]:
     """ITU-R 601 luma in 16-bit fixed point, as Pillow's convert("L").
 
@@ -183,9 +173,6 @@ def _grey(image: Pixels) -> NDArray[np.uint8]:
     luma += 0x8000
     luma *= 2.0**-16
     return luma.astype(np.uint8).reshape(image.shape[:2])
-
-
-_LUMA = np.array([19595, 38470, 7471], np.float32)
 
 
 def _rotate(image: Pixels, degrees: float) -> Pixels:
@@ -237,9 +224,6 @@ def _cubic(x: NDArray[np.float64]) -> Tensor:
     return torch.from_numpy(np.where(distance <= 1, near, far).astype(np.float32)[..., None])
 
 
-_A = -0.75  # OpenCV's: rotations are interpolated by its warp, with the same curve
-
-
 def _affine(image: Pixels, matrix: tuple[float, ...]) -> Pixels:
     """Sample the image at matrix * (output position); positions are Pillow's, with pixel centres at one half."""
     a, b, c, d, e, f = matrix
@@ -249,20 +233,24 @@ def _affine(image: Pixels, matrix: tuple[float, ...]) -> Pixels:
     return cv2.warpAffine(image, centred, size, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL)
 
 
-_OPS: dict[str, Callable[[Pixels, float], Pixels]] = {
-    "AutoContrast": _autocontrast,
-    "Equalize": _equalize,
-    "Invert": _invert,
-    "Rotate": _rotate,
-    "Posterize": _posterize,
-    "Solarize": _solarize,
-    "SolarizeAdd": _solarize_add,
-    "Color": _color,
-    "Contrast": _contrast,
-    "Brightness": _brightness,
-    "Sharpness": _sharpness,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateXRel": _translate_x,
-    "TranslateYRel": _translate_y,
-}
+# A draw is a position in this table, so its order is part of the format: another one needs another RENDERER.
+OPERATIONS = (
+    Op("AutoContrast", _autocontrast),
+    Op("Equalize", _equalize),
+    Op("Invert", _invert),
+    Op("Rotate", _rotate, lambda share, sign: sign * share * 30),
+    Op("Posterize", _posterize, lambda share, _: int(share * 4), lambda share, _: 4 - int(share * 4)),
+    Op("Solarize", _solarize, lambda share, _: min(256, int(share * 256)), lambda share, _: 256 - min(256, int(share * 256))),
+    Op("SolarizeAdd", _solarize_add, lambda share, _: min(128, int(share * 110))),
+    Op("Color", _color, _blend, _blend_increasing),
+    Op("Contrast", _contrast, _blend, _blend_increasing),
+    Op("Brightness", _brightness, _blend, _blend_increasing),
+    Op("Sharpness", _sharpness, _blend, _blend_increasing),
+    Op("ShearX", _shear_x, lambda share, sign: sign * share * 0.3),
+    Op("ShearY", _shear_y, lambda share, sign: sign * share * 0.3),
+    Op("TranslateXRel", _translate_x, lambda share, sign: sign * share * 0.45),
+    Op("TranslateYRel", _translate_y, lambda share, sign: sign * share * 0.45),
+)  # fmt: skip
+PLAIN = tuple(op.name for op in OPERATIONS)
+INCREASING = tuple(f"{op.name}Increasing" if op.increasing else op.name for op in OPERATIONS)
+_BY_NAME = dict(zip(PLAIN + INCREASING, OPERATIONS + OPERATIONS, strict=True))

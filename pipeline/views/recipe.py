@@ -1,37 +1,33 @@
 """The recipe: a frozen, complete description of the augmentation. Its id is the SHA-256 of its canonical JSON.
 
 Field names are timm's flags where the meaning is the same. A view is a pure function of (recipe id, sample key,
-view number), so whatever may move a pixel or a partner stands here: the seed too, and `renderer`, the version of
+view number), so everything that may move a pixel or a partner is a field: the seed too, and `renderer`, the version of
 the code that obeys the recipe.
 """
 
-import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import RecipeError
-from pipeline.storage.json import sha256_json
+from pipeline.storage.json import Record, sha256_json
 
 DEFAULT_RECIPE = "deit"  # a preset
 RENDERER = 1  # raise it when the same recipe would give other pixels, partners or mixes
 MAX_IMG_SIZE = 4096
+MAX_LAYERS = 15  # RandAugment has as many operations
 Crop = Literal["random", "center"]
-
-_RANGES: list[tuple[str, float, float]] = [
-    ("img_size", 1, MAX_IMG_SIZE),
-    ("crop_pct", 0.01, 1.0),
-    ("hflip", 0.0, 1.0),
-    ("reprob", 0.0, 1.0),
-    ("mixup", 0.0, 100.0),
-    ("cutmix", 0.0, 100.0),
-    ("mixup_prob", 0.0, 1.0),
-    ("mixup_switch_prob", 0.0, 1.0),
-    ("mix_block", 2, 65536),
-    ("views_per_pairing", 1, 65536),
-    ("seed", 0, 2**63 - 1),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,51 +58,78 @@ class RandAugment:
             values[name] = {"layers": int, "increasing": bool}.get(name, float)(number)
         if values.get("prob", 0.5) > 1:
             raise RecipeError(f"aa: p is a probability, 0..1, got {text!r}")
-        if values.get("layers", 2) > 15:
-            raise RecipeError(f"aa: n is at most 15, the number of operations, got {text!r}")
+        if values.get("layers", 2) > MAX_LAYERS:
+            raise RecipeError(f"aa: n is at most {MAX_LAYERS}, the number of operations, got {text!r}")
         return cls(**values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How views of an image are made. The defaults are DeiT's (Touvron et al. 2021, table 9)."""
+def _whole(low: int, high: int) -> Any:
+    return Field(ge=low, le=high, description=f"a whole number in {low}..{high}")
 
-    img_size: int = 224  # pixels, height and width of a view
-    crop: Crop = "random"  # random resized crop, or resize and centre crop
-    scale: tuple[float, float] = (0.08, 1.0)  # area of a random crop, as a share of the image
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of a random crop
-    crop_pct: float = 0.875  # centre crop: share of the resized shorter side
-    hflip: float = 0.5  # probability
-    aa: str | None = "rand-m9-mstd0.5-inc1"  # RandAugment in timm's notation
-    reprob: float = 0.25  # probability of random erasing (one box, pixel noise)
-    mixup: float = 0.8  # alpha of Beta(alpha, alpha); 0: no mixup
-    cutmix: float = 1.0  # alpha of Beta(alpha, alpha); 0: no CutMix
-    mixup_prob: float = 1.0  # probability that a pair is mixed at all
-    mixup_switch_prob: float = 0.5  # probability of CutMix where both are on
-    mix_block: int = 256  # samples of a source shard, in order, among which partners are drawn
-    views_per_pairing: int = 3  # consecutive views that keep their partners, so that one decode serves them all
-    seed: int = 0
-    renderer: int = RENDERER
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # 1 and 1.0 are one recipe, so they must be one text
-            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.default))
-        for name, low, high in _RANGES:
-            _check_range(name, getattr(self, name), low, high)
-        _check_interval("scale", self.scale, 0.0, 1.0)
-        _check_interval("ratio", self.ratio, 0.01, 100.0)
-        if self.crop not in get_args(Crop):
-            raise RecipeError(f"crop must be one of {', '.join(get_args(Crop))}, got {self.crop!r}")
-        if self.renderer != RENDERER:
+def _number(low: float, high: float) -> Any:
+    return Field(ge=low, le=high, description=f"a number in {low:g}..{high:g}")
+
+
+Share = Annotated[float, _number(0, 1)]
+Alpha = Annotated[float, _number(0, 100)]  # of Beta(alpha, alpha); 0: no such mixes
+Area = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0.01, le=100)]
+
+
+class Recipe(Record):
+    """How views of an image are made. The defaults are DeiT's (Touvron et al. 2021, table 9).
+
+    A wrong or unknown field raises RecipeError. 1 and 1.0 are one recipe.
+    """
+
+    img_size: Annotated[int, _whole(1, MAX_IMG_SIZE)] = 224  # pixels, height and width of a view
+    # A random resized crop, or a resize and a centre crop.
+    crop: Annotated[Crop, Field(description=f"one of {', '.join(get_args(Crop))}")] = "random"
+    # Of a random crop: its area as a share of the image, and its width / height.
+    scale: Annotated[tuple[Area, Area], Field(description="two rising numbers in 0..1")] = (0.08, 1.0)
+    ratio: Annotated[tuple[Ratio, Ratio], Field(description="two rising numbers in 0.01..100")] = (3 / 4, 4 / 3)
+    crop_pct: Annotated[float, _number(0.01, 1)] = 0.875  # centre crop: share of the resized shorter side
+    hflip: Share = 0.5  # probability
+    aa: Annotated[str | None, Field(description="text or null")] = "rand-m9-mstd0.5-inc1"  # RandAugment; null: none
+    reprob: Share = 0.25  # probability of random erasing (one box, pixel noise)
+    mixup: Alpha = 0.8
+    cutmix: Alpha = 1.0
+    mixup_prob: Share = 1.0  # probability that a pair is mixed at all
+    mixup_switch_prob: Share = 0.5  # probability of CutMix where both are on
+    mix_block: Annotated[int, _whole(2, 65536)] = 256  # samples of a source shard, in order, that may be partners
+    views_per_pairing: Annotated[int, _whole(1, 65536)] = 3  # consecutive views that keep their partners: one decode
+    seed: Annotated[int, _whole(0, 2**63 - 1)] = 0
+    renderer: Annotated[int, _whole(0, 2**31)] = RENDERER
+
+    @field_validator("scale", "ratio", mode="wrap")
+    @classmethod
+    def _rise(cls, value: Any, check: ValidatorFunctionWrapHandler) -> tuple[float, float]:
+        low, high = check(tuple(value) if isinstance(value, list) else value)  # JSON and YAML have lists alone
+        if low > high:
+            raise ValueError("they fall")
+        return low, high
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_in_plain_words(cls, values: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            recipe = build(values)
+        except ValidationError as error:
+            if not isinstance(values, dict):
+                raise
+            raise RecipeError(_sentence(error, values)) from error
+        if recipe.renderer != RENDERER:
             raise RecipeError(
-                f"this version renders recipes of renderer {RENDERER}, the recipe asks for {self.renderer}"
+                f"this version renders recipes of renderer {RENDERER}, the recipe asks for {recipe.renderer}"
             )
-        _ = self.randaugment  # parsed now, so that a wrong notation is found here
+        _ = recipe.randaugment  # parsed now, so that a wrong notation is found here
+        return recipe
 
     @cached_property
     def id(self) -> str:
         """SHA-256 of the canonical JSON, 64 hex digits."""
-        return sha256_json(self.to_dict())
+        return sha256_json(self.model_dump(mode="json"))
 
     @cached_property
     def randaugment(self) -> RandAugment | None:
@@ -118,52 +141,18 @@ class Recipe:
         """Whether any view of this recipe is mixed with a partner."""
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build a recipe from plain values; unknown fields and wrong types are refused."""
-        fields = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise RecipeError(f"a recipe has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
-        return cls(**values)
+    def with_fields(self, /, **values: Any) -> Self:
+        """Return this recipe with other values in some fields, or raise RecipeError."""
+        return type(self)(**self.model_dump() | values)
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """Return `value` as the type of the field's default; 1 is a fine float, True is no number."""
-    if name == "aa":
-        wanted, ok = "text or null", value is None or isinstance(value, str)
-    elif isinstance(default, tuple):
-        wanted = "two numbers"
-        ok = isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(v) for v in value)
-        value = tuple(float(v) for v in value) if ok else value
-    elif isinstance(default, str):
-        wanted, ok = "text", isinstance(value, str)
-    elif isinstance(default, int):
-        wanted, ok = "a whole number", isinstance(value, int) and not isinstance(value, bool)
-    else:
-        wanted, ok = "a number", _is_number(value)
-        value = float(value) if ok else value
-    if not ok:
-        raise RecipeError(f"{name} must be {wanted}, got {value!r}")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise RecipeError(f"{name} must be in {low:g}..{high:g}, got {value!r}")
-
-
-def _check_interval(name: str, value: tuple[float, float], low: float, high: float) -> None:
-    if not (low < value[0] <= value[1] <= high):
-        raise RecipeError(f"{name} must be two rising numbers in {low:g}..{high:g}, got {list(value)}")
+def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """Return what is wrong with the first wrong field of a recipe."""
+    fields, problems = Recipe.model_fields, error.errors()
+    names = [str(problem["loc"][0]) for problem in problems]
+    if unknown := sorted(set(names) - set(fields)):
+        return f"a recipe has no field {', '.join(unknown)}; its fields are {', '.join(fields)}"
+    return f"{names[0]} must be {fields[names[0]].description}, got {values[names[0]]!r}"
 
 
 PRESETS: dict[str, Recipe] = {

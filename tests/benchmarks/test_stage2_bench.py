@@ -12,9 +12,9 @@ from support.builders import make_labels, small_recipe, write_tars
 
 import cli
 from pipeline.errors import BadImageError, DeitCliError, LabelSetMismatch
-from trainer import measuring
+from trainer import bench
+from trainer.bench import LoopRate, StreamParts, TrainingBench, bench_training
 from trainer.config import TrainConfig
-from trainer.measuring import Measured, Parts, Together, measure_training, stage2_table
 
 TINY = {"model": "deit-ti", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "batch_size": 12}
 OPTIONS = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -104,9 +104,9 @@ WRONG = [
     (["--distillation-type", "none"], 2, "--distillation-type none needs --data"),
     (["--labels", "nowhere"], 1, "is not a label set"),
     (["--labels", "{labels}", "--data", "nowhere"], 1, "does not exist"),
-    (["--labels", "{labels}", "--img-size", "32"], 2, "--img-size 32 is not that of the views, 16"),
+    (["--labels", "{labels}", "--img-size", "32"], 2, "--img-size must be the size of the views, 16, got 32"),
     (["--labels", "{labels}", "--batch-size", "1"], 2, "--batch-size must be at least 6"),
-    (["--labels", "{labels}", "--seconds", "0"], 2, "0.0 is not in the range"),
+    (["--labels", "{labels}", "--seconds", "0"], 2, "--seconds must be in 0.1..600, got 0.0"),
     (["--labels", "{labels}", "--device", "cuda:7"], 2, "--device 'cuda:7' cannot be used"),
     (["--labels", "{labels}", "--model", "deit-xl"], 2, "the student must be a timm model"),
     (["--labels", "{labels}", "--recipe", "none"], 1, "was made with another recipe"),
@@ -143,7 +143,7 @@ def test_a_run_that_would_end_soon_evaluate_and_save_does_none_of_it(labels, dat
     monkeypatch.setattr("trainer.loop.save_state", lambda *arguments: saved.append(arguments))
     monkeypatch.setattr("trainer.loop.evaluate", lambda *arguments, **_: saved.append(arguments))
     asked = config(labels, epochs=1, view_policy="once", recovery_interval=1, eval_data=data)
-    found = measure_training(asked, seconds=0.1)
+    found = bench_training(asked, seconds=0.1)
     assert found.together.updates > 3  # an epoch has three
     assert saved == []
     assert not Path("nowhere").exists()
@@ -153,9 +153,9 @@ def test_updates_of_the_student_alone_are_those_of_the_loop(labels):
     """From the same batch the same weights: the loop's first update and the one that is timed."""
     states = []
     for alone in (True, False):
-        with measuring.opened_run(config(labels, grad_accum_steps=2)) as run:
-            batches = measuring.batches_in_memory(run) if alone else next(iter(run._updates(1)))[1]
-            measuring.update_on(run, batches)()
+        with bench.opened_run(config(labels, grad_accum_steps=2)) as run:
+            batches = bench.batches_in_memory(run) if alone else next(iter(run._updates(1)))[1]
+            bench.update_on(run, batches)()
             states.append({name: value.clone() for name, value in run.state.student.state_dict().items()})
             assert [len(batch.keys) for batch in batches] == [12, 12]
     for name, value in states[0].items():
@@ -165,8 +165,8 @@ def test_updates_of_the_student_alone_are_those_of_the_loop(labels):
 def test_the_loop_can_be_measured_again_and_its_messages_come_back(labels):
     log = logging.getLogger("deit_cli.train")
     before = log.level
-    with measuring.opened_run(config(labels)) as run:
-        first, second = (measuring.measure_together(run, seconds=0.05) for _ in range(2))
+    with bench.opened_run(config(labels)) as run:
+        first, second = (bench.measure_loop(run, seconds=0.05) for _ in range(2))
         assert run.state.next_update > first.updates
     assert second.updates >= 1
     assert log.level == before
@@ -175,8 +175,8 @@ def test_the_loop_can_be_measured_again_and_its_messages_come_back(labels):
 def test_the_rate_of_the_loop_is_its_images_over_its_time_without_the_start(tmp_path):
     data = write_tars(tmp_path / "data", (24,))  # every image has a partner, every update twelve views
     whole = make_labels(tmp_path / "set", data).folder
-    with measuring.opened_run(config(whole)) as run:
-        found = measuring.measure_together(run, seconds=0.05)
+    with bench.opened_run(config(whole)) as run:
+        found = bench.measure_loop(run, seconds=0.05)
         assert found.images_per_s * found.elapsed_s == pytest.approx(12 * found.updates)
         assert found.elapsed_s > 0.05
         assert run.state.next_update == found.updates + 1  # the first one does not count
@@ -186,18 +186,18 @@ def test_an_image_that_cannot_be_decoded_stops_a_measurement_as_it_stops_a_run(t
     data = write_tars(tmp_path / "data", (24,), bad=(3,))
     asked = TrainConfig(**(TINY | {"data": data, "distillation_type": "none", "workers": 0, "batch_size": 24}))
     with pytest.raises(BadImageError, match="image 'img-0003'"):
-        measure_training(asked, small_recipe(), seconds=0.1)
+        bench_training(asked, small_recipe(), seconds=0.1)
 
 
 def test_labels_of_another_source_are_refused(labels, tmp_path):
     other = write_tars(tmp_path / "other", (24, 16))
     with pytest.raises(LabelSetMismatch, match="Pass the --data that was labelled"):
-        measure_training(config(labels, data=other), seconds=0.1)
+        bench_training(config(labels, data=other), seconds=0.1)
 
 
 # --- what follows from it -------------------------------------------------------------------------------------
 
-FOUND = Measured(
+FOUND = TrainingBench(
     model="deit-s",
     device="cuda",
     threads=None,
@@ -207,8 +207,8 @@ FOUND = Measured(
     views_per_decode=3,
     student=2500.0,
     stream=12000.0,
-    parts=Parts(read_s=1e-5, decode_s=4e-4, render_s=6e-4, plan_s=1e-5, labels_s=3e-5, copy_s=2e-5),
-    together=Together(images_per_s=2450.0, data_wait=0.01, updates=24, elapsed_s=10.0),
+    parts=StreamParts(read_s=1e-5, decode_s=4e-4, render_s=6e-4, plan_s=1e-5, labels_s=3e-5, copy_s=2e-5),
+    together=LoopRate(images_per_s=2450.0, data_wait=0.01, updates=24, elapsed_s=10.0),
 )
 
 
@@ -227,11 +227,11 @@ def test_the_limit_and_what_would_be_enough(changes, reachable, enough, verdict)
     found = replace(FOUND, **changes)
     assert found.reachable == pytest.approx(reachable)
     assert found.loaders_enough == enough
-    assert verdict in stage2_table(found)
+    assert verdict in found.table()
 
 
 def test_the_table_of_a_gpu():
-    assert stage2_table(FOUND).splitlines() == [
+    assert FOUND.table().splitlines() == [
         "                    us a view     views/s  on",
         "read                     10.0   100,000.0  one core",
         "decode                  400.0     2,500.0  one core",
@@ -247,7 +247,7 @@ def test_the_table_of_a_gpu():
         "the student is the limit: the stream could feed 4.80 times as much; 4 loader processes would be enough",
     ]
     slow = replace(FOUND, together=replace(FOUND.together, images_per_s=900.0))
-    assert stage2_table(slow).endswith("Try longer --seconds")
+    assert slow.table().endswith("Try longer --seconds")
 
 
 def test_plain_values_hold_what_follows():

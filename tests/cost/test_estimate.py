@@ -6,9 +6,10 @@ import io
 import numpy as np
 import pytest
 
-from pipeline.cost.estimate import Estimate, Machine, Pace, estimate, pace
-from pipeline.cost.measuring import Rates
-from pipeline.labels.encoding import content_xxh3, encode_rows, label_bytes
+from pipeline.cost.estimate import Estimate, estimate
+from pipeline.cost.rates import Rates
+from pipeline.cost.reach import Machine, ReachableRates, reachable_rates
+from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
 
@@ -16,7 +17,7 @@ from pipeline.labels.tables import LabelsFooter, write_labels
 RATES = Rates(read_s=0.010, decode_s=0.020, render_s=0.002, copy_s=5e-5, teacher_s=0.0009, topk_s=0.0001, write_s=1e-6)
 
 
-def worked_out(reachable: Pace | None = None, **changes) -> Estimate:
+def worked_out(reachable: ReachableRates | None = None, **changes) -> Estimate:
     known = {
         "num_images": 1000,
         "num_views": 36,
@@ -27,7 +28,7 @@ def worked_out(reachable: Pace | None = None, **changes) -> Estimate:
         "students": 4,
         "epochs": 18,
     }
-    return estimate(RATES, reachable or Pace(1000.0, 333.0, None), **(known | changes))
+    return estimate(RATES, reachable or ReachableRates(1000.0, 333.0, None), **(known | changes))
 
 
 def test_a_view_costs_its_render_and_its_share_of_one_decode():
@@ -93,7 +94,7 @@ def test_more_images_cost_in_proportion_and_move_no_ratio():
         assert getattr(ten, name) == getattr(one, name)
 
 
-PACES = [
+REACHABLE = [
     # devices, loaders, cores, threads, views per decode: views/s of teacher, rendering, cores; which decides
     (1, 3, 4, None, 30, (1000, 1000, None), "teacher"),
     (2, 3, 4, None, 30, (2000, 1000, None), "rendering"),
@@ -104,9 +105,9 @@ PACES = [
 ]
 
 
-@pytest.mark.parametrize(("devices", "loaders", "cores", "threads", "shared", "expected", "limit"), PACES)
+@pytest.mark.parametrize(("devices", "loaders", "cores", "threads", "shared", "expected", "limit"), REACHABLE)
 def test_the_slowest_part_decides(devices, loaders, cores, threads, shared, expected, limit):
-    found = pace(
+    found = reachable_rates(
         RATES,
         Machine(device="any", views_per_decode=shared, devices=devices, loaders=loaders, cores=cores, threads=threads),
     )
@@ -137,11 +138,11 @@ def test_an_estimate_can_be_written_as_json_by_its_names():
 def label_shard(classes: int, topk: int, precision: Precision) -> int:
     """Write 8 views of 2,000 images, answered at random, and return the size of the file."""
     rng = np.random.default_rng(0)
-    rows, views = np.arange(2000), []
+    rows, views, codec = np.arange(2000), [], codec_of(precision, classes, topk)
     for _ in range(8):
         prob = -np.sort(-rng.dirichlet(np.full(classes, 0.1), size=2000).astype(np.float32), axis=1)[:, :topk]
         index = rng.permuted(np.tile(np.arange(classes), (2000, 1)), axis=1)[:, : max(1, topk)]
-        views.append(encode_rows(rows, index[:, 0], index[:, :topk], prob, num_classes=classes, precision=precision))
+        views.append(codec.encode(rows, index[:, 0], index[:, :topk], prob))
     footer = LabelsFooter(
         labelset_id="0" * 64,
         recipe_id="0" * 64,
@@ -154,7 +155,7 @@ def label_shard(classes: int, topk: int, precision: Precision) -> int:
         num_classes=classes,
         topk=topk,
         precision=precision,
-        content_xxh3=content_xxh3(views),
+        content_xxh3=codec.content_xxh3(views),
         probes=[],
         environment={},
     )
@@ -173,5 +174,5 @@ SHARDS: list[tuple[int, int, Precision, int]] = [
 
 @pytest.mark.parametrize(("classes", "topk", "precision", "each"), SHARDS, ids=range(len(SHARDS)))
 def test_the_bytes_that_are_promised_are_those_of_a_file(classes, topk, precision, each):
-    assert label_bytes(classes, topk, precision) == each
+    assert codec_of(precision, classes, topk).label_bytes == each
     assert 0.4 * each * 16_000 < label_shard(classes, topk, precision) < 1.1 * each * 16_000

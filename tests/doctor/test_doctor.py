@@ -22,8 +22,8 @@ from pipeline.doctor.findings import Section, report_json, report_table, verdict
 from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.places import examine_bucket, examine_folder
 from pipeline.storage import atomic as storage
-from pipeline.storage import remote
 from pipeline.storage.remote import list_tree
+from pipeline.storage.stores import store_of
 
 ROOT = Path(__file__).parents[2]
 IS_ROOT = os.geteuid() == 0
@@ -544,7 +544,7 @@ def test_a_bucket_takes_a_file_once_and_keeps_nothing_of_the_trial():
 
 def test_a_store_that_overwrites_is_warned_of(monkeypatch):
     """As some stores do, which do not know the condition and ignore it."""
-    system, _ = remote.file_system("memory://x")
+    system, _ = store_of("memory://x").file_system("memory://x")
     real = type(system).pipe_file
     monkeypatch.setattr(type(system), "pipe_file", lambda self, path, data, mode="x", **_: real(self, path, data))
     section = examine_bucket("memory://doctor-careless")
@@ -568,7 +568,7 @@ def test_a_real_store_is_looked_at_and_its_refusals_are_named(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("https://host/shards", "is on a web server, which takes no files"),
+        ("https://host/shards", "a web server takes no files; push to a bucket"),
         ("file:///tmp/shards", "a URL must begin with http://"),
     ],
 )

@@ -19,11 +19,12 @@ from support.commands import invoke
 
 from pipeline.errors import LabelSetMismatch, UsageError
 from pipeline.exchange import export as exporting
-from pipeline.exchange.export import ExportConfig, export_labels
+from pipeline.exchange.export import export_labels
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import pair_of
+from pipeline.settings.configs import ExportConfig
 from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.view import draw_view, render
 
@@ -42,7 +43,7 @@ def labels(data, tmp_path_factory) -> LabelSet:
 
 
 def export(labels: LabelSet, out: Path, **changes) -> int:
-    return export_labels(labels, labels.open_source(), out, ExportConfig(**changes))
+    return export_labels(labels, labels.open_source(), out, ExportConfig(**({"workers": 0} | changes)))
 
 
 def samples_in(tar: Path) -> dict[str, dict[str, bytes]]:
@@ -180,7 +181,7 @@ def test_images_that_were_not_labelled_are_not_exported(labels, data, tmp_path):
     content = tar.read_bytes()
     tar.write_bytes(content.replace(b"\xff\xd9", b"\xff\xd8", 1))  # the first image of it ends otherwise
     with pytest.raises(LabelSetMismatch, match=r"image 'img-00\d\d' of train-000001 has other bytes"):
-        export_labels(labels, open_source(other), tmp_path / "out", ExportConfig())
+        export_labels(labels, open_source(other), tmp_path / "out", ExportConfig(workers=0))
     assert not list((tmp_path / "out").glob("*.tar"))
 
 

@@ -13,16 +13,17 @@ from support.command_tree import COMMANDS
 import cli
 from pipeline import crash
 from pipeline.crash import CRASHED, crash_of, save_report, shortened
+from pipeline.settings import program
 
 # Something that each command calls once its arguments are understood, and arguments that bring it there.
 LABELS, DATA = "LABELS", "DATA"
 TEACHER = ["--data", DATA, "--teacher", "test_resnet", "--no-pretrained", "--device", "cpu"]
 INJECTED = {
     "precompute": ("pipeline.stage1.engines.load_here", [*TEACHER, "--out", "out"]),
-    "estimate": ("pipeline.stage1.engines.load_here", TEACHER),
-    "bench stage1": ("pipeline.stage1.engines.load_here", TEACHER),
+    "estimate": ("pipeline.cost.estimate.load_here", TEACHER),
+    "bench stage1": ("pipeline.cost.bench.load_here", TEACHER),
     "train": ("trainer.loop.build_state", ["--labels", LABELS]),
-    "bench stage2": ("trainer.measuring.measure_training", ["--labels", LABELS]),
+    "bench stage2": ("trainer.bench.bench_training", ["--labels", LABELS]),
     "evaluate": ("trainer.evaluate.open_student", ["--model", "test_resnet", "--data", DATA]),
     "labels info": ("pipeline.labels.summary.summarise", [LABELS]),
     "labels verify": ("pipeline.verify.verify.check_images", [LABELS]),
@@ -32,7 +33,7 @@ INJECTED = {
     "labels pull": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
     "labels merge": ("pipeline.sharing.merging.merge", ["out", LABELS]),
     "labels extend": ("pipeline.stage1.engines.load_here", [LABELS, "--views", "3:5"]),
-    "labels import": ("pipeline.exchange.importing.import_labels", ["fkd", "path", "out"]),
+    "labels import": ("pipeline.exchange.imports.import_labels", ["fkd", "path", "out"]),
     "labels card": ("pipeline.labels.card.write_card", [LABELS]),
     "labels export": ("pipeline.exchange.export.plan_export", [LABELS, "out"]),
     "doctor": ("pipeline.doctor.findings.report_table", []),
@@ -54,7 +55,7 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     """Run the program in this process; return exit code and stderr."""
     monkeypatch.setattr(sys, "argv", ["deit-cli", *arguments])
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # given back afterwards
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+    monkeypatch.setattr(program.signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     with pytest.raises(SystemExit) as ended:
         cli.main()
     code = ended.value.code

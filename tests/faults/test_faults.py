@@ -61,6 +61,7 @@ from pipeline.stage1 import drafts
 from pipeline.stage1 import loop as labelling
 from pipeline.stage1 import precompute as stage1
 from pipeline.storage import atomic as storage
+from pipeline.storage.place import open_place
 from pipeline.teacher.teacher import Teacher
 
 ROOT = Path(__file__).parents[2]
@@ -603,8 +604,8 @@ def test_fault_05_views_that_another_run_seals_in_blocks_of_another_size_are_nam
 OTHERS: list[tuple[str, dict[str, Any], str]] = [
     # what it has of its own, its settings, what the refusal names
     ("teacher", {"teacher": colour_teacher(4.0)}, "made with teacher"),
-    ("seed", {"recipe": replace(RECIPE, seed=1)}, r"made with recipe .* \(seed: 0, not 1\)"),
-    ("recipe", {"recipe": replace(RECIPE, hflip=0.25)}, r"made with recipe .* \(hflip: 0.5, not 0.25\)"),
+    ("seed", {"recipe": RECIPE.with_fields(seed=1)}, r"made with recipe .* \(seed: 0, not 1\)"),
+    ("recipe", {"recipe": RECIPE.with_fields(hflip=0.25)}, r"made with recipe .* \(hflip: 0.5, not 0.25\)"),
     ("K", {"topk": 1}, "made with --topk 2, this run asks for 1"),
 ]
 
@@ -878,7 +879,7 @@ def test_fault_10_a_run_with_files_missing_or_mixed_up_makes_them_again_or_refus
     else:
         with pytest.raises(LabelSetMismatch, match="|".join(names)):
             make_label_set(images, copied)
-        assert not LabelSet(copied).manifest.sealed
+        assert not LabelSet(open_place(copied)).manifest.sealed
 
 
 def test_fault_10_a_file_too_many_changes_no_label_and_is_never_listed(images, begun, made, whole):
@@ -1076,7 +1077,7 @@ def teacher_with_room(views: int) -> tuple[Teacher, list[int]]:
 def test_fault_14_a_batch_that_does_not_fit_is_halved_until_it_does_and_the_labels_are_the_same(
     tmp_path, no_pool, caplog, room, sizes
 ):
-    images, recipe = write_source(tmp_path / "tars", (19, 16)), replace(RECIPE, mix_block=16)
+    images, recipe = write_source(tmp_path / "tars", (19, 16)), RECIPE.with_fields(mix_block=16)
     expected = make_label_set(images, tmp_path / "enough", recipe=recipe)
     teacher, asked = teacher_with_room(room)
     found = make_label_set(images, tmp_path / "little", recipe=recipe, teacher=teacher)

@@ -127,7 +127,7 @@ def test_an_exported_folder_that_lies_is_refused(tmp_path, name, build, text):
 def test_a_state_that_lies_is_refused(tmp_path, name, data):
     path = tmp_path / "state.safetensors"
     path.write_bytes(data())
-    refused(uses.state, path, "not a whole checkpoint|is damaged|no state of a run", "CheckpointError")
+    refused(uses.state, path, "not a complete checkpoint|is damaged|not the state of a run", "CheckpointError")
 
 
 def test_the_sound_weights_are_fine(tmp_path):

@@ -44,15 +44,18 @@ def test_every_test_of_a_fault_is_on_the_page():
 def test_the_bounds_are_those_of_the_code():
     from pipeline.images import decode, samples
     from pipeline.images import parquet as parquet_source
-    from pipeline.labels import manifest
+    from pipeline.labels import manifest, parquet_guard
     from pipeline.labels import tables as labels
     from pipeline.storage import json
 
     for value in (labels.MAX_SHARD_SAMPLES, decode.MAX_PIXELS):
         assert f"{value:,}" in PAGE
     assert (json.MAX_JSON_BYTES, json.MAX_JSON_VALUES) == (64 << 20, 4_000_000)
-    assert {manifest.MAX_FILE_BYTES, labels.MAX_VIEW_BYTES, labels.MAX_SAMPLES_BYTES, samples.MAX_IMAGE_BYTES} == {
-        1 << 30
-    }
-    assert (labels.MAX_PAGE_BYTES, manifest.MAX_PROBES, decode.MAX_SCANS) == (16 << 20, 64, 100)
+    assert {
+        manifest.MAX_FILE_BYTES,
+        labels.MAX_VIEW_BYTES,
+        parquet_guard.MAX_SAMPLES_BYTES,
+        samples.MAX_IMAGE_BYTES,
+    } == {1 << 30}
+    assert (parquet_guard.MAX_PAGE_BYTES, manifest.MAX_PROBES, decode.MAX_SCANS) == (16 << 20, 64, 100)
     assert parquet_source.MAX_ROW_GROUP_BYTES == 2 << 30

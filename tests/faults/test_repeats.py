@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.builders import with_checkout, write_tars
 
-from pipeline.repeats import FirstOfEachKind, hear, send_messages, warn_again
+from pipeline.repeats import FirstOfEachKind, forward_messages, log_forwarded, warn_counted
 
 ROOT = Path(__file__).parents[2]
 CONSTANT = """
@@ -79,17 +79,17 @@ def test_each_kind_is_said_once_and_counted_if_it_came_again(caplog):
     log.addHandler(handler)
     try:
         for number in range(1200):
-            warn_again(log, "bad views", "view %d is bad", number)
-        warn_again(log, "lost files", "file %s is lost", "x")
+            warn_counted(log, "bad views", "view %d is bad", number)
+        warn_counted(log, "lost files", "file %s is lost", "x")
         log.warning("something else")
         log.warning("something else")
     finally:
         log.removeHandler(handler)
     assert said == ["view 0 is bad", "file x is lost", "something else", "something else"]
     caplog.clear()
-    first.say_counts()
+    first.log_counts()
     assert caplog.messages == ["bad views: 1,200 in all"]
-    first.say_counts()
+    first.log_counts()
     assert len(caplog.messages) == 1
 
 
@@ -97,13 +97,13 @@ def test_messages_of_another_process_are_heard_with_their_kind(monkeypatch, capl
     root, sent = logging.getLogger(), []
     before = root.handlers
     try:
-        send_messages(sent.append)
-        warn_again(logging.getLogger("deit_cli.tests"), "bad views", "view %d is bad", 3)
+        forward_messages(sent.append)
+        warn_counted(logging.getLogger("deit_cli.tests"), "bad views", "view %d is bad", 3)
     finally:
         root.handlers = before
     (record,) = sent
     assert (record.msg, record.args, record.repeats) == ("view 3 is bad", None, "bad views")
-    hear(record)
+    log_forwarded(record)
     assert caplog.messages == ["view 3 is bad"]
 
 
@@ -114,7 +114,7 @@ def test_a_process_that_nobody_hears_goes_on(monkeypatch, capsys):
     root = logging.getLogger()
     before = root.handlers
     try:
-        send_messages(broken)
+        forward_messages(broken)
         logging.getLogger("deit_cli.tests").warning("nobody hears this")
     finally:
         root.handlers = before
@@ -122,7 +122,7 @@ def test_a_process_that_nobody_hears_goes_on(monkeypatch, capsys):
 
 
 # A warning that stands here can come only a few times in a command, whatever the size of the data. All others go through
-# `warn_again`.
+# `warn_counted`.
 ONCE = {
     "pipeline.labels.card.refresh_card",
     "pipeline.exchange.export.export_labels",
@@ -130,10 +130,10 @@ ONCE = {
     "pipeline.stage1.indexing.index_samples",
     "pipeline.sharing.merging._has_images",
     "pipeline.stage1.precompute._warn_of_sorted_classes",
-    "pipeline.repeats.say_counts",
-    "pipeline.repeats.warn_again",
+    "pipeline.repeats.log_counts",
+    "pipeline.repeats.warn_counted",
     "pipeline.sharing.transfer._carry",
-    "pipeline.teacher.teacher._try",  # halves a batch
+    "pipeline.teacher.teacher._launch_or_halve",  # halves a batch
     "trainer.evaluate._compare_names",
     "trainer.metrics._each",  # removes a tracker
     "trainer.run.announce",

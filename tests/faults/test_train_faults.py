@@ -100,7 +100,7 @@ def other_teacher(labels: Path, data: str) -> None:
 
 def other_recipe(labels: Path, data: str) -> None:
     shutil.rmtree(labels)
-    make_labels(labels, data, views=(0, 6), recipe=replace(small_recipe(), hflip=0.25))
+    make_labels(labels, data, views=(0, 6), recipe=small_recipe().with_fields(hflip=0.25))
 
 
 def more_views(labels: Path, data: str) -> None:
@@ -143,7 +143,7 @@ def test_fault_20_a_set_that_has_grown_is_gone_on_with_by_the_views_of_before(la
     stop_after(asked, 2)
     more_views(labels, data)
     with pytest.raises(
-        CheckpointError, match=r"belongs to a run on views 0:6, this one has \[0, 9\]: pass --views 0:6"
+        CheckpointError, match=r"belongs to a run on views 0:6, this one has \[0, 9\]\. Pass --views 0:6"
     ):
         train(asked)
     train(replace(asked, views=(0, 6)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.images.source import open_source
 from pipeline.machine.loaders import PREFETCH, Slots
 from pipeline.stage1.loop import AHEAD, _Desk
-from pipeline.teacher.teacher import Pending
+from pipeline.teacher.teacher import PendingAnswer
 from pipeline.views.mixing import MixBatch
 from trainer import loop
 from trainer.run import make_order, open_data
@@ -51,7 +51,7 @@ def test_stage_1_sees_the_rendered_pixels_however_late_a_gpu_copies_them(device,
         arrived.append(images.clone())
         return compute(images, mix, topk)
 
-    def asking(images: Tensor, mix: MixBatch, topk: int) -> Pending:
+    def asking(images: Tensor, mix: MixBatch, topk: int) -> PendingAnswer:
         if teacher._copies is not None:
             assert images.is_pinned()
             with torch.cuda.stream(teacher._copies):
@@ -89,7 +89,7 @@ def test_stage_2_sees_the_rendered_pixels_however_late_a_gpu_copies_them(device,
     assert len(arrived) >= 5 * (WORKERS * PREFETCH + 1 + 1)
     again = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
     for index, keys, tensors in arrived:
-        expected = again.alone(index)
+        expected = again.render_here(index)
         assert keys == expected.keys
         assert [name for name, value in tensors_of(expected) if not torch.equal(tensors[name].cpu(), value)] == []
 

@@ -131,7 +131,7 @@ def test_a_full_memory_halves_the_batch_and_changes_no_label(gpu, caplog):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, gpu)
         torch.cuda.empty_cache()
-    sizes = [int(size) for size in re.findall(r"going on with (\d+) views in one forward pass", caplog.text)]
+    sizes = [int(size) for size in re.findall(r"continuing with (\d+) views per forward pass", caplog.text)]
     assert sizes
     assert 2 <= sizes[-1] <= 32
     assert teacher.batch_size == sizes[-1]

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from support.label_sets import seal_again
 
 from pipeline.images.samples import keys_sha256
-from pipeline.labels.encoding import content_xxh3
 from pipeline.labels.format import PLAN_NAME
 from pipeline.labels.tables import (
     FOOTER_KEY,
@@ -103,7 +102,7 @@ def labels_with(change: Callable[[LabelRows], LabelRows]) -> Change:
         path = folder / LABELS
         views, footer = [change(rows) for rows in read_all_views(path)], read_labels_footer(path)
         with path.open("wb") as file:
-            write_labels(file, views, footer.model_copy(update={"content_xxh3": content_xxh3(views)}))
+            write_labels(file, views, footer.model_copy(update={"content_xxh3": footer.codec.content_xxh3(views)}))
         seal_again(folder)
 
     return apply

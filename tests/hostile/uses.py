@@ -43,7 +43,7 @@ def train_on_set(folder: Path) -> None:
     order = make_order(config, data)
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order)
     for index in range(config.epochs * order.steps_per_epoch):
-        renderer.alone(index)
+        renderer.render_here(index)
 
 
 def extend_set(folder: Path) -> None:

@@ -144,7 +144,7 @@ WEIGHTS = [
     ("sparse tensor", saved(lambda: {"x": torch.sparse_coo_tensor(torch.zeros(1, 1).long(), torch.ones(1), (10**12,))}), "x is sparse_coo"),
     ("tensor without memory", saved(lambda: {"x": torch.empty(10**9, 10**3, device="meta")}), "x is on device meta"),
     ("complex numbers", saved(lambda: {"x": torch.zeros(2, dtype=torch.complex64)}), "x is strided torch.complex64"),
-    ("NaN", saved(lambda: {"x": torch.tensor([float("nan")])}), "holds what is no number"),
+    ("NaN", saved(lambda: {"x": torch.tensor([float("nan")])}), "holds NaN or infinity"),
     ("no tensors", saved(lambda: {"state_dict": {"a": {"b": torch.zeros(1)}}}), "holds no state dict"),
     ("numbers as names", saved(lambda: {1: torch.zeros(1)}), PLAIN),
     ("ESC in a name", saved(lambda: {"\x1b]0;x": torch.zeros(1)}), "at most 500 characters and no control characters"),

@@ -1,9 +1,10 @@
 """Codes for probabilities: what `log8` keeps, what it costs, and that reading it is fast and exact."""
 
 import dataclasses
+import itertools
 import math
 from itertools import chain, combinations, pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.builders import files_of, make_labels, small_recipe, small_teacher, write_tars
-from support.tables import assert_equal, footer_of, write
+from support.tables import assert_equal, encode_rows, footer_of, write
 
 from pipeline.errors import LabelSetCorrupt
 from pipeline.images.source import open_source
+from pipeline.labels.checked_files import ViewsInOrder
 from pipeline.labels.encoding import (
+    CODECS,
     LOG8_STEP,
     LOG8_ZERO,
     LabelRows,
-    encode_rows,
+    codec_of,
     find_problem,
     from_codes,
-    label_bytes,
     to_codes,
 )
 from pipeline.labels.format import Precision
@@ -126,9 +128,38 @@ def test_extreme_answers_have_codes(prob, tail, classes, codes):
 
 
 def test_a_label_has_a_byte_for_each_probability_and_no_column_of_its_hard_label():
-    assert labels_schema(1000, 10, "log8").names == ["view", "row", "topk_index", "topk_code"]
-    assert labels_schema(1000, 0, "log8").names == ["view", "row", "hard"]
-    assert (label_bytes(1000, 10, "log8"), label_bytes(70_000, 10, "log8"), label_bytes(1000, 0, "log8")) == (30, 50, 2)
+    some, many, none = codec_of("log8", 1000, 10), codec_of("log8", 70_000, 10), codec_of("log8", 1000, 0)
+    assert labels_schema(some).names == ["view", "row", "topk_index", "topk_code"]
+    assert labels_schema(none).names == ["view", "row", "hard"]
+    assert (some.label_bytes, many.label_bytes, none.label_bytes) == (30, 50, 2)
+
+
+def test_every_precision_has_a_codec_and_every_column_is_a_field_of_the_rows():
+    assert set(CODECS) == set(get_args(Precision))
+    fields = {field.name for field in dataclasses.fields(LabelRows)}
+    for precision, topk in itertools.product(CODECS, (0, 1, 10)):
+        codec, prob = codec_of(precision, 1000, topk), np.full((2, topk), 0.1, np.float32)
+        assert set(codec.record.names) <= fields, precision
+        assert list(codec.store(np.zeros(2), np.zeros((2, topk)), prob)) == list(codec.record.names)
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_storing_changes_no_probability_by_more_than_the_codec_says(precision):
+    codec = codec_of(precision, 1000, 10)
+    for seed, spread in itertools.product(range(5), (0.5, 3, 8)):
+        prob, _ = answers(200, 10, 1000, seed, spread)
+        rows = codec.encode(np.arange(200), np.zeros(200), np.zeros((200, 10)), prob)
+        assert np.abs(rows.topk_prob.astype(float) - prob).max() <= codec.rounding
+
+
+def test_the_lines_of_a_card_decode_as_the_codec_does():
+    prob, _ = answers(50, 10, 1000, seed=3)
+    codec = codec_of("log8", 1000, 10)
+    rows = codec.encode(np.arange(50), np.zeros(50), np.zeros((50, 10)), prob)
+    names = {"np": np, "code": rows.topk_code}
+    exec("\n".join(codec.numpy_lines()), names)
+    np.testing.assert_allclose(names["values"], np.column_stack([rows.topk_prob, rows.tail_mass]), rtol=1e-5)
+    assert codec_of("float16", 1000, 10).numpy_lines() == codec_of("log8", 1000, 0).numpy_lines() == ()
 
 
 @pytest.mark.parametrize("topk", [0, 2])
@@ -234,9 +265,9 @@ def test_views_are_the_same_in_whatever_order_they_are_read(tmp_path, precision,
     rng = np.random.default_rng(0)
     orders = [list(range(12)), list(range(12))[::-1], [0, 1, 1, 2, 0, 1, 2, 3, 4, 5, 3, 11], *rng.permutation(12)[None].repeat(3, 0).tolist()]  # fmt: skip
     for order in orders:
-        contents = Contents("a", path.read_bytes())
+        reader = ViewsInOrder(Contents("a", path.read_bytes()))
         for view in order:
-            assert_equal(read_view(contents, 3 + view), views[view])
+            assert_equal(reader.read(3 + view), views[view])
 
 
 def test_a_damaged_view_spoils_none_that_is_read_with_it(tmp_path):
@@ -245,8 +276,9 @@ def test_a_damaged_view_spoils_none_that_is_read_with_it(tmp_path):
     tail[2] = np.nan
     views[6] = dataclasses.replace(views[6], tail_mass=tail)
     contents = Contents("a", write(tmp_path / "a.parquet", views, footer_of(views, 9)).read_bytes())
-    for view in range(6):
-        assert_equal(read_view(contents, view), views[view])
-    with pytest.raises(LabelSetCorrupt, match="a: view 6: a probability is outside"):
-        read_view(contents, 6)
-    assert_equal(read_view(contents, 7), views[7])
+    for read in (ViewsInOrder(contents).read, lambda view: read_view(contents, view)):
+        for view in range(6):
+            assert_equal(read(view), views[view])
+        with pytest.raises(LabelSetCorrupt, match="a: view 6: a probability is outside"):
+            read(6)
+        assert_equal(read(7), views[7])

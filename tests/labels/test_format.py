@@ -14,7 +14,7 @@ import cli
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.labels.format import parse_pin
 from pipeline.labels.labelset import LabelSet
-from pipeline.storage.cache import ShardCache
+from pipeline.storage.cache import Cache
 from pipeline.storage.yaml import read_yaml
 from trainer.config import TrainConfig
 from trainer.loop import train
@@ -95,7 +95,7 @@ def test_the_pinned_set_opens_and_another_is_refused_with_both(made):
 
 
 def test_the_pin_is_of_the_bytes_that_are_parsed_from_a_url_too(made, tmp_path):
-    cache = ShardCache(tmp_path / "cache", 10**9)
+    cache = Cache(tmp_path / "cache", 10**9)
     with web_server(Path(shutil.copytree(made, tmp_path / "web"))) as server:
         assert LabelSet.open(server.url, cache=cache, expect_manifest=pin_of(made)).manifest_sha256 == pin_of(made)[7:]
         with pytest.raises(LabelSetMismatch, match=rf"{server.url}/manifest\.json is not the pinned one"):
@@ -145,7 +145,7 @@ def test_a_run_stays_pinned(copied, data, tmp_path):
     with pytest.raises(LabelSetMismatch, match=f"--expect-manifest says {pin}, it has {new}"):
         train(again)
     with pytest.raises(
-        CheckpointError, match=f"a run that is pinned to one manifest: pass --expect-manifest {pin}, or"
+        CheckpointError, match=rf"a run that is pinned to a manifest\. Pass --expect-manifest {pin}, or"
     ):
         train(settings(copied, run, resume="auto", views=(0, 3)))
     train(settings(copied, run, resume="auto", views=(0, 3), expect_manifest=new))  # a new pin is a decision

@@ -2,13 +2,13 @@
 
 import ast
 import contextlib
-import dataclasses
 import io
 import re
 from pathlib import Path
 
 import pytest
 
+from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import MAX_TOPK
 from pipeline.labels.manifest import (
     EnsembleIdentity,
@@ -55,12 +55,11 @@ def test_the_example_is_short_and_needs_pyarrow_alone():
 FIELDS = {
     **{
         model.__name__: tuple(model.model_fields)
-        for model in (Plan, Manifest, FileEntry, Probe, TeacherIdentity, EnsembleIdentity)
+        for model in (Plan, Manifest, FileEntry, Probe, TeacherIdentity, EnsembleIdentity, Recipe)
     },
     **{kind.__name__: tuple(kind.model_fields) for kind in (SourceRecord, ShardRecord, SamplesFooter, LabelsFooter)},
-    "Recipe": tuple(field.name for field in dataclasses.fields(Recipe)),
     "samples table": tuple(SAMPLES_SCHEMA.names),
-    "labels table": tuple(labels_schema(10, 2, "float16").names),
+    "labels table": tuple(labels_schema(codec_of("float16", 10, 2)).names),
 }
 
 

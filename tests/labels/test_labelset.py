@@ -41,8 +41,9 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.images.source import open_source
-from pipeline.labels.encoding import LabelRows, content_xxh3, encode_rows
-from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.comparing import check_source, record_of
+from pipeline.labels.encoding import LabelRows, codec_of
+from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import (
     LabelsFooter,
     read_all_views,
@@ -52,7 +53,8 @@ from pipeline.labels.tables import (
     write_labels,
     write_samples,
 )
-from pipeline.stage1.precompute import plan_work
+from pipeline.stage1.plan import plan_work
+from pipeline.storage.place import open_place
 from pipeline.views.recipe import Recipe
 
 FIRST = "labels/views-00000-00001/train-0.parquet"
@@ -273,7 +275,7 @@ def test_verify_names_every_damaged_file_and_no_other(copied):
     flip(copied / FIRST)
     flip(copied / "samples/train-1.parquet")
     (copied / LATER).write_bytes(b"short")
-    problems = problems_in(LabelSet(copied))
+    problems = problems_in(LabelSet(open_place(copied)))
     names = [str(path.relative_to(copied)) for path in files_of(copied)]
     named = {name for name in names if any(name in text for text in problems)}
     assert named == {FIRST, LATER, "samples/train-1.parquet"}
@@ -388,7 +390,8 @@ def test_a_view_or_shard_that_the_set_does_not_hold_is_refused(made):
 def rewrite(path: Path, change, **footer) -> None:
     """Replace a label shard by changed rows under a changed footer, sound in itself."""
     views = [change(rows) for rows in read_all_views(path)]
-    values = read_labels_footer(path).model_copy(update=footer | {"content_xxh3": content_xxh3(views)})
+    values = read_labels_footer(path).model_copy(update=footer)
+    values = values.model_copy(update={"content_xxh3": values.codec.content_xxh3(views)})
     with path.open("wb") as file:
         write_labels(file, views, values)
 
@@ -396,7 +399,7 @@ def rewrite(path: Path, change, **footer) -> None:
 def recoded(rows: LabelRows, *, topk=2, classes=3, precision="float16") -> LabelRows:
     index, prob = rows.topk_index[:, :topk].astype(int), rows.topk_prob[:, :topk].astype(np.float32)
     kept = (rows.row.astype(int), rows.hard.astype(int), index, prob)
-    return encode_rows(*kept, num_classes=classes, precision=precision)
+    return codec_of(precision, classes, prob.shape[1]).encode(*kept)
 
 
 def first_three(rows: LabelRows) -> LabelRows:
@@ -435,8 +438,8 @@ def last_row_moved(rows: LabelRows) -> LabelRows:
 ROWS = [
     # what the rows become, how many the manifest names, what verify says
     (first_three, 10, "has 3 rows a view, the manifest says 10 in all"),
-    (first_three, 6, "view 0 must have the 5 usable rows of its samples file"),
-    (last_row_moved, 10, "view 0 must have the 5 usable rows of its samples file"),
+    (first_three, 6, "view 0 does not have the usable rows of its samples file"),
+    (last_row_moved, 10, "view 0 does not have the usable rows of its samples file"),
 ]
 
 
@@ -444,8 +447,11 @@ ROWS = [
 def test_labels_of_other_rows_are_found_by_verify(copied, change, count, text):
     rewrite(copied / FIRST, change, rows_per_view=len(change(read_all_views(copied / FIRST)[0])))
     seal_again(copied, lambda m: entries(m, kind="labels", shard="train-0")[0].update(rows=count))
-    (problem,) = problems_in(LabelSet.open(copied))
+    opened = LabelSet.open(copied)
+    (problem,) = problems_in(opened)
     assert problem.startswith((f"{copied / FIRST}: {text}. Fetch it", f"{copied / FIRST} {text}. Fetch it"))
+    with pytest.raises(LabelSetCorrupt, match=f"{copied / FIRST}:? {text}"):
+        opened.read("train-0", 0)
 
 
 def test_a_footer_whose_probes_are_none_is_refused(copied):
@@ -535,14 +541,14 @@ SOURCES = [
 def test_another_source_is_refused_with_the_names_of_what_differs(made, tmp_path, change, names):
     source = open_source(other_source(tmp_path / "other", change))
     with pytest.raises(LabelSetMismatch) as caught:
-        LabelSet.open(made).check_source(source)
+        check_source(LabelSet.open(made), source)
     assert f"{made} labels source" in str(caught.value)
     assert f"is another: {names}" in str(caught.value)
     assert str(caught.value).endswith("Pass the --data that was labelled")
 
 
 def test_the_same_source_elsewhere_is_accepted(made, tmp_path):
-    LabelSet.open(made).check_source(open_source(other_source(tmp_path / "copy", "nothing")))
+    check_source(LabelSet.open(made), open_source(other_source(tmp_path / "copy", "nothing")))
 
 
 def test_a_shard_name_that_the_format_cannot_hold_is_an_error_of_ours(tmp_path):
@@ -611,7 +617,7 @@ def test_k_beyond_the_format_is_a_misuse(images, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "gain", "settings", "text"),
     [
-        (dataclasses.replace(RECIPE, seed=1), 8.0, {}, r"was made with recipe \w{12}, this run asks for \w{12} \(seed: 0, not 1\)"),
+        (RECIPE.with_fields(seed=1), 8.0, {}, r"was made with recipe \w{12}, this run asks for \w{12} \(seed: 0, not 1\)"),
         (RECIPE, 2.0, {}, r"was made with teacher \w{12}, this run asks for \w{12} \(weights_sha256: "),
         (RECIPE, 8.0, {"topk": 1}, r"was made with --topk 2, this run asks for 1"),
         (RECIPE, 8.0, {"precision": "float32"}, r"was made with --precision float16, this run asks for float32"),

@@ -1,7 +1,6 @@
 """Replay probes: the same pixels pass, rounding warns, anything else is refused with the measured difference."""
 
 import base64
-import dataclasses
 import hashlib
 import json
 import logging
@@ -117,7 +116,7 @@ def test_the_last_bit_of_some_pixels_warns_and_passes(checked, monkeypatch, capl
 
 def test_a_change_that_the_sampled_bytes_miss_still_warns(monkeypatch, images, tmp_path, caplog):
     """At 24 pixels a side only every other byte is sampled; the hash sees them all."""
-    recipe = dataclasses.replace(RECIPE, img_size=24)
+    recipe = RECIPE.with_fields(img_size=24)
     opened = make_label_set(images, tmp_path / "set", recipe=recipe)
 
     def one_byte(pixels):

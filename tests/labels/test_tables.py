@@ -17,10 +17,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.tables import FIELDS, assert_equal, footer_of, write
+from support.tables import FIELDS, assert_equal, encode_rows, footer_of, write
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
-from pipeline.labels.encoding import LabelRows, content_xxh3, encode_rows, index_dtype
+from pipeline.labels.encoding import LabelRows, codec_of, index_dtype
 from pipeline.labels.tables import (
     FOOTER_KEY,
     SAMPLES_SCHEMA,
@@ -103,9 +103,9 @@ def test_the_schema_is_the_page_s():
         pa.field("topk_prob", pa.list_(pa.field("element", prob, nullable=False), 3), nullable=False),
         pa.field("tail_mass", prob, nullable=False),
     ]
-    assert labels_schema(10, 3, "float16").equals(pa.schema(expected))
-    assert labels_schema(10, 0, "float16").equals(pa.schema(expected[:3]))
-    wide = labels_schema(65_537, 2, "float32")
+    assert labels_schema(codec_of("float16", 10, 3)).equals(pa.schema(expected))
+    assert labels_schema(codec_of("float16", 10, 0)).equals(pa.schema(expected[:3]))
+    wide = labels_schema(codec_of("float32", 65_537, 2))
     assert [wide.field(name).type for name in ("hard", "tail_mass")] == [pa.uint32(), pa.float32()]
     assert (index_dtype(65_536), index_dtype(65_537)) == (np.uint16, np.uint32)
 
@@ -136,7 +136,7 @@ def test_the_footer_says_what_the_file_is(tmp_path):
 def test_the_content_hash_covers_every_value_in_the_order_of_the_page():
     views = make_views(views=2)
     stream = b"".join(getattr(rows, name).tobytes() for rows in views for name in FIELDS)
-    assert content_xxh3(views) == xxhash.xxh3_128_hexdigest(stream)
+    assert codec_of("float16", 10, 3).content_xxh3(views) == xxhash.xxh3_128_hexdigest(stream)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -144,7 +144,8 @@ def test_the_content_hash_changes_with_any_value(name):
     views = make_views()
     changed = getattr(views[1], name).copy()
     changed.reshape(-1)[-1] += 1
-    assert content_xxh3([views[0], dataclasses.replace(views[1], **{name: changed})]) != content_xxh3(views)
+    others, codec = [views[0], dataclasses.replace(views[1], **{name: changed})], codec_of("float16", 10, 3)
+    assert codec.content_xxh3(others) != codec.content_xxh3(views)
 
 
 def test_an_imagenet_label_takes_about_thirty_bytes():
@@ -159,7 +160,7 @@ def test_an_imagenet_label_takes_about_thirty_bytes():
     assert len(file.getvalue()) / (4 * 1024) <= 4
 
 
-# encode_rows
+# Encoding.
 
 
 def test_rows_are_sorted_and_every_column_with_them():

@@ -21,11 +21,10 @@ from pipeline.errors import DeitCliError, UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.settings import options
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.settings.fields import settings_of
 from pipeline.settings.files import describe_settings, load_recipe, plain_settings, read_settings, recipe_settings
 from pipeline.storage.yaml import parse_yaml, to_yaml
-from pipeline.views.recipe import _RANGES as recipe_ranges
 from pipeline.views.recipe import PRESETS, Recipe
-from trainer.config import _RANGES as train_ranges
 from trainer.config import TrainConfig
 from trainer.export import export_model, hub_config
 from trainer.student import create_student
@@ -156,7 +155,7 @@ def test_what_is_passed_goes_before_the_file_wherever_it_stands(tmp_path):
 def test_a_file_of_precompute_reaches_its_configs(tmp_path):
     text = "data: images\nout: shards\nviews: 30:50\nteacher: [a, b]\nteacher-path: [x, y]\nbatch-size: auto\npretrained: no"
     params, _ = parsed("precompute", "-c", str(written(tmp_path, text)))
-    config, teacher = cli.split_values(params, PrecomputeConfig, TeacherConfig)
+    config, teacher = options.split_values(params, PrecomputeConfig, TeacherConfig)
     assert (config.data, config.out, config.views, config.batch_size) == ("images", "shards", (30, 50), "auto")
     assert (teacher.teacher, teacher.teacher_checkpoint) == (("a", "b"), (Path("x"), Path("y")))
     assert teacher.pretrained is False
@@ -183,10 +182,10 @@ def test_recipe_fields_of_the_file_and_of_the_command_line_add_up(tmp_path):
     path = str(written(tmp_path, "recipe: crop-flip\nset: {img-size: 32, scale: [0.4, 1.0]}\nlabels: x"))
 
     @cli.commands.command("show-recipe")
-    @cli.config_option(TrainConfig)
-    @cli.recipe_options
-    def show(recipe, overrides):
-        click.echo(json.dumps(cli.chosen_recipe(recipe, overrides).to_dict()))
+    @options.config_option(TrainConfig)
+    @options.recipe_options
+    def show(**values):
+        click.echo(json.dumps(options.chosen_recipe(values).model_dump(mode="json")))
 
     try:
         for arguments, expected in (
@@ -195,7 +194,7 @@ def test_recipe_fields_of_the_file_and_of_the_command_line_add_up(tmp_path):
             (["--recipe", "none"], load_recipe("none", {"img_size": 32, "scale": [0.4, 1.0]})),
         ):
             done = CliRunner().invoke(show, ["-c", path, *arguments], catch_exceptions=False)
-            assert Recipe.from_dict(json.loads(done.stdout)) == expected
+            assert Recipe(**json.loads(done.stdout)) == expected
     finally:
         del cli.commands.commands["show-recipe"]
 
@@ -217,7 +216,15 @@ def test_settings_are_said_as_the_options_that_differ():
     assert describe_settings(recipe=Recipe(aa=None, hflip=1e-7)) == "--set hflip=1.0e-07 --set aa=null"
 
 
-RANGES = {TrainConfig: train_ranges, Recipe: recipe_ranges}
+def range_of(kind: type, name: str) -> tuple[float, float]:
+    """Return the smallest and largest value that a test gives to a field."""
+    if kind is Recipe:
+        bounds = Recipe.model_fields[name].metadata
+        return (bounds[0].ge, bounds[1].le) if len(bounds) == 2 else (2, 10**6)
+    setting = next(setting for setting in settings_of(kind) if setting.name == name)
+    return (2, 10**6) if setting.low is None else (setting.low, setting.high or 10**6)
+
+
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 SPECIAL = {
     # field: values that only some texts or pairs are
@@ -227,8 +234,6 @@ SPECIAL = {
     "views": st.tuples(st.integers(0, 100), st.integers(101, 2**20)),
     "teacher": st.lists(TEXT, min_size=1, max_size=3).map(tuple),
     "teacher_checkpoint": st.lists(TEXT.map(Path), min_size=1, max_size=3).map(tuple),
-    "min_teacher_accuracy": st.floats(0, 100),
-    "teacher_img_size": st.integers(1, 4096),
     "aa": st.sampled_from([None, "rand-m5", "rand-m9-n3-p0.25-mstd0.5-inc1"]),
     "scale": st.tuples(st.floats(0.01, 0.4), st.floats(0.5, 1)),
     "ratio": st.tuples(st.floats(0.1, 0.9), st.floats(1, 50)),
@@ -240,7 +245,7 @@ def values_of(kind: type, name: str, hint) -> st.SearchStrategy:
     """Return values that a field may have, from its type and its range."""
     if name in SPECIAL:
         return SPECIAL[name]
-    low, high = next(((low, high) for field, low, high in RANGES.get(kind, []) if field == name), (2, 10**6))
+    low, high = range_of(kind, name)
     choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return st.sampled_from(choices)
@@ -254,11 +259,12 @@ def values_of(kind: type, name: str, hint) -> st.SearchStrategy:
     return TEXT.map(Path) if Path in wanted else TEXT
 
 
-def settings_of(kind: type) -> st.SearchStrategy:
+def configs_of(kind: type) -> st.SearchStrategy:
     """Return configs of a kind with any of their fields set, those that may stand together."""
     hints = typing.get_type_hints(kind)
-    fields = {field.name: values_of(kind, field.name, hints[field.name]) for field in dataclasses.fields(kind)}
-    needed = {f.name: fields.pop(f.name) for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    known = {} if kind is Recipe else {field.name: field for field in dataclasses.fields(kind)}
+    fields = {name: values_of(kind, name, hints[name]) for name in known or Recipe.model_fields}
+    needed = {name: fields.pop(name) for name, field in known.items() if field.default is dataclasses.MISSING}
 
     def made(values):
         try:
@@ -273,33 +279,33 @@ def read_back(command: click.Command, said: str, *kinds: type) -> tuple:
     """Return the configs, and the recipe, that a command makes of what was said."""
     context = command.make_context(command.name, shlex.split(said))
     with context:
-        recipe = cli.chosen_recipe(context.params["recipe"], context.params["overrides"])
-    return *cli.split_values(context.params, *kinds), recipe
+        recipe = options.chosen_recipe(context.params)
+    return *options.split_values(context.params, *kinds), recipe
 
 
-@given(settings_of(TrainConfig), settings_of(Recipe))
+@given(configs_of(TrainConfig), configs_of(Recipe))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_what_train_says_reads_back_as_the_same_settings(config, recipe):
     said = describe_settings(config, recipe=recipe)
     assert read_back(cli.train, said, TrainConfig) == (config, recipe)
 
 
-@given(settings_of(PrecomputeConfig), settings_of(TeacherConfig), settings_of(Recipe))
+@given(configs_of(PrecomputeConfig), configs_of(TeacherConfig), configs_of(Recipe))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_what_precompute_says_reads_back_as_the_same_settings(config, teacher, recipe):
     said = describe_settings(config, teacher, recipe=recipe)
     assert read_back(cli.precompute, said, PrecomputeConfig, TeacherConfig) == (config, teacher, recipe)
 
 
-@given(settings_of(TrainConfig), settings_of(Recipe))
+@given(configs_of(TrainConfig), configs_of(Recipe))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_what_is_saved_reads_back_as_the_same_settings(tmp_path_factory, config, recipe):
     path = tmp_path_factory.getbasetemp() / "saved.yaml"
     path.write_bytes(to_yaml(plain_settings(config) | recipe_settings(recipe)))
     context = cli.train.make_context("train", ["-c", str(path)])
     with context:
-        assert cli.chosen_recipe(context.params["recipe"], ()) == recipe
-    assert cli.split_values(context.params, TrainConfig) == (config,)
+        assert options.chosen_recipe(context.params) == recipe
+    assert options.split_values(context.params, TrainConfig) == (config,)
 
 
 # --- of a run -------------------------------------------------------------------------------------------------

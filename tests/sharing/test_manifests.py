@@ -21,6 +21,7 @@ from support.label_sets import (
 from cli import commands
 from pipeline.errors import LabelSetCorrupt, LabelSetIncomplete, LabelSetMismatch, UsageError
 from pipeline.images.source import open_source
+from pipeline.labels.comparing import check_source, labelled_part
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Manifest
 from pipeline.labels.replay import check_replay
@@ -238,7 +239,7 @@ def test_the_whole_source_or_the_shards_that_are_here_will_do(images, subset, tm
     for source in (images, only_tars(images, tmp_path / "part", "train-0", "train-2")):
         opened = open_source(source)
         assert check_replay(subset, opened) == 0
-        assert [shard.name for shard in subset.labelled_part(opened).shards] == ["train-0", "train-2"]
+        assert [shard.name for shard in labelled_part(subset, opened).shards] == ["train-0", "train-2"]
 
 
 def test_a_source_that_lacks_a_shard_is_refused(images, subset, tmp_path):
@@ -246,7 +247,7 @@ def test_a_source_that_lacks_a_shard_is_refused(images, subset, tmp_path):
     with pytest.raises(
         LabelSetMismatch, match=r"labels 2 source shards, and .*part lacks 1 of them, such as 'train-2'"
     ):
-        subset.check_source(open_source(part))
+        check_source(subset, open_source(part))
 
 
 def test_other_images_under_the_name_of_a_shard_are_refused(images, subset, tmp_path):
@@ -255,7 +256,7 @@ def test_other_images_under_the_name_of_a_shard_are_refused(images, subset, tmp_
     with pytest.raises(
         LabelSetMismatch, match=r"7 samples are missing: 'n009' of train-2, .* 4 samples are new: 'n005' of train-2"
     ):
-        subset.check_source(open_source(part))
+        check_source(subset, open_source(part))
 
 
 def test_a_change_in_a_shard_that_is_not_here_does_not_matter(images, subset, tmp_path):
@@ -267,7 +268,7 @@ def test_a_change_in_a_shard_that_is_not_here_does_not_matter(images, subset, tm
 def test_a_whole_set_still_needs_the_whole_source(images, made, tmp_path):
     part = only_tars(images, tmp_path / "part", "train-0", "train-2")
     with pytest.raises(LabelSetMismatch, match="the copy lacks the shard 'train-1'; 4 samples are missing"):
-        made.check_source(open_source(part))
+        check_source(made, open_source(part))
 
 
 # Everything that walks the shards.
@@ -292,7 +293,7 @@ def batches(label_set: LabelSet, source: Path):
     data = open_data(config)
     order = make_order(config, data)
     renderer = BatchRenderer(Catalogue(data.source, data.label_set), data.recipe, order, Share())
-    return [renderer.alone(index) for index in range(2 * order.steps_per_epoch)], order
+    return [renderer.render_here(index) for index in range(2 * order.steps_per_epoch)], order
 
 
 def test_training_takes_the_samples_of_a_subset_and_the_same_whichever_source_is_given(images, subset, tmp_path):
@@ -339,7 +340,7 @@ def test_a_run_on_a_subset_is_not_continued_on_the_whole_set(images, made, subse
         "device": "cpu",
     }
     train(TrainConfig(labels=str(subset.folder), **settings))
-    assert "holds 2 of 3 source shards: only their images are trained on" in caplog.text
+    assert "holds 2 of 3 source shards: the student trains only on their images" in caplog.text
     train(TrainConfig(labels=str(subset.folder), resume="auto", **settings))  # it is complete
     with pytest.raises(Exception, match=r"other settings \(shards: \['train-0', 'train-2'\], not None\)"):
         train(TrainConfig(labels=str(made.folder), resume="auto", **settings))

@@ -33,7 +33,7 @@ from pipeline.settings.configs import PrecomputeConfig
 from pipeline.sharing.merging import merge, merged_lines
 from pipeline.sharing.transfer import pull
 from pipeline.stage1 import loop as labelling
-from pipeline.stage1.extending import extension
+from pipeline.stage1.plan import extension
 from pipeline.stage1.precompute import precompute
 
 SETTINGS: dict[str, Any] = {"views": (0, 4), "views_per_shard": 2}
@@ -227,7 +227,7 @@ def test_labels_of_an_open_folder_must_have_the_rows_of_its_samples(data, whole,
     shutil.copy(whole / "samples/train-000000.parquet", tmp_path / "b/samples/train-000000.parquet")
     (tmp_path / "b/manifest.json").unlink()
     with pytest.raises(
-        LabelSetCorrupt, match=r"train-000000.parquet does not have the usable rows of its samples file"
+        LabelSetCorrupt, match=r"train-000000.parquet: view 0 does not have the usable rows of its samples file"
     ):
         merge(tmp_path / "set", [str(tmp_path / "b")])
 

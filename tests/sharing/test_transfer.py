@@ -39,9 +39,10 @@ from pipeline.errors import (
 from pipeline.labels.labelset import LabelSet
 from pipeline.sharing.transfer import pull, push
 from pipeline.storage import remote
-from pipeline.storage.cache import ShardCache
+from pipeline.storage.cache import Cache
 from pipeline.storage.json import pretty_json, sha256_json
-from pipeline.storage.remote import file_system, list_url
+from pipeline.storage.remote import list_url
+from pipeline.storage.stores import store_of
 from trainer.config import TrainConfig
 from trainer.loop import train
 
@@ -59,7 +60,7 @@ class Spot:
         self.kind, self.url, self.target, self.between, self.files = kind, url, target, between, files
 
     def label_set(self, cache: Path) -> LabelSet:
-        return LabelSet.open(self.url, cache=ShardCache(cache, 10**9))
+        return LabelSet.open(self.url, cache=Cache(cache, 10**9))
 
     @property
     def server(self) -> Proxy:
@@ -437,7 +438,7 @@ def test_an_old_listing_is_not_believed(spot, made, tmp_path):
     """An object store may answer with what a folder held a while ago; so may a client that remembers it."""
     if spot.kind == "s3":
         spot.files.write("labels/x", b"")
-        system, path = file_system(spot.url)
+        system, path = store_of(spot.url).file_system(spot.url)
         assert list_url(f"{spot.url}/labels") == ["x"]
         system.ls(f"{path}/labels")
         system.find(path)

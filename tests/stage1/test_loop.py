@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.stage1 import loop
 from pipeline.stage1.rendering import stream_views
-from pipeline.teacher.teacher import Answer, Pending, Teacher
+from pipeline.teacher.teacher import Answer, PendingAnswer, Teacher
 
 SETTINGS: dict[str, Any] = {"views": (0, 6), "views_per_shard": 3, "accuracy_samples": 0}
 
@@ -36,10 +36,10 @@ def labelled(out: Path, data: str, teacher: Teacher, workers: int = 0) -> dict[s
     return files_of(make_labels(out, data, teacher=teacher, workers=workers, **SETTINGS).folder)
 
 
-class Late(Pending):
+class Late(PendingAnswer):
     """The answer of a device that copies its views when the last moment for it has come: when the answer is waited for."""
 
-    def __init__(self, copy: Callable[[], Pending]) -> None:
+    def __init__(self, copy: Callable[[], PendingAnswer]) -> None:
         self._copy = copy
 
     def result(self) -> Answer:
@@ -77,13 +77,13 @@ def test_the_pages_of_views_are_locked_until_the_last_answer_has_come(data, whol
     teacher = late(a_teacher())
     ask = teacher.ask
 
-    def asking(images: Tensor, mix: Any, topk: int) -> Pending:
+    def asking(images: Tensor, mix: Any, topk: int) -> PendingAnswer:
         ((_, device, first, size, _),) = [call for call in cuda.calls if call[0] == "lock"]
         assert device == gpu
         assert first <= images.data_ptr() < images.data_ptr() + images.nbytes <= first + size
         pending = ask(images, mix, topk)
 
-        def copy() -> Pending:
+        def copy() -> PendingAnswer:
             pages.append("unlock" not in [call[0] for call in cuda.calls])
             return pending
 

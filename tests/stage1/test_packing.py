@@ -28,7 +28,7 @@ from pipeline.labels.replay import check_replay
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1 import packing as packing_module
 from pipeline.stage1.packing import Packing
-from pipeline.storage.cache import ShardCache
+from pipeline.storage.cache import Cache
 
 NAMES = ("ant", "bee")
 
@@ -152,13 +152,13 @@ def test_a_set_behind_a_url_brings_its_own_images(tmp_path):
     label(tmp_path / "set", data, include_images="original")
     shutil.rmtree(data)
     with web_server(tmp_path) as server:
-        far = LabelSet.open(f"{server.url}/set", cache=ShardCache(tmp_path / "cache", 10**8))
+        far = LabelSet.open(f"{server.url}/set", cache=Cache(tmp_path / "cache", 10**8))
         source = far.open_source()
         assert source.is_remote
         assert check_replay(far, source) == 0.0
-        assert problems_in(far.folder) == []
+        assert problems_in(far) == []
         server.faults["set/images/train-000001.tar"] += ["flip", "flip"]
-        again = LabelSet.open(f"{server.url}/set", cache=ShardCache(tmp_path / "empty", 10**8))
+        again = LabelSet.open(f"{server.url}/set", cache=Cache(tmp_path / "empty", 10**8))
         with pytest.raises(SourceError, match=r"set/images/train-000001\.tar has SHA-256 .* is promised"):
             again.open_source().shard("train-000001")[0]
 

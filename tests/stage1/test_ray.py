@@ -10,7 +10,7 @@ import pytest
 from support.builders import make_labels, named_files, teacher_of, write_tars
 
 from pipeline.errors import TeacherError, WorkerError
-from pipeline.machine.progress import Report
+from pipeline.machine.progress import WorkDone
 from pipeline.stage1 import ray as ray_engine
 from pipeline.stage1.ray import plan_ray
 
@@ -102,7 +102,7 @@ def test_where_no_cluster_answers_the_address_is_named(data, tmp_path):
 def test_reports_can_be_sent():
     import pickle
 
-    assert pickle.loads(pickle.dumps(Report(views=3))) == Report(views=3)
+    assert pickle.loads(pickle.dumps(WorkDone(views=3))) == WorkDone(views=3)
 
 
 @pytest.mark.parametrize(

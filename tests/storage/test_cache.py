@@ -18,8 +18,11 @@ from support.web_server import WebServer, web_server
 from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError, UsageError
 from pipeline.storage import atomic as storage
 from pipeline.storage import cache as caching
-from pipeline.storage import remote
-from pipeline.storage.cache import RemoteFile, ShardCache, open_cache, prefetch, read_local
+from pipeline.storage import prefetch, remote, stores
+from pipeline.storage.cache import Cache, open_cache
+from pipeline.storage.place import LocalFile, RemoteFile
+from pipeline.storage.prefetch import Prefetch
+from pipeline.storage.remote import Promise
 from pipeline.text import parse_bytes
 
 SIZE = 100_000
@@ -36,26 +39,26 @@ def server(tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path) -> ShardCache:
-    return ShardCache(tmp_path / "cache", 10 * SIZE)
+def cache(tmp_path) -> Cache:
+    return Cache(tmp_path / "cache", 10 * SIZE)
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
     monkeypatch.setattr(remote, "RETRY_DELAYS_S", (0.01, 0.01, 0.01))
-    monkeypatch.setattr(remote, "STALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(stores, "STALL_TIMEOUT_S", 0.5)
 
 
 def sha256(name: str) -> str:
     return hashlib.sha256(BODIES[name]).hexdigest()
 
 
-def held(cache: ShardCache) -> set[str]:
+def held(cache: Cache) -> set[str]:
     """Return the names of the whole files of a cache, as their URLs end."""
     return {path.name.partition("-")[2] for path in cache.folder.iterdir() if path.suffix == ".tar"}
 
 
-def stored_bytes(cache: ShardCache) -> int:
+def stored_bytes(cache: Cache) -> int:
     """Return the bytes of whole and half files, but not of a sidecar on its way."""
     files = [path for path in cache.folder.iterdir() if path.suffix == ".tar" or path.name.startswith(".tmp-")]
     return sum(size for size in (path.stat().st_size for path in files) if size > 1000)
@@ -85,9 +88,9 @@ def test_what_is_no_size_is_refused_by_name(text):
 
 def test_the_default_cache_lies_where_the_user_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert open_cache() == ShardCache(tmp_path / "deit-cli", 100 * 10**9)
+    assert open_cache() == Cache(tmp_path / "deit-cli", 100 * 10**9)
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert open_cache(size="1MB") == ShardCache(Path.home() / ".cache/deit-cli", 10**6)
+    assert open_cache(size="1MB") == Cache(Path.home() / ".cache/deit-cli", 10**6)
     assert open_cache(tmp_path / "mine").folder == tmp_path / "mine"
 
 
@@ -107,7 +110,7 @@ def test_a_cache_pickles_small(cache):
 
 def test_an_empty_file_is_a_file(server, cache):
     (server.folder / "empty").write_bytes(b"")
-    assert cache.fetch(f"{server.url}/empty", size=0).read_bytes() == b""
+    assert cache.fetch(f"{server.url}/empty", Promise(0)).read_bytes() == b""
 
 
 def test_what_is_asked_for_in_the_address_stays(server, cache):
@@ -184,7 +187,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(cache, monkeypa
 
 def test_a_damaged_download_is_repeated_once(server, cache, caplog):
     server.faults["0.tar"] = ["flip"]
-    path = cache.fetch(f"{server.url}/0.tar", size=SIZE, sha256=sha256("0.tar"))
+    path = cache.fetch(f"{server.url}/0.tar", Promise(SIZE, sha256("0.tar")))
     assert path.read_bytes() == BODIES["0.tar"]
     assert server.requests["0.tar"] == 2
     assert "downloading it once more" in caplog.text
@@ -196,7 +199,7 @@ def test_a_file_that_stays_damaged_is_refused_by_name(server, cache):
     found[SIZE // 2] ^= 1
     text = f"/0.tar has SHA-256 {hashlib.sha256(found).hexdigest()[:12]}…, {sha256('0.tar')[:12]}… is promised"
     with pytest.raises(RemoteFileCorrupt, match=text):
-        cache.fetch(f"{server.url}/0.tar", size=SIZE, sha256=sha256("0.tar"))
+        cache.fetch(f"{server.url}/0.tar", Promise(SIZE, sha256("0.tar")))
     assert server.requests["0.tar"] == 2
     assert held(cache) == set()
 
@@ -205,18 +208,18 @@ def test_a_file_that_stays_damaged_is_refused_by_name(server, cache):
 def test_a_file_of_another_length_is_refused_with_both(server, cache, fault):
     server.always["0.tar"] = fault
     with pytest.raises(RemoteFileCorrupt, match=f"/0.tar has {SIZE} bytes, {SIZE - 1} are promised"):
-        cache.fetch(f"{server.url}/0.tar", size=SIZE - 1)
+        cache.fetch(f"{server.url}/0.tar", Promise(SIZE - 1))
     assert held(cache) == set()
 
 
 def test_a_cut_that_nobody_announced_is_seen_by_the_promised_length(server, cache):
     server.faults["0.tar"] = ["cut-unannounced"]
-    assert cache.fetch(f"{server.url}/0.tar", size=SIZE).read_bytes() == BODIES["0.tar"]
+    assert cache.fetch(f"{server.url}/0.tar", Promise(SIZE)).read_bytes() == BODIES["0.tar"]
     server.always["1.tar"] = "cut-unannounced"
     with pytest.raises(
         StorageError, match=f"gave up after 4 tries .*the answer ended after {SIZE // 2} of {SIZE} bytes"
     ):
-        cache.fetch(f"{server.url}/1.tar", size=SIZE)
+        cache.fetch(f"{server.url}/1.tar", Promise(SIZE))
 
 
 def test_a_file_without_a_length_is_taken_as_it_comes(server, cache):
@@ -226,9 +229,9 @@ def test_a_file_without_a_length_is_taken_as_it_comes(server, cache):
 
 def test_another_promise_is_another_file(server, cache):
     """A set that was made again under the same names must not be read from the old copies."""
-    cache.fetch(f"{server.url}/0.tar", sha256=sha256("0.tar"))
+    cache.fetch(f"{server.url}/0.tar", Promise(sha256=sha256("0.tar")))
     (server.folder / "0.tar").write_bytes(BODIES["1.tar"])
-    again = cache.fetch(f"{server.url}/0.tar", sha256=sha256("1.tar"))
+    again = cache.fetch(f"{server.url}/0.tar", Promise(sha256=sha256("1.tar")))
     assert again.read_bytes() == BODIES["1.tar"]
 
 
@@ -252,7 +255,7 @@ def test_a_copy_without_its_length_is_not_believed(server, cache):
 
 
 def test_what_was_used_longest_ago_goes_first(server, tmp_path):
-    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
+    cache = Cache(tmp_path / "cache", 3 * SIZE)
     for age, name in ((50, "0.tar"), (40, "1.tar"), (30, "2.tar")):
         path = cache.fetch(f"{server.url}/{name}")
         os.utime(path, (time.time() - age,) * 2)
@@ -264,7 +267,7 @@ def test_what_was_used_longest_ago_goes_first(server, tmp_path):
 
 
 def test_the_limit_holds_and_an_evicted_file_is_fetched_again(server, tmp_path):
-    cache = ShardCache(tmp_path / "cache", 2 * SIZE + SIZE // 2)
+    cache = Cache(tmp_path / "cache", 2 * SIZE + SIZE // 2)
     for _ in range(2):
         for name, body in BODIES.items():
             assert cache.fetch(f"{server.url}/{name}").read_bytes() == body
@@ -273,7 +276,7 @@ def test_the_limit_holds_and_an_evicted_file_is_fetched_again(server, tmp_path):
 
 
 def test_the_limit_holds_for_files_without_a_length(server, tmp_path):
-    cache = ShardCache(tmp_path / "cache", 2 * SIZE)
+    cache = Cache(tmp_path / "cache", 2 * SIZE)
     for name in BODIES:
         server.always[name] = "no-length"
         cache.fetch(f"{server.url}/{name}")
@@ -282,7 +285,7 @@ def test_the_limit_holds_for_files_without_a_length(server, tmp_path):
 
 @pytest.mark.parametrize("fault", [None, "no-length"])
 def test_a_file_that_is_larger_than_the_cache_is_refused(server, tmp_path, fault):
-    cache = ShardCache(tmp_path / "cache", SIZE // 4)
+    cache = Cache(tmp_path / "cache", SIZE // 4)
     server.always["0.tar"] = fault
     with pytest.raises(
         StorageError, match=r"/0\.tar has .* kB or more, the whole cache .* has 25\.0 kB\. Raise --cache-size"
@@ -292,8 +295,8 @@ def test_a_file_that_is_larger_than_the_cache_is_refused(server, tmp_path, fault
 
 
 def test_a_file_that_is_being_downloaded_is_not_evicted(server, tmp_path):
-    cache = ShardCache(tmp_path / "cache", 2 * SIZE)
-    remote.STALL_TIMEOUT_S = 20.0
+    cache = Cache(tmp_path / "cache", 2 * SIZE)
+    stores.STALL_TIMEOUT_S = 20.0
     server.faults["0.tar"] = ["stall"]
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(cache.fetch, f"{server.url}/0.tar")
@@ -309,8 +312,8 @@ def test_a_file_that_is_being_downloaded_is_not_evicted(server, tmp_path):
 
 
 def test_where_downloads_fill_the_cache_the_next_waits_for_them(server, tmp_path):
-    cache = ShardCache(tmp_path / "cache", SIZE)
-    remote.STALL_TIMEOUT_S = 20.0
+    cache = Cache(tmp_path / "cache", SIZE)
+    stores.STALL_TIMEOUT_S = 20.0
     server.faults["0.tar"] = ["stall"]
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(cache.fetch, f"{server.url}/0.tar")
@@ -333,7 +336,7 @@ def test_a_copy_that_is_evicted_before_it_is_opened_is_fetched_again(server, cac
             file.discard()
         return path.read_bytes()
 
-    assert read_local(file, use) == BODIES["0.tar"]
+    assert file.use(use) == BODIES["0.tar"]
     assert len(seen) == 3
 
     def never(path: Path) -> bytes:
@@ -342,21 +345,21 @@ def test_a_copy_that_is_evicted_before_it_is_opened_is_fetched_again(server, cac
     with pytest.raises(
         StorageError, match=r"evicted from the cache .* 8 times before it was opened\. Raise --cache-size"
     ):
-        read_local(file, never)
+        file.use(never)
 
 
 def test_a_local_file_is_used_where_it_is(tmp_path):
-    assert read_local(tmp_path, lambda path: path) == tmp_path
+    assert LocalFile(tmp_path).use(lambda path: path) == tmp_path
 
 
 # Many processes.
 
 
 def fetch_many(start, folder: Path, limit: int, url: str, names: list[str]) -> None:
-    cache = ShardCache(folder, limit)
+    cache = Cache(folder, limit)
     start.wait()
     for name in names:
-        content = read_local(RemoteFile(f"{url}/{name}", cache), Path.read_bytes)
+        content = RemoteFile(f"{url}/{name}", cache).use(Path.read_bytes)
         if content != BODIES[name]:
             os._exit(1)
 
@@ -383,7 +386,7 @@ def test_many_processes_download_a_file_once(server, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_many_processes_in_a_cache_that_is_too_small_read_the_right_bytes(server, tmp_path):
     """Files go while others want them: content is right all the same, and the limit holds at every moment."""
-    cache, most, done = ShardCache(tmp_path / "cache", 3 * SIZE), [0], threading.Event()
+    cache, most, done = Cache(tmp_path / "cache", 3 * SIZE), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.002):
@@ -429,8 +432,8 @@ def test_a_lock_whose_file_was_evicted_is_no_lock(tmp_path):
 DOWNLOAD = """
 import sys
 from pathlib import Path
-from pipeline.storage.cache import ShardCache
-ShardCache(Path(sys.argv[1]), 10**6).fetch(sys.argv[2])
+from pipeline.storage.cache import Cache
+Cache(Path(sys.argv[1]), 10**6).fetch(sys.argv[2])
 """
 
 
@@ -452,7 +455,7 @@ def test_a_killed_download_leaves_nothing_that_is_believed(server, cache):
 # Ahead of use.
 
 
-def files_of(server: WebServer, cache: ShardCache, *numbers: int) -> list[RemoteFile]:
+def files_of(server: WebServer, cache: Cache, *numbers: int) -> list[RemoteFile]:
     return [RemoteFile(f"{server.url}/{number}.tar", cache) for number in numbers]
 
 
@@ -464,8 +467,8 @@ def wait_for(condition) -> None:
 
 
 def test_files_are_fetched_ahead_of_their_use(server, tmp_path):
-    cache = ShardCache(tmp_path / "cache", 100 * SIZE)
-    with prefetch(files_of(server, cache, *range(8))) as ahead:
+    cache = Cache(tmp_path / "cache", 100 * SIZE)
+    with Prefetch(files_of(server, cache, *range(8))) as ahead:
         ahead.wait()
         for name, body in BODIES.items():
             assert cache.fetch(f"{server.url}/{name}").read_bytes() == body
@@ -473,15 +476,15 @@ def test_files_are_fetched_ahead_of_their_use(server, tmp_path):
 
 
 def test_nothing_to_fetch_is_no_work():
-    with prefetch([]) as ahead:
+    with Prefetch([]) as ahead:
         ahead.wait()
         assert not any(thread.is_alive() for thread in ahead._threads)
 
 
 def test_no_more_than_half_of_the_cache_is_fetched_ahead(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(caching, "AHEAD_THREADS", 1)
-    cache = ShardCache(tmp_path / "cache", 6 * SIZE)
-    with prefetch(files_of(server, cache, *range(8))):
+    monkeypatch.setattr(prefetch, "AHEAD_THREADS", 1)
+    cache = Cache(tmp_path / "cache", 6 * SIZE)
+    with Prefetch(files_of(server, cache, *range(8))):
         wait_for(lambda: len(server.requests) == 4)  # three are half, the fourth goes beyond
         time.sleep(0.5)
         assert held(cache) == {"0.tar", "1.tar", "2.tar", "3.tar"}
@@ -492,11 +495,11 @@ def test_no_more_than_half_of_the_cache_is_fetched_ahead(server, tmp_path, monke
 
 
 def test_what_is_in_use_is_not_given_up_for_later_files(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(caching, "AHEAD_THREADS", 1)
-    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
+    monkeypatch.setattr(prefetch, "AHEAD_THREADS", 1)
+    cache = Cache(tmp_path / "cache", 3 * SIZE)
     for number in (5, 6, 7):
         cache.fetch(f"{server.url}/{number}.tar")
-    with prefetch(files_of(server, cache, 0)):
+    with Prefetch(files_of(server, cache, 0)):
         time.sleep(0.6)
         assert held(cache) == {"5.tar", "6.tar", "7.tar"}
         path = cache.fetch(f"{server.url}/6.tar")
@@ -505,8 +508,8 @@ def test_what_is_in_use_is_not_given_up_for_later_files(server, tmp_path, monkey
 
 
 def test_a_file_that_was_fetched_ahead_goes_last(server, tmp_path):
-    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
-    with prefetch(files_of(server, cache, 0)) as ahead:
+    cache = Cache(tmp_path / "cache", 3 * SIZE)
+    with Prefetch(files_of(server, cache, 0)) as ahead:
         ahead.wait()
     for number in (1, 2, 3, 4):
         cache.fetch(f"{server.url}/{number}.tar")
@@ -517,7 +520,7 @@ def test_a_file_that_was_fetched_ahead_goes_last(server, tmp_path):
 
 def test_a_failure_ahead_is_left_to_whoever_opens_the_file(server, cache):
     server.always["0.tar"] = 404
-    with prefetch(files_of(server, cache, 0, 1)) as ahead:
+    with Prefetch(files_of(server, cache, 0, 1)) as ahead:
         ahead.wait()
     assert held(cache) == {"1.tar"}
     with pytest.raises(RemoteFileMissing, match="there is no such file"):
@@ -525,9 +528,9 @@ def test_a_failure_ahead_is_left_to_whoever_opens_the_file(server, cache):
 
 
 def test_a_closed_prefetch_ends_soon(server, tmp_path):
-    cache = ShardCache(tmp_path / "cache", 2 * SIZE)
+    cache = Cache(tmp_path / "cache", 2 * SIZE)
     began = time.monotonic()
-    with prefetch(files_of(server, cache, *range(8))) as ahead:
+    with Prefetch(files_of(server, cache, *range(8))) as ahead:
         wait_for(lambda: held(cache))
     assert time.monotonic() - began < 5
     assert not any(thread.is_alive() for thread in ahead._threads)

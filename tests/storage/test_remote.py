@@ -21,10 +21,15 @@ from support.web_server import web_server
 import cli
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetIncomplete, LabelSetMismatch, SourceError
 from pipeline.images.source import Source, open_source
-from pipeline.labels.labelset import LabelSet, record_of
+from pipeline.labels.checked_files import CheckedFiles
+from pipeline.labels.comparing import check_source, record_of
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import FileEntry
 from pipeline.labels.replay import check_replay
 from pipeline.storage import remote
-from pipeline.storage.cache import RemoteFile, ShardCache, prefetch
+from pipeline.storage.cache import Cache
+from pipeline.storage.place import RemoteFile
+from pipeline.storage.prefetch import Prefetch
 from pipeline.views.pairs import count_pairs
 from trainer.config import TrainConfig
 from trainer.loop import train
@@ -57,8 +62,8 @@ def server(made, tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path) -> ShardCache:
-    return ShardCache(tmp_path / "cache", 10**9)
+def cache(tmp_path) -> Cache:
+    return Cache(tmp_path / "cache", 10**9)
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +190,7 @@ def test_files_to_fetch_ahead_are_named_for_what_is_remote(server, made, cache):
     ]
     assert LabelSet.open(made / "set").remote_files("train-1", 1) == ()
     files = [*far.remote_files("train-0"), *labels.remote_files("train-0", 0)]
-    with prefetch(files) as ahead:
+    with Prefetch(files) as ahead:
         ahead.wait()
     before = dict(server.requests)
     labels.read("train-0", 0), far.shards[0].keys
@@ -206,6 +211,10 @@ def test_a_url_stays_what_it_is_in_the_record(server, cache):
 # Label sets.
 
 
+def entry_of(opened: LabelSet, name: str) -> FileEntry:
+    return next(entry for entry in opened.manifest.files if f"set/{entry.path}" == name)
+
+
 def test_a_remote_label_set_is_the_local_one(server, made, cache):
     far = LabelSet.open(f"{server.url}/set", cache=cache)
     for opened in (far, pickle.loads(pickle.dumps(far))):
@@ -217,7 +226,7 @@ def test_a_remote_label_set_is_the_local_one(server, made, cache):
 
 def test_a_remote_label_set_fits_a_remote_source_without_a_download_of_all(server, cache):
     labels, source = LabelSet.open(f"{server.url}/set", cache=cache), open_source(f"{server.url}/{TARS}", cache=cache)
-    labels.check_source(source)
+    check_source(labels, source)
     assert not any(name.endswith(".tar") for name in server.requests)
     assert check_replay(labels, source) == 0
 
@@ -229,7 +238,7 @@ def test_other_remote_shards_are_refused(server, cache):
         ("parquet/part-0.parquet", "the labelled classes have names, those of the copy no names"),
     ):
         with pytest.raises(LabelSetMismatch, match=rf"is another: {difference}.*Pass the --data"):
-            labels.check_source(open_source(f"{server.url}/{name}", cache=cache))
+            check_source(labels, open_source(f"{server.url}/{name}", cache=cache))
 
 
 def test_a_label_set_in_a_bucket_is_read(bucket, made, cache):
@@ -298,7 +307,7 @@ def test_a_label_shard_that_is_replaced_in_the_middle_of_a_run_is_refused(server
 def test_a_copy_that_this_disk_damages_is_fetched_again(server, cache):
     opened = LabelSet.open(f"{server.url}/set", cache=cache)
     rows = opened.read("train-0", 0)
-    (copy,) = cache.folder.glob("*-train-0.parquet")
+    copy = cache.fetch(f"{server.url}/{FIRST}", opened.file_of(entry_of(opened, FIRST)).promise)
     data = bytearray(copy.read_bytes())
     data[len(data) // 2] ^= 1
     copy.write_bytes(data)
@@ -324,17 +333,23 @@ def test_a_local_label_shard_that_is_replaced_in_the_middle_of_a_run_is_refused(
 def test_views_of_one_shard_in_a_row_read_the_file_once(made, monkeypatch):
     opened = LabelSet.open(made / "set")
     checked: list[str] = []
-    check = LabelSet._check_bytes
+    check = CheckedFiles._check_bytes
     monkeypatch.setattr(
-        LabelSet, "_check_bytes", lambda self, entry, file: checked.append(entry.path.name) or check(self, entry, file)
+        CheckedFiles,
+        "_check_bytes",
+        lambda self, entry, file: checked.append(str(entry.path)) or check(self, entry, file),
     )
     for view in (0, 1, 0, 1):
         opened.read("train-0", view)
-    assert checked == ["train-0.parquet"]
-    monkeypatch.setattr("pipeline.labels.labelset.RECENT_BYTES", 1)
+    assert checked == ["samples/train-0.parquet", "labels/views-00000-00001/train-0.parquet"]
+    monkeypatch.setattr("pipeline.labels.checked_files.RECENT_BYTES", 1)
     for shard in ("train-0", "train-1", "train-0", "train-0"):
         opened.read(shard, 0)
-    assert checked[1:] == ["train-1.parquet", "train-0.parquet"]
+    assert checked[2:] == [
+        "samples/train-1.parquet",
+        "labels/views-00000-00001/train-1.parquet",
+        "labels/views-00000-00001/train-0.parquet",
+    ]
 
 
 def test_the_command_line_looks_into_a_remote_set(server, monkeypatch, tmp_path):
@@ -373,7 +388,7 @@ def test_an_epoch_from_afar_is_the_epoch_from_here(trained, cache):
         source = open_source(f"{server.url}/images/train-{{000000..000001}}.tar", cache=cache)
         far, _ = renderer_of(labels, source)
         for index in range(steps):
-            assert content(far.alone(index)) == content(near.alone(index))
+            assert content(far.render_here(index)) == content(near.render_here(index))
     assert steps > 1
 
 
@@ -386,7 +401,7 @@ def test_another_image_in_a_remote_tar_stops_the_batch(trained, cache, tmp_path)
         errors: list[Exception] = []
         for index in range(steps):
             try:
-                far.alone(index)
+                far.render_here(index)
             except (LabelSetMismatch, SourceError) as error:
                 errors.append(error)
     texts = " ".join(map(str, errors))

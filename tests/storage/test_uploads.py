@@ -8,8 +8,10 @@ import pytest
 from support.s3_server import BUCKET, client, credentials, proxy, s3_server
 
 from pipeline.errors import RemoteFileMissing, RemoteFileRefused, StorageError
-from pipeline.storage import remote, uploads
-from pipeline.storage.uploads import holds, put_bytes, put_file, update_url, url_info
+from pipeline.storage import remote, stores
+from pipeline.storage.remote import info_of
+from pipeline.storage.stores import S3Store
+from pipeline.storage.uploads import holds, put_bytes, put_file, update_url
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,10 @@ def test_what_is_put_is_there(place, tmp_path):
     assert put_file(tmp_path / "a.parquet", f"{place}/deep/a.parquet")
     assert put_bytes(b"", f"{place}/empty")
     assert remote.read_url(f"{place}/deep/a.parquet", max_bytes=100) == b"labels"
-    assert (url_info(f"{place}/deep/a.parquet"), url_info(f"{place}/empty")) == (6, 0)
-    assert url_info(f"{place}/nothing") is None
-    assert url_info(f"{place}/deep") is None  # a folder is no file
+    sizes = [(info_of(f"{place}/{name}") or {}).get("size") for name in ("deep/a.parquet", "empty")]
+    assert sizes == [6, 0]
+    assert info_of(f"{place}/nothing") is None
+    assert info_of(f"{place}/deep") is None  # a folder is no file
 
 
 def test_a_name_is_given_once(place, tmp_path):
@@ -103,7 +106,7 @@ def test_no_writer_loses_what_another_added(place):
 @pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_failed_upload_is_tried_again(between, store, tmp_path, monkeypatch, fault, large):
     """Faults 15 to 17: refused, cut in the middle, or stored and the answer lost."""
-    monkeypatch.setattr(uploads, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(stores, "PART_BYTES", 5 << 20)
     data = b"labels" * (2_000_000 if large else 10)
     (tmp_path / "a").write_bytes(data)
     url = f"s3://{BUCKET}/again/{fault}-{large}"
@@ -137,30 +140,30 @@ def test_a_store_that_never_answers_is_named(between, tmp_path):
         StorageError, match=rf"s3://{BUCKET}/never: gave up after 3 tries in .*: the server answers 503"
     ):
         put_bytes(b"labels", f"s3://{BUCKET}/never")
-    assert url_info(f"s3://{BUCKET}/never") is None
+    assert info_of(f"s3://{BUCKET}/never") is None
 
 
 def test_a_file_that_cannot_be_read_leaves_nothing(between, tmp_path, monkeypatch):
     """Fault 16: an open remote file would be closed, and so stored as far as it came."""
     with pytest.raises(StorageError, match="nothing: no such file"):
         put_file(tmp_path / "nothing", f"s3://{BUCKET}/cut")
-    monkeypatch.setattr(uploads, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(stores, "PART_BYTES", 5 << 20)
     path = tmp_path / "shrinks"
     path.write_bytes(b"x" * (11 << 20))
-    send = uploads._send
+    send = S3Store.send
 
-    def shrink(content, **how):
+    def shrink(store, upload, **how):
         path.write_bytes(b"x" * (6 << 20))
-        monkeypatch.setattr(uploads, "_send", send)
-        send(content, **how)
+        monkeypatch.setattr(S3Store, "send", send)
+        send(store, upload, **how)
 
-    monkeypatch.setattr(uploads, "_send", shrink)
+    monkeypatch.setattr(S3Store, "send", shrink)
     with pytest.raises(StorageError, match="another writer replaced it"):
         put_file(path, f"s3://{BUCKET}/cut")
 
 
 def test_large_files_go_up_in_parts(between, store, tmp_path, monkeypatch):
-    monkeypatch.setattr(uploads, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(stores, "PART_BYTES", 5 << 20)
     (tmp_path / "a").write_bytes(bytes(range(256)) * (11 << 12))
     url = f"s3://{BUCKET}/parts"
     assert put_file(tmp_path / "a", url)

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from pipeline.labels.encoding import LabelRows, content_xxh3
+from pipeline.labels.encoding import LabelRows
 from pipeline.labels.tables import read_all_views, read_labels_footer, write_labels
 from support.label_sets import seal_again
 
@@ -13,7 +13,7 @@ def forge(folder: Path, change) -> None:
     path = folder / FIRST
     footer, views = read_labels_footer(path), [change(rows) for rows in read_all_views(path)]
     with path.open("wb") as file:
-        write_labels(file, views, footer.model_copy(update={"content_xxh3": content_xxh3(views)}))
+        write_labels(file, views, footer.model_copy(update={"content_xxh3": footer.codec.content_xxh3(views)}))
     seal_again(folder)
 
 

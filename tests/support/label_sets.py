@@ -138,7 +138,7 @@ def seal_again(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda ma
 
 def problems_in(label_set: LabelSet | Path) -> list[str]:
     """Return what `labels verify --no-probes` finds wrong with a label set, nothing for a sound one."""
-    location = label_set.folder if isinstance(label_set, LabelSet) else label_set
+    location = label_set.place if isinstance(label_set, LabelSet) else label_set
     return [str(problem) for problem in verify(str(location), VerifyConfig(probes=False)).problems]
 
 

@@ -4,14 +4,28 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pipeline.labels.encoding import LabelRows, content_xxh3
-from pipeline.labels.tables import (
-    LabelsFooter,
-    write_labels,
-)
+from numpy.typing import NDArray
+
+from pipeline.labels.encoding import LabelRows, codec_of
+from pipeline.labels.format import Precision
+from pipeline.labels.tables import LabelsFooter, write_labels
+
+
+def encode_rows(
+    row: NDArray[Any],
+    hard: NDArray[Any],
+    index: NDArray[Any],
+    prob: NDArray[Any],
+    *,
+    num_classes: int,
+    precision: Precision,
+) -> LabelRows:
+    """Encode answers of as many classes as `prob` has columns."""
+    return codec_of(precision, num_classes, prob.shape[1]).encode(row, hard, index, prob)
 
 
 def footer_of(views: list[LabelRows], classes=10, precision: Any = "float16", view_start=0, **changes) -> LabelsFooter:
+    topk = views[0].topk_index.shape[1]
     footer = LabelsFooter(
         labelset_id="a" * 64,
         recipe_id="b" * 64,
@@ -22,9 +36,9 @@ def footer_of(views: list[LabelRows], classes=10, precision: Any = "float16", vi
         view_stop=view_start + len(views),
         rows_per_view=len(views[0]),
         num_classes=classes,
-        topk=views[0].topk_index.shape[1],
+        topk=topk,
         precision=precision,
-        content_xxh3=content_xxh3(views),
+        content_xxh3=codec_of(precision, classes, topk).content_xxh3(views),
         probes=[],
         environment={"device": "cpu"},
     )

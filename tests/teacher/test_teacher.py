@@ -1,6 +1,7 @@
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError, UsageError
 from pipeline.images.source import open_source
+from pipeline.stage1.precompute import measure_accuracy
 from pipeline.teacher.loading import DEIT_TEACHERS, weights_sha256
 from pipeline.teacher.teacher import Answer, Teacher, check_classes, one_thread
 from pipeline.views.mixing import MixBatch, apply_mix, mix_batch
@@ -103,10 +105,11 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 
 BAD_TEACHERS = [
     # name, options, error, text
-    ("regnety_16", {}, UsageError, "timm has no model 'regnety_16'; did you mean regnety_1"),
-    ("support.builders:nothing", {}, UsageError, "is no function that can be imported"),
-    ("no_such_module:f", {}, UsageError, "is no function that can be imported"),
-    ("support.builders:photo_count", {}, UsageError, "is no function that can be imported"),
+    ("zzzzzzzzzzzz", {}, UsageError, r"timm has no model 'zzzzzzzzzzzz'. timm.list_models\(\) lists all names"),
+    ("regnety_16", {}, UsageError, "timm has no model 'regnety_16'. Did you mean regnety_1"),
+    ("support.builders:nothing", {}, UsageError, "must be a function that can be imported"),
+    ("no_such_module:f", {}, UsageError, "must be a function that can be imported"),
+    ("support.builders:photo_count", {}, UsageError, "must be a function that can be imported"),
 ]
 
 
@@ -138,30 +141,30 @@ def tall(**about) -> tuple[nn.Module, dict]:
     return nn.Flatten(), {"input_size": (3, 2, 2)} | about
 
 
-A_MODULE = "must return a torch.nn.Module, or one and a dict; got"
+A_MODULE = "must return a torch.nn.Module, or a torch.nn.Module and a dict, got"
 RETURNED_WRONGLY = [
     # what the function returns, what is said
     (3, f"{A_MODULE} int"),
     ({"input_size": (3, 2, 2)}, f"{A_MODULE} dict"),
     ((nn.Flatten(), None), f"{A_MODULE} Flatten, NoneType"),
     ((nn.Flatten(), {}, 1), f"{A_MODULE} Flatten, dict, int"),
-    (tall(means=(0, 0, 0)), "the dict may have the keys input_size, mean, std, crop_pct, class_names; got 'means'"),
+    (tall(means=(0, 0, 0)), "the dict may have only the keys input_size, mean, std, crop_pct, class_names; got 'means'"),
     (tall(input_size=2), "input_size must be (3, H, H) with H in 1..4096 pixels, got 2"),
     (tall(input_size=(2, 2, 3)), "input_size must be (3, H, H) with H in 1..4096 pixels, got (2, 2, 3)"),
     (tall(input_size=(3, 2, 4)), "input_size must be (3, H, H) with H in 1..4096 pixels, got (3, 2, 4)"),
-    (tall(mean=0.5), "mean must be three numbers in 0..1 (of pixels in 0..1, not 0..255), got 0.5"),
-    (tall(mean=(123.7, 116.3, 103.5)), "mean must be three numbers in 0..1 (of pixels in 0..1, not 0..255), got (123.7"),
-    (tall(std=(0, 1, 1)), "std must be three numbers above 0, at most 1 (of pixels in 0..1, not 0..255), got (0, 1, 1)"),
-    (tall(crop_pct=87.5), "crop_pct must be in 0.01..1 (a share, no percentage), got 87.5"),
-    (tall(class_names="abc"), "class_names must be a list of texts, got 'abc'"),
+    (tall(mean=0.5), "mean must be three numbers in 0..1 (for pixels in 0..1, not 0..255), got 0.5"),
+    (tall(mean=(123.7, 116.3, 103.5)), "mean must be three numbers in 0..1 (for pixels in 0..1, not 0..255), got (123.7"),
+    (tall(std=(0, 1, 1)), "std must be three numbers above 0 and at most 1 (for pixels in 0..1, not 0..255), got (0, 1, 1)"),
+    (tall(crop_pct=87.5), "crop_pct must be in 0.01..1 (a share, not a percentage), got 87.5"),
+    (tall(class_names="abc"), "class_names must be a list of strings, got 'abc'"),
     (tall(class_names=["a", "b"]), "2 class names for 12 classes"),
     (tall(class_names=["\x1b"] * 12), "class_names.0: String should match pattern"),
     ((AnswersTwice(), tall()[1]), "must answer 2 images with logits [2, C], got tuple"),
     ((nn.Identity(), tall()[1]), "must answer 2 images with logits [2, C], got [2, 3, 2, 2]"),
     ((nn.Flatten(0), tall()[1]), "must answer 2 images with logits [2, C], got [24]"),
-    ((NeedsContiguous(), tall()[1]), "Use .reshape(...) instead. It must take float32 images [B, 3, H, W] in channels-last"),
+    ((NeedsContiguous(), tall()[1]), "Use .reshape(...) instead. The network must take float32 images [B, 3, H, W] in channels-last"),
     ((nn.Sequential(nn.Flatten(), nn.Linear(12, 3).half()), tall()[1]), "does not take images of 2 pixels: mat1 and mat2"),
-    ((KeepsMore(), tall()[1]), "the teacher's state_dict must hold tensors alone, _extra_state is int"),
+    ((KeepsMore(), tall()[1]), "the teacher's state_dict must hold only tensors, _extra_state is int"),
 ]  # fmt: skip
 
 
@@ -197,9 +200,9 @@ def test_a_function_need_not_say_anything_and_timms_configuration_speaks_for_it(
 
 FAILING = [
     # text of the module, error, what is said
-    ("def f(:", UsageError, r"is no function that can be imported: SyntaxError: .*\. The module is looked for in the current"),
-    ("1 / 0", UsageError, "is no function that can be imported: ZeroDivisionError: division by zero"),
-    ("raise SystemExit('bye')", UsageError, "is no function that can be imported: SystemExit: bye"),
+    ("def f(:", UsageError, r"must be a function that can be imported: SyntaxError: .*\. Pass module:function, with the module in the current"),
+    ("1 / 0", UsageError, "must be a function that can be imported: ZeroDivisionError: division by zero"),
+    ("raise SystemExit('bye')", UsageError, "must be a function that can be imported: SystemExit: bye"),
     ("import no_such_package", UsageError, "ModuleNotFoundError: No module named 'no_such_package'"),
     ("f = 3", UsageError, "must name a function, got int"),
     ("def f(x): pass", TeacherError, r"failed: TypeError: f\(\) missing 1 required positional argument"),
@@ -221,7 +224,7 @@ def test_a_function_that_fails_is_said_in_one_line(tmp_path, monkeypatch, text, 
 
 
 def test_a_checkpoint_for_a_function_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="let the function load it"):
+    with pytest.raises(UsageError, match=r"which is a function\. Let the function load it"):
         teacher_of("support.builders:confident_cnn", checkpoint=tmp_path / "w.pth")
 
 
@@ -229,11 +232,12 @@ def test_a_missing_checkpoint_and_one_of_another_network_are_named(tmp_path):
     with pytest.raises(UsageError, match="no such file"):
         teacher_of("test_resnet", checkpoint=tmp_path / "nothing.pth")
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(TeacherError, match="Pass the --teacher that it was saved from"):
+    with pytest.raises(TeacherError, match=r"cannot load .* into teacher test_resnet") as caught:
         teacher_of("test_resnet", checkpoint=tmp_path / "other.safetensors")
+    assert caught.value.fix == "Pass the --teacher that it was saved from"
 
 
-def test_weights_that_cannot_be_fetched_are_one_line_with_a_way_out(monkeypatch, tmp_path):
+def test_weights_that_cannot_be_fetched_are_one_line_with_a_fix(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -284,14 +288,14 @@ def make_overflowing():
     return Overflows(), {"input_size": (3, 2, 2), "mean": (0.5,) * 3, "std": (0.1,) * 3}
 
 
-def test_rows_that_overflow_are_asked_again_in_float32(caplog):
+def test_rows_that_overflow_are_computed_again_in_float32(caplog):
     teacher = teacher_of("test_teacher:make_overflowing", img_size=2, dtype="bfloat16")
     images = torch.full((2, 3, 2, 2), 120.0)
     images[1] = 200.0
     with caplog.at_level(logging.WARNING, logger="deit_cli"):
         answer = ask(teacher, images, 1)
     assert np.isfinite(answer.topk_prob).all()
-    assert "1 views gave non-finite outputs" in caplog.text
+    assert "1 views gave non-finite outputs in torch.bfloat16: computing them again in float32" in caplog.text
 
 
 def test_rows_that_overflow_in_float32_too_are_an_error():
@@ -342,6 +346,28 @@ def test_answers_do_not_depend_on_the_batch_size_that_is_asked_or_on_the_number_
     assert all(same_bits(answers[0], answer) for answer in answers[1:])
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_teacher_on_a_cpu_never_answers_with_several_threads_an_operation(two_threads):
+    teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
+    with pytest.raises(RuntimeError, match="inside `with one_thread"):
+        teacher.ask(*mixed_batch(4), 3)
+
+
+def test_threads_that_begin_while_the_accuracy_is_measured_use_one_thread_an_operation(tmp_path, two_threads):
+    """They stay for the labels, and with two they would split sums in another way than the threads that begin later."""
+    teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
+    measure_accuracy(teacher, open_source(write_tars(tmp_path / "data", (12,))), 64)
+    assert teacher._pool.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
+
+
 def test_answers_come_in_the_order_of_the_views_however_many_are_on_their_way():
     teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
     alone = [teacher.ask(*mixed_batch(40, seed), 3).result() for seed in range(4)]
@@ -381,7 +407,7 @@ def test_a_pass_that_does_not_fit_is_halved_and_no_view_is_lost(caplog):
     with caplog.at_level(logging.WARNING, logger="deit_cli"):
         found = teacher.ask(images, mix, 4).result()
     assert sizes == [64, 32, 16, 16, 16, 16]
-    assert "going on with 16 views" in caplog.text
+    assert "continuing with 16 views per forward pass" in caplog.text
     np.testing.assert_allclose(found.topk_prob, expected.topk_prob, atol=1e-5)
 
 

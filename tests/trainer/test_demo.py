@@ -52,7 +52,7 @@ def test_digits_are_written_as_sources_with_900_unlabelled(tmp_path):
 
 def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is not empty: choose another --out"):
+    with pytest.raises(UsageError, match=r"is not empty\. Choose another --out"):
         demo(tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_a_stopped_demo_says_how_to_start_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr("trainer.demo.train", stopped)
     with pytest.raises(
-        StoppedError, match=r"stopped: delete .*demo, or choose another --out, to start again"
+        StoppedError, match=r"stopped and cannot be resumed: to start again, delete .*demo or choose another --out"
     ) as caught:
         demo(tmp_path / "demo")
     assert caught.value.exit_code == 130
@@ -86,7 +86,7 @@ cli.main()
 """
     command = [sys.executable, "-c", script, "demo", "--out", str(tmp_path / "demo")]
     done = subprocess.run(command, env=with_checkout(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.stdout.splitlines() == ["label 1 of 2  1 of them made before", "the table"]
+    assert done.stdout.splitlines() == ["label 1 of 2  1 of them there before", "the table"]
 
 
 def small_runs(folder: Path) -> tuple[dict, dict]:
@@ -122,7 +122,7 @@ def test_the_bars_are_the_compared_answers_and_the_lines_are_the_spread_of_three
     for name, line in zip(TITLES, lines, strict=True):
         (low, high) = line[2][0].get_segments()[0][:, 1]
         assert (low, high) == pytest.approx((min(three_seeds_top1(name)), max(three_seeds_top1(name))))
-    assert "bars: this run, lines: three seeds on one machine, measured in advance" in axis.get_title()
+    assert "bars: this run, lines: range of three seeds on one machine, measured in advance" in axis.get_title()
     assert axis.get_ylabel() == f"top-1, % (axis starts at {axis.get_ylim()[0]:.0f}, not at 0)"
 
 

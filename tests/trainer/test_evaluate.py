@@ -25,6 +25,7 @@ from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.pairs import draw_mix, pairs_of
 from pipeline.views.view import draw_view, render
 from trainer import student as student_module
+from trainer.config import EvaluateConfig
 from trainer.evaluate import centre_recipe, evaluate, evaluate_checkpoint, fused_logits, measure_agreement
 from trainer.export import export_model, hub_config
 from trainer.parallel import Running, World, forward_dtype
@@ -399,19 +400,13 @@ def test_agreement_of_a_student_of_another_size_than_the_views_is_refused_with_b
 
 def ask(**changes) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "checkpoint": None,
-        "model": None,
-        "pretrained": False,
-        "data": None,
-        "labels": None,
         "agreement_samples": 1000,
         "batch_size": 24,
         "workers": 0,
-        "crop_pct": None,
         "device": "cpu",
         "amp_dtype": "float32",
     }
-    return evaluate_checkpoint(**(settings | changes))
+    return evaluate_checkpoint(EvaluateConfig(**(settings | changes)))
 
 
 def exported(folder: Path, student: Student) -> Path:
@@ -507,7 +502,7 @@ def test_a_file_of_weights_scores_as_timms_own_model_does(tmp_path, file, layout
 def test_a_file_of_weights_of_other_classes_than_the_images_is_refused(data, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), path)
-    with pytest.raises(CheckpointError, match="its fc knows 5 classes, this run needs 8"):
+    with pytest.raises(CheckpointError, match="its fc has 5 classes, this run needs 8"):
         ask(checkpoint=path, model="test_resnet", data=data)
 
 

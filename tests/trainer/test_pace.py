@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.machine.progress import json_log
 from trainer.metrics import MetricsLog
-from trainer.pace import SAY_EVERY_S, Pace, Step, left, now_and_then, place, rate, span, state, summary
+from trainer.pace import SAY_EVERY_S, Pace, Step, left, log_steps, place, rate, span, step_text, summary
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_nothing_is_told_before_there_is_an_update(clock):
 
 def test_a_line_says_place_numbers_rate_and_time_left(caplog):
     caplog.set_level(logging.INFO, logger="deit_cli.train")
-    now_and_then()(step(news=True, images_per_s=1234.4, data_wait=0.25, left_s=150.0))
+    log_steps()(step(news=True, images_per_s=1234.4, data_wait=0.25, left_s=150.0))
     assert caplog.messages == [
         "epoch 1, update  2/10  loss 1.2500  class_loss 2.0000  lr 5.00e-04  1,234 images/s  waiting for data 25 %  0:02:30 left"
     ]
@@ -133,7 +133,7 @@ def test_a_line_says_place_numbers_rate_and_time_left(caplog):
 
 def test_a_line_comes_once_a_minute_with_losses_only_if_they_are_new_and_the_first_and_last_look_always(clock, caplog):
     caplog.set_level(logging.INFO, logger="deit_cli.train")
-    say = now_and_then()
+    say = log_steps()
     moments = [
         # seconds since the last, whether there is news, what is said
         (0.0, False, None),
@@ -158,7 +158,7 @@ def test_a_line_comes_once_a_minute_with_losses_only_if_they_are_new_and_the_fir
 
 def test_a_run_whose_first_look_is_far_away_says_within_a_minute_that_it_goes_on(clock, caplog):
     caplog.set_level(logging.INFO, logger="deit_cli.train")
-    say = now_and_then()
+    say = log_steps()
     for update in range(1, 4):
         clock[0] += 0.6 * SAY_EVERY_S
         say(step(done=update, update=update))
@@ -186,8 +186,8 @@ def test_the_place_keeps_its_width():
 
 def test_what_is_not_known_yet_is_left_out():
     assert left(step(left_s=None)) == ""
-    assert state(step(numbers={})) == "lr 5.00e-04  0.00 images/s  waiting for data 0 %"
-    assert state(step(doing="saving")).endswith("  saving")
+    assert step_text(step(numbers={})) == "lr 5.00e-04  0.00 images/s  waiting for data 0 %"
+    assert step_text(step(doing="saving")).endswith("  saving")
     assert rate(9.5) == "9.50 images/s"
 
 
@@ -195,7 +195,7 @@ def test_a_bar_fits_eighty_columns_in_a_long_run():
     """ImageNet, 300 epochs: what stands beside the bar, and the line below it."""
     late = step(epoch=299, update=1250, per_epoch=1251, images_per_s=12345.6, data_wait=1.0, doing="evaluating")
     assert len(place(late)) + len("100 %") + len(left(step(left_s=2.9 * 86400))) <= 70
-    assert len(state(late)) <= 80
+    assert len(step_text(late)) <= 80
 
 
 def test_a_step_fits_the_json_log(tmp_path):

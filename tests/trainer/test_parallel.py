@@ -225,9 +225,9 @@ def test_other_ranks_with_another_batch_in_all_are_refused(server, label_set, pa
     with ranks(server, label_set, pair, 1, resume="auto", batch_size="6") as (run,):
         assert run.wait_gone() == 1
         assert (
-            "belongs to a run with 12 views an update, this one has 6 (--batch-size x --grad-accum-steps x ranks)"
-            in (" ".join(run.log.split()))
-        )
+            "belongs to a run with 12 views per update, this one has 6."
+            " Choose --batch-size, --grad-accum-steps and ranks so that their product is 12"
+        ) in " ".join(run.log.split())
 
 
 @pytest.mark.parametrize(("told", "number"), [("one", signal.SIGTERM), ("all", signal.SIGTERM), ("all", signal.SIGINT)])

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
+from pipeline.labels.checked_files import ViewsInOrder
 from pipeline.labels.labelset import LabelSet
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.rendering import BlockRenderer, blocks_of, stream_views
@@ -102,7 +103,7 @@ def test_batches_are_what_a_slow_reference_makes_one_view_at_a_time(source, labe
     classes = {key: label for shard in source.shards for key, label in zip(shard.keys, shard.class_labels, strict=True)}
     order = order_of(recipe, **changes)
     for index in range(2 * order.steps_per_epoch):
-        batch = renderer.alone(index)
+        batch = renderer.render_here(index)
         epoch, _ = order.position(index)
         assert (batch.index, batch.views) == (index, order.views_of_epoch(epoch))
         assert batch.images.dtype == torch.uint8
@@ -124,7 +125,7 @@ def test_partners_stand_in_the_same_batch_with_the_mix_that_was_drawn_for_them(s
     recipe, renderer = label_set.recipe, renderer_of(source, label_set, **changes)
     alone = mixed = 0
     for index in range(3 * order_of(recipe, **changes).steps_per_epoch):
-        batch = renderer.alone(index)
+        batch = renderer.render_here(index)
         position = places(batch)
         for (key, view), at in position.items():
             partner, mix = pair_by_hand(source, recipe, key, view)
@@ -140,7 +141,7 @@ def test_partners_stand_in_the_same_batch_with_the_mix_that_was_drawn_for_them(s
 def test_an_epoch_shows_every_image_once(source, label_set):
     recipe = label_set.recipe
     whole = order_of(recipe, batch_size=24)  # 12 pairs and single samples: all of an epoch
-    batch = BatchRenderer(Catalogue(source, label_set), recipe, whole).alone(0)
+    batch = BatchRenderer(Catalogue(source, label_set), recipe, whole).render_here(0)
     assert sorted(batch.keys) == sorted(key for shard in source.shards for key in shard.keys)
     assert len(batch.keys) == 23
 
@@ -150,9 +151,9 @@ def test_an_epoch_shows_every_image_once(source, label_set):
 
 def test_a_batch_is_the_same_from_any_process_and_any_order_of_asking(source, label_set):
     total = 2 * order_of(label_set.recipe).steps_per_epoch
-    forward = [content(renderer_of(source, label_set).alone(index)) for index in range(total)]
+    forward = [content(renderer_of(source, label_set).render_here(index)) for index in range(total)]
     renderer = renderer_of(source, label_set)  # one renderer for all: what it remembers must not show
-    assert [content(renderer.alone(index)) for index in reversed(range(total))] == forward[::-1]
+    assert [content(renderer.render_here(index)) for index in reversed(range(total))] == forward[::-1]
     for workers in (0, 2):
         batches = stream_batches(renderer_of(source, label_set), range(total), workers=workers)
         assert [content(batch) for batch in batches] == forward
@@ -162,14 +163,14 @@ def test_a_batch_is_the_same_from_any_process_and_any_order_of_asking(source, la
 def test_a_continuation_asks_for_the_batches_that_are_left(source, label_set):
     renderer = renderer_of(source, label_set)
     batches = stream_batches(renderer, range(5, 9), workers=0)
-    assert [content(batch) for batch in batches] == [content(renderer.alone(i)) for i in range(5, 9)]
+    assert [content(batch) for batch in batches] == [content(renderer.render_here(i)) for i in range(5, 9)]
 
 
 def test_the_batch_size_moves_no_pixel_and_no_label(source, label_set):
     def views(batch_size: int) -> dict[tuple[str, int], tuple]:
         order = order_of(label_set.recipe, batch_size=batch_size)
         renderer = BatchRenderer(Catalogue(source, label_set), label_set.recipe, order)
-        batches = [renderer.alone(index) for index in range(order.steps_per_epoch)]
+        batches = [renderer.render_here(index) for index in range(order.steps_per_epoch)]
         return {
             place: (batch.images[at].numpy().tobytes(), int(answers(batch).hard[at]), float(batch.mix.lam[at]))
             for batch in batches
@@ -199,7 +200,7 @@ def test_both_stages_render_the_same_pixels_and_mixes(source, label_set):
     second: dict[tuple[str, int], tuple] = {}
     renderer = renderer_of(source, label_set, batch_size=24)
     for index in range(3):
-        batch = renderer.alone(index)
+        batch = renderer.render_here(index)
         for (key, view), at in places(batch).items():
             partner = batch.keys[int(batch.mix.partner[at])]
             mix = (float(batch.mix.lam[at]), tuple(batch.mix.box[at].tolist()))
@@ -236,14 +237,14 @@ class LateCopies:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_gpu_that_copies_batches_as_late_as_it_may_has_their_pixels(source, label_set, monkeypatch, workers):
     total = 2 * order_of(label_set.recipe).steps_per_epoch
-    expected = [content(renderer_of(source, label_set).alone(index)) for index in range(total)]
+    expected = [content(renderer_of(source, label_set).render_here(index)) for index in range(total)]
     LateCopies(monkeypatch)
     batches = stream_batches(renderer_of(source, label_set), range(total), workers=workers, held=1)
     assert [content(batch) for batch in on_device(batches, torch.device("cuda"))] == expected
 
 
 def test_a_batch_takes_all_that_it_holds_to_a_device_and_each_tensor_once(source, label_set):
-    batch = renderer_of(source, label_set).alone(0)
+    batch = renderer_of(source, label_set).render_here(0)
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
     assert moved.teacher is not None
@@ -270,7 +271,7 @@ def test_an_image_is_decoded_once_for_all_its_views_in_a_batch(source, label_set
     steps = order_of(label_set.recipe, repeated_aug=repeats, batch_size=6 * repeats).steps_per_epoch
     for epoch, expected in enumerate(views):
         keys.clear()
-        batch = renderer.alone(epoch * steps)
+        batch = renderer.render_here(epoch * steps)
         assert list(batch.views) == expected
         assert len(keys) == len(set(keys)) == len(batch.keys) / repeats
         assert sorted(batch.keys) == sorted(keys * repeats)
@@ -280,7 +281,7 @@ def test_an_image_is_decoded_once_for_all_its_views_in_a_batch(source, label_set
 
 
 def test_without_a_label_set_batches_have_class_labels_alone(source, label_set):
-    bare, full = (renderer_of(source, labels).alone(0) for labels in (None, label_set))
+    bare, full = (renderer_of(source, labels).render_here(0) for labels in (None, label_set))
     assert bare.teacher is None
     assert full.teacher is not None
     held = content(full)
@@ -289,13 +290,13 @@ def test_without_a_label_set_batches_have_class_labels_alone(source, label_set):
 
 def test_without_a_label_set_views_have_no_end(source):
     renderer = renderer_of(source, None, views=None, batch_size=24)
-    batch = renderer.alone(1000)
+    batch = renderer.render_here(1000)
     assert list(batch.views) == [1000]
     np.testing.assert_array_equal(batch.images[0], view_by_hand(source, small_recipe(), batch.keys[0], 1000))
 
 
 def test_unlabelled_samples_have_the_teachers_label_and_a_class_label_that_counts_for_nothing(source, label_set):
-    batch = renderer_of(source, label_set, batch_size=24).alone(0)
+    batch = renderer_of(source, label_set, batch_size=24).render_here(0)
     unlabelled = [key for key, known in zip(batch.keys, batch.classes.labelled.tolist(), strict=True) if not known]
     assert sorted(unlabelled) == [f"img-{number:04}" for number in range(0, 23, 5)]
     assert batch.classes.class_label[~batch.classes.labelled].tolist() == [0] * 5
@@ -304,7 +305,7 @@ def test_unlabelled_samples_have_the_teachers_label_and_a_class_label_that_count
 
 def test_hard_labels_alone_leave_the_other_columns_empty(source, data, tmp_path):
     hard_only = make_labels(tmp_path / "set", data, topk=0, views=(0, 1))
-    batch = renderer_of(source, hard_only, views=range(1)).alone(0)
+    batch = renderer_of(source, hard_only, views=range(1)).render_here(0)
     assert answers(batch).hard.shape == (len(batch.keys),)
     assert answers(batch).topk_index.shape == answers(batch).topk_prob.shape == (len(batch.keys), 0)
     assert answers(batch).tail_mass.tolist() == [0.0] * len(batch.keys)
@@ -312,7 +313,7 @@ def test_hard_labels_alone_leave_the_other_columns_empty(source, data, tmp_path)
 
 def test_a_recipe_that_does_not_mix_has_no_partners(source):
     recipe = load_recipe("crop-flip", {"img_size": 16})
-    batch = renderer_of(source, None, recipe, repeated_aug=2, batch_size=7).alone(0)
+    batch = renderer_of(source, None, recipe, repeated_aug=2, batch_size=7).render_here(0)
     assert len(batch.keys) == 6  # three images, two views each
     assert batch.mix.partner.tolist() == list(range(6))
     assert batch.mix.lam.tolist() == [1.0] * 6
@@ -324,7 +325,7 @@ def test_rows_that_could_not_be_labelled_are_never_asked_for(tmp_path):
     recipe = label_set.recipe
     units = tuple(count_pairs(recipe, label_set.samples(name).usable) for name in label_set.shards)
     order = Order(shard_units=units, unit_size=2, batch_size=24, repeated_aug=1, views=range(3), window=2, seed=0)
-    batch = BatchRenderer(Catalogue(source, label_set), recipe, order).alone(1)
+    batch = BatchRenderer(Catalogue(source, label_set), recipe, order).render_here(1)
     assert sorted(batch.keys) == [f"img-{number:04}" for number in range(23) if number not in (3, 15)]
     for (key, view), at in places(batch).items():
         shard, row = place_of(source, key)
@@ -344,7 +345,7 @@ def test_labels_of_shards_and_views_are_not_mixed_up_when_few_are_remembered(tmp
     renderer = renderer_of(source, label_set, sizes=sizes, views=range(3), window=1, batch_size=4)
     steps = order_of(label_set.recipe, sizes=sizes, views=range(3), window=1, batch_size=4).steps_per_epoch
     for index in [*range(3 * steps), *range(steps)]:  # the three views, and the first again: long forgotten
-        batch = renderer.alone(index)
+        batch = renderer.render_here(index)
         for (key, view), at in places(batch).items():
             shard, row = place_of(source, key)
             labels = read(label_set, shard, view)
@@ -374,15 +375,15 @@ def test_a_value_that_could_not_be_made_is_asked_for_again():
 
 
 def test_labels_whose_rows_are_not_those_of_the_samples_are_refused(source, label_set, monkeypatch):
-    read = LabelSet.read
+    read = ViewsInOrder.read
 
-    def one_less(self, shard, view):
-        return read(self, shard, view).part(slice(1, None))
+    def one_less(self, view):
+        return read(self, view).part(slice(1, None))
 
-    monkeypatch.setattr(LabelSet, "read", one_less)
-    message = r"view 0 of train-00000\d does not have the usable rows of its samples file$"
+    monkeypatch.setattr(ViewsInOrder, "read", one_less)
+    message = r"train-00000.\.parquet: view 0 does not have the usable rows of its samples file\. Fetch it"
     with pytest.raises(LabelSetCorrupt, match=message):
-        renderer_of(source, label_set).alone(0)
+        renderer_of(source, label_set).render_here(0)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
@@ -420,7 +421,7 @@ def test_a_bad_image_arrives_whole_from_another_process(tmp_path, workers):
 
 def is_bad(renderer: BatchRenderer, index: int) -> bool:
     try:
-        renderer.alone(index)
+        renderer.render_here(index)
     except BadImageError:
         return True
     return False
@@ -443,7 +444,7 @@ def test_only_errors_on_purpose_are_sent_on(source, label_set, monkeypatch):
 
     monkeypatch.setattr(stream, "render_encoded", breaks)
     with pytest.raises(ZeroDivisionError, match="img-00"):  # a defect of ours keeps its traceback
-        renderer_of(source, label_set).alone(0)
+        renderer_of(source, label_set).render_here(0)
 
 
 # --- centre crops ---------------------------------------------------------------------------------------------

@@ -138,14 +138,18 @@ def test_drop_path_reaches_the_blocks_only_when_asked_for():
     [
         ("deit_tiny_distiled_patch16_224", {}, "Did you mean deit_tiny_distilled_patch16_224"),
         ("deit-t", {}, "Did you mean .*deit-ti"),
-        ("zzzzzzzzzzzz", {}, r"one of deit-ti, deit-s, deit-b, got 'zzzzzzzzzzzz'\. timm\.list_models\(\) lists"),
+        (
+            "zzzzzzzzzzzz",
+            {},
+            r"one of deit-ti, deit-s, deit-b, got 'zzzzzzzzzzzz'\. timm\.list_models\(\) lists all names",
+        ),
         ("deit_tiny_distilled_patch16_224.nosuch", {}, r"Invalid pretrained tag \(nosuch\)"),
         ("test_resnet", {"patch_size": 4}, "timm cannot build test_resnet with patch_size=4: .* 'patch_size'"),
         ("test_resnet", {"depth": 4, "num_heads": 2}, "test_resnet with depth=4, num_heads=2: "),
         ("dla46_c", {"drop_path": 0.1}, "dla46_c with drop_path_rate=0.1: "),
         ("deit-ti", {"num_heads": 5}, "num_heads=5: dim should be divisible by num_heads"),
         ("deit-ti", {"img_size": 225, "depth": 1}, "image size must be a multiple of the patch size 16, got 225"),
-        ("deit-ti", {"class_names": ["a", "b"]}, "one name for each of the 3 classes, got 2"),
+        ("deit-ti", {"class_names": ["a", "b"]}, "one name for each of the 3 classes, got 2 names"),
         ("deit-ti", {"pretrained": True, "init_checkpoint": Path("w.pth")}, "not both: got w.pth"),
     ],
 )
@@ -277,10 +281,10 @@ def changed(state: dict[str, torch.Tensor], **changes) -> dict[str, torch.Tensor
     [
         ({"dist_token": None}, r"w\.pt lacks dist_token: it belongs to another architecture"),
         ({"dist_token": None, "norm__bias": None}, r"w\.pt lacks dist_token and 1 more"),
-        ({"extra": torch.zeros(1)}, r"w\.pt has the unknown extra: "),
+        ({"extra": torch.zeros(1)}, r"w\.pt has an unknown tensor extra: "),
         ({"pos_embed": torch.zeros(1, 38, 32)}, r"pos_embed has shape \[1, 38, 32\], this model needs \[1, 18, 32\]"),
-        ({"head__weight": torch.zeros(1000, 32)}, "its head knows 1000 classes, this run needs 10"),
-        ({"head_dist__weight": torch.zeros(12, 32)}, "its head_dist knows 12 classes, this run needs 10"),
+        ({"head__weight": torch.zeros(1000, 32)}, "its head has 1000 classes, this run needs 10"),
+        ({"head_dist__weight": torch.zeros(12, 32)}, "its head_dist has 12 classes, this run needs 10"),
         ({"norm__bias": 3}, r"w\.pt holds no state dict: norm\.bias is no tensor"),
     ],
 )

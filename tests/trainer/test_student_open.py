@@ -119,9 +119,9 @@ def test_the_model_is_read_from_the_folder_and_not_from_the_arguments(exported):
 
 
 def test_what_contradicts_a_folder_is_refused(exported):
-    with pytest.raises(UsageError, match="says its architecture itself: leave --model test_resnet out"):
+    with pytest.raises(UsageError, match=r"names its own architecture\. Leave out --model test_resnet"):
         open_student(exported, model="test_resnet")
-    with pytest.raises(UsageError, match="pass --checkpoint or --pretrained, not both"):
+    with pytest.raises(UsageError, match=r"--checkpoint and --pretrained exclude each other\. Pass only one"):
         open_student(exported, pretrained=True)
 
 
@@ -158,7 +158,7 @@ def test_the_crop_that_a_run_evaluates_with_survives_its_export(tmp_path):
 def test_a_folder_without_the_two_files_is_refused_with_where_they_are_kept(folder, missing):
     for name in missing:
         (folder / name).unlink()
-    text = f"{folder} is no exported model: it has no config.json and model.safetensors. A run keeps them in last/ and best/"
+    text = f"{folder} is not an exported model: it must hold config.json and model.safetensors. Pass last/ or best/ of a run"
     with pytest.raises(CheckpointError, match=f"^{re.escape(text)}$"):
         open_student(folder)
 
@@ -190,7 +190,7 @@ DAMAGED_WEIGHTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a pickle under its name", pickled, NO_SAFETENSORS),
     ("deeper", other_depth, "another architecture"),
     ("wider", other_width, "this model needs"),
-    ("five classes", other_classes, "knows 5 classes, this run needs 3"),
+    ("five classes", other_classes, "has 5 classes, this run needs 3"),
 ]
 
 
@@ -281,29 +281,34 @@ REFUSED = [
         "weights",
         {},
         UsageError,
-        r"a file of weights does not say its architecture: pass --model NAME, or a folder with",
+        r"the architecture is unknown: a file of weights does not name it\. Pass --model NAME, or a folder with",
     ),
-    (None, {"model": "test_resnet"}, UsageError, r"pass --checkpoint, or --pretrained for timm's published weights"),
+    (
+        None,
+        {"model": "test_resnet"},
+        UsageError,
+        r"no weights are given\. Pass --checkpoint, or --pretrained for timm's published weights",
+    ),
     ("weights", {"model": "test_resnt"}, UsageError, r"got 'test_resnt'. Did you mean test_resnet"),
-    ("weights", {"model": "test_resnet"}, CheckpointError, r"weights: its fc knows 3 classes, this run needs 1000"),
+    ("weights", {"model": "test_resnet"}, CheckpointError, r"weights: its fc has 3 classes, this run needs 1000"),
     ("weights", {"model": "test_vit", "num_classes": 3}, CheckpointError, r"weights lacks .*another architecture"),
-    ("none", {"model": "test_resnet"}, CheckpointError, r"none: there is no such checkpoint"),
+    ("none", {"model": "test_resnet"}, CheckpointError, r"none: no such file or folder"),
     (
         "weights",
         {"model": "test_resnet", "pretrained": True},
         UsageError,
-        r"pass --checkpoint or --pretrained, not both",
+        r"--checkpoint and --pretrained exclude each other\. Pass only one",
     ),
 ]
 
 
 @pytest.mark.parametrize(("name", "arguments", "error", "text"), REFUSED, ids=range(len(REFUSED)))
-def test_a_file_that_cannot_be_opened_is_refused_with_the_way_out(tmp_path, name, arguments, error, text):
+def test_a_file_that_cannot_be_opened_is_refused_with_the_fix(tmp_path, name, arguments, error, text):
     torch.save(small_student("test_resnet").model.state_dict(), tmp_path / "weights")
     with pytest.raises(error, match=text):
         open_student(tmp_path / name if name else None, **arguments)
 
 
 def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
-    with pytest.raises(CheckpointError, match=r"run/lost: there is no such"):
+    with pytest.raises(CheckpointError, match=r"run/lost: no such file or folder"):
         open_student(tmp_path / "run/lost")

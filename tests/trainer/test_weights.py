@@ -196,7 +196,7 @@ def changed(state: dict[str, torch.Tensor], **changes) -> dict[str, torch.Tensor
 MISFITS = [
     # what is wrong with the checkpoint, the message
     ({"norm__bias": None}, r"lacks norm\.bias: it belongs to another architecture"),
-    ({"extra": torch.zeros(1)}, "has the unknown extra: "),
+    ({"extra": torch.zeros(1)}, "has an unknown tensor extra: "),
     ({"pos_embed": torch.zeros(1, 7, 32)}, r"pos_embed has shape \[1, 7, 32\], this model needs \[1, 6, 32\]"),
     ({"pos_embed": torch.zeros(1, 1, 32)}, r"pos_embed has shape \[1, 1, 32\]"),
     ({"pos_embed": torch.zeros(6, 32)}, r"pos_embed has shape \[6, 32\]"),
@@ -237,7 +237,7 @@ def test_a_folder_without_weights_is_named_and_the_right_one_told(tmp_path):
     ):
         start_from(student_of(), tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="A run keeps exported weights in last/ and best/"):
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors\. Pass last/ or best/ of a run"):
         start_from(student_of(), tmp_path / "empty")
     with pytest.raises(CheckpointError, match="there is no such checkpoint file"):
         start_from(student_of(), tmp_path / "none.pth")
@@ -298,7 +298,7 @@ def test_new_heads_depend_on_the_seed_alone(label_set, start, tmp_path):
 def test_other_sizes_than_the_views_are_refused_with_the_way_out(label_set, start, tmp_path):
     with pytest.raises(
         UsageError,
-        match=r"--img-size 24 is not that of the views, 16: .* For 24 pixels make the labels with --recipe deit-384 or --set img_size=24",
+        match=r"--img-size must be the size of the views, 16, got 24: .* For 24 pixels, label with --recipe deit-384 or --set img_size=24",
     ):
         train(config(label_set, tmp_path / "run", img_size=24, init=start))
 

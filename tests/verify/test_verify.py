@@ -21,10 +21,12 @@ from support.web_server import web_server
 
 import cli
 from pipeline.errors import LabelSetError, UsageError
+from pipeline.labels.comparing import check_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.settings.configs import VerifyConfig
 from pipeline.storage import remote
 from pipeline.storage.json import pretty_json
+from pipeline.storage.place import open_place
 from pipeline.verify.report import Report
 from pipeline.verify.verify import verify
 
@@ -105,7 +107,9 @@ def test_the_order_of_problems_is_that_of_the_manifest_for_any_number_of_threads
             flip(path)
     reports = [found(verify(str(copied), dataclasses.replace(NO_PROBES, threads=threads))) for threads in (1, 2, 7)]
     assert reports[0] == reports[1] == reports[2]
-    assert [file for file, _ in reports[0]] == [str(entry.path) for entry in LabelSet(copied).manifest.files]
+    assert [file for file, _ in reports[0]] == [
+        str(entry.path) for entry in LabelSet(open_place(copied)).manifest.files
+    ]
 
 
 def test_files_that_no_manifest_lists_are_noted_and_no_problem(copied):
@@ -309,7 +313,7 @@ def test_one_changed_image_is_refused_in_training_with_the_way_to_find_all(made,
 
     source = open_source(copy_of(tmp_path / "copy", "image"))
     label_set = LabelSet.open(made)
-    label_set.check_source(source)  # all keys are the same
+    check_source(label_set, source)  # all keys are the same
     with pytest.raises(
         LabelSetMismatch, match=r"image 'n003' of train-0 has other bytes.*labels verify with --data finds all"
     ):
@@ -362,7 +366,7 @@ def test_json_is_for_machines_and_the_exit_code_stays(copied, tmp_path):
     assert [problem["rule"] for problem in report["problems"]] == ["sha256", "images"]
     assert set(report["problems"][0]) == {"file", "rule", "text", "way_out"}
     assert report["images"]["changed"] == ["'n003' of train-0"]
-    assert report["manifest"] == "sha256:" + LabelSet(copied).manifest_sha256
+    assert report["manifest"] == "sha256:" + LabelSet(open_place(copied)).manifest_sha256
 
 
 @pytest.mark.parametrize(

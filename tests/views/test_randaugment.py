@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageStat
 from timm.data import auto_augment
 
-from pipeline.views.randaugment import FILL, INCREASING, PLAIN, apply_op, op_argument
+from pipeline.views.randaugment import FILL, INCREASING, OPERATIONS, PLAIN, apply_op, op_argument
+from pipeline.views.recipe import MAX_LAYERS
 
 NAMES = sorted({*INCREASING, *PLAIN})
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -60,7 +61,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def test_the_lists_are_timms():
     assert list(INCREASING) == auto_augment._RAND_INCREASING_TRANSFORMS
     assert list(PLAIN) == auto_augment._RAND_TRANSFORMS
-    assert len(INCREASING) == 15
+    assert len(INCREASING) == len(OPERATIONS) == MAX_LAYERS == 15
 
 
 def test_the_filling_is_timms_for_the_imagenet_mean():

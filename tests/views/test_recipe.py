@@ -1,12 +1,13 @@
 """The recipe: pinned ids, YAML files, overrides, and what is refused with which words."""
 
-import dataclasses
 import hashlib
 import json
+import pickle
 import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.errors import RecipeError, UsageError
 from pipeline.settings.files import load_recipe, parse_override
@@ -44,7 +45,7 @@ def test_id_is_the_sha256_of_the_fields_in_canonical_json():
         '"renderer":1,"reprob":0.25,"scale":[0.08,1.0],"seed":0,"views_per_pairing":3}'
     )
     assert Recipe().id == hashlib.sha256(text.encode()).hexdigest()
-    assert json.loads(text) == Recipe().to_dict()
+    assert json.loads(text) == Recipe().model_dump(mode="json")
 
 
 OTHER_VALUES = {
@@ -67,19 +68,30 @@ OTHER_VALUES = {
 
 
 def test_every_field_is_part_of_the_id():
-    assert set(OTHER_VALUES) | {"renderer"} == {field.name for field in dataclasses.fields(Recipe)}
+    assert set(OTHER_VALUES) | {"renderer"} == set(Recipe.model_fields)
     changed = {name: Recipe(**{name: value}).id for name, value in OTHER_VALUES.items()}
     assert len({Recipe().id, *changed.values()}) == len(OTHER_VALUES) + 1
 
 
+def test_a_recipe_reaches_another_process_with_its_id_and_serves_as_a_key():
+    """Loader processes get it with every block, and its id seeds every stream."""
+    recipe = Recipe(**OTHER_VALUES)
+    assert (recipe.id, recipe.randaugment) == (Recipe(**OTHER_VALUES).id, None)
+    again = pickle.loads(pickle.dumps(recipe))
+    assert again.__dict__["id"] == recipe.id  # and is not hashed again
+    assert (again, hash(again)) == (recipe, hash(recipe))
+    assert again == Recipe(**OTHER_VALUES)  # whose id was not asked for
+    assert {recipe: 1}[Recipe(**OTHER_VALUES)] == 1
+
+
 def test_a_recipe_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValidationError, match="Instance is frozen"):
         Recipe().img_size = 32  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("recipe", [*PRESETS.values(), Recipe(**OTHER_VALUES)], ids=[*PRESETS, "other"])
 def test_a_recipe_survives_its_dict_and_json(recipe):
-    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    again = Recipe(**json.loads(json.dumps(recipe.model_dump(mode="json"))))
     assert again == recipe
     assert again.id == recipe.id
 
@@ -96,7 +108,8 @@ SAME = [
 
 @pytest.mark.parametrize(("one", "other"), SAME)
 def test_one_and_one_point_zero_give_the_same_id(one, other):
-    assert Recipe.from_dict(one).id == Recipe.from_dict(other).id
+    assert Recipe(**one).id == Recipe(**other).id
+    assert Recipe(**one) == Recipe(**other)
 
 
 def test_one_and_one_point_zero_are_the_same_to_the_constructor_too():
@@ -125,13 +138,13 @@ FILES = [
     # text of the file, the recipe it means
     ("img_size: 32", Recipe(img_size=32)),
     # the others start from the named preset
-    ("preset: none\nimg_size: 32", dataclasses.replace(PRESETS["none"], img_size=32)),
+    ("preset: none\nimg_size: 32", PRESETS["none"].with_fields(img_size=32)),
     ("preset: deit", Recipe()),
     ("preset: deit-384\nseed: 7\naa: null", Recipe(img_size=384, seed=7, aa=None)),
     ("scale: [0.2, 1]\nratio: [1, 1]", Recipe(scale=(0.2, 1.0), ratio=(1.0, 1.0))),
     ("aa: rand-m7-n1\nmixup: 0\n# a comment\n", Recipe(aa="rand-m7-n1", mixup=0.0)),
     # JSON is YAML
-    (json.dumps(PRESETS["crop-flip"].to_dict()), PRESETS["crop-flip"]),
+    (PRESETS["crop-flip"].model_dump_json(), PRESETS["crop-flip"]),
     ("{}", Recipe()),
 ]
 
@@ -174,34 +187,38 @@ def test_an_override_is_a_field_and_a_yaml_value(text, parsed):
 
 BAD_FIELDS = [
     # fields, the whole message
-    ({"img_size": 0}, "img_size must be in 1..4096, got 0"),
-    ({"img_size": 4097}, "img_size must be in 1..4096, got 4097"),
-    ({"img_size": 32.0}, "img_size must be a whole number, got 32.0"),
-    ({"img_size": "32"}, "img_size must be a whole number, got '32'"),
+    ({"img_size": 0}, "img_size must be a whole number in 1..4096, got 0"),
+    ({"img_size": 4097}, "img_size must be a whole number in 1..4096, got 4097"),
+    ({"img_size": 32.0}, "img_size must be a whole number in 1..4096, got 32.0"),
+    ({"img_size": "32"}, "img_size must be a whole number in 1..4096, got '32'"),
     # True is an int to Python
-    ({"seed": True}, "seed must be a whole number, got True"),
-    ({"seed": -1}, "seed must be in 0..9.22337e+18, got -1"),
-    ({"hflip": 1.01}, "hflip must be in 0..1, got 1.01"),
-    ({"hflip": False}, "hflip must be a number, got False"),
-    ({"reprob": -0.1}, "reprob must be in 0..1, got -0.1"),
-    ({"mixup": float("nan")}, "mixup must be a number, got nan"),
-    ({"cutmix": float("inf")}, "cutmix must be a number, got inf"),
-    ({"cutmix": 101}, "cutmix must be in 0..100, got 101.0"),
-    ({"mixup_prob": 2}, "mixup_prob must be in 0..1, got 2.0"),
-    ({"mixup_switch_prob": None}, "mixup_switch_prob must be a number, got None"),
+    ({"seed": True}, "seed must be a whole number in 0..9223372036854775807, got True"),
+    ({"seed": -1}, "seed must be a whole number in 0..9223372036854775807, got -1"),
+    ({"hflip": 1.01}, "hflip must be a number in 0..1, got 1.01"),
+    ({"hflip": False}, "hflip must be a number in 0..1, got False"),
+    ({"reprob": -0.1}, "reprob must be a number in 0..1, got -0.1"),
+    ({"mixup": float("nan")}, "mixup must be a number in 0..100, got nan"),
+    ({"cutmix": float("inf")}, "cutmix must be a number in 0..100, got inf"),
+    ({"cutmix": 101}, "cutmix must be a number in 0..100, got 101"),
+    ({"mixup_prob": 2}, "mixup_prob must be a number in 0..1, got 2"),
+    ({"mixup_switch_prob": None}, "mixup_switch_prob must be a number in 0..1, got None"),
     # a block of one has no partners
-    ({"mix_block": 1}, "mix_block must be in 2..65536, got 1"),
-    ({"views_per_pairing": 0}, "views_per_pairing must be in 1..65536, got 0"),
-    ({"crop_pct": 0}, "crop_pct must be in 0.01..1, got 0.0"),
+    ({"mix_block": 1}, "mix_block must be a whole number in 2..65536, got 1"),
+    ({"views_per_pairing": 0}, "views_per_pairing must be a whole number in 1..65536, got 0"),
+    ({"crop_pct": 0}, "crop_pct must be a number in 0.01..1, got 0"),
     ({"crop": "middle"}, "crop must be one of random, center, got 'middle'"),
-    ({"crop": 5}, "crop must be text, got 5"),
-    ({"scale": 0.5}, "scale must be two numbers, got 0.5"),
-    ({"scale": [0.1, 0.5, 1.0]}, "scale must be two numbers, got [0.1, 0.5, 1.0]"),
+    ({"crop": 5}, "crop must be one of random, center, got 5"),
+    ({"scale": 0.5}, "scale must be two rising numbers in 0..1, got 0.5"),
+    ({"scale": [0.1, 0.5, 1.0]}, "scale must be two rising numbers in 0..1, got [0.1, 0.5, 1.0]"),
     ({"scale": [0.0, 1.0]}, "scale must be two rising numbers in 0..1, got [0.0, 1.0]"),
     ({"scale": [0.5, 0.1]}, "scale must be two rising numbers in 0..1, got [0.5, 0.1]"),
     ({"scale": [0.5, 1.1]}, "scale must be two rising numbers in 0..1, got [0.5, 1.1]"),
-    ({"ratio": [0.001, 1]}, "ratio must be two rising numbers in 0.01..100, got [0.001, 1.0]"),
+    ({"scale": [True, 1]}, "scale must be two rising numbers in 0..1, got [True, 1]"),
+    # a set has no order
+    ({"scale": {0.5}}, "scale must be two rising numbers in 0..1, got {0.5}"),
+    ({"ratio": [0.001, 1]}, "ratio must be two rising numbers in 0.01..100, got [0.001, 1]"),
     ({"aa": 9}, "aa must be text or null, got 9"),
+    ({"renderer": True}, "renderer must be a whole number in 0..2147483648, got True"),
     ({"renderer": RENDERER + 1}, "this version renders recipes of renderer 1, the recipe asks for 2"),
 ]
 
@@ -209,13 +226,13 @@ BAD_FIELDS = [
 @pytest.mark.parametrize(("fields", "message"), BAD_FIELDS)
 def test_a_bad_field_is_refused_with_the_rule_and_the_value(fields, message):
     with pytest.raises(RecipeError) as caught:
-        Recipe.from_dict(fields)
+        Recipe(**fields)
     assert str(caught.value) == message
 
 
 def test_unknown_fields_are_refused_with_the_known_ones():
     with pytest.raises(RecipeError, match=r"^a recipe has no field colour, zoom; its fields are img_size, crop, .*"):
-        Recipe.from_dict({"zoom": 1, "colour": 2})
+        Recipe(**{"zoom": 1, "colour": 2})
 
 
 BAD_FILES = [
@@ -231,11 +248,11 @@ BAD_FILES = [
     ("preset: null", r"^preset must be one of deit, deit-384, crop-flip, none, got None$"),
     ("presets: deit", r"^a recipe has no field presets; its fields are img_size"),
     ("1: 2", r"^a recipe has no field 1; its fields are"),
-    ("img_size: 1e2", r"^img_size must be a whole number, got 100\.0$"),
+    ("img_size: 1e2", r"^img_size must be a whole number in 1\.\.4096, got 100\.0$"),
     # YAML's own reader keeps the last of two
     ("img_size: 32\nimg_size: 64", r"recipe\.yaml: not valid YAML: the key 'img_size' stands there twice"),
     # and reads this as 190
-    ("seed: 3:10", r"^seed must be a whole number, got '3:10'$"),
+    ("seed: 3:10", r"^seed must be a whole number in 0\.\.9223372036854775807, got '3:10'$"),
     ("scale: &a [0.1, 1]\nratio: *a", r"not valid YAML: aliases \(\*a\) are not read here"),
 ]
 

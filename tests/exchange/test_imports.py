@@ -32,9 +32,10 @@ from support.imports import CLASSES, CROPS, fkd_state, probabilities, write_fkd,
 
 import cli
 from pipeline.errors import DeitCliError, ImportedLabelsError, LabelSetMismatch, UsageError
-from pipeline.exchange import importing
+from pipeline.exchange import imports
 from pipeline.exchange.fkd import read_file
-from pipeline.exchange.importing import import_labels, import_table
+from pipeline.exchange.import_record import import_table
+from pipeline.exchange.imports import import_labels
 from pipeline.labels.labelset import LabelSet
 
 ROOT = Path(__file__).parents[2]
@@ -385,7 +386,7 @@ def test_one_epoch_alone_is_imported_too(tmp_path):
 
 def test_many_records_are_read_some_at_a_time_into_tables_of_bounded_size(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.exchange.tinyvit.ROWS_AT_ONCE", 4)
-    monkeypatch.setattr(importing, "PART_BYTES", 8 * (100 + 10 * 8 + 10 * 2))
+    monkeypatch.setattr(imports, "TABLE_BYTES", 8 * (100 + 10 * 8 + 10 * 2))
     folder = write_tinyvit(tmp_path / "logits", epochs=(3,), ranks=(0, 10), rows=21)
     record = run("tinyvit", folder, tmp_path / "out")
     assert [part.rows for part in record.files] == [8, 8, 5, 8, 8, 5]
@@ -469,7 +470,7 @@ def test_the_report_says_bytes_before_and_now_and_what_is_lost(tmp_path):
     assert f"imported       28 labels into 4 tables: {tmp_path}/out/labels\nviews          0:2\n" in report
     assert "stored         K = 10 of 40 classes, float16" in report
     assert f"{before / 28:.1f} before (1.5 kB in 8 files), {now / 28:.1f} now" in report
-    assert "no label set: it cannot be trained on" in report
+    assert "not a label set: it cannot be trained on" in report
     assert all(f"  - {line}" in report for line in (*record.lost, *record.use))
     assert json.loads((tmp_path / "out" / "import.json").read_text())["lost"] == list(record.lost)
 
@@ -493,7 +494,7 @@ def test_an_import_is_no_label_set_and_says_why_and_for_what_it_is_good(kind, wr
 def test_an_import_that_cannot_be_read_is_no_label_set_either(text, tmp_path):
     (tmp_path / "import.json").write_text(text)
     with pytest.raises(
-        LabelSetMismatch, match=r"is no label set, and its import.json cannot be read: .*\. Import the labels again"
+        LabelSetMismatch, match=r"is not a label set, and its import.json cannot be read: .*\. Import the labels again"
     ):
         LabelSet.open(tmp_path)
 
@@ -504,14 +505,14 @@ def test_a_killed_import_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     script = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.exchange import importing
-real = importing._publish
+from pipeline.exchange import imports
+real = imports._publish
 def publish(path, data):
     if path.name.startswith("epoch-00001-rank-0000"):
         os.kill(os.getpid(), signal.SIGKILL)
     real(path, data)
-importing._publish = publish
-importing.import_labels("tinyvit", Path(sys.argv[1]), Path(sys.argv[2]), num_classes=40)
+imports._publish = publish
+imports.import_labels("tinyvit", Path(sys.argv[1]), Path(sys.argv[2]), num_classes=40)
 """
     done = subprocess.run([sys.executable, "-c", script, str(folder), str(tmp_path / "out")], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL

@@ -1,13 +1,11 @@
-"""How fast this machine renders and labels: each part alone, for `bench` and `estimate`."""
+"""Seconds that each part of labelling takes alone on this machine, for `estimate` and `bench stage1`."""
 
 import contextlib
 import io
 import itertools
-import os
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import BadImageError, SourceError, UsageError
 from pipeline.images.decode import decode
-from pipeline.images.samples import Sample, ShardIndex, SourceShard
+from pipeline.images.samples import Sample
 from pipeline.images.source import Source
-from pipeline.labels.encoding import content_xxh3, encode_rows
+from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
-from pipeline.machine.progress import Tick
 from pipeline.machine.timing import median_s
-from pipeline.settings.configs import MAX_VIEW, PrecomputeConfig
-from pipeline.stage1.loop import AHEAD
-from pipeline.stage1.precompute import precompute
 from pipeline.teacher.teacher import CPU_BATCH, Teacher, one_thread
 from pipeline.views.mixing import mix_batch
 from pipeline.views.pairs import draw_mix
@@ -36,9 +30,7 @@ from pipeline.views.view import render_view
 
 IMAGES = 64  # on which reading, decoding and rendering are timed, at most
 GPU_BATCH = 256
-FILLING = AHEAD + 2  # answers until the queues of a run are full
 WRITTEN = (8, 1000)  # views and rows of the label shard whose writing is timed
-MANY_VIEWS = 50_000  # of each image, more than are made before the time is up
 
 
 @dataclass(frozen=True)
@@ -46,13 +38,13 @@ class Rates:
     """Seconds that each part takes: on one core, or on one device.
 
     Attributes:
-        read_s: for one encoded image.
-        decode_s: for one image.
-        render_s: for one view of a decoded image, its draws included; on one core, as the two before.
-        copy_s: for one view, to the device.
-        teacher_s: for one view, mixed and normalised, through the teacher.
-        topk_s: for the answer for one view, from logits to the host.
-        write_s: for one label, on one core.
+        read_s: to read one encoded image, on one core.
+        decode_s: to decode one image, on one core.
+        render_s: to draw and render one view of a decoded image, on one core.
+        copy_s: to copy one view to the device.
+        teacher_s: to mix and normalise one view and run the teacher on it.
+        topk_s: to turn the logits of one view into an answer on the host.
+        write_s: to write one label, on one core.
     """
 
     read_s: float
@@ -64,19 +56,19 @@ class Rates:
     write_s: float
 
     def view_s(self, views_per_decode: int) -> float:
-        """Return the seconds that one core takes to make one view, when so many come from one decode."""
+        """Return the seconds that one core takes to make one view, if `views_per_decode` views come from one decode."""
         return (self.read_s + self.decode_s) / views_per_decode + self.render_s
 
     @property
     def answer_s(self) -> float:
-        """Seconds that one device takes to label one view; copies overlap with it."""
+        """Seconds that one device takes to label one view; copies run at the same time."""
         return self.teacher_s + self.topk_s
 
 
 def measure_rates(
     source: Source, recipe: Recipe, teacher: Teacher, *, topk: int, precision: Precision, least_s: float = 1.0
 ) -> Rates:
-    """Time each part alone, for about `least_s` seconds each, however slow it is; medians.
+    """Time each part alone, for about `least_s` seconds each, and return medians.
 
     Raises:
         SourceError: no image can be decoded.
@@ -102,7 +94,7 @@ def measure_rates(
             "decode_s": (lambda: [decode(sample.image, key=sample.key) for sample in samples], len(samples)),
             "render_s": (lambda: views(next(numbers)), len(samples)),
             "copy_s": (lambda: pixels.to(teacher.device, copy=True), batch),
-            "topk_s": (lambda: [column.cpu() for column in teacher.rank(logits, topk)], batch),
+            "topk_s": (lambda: [column.cpu() for column in teacher.top_classes(logits, topk)], batch),
             "write_s": (_writing(teacher.identity.num_classes, topk, precision), WRITTEN[0] * WRITTEN[1]),
         }
         seconds = {name: median_s(work, teacher.device, least_s) / count for name, (work, count) in timed.items()}
@@ -111,7 +103,7 @@ def measure_rates(
 
 
 def _first_images(source: Source, least_s: float) -> tuple[list[Any], list[Sample], list[np.ndarray]]:
-    """Return where the first images lie, their samples and pixels: at most IMAGES, fewer where they come slowly."""
+    """Return places, samples and pixels of the first images: at most IMAGES, and fewer if they come slowly."""
     places, samples, images = [], [], []
     bad: BadImageError | None = None
     began = time.perf_counter()
@@ -138,7 +130,7 @@ def _filled(rendered: np.ndarray, batch: int, device: torch.device) -> Tensor:
 
 
 def _answer_s(rendered: np.ndarray, recipe: Recipe, teacher: Teacher, topk: int, least_s: float) -> float:
-    """Return the seconds that the teacher takes for one view in full forward passes; in small ones where it is slow."""
+    """Return the seconds that the teacher takes for one view in full forward passes, or in small ones if it is slow."""
     few = _asking(teacher, recipe, _filled(rendered, 2 * teacher.threads, teacher.device), topk)
     few()  # the first call warms caches
     began = time.perf_counter()
@@ -154,7 +146,7 @@ def _answer_s(rendered: np.ndarray, recipe: Recipe, teacher: Teacher, topk: int,
 
 
 def _asking(teacher: Teacher, recipe: Recipe, pixels: Tensor, topk: int) -> Callable[[], object]:
-    """Return what lets every thread of the teacher answer for its equal share of mixed views."""
+    """Return a function that lets every thread of the teacher answer for an equal share of mixed views."""
     size = len(pixels) // teacher.threads
     pairs = [(at, at + 1) for at in range(0, size, 2)]
     mix = mix_batch(pairs, [draw_mix(recipe, "timing", at) for at, _ in pairs], size)
@@ -164,65 +156,6 @@ def _asking(teacher: Teacher, recipe: Recipe, pixels: Tensor, topk: int) -> Call
             pending.result()
 
     return ask
-
-
-def measure_together(
-    source: Source, recipe: Recipe, teacher: Teacher, config: PrecomputeConfig, *, num_images: int, seconds: float
-) -> Tick:
-    """Run stage 1 into a temporary folder for some seconds, on the first images alone; return how far it got.
-
-    Time and views count from the moment when all queues are full, so that the start of processes is left out.
-    """
-    shard = next((shard for shard in source.shards if len(shard)), None)
-    if shard is None:
-        raise SourceError(f"{source.location} holds no image")
-    head = replace(source, shards=(Head(shard, num_images),))
-    ticks: list[tuple[float, Tick]] = []
-
-    def progress(tick: Tick) -> None:
-        if tick.phase == "label" and tick.made:
-            ticks.append((time.monotonic(), tick))
-            if len(ticks) > FILLING and ticks[-1][0] - ticks[FILLING - 1][0] > seconds:
-                raise _Enough
-
-    start, stop = config.views
-    changes: dict[str, Any] = {
-        "views": (start, min(MAX_VIEW, start + MANY_VIEWS)),  # few images must not end it
-        "views_per_shard": min(config.views_per_shard, stop - start),
-        "on_bad_image": "skip",
-        "accuracy_samples": 0,
-        "min_teacher_accuracy": 0,
-    }
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
-        precompute(
-            replace(config, out=os.path.join(folder, "labels"), **changes), recipe, teacher, head, progress=progress
-        )
-    (began, first), (ended, last) = ticks[min(FILLING, len(ticks)) - 1], ticks[-1]
-    busy = None
-    if first.teacher_busy is not None and last.teacher_busy is not None and ended > began:
-        busy = (last.teacher_busy * last.elapsed_s - first.teacher_busy * first.elapsed_s) / (ended - began)
-        busy = min(busy, 1.0)  # the first answers that are heard were computed before
-    return replace(last, made=last.made - first.made, elapsed_s=ended - began, teacher_busy=busy)
-
-
-class _Enough(Exception):
-    """Stops a run that has been timed for long enough."""
-
-
-class Head(SourceShard[Any]):
-    """The first samples of a source shard."""
-
-    def __init__(self, shard: SourceShard[Any], num_samples: int) -> None:
-        self.name, self._shard, self._num_samples = shard.name, shard, num_samples
-
-    def build_index(self) -> ShardIndex[Any]:
-        """Keep the first places."""
-        index, stop = self._shard.index, self._num_samples
-        return ShardIndex(index.keys[:stop], index.class_labels[:stop], index.places[:stop])
-
-    def read_image(self, place: Any) -> bytes:
-        """Read as the shard does."""
-        return self._shard.read_image(place)
 
 
 def forward_flops(module: nn.Module, img_size: int) -> int:
@@ -239,7 +172,7 @@ def training_step_s(module: nn.Module, img_size: int, device: torch.device, *, l
     Args:
         module: images [B, 3, H, W] to logits [B, C], or to a tuple of them.
         img_size: height and width of the images.
-        device: where.
+        device: device of both passes.
         least_s: seconds to spend, about.
 
     Raises:
@@ -268,7 +201,7 @@ def _training_step(module: nn.Module, batch: int, img_size: int, device: torch.d
 
 
 def _writing(num_classes: int, topk: int, precision: Precision) -> Callable[[], object]:
-    """Return what writes a label shard of made-up answers into memory."""
+    """Return a function that writes a label shard of made-up answers into memory."""
     numbers = np.random.Philox(key=0).random_raw(WRITTEN[0] * WRITTEN[1] * (topk + 1)) / 2.0**64
     parts = numbers.reshape(*WRITTEN, topk + 1).astype(np.float32) ** 4
     prob = -np.sort(-(parts / parts.sum(-1, keepdims=True)), axis=-1)[..., :topk]
@@ -277,8 +210,8 @@ def _writing(num_classes: int, topk: int, precision: Precision) -> Callable[[], 
     zeros: dict[str, Any] = dict.fromkeys(("labelset_id", "recipe_id", "teacher_id", "source_id"), "0" * 64)
 
     def write() -> None:
-        rows = np.arange(WRITTEN[1])
-        views = [encode_rows(rows, hard, index, each, num_classes=num_classes, precision=precision) for each in prob]
+        rows, codec = np.arange(WRITTEN[1]), codec_of(precision, num_classes, topk)
+        views = [codec.encode(rows, hard, index, each) for each in prob]
         footer = LabelsFooter(
             **zeros,
             shard="timing",
@@ -288,7 +221,7 @@ def _writing(num_classes: int, topk: int, precision: Precision) -> Callable[[], 
             num_classes=num_classes,
             topk=topk,
             precision=precision,
-            content_xxh3=content_xxh3(views),
+            content_xxh3=codec.content_xxh3(views),
             probes=[],
             environment={},
         )

@@ -10,8 +10,9 @@ import torch
 from support.builders import small_recipe, small_teacher, teacher_of, write_tars
 from torch import nn
 
-from pipeline.cost import measuring
-from pipeline.cost.measuring import Rates, forward_flops, measure_rates, measure_together, training_step_s
+from pipeline.cost import rates as measuring
+from pipeline.cost.bench import measure_run
+from pipeline.cost.rates import Rates, forward_flops, measure_rates, training_step_s
 from pipeline.errors import SourceError, UsageError
 from pipeline.images.source import open_source
 from pipeline.settings.configs import PrecomputeConfig
@@ -92,7 +93,7 @@ def make_quick():
 )
 def test_a_slow_teacher_is_timed_with_few_views(monkeypatch, name, each_s, most_views):
     monkeypatch.setattr(measuring.time, "perf_counter", Clock())
-    teacher = teacher_of(f"test_measuring:{name}")
+    teacher = teacher_of(f"test_rates:{name}")
     rendered = np.zeros((3, 16, 16, 3), np.uint8)
     before = Clock.now
     found = measuring._answer_s(rendered, small_recipe(), teacher, topk=1, least_s=2.0)
@@ -101,7 +102,7 @@ def test_a_slow_teacher_is_timed_with_few_views(monkeypatch, name, each_s, most_
 
 
 def test_all_threads_of_a_teacher_are_asked_and_every_view_once(monkeypatch):
-    teacher = teacher_of("test_measuring:make_quick")
+    teacher = teacher_of("test_rates:make_quick")
     teacher.limit_threads(3)
     asked = []
     original = teacher.ask
@@ -130,7 +131,7 @@ def test_a_run_of_all_parts_labels_views_and_leaves_nothing(tmp_path, monkeypatc
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     source = open_source(data)
-    tick = measure_together(
+    tick = measure_run(
         source, small_recipe(), small_teacher(source), settings(data, views=views), num_images=8, seconds=0.05
     )
     assert tick.made > 0

@@ -1,4 +1,4 @@
-"""Where the time of stage 2 goes: the student alone, the stream of batches alone, and both together."""
+"""`bench stage2`: where the time of training goes: the student alone, the stream of batches alone, and both together."""
 
 import contextlib
 import copy
@@ -19,7 +19,8 @@ from pipeline.images.decode import decode, decode_around, image_size
 from pipeline.images.samples import Sample
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image
-from pipeline.machine.loaders import PREFETCH, one_core, usable_cores
+from pipeline.machine.loaders import PREFETCH, one_core
+from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import Work, median_s, steady_s, synchronise
 from pipeline.text import count
 from pipeline.views.recipe import Recipe
@@ -40,16 +41,16 @@ Limit = Literal["student", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class StreamParts:
     """Seconds that each part of the stream takes for one view, on one core of a loader process.
 
     Attributes:
-        read_s: the encoded image, read and compared with the labelled one.
-        decode_s: of it, or of the part of it that a single view needs.
-        render_s: draws and pixels.
-        plan_s: which views a batch holds, and how they are mixed.
-        labels_s: the label, its share in reading the files included; None without a label set.
-        copy_s: to the GPU, by itself; None where there is none.
+        read_s: to read the encoded image and compare it with the labelled one.
+        decode_s: to decode it, or the part of it that a single view needs.
+        render_s: to draw the parameters of the view and make its pixels.
+        plan_s: to choose the views of a batch and how they are mixed.
+        labels_s: to find the label, with its share of reading the files; None without a label set.
+        copy_s: to copy the view to the GPU, while nothing else runs; None without a GPU.
     """
 
     read_s: float
@@ -61,14 +62,14 @@ class Parts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Together:
-    """What the training loop reached.
+class LoopRate:
+    """What the training loop reached with everything running.
 
     Attributes:
-        images_per_s: views trained on in a second.
-        data_wait: share of the time in which it waited for data, 0..1.
-        updates: that were timed.
-        elapsed_s: their time.
+        images_per_s: number of views trained on in a second.
+        data_wait: share of the time in which the loop waited for data, 0..1.
+        updates: number of updates that were timed.
+        elapsed_s: seconds of these updates.
     """
 
     images_per_s: float
@@ -78,21 +79,21 @@ class Together:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class TrainingBench:
     """The parts of stage 2 on one machine.
 
     Attributes:
-        model: the student.
+        model: name of the student.
         device: `cpu` or `cuda`.
-        threads: of the student, where a CPU runs it; None for a GPU.
-        cores: that this process may use.
-        loaders: loader processes; 0: student and stream take turns in one process.
-        views_per_update: that an update is computed from.
-        views_per_decode: that are made of an image once it is decoded.
-        student: views/s when its batches lie in memory.
-        stream: views/s of all loader processes together, when nobody uses their batches.
-        parts: of the stream.
-        together: both.
+        threads: number of threads of a student on a CPU; None for a GPU.
+        cores: number of cores that this process may use.
+        loaders: number of loader processes; 0: student and stream take turns in one process.
+        views_per_update: number of views that an update is computed from.
+        views_per_decode: number of views that are made of an image once it is decoded.
+        student: views/s of the student when its batches lie in memory.
+        stream: views/s of all loader processes together, when nothing uses their batches.
+        parts: parts of the stream, each alone.
+        together: student and stream together.
     """
 
     model: str
@@ -104,8 +105,8 @@ class Measured:
     views_per_decode: int
     student: float
     stream: float
-    parts: Parts
-    together: Together
+    parts: StreamParts
+    together: LoopRate
 
     @property
     def limit(self) -> Limit:
@@ -121,37 +122,81 @@ class Measured:
 
     @property
     def loaders_enough(self) -> int:
-        """Loader processes from which on the stream is no longer the limit, each with a core."""
+        """Smallest number of loader processes, each with a core, with which the stream is not the limit."""
         return math.ceil(self.student * max(1, self.loaders) / self.stream)
 
     @property
     def label_share(self) -> float | None:
-        """Part of a loader process's time that labels take, where the stream is as fast as the student."""
+        """Share of the time of a loader process that labels take, if the stream is as fast as the student."""
         labels_s = self.parts.labels_s
         return None if labels_s is None else labels_s * self.student / max(1, self.loaders)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, what follows from the measurements included."""
+        """Return plain JSON values: the measurements, and what follows from them."""
         derived = ("limit", "reachable", "loaders_enough", "label_share")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
+    def table(self) -> str:
+        """Return where the time of stage 2 goes, which part holds it back, and how many loader processes would be enough."""
+        parts, together, loaders = self.parts, self.together, count(self.loaders, "loader process", "es")
+        share = "" if self.label_share is None else f", {100 * self.label_share:.2g} % of a step"
+        on = self.device if self.threads is None else f"{self.device}, {count(self.threads, 'thread')}"
+        rows = [
+            ("read", parts.read_s, "one core"),
+            ("decode", parts.decode_s, "one core"),
+            ("render", parts.render_s, "one core"),
+            ("plan and mix", parts.plan_s, "one core"),
+            ("labels", parts.labels_s, f"one core{share}"),
+            ("copy", parts.copy_s, f"to {self.device}, while it computes"),
+            ("student", 1 / self.student, on),
+        ]
+        lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
+        lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s:12,.1f}  {where}" for name, s, where in rows if s is not None]
+        if self.views_per_decode > 1:
+            lines.append(f"read and decode are shared by the {self.views_per_decode} views of an image")
+        update = f"{1000 * self.views_per_update / self.student:,.4g} ms for an update of {count(self.views_per_update, 'view')}"
+        of_best = together.images_per_s / self.reachable
+        lines += [
+            f"{'student alone':29}{self.student:12,.1f}  {on}, {update}",
+            f"{'stream alone':29}{self.stream:12,.1f}  {loaders if self.loaders else 'in this process'}",
+            f"{'together, measured':29}{together.images_per_s:12,.1f}  {100 * of_best:.0f} % of"
+            f" {'the slower of these' if self.loaders else 'both in turn'}, waiting for data"
+            f" {100 * together.data_wait:.0f} % of the time",
+            self._verdict(),
+        ]
+        if not 0.5 <= of_best <= 1.2:
+            lines.append(
+                "measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds"
+            )
+        return "\n".join(lines)
 
-def measure_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds: float) -> Measured:
-    """Time student, stream and parts of the stream for about so many seconds each, then the loop five times as long.
+    def _verdict(self) -> str:
+        """Return which part is the limit, by how much, and what would help."""
+        enough = f"{count(self.loaders_enough, 'loader process', 'es')} would be enough"
+        if self.loaders == 0:
+            return f"student and stream take turns in one process: {enough} (--workers) to let the student go on"
+        if self.limit == "student":
+            return f"the student is the limit: the stream could feed {self.stream / self.student:.2f} times as much; {enough}"
+        more = f"; this machine has {count(self.cores, 'core')}" if self.loaders_enough > self.cores else ""
+        return f"the stream is the limit: the student could take {self.student / self.stream:.2f} times as much; {enough}{more}"
 
-    Whatever a run writes goes into a temporary folder. Ranks that a launcher started are not joined.
+
+def bench_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds: float) -> TrainingBench:
+    """Time student, stream and parts of the stream for about `seconds` each, then the loop for five times as long.
+
+    The run writes into a temporary folder. Ranks that a launcher started are not joined.
 
     Args:
-        config: of the run to measure; where it writes, how long it trains and what it evaluates on do not matter.
+        config: settings of the run; its output, length and evaluation do not matter.
         recipe: see `train`.
-        seconds: for each measurement; warm-up comes on top, and one update at least is made, however long it takes.
+        seconds: time for each measurement, without the warm-up; at least one update is made, however long it takes.
     """
     with opened_run(config, recipe) as run:
         world = run.running.world
         batches = batches_in_memory(run)
         views = sum(len(batch.keys) for batch in batches)
         update_s = steady_s(update_on(run, batches), world.device, seconds)
-        return Measured(
+        return TrainingBench(
             model=config.model,
             device=world.device.type,
             threads=torch.get_num_threads() if world.device.type == "cpu" else None,
@@ -162,13 +207,13 @@ def measure_training(config: TrainConfig, recipe: Recipe | None = None, *, secon
             student=views / update_s,
             parts=measure_parts(run, least_s=seconds),
             stream=measure_stream(run, seconds=seconds),
-            together=measure_together(run, seconds=5 * seconds),
+            together=measure_loop(run, seconds=5 * seconds),
         )
 
 
 @contextlib.contextmanager
 def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Run]:
-    """Prepare a run that never ends, says nothing, saves no checkpoint and leaves nothing behind."""
+    """Prepare a run that never ends, logs nothing, saves no checkpoint and leaves no file behind."""
     changes: dict[str, Any] = {
         "epochs": ENDLESS,
         "view_policy": "cycle",  # few views must not end it
@@ -195,7 +240,7 @@ def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Ru
 
 @contextlib.contextmanager
 def _only_errors() -> Iterator[None]:
-    """Leave out what a run says of itself: its epochs are not the user's."""
+    """Keep the messages of a run out of the log: its epochs are not the user's."""
     log = logging.getLogger("deit_cli.train")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -208,11 +253,11 @@ def _only_errors() -> Iterator[None]:
 def batches_in_memory(run: Run) -> list[Batch]:
     """Return the batches of one update, real views with their labels, on the device of the run."""
     renderer, device = _renderer_of(run), run.running.device
-    return [renderer.alone(number).to(device) for number in range(run.share.passes)]
+    return [renderer.render_here(number).to(device) for number in range(run.share.passes)]
 
 
 def update_on(run: Run, batches: list[Batch]) -> Work:
-    """Return what computes an update as the loop does, always from these batches."""
+    """Return a function that computes an update as the loop does, always from these batches."""
 
     def update() -> None:
         run.accumulate(batches)
@@ -222,7 +267,7 @@ def update_on(run: Run, batches: list[Batch]) -> Work:
 
 
 def measure_stream(run: Run, *, seconds: float) -> float:
-    """Return the views/s of the loader processes when nobody uses their batches."""
+    """Return the views/s of the loader processes when nothing uses their batches."""
     workers = run.running.world.workers
     turn = max(1, workers)  # batches come in bursts of one from each process: whole bursts are counted
     indices = range(run.order.steps_per_epoch * ENDLESS)
@@ -237,8 +282,8 @@ def measure_stream(run: Run, *, seconds: float) -> float:
     return made / (time.perf_counter() - began)
 
 
-def measure_together(run: Run, *, seconds: float) -> Together:
-    """Let the loop train for so many seconds, once its queues have filled and run empty again."""
+def measure_loop(run: Run, *, seconds: float) -> LoopRate:
+    """Let the loop train for `seconds`, after its queues have filled and run empty again."""
     device = run.running.device
     first = -(-(PREFETCH * run.running.world.workers + 1) // run.share.passes)
     marks: list[tuple[float, Step]] = []
@@ -257,7 +302,7 @@ def measure_together(run: Run, *, seconds: float) -> Together:
         run.go(writer, StopRequest())
     (began, before), (ended, after) = marks
     elapsed_s = ended - began
-    return Together(
+    return LoopRate(
         images_per_s=(after.images - before.images) / elapsed_s,
         data_wait=min(1.0, (after.waited_s - before.waited_s) / elapsed_s),
         updates=after.made - before.made,
@@ -269,8 +314,8 @@ class _Enough(Exception):
     """Stops a run that has been timed for long enough."""
 
 
-def measure_parts(run: Run, *, least_s: float) -> Parts:
-    """Time each part of the stream alone, for about so many seconds each, on the first images; medians."""
+def measure_parts(run: Run, *, least_s: float) -> StreamParts:
+    """Time each part of the stream alone on the first images, for about `least_s` seconds each; return medians."""
     data, views, host = run.data, run.order.views_of_epoch(0), torch.device("cpu")
     catalogue = Catalogue(data.source, data.label_set)
     places = list(islice(_usable(catalogue), IMAGES))
@@ -285,7 +330,7 @@ def measure_parts(run: Run, *, least_s: float) -> Parts:
         spent = {name: median_s(each, host, least_s) / len(samples) / len(views) for name, each in work.items()}
         plan_s, find_s = _planning_s(run, least_s)
         labels_s = None if data.label_set is None else find_s + _label_files_s(run, data.label_set, least_s)
-    return Parts(
+    return StreamParts(
         read_s=spent["read_s"],
         decode_s=spent["decode_s"],
         render_s=max(spent["made_s"] - spent["decode_s"], 0.01 * spent["made_s"]),  # both are noisy
@@ -296,7 +341,7 @@ def measure_parts(run: Run, *, least_s: float) -> Parts:
 
 
 def _usable(catalogue: Catalogue) -> Iterator[tuple[int, int, ShardTable]]:
-    """Yield shard, row and the shard's samples for each sample that can be trained on."""
+    """Yield number of the shard, row, and samples of the shard for each sample that can be trained on."""
     for shard in range(len(catalogue.names)):
         table = catalogue.table(shard)
         for row in table.usable.tolist():
@@ -311,7 +356,7 @@ def _read(catalogue: Catalogue, shard: int, row: int, table: ShardTable) -> Samp
 
 
 def _decoding(sample: Sample, data: Data, views: range) -> Work:
-    """Return what decodes an image as the stream does: for a single view of a labelled one, what its crop needs."""
+    """Return a function that decodes an image as the stream does: for a single view, only what its crop needs."""
     if len(views) > 1 or data.label_set is None:
         return lambda: decode(sample.image, key=sample.key)
     height, width = image_size(sample.image, key=sample.key)
@@ -320,7 +365,7 @@ def _decoding(sample: Sample, data: Data, views: range) -> Work:
 
 
 class _Planner(BatchRenderer):
-    """Everything that a renderer does but pixels, and how long it looked for labels."""
+    """A renderer that makes no pixels, and measures how long it looks for labels."""
 
     label_s = 0.0
 
@@ -353,10 +398,10 @@ def _planning_s(run: Run, least_s: float) -> tuple[float, float]:
 
 
 def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
-    """Return the seconds of reading label shards that fall on one view of a loader process.
+    """Return the seconds of reading label shards, divided over the views of a loader process.
 
-    Every process meets every source shard, so each reads all labels, of which it uses its part; where the shards are
-    more than it keeps, it reads them again in each epoch that shares their views.
+    Every process meets every source shard, so each reads all labels and uses only its part of them. With more shards than it
+    keeps, it reads them again in each epoch that shares their views.
     """
     start, stop = min(label_set.manifest.view_blocks)
     entry = max(
@@ -377,11 +422,11 @@ def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
 
 
 def _copy_s(run: Run, least_s: float) -> float | None:
-    """Return the seconds that one view takes to a GPU from page-locked memory, nothing else running."""
+    """Return the seconds that one view takes to a GPU from page-locked memory, while nothing else runs; None without a GPU."""
     device = run.running.device
     if device.type != "cuda":
         return None
-    batch = _renderer_of(run).alone(0)
+    batch = _renderer_of(run).render_here(0)
     batch = replace(batch, images=batch.images.pin_memory())
     return median_s(lambda: batch.to(device), device, least_s) / len(batch.keys)
 
@@ -393,47 +438,3 @@ def _renderer_of(run: Run, kind: type[BatchRenderer] = BatchRenderer) -> Any:
 
 def _unheard(_: str) -> None:
     """Take a note of where a process is, which nobody asks for here."""
-
-
-def stage2_table(found: Measured) -> str:
-    """Return where the time of stage 2 goes, which part holds it back, and how many loader processes would be enough."""
-    parts, together, loaders = found.parts, found.together, count(found.loaders, "loader process", "es")
-    share = "" if found.label_share is None else f", {100 * found.label_share:.2g} % of a step"
-    on = found.device if found.threads is None else f"{found.device}, {count(found.threads, 'thread')}"
-    rows = [
-        ("read", parts.read_s, "one core"),
-        ("decode", parts.decode_s, "one core"),
-        ("render", parts.render_s, "one core"),
-        ("plan and mix", parts.plan_s, "one core"),
-        ("labels", parts.labels_s, f"one core{share}"),
-        ("copy", parts.copy_s, f"to {found.device}, while it computes"),
-        ("student", 1 / found.student, on),
-    ]
-    lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
-    lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s:12,.1f}  {where}" for name, s, where in rows if s is not None]
-    if found.views_per_decode > 1:
-        lines.append(f"read and decode are shared by the {found.views_per_decode} views of an image")
-    update = f"{1000 * found.views_per_update / found.student:,.4g} ms for an update of {count(found.views_per_update, 'view')}"
-    of_best = together.images_per_s / found.reachable
-    lines += [
-        f"{'student alone':29}{found.student:12,.1f}  {on}, {update}",
-        f"{'stream alone':29}{found.stream:12,.1f}  {loaders if found.loaders else 'in this process'}",
-        f"{'together, measured':29}{together.images_per_s:12,.1f}  {100 * of_best:.0f} % of"
-        f" {'the slower of these' if found.loaders else 'both in turn'}, waiting for data"
-        f" {100 * together.data_wait:.0f} % of the time",
-        _verdict(found),
-    ]
-    if not 0.5 <= of_best <= 1.2:
-        lines.append("measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds")
-    return "\n".join(lines)
-
-
-def _verdict(found: Measured) -> str:
-    """Return what holds training back, by how much, and what would help."""
-    enough = f"{count(found.loaders_enough, 'loader process', 'es')} would be enough"
-    if found.loaders == 0:
-        return f"student and stream take turns in one process: {enough} (--workers) to let the student go on"
-    if found.limit == "student":
-        return f"the student is the limit: the stream could feed {found.stream / found.student:.2f} times as much; {enough}"
-    more = f"; this machine has {count(found.cores, 'core')}" if found.loaders_enough > found.cores else ""
-    return f"the stream is the limit: the student could take {found.student / found.stream:.2f} times as much; {enough}{more}"

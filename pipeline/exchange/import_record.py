@@ -1,0 +1,174 @@
+"""What import.json says of imported labels: what they are, what the format lost, and what they are good for."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.labels.encoding import Codec
+from pipeline.labels.format import IMPORT_FORMAT, MAX_TOPK, VERSION
+from pipeline.storage.json import Count, Name, Record, Sha256
+from pipeline.text import byte_size, count, two_columns
+
+Foreign = Literal["fkd", "tinyvit"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is true of all labels of a format.
+
+    Attributes:
+        lost: what it does not record.
+        use: what its labels are good for, in addition to ANY_USE.
+        columns: what it records beside the labels, by the name of the column.
+    """
+
+    lost: tuple[str, ...]
+    use: str
+    columns: dict[str, str]
+
+
+FORMATS: dict[Foreign, Format] = {
+    "fkd": Format(
+        lost=(
+            "its random crops and flips are recorded, but not the pixels, nor how they were resized, so nothing proves that a view is the one that the teacher saw",
+            "boxes are shares of the image's height and width; the sizes of the images are not recorded",
+            "the class label of an image stands in its folder's name alone, and its file name was cut at the first point",
+        ),
+        use="distil on the level of images: the mean over the crops of an image is a soft label that needs no crop",
+        columns={
+            "crop_top": "top of the crop, as a share of the image's height",
+            "crop_left": "left of the crop, as a share of the image's width",
+            "crop_height": "height of the crop, as a share of the image's height",
+            "crop_width": "width of the crop, as a share of the image's width",
+            "flip": "whether the crop was flipped from left to right",
+        },
+    ),
+    "tinyvit": Format(
+        lost=(
+            "of a view nothing but the seed of TinyViT's own augmentation code is recorded, and neither that code's version nor its settings",
+            "with mixup or CutMix, which its settings decide, the partner of a view follows from the sampler's order and is not recorded",
+            "an epoch may have a key twice, from two ranks, because its sampler pads",
+        ),
+        use="distil on the level of images, where its settings had no mixup and no CutMix: the mean over the epochs of an image",
+        columns={"seed": "of TinyViT's augmentation code"},
+    ),
+}
+ANY_LOST = (
+    "which teacher answered (its name, weights, input size and normalisation) is not recorded: ask who published the labels",
+    "the temperature of the probabilities is not recorded; they stand as they were stored",
+    "class names and their order are not recorded; classes are numbers",
+    "no hash of the images is recorded: whether your copy has the same ones cannot be proved",
+)
+ANY_USE = (
+    "look at what a teacher says: entropy, its most frequent classes, hard samples",
+    "compare with other label sets of the same images, by key",
+    "train with the program that made them, on the files that were imported",
+)
+COLUMNS = {
+    "key": "sample key",
+    "view": "number of the crop (fkd) or of the epoch (tinyvit)",
+    "hard": "the teacher's most probable class",
+    "topk_index": "most probable classes, most probable first",
+    "topk_prob": "their probabilities, as they were stored",
+    "tail_mass": "1 minus the stored probabilities, at least 0; rounding of what was stored included",
+}
+
+
+class PartRecord(Record):
+    """One Parquet file of an import."""
+
+    path: Annotated[str, Field(pattern=r"^labels/[A-Za-z0-9._-]+\.parquet$")]
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+
+
+class ImportRecord(Record):
+    """What import.json holds. It is written last: without it there is no import.
+
+    Attributes:
+        imported_from: the format.
+        num_classes: C.
+        topk: K.
+        precision: type of the probabilities.
+        rows: number of labels in all files.
+        views: smallest and largest view number.
+        source_files: number of files that were read.
+        source_bytes: bytes of these files.
+        lost: what the format does not record, or this import left out.
+        use: what the labels are good for.
+        columns: what each column means.
+        files: the tables.
+    """
+
+    format: Literal["deit-cli-import"] = IMPORT_FORMAT
+    version: Literal[1] = VERSION
+    imported_from: Foreign
+    num_classes: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    topk: Annotated[int, Field(ge=0, le=MAX_TOPK)]
+    precision: Literal["float16", "float32"]
+    rows: Count
+    views: tuple[Count, Count]
+    source_files: Count
+    source_bytes: Count
+    lost: tuple[str, ...]
+    use: tuple[str, ...]
+    columns: dict[Name, str]
+    files: tuple[PartRecord, ...]
+
+
+def columns_of(kind: Foreign, codec: Codec) -> dict[str, str]:
+    """Return what each column of an import means, by its name and in the order of the tables."""
+    return {name: COLUMNS[name] for name in ("key", "view", *(codec.record.names or ()))} | FORMATS[kind].columns
+
+
+def losses(kind: Foreign, codec: Codec, *, stored: int, keys_are_numbers: bool) -> Iterator[str]:
+    """Yield what labels lost, those of the format first.
+
+    Args:
+        kind: their format.
+        codec: how they are stored now.
+        stored: classes that the format held for each view.
+        keys_are_numbers: whether no key has anything but digits.
+    """
+    yield from FORMATS[kind].lost
+    if codec.topk < stored:
+        yield f"--topk kept {codec.topk} of {stored} classes a view, the others are in tail_mass"
+    if not stored:
+        yield "only the most probable class was stored, without its probability"
+    elif stored < codec.num_classes:
+        yield f"of {codec.num_classes} classes {stored} were stored for each view; of the others only the sum is known"
+    if codec.prob_dtype == "float16":
+        what = "probabilities and boxes" if kind == "fkd" else "probabilities"
+        yield f"{what} were stored in float16: 11 significant bits, and tail_mass has the rounding of all of them"
+    if keys_are_numbers:
+        yield "its keys are positions in somebody's list of images, which you need too"
+    yield from ANY_LOST
+
+
+def import_table(record: ImportRecord, out: str | os.PathLike[str]) -> str:
+    """Return what an import made, what it cost, and what is lost, for people."""
+    size = sum(part.bytes for part in record.files)
+    kept = (
+        f"K = {record.topk} of {record.num_classes} classes"
+        if record.topk
+        else f"hard labels of {record.num_classes} classes"
+    )
+    rows = [
+        (
+            "imported",
+            f"{count(record.rows, 'label')} into {count(len(record.files), 'table')}: {os.fspath(out)}/labels",
+        ),
+        ("views", f"{record.views[0]}:{record.views[1] + 1}"),
+        ("stored", f"{kept}, {record.precision}" if record.topk else kept),
+        (
+            "bytes a label",
+            f"{record.source_bytes / record.rows:.1f} before ({byte_size(record.source_bytes)} in {count(record.source_files, 'file')}), {size / record.rows:.1f} now ({byte_size(size)})",
+        ),
+    ]
+    lines = [two_columns(rows), "not a label set: it cannot be trained on. What is lost, or was never there:"]
+    lines += [f"  - {loss}" for loss in record.lost]
+    return "\n".join([*lines, "What it is good for:", *(f"  - {use}" for use in record.use)])

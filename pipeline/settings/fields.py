@@ -1,0 +1,183 @@
+"""A setting is written once, as a field of a config dataclass: its default, help, range, choices and group.
+
+Command-line options, files of settings, checks of ranges and what may change on resume are all read from the field.
+"""
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import UsageError
+
+Group = Literal["Data", "Teacher", "Student", "Distillation", "Optimisation", "Run", "Logging"]
+GROUPS: tuple[Group, ...] = typing.get_args(Group)  # in the order in which --help shows them
+Views = tuple[int, int]  # start and stop
+REQUIRED: Any = MISSING
+
+
+def option(
+    default: Any,
+    text: str,
+    *flags: str,
+    group: Group,
+    low: float | None = None,
+    high: float | None = None,
+    bare: str | None = None,
+    free: bool = False,
+    timed: bool = True,
+    planned: bool = False,
+) -> Any:
+    """Return a config field with all that is known of the setting.
+
+    The type hint of the field adds the rest: a `Literal` lists the choices, `| None` means that the setting may be left
+    out, and a tuple of any length means that the option may be repeated.
+
+    Args:
+        default: value of the field, or REQUIRED.
+        text: help text.
+        flags: other names of the option on the command line and in files.
+        group: heading in `--help`.
+        low: smallest value; None: any.
+        high: largest value; None: any. It needs a `low`.
+        bare: value that the option has when it is passed without one; None: it must have one.
+        free: whether a resumed run may change it.
+        timed: whether `estimate` and `bench` have this option, too: it changes how fast the work goes.
+        planned: whether the plan of a label set fixes it, so that `labels extend` does not have this option.
+    """
+    known = {"low": low, "high": high, "bare": bare, "free": free, "timed": timed, "planned": planned}
+    return dataclasses.field(default=default, metadata={"help": text, "flags": flags, "group": group} | known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A field of a config with what `option` and its type hint say. Attributes without a line here are those of `option`.
+
+    Attributes:
+        name: name of the field.
+        kind: type of one value: a key of `KINDS`; None where only `words` are allowed.
+        words: values of the hint's `Literal`.
+        optional: whether None is a value.
+        repeats: whether the value is a tuple of any length.
+    """
+
+    name: str
+    default: Any
+    help: str
+    flags: tuple[str, ...]
+    group: Group
+    low: float | None
+    high: float | None
+    bare: str | None
+    free: bool
+    timed: bool
+    planned: bool
+    kind: Any
+    words: tuple[str, ...]
+    optional: bool
+    repeats: bool
+
+    @property
+    def flag(self) -> str:
+        """Name of the option on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that the setting may have in a file."""
+        return *(flag[2:].replace("-", "_") for flag in self.flags if flag.startswith("--")), self.name
+
+    @property
+    def wanted(self) -> str:
+        """The values that it takes in a file, for an error message."""
+        parts = [KINDS[self.kind].text + (" or a list of them" if self.repeats else "")] if self.kind else []
+        parts += [("one of " if len(self.words) > 1 else "") + ", ".join(self.words)] if self.words else []
+        return " or ".join([*parts, "null"] if self.optional else parts)
+
+    def takes(self, value: Any) -> bool:
+        """Return whether a value of a file has the right type."""
+        if value is None:
+            return self.optional
+        return all(map(self._takes_one, value)) if self.repeats and isinstance(value, list) else self._takes_one(value)
+
+    def _takes_one(self, value: Any) -> bool:
+        return (isinstance(value, str) and value in self.words) or (self.kind and KINDS[self.kind].holds(value))
+
+    def check(self, value: Any) -> None:
+        """Raise UsageError for a value that is out of range or not one of the choices."""
+        if value is None or value in self.words:
+            return
+        if self.kind is None:
+            raise UsageError(f"{self.flag} must be one of {', '.join(self.words)}, got {value!r}")
+        if self.low is not None and not self.low <= value <= (math.inf if self.high is None else self.high):
+            raise UsageError(f"{self.flag} must be {_range(self.low, self.high)}, got {value}")
+
+
+def _range(low: float, high: float | None) -> str:
+    first, last = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high or 0))
+    return f"at least {first}" if high is None else f"in {first}..{last}"
+
+
+@functools.cache
+def settings_of(config: type) -> tuple[Setting, ...]:
+    """Return the settings of a config dataclass, in the order of its fields."""
+    hints = typing.get_type_hints(config)
+    return tuple(
+        Setting(name=field.name, default=field.default, **field.metadata, **_read_hint(hints[field.name]))
+        for field in dataclasses.fields(config)
+    )
+
+
+def check_settings(config: Any) -> None:
+    """Raise UsageError for a field of a config that is out of range or not one of its choices."""
+    for setting in settings_of(type(config)):
+        setting.check(getattr(config, setting.name))
+
+
+def _read_hint(hint: Any) -> dict[str, Any]:
+    """Return kind, words, optional and repeats of a type hint."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    words = tuple(word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind))
+    kind = next((kind for kind in kinds if kind is not types.NoneType and typing.get_origin(kind) is not Literal), None)
+    repeats = typing.get_args(kind)[1:] == (...,)
+    kind = typing.get_args(kind)[0] if repeats else kind
+    return {"kind": kind, "words": words, "optional": types.NoneType in kinds, "repeats": repeats}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of value in a file of settings.
+
+    Attributes:
+        text: what an error message calls it.
+        holds: whether a value that YAML gave has this type.
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_views(value: Any) -> bool:
+    pair = isinstance(value, list) and len(value) == 2 and all(map(_is_whole, value))
+    return pair or isinstance(value, str) or _is_whole(value)
+
+
+_TEXT = Kind("text (in quotes)", lambda value: isinstance(value, str))
+KINDS: dict[Any, Kind] = {
+    str: _TEXT,
+    Path: _TEXT,
+    int: Kind("a whole number", _is_whole),
+    float: Kind("a number", lambda value: isinstance(value, float) or _is_whole(value)),
+    bool: Kind("true or false", lambda value: isinstance(value, bool)),
+    Views: Kind("START:STOP or a whole number", _is_views),
+    dict: Kind("a mapping of recipe fields", lambda value: isinstance(value, dict)),
+}
