@@ -74,13 +74,13 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
     recipe = chosen_recipe(values)
     say_settings(config, teacher, recipe=recipe)
     from pipeline.stage1.engines import load_here
-    from pipeline.stage1.precompute import ended_line, look_ahead, plan_table
+    from pipeline.stage1.precompute import ended_line, look_ahead
     from pipeline.stage1.precompute import precompute as label
 
     with shown_progress(log_json) as progress:
         loaded, source = load_here(config, teacher)
         if dry_run:
-            done = plan_table(look_ahead(config, recipe, loaded, source))
+            done = look_ahead(config, recipe, loaded, source).table()
         else:
             done = ended_line(config, label(config, recipe, loaded, source, progress=progress))
     click.echo(done)
@@ -455,7 +455,7 @@ def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path
       deit-cli labels extend shards --views 30:60
     """
     from pipeline.stage1.engines import load_here
-    from pipeline.stage1.extending import extension
+    from pipeline.stage1.plan import extension
     from pipeline.stage1.precompute import ended_line
     from pipeline.stage1.precompute import precompute as label
 

@@ -16,7 +16,8 @@ from pipeline.machine.progress import Tick
 from pipeline.settings.configs import MAX_VIEW, BenchConfig, PrecomputeConfig, TeacherConfig
 from pipeline.stage1.engines import load_here
 from pipeline.stage1.loop import AHEAD
-from pipeline.stage1.precompute import choose_topk, precompute
+from pipeline.stage1.plan import choose_topk
+from pipeline.stage1.precompute import precompute
 from pipeline.teacher.teacher import Teacher
 from pipeline.text import count
 from pipeline.views.recipe import Recipe

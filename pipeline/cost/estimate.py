@@ -9,7 +9,7 @@ from pipeline.cost.reach import LIMITS, Limit, Machine, ReachableRates, plan_mac
 from pipeline.labels.encoding import codec_of
 from pipeline.settings.configs import EstimateConfig, PrecomputeConfig, TeacherConfig
 from pipeline.stage1.engines import load_here
-from pipeline.stage1.precompute import choose_topk
+from pipeline.stage1.plan import choose_topk
 from pipeline.text import byte_size, count, duration, two_columns
 from pipeline.views.recipe import Recipe
 

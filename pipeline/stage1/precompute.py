@@ -1,4 +1,4 @@
-"""Stage 1 from plan to seal: what is to be labelled, by whom, and when it is complete."""
+"""Stage 1 from plan to seal: the run, its engine, and its commit."""
 
 import contextlib
 import itertools
@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import BadImageError, LabelSetMismatch, TeacherError, UsageError
+from pipeline.errors import BadImageError, TeacherError, UsageError
 from pipeline.images.decode import decode
 from pipeline.images.source import Sample, Source
 from pipeline.labels.card import refresh_card
-from pipeline.labels.comparing import check_source, labelled_part, record_of
-from pipeline.labels.format import MANIFEST_NAME, MAX_TOPK, PLAN_NAME
+from pipeline.labels.format import MANIFEST_NAME
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import Plan, SourceRecord, label_blocks, read_plan
-from pipeline.labels.sealing import check_replaceable, check_untouched, claim, seal, sealed_manifest
+from pipeline.labels.manifest import Plan
+from pipeline.labels.sealing import check_replaceable, check_untouched, claim, seal
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
@@ -29,153 +28,23 @@ from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.engines import limit, run_here, run_processes
 from pipeline.stage1.indexing import index_samples
 from pipeline.stage1.loop import Job, LabelTask, paths_of
-from pipeline.stage1.packing import Packing, check_packable, pack_images, plan_packing
+from pipeline.stage1.packing import pack_images
+from pipeline.stage1.plan import Work, plan_work
 from pipeline.stage1.ray import connect_ray, run_ray
-from pipeline.storage.atomic import TEMPORARY_PREFIX, sweep_temporaries
+from pipeline.storage.atomic import sweep_temporaries
 from pipeline.storage.mirror import ChangedElsewhere, ManyWritersMirror
-from pipeline.storage.place import Place
-from pipeline.teacher.teacher import Teacher, check_classes, one_thread
-from pipeline.text import byte_size, count, two_columns
+from pipeline.teacher.teacher import Teacher, one_thread
 from pipeline.views.mixing import mix_batch
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.views.view import draw_view, render
 
 log = logging.getLogger("deit_cli.precompute")
 
-DEFAULT_TOPK = 10
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run would do.
-
-    Attributes:
-        plan: of the label set.
-        source: its images; where the folder holds a subset, those source shards alone.
-        blocks: of views, in rising order; sealed and begun ones among those asked come along, to be completed where a file
-            is missing.
-        views_to_label: views that no sealed block holds yet.
-        packing: how the images are packed into the set; None: not at all.
-    """
-
-    plan: Plan
-    source: Source
-    blocks: tuple[range, ...]
-    views_to_label: int
-    packing: Packing | None
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of the source."""
-        return self.source.num_samples
-
-    @property
-    def shards(self) -> tuple[str, ...] | None:
-        """Names of the source shards to label; None for all of the plan's."""
-        names = tuple(shard.name for shard in self.source.shards)
-        return names if len(names) < len(self.plan.source.shards) else None
-
-    @property
-    def teacher_passes(self) -> int:
-        """Views that the teacher must answer for, if no file exists yet."""
-        return self.num_samples * self.views_to_label
-
-    @property
-    def bytes_before_compression(self) -> int:
-        """Size of all labels before compression: class, K indices and probabilities, tail."""
-        plan = self.plan
-        return self.teacher_passes * plan.codec.label_bytes
-
-
-def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
-    """Work out the plan and the blocks of views that are asked and not yet sealed. Writes nothing.
-
-    Raises:
-        TeacherError: the teacher's classes are not the source's.
-        LabelSetMismatch: the folder holds another label set.
-    """
-    source, record = _held_part(config.folder, source)
-    labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
-    check_classes(teacher.identity, source.class_names, max(labels, default=None))
-    topk = choose_topk(config.topk, teacher.identity.num_classes)
-    plan = Plan.make(recipe=recipe, teacher=teacher.identity, source=record, topk=topk, precision=config.precision)
-    # Listed before the plan is looked for: another run that begins just now writes its plan before anything else.
-    out = config.folder
-    present = [path.name for path in out.iterdir()] if out.is_dir() else []
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise UsageError(f"--out {config.out}: {above} is a file: choose a folder in a folder")
-    if (out / PLAN_NAME).is_file():
-        existing = read_plan(out)
-        existing.check_same(plan, folder=config.out)
-        plan = existing
-    elif out.exists() and not out.is_dir():
-        raise UsageError(f"--out {config.out} is a file: choose a folder")
-    elif any(not name.startswith(TEMPORARY_PREFIX) for name in present):
-        raise LabelSetMismatch(f"{config.out} is not empty and holds no label set: choose another --out")
-    manifest = sealed_manifest(out)
-    sealed = sorted((range(*block) for block in manifest.view_blocks), key=lambda b: b.start) if manifest else []
-    asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
-    _check_no_gap(sealed, asked, config.views)
-    again = [block for block in sealed if block.start < config.views[1] and block.stop > config.views[0]]
-    packing = plan_packing(out, config.include_images)
-    if packing:
-        check_packable(source)
-    begun = _begun(out, sealed, config.views)
-    new = [view for view in asked if not any(view in block for block in begun)]
-    # In one order whatever lies in the folder: ranks that begin one after the other must share out the same tasks.
-    blocks = sorted((*again, *begun, *_cut(new, config.views_per_shard)), key=lambda block: block.start)
-    return Work(plan, source, tuple(blocks), len(asked), packing)
-
-
-def _begun(out: Path, sealed: list[range], views: tuple[int, int]) -> list[range]:
-    """Return blocks that lie in the folder unsealed, among those asked: what is done of them is not made in another cut."""
-    inside = [block for block in label_blocks(out) if views[0] <= block.start and block.stop <= views[1]]
-    begun = [block for block in inside if block not in sealed]
-    together = sorted((*sealed, *begun), key=lambda block: block.start)
-    return begun if all(a.stop <= b.start for a, b in itertools.pairwise(together)) else []
-
-
-def _held_part(out: Path, source: Source) -> tuple[Source, SourceRecord]:
-    """Return the source and its record; where the folder holds a subset, of the source shards that are in it.
-
-    So a subset stays one: it is the same source shards that get more views, and a source of these alone will do.
-    """
-    manifest = sealed_manifest(out)
-    if manifest is None or manifest.shards is None:
-        return source, record_of(source)
-    held = LabelSet(Place(out))
-    check_source(held, source)
-    log.info(
-        "%s holds %d of %d source shards: only these are labelled", out, len(held.shards), len(held.plan.source.shards)
-    )
-    return labelled_part(held, source), held.plan.source
-
 
 def look_ahead(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
     """Return what a run would do, also where its --out is a URL."""
     with mirrored(config):
         return plan_work(config, recipe, teacher, source)
-
-
-def choose_topk(asked: int | None, num_classes: int) -> int:
-    """Return K, by default 10 or all classes."""
-    topk = min(DEFAULT_TOPK, num_classes) if asked is None else asked
-    if topk > min(num_classes, MAX_TOPK):
-        most = f"{num_classes} (the teacher's classes)" if num_classes <= MAX_TOPK else f"{MAX_TOPK}"
-        raise UsageError(f"--topk must be in 0..{most}, got {topk}")
-    return topk
-
-
-def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int]) -> None:
-    """A sealed set has no gap in its views, so new ones must begin or end where it does."""
-    known = sorted({view for block in sealed for view in block} | set(asked))
-    if known[-1] - known[0] + 1 != len(known):
-        held = f"{sealed[0].start}:{sealed[-1].stop}"
-        raise UsageError(
-            f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}",
-            fix="Append to those",
-        )
 
 
 def precompute(
@@ -189,52 +58,92 @@ def precompute(
         the label set, sealed; None where other ranks still have label shards to make.
     """
     with mirrored(config) as mirror:
-        return _precompute(config, recipe, teacher, source, progress, mirror)
+        work = plan_work(config, recipe, teacher, source)
+        resources = _prepare(config, teacher)
+        _check_accuracy(config, teacher, work.source)
+        tasks = _claim_tasks(config, work, mirror)
+        mine = _share_of(tasks)
+        job, samples = _read_images(config, work, recipe, resources, mine, progress)
+        _warn_of_sorted_classes(recipe, samples)
+        _label(job, teacher, resources.devices, mine, samples, progress)
+        if mirror:
+            mirror.send()
+            mirror.bring()  # what other machines have made
+        if missing := sum(not path.is_file() for path in paths_of(config.folder, tasks)):
+            log.info(
+                "%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks)
+            )
+            return None
+        return _finish(config, work, mirror)
 
 
-def _precompute(
-    config: PrecomputeConfig,
-    recipe: Recipe,
-    teacher: Teacher,
-    source: Source,
-    progress: Progress,
-    mirror: ManyWritersMirror | None,
-) -> LabelSet | None:
-    work = plan_work(config, recipe, teacher, source)
-    source = work.source
+@dataclass(frozen=True)
+class Resources:
+    """What this process labels with.
+
+    Attributes:
+        devices: devices of the teacher, one for each teacher process.
+        cores: number of cores for each teacher process.
+        loaders: number of loader processes for each teacher process.
+    """
+
+    devices: list[str]
+    cores: int
+    loaders: int
+
+
+def _prepare(config: PrecomputeConfig, teacher: Teacher) -> Resources:
+    """Return what this process labels with; limit the teacher to that, and connect to Ray where it is the engine."""
     rank = rank_from(os.environ)
     devices = plan_devices(teacher.config.device, config.processes, rank)
     cores = 1 if config.engine == "ray" else plan_cores(devices, rank)  # an actor of Ray has one core
     limit(teacher, config, cores)
     if config.engine == "ray":
         connect_ray(config.address)  # before hours of indexing
-    _check_accuracy(config, teacher, source)
+    return Resources(devices, cores, plan_loaders(config.workers, cores, devices[0]))
+
+
+def _claim_tasks(config: PrecomputeConfig, work: Work, mirror: ManyWritersMirror | None) -> list[LabelTask]:
+    """Claim the folder for the plan, and return the label shards of all ranks."""
     claim(config.folder, work.plan, work.blocks, offer=mirror.send if mirror else lambda: None)
     check_untouched(config.folder, work.blocks)
     sweep_temporaries(config.folder)
-    tasks = [LabelTask(shard.name, views) for views in work.blocks for shard in source.shards]
+    return [LabelTask(shard.name, views) for views in work.blocks for shard in work.source.shards]
+
+
+def _share_of(tasks: list[LabelTask]) -> list[LabelTask]:
+    """Return the label shards that this rank makes."""
+    rank = rank_from(os.environ)
     mine = rank.share(tasks)
     if rank.world_size > 1:
         log.info("rank %d of %d: %d of %d label shards", rank.rank, rank.world_size, len(mine), len(tasks))
-    loaders = plan_loaders(config.workers, cores, devices[0])
+    return mine
+
+
+def _read_images(
+    config: PrecomputeConfig,
+    work: Work,
+    recipe: Recipe,
+    resources: Resources,
+    tasks: list[LabelTask],
+    progress: Progress,
+) -> tuple[Job, dict[str, SampleRows]]:
+    """Pack the images of these label shards where that is asked for, index them, and return job and samples."""
     reading: dict[str, Any] = {
-        "shards": list(dict.fromkeys(task.shard for task in mine)),
+        "shards": list(dict.fromkeys(task.shard for task in tasks)),
         "on_bad_image": config.on_bad_image,
-        "workers": loaders * len(devices),
+        "workers": resources.loaders * len(resources.devices),
         "progress": progress,
     }
+    source, changes = work.source, work.packing.changes if work.packing else None
     if work.packing:
         source = pack_images(config.folder, work.plan, source, work.packing, **reading)
-    job = Job(config, work.plan, recipe, source, loaders, cores, work.packing.changes if work.packing else None)
-    samples = index_samples(config.folder, work.plan, source, **reading)
-    _warn_of_sorted_classes(recipe, samples)
-    _label(job, teacher, devices, mine, samples, progress)
-    if mirror:
-        mirror.send()
-        mirror.bring()  # what other machines have made
-    if missing := sum(not path.is_file() for path in paths_of(config.folder, tasks)):
-        log.info("%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks))
-        return None
+    job = Job(config, work.plan, recipe, source, resources.loaders, resources.cores, changes)
+    return job, index_samples(config.folder, work.plan, source, **reading)
+
+
+def _finish(config: PrecomputeConfig, work: Work, mirror: ManyWritersMirror | None) -> LabelSet:
+    """Seal the label set, write its card, and return it."""
     sweep_temporaries(config.folder)  # of processes that were lost meanwhile
     commit(config.folder, work.plan, work.blocks, work.shards, images=work.packing is not None, mirror=mirror)
     label_set = LabelSet.open(config.folder)
@@ -324,17 +233,6 @@ def _warn_of_sorted_classes(recipe: Recipe, samples: dict[str, SampleRows]) -> N
         )
 
 
-def _cut(views: list[int], size: int) -> tuple[range, ...]:
-    """Cut view numbers into consecutive runs of at most `size`."""
-    blocks: list[range] = []
-    for view in views:
-        if blocks and blocks[-1].stop == view and len(blocks[-1]) < size:
-            blocks[-1] = range(blocks[-1].start, view + 1)
-        else:
-            blocks.append(range(view, view + 1))
-    return tuple(blocks)
-
-
 @contextlib.contextmanager
 def mirrored(config: PrecomputeConfig) -> Iterator[ManyWritersMirror | None]:
     """Bring the label set of an --out that is a URL, and send what is made of it for as long as the block runs.
@@ -386,16 +284,3 @@ def ended_line(config: PrecomputeConfig, label_set: LabelSet | None) -> str:
         f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed."
         f" Look: deit-cli labels show {config.out}"
     )
-
-
-def plan_table(work: Work) -> str:
-    """Return what a run would do."""
-    plan = work.plan
-    rows = [
-        ("label set", f"{plan.labelset_id[:12]} (recipe {plan.recipe_id[:12]}, teacher {plan.teacher.name})"),
-        ("source", f"{count(len(plan.source.shards), 'shard')}, {count(work.num_samples, 'image')}"),
-        ("views", f"{work.views_to_label:,} to label, in {count(len(work.blocks), 'block')}"),
-        ("teacher passes", f"{work.teacher_passes:,}"),
-        ("label bytes", f"{byte_size(work.bytes_before_compression)} before compression"),
-    ]
-    return two_columns(rows)

@@ -106,7 +106,7 @@ WRONG = [
     (["--labels", "{labels}", "--data", "nowhere"], 1, "does not exist"),
     (["--labels", "{labels}", "--img-size", "32"], 2, "--img-size 32 is not that of the views, 16"),
     (["--labels", "{labels}", "--batch-size", "1"], 2, "--batch-size must be at least 6"),
-    (["--labels", "{labels}", "--seconds", "0"], 2, "0.0 is not in the range"),
+    (["--labels", "{labels}", "--seconds", "0"], 2, "--seconds must be in 0.1..600, got 0.0"),
     (["--labels", "{labels}", "--device", "cuda:7"], 2, "--device 'cuda:7' cannot be used"),
     (["--labels", "{labels}", "--model", "deit-xl"], 2, "the student must be a timm model"),
     (["--labels", "{labels}", "--recipe", "none"], 1, "was made with another recipe"),

@@ -53,7 +53,7 @@ from pipeline.labels.tables import (
     write_labels,
     write_samples,
 )
-from pipeline.stage1.precompute import plan_work
+from pipeline.stage1.plan import plan_work
 from pipeline.storage.place import open_place
 from pipeline.views.recipe import Recipe
 

@@ -33,7 +33,7 @@ from pipeline.settings.configs import PrecomputeConfig
 from pipeline.sharing.merging import merge, merged_lines
 from pipeline.sharing.transfer import pull
 from pipeline.stage1 import loop as labelling
-from pipeline.stage1.extending import extension
+from pipeline.stage1.plan import extension
 from pipeline.stage1.precompute import precompute
 
 SETTINGS: dict[str, Any] = {"views": (0, 4), "views_per_shard": 2}

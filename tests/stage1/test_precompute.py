@@ -25,7 +25,8 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
 from pipeline.machine.progress import Tick
 from pipeline.settings.configs import PrecomputeConfig
-from pipeline.stage1.precompute import measure_accuracy, plan_work, precompute
+from pipeline.stage1.plan import plan_work
+from pipeline.stage1.precompute import measure_accuracy, precompute
 from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.pairs import draw_mix, shard_pairs
 from pipeline.views.view import draw_view, render

@@ -1,0 +1,255 @@
+"""The plan of stage 1: which label set a run makes, which blocks of views it still needs, how a set is extended."""
+
+import itertools
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import LabelSetMismatch, UsageError
+from pipeline.images.source import Source
+from pipeline.labels.comparing import check_source, labelled_part, record_of
+from pipeline.labels.format import IMAGES_FOLDER, MAX_TOPK, PLAN_NAME
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import Plan, SourceRecord, label_blocks, read_plan
+from pipeline.labels.sealing import sealed_manifest
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.settings.fields import settings_of
+from pipeline.stage1.packing import Packing, check_packable, plan_packing
+from pipeline.storage.atomic import TEMPORARY_PREFIX
+from pipeline.storage.place import Place, open_place
+from pipeline.teacher.teacher import Teacher, check_classes
+from pipeline.text import byte_size, count, two_columns
+from pipeline.views.recipe import Recipe
+
+log = logging.getLogger("deit_cli.precompute")
+
+DEFAULT_TOPK = 10
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run would do.
+
+    Attributes:
+        plan: plan of the label set.
+        source: images to label; where the folder holds a subset, its source shards alone.
+        blocks: blocks of the views that are asked for, in rising order. Sealed and begun blocks are among them: files that
+            are missing from them are made again.
+        views_to_label: number of views that no sealed block holds yet.
+        packing: how the images are packed into the set; None: not at all.
+    """
+
+    plan: Plan
+    source: Source
+    blocks: tuple[range, ...]
+    views_to_label: int
+    packing: Packing | None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the source."""
+        return self.source.num_samples
+
+    @property
+    def shards(self) -> tuple[str, ...] | None:
+        """Names of the source shards to label; None for all of the plan's."""
+        names = tuple(shard.name for shard in self.source.shards)
+        return names if len(names) < len(self.plan.source.shards) else None
+
+    @property
+    def teacher_passes(self) -> int:
+        """Views that the teacher must answer for, if no file exists yet."""
+        return self.num_samples * self.views_to_label
+
+    @property
+    def bytes_before_compression(self) -> int:
+        """Size of all labels before compression: class, K indices and probabilities, tail."""
+        return self.teacher_passes * self.plan.codec.label_bytes
+
+    def table(self) -> str:
+        """Return what the run would do, for people."""
+        plan = self.plan
+        rows = [
+            ("label set", f"{plan.labelset_id[:12]} (recipe {plan.recipe_id[:12]}, teacher {plan.teacher.name})"),
+            ("source", f"{count(len(plan.source.shards), 'shard')}, {count(self.num_samples, 'image')}"),
+            ("views", f"{self.views_to_label:,} to label, in {count(len(self.blocks), 'block')}"),
+            ("teacher passes", f"{self.teacher_passes:,}"),
+            ("label bytes", f"{byte_size(self.bytes_before_compression)} before compression"),
+        ]
+        return two_columns(rows)
+
+
+def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
+    """Work out the plan and the blocks of views that are asked for and not yet sealed. Writes nothing.
+
+    Raises:
+        TeacherError: the teacher's classes are not the source's.
+        LabelSetMismatch: the folder holds another label set.
+        UsageError: K, the views or the folder cannot be as they are asked for.
+    """
+    source, record = _held_part(config.folder, source)
+    labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
+    check_classes(teacher.identity, source.class_names, max(labels, default=None))
+    topk = choose_topk(config.topk, teacher.identity.num_classes)
+    asked = Plan.make(recipe=recipe, teacher=teacher.identity, source=record, topk=topk, precision=config.precision)
+    plan = _plan_in(config, asked)
+    blocks, views_to_label = _blocks_of(config)
+    packing = plan_packing(config.folder, config.include_images)
+    if packing:
+        check_packable(source)
+    return Work(plan, source, blocks, views_to_label, packing)
+
+
+def _held_part(out: Path, source: Source) -> tuple[Source, SourceRecord]:
+    """Return the source and its record; where the folder holds a subset, the part of the source that is in it.
+
+    A subset stays a subset: the same source shards get more views, and a source that has only these is enough.
+    """
+    manifest = sealed_manifest(out)
+    if manifest is None or manifest.shards is None:
+        return source, record_of(source)
+    held = LabelSet(Place(out))
+    check_source(held, source)
+    log.info(
+        "%s holds %d of %d source shards: only these are labelled", out, len(held.shards), len(held.plan.source.shards)
+    )
+    return labelled_part(held, source), held.plan.source
+
+
+def _plan_in(config: PrecomputeConfig, asked: Plan) -> Plan:
+    """Return the plan that the folder holds, which must be the one that is asked for; of a new folder that one itself."""
+    out = config.folder
+    # Listed before the plan is looked for: another run that begins just now writes its plan before anything else.
+    present = [path.name for path in out.iterdir()] if out.is_dir() else []
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"--out {config.out}: {above} is a file: choose a folder in a folder")
+    if (out / PLAN_NAME).is_file():
+        held = read_plan(out)
+        held.check_same(asked, folder=config.out)
+        return held
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {config.out} is a file: choose a folder")
+    if any(not name.startswith(TEMPORARY_PREFIX) for name in present):
+        raise LabelSetMismatch(f"{config.out} is not empty and holds no label set: choose another --out")
+    return asked
+
+
+def _blocks_of(config: PrecomputeConfig) -> tuple[tuple[range, ...], int]:
+    """Return the blocks of the views that are asked for, and how many of these views no sealed block holds.
+
+    Ranks that begin one after the other must share out the same tasks: the blocks are in one order, whatever lies in the
+    folder.
+    """
+    manifest = sealed_manifest(config.folder)
+    sealed = sorted((range(*block) for block in manifest.view_blocks), key=lambda b: b.start) if manifest else []
+    asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
+    _check_no_gap(sealed, asked, config.views)
+    again = [block for block in sealed if block.start < config.views[1] and block.stop > config.views[0]]
+    begun = _begun(config.folder, sealed, config.views)
+    new = [view for view in asked if not any(view in block for block in begun)]
+    blocks = sorted((*again, *begun, *_cut(new, config.views_per_shard)), key=lambda block: block.start)
+    return tuple(blocks), len(asked)
+
+
+def _begun(out: Path, sealed: list[range], views: tuple[int, int]) -> list[range]:
+    """Return the blocks of the asked views that lie in the folder unsealed: they are completed, not cut in another way."""
+    inside = [block for block in label_blocks(out) if views[0] <= block.start and block.stop <= views[1]]
+    begun = [block for block in inside if block not in sealed]
+    together = sorted((*sealed, *begun), key=lambda block: block.start)
+    return begun if all(a.stop <= b.start for a, b in itertools.pairwise(together)) else []
+
+
+def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int]) -> None:
+    """Raise UsageError unless the new views begin or end where the sealed ones do: a sealed set has no gap."""
+    known = sorted({view for block in sealed for view in block} | set(asked))
+    if known[-1] - known[0] + 1 != len(known):
+        held = f"{sealed[0].start}:{sealed[-1].stop}"
+        raise UsageError(
+            f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}",
+            fix="Append to those",
+        )
+
+
+def _cut(views: list[int], size: int) -> tuple[range, ...]:
+    """Cut view numbers into consecutive runs of at most `size`."""
+    blocks: list[range] = []
+    for view in views:
+        if blocks and blocks[-1].stop == view and len(blocks[-1]) < size:
+            blocks[-1] = range(blocks[-1].start, view + 1)
+        else:
+            blocks.append(range(view, view + 1))
+    return tuple(blocks)
+
+
+def choose_topk(asked: int | None, num_classes: int) -> int:
+    """Return K, by default 10 or all classes."""
+    topk = min(DEFAULT_TOPK, num_classes) if asked is None else asked
+    if topk > min(num_classes, MAX_TOPK):
+        most = f"{num_classes} (the teacher's classes)" if num_classes <= MAX_TOPK else f"{MAX_TOPK}"
+        raise UsageError(f"--topk must be in 0..{most}, got {topk}")
+    return topk
+
+
+def extension(
+    location: str, values: dict[str, Any], *, data: str | None, views: tuple[int, int]
+) -> tuple[PrecomputeConfig, TeacherConfig, Recipe]:
+    """Return the settings with which precompute adds views to a label set.
+
+    Recipe, K, precision and source are those of the plan, a block is as long as the longest one of the set, and the teacher
+    is the plan's, unless another name is passed. `precompute` checks that it is the same one, before it writes anything.
+
+    Args:
+        location: folder or URL of the set, which need not be sealed yet.
+        values: how to run, by name: the fields of PrecomputeConfig that are not `planned`, and those of TeacherConfig.
+        data: the images; None: the set's own, or those where it found them.
+        views: start and stop.
+
+    Raises:
+        LabelSetError: there is no label set.
+        UsageError: one image size for teachers that see several.
+    """
+    label_set = LabelSet(open_place(location))
+    plan = label_set.plan
+    longest = max((stop - start for start, stop in label_set.manifest.view_blocks), default=0)  # the last may be short
+    config = PrecomputeConfig(
+        data=_images_of(label_set) if data is None else data,
+        out=location,
+        views=views,
+        topk=plan.topk,
+        precision=plan.precision,
+        **({"views_per_shard": longest} if longest else {}),
+        **_named(PrecomputeConfig, values),
+    )
+    return config, _teacher_of(plan, _named(TeacherConfig, values)), plan.recipe
+
+
+def _images_of(label_set: LabelSet) -> str:
+    return str(label_set.place / IMAGES_FOLDER) if label_set.has_images else label_set.images_location()
+
+
+def _named(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the fields of a config."""
+    return {setting.name: values[setting.name] for setting in settings_of(kind) if setting.name in values}
+
+
+def _teacher_of(plan: Plan, asked: dict[str, Any]) -> TeacherConfig:
+    """Return the plan's teacher, run as was asked."""
+    members = plan.teacher.members
+    if not asked.get("teacher"):
+        asked["teacher"] = tuple(member.name for member in members)
+        # Every published network of timm has a tag in its name; an architecture alone does not say where its weights are.
+        unknown = next((name for name in asked["teacher"] if not re.search("[.:]", name)), None)
+        if unknown and asked.get("pretrained", True):
+            raise UsageError(
+                f"the weights of this set's teacher {unknown} came from a folder or a file: pass that again with --teacher"
+                f" FOLDER, or with --teacher {unknown} --teacher-checkpoint FILE"
+            )
+    sizes = {member.img_size for member in members}
+    if asked.get("teacher_img_size") is None and len(sizes) == 1:
+        (asked["teacher_img_size"],) = sizes
+    if len(sizes) > 1 and asked.get("teacher_img_size") is not None:
+        raise UsageError(f"the teachers of this set see {sorted(sizes)} pixels each: leave --teacher-img-size out")
+    return TeacherConfig(**asked)
