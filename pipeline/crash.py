@@ -1,4 +1,4 @@
-"""What becomes of an error that nobody foresaw: one line for the user, and a report in a file, to be sent with a bug report."""
+"""Unforeseen errors: one line for the user, and a report in a file that can be sent with a bug report."""
 
 import os
 import platform
@@ -35,11 +35,11 @@ SECRET = re.compile("token|secret|password")
 
 @dataclass(frozen=True)
 class Crash:
-    """An error that nobody foresaw, as text that can be sent to another process.
+    """An unforeseen error, as text that can be sent to another process.
 
     Attributes:
         summary: kind, message and place of the error, on one line.
-        traceback: all of it.
+        traceback: the whole traceback.
     """
 
     summary: str
@@ -47,21 +47,21 @@ class Crash:
 
 
 def crash_of(error: BaseException) -> Crash:
-    """Return what is to be known of an error, with paths shortened."""
+    """Return summary and traceback of an error, with paths shortened."""
     what = traceback.format_exception_only(error)[-1].partition("\n")[0][:240]
     text = "".join(traceback.format_exception(error))
     return Crash(shortened(f"{what} ({_place(error)})"), shortened(text))
 
 
 def _place(error: BaseException) -> str:
-    """Return the innermost line that an error went through in our code or the user's, such as a teacher's module."""
+    """Return the innermost line of an error in our code or in the user's, such as the module of a teacher."""
     frames = traceback.extract_tb(error.__traceback__)
     frame = ([frame for frame in frames if not _is_of_a_library(frame.filename)] or frames)[-1] if frames else None
     return "place unknown" if frame is None else f"{_below(frame.filename)}:{frame.lineno}, in {frame.name}"
 
 
 def _is_of_a_library(filename: str) -> bool:
-    if _below(filename).startswith(OURS):  # installed, they lie among the libraries
+    if _below(filename).startswith(OURS):  # once installed, ours lies among the libraries
         return False
     return filename.startswith((sysconfig.get_path("stdlib"), "<")) or "site-packages" in filename
 
@@ -71,15 +71,15 @@ def _below(filename: str) -> str:
 
 
 def save_report(crash: Crash, arguments: Sequence[str], settings: Mapping[str, Any]) -> Path | None:
-    """Write the report into the current folder, or where that cannot be written the one for temporary files.
+    """Write the report into the current folder, or into the folder for temporary files if that fails.
 
     Args:
         crash: the error.
-        arguments: of the command line, without the program.
+        arguments: arguments of the command line, without the name of the program.
         settings: option -> value, as the command understood them.
 
     Returns:
-        the file; None where neither can be written.
+        path of the report; None where no folder can be written to.
     """
     name = f"deit-cli-crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     text = _report(crash, arguments, settings)

@@ -44,12 +44,12 @@ class StreamParts:
     """Seconds that each part of the stream takes for one view, on one core of a loader process.
 
     Attributes:
-        read_s: the encoded image, read and compared with the labelled one.
-        decode_s: of it, or of the part of it that a single view needs.
-        render_s: draws and pixels.
-        plan_s: which views a batch holds, and how they are mixed.
-        labels_s: the label, its share in reading the files included; None without a label set.
-        copy_s: to the GPU, by itself; None where there is none.
+        read_s: to read the encoded image and compare it with the labelled one.
+        decode_s: to decode it, or the part of it that a single view needs.
+        render_s: to draw the parameters of the view and make its pixels.
+        plan_s: to choose the views of a batch and how they are mixed.
+        labels_s: to find the label, with its share of reading the files; None without a label set.
+        copy_s: to copy the view to the GPU, while nothing else runs; None without a GPU.
     """
 
     read_s: float
@@ -62,13 +62,13 @@ class StreamParts:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopRate:
-    """What the training loop reached.
+    """What the training loop reached with everything running.
 
     Attributes:
-        images_per_s: views trained on in a second.
-        data_wait: share of the time in which it waited for data, 0..1.
-        updates: that were timed.
-        elapsed_s: their time.
+        images_per_s: number of views trained on in a second.
+        data_wait: share of the time in which the loop waited for data, 0..1.
+        updates: number of updates that were timed.
+        elapsed_s: seconds of these updates.
     """
 
     images_per_s: float
@@ -82,17 +82,17 @@ class TrainingBench:
     """The parts of stage 2 on one machine.
 
     Attributes:
-        model: the student.
+        model: name of the student.
         device: `cpu` or `cuda`.
-        threads: of the student, where a CPU runs it; None for a GPU.
-        cores: that this process may use.
-        loaders: loader processes; 0: student and stream take turns in one process.
-        views_per_update: that an update is computed from.
-        views_per_decode: that are made of an image once it is decoded.
-        student: views/s when its batches lie in memory.
-        stream: views/s of all loader processes together, when nobody uses their batches.
-        parts: of the stream.
-        together: both.
+        threads: number of threads of a student on a CPU; None for a GPU.
+        cores: number of cores that this process may use.
+        loaders: number of loader processes; 0: student and stream take turns in one process.
+        views_per_update: number of views that an update is computed from.
+        views_per_decode: number of views that are made of an image once it is decoded.
+        student: views/s of the student when its batches lie in memory.
+        stream: views/s of all loader processes together, when nothing uses their batches.
+        parts: parts of the stream, each alone.
+        together: student and stream together.
     """
 
     model: str
@@ -121,17 +121,17 @@ class TrainingBench:
 
     @property
     def loaders_enough(self) -> int:
-        """Loader processes from which on the stream is no longer the limit, each with a core."""
+        """Smallest number of loader processes, each with a core, with which the stream is not the limit."""
         return math.ceil(self.student * max(1, self.loaders) / self.stream)
 
     @property
     def label_share(self) -> float | None:
-        """Part of a loader process's time that labels take, where the stream is as fast as the student."""
+        """Share of the time of a loader process that labels take, if the stream is as fast as the student."""
         labels_s = self.parts.labels_s
         return None if labels_s is None else labels_s * self.student / max(1, self.loaders)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, what follows from the measurements included."""
+        """Return plain JSON values: the measurements, and what follows from them."""
         derived = ("limit", "reachable", "loaders_enough", "label_share")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
@@ -170,7 +170,7 @@ class TrainingBench:
         return "\n".join(lines)
 
     def _verdict(self) -> str:
-        """Return what holds training back, by how much, and what would help."""
+        """Return which part is the limit, by how much, and what would help."""
         enough = f"{count(self.loaders_enough, 'loader process', 'es')} would be enough"
         if self.loaders == 0:
             return f"student and stream take turns in one process: {enough} (--workers) to let the student go on"
@@ -181,14 +181,14 @@ class TrainingBench:
 
 
 def bench_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds: float) -> TrainingBench:
-    """Time student, stream and parts of the stream for about so many seconds each, then the loop five times as long.
+    """Time student, stream and parts of the stream for about `seconds` each, then the loop for five times as long.
 
-    Whatever a run writes goes into a temporary folder. Ranks that a launcher started are not joined.
+    The run writes into a temporary folder. Ranks that a launcher started are not joined.
 
     Args:
-        config: of the run to measure; where it writes, how long it trains and what it evaluates on do not matter.
+        config: settings of the run; its output, length and evaluation do not matter.
         recipe: see `train`.
-        seconds: for each measurement; warm-up comes on top, and one update at least is made, however long it takes.
+        seconds: time for each measurement, without the warm-up; at least one update is made, however long it takes.
     """
     with opened_run(config, recipe) as run:
         world = run.running.world
@@ -212,7 +212,7 @@ def bench_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds
 
 @contextlib.contextmanager
 def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Run]:
-    """Prepare a run that never ends, says nothing, saves no checkpoint and leaves nothing behind."""
+    """Prepare a run that never ends, logs nothing, saves no checkpoint and leaves no file behind."""
     changes: dict[str, Any] = {
         "epochs": ENDLESS,
         "view_policy": "cycle",  # few views must not end it
@@ -239,7 +239,7 @@ def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Ru
 
 @contextlib.contextmanager
 def _only_errors() -> Iterator[None]:
-    """Leave out what a run says of itself: its epochs are not the user's."""
+    """Keep the messages of a run out of the log: its epochs are not the user's."""
     log = logging.getLogger("deit_cli.train")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -256,7 +256,7 @@ def batches_in_memory(run: Run) -> list[Batch]:
 
 
 def update_on(run: Run, batches: list[Batch]) -> Work:
-    """Return what computes an update as the loop does, always from these batches."""
+    """Return a function that computes an update as the loop does, always from these batches."""
 
     def update() -> None:
         run.accumulate(batches)
@@ -266,7 +266,7 @@ def update_on(run: Run, batches: list[Batch]) -> Work:
 
 
 def measure_stream(run: Run, *, seconds: float) -> float:
-    """Return the views/s of the loader processes when nobody uses their batches."""
+    """Return the views/s of the loader processes when nothing uses their batches."""
     workers = run.running.world.workers
     turn = max(1, workers)  # batches come in bursts of one from each process: whole bursts are counted
     indices = range(run.order.steps_per_epoch * ENDLESS)
@@ -282,7 +282,7 @@ def measure_stream(run: Run, *, seconds: float) -> float:
 
 
 def measure_loop(run: Run, *, seconds: float) -> LoopRate:
-    """Let the loop train for so many seconds, once its queues have filled and run empty again."""
+    """Let the loop train for `seconds`, after its queues have filled and run empty again."""
     device = run.running.device
     first = -(-(PREFETCH * run.running.world.workers + 1) // run.share.passes)
     marks: list[tuple[float, Step]] = []
@@ -314,7 +314,7 @@ class _Enough(Exception):
 
 
 def measure_parts(run: Run, *, least_s: float) -> StreamParts:
-    """Time each part of the stream alone, for about so many seconds each, on the first images; medians."""
+    """Time each part of the stream alone on the first images, for about `least_s` seconds each; return medians."""
     data, views, host = run.data, run.order.views_of_epoch(0), torch.device("cpu")
     catalogue = Catalogue(data.source, data.label_set)
     places = list(islice(_usable(catalogue), IMAGES))
@@ -340,7 +340,7 @@ def measure_parts(run: Run, *, least_s: float) -> StreamParts:
 
 
 def _usable(catalogue: Catalogue) -> Iterator[tuple[int, int, ShardTable]]:
-    """Yield shard, row and the shard's samples for each sample that can be trained on."""
+    """Yield number of the shard, row, and samples of the shard for each sample that can be trained on."""
     for shard in range(len(catalogue.names)):
         table = catalogue.table(shard)
         for row in table.usable.tolist():
@@ -355,7 +355,7 @@ def _read(catalogue: Catalogue, shard: int, row: int, table: ShardTable) -> Samp
 
 
 def _decoding(sample: Sample, data: Data, views: range) -> Work:
-    """Return what decodes an image as the stream does: for a single view of a labelled one, what its crop needs."""
+    """Return a function that decodes an image as the stream does: for a single view, only what its crop needs."""
     if len(views) > 1 or data.label_set is None:
         return lambda: decode(sample.image, key=sample.key)
     height, width = image_size(sample.image, key=sample.key)
@@ -364,7 +364,7 @@ def _decoding(sample: Sample, data: Data, views: range) -> Work:
 
 
 class _Planner(BatchRenderer):
-    """Everything that a renderer does but pixels, and how long it looked for labels."""
+    """A renderer that makes no pixels, and measures how long it looks for labels."""
 
     label_s = 0.0
 
@@ -397,10 +397,10 @@ def _planning_s(run: Run, least_s: float) -> tuple[float, float]:
 
 
 def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
-    """Return the seconds of reading label shards that fall on one view of a loader process.
+    """Return the seconds of reading label shards, divided over the views of a loader process.
 
-    Every process meets every source shard, so each reads all labels, of which it uses its part; where the shards are
-    more than it keeps, it reads them again in each epoch that shares their views.
+    Every process meets every source shard, so each reads all labels and uses only its part of them. With more shards than it
+    keeps, it reads them again in each epoch that shares their views.
     """
     start, stop = min(label_set.manifest.view_blocks)
     entry = max(
@@ -421,7 +421,7 @@ def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
 
 
 def _copy_s(run: Run, least_s: float) -> float | None:
-    """Return the seconds that one view takes to a GPU from page-locked memory, nothing else running."""
+    """Return the seconds that one view takes to a GPU from page-locked memory, while nothing else runs; None without a GPU."""
     device = run.running.device
     if device.type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""What is seen while a command runs: messages on stderr, a bar on a terminal, elsewhere a line now and then."""
+"""What people see while a command runs: messages on stderr, and a bar on a terminal or else a line now and then."""
 
 import logging
 import sys
@@ -13,9 +13,9 @@ from pipeline.repeats import FirstOfEachKind
 
 
 class ToStderr(logging.Handler):
-    """Messages to whatever stderr is at the time: a progress bar takes its place for as long as it is shown.
+    """Writes messages to the stderr of the moment: while a progress bar is shown, it takes the place of stderr.
 
-    Of warnings that a loop repeats it shows the first of each kind, unless `every` asks for all.
+    It shows the first of each kind of warning that a loop repeats, or all of them with `every`.
     """
 
     def __init__(self, *, every: bool = False) -> None:
@@ -30,17 +30,17 @@ class ToStderr(logging.Handler):
 
 
 def say_counts() -> None:
-    """Say how often the warnings came of which only the first was shown."""
+    """Log how often each warning came of which only the first was shown."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, ToStderr):
             handler.first.say_counts()
 
 
 class ShownProgress:
-    """Passes on how far a command is: to what shows it, and to a log.
+    """Passes on how far a command is: to a terminal or the log, and to a file.
 
     Attributes:
-        last: what it was told last; None where it was told nothing.
+        last: last tick or step; None before the first.
     """
 
     def __init__(self, *tell: Callable[[Any], None]) -> None:
@@ -56,7 +56,7 @@ class ShownProgress:
 
 @contextmanager
 def shown_progress(log_json: Path | None = None) -> Iterator[ShownProgress]:
-    """Show a bar on a terminal, elsewhere a log line now and then; and write a JSON log where one is asked for."""
+    """Show a bar on a terminal, or log a line now and then; write a JSON log, too, if `log_json` names a file."""
     from pipeline.machine.progress import json_log
 
     with json_log(log_json) as write:
@@ -113,7 +113,7 @@ def _bar() -> Iterator[Callable[[Any], None]]:
         below = pace.step_text(tick) if isinstance(tick, pace.Step) else tick_text(tick)
         rows.update(tasks[tick.phase], completed=tick.done, total=tick.total, **shown)
         live.update(Group(rows, Text(below)))
-        live.start()  # only now: before it there may be questions to the user
+        live.start()  # not earlier: a command may ask the user something first
 
     try:
         yield update

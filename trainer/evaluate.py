@@ -64,7 +64,7 @@ def _open(config: EvaluateConfig, num_classes: Sequence[int | None]) -> Student:
 
 
 def fused_logits(heads: Heads) -> dict[str, Tensor]:
-    """Return what each way of reading the two heads answers, [B, C] each; the first is what a one-head model has.
+    """Return the answers that can be read from the two heads, [B, C] each; a model with one head has only the first.
 
     `mean_logits` is the released code's fusion, `sum_softmax` the paper's (Touvron et al. 2021, section 5.2).
     """
@@ -88,13 +88,13 @@ def evaluate(
     """Measure top-1 and top-5 in percent on centre crops of all labelled samples, which the ranks share out.
 
     Args:
-        student: is set to evaluation and back.
+        student: model to measure; it is in evaluation mode meanwhile.
         source: labelled images.
-        running: how to run it; every rank must call.
-        crop_pct: share of the resized shorter side; None takes the model's configuration.
+        running: how to run the student; every rank must call this.
+        crop_pct: centre crop, as a share of the resized shorter side; None takes the model's configuration.
 
     Returns:
-        scores by way of reading the heads, and the number of images.
+        scores by the name of the answer, and the number of images.
     """
     labelled = labelled_places(source, student)
     world, names = running.world, answer_names(student)
@@ -135,7 +135,7 @@ def labelled_places(source: Source, student: Student) -> list[tuple[int, int]]:
 
 
 def _compare_names(source: Source, student: Student) -> None:
-    """Refuse the same class names in another order, which would count wrong answers as right; say other differences."""
+    """Refuse the same class names in another order, which would count wrong answers as right; warn of other differences."""
     mine, theirs = student.class_names, source.class_names
     if mine is None or theirs is None or mine == theirs:
         return
@@ -146,7 +146,7 @@ def _compare_names(source: Source, student: Student) -> None:
             f"{text}: the same names in another order",
             fix="Give the images the student's order of classes",
         )
-    log.warning("%s: their numbers are compared all the same", text)
+    log.warning("%s: their numbers are compared anyway", text)
 
 
 def measure_agreement(
@@ -155,14 +155,14 @@ def measure_agreement(
     """Measure how often each head's argmax is the teacher's stored one, on replayed views of the label set.
 
     Args:
-        student: is set to evaluation and back.
-        label_set: whose first view is used.
-        source: its images.
-        running: how to run it.
-        limit: views to look at, at most (whole batches).
+        student: model to measure; it is in evaluation mode meanwhile.
+        label_set: label set whose first view is used.
+        source: images of the label set.
+        running: how to run the student.
+        limit: largest number of views to look at, in whole batches.
 
     Returns:
-        percent by way of reading the heads, and the number of views.
+        percent by the name of the answer, and the number of views.
     """
     recipe = label_set.recipe
     for what, mine, theirs in (
@@ -193,7 +193,7 @@ def measure_agreement(
 
 
 def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:
-    """Return the recipe of evaluation: resize and centre crop, as the student's configuration says."""
+    """Return the recipe of evaluation: resize and centre crop as the configuration of the student says."""
     pct = crop_pct or float(student.model.pretrained_cfg.get("crop_pct") or 0.875)
     return PRESETS["none"].with_fields(img_size=student.img_size, crop_pct=pct)
 

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object a line, and whoever else is to have the same numbers."""
+"""The record of a run: metrics.jsonl, one JSON object in each line, and the trackers that get the same numbers."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         try:
             value = json.loads(line)
             if not (isinstance(value, dict) and isinstance(value.get("index"), int) and "kind" in value):
-                raise ValueError("no record of a run")
+                raise ValueError("not a record of a run")
             values.append(value)
         except ValueError as error:
             raise StorageError(f"{path}: line {number} is damaged: delete it and go on") from error
@@ -54,9 +54,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class Recorder:
-    """All that keeps the numbers of a run; the loop knows only this one. Without arguments it keeps nothing.
+    """Everything that keeps the numbers of a run. Without arguments it keeps nothing.
 
-    `metrics.jsonl` is the record. The trackers are mirrors of it: one that fails is left out, and training goes on.
+    `metrics.jsonl` is the record. The trackers are mirrors of it: a tracker that fails is left out, and training goes on.
     """
 
     def __init__(self, record: MetricsLog | None = None, trackers: Iterable[Tracker] = ()) -> None:
@@ -73,7 +73,7 @@ class Recorder:
 
         Args:
             kind: `train` or `eval`.
-            index: of the update, from 0.
+            index: number of the update, from 0.
             values: JSON values; numbers in them become points of curves, see `trackers.scalars_of`.
 
         Raises:
@@ -114,14 +114,14 @@ def open_recorder(
     wandb_project: str | None = None,
     run_config: Mapping[str, Any] | None = None,
 ) -> Recorder:
-    """Open all that a run was asked to be recorded by, in the one process that records.
+    """Open the record of a run and the trackers that were asked for, in the process that records.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         next_index: first update that will be computed; what was recorded from there on is dropped.
         tensorboard: whether to write event files.
         wandb: whether to record with Weights & Biases.
-        wandb_project: its project; None takes WANDB_PROJECT, or W&B's own default.
+        wandb_project: project in Weights & Biases; None takes WANDB_PROJECT, or W&B's own default.
         run_config: JSON values that W&B shows beside the curves.
 
     Raises:
@@ -139,7 +139,7 @@ def open_recorder(
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity; a gradient norm may be one, and is recorded as null."""
+    """Return the values with null for a number that is not finite: JSON has none, and a gradient norm may be infinite."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 

@@ -19,27 +19,27 @@ log = logging.getLogger("deit_cli.train")
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Where a run is.
+    """Where a training run is. "This start" is the process that trains now; a resumed run has had others before.
 
     Attributes:
-        phase: `train`; it tells a step from the ticks of stage 1.
-        done: updates, those of earlier starts included.
-        total: updates of the whole run.
-        made: of `done`, by this start.
-        epoch: from 0, as in metrics.jsonl.
-        update: of `per_epoch` updates of the epoch, how many are done.
-        per_epoch: updates of an epoch.
+        phase: `train`; it tells a step from the ticks of other commands.
+        done: number of updates, those of earlier starts included.
+        total: number of updates of the whole run.
+        made: number of updates of this start.
+        epoch: number of the epoch, from 0, as in metrics.jsonl.
+        update: number of updates of the epoch that are done.
+        per_epoch: number of updates of an epoch.
         lr: learning rate of the last update.
         numbers: losses and the like, by name, as they were last looked at.
-        news: whether they were looked at just now.
-        images_per_s: lately, pauses left out; 0 before there is a rate.
-        data_wait: share of that time in which training waited for data, 0..1.
-        elapsed_s: since this start began to train, pauses included.
-        images: that this start was computed from, on all ranks together.
+        news: whether the numbers were looked at just now.
+        images_per_s: recent rate without pauses; 0 before there is a rate.
+        data_wait: share of the same time in which training waited for data, 0..1.
+        elapsed_s: seconds since this start began to train, pauses included.
+        images: number of images that this start has trained on, on all ranks together.
         waited_s: seconds in which this start waited for data.
-        mean_images_per_s: of this start, pauses left out.
+        mean_images_per_s: mean rate of this start without pauses.
         left_s: seconds that the rest will take, pauses included; None before there is a rate.
-        doing: what the run does instead of training, such as `evaluating`; None where it trains.
+        doing: what the run does instead of training, such as `evaluating`; None while it trains.
     """
 
     phase: str = "train"
@@ -76,7 +76,7 @@ StepProgress = Callable[[Step], None]
 
 @dataclass
 class _Window:
-    """A time in which images were trained on: how many, in how many seconds, of which it waited for data."""
+    """A span of training: the number of images, its seconds, and the seconds in which it waited for data."""
 
     images: int = 0
     elapsed_s: float = 0.0
@@ -86,22 +86,22 @@ class _Window:
         return _Window(self.images + other.images, self.elapsed_s + other.elapsed_s, self.waited_s + other.waited_s)
 
     def rates(self) -> dict[str, float]:
-        elapsed = max(self.elapsed_s, 1e-9)  # a clock need not have moved
+        elapsed = max(self.elapsed_s, 1e-9)  # the clock may not have moved
         return {"images_per_s": self.images / elapsed, "data_wait": self.waited_s / elapsed}
 
 
 class Pace:
     """Counts updates and measures rates; tells `progress` after every update, look and pause.
 
-    Everything but `look` is free of device synchronisation, and is meant to be called for every update.
+    Only `look` may be slow: its numbers come from the device. The rest is called for every update.
     """
 
     def __init__(self, *, total: int, per_epoch: int, progress: StepProgress | None = None) -> None:
         """Begin to measure.
 
         Args:
-            total: updates of the whole run.
-            per_epoch: updates of an epoch.
+            total: number of updates of the whole run.
+            per_epoch: number of updates of an epoch.
             progress: told where the run is, or None.
         """
         self._total, self._per_epoch, self._progress = total, per_epoch, progress
@@ -115,10 +115,10 @@ class Pace:
         """Count an update.
 
         Args:
-            index: of the update, from 0.
-            images: that it was computed from, on all ranks together.
-            waited_s: seconds that its data was waited for.
-            lr: its learning rate.
+            index: number of the update, from 0.
+            images: number of images that it was computed from, on all ranks together.
+            waited_s: seconds in which it waited for its data.
+            lr: learning rate of the update.
         """
         self._index, self._lr = index, lr
         self._made += 1
@@ -137,7 +137,7 @@ class Pace:
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """Leave the time that something else takes out of the rates, but not out of the time that is left."""
+        """Do something else than training: its time counts for the time that is left, but not for the rates."""
         self._add()
         self._tell(doing=doing)
         yield
@@ -182,7 +182,7 @@ class Pace:
         left = self._total - self._index - 1
         if left == 0:
             return 0.0
-        if self._made < 2 or self._first is None:  # the first update waits for loaders and compilers: it says nothing
+        if self._made < 2 or self._first is None:  # the first update waits for loaders and compilers
             return None
         return left * (time.monotonic() - self._first) / (self._made - 1)
 
@@ -208,13 +208,13 @@ def log_steps(every_s: float = SAY_EVERY_S) -> StepProgress:
 
 
 def place(step: Step) -> str:
-    """Return where in its epoch a run is."""
+    """Return the epoch and the update of a step."""
     of = f"{step.per_epoch:,}"
     return f"epoch {step.epoch}, update {step.update:>{len(of)},}/{of}"  # one width, so that a bar stands still
 
 
 def step_text(step: Step, *, every_number: bool = False) -> str:
-    """Return losses, learning rate and speed; without `every_number` it fits a narrow terminal."""
+    """Return losses, learning rate and speed of a step; without `every_number` they fit a narrow terminal."""
     names = step.numbers if every_number else ("loss",)
     parts = [f"{name} {step.numbers[name]:.4f}" for name in names if name in step.numbers]
     parts += [f"lr {step.lr:.2e}", rate(step.images_per_s), f"waiting for data {100 * step.data_wait:.0f} %"]
@@ -222,12 +222,12 @@ def step_text(step: Step, *, every_number: bool = False) -> str:
 
 
 def left(step: Step) -> str:
-    """Return the time that is left, as far as it is known."""
+    """Return the time that is left, or nothing where it is not known."""
     return "" if step.left_s is None else f"{span(step.left_s)} left"
 
 
 def rate(images_per_s: float) -> str:
-    """Return a speed."""
+    """Return a rate with its unit."""
     return f"{images_per_s:,.{0 if images_per_s >= 10 else 2}f} images/s"
 
 
@@ -240,12 +240,12 @@ def span(seconds: float) -> str:
 
 
 def summary(folder: Path, last: Step | None, *, location: str | None = None) -> str:
-    """Return what a run came to, in three lines at most.
+    """Return the result of a run, in at most three lines.
 
     Args:
-        folder: of the run, which is over.
-        last: what this start said last; None where nothing was left to do.
-        location: what the user calls the folder.
+        folder: folder of the run, which is over.
+        last: last step of this start; None where nothing was left to do.
+        location: name that the user gave to the folder.
     """
     name = (location or str(folder)).rstrip("/")
     lines = read_metrics(folder)
@@ -271,7 +271,7 @@ def _work(folder: str, trained: list[dict], last: Step | None) -> str:
 
 
 def _losses(trained: list[dict]) -> str:
-    """One batch is noisy: the mean over the lines of the last epoch."""
+    """Return the losses of the last epoch: means over its lines, because a single batch is noisy."""
     final = [line for line in trained if line["epoch"] == trained[-1]["epoch"]]
     names = [name for name in final[-1] if name == "loss" or name.endswith("_loss")]
     means = {name: sum(line[name] for line in final) / len(final) for name in names}

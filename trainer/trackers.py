@@ -36,10 +36,10 @@ class Tracker(Protocol):
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
-    """Say which package is missing before anything is begun; nothing is imported.
+    """Check that the packages of the trackers are installed, without importing them.
 
     Raises:
-        UsageError: with the line that installs it.
+        UsageError: a package is missing; the error has the line that installs it.
     """
     for asked, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
         if asked and find_spec(package) is None:
@@ -51,7 +51,7 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
 def scalars_of(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
     """Return the curves that a line of `metrics.jsonl` adds a point to, such as `eval/student/mean_logits_top1`.
 
-    Its place (epoch, step), texts, and what is no finite number are no points of a curve.
+    Its place (epoch, step), texts, and numbers that are not finite do not become points.
     """
     prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
     return {f"{prefix}/{name}": value for name, value in _flat(values) if math.isfinite(value)}
@@ -77,7 +77,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=next_index)
 
     def add(self, index: int, scalars: Mapping[str, float]) -> None:
-        """Write the points; what metrics.jsonl has after a kill, the event file has too."""
+        """Write the points at once, so that after a kill the event file has what metrics.jsonl has."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, index)
         self._writer.flush()
@@ -88,15 +88,15 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases. Its id lies in the run's folder, so that a continuation goes on with it.
+    """A run of Weights & Biases. Its id is kept in the folder of the run, so that a resumed run continues it.
 
-    Its own process buffers rows: after SIGKILL the last of them are lost to it, and `metrics.jsonl` has them.
+    W&B's own process buffers rows: SIGKILL loses the last of them there, but not in `metrics.jsonl`.
     """
 
     name = "Weights & Biases"
 
     def __init__(self, folder: Path, *, next_index: int, project: str | None, run_config: Mapping[str, Any]) -> None:
-        """Begin or continue the run; where its server does not answer, record offline.
+        """Begin or continue the run; record offline if the server does not answer.
 
         Raises:
             UsageError: nobody is logged in.
@@ -106,7 +106,7 @@ class WandB:
         from wandb.errors import CommError
         from wandb.errors import UsageError as WandbUsageError
 
-        # A start from the beginning is another run, whatever one that died before its first checkpoint has sent.
+        # A start from the beginning is another run, even if one that died before its first checkpoint has sent rows.
         kept = run_id(folder) if next_index else new_run_id(folder)
         asked: dict[str, Any] = {
             "project": project,
@@ -116,7 +116,7 @@ class WandB:
             "resume": "allow",
             "config": dict(run_config),
             "reinit": "create_new",
-            # Its own capture of the console would fight with the progress bar.
+            # W&B's own capture of the console would fight with the progress bar.
             "settings": wandb.Settings(console="off", silent=True, finish_timeout=FINISH_S),
         }
         try:
@@ -128,7 +128,7 @@ class WandB:
             ) from error
         except CommError as error:
             log.warning("Weights & Biases does not answer: %s", _first_line(error))
-            # The id itself is taken until this process ends, by the run that could not begin.
+            # The run that could not begin holds the id until this process ends.
             asked |= {"id": secrets.token_hex(4), "mode": "offline"}
             self._run = wandb.init(**asked)
         if self._run.offline:
@@ -139,33 +139,31 @@ class WandB:
 
     def add(self, index: int, scalars: Mapping[str, float]) -> None:
         """Hand the points to W&B's own process, which sends them when it can."""
-        if (
-            index >= self._run.starting_step
-        ):  # it keeps what it has of updates that are computed again: the same numbers
+        # W&B already has the rows of updates that are computed again, with the same numbers.
+        if index >= self._run.starting_step:
             self._run.log(dict(scalars), step=index)
 
     def close(self, *, failed: bool) -> None:
-        """Send what is left, for FINISH_S at most; the rest stays in the run's folder."""
+        """Send what is left, for at most FINISH_S seconds; the rest stays in the folder of the run."""
         self._run.finish(exit_code=int(failed))
 
 
 def run_id(folder: Path) -> str:
-    """Return the id that the run's folder keeps; a run that has none, because it was not tracked so far, gets one."""
+    """Return the id that the folder of a run keeps; a run that was not tracked so far gets a new one."""
     path = folder / WANDB_NAME
     if not path.is_file():
         return new_run_id(folder)
     record = read_json(path)
     found = record.get("id") if isinstance(record, dict) else None
     if not isinstance(found, str) or not SAFE_NAME.fullmatch(found):
-        raise StorageError(f"{path} holds no id of a Weights & Biases run: delete it, and a new one is begun")
+        raise StorageError(f"{path} holds no id of a Weights & Biases run: delete it to begin a new run there")
     return found
 
 
 def new_run_id(folder: Path) -> str:
-    """Draw an id, and keep it in the run's folder."""
+    """Draw an id, and keep it in the folder of the run."""
     made = secrets.token_hex(4)
-    text = pretty_json({"id": made})
-    replace_file(folder / WANDB_NAME, text)
+    replace_file(folder / WANDB_NAME, pretty_json({"id": made}))
     return made
 
 

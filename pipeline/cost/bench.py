@@ -100,9 +100,9 @@ def bench_labelling(
 def measure_run(
     source: Source, recipe: Recipe, teacher: Teacher, config: PrecomputeConfig, *, num_images: int, seconds: float
 ) -> Tick:
-    """Run stage 1 into a temporary folder for some seconds, on the first images alone; return how far it got.
+    """Run stage 1 on the first images into a temporary folder for some seconds, and return how far it got.
 
-    Time and views count from the moment when all queues are full, so that the start of processes is left out.
+    Time and views are counted from the moment when all queues are full, so that the start of processes is left out.
     """
     shard = next((shard for shard in source.shards if len(shard)), None)
     if shard is None:

@@ -38,13 +38,13 @@ class Rates:
     """Seconds that each part takes: on one core, or on one device.
 
     Attributes:
-        read_s: for one encoded image.
-        decode_s: for one image.
-        render_s: for one view of a decoded image, its draws included; on one core, as the two before.
-        copy_s: for one view, to the device.
-        teacher_s: for one view, mixed and normalised, through the teacher.
-        topk_s: for the answer for one view, from logits to the host.
-        write_s: for one label, on one core.
+        read_s: to read one encoded image, on one core.
+        decode_s: to decode one image, on one core.
+        render_s: to draw and render one view of a decoded image, on one core.
+        copy_s: to copy one view to the device.
+        teacher_s: to mix and normalise one view and run the teacher on it.
+        topk_s: to turn the logits of one view into an answer on the host.
+        write_s: to write one label, on one core.
     """
 
     read_s: float
@@ -56,19 +56,19 @@ class Rates:
     write_s: float
 
     def view_s(self, views_per_decode: int) -> float:
-        """Return the seconds that one core takes to make one view, when so many come from one decode."""
+        """Return the seconds that one core takes to make one view, if `views_per_decode` views come from one decode."""
         return (self.read_s + self.decode_s) / views_per_decode + self.render_s
 
     @property
     def answer_s(self) -> float:
-        """Seconds that one device takes to label one view; copies overlap with it."""
+        """Seconds that one device takes to label one view; copies run at the same time."""
         return self.teacher_s + self.topk_s
 
 
 def measure_rates(
     source: Source, recipe: Recipe, teacher: Teacher, *, topk: int, precision: Precision, least_s: float = 1.0
 ) -> Rates:
-    """Time each part alone, for about `least_s` seconds each, however slow it is; medians.
+    """Time each part alone, for about `least_s` seconds each, and return medians.
 
     Raises:
         SourceError: no image can be decoded.
@@ -107,7 +107,7 @@ def measure_rates(
 
 
 def _first_images(source: Source, least_s: float) -> tuple[list[Any], list[Sample], list[np.ndarray]]:
-    """Return where the first images lie, their samples and pixels: at most IMAGES, fewer where they come slowly."""
+    """Return places, samples and pixels of the first images: at most IMAGES, and fewer if they come slowly."""
     places, samples, images = [], [], []
     bad: BadImageError | None = None
     began = time.perf_counter()
@@ -134,7 +134,7 @@ def _filled(rendered: np.ndarray, batch: int, device: torch.device) -> Tensor:
 
 
 def _answer_s(rendered: np.ndarray, recipe: Recipe, teacher: Teacher, topk: int, least_s: float) -> float:
-    """Return the seconds that the teacher takes for one view in full forward passes; in small ones where it is slow."""
+    """Return the seconds that the teacher takes for one view in full forward passes, or in small ones if it is slow."""
     few = _asking(teacher, recipe, _filled(rendered, 2 * teacher.threads, teacher.device), topk)
     few()  # the first call warms caches
     began = time.perf_counter()
@@ -150,7 +150,7 @@ def _answer_s(rendered: np.ndarray, recipe: Recipe, teacher: Teacher, topk: int,
 
 
 def _asking(teacher: Teacher, recipe: Recipe, pixels: Tensor, topk: int) -> Callable[[], object]:
-    """Return what lets every thread of the teacher answer for its equal share of mixed views."""
+    """Return a function that lets every thread of the teacher answer for an equal share of mixed views."""
     size = len(pixels) // teacher.threads
     pairs = [(at, at + 1) for at in range(0, size, 2)]
     mix = mix_batch(pairs, [draw_mix(recipe, "timing", at) for at, _ in pairs], size)
@@ -176,7 +176,7 @@ def training_step_s(module: nn.Module, img_size: int, device: torch.device, *, l
     Args:
         module: images [B, 3, H, W] to logits [B, C], or to a tuple of them.
         img_size: height and width of the images.
-        device: where.
+        device: device of both passes.
         least_s: seconds to spend, about.
 
     Raises:
@@ -205,7 +205,7 @@ def _training_step(module: nn.Module, batch: int, img_size: int, device: torch.d
 
 
 def _writing(num_classes: int, topk: int, precision: Precision) -> Callable[[], object]:
-    """Return what writes a label shard of made-up answers into memory."""
+    """Return a function that writes a label shard of made-up answers into memory."""
     numbers = np.random.Philox(key=0).random_raw(WRITTEN[0] * WRITTEN[1] * (topk + 1)) / 2.0**64
     parts = numbers.reshape(*WRITTEN, topk + 1).astype(np.float32) ** 4
     prob = -np.sort(-(parts / parts.sum(-1, keepdims=True)), axis=-1)[..., :topk]

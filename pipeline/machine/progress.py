@@ -1,4 +1,4 @@
-"""How far a run is: what its processes report, and what a person is told."""
+"""How far a command is: what its processes tell, and what people and log files are told."""
 
 import dataclasses
 import json
@@ -138,7 +138,7 @@ class Throttle:
 
 @contextmanager
 def throttled(tell: Progress, every_s: float) -> Iterator[Progress]:
-    """Pass a tick on every so many seconds, and the last one of each phase, however it ends."""
+    """Pass on at most one tick in `every_s` seconds, and the last tick of each phase, even if the block fails."""
     throttles: dict[str, Throttle] = {}
     kept: list[Tick] = []
 
@@ -185,7 +185,12 @@ def tick_text(tick: Tick) -> str:
 
 @contextmanager
 def json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Progress]:
-    """Append progress (every so many seconds, and the last of each phase) and log messages to a file, an object a line."""
+    """Append log messages and progress (as `throttled` passes it) to a file, one JSON object in each line.
+
+    Raises:
+        UsageError: the file cannot be opened.
+        StorageError: it cannot be written.
+    """
     if path is None:
         yield lambda _: None
         return
@@ -220,5 +225,5 @@ def json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Progress]:
         raise
     finally:
         log.removeHandler(messages)
-        with suppress(OSError):  # what it could not write has been named
+        with suppress(OSError):  # that it could not be written was said before
             file.close()

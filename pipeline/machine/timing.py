@@ -1,4 +1,4 @@
-"""How long a call takes: for the parts of either stage, on a CPU or a GPU."""
+"""How long a call takes, on a CPU or a GPU."""
 
 import statistics
 import time
@@ -7,20 +7,23 @@ from collections.abc import Callable
 import torch
 
 Work = Callable[[], object]
-ROWS = 5  # of calls, in `steady_s`
+ROWS = 5  # rows of calls in `steady_s`
 
 
 def median_s(work: Work, device: torch.device, least_s: float) -> float:
-    """Return the median seconds of one call; the first call, which warms caches and may compile, does not count."""
+    """Return the median seconds of one call, measured for at least `least_s` seconds.
+
+    The first call does not count: it warms caches and may compile.
+    """
     row_s(work, 1, device)
     return statistics.median(_rows_s(work, 1, device, least_s))
 
 
 def steady_s(work: Work, device: torch.device, least_s: float) -> float:
-    """Return the seconds of a call among others: the median of some rows of calls.
+    """Return the seconds of one call among many: the median over rows of calls, measured for about `least_s` seconds.
 
-    A GPU is waited for at the end of a row, not of each call, because a training loop does not wait for it either. The
-    first two calls do not count.
+    It waits for a GPU only at the end of each row, because a training loop does not wait after each call, either. The first
+    two calls do not count.
     """
     row_s(work, 1, device)
     calls = max(1, int(least_s / ROWS / max(row_s(work, 1, device), 1e-9)))
@@ -28,9 +31,9 @@ def steady_s(work: Work, device: torch.device, least_s: float) -> float:
 
 
 def _rows_s(work: Work, calls: int, device: torch.device, least_s: float) -> list[float]:
-    """Return the mean seconds of a call in each row of so many, for at least so long.
+    """Return the mean seconds of a call in each row of `calls` calls; rows are made for at least `least_s` seconds.
 
-    The time is added up as it passes: a sum over the rows after each of them takes minutes where a call takes microseconds.
+    The time is added up as it passes: a sum over all rows after each row would take minutes where a call takes microseconds.
     """
     times, spent_s = [], 0.0
     while not times or spent_s < least_s:
@@ -40,7 +43,7 @@ def _rows_s(work: Work, calls: int, device: torch.device, least_s: float) -> lis
 
 
 def row_s(work: Work, calls: int, device: torch.device) -> float:
-    """Return the mean seconds of so many calls, one after the other."""
+    """Return the mean seconds of `calls` calls, one after the other."""
     began = time.perf_counter()
     for _ in range(calls):
         work()
@@ -49,6 +52,6 @@ def row_s(work: Work, calls: int, device: torch.device) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has done what it was asked to; a CPU has."""
+    """Wait until a GPU has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Settings of `precompute`, `estimate`, `bench stage1`, `labels verify` and `labels export`. The command line takes its options from these fields."""
+"""Settings of the commands but `train` and `evaluate`. The command line takes its options from these fields."""
 
 import os
 from dataclasses import dataclass

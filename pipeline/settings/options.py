@@ -35,18 +35,20 @@ class ViewsType(click.ParamType):
             self.fail(f"{value!r} is not START:STOP, such as 0:30", param, ctx)
 
 
-class NumberOrAuto(click.ParamType):
-    """A whole number, or `auto`."""
+class NumberOrWord(click.ParamType):
+    """A whole number, or one of a few words such as `auto`."""
 
-    name = "INTEGER|auto"
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
+        self.name = "|".join(("INTEGER", *words))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """Turn the text into a number, unless it is `auto`."""
+        """Turn the text into a number, unless it is one of the words."""
         text = str(value).lower()
         try:
-            return text if text == "auto" else int(text)
+            return text if text in self.words else int(text)
         except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor auto", param, ctx)
+            self.fail(f"{value!r} is neither a whole number nor {' or '.join(self.words)}", param, ctx)
 
 
 class GroupedOption(click.Option):
@@ -92,7 +94,7 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
 def _type_of(setting: Setting) -> Any:
     """Return click's type of one value; None for a flag."""
     if setting.words:
-        return NumberOrAuto() if setting.kind else click.Choice(setting.words)
+        return NumberOrWord(setting.words) if setting.kind else click.Choice(setting.words)
     return {Path: click.Path(path_type=Path), Views: ViewsType(), bool: None}.get(setting.kind, setting.kind)
 
 
