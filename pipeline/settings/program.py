@@ -15,7 +15,7 @@ from pipeline.crash import CRASHED, crash_of, save_report
 from pipeline.errors import DeitCliError, StoppedError, UsageError
 from pipeline.settings.fields import GROUPS
 
-CONTEXT = {
+CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "show_default": True,
     "max_content_width": 110,
@@ -34,7 +34,7 @@ class Command(click.Command):
     """
 
     def __init__(self, *args: Any, continues: str = "", **known: Any) -> None:
-        super().__init__(*args, **known)
+        super().__init__(*args, context_settings=CONTEXT, **known)
         self.continues = continues
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
