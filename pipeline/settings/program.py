@@ -57,9 +57,10 @@ class Command(click.Command):
         """Write the options under the headings of their groups, all in one column."""
         groups: dict[str, list[tuple[str, str]]] = {group: [] for group in (*GROUPS, OTHER)}
         for parameter in self.get_params(ctx):
-            if (row := parameter.get_help_record(ctx)) is not None:
+            row = parameter.get_help_record(ctx)
+            if row is not None and not isinstance(parameter, click.Argument):
                 groups[getattr(parameter, "group", OTHER)].append(row)
-        width = max(len(names) for rows in groups.values() for names, _ in rows if len(names) <= WIDEST)
+        width = min(WIDEST, max(len(names) for rows in groups.values() for names, _ in rows))
         for group, rows in groups.items():
             if rows:
                 with formatter.section(group):

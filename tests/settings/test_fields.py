@@ -71,7 +71,13 @@ def test_an_option_follows_from_its_field(tmp_path):
 
 def test_options_stand_in_groups_in_a_fixed_order():
     lines = flown("--help").splitlines()
-    assert [line for line in lines if line[:1].isupper() and line.endswith(":")] == ["Data:", "Student:", "Run:", "Logging:", "Other:"]
+    assert [line for line in lines if line[:1].isupper() and line.endswith(":")] == [
+        "Data:",
+        "Student:",
+        "Run:",
+        "Logging:",
+        "Other:",
+    ]
     assert lines.index("Run:") < next(i for i, line in enumerate(lines) if "--tails" in line) < lines.index("Logging:")
     assert any(line.startswith("  -l, --length FLOAT") for line in lines)
 
