@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from pipeline.crash import CRASHED, crash_of, save_report
 from pipeline.errors import DeitCliError, StoppedError, UsageError
 from pipeline.settings.fields import GROUPS
 
@@ -105,6 +104,8 @@ def run(commands: Group) -> None:
         click.echo(f"stopped{_continued(commands, settings)}", err=True)
         code = 130
     except Exception as error:  # nobody foresaw it
+        from pipeline.crash import CRASHED
+
         click.echo(_reported(error, settings), err=True)
         code = CRASHED
     sys.exit(code)
@@ -137,6 +138,8 @@ def _report_thread(settings: dict[str, Any], of_thread: threading.ExceptHookArgs
 
 def _reported(error: BaseException | None, settings: dict[str, Any]) -> str:
     """Write the report of an unforeseen error, and return what to say of it."""
+    from pipeline.crash import crash_of, save_report
+
     crash = crash_of(error or RuntimeError("unknown"))
     path = save_report(crash, sys.argv[1:], settings)
     kept = f"the report is in {path}" if path else "the report could not be written: no folder takes it"
