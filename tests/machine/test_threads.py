@@ -34,7 +34,12 @@ def test_the_first_failure_is_raised_and_no_thread_is_left():
 
 def test_a_caller_that_stops_listening_stops_the_work():
     stop, begun = threading.Event(), []
-    results = in_threads(range(10_000), begun.append, 2, stop=stop)
+
+    def do(item: int) -> None:
+        begun.append(item)
+        stop.wait(0.01)
+
+    results = in_threads(range(10_000), do, 2, stop=stop)
     next(results)
     results.close()
     assert stop.is_set()
