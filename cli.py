@@ -47,7 +47,7 @@ def main() -> None:
 
 @click.group(cls=program.Group, context_settings=program.CONTEXT)
 @click.version_option(package_name="deit-cli")
-@click.option("-v", "--verbose", is_flag=True, help="Show every message, and the traceback of an unforeseen error.")
+@click.option("-v", "--verbose", is_flag=True, help="Show all messages, and the traceback of an unforeseen error.")
 def commands(verbose: bool) -> None:
     """Distil a CNN into a vision transformer: run the teacher once, train DeiT students from its stored labels."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStderr(every=verbose)])
@@ -57,9 +57,9 @@ def commands(verbose: bool) -> None:
 
 @commands.command(continues=CONTINUES)
 @config_option(PrecomputeConfig, TeacherConfig)
+@options_of(TeacherConfig)
 @options_of(PrecomputeConfig)
 @recipe_options
-@options_of(TeacherConfig)
 @plain_option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.", group="Run")
 @LOG_JSON
 def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
@@ -138,9 +138,9 @@ def evaluate(as_json: bool, **values: Any) -> None:
 
 @commands.command()
 @config_option(PrecomputeConfig, TeacherConfig)
+@options_of(TeacherConfig)
 @options_of(PrecomputeConfig, where=attrgetter("timed"))
 @recipe_options
-@options_of(TeacherConfig)
 @options_of(EstimateConfig)
 @AS_JSON
 def estimate(as_json: bool, **values: Any) -> None:
@@ -170,9 +170,9 @@ def bench() -> None:
 
 @bench.command()
 @config_option(PrecomputeConfig, TeacherConfig)
+@options_of(TeacherConfig)
 @options_of(PrecomputeConfig, where=attrgetter("timed"))
 @recipe_options
-@options_of(TeacherConfig)
 @options_of(BenchConfig)
 @AS_JSON
 def stage1(as_json: bool, **values: Any) -> None:
@@ -260,16 +260,16 @@ def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
 
 @labels.command()
 @LABELS
-@options_of(VerifyConfig)
 @plain_option(
     "--teacher",
     "--teacher-model",
     "teacher",
     multiple=True,
-    help="Teacher to label random views again, whose answers are then compared with the stored ones.",
+    help="Teacher that labels random views again, to compare its answers with the stored ones.",
     group="Teacher",
 )
 @options_of(TeacherConfig, where=lambda setting: setting.name not in ("teacher", "compile"))
+@options_of(VerifyConfig)
 @AS_JSON
 def verify(folder: str, as_json: bool, **values: Any) -> None:
     """Check every file, row, probe and image of a label set, and say how to repair what is wrong.
@@ -386,8 +386,8 @@ def push(folder: str, url: str, workers: int) -> None:
 def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str, ...], **values: Any) -> None:
     """Bring a label set, or a part of it, into a folder.
 
-    Only missing files are fetched, each is checked by its hash, and the same command continues an interrupted transfer, in
-    the middle of a file, too. A part is a label set of its own; more views or source shards may be added to it later.
+    Only missing files are fetched, each is checked by its hash, and the same command continues an interrupted transfer, even
+    in the middle of a file. A part is a label set of its own; more views or source shards may be added to it later.
 
     \b
     Examples:
@@ -442,8 +442,8 @@ def merge(out: Path, sets: tuple[str, ...]) -> None:
     help="Teacher; by default the set's, by its resolved name. Pass the file or module of one without a public name.",
     group="Teacher",
 )
-@options_of(PrecomputeConfig, where=lambda setting: not setting.planned)
 @options_of(TeacherConfig, where=lambda setting: setting.name != "teacher")
+@options_of(PrecomputeConfig, where=lambda setting: not setting.planned)
 @LOG_JSON
 def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path | None, **values: Any) -> None:
     """Label more views of a label set.
@@ -501,17 +501,17 @@ def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) 
 @plain_option(
     "--out",
     metavar="FOLDER|URL",
-    help="Place to test for writing, too: up to 256 MB are written (8 MB to a URL), and deleted again.",
+    help="Place to write to as a test: up to 256 MB (8 MB to a URL), which are deleted again.",
     group="Data",
 )
-@plain_option("--labels", metavar="FOLDER|URL", help="Label set whose replay probes are rendered, too.", group="Data")
+@plain_option("--labels", metavar="FOLDER|URL", help="Label set whose replay probes are rendered again.", group="Data")
 @plain_option("--data", help="Images of --labels; by default where the label set found them.", group="Data")
 @AS_JSON
 @click.pass_context
 def doctor(context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool) -> None:
     """Check this machine before a long run: packages, GPUs, decoders, memory, limits, names.
 
-    The exit code is 1 if something is wrong, and 0 if there are only warnings, or none.
+    The exit code is 1 if something is wrong; warnings alone leave it at 0.
 
     \b
     Examples:
@@ -534,9 +534,9 @@ def doctor(context: click.Context, out: str | None, labels: str | None, data: st
     "--license", "identifier", help="Identifier of the licence on the Hub, such as cc-by-4.0, or `other`.", group="Data"
 )
 @plain_option("--license-name", "name", help="Name of a licence without identifier.", group="Data")
-@plain_option("--license-link", "link", help="Link to the text of such a licence.", group="Data")
+@plain_option("--license-link", "link", help="Link to the text of a licence without identifier.", group="Data")
 @plain_option(
-    "--replace", is_flag=True, help="Replace a README.md that somebody has written or changed, too.", group="Run"
+    "--replace", is_flag=True, help="Replace README.md even if somebody has written or changed it.", group="Run"
 )
 def card(folder: str, identifier: str | None, name: str | None, link: str | None, replace: bool) -> None:
     """Write the dataset card, README.md: what the set holds, under which licence, how to load it.

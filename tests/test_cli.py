@@ -166,7 +166,7 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
         (["precompute", "--data", data, *trial, "--topk", "4"], 2, "--topk must be in 0..3"),
         (["precompute", "--data", data, *trial, "--recipe", "fancy"], 2, "a recipe is one of deit"),
         (["precompute", "--data", data, *trial, "--recipe", str(tmp / "recipe.yaml")], 2, "a recipe has no field zoom"),
-        (["precompute", "--data", data, *trial, "--set", "hflip=2"], 2, "hflip must be in 0..1, got 2"),
+        (["precompute", "--data", data, *trial, "--set", "hflip=2"], 2, "hflip must be a number in 0..1, got 2"),
         (["precompute", "--data", data, *trial, "--set", "hflip"], 2, "is FIELD=VALUE"),
         (["precompute", "--data", data, *trial, "--teacher", "resnet51"], 2, "timm has no model 'resnet51'"),
         (["precompute", "--data", data, *trial, "--device", "cuda:7"], 2, "--device 'cuda:7' cannot be used"),

@@ -70,11 +70,13 @@ def server():
 def in_halves(write_file: Callable[..., Any]) -> Callable[..., Any]:
     """Make `publish_file` or `replace_file` write half of the content, and after a pause the rest."""
 
-    def call(path: Path, write: Callable[[BinaryIO], None]) -> Any:
+    def call(path: Path, written: bytes | Callable[[BinaryIO], None]) -> Any:
         def write_in_halves(file: BinaryIO) -> None:
-            buffer = io.BytesIO()
-            write(buffer)
-            content = buffer.getvalue()
+            content = written
+            if not isinstance(content, bytes):
+                buffer = io.BytesIO()
+                content(buffer)
+                content = buffer.getvalue()
             file.write(content[: len(content) // 2])
             file.flush()
             time.sleep(0.004)
@@ -153,7 +155,7 @@ def label(out: str, data: str, *, spawn: bool, workers: int) -> None:
     """
     os.environ["KILL_OUT"] = out
     patch = pytest.MonkeyPatch()
-    for user in ("drafts", "indexing", "sealing"):
+    for user in ("stage1.drafts", "stage1.indexing", "labels.sealing"):
         patch.setattr(f"pipeline.{user}.publish_file", in_halves(storage.publish_file))
     patch.setattr(sealing, "replace_file", marked(in_halves(storage.replace_file), Path(out).with_name("sealing")))
     patch.setattr(os, "link", gated(paused(os.link, 0.003)))

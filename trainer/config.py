@@ -51,7 +51,7 @@ class TrainConfig:
     )
     cache_size: str = option(
         "100GB",
-        "Maximum size of that folder; the files that were used longest ago are deleted first.",
+        "Maximum size of --cache-dir; the least recently used files are deleted first.",
         group="Data",
         free=True,
     )
@@ -163,7 +163,7 @@ class TrainConfig:
     )
     repeated_aug: int | None = option(
         None,
-        "Number of views of an image in one batch; by default 3 where the views allow it, else 1.",
+        "Number of views of each image in a batch; by default 3 if there are enough views, else 1.",
         group="Optimisation",
         low=1,
         high=1000,
@@ -182,7 +182,7 @@ class TrainConfig:
         64, "Number of source shards that are shuffled together.", group="Data", low=1, high=10**9
     )
     model_ema: bool = option(
-        True, "Keep an exponential moving average of the weights, and evaluate it, too.", group="Optimisation"
+        True, "Keep an exponential moving average of the weights, which is evaluated as well.", group="Optimisation"
     )
     model_ema_decay: float = option(
         0.99996, "Decay of the moving average in each update.", group="Optimisation", low=0, high=1, timed=False
@@ -245,7 +245,7 @@ class TrainConfig:
     )
     log_interval: int = option(
         50,
-        "Number of updates between lines of metrics.jsonl; on stderr there is a line each minute, or a bar on a terminal.",
+        "Number of updates between two lines of metrics.jsonl; stderr has a bar on a terminal, else a line each minute.",
         group="Logging",
         low=1,
         high=10**9,
@@ -254,21 +254,21 @@ class TrainConfig:
     )
     log_tensorboard: bool = option(
         False,
-        "Write TensorBoard's event files, too, to tensorboard/ in the folder of the run.",
+        "Write event files for TensorBoard to tensorboard/ in the folder of the run.",
         group="Logging",
         free=True,
         timed=False,
     )
     log_wandb: bool = option(
         False,
-        "Record the run with Weights & Biases, too; WANDB_MODE=offline needs no network.",
+        "Record the run with Weights & Biases as well; WANDB_MODE=offline needs no network.",
         group="Logging",
         free=True,
         timed=False,
     )
     wandb_project: str | None = option(
         None,
-        "Project in Weights & Biases; by default WANDB_PROJECT, or else the default of W&B.",
+        "Project in Weights & Biases; by default WANDB_PROJECT, or else W&B's own default.",
         group="Logging",
         free=True,
         timed=False,
@@ -364,7 +364,7 @@ class EvaluateConfig:
         None, "Labelled images to measure accuracy on: a folder, tars or Parquet; path or URL.", group="Data"
     )
     labels: str | None = option(
-        None, "Label set, folder or URL: measure agreement with the teacher, too, on its first view.", group="Data"
+        None, "Label set, folder or URL, on whose first view agreement with the teacher is measured.", group="Data"
     )
     labels_data: str | None = option(None, "Images of the label set; by default where it found them.", group="Data")
     expect_manifest: str | None = option(

@@ -159,11 +159,16 @@ def _asking(teacher: Teacher, recipe: Recipe, pixels: Tensor, topk: int) -> Call
 
 
 def forward_flops(module: nn.Module, img_size: int) -> int:
-    """Return the floating-point operations of one image's forward pass (two for each multiplication that is added up)."""
+    """Return the floating-point operations of one image's forward pass, two for each multiplication that is added up.
+
+    A network without parameters (a formula) has a number too; 1 stands for one in which nothing is counted.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     # In one kernel on a CPU, attention is not counted; as the matrix products that it is made of, it is.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module.eval()(torch.zeros(1, 3, img_size, img_size, device=next(module.parameters()).device))
-    return counter.get_total_flops()
+        module.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
+    return max(1, counter.get_total_flops())
 
 
 def training_step_s(module: nn.Module, img_size: int, device: torch.device, *, least_s: float = 1.0) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.doctor.findings import Finding, Row, Section
 from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.packages import examine_packages
-from pipeline.doctor.places import examine_bucket, examine_folder
+from pipeline.doctor.places import examine_folder
 from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
 from pipeline.storage.urls import local_path, working_folder
@@ -59,6 +59,8 @@ def _examine_place(out: str) -> list[Section]:
     """Check a folder; for a URL, the bucket and the folder of this machine that stands for it."""
     if (folder := local_path(out)) is not None:
         return [examine_folder(folder)]
+    from pipeline.doctor.buckets import examine_bucket  # here, so that the rest runs where packages are missing
+
     return [examine_bucket(out), examine_folder(working_folder(out))]
 
 

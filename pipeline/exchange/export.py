@@ -21,7 +21,7 @@ from pipeline.errors import UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import Source
 from pipeline.images.tar_archive import check_member_key, member_extension, write_tar
-from pipeline.labels.card import CARD_NAME, code
+from pipeline.labels.card import CARD_NAME, code_span
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image, check_replay
@@ -266,7 +266,7 @@ def _readme(label_set: LabelSet, export: Export, labelled: bool) -> str:
         (
             f"---\n{header}---",
             "",
-            f"# Hard labels of {code(label_set.plan.teacher.name)}",
+            f"# Hard labels of {code_span(label_set.plan.teacher.name)}",
             "",
             f"Views {start}..{stop - 1} of label set `{export.labelset_id}`, exported by deit-cli. {what}"
             " The `.json` beside an image holds the teacher's class, `hard`, and its top K"

@@ -1,7 +1,7 @@
 """FKD's soft labels (Shen & Xing 2022, arXiv 2112.01528): one file for each image, written by torch.save.
 
 The layout is that of the generator which was published with the paper, github.com/szq0214/FKD, files
-FKD/FKD_SLG/generate_soft_label.py and FKD/FKD_SLG/utils.py. `class/name.tar` is no tar, but a pickle in a zip: a list of
+FKD/FKD_SLG/generate_soft_label.py and FKD/FKD_SLG/utils.py. `class/name.tar` is not a tar, but a pickle in a zip: a list of
 three NumPy arrays for N crops of one image,
 
     coords   float [N, 4]   top, left, height, width, as shares of the image's height, width, height, width
@@ -139,7 +139,7 @@ def list_files(folder: Path) -> list[Path]:
         )
     if others:
         more = f", as {count(len(others) - 1, 'other')} of them" if others[1:] else ""
-        log.warning("%s is no %s file and is left out%s", others[0], ENDING, more)
+        log.warning("%s is not a %s file and is left out%s", others[0], ENDING, more)
     return found
 
 

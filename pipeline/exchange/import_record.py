@@ -1,4 +1,4 @@
-"""What import.json says of imported labels: what they are, what the format lost, and what they are good for."""
+"""The content of import.json: what imported labels are, what they lost, and what they are good for."""
 
 import os
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ Foreign = Literal["fkd", "tinyvit"]
 
 @dataclass(frozen=True)
 class Format:
-    """What is true of all labels of a format.
+    """What all labels of a format have in common.
 
     Attributes:
-        lost: what it does not record.
+        lost: what the format does not record.
         use: what its labels are good for, in addition to ANY_USE.
-        columns: what it records beside the labels, by the name of the column.
+        columns: what the format records beside the labels: a name and a meaning for each column.
     """
 
     lost: tuple[str, ...]
@@ -87,7 +87,7 @@ class PartRecord(Record):
 
 
 class ImportRecord(Record):
-    """What import.json holds. It is written last: without it there is no import.
+    """The content of import.json. It is written last: a folder without it is not a complete import.
 
     Attributes:
         imported_from: the format.
@@ -122,7 +122,7 @@ class ImportRecord(Record):
 
 def columns_of(kind: Foreign, codec: Codec) -> dict[str, str]:
     """Return what each column of an import means, by its name and in the order of the tables."""
-    return {name: COLUMNS[name] for name in ("key", "view", *(codec.record.names or ()))} | FORMATS[kind].columns
+    return {name: COLUMNS[name] for name in ("key", "view", *codec.columns)} | FORMATS[kind].columns
 
 
 def losses(kind: Foreign, codec: Codec, *, stored: int, keys_are_numbers: bool) -> Iterator[str]:
@@ -150,7 +150,7 @@ def losses(kind: Foreign, codec: Codec, *, stored: int, keys_are_numbers: bool) 
 
 
 def import_table(record: ImportRecord, out: str | os.PathLike[str]) -> str:
-    """Return what an import made, what it cost, and what is lost, for people."""
+    """Return the sizes of an import, what is lost and what its labels are good for, as text for people."""
     size = sum(part.bytes for part in record.files)
     kept = (
         f"K = {record.topk} of {record.num_classes} classes"

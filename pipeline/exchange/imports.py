@@ -1,4 +1,4 @@
-"""Labels that other projects published, imported into plain Parquet; what is lost is listed in import.json.
+"""Import of labels that other projects published into plain Parquet; import.json lists what is lost.
 
 An import is not a label set. Its views were made by another program's random draws, so they cannot be rendered again and proved
 by probes; only label sets of format v1 can be trained on.
@@ -134,7 +134,7 @@ class _Tables:
         self._keys_are_numbers = True
 
     def add(self, rows: ForeignRows) -> None:
-        """Take some rows; rows of another table go to another file."""
+        """Take some rows; those for another table begin a new file."""
         rows = self._cut(rows)
         if rows.table != self._table:
             self.flush()
@@ -238,7 +238,7 @@ def _check_settings(num_classes: int, topk: int | None) -> None:
 
 def _check_out(out: Path, path: Path) -> None:
     if not path.is_dir():
-        raise ImportedLabelsError(f"{path} is no folder: pass the folder that holds the labels")
+        raise ImportedLabelsError(f"{path} is not a folder: pass the folder that holds the labels")
     if (out / IMPORT_NAME).exists():
         raise ImportedLabelsError(
             f"{out} holds an import already",

@@ -173,4 +173,4 @@ def _key(line: bytes, file: RankFile, number: int, total: int) -> str:
         # readline of at most so many bytes: a longer line has no end, and check_name says that it is too long
         return check_name(line.removesuffix(b"\n").removesuffix(b"\r").decode(), f"line {number + 1}")
     except (SourceError, UnicodeDecodeError) as error:
-        raise ImportedLabelsError(f"{file.keys}: line {number + 1} is no key: {error}") from error
+        raise ImportedLabelsError(f"{file.keys}: line {number + 1} is not a key: {error}") from error

@@ -1,8 +1,8 @@
 """The dataset card: README.md of a label set, for people and for the Hugging Face Hub.
 
-Names of teachers come from outside, so whatever is not ours stands in code spans, from which no Markdown and no HTML
-gets out, and the header is written by a YAML library. A card says the hash of its own text: one that somebody has
-changed is theirs, and is not written anew unasked.
+Names of teachers come from outside, so every text that is not ours stands in a code span, from which no Markdown and no HTML
+gets out, and a YAML library writes the header. A card holds the hash of its own text: one that somebody has changed is theirs,
+and is not replaced unasked.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ _LICENCE = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class Licence:
-    """What the Hub's header says of the licence.
+    """The licence in the header that the Hub reads.
 
     Attributes:
         license: the Hub's identifier, such as `cc-by-4.0`; `other` where it has none.
-        license_name: of a licence without identifier, or None.
-        license_link: where that is to be read, or None.
+        license_name: name of a licence without identifier, or None.
+        license_link: address of its text, or None.
     """
 
     license: str = "other"
@@ -63,17 +63,8 @@ class Licence:
                 "not stated. It depends on those of the teacher's weights and of the images:"
                 " `deit-cli labels card FOLDER --license cc-by-4.0`, say, writes it here"
             )
-        link = "" if self.license_link is None else f", {code(self.license_link)}"
-        return f"{code(self.license_name or self.license)}{link}"
-
-
-def code(text: str) -> str:
-    """Return a text from outside as a Markdown code span that shows it literally, on one line, of bounded length."""
-    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[: MAX_CODE + 1])
-    shown = shown if len(shown) <= MAX_CODE else shown[:MAX_CODE] + "…"
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
-    room = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
-    return f"{fence}{room}{shown}{room}{fence}"
+        link = "" if self.license_link is None else f", {code_span(self.license_link)}"
+        return f"{code_span(self.license_name or self.license)}{link}"
 
 
 def refresh_card(label_set: LabelSet) -> None:
@@ -122,10 +113,19 @@ def write_card(label_set: LabelSet, licence: Licence | None = None, *, replace: 
     return True
 
 
-def is_untouched(text: str) -> bool:
-    """Return whether this is a card of ours that nobody has changed."""
-    marks = _MARK.findall(text)
-    return len(marks) == 1 and marks[0] == _digest(_MARK.sub("", text))
+def render_card(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) -> str:
+    """Return the text of the card: the same text for the same set and licence.
+
+    Args:
+        summary: what `summarise` returned.
+        label_set: the set.
+        licence: the licence to state.
+    """
+    header = to_yaml(_header(summary, licence)).decode()
+    body = "\n".join(("", *_about(summary, label_set, licence), "", *_loading(label_set)))
+    rest = f"---\n{header}---\n{body}"
+    mark = f"<!-- written by deit-cli; SHA-256 of all other lines: {_digest(rest)} -->\n"
+    return f"---\n{header}---\n{mark}{body}"
 
 
 def licence_of(text: str) -> Licence | None:
@@ -139,19 +139,10 @@ def licence_of(text: str) -> Licence | None:
         return None
 
 
-def render_card(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) -> str:
-    """Return the text of the card; the same set and licence, the same text.
-
-    Args:
-        summary: of `inspection.summarise`.
-        label_set: the set.
-        licence: to state.
-    """
-    header = to_yaml(_header(summary, licence)).decode()
-    body = "\n".join(("", *_about(summary, label_set, licence), "", *_loading(label_set)))
-    rest = f"---\n{header}---\n{body}"
-    mark = f"<!-- written by deit-cli; SHA-256 of all other lines: {_digest(rest)} -->\n"
-    return f"---\n{header}---\n{mark}{body}"
+def is_untouched(text: str) -> bool:
+    """Return whether this is a card of ours that nobody has changed."""
+    marks = _MARK.findall(text)
+    return len(marks) == 1 and marks[0] == _digest(_MARK.sub("", text))
 
 
 def size_category(rows: int) -> str:
@@ -161,6 +152,20 @@ def size_category(rows: int) -> str:
         if 10**power <= rows < 10 ** (power + 1):
             return f"{name}<n<{following}"
     return "n<1K" if rows < 1000 else "n>1T"
+
+
+def code_span(text: str) -> str:
+    """Return a text from outside as a Markdown code span that shows it literally, on one line, of bounded length."""
+    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[: MAX_CODE + 1])
+    shown = shown if len(shown) <= MAX_CODE else shown[:MAX_CODE] + "…"
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    room = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
+    return f"{fence}{room}{shown}{room}{fence}"
+
+
+def code_spans(values: Mapping[str, Any]) -> str:
+    """Return names and values, sorted by name, as code spans."""
+    return ", ".join(code_span(f"{name} {value}") for name, value in sorted(values.items()))
 
 
 def _header(summary: Mapping[str, Any], licence: Licence) -> dict[str, Any]:
@@ -185,7 +190,7 @@ def _about(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) ->
     per_view = summary["labels"] and summary["label_bytes"] / summary["labels"]
     agreement = summary["hard_is_class_label_pct"]
     return [
-        f"# Labels of {code(summary['teacher_name'])}",
+        f"# Labels of {code_span(summary['teacher_name'])}",
         "",
         "What a frozen teacher answered for numbered, reproducible views of images, as Parquet that any reader takes."
         " A view is a pure function of recipe, sample key and number, so training renders the very pixels that the"
@@ -193,16 +198,16 @@ def _about(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) ->
         "",
         f"- **Licence**: {licence.text}",
         *(
-            f"- **Teacher**: {code(each['name'])}, {each['num_classes']:,} classes, sees {each['img_size']} px,"
+            f"- **Teacher**: {code_span(each['name'])}, {each['num_classes']:,} classes, sees {each['img_size']} px,"
             f" weights SHA-256 `{each['weights_sha256']}`"
             for each in members
         ),
         *(["- Their probabilities are averaged with equal weight."] if len(members) > 1 else []),
-        f"- **Recipe** `{summary['recipe_id']}`: {code_list(summary['recipe'])}",
+        f"- **Recipe** `{summary['recipe_id']}`: {code_spans(summary['recipe'])}",
         f"- **Views** {start}..{stop - 1}: {summary['labels']:,} labels of {source['images'] - len(source['bad']):,} images"
         f" in {source['shards']:,} source shards",
         f"- **Images**: {source['images']:,}, {len(source['bad']):,} of them cannot be decoded and have no labels,"
-        f" {source['unlabelled']:,} have no class label; {_whereabouts(summary, label_set)}",
+        f" {source['unlabelled']:,} have no class label; {_images(summary, label_set)}",
         f"- **Stored**: K = {summary['topk']} most probable classes, probabilities as {summary['precision']};"
         f" {byte_size(summary['label_bytes'])} of labels, {per_view:.1f} bytes each",
         *(
@@ -212,21 +217,16 @@ def _about(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) ->
             else []
         ),
         f"- **Label set** `{summary['labelset_id']}`",
-        *(f"- **Made with** {code_list(each)}" for each in summary["environments"]),
+        *(f"- **Made with** {code_spans(each)}" for each in summary["environments"]),
     ]  # fmt: skip
 
 
-def _whereabouts(summary: Mapping[str, Any], label_set: LabelSet) -> str:
+def _images(summary: Mapping[str, Any], label_set: LabelSet) -> str:
     if not label_set.has_images:
         return "they are not in this set: who trains needs a copy of them"
     made = {each["images"] for each in summary["environments"] if "images" in each}
-    how = f" ({', '.join(map(code, sorted(made)))})" if made else " (the original files)"
+    how = f" ({', '.join(map(code_span, sorted(made)))})" if made else " (the original files)"
     return f"they are in this set, `images/*.tar`{how}: who shares the set publishes them"
-
-
-def code_list(values: Mapping[str, Any]) -> str:
-    """Return names and values, sorted by name, as code spans."""
-    return ", ".join(code(f"{name} {value}") for name, value in sorted(values.items()))
 
 
 def _loading(label_set: LabelSet) -> list[str]:
@@ -234,7 +234,7 @@ def _loading(label_set: LabelSet) -> list[str]:
     labels = f"labels/views-{start:05d}-{stop - 1:05d}/{shard}.parquet"
     samples = f"samples/{shard}.parquet"
     codec = label_set.plan.codec
-    stored = [name for name in codec.record.names or () if name != "tail_mass"]
+    stored = [name for name in codec.columns if name != "tail_mass"]
     columns = ", ".join(f'"{name}"' for name in stored)
     # DuckDB 2.0 reads no float16 whose bytes are split, which is how they compress best.
     readable = [name for name in stored if codec.record[name].base != np.float16]

@@ -1,7 +1,7 @@
 """Label rows: what a teacher answered, how each precision stores it, and what no teacher can have answered.
 
-A codec is all that the code knows of a precision. A new one is a row of CODECS (and a name in `format.Precision`, a section of
-docs/format-v1.md), and a class where it stores other columns.
+A codec is all that the code knows of a precision. To add one, add a row to CODECS, and a class where it stores other columns;
+then name it in `format.Precision` and specify it in docs/format-v1.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class LabelRows:
         topk_index: as `hard`, [N, K], most probable first; K may be 0.
         topk_prob: float16 or float32 [N, K], probabilities at temperature 1.
         tail_mass: as `topk_prob`, [N], 1 minus the kept probability.
-        topk_code: uint8 [N, K], what is stored in place of the two where the codec has codes; else None.
+        topk_code: uint8 [N, K], stored in place of `topk_prob` and `tail_mass` by a codec that has codes; else None.
     """
 
     row: NDArray[np.uint32]
@@ -68,7 +68,7 @@ class Codec:
         num_classes: C.
         topk: K.
         prob_dtype: type of probabilities as they are read.
-        rounding: by how much storing a probability changes it at most, with some room.
+        rounding: largest change of a probability by storing it, with some room.
     """
 
     num_classes: int
@@ -78,11 +78,16 @@ class Codec:
 
     @property
     def record(self) -> np.dtype[np.void]:
-        """One stored label: the columns beside `view` and `row`, in the order of the file, each a field of `LabelRows`."""
+        """One stored label, a field for each column but `view` and `row`; each has the name of a field of `LabelRows`."""
         index, prob, width = index_dtype(self.num_classes), self.prob_dtype, (self.topk,)
         return np.dtype(
             [("hard", index), ("topk_index", index, width), ("topk_prob", prob, width), ("tail_mass", prob)]
         )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the stored columns, in the order of the file."""
+        return self.record.names or ()
 
     @property
     def label_bytes(self) -> int:
@@ -114,20 +119,27 @@ class Codec:
     def encode(
         self, row: NDArray[np.int64], hard: NDArray[Any], index: NDArray[Any], prob: NDArray[np.float32]
     ) -> LabelRows:
-        """Return the teacher's answers as they are read once they are stored, sorted by row, int [N]; the rest as for `store`."""
+        """Return the teacher's answers as they are read once they are stored, sorted by row.
+
+        Args:
+            row: int [N], samples' rows.
+            hard: see `store`.
+            index: see `store`.
+            prob: see `store`.
+        """
         order = np.argsort(row, kind="stable")
         return self.decode(row[order].astype(np.uint32), self.store(hard[order], index[order], prob[order]))
 
     def content_xxh3(self, views: Sequence[LabelRows]) -> str:
-        """Return the xxh3-128 over the stored values of all views, little-endian: of each the rows, then column by column."""
-        digest, columns = xxhash.xxh3_128(), ("row", *(self.record.names or ()))
+        """Return the xxh3-128 over the stored values of all views, little-endian: for each view its rows, then each column."""
+        digest, columns = xxhash.xxh3_128(), ("row", *self.columns)
         for rows in views:
             for name in columns:
                 digest.update(np.ascontiguousarray(getattr(rows, name)).data)
         return digest.hexdigest()
 
     def numpy_lines(self) -> tuple[str, ...]:
-        """Return lines of NumPy that turn `code` [N, K] into `values` [N, K + 1], probabilities and tail; none without codes."""
+        """Return lines of NumPy that decode `code` [N, K] to `values` [N, K + 1], probabilities and tail; none without codes."""
         return ()
 
 
@@ -182,7 +194,7 @@ class Log8(Codec):
         )
 
 
-# What stores the labels where K > 0, the type of probabilities as they are read, the largest change of one with some room.
+# For each precision: the codec where K > 0, its `prob_dtype` and its `rounding`.
 CODECS: dict[Precision, tuple[type[Codec], type[np.floating], float]] = {
     "float16": (Codec, np.float16, 1e-3),
     "float32": (Codec, np.float32, 1e-6),
@@ -251,15 +263,15 @@ def from_codes(codes: NDArray[np.uint8], num_classes: int) -> tuple[NDArray[np.f
 
 
 def find_problem(rows: LabelRows, num_classes: int, views: int = 1) -> str | None:
-    """Return what is wrong with values that no teacher can have answered, or None.
+    """Return the first reason why no teacher can have answered these values, or None.
 
     It runs for everything that is read, so it looks at bits: floats of 0 and above order like their bit patterns, and all
     others (negative ones, NaN, infinity) lie above the pattern of 1.
 
     Args:
-        rows: of one view, or of several one behind the other.
+        rows: rows of one view, or of several one behind the other.
         num_classes: C.
-        views: how many of them.
+        views: number of these views.
     """
     if not len(rows):
         return None
@@ -279,7 +291,7 @@ def find_problem(rows: LabelRows, num_classes: int, views: int = 1) -> str | Non
 
 
 def _find_in_floats(rows: LabelRows) -> str | None:
-    """Return what is wrong with stored probabilities; there are no codes that decode to wrong ones."""
+    """Return the first problem of stored probabilities, or None. Codes have none: all of them decode to probabilities."""
     topk = rows.topk_prob.shape[1]
     prob, tail, one = _bits(rows.topk_prob), _bits(rows.tail_mass), _bits(np.ones(1, rows.topk_prob.dtype))[0]
     if prob.max() > one or tail.max() > one:

@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 2**30  # of a table of the set, which is read as a whole; Image
 MAX_PROBES = 64  # each is rendered before training; 8 are stored
 PIN = re.compile("sha256:[0-9a-fA-F]{64}")
 
-# What makes a damaged label set whole again. Whoever made a set can compute a lost file again; whoever received one can fetch
+# What makes a damaged label set whole again. Those who made a set can compute a lost file again, those who received it can fetch
 # it again. An error cannot know which of them reads it, so it names both ways.
 PULL = "fetch it again with deit-cli labels pull"
 DAMAGED_FILE = "Fetch it again with deit-cli labels pull; where the set was made, delete it and run the same deit-cli precompute again"

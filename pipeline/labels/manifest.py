@@ -1,4 +1,5 @@
-"""Plan and manifest: what a label set is, written first and never changed, and what of it is complete, written last.
+"""Plan and manifest of a label set: the plan says what it is, is written first and never changes; the manifest, written last, lists
+the complete files.
 
 Both are strict JSON: unknown fields, duplicate keys, NaN and unsafe names are refused. Ids are SHA-256 over canonical
 JSON; `labelset_id` covers recipe, teacher, source and the stored precision, so any of them changes it.
@@ -51,6 +52,7 @@ from pipeline.views.recipe import Recipe
 
 Channels = tuple[float, float, float]
 _RecordT = TypeVar("_RecordT", bound=Record)
+_TEACHER_TAGS = ("one", "several")
 
 
 class TeacherIdentity(Record):
@@ -124,8 +126,11 @@ class EnsembleIdentity(Record):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Of the first member that knows them."""
+        """Class names of the first member that knows them."""
         return next((member.class_names for member in self.members if member.class_names), None)
+
+
+AnyTeacher = TeacherIdentity | EnsembleIdentity
 
 
 def _teacher_tag(value: Any) -> str:
@@ -133,8 +138,6 @@ def _teacher_tag(value: Any) -> str:
     return _TEACHER_TAGS[several]
 
 
-_TEACHER_TAGS = ("one", "several")
-AnyTeacher = TeacherIdentity | EnsembleIdentity
 _TaggedTeacher = Annotated[
     Annotated[TeacherIdentity, Tag(_TEACHER_TAGS[0])] | Annotated[EnsembleIdentity, Tag(_TEACHER_TAGS[1])],
     Discriminator(_teacher_tag),
@@ -150,7 +153,7 @@ class ShardRecord(Record):
 
 
 class SourceRecord(Record):
-    """Where the images came from. The location is where they lay; it is no part of the identity."""
+    """The source of the images. Its location, where they lay then, is not part of the identity."""
 
     kind: Literal["folder", "tar", "parquet"]
     location: Text
@@ -343,6 +346,13 @@ class Manifest(Record):
         return self
 
 
+class _Import(Record, extra="ignore"):
+    """What an import.json says of itself, as far as a refusal needs it; `exchange.import_record` has the whole."""
+
+    imported_from: Text
+    lost: Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
 def shards_of(manifest: Manifest, plan: Plan, name: object) -> tuple[ShardRecord, ...]:
     """Return the plan's record of every source shard that a set holds, in order; `name` is for errors.
 
@@ -438,20 +448,6 @@ def parse_manifest(data: bytes, name: object, *, plan_sha256: str | None) -> Man
     return manifest
 
 
-def _load_json(data: bytes, name: object) -> Any:
-    try:
-        return parse_json(data)
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{name}: not valid JSON: {error}", fix=damaged_json(name)) from error
-
-
-class _Import(Record, extra="ignore"):
-    """What an import.json says of itself, as far as a refusal needs it; `exchange.import_record` has the whole."""
-
-    imported_from: Text
-    lost: Annotated[tuple[Text, ...], Field(min_length=1)]
-
-
 def refuse_import(data: bytes, folder: object) -> LabelSetMismatch:
     """Return the error that a folder of imported labels is not a label set; `data` are the bytes of its import.json."""
     try:
@@ -506,19 +502,11 @@ def first_difference(mine: Any, theirs: Any, path: str = "") -> str:
     return first_difference(a, b, f"{path}.{name}".lstrip(".")) if name else ""
 
 
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _plain(part: Any) -> Any:
-    if isinstance(part, SourceRecord):
-        return part.model_dump(mode="json", include={"class_names", "shards"})
-    return part.model_dump(mode="json") if isinstance(part, BaseModel) else part
-
-
-def _labelset_id(ids: dict[str, str], topk: int, precision: str) -> str:
-    return sha256_json(ids | {"format": FORMAT, "version": VERSION, "topk": topk, "precision": precision})
+def _load_json(data: bytes, name: object) -> Any:
+    try:
+        return parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{name}: not valid JSON: {error}", fix=damaged_json(name)) from error
 
 
 def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
@@ -538,3 +526,18 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in _TEACHER_TAGS)
     return f"{where or 'content'}: {first['msg']}"
+
+
+def _labelset_id(ids: dict[str, str], topk: int, precision: str) -> str:
+    return sha256_json(ids | {"format": FORMAT, "version": VERSION, "topk": topk, "precision": precision})
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, SourceRecord):
+        return part.model_dump(mode="json", include={"class_names", "shards"})
+    return part.model_dump(mode="json") if isinstance(part, BaseModel) else part
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

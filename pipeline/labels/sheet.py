@@ -9,13 +9,10 @@ from numpy.typing import NDArray
 
 from pipeline.errors import LabelSetError
 from pipeline.images.source import Source
-from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import pair_of, rendered_view
-from pipeline.labels.tables import SampleRows
 from pipeline.storage.atomic import replace_file
 from pipeline.views.mixing import apply_mix, mix_batch
-from pipeline.views.pairs import Mix
 
 TILE_INCHES = (2.1, 3.1)
 
@@ -32,11 +29,11 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
     """Draw mixed views of a few samples as the teacher saw them, with class labels and the teacher's top five.
 
     Args:
-        label_set: to show.
+        label_set: the set whose views are shown.
         source: its images.
-        path: PNG to write.
-        samples: rows of the sheet, spread over the source.
-        views: columns of the sheet, the first views of the set.
+        path: PNG file to write.
+        samples: number of rows of the sheet, spread over the source.
+        views: number of columns of the sheet, the first views of the set.
     """
     import warnings
 
@@ -71,42 +68,39 @@ def _spread(label_set: LabelSet, count: int) -> list[tuple[str, int]]:
 
 
 def _tile(label_set: LabelSet, source: Source, name: str, row: int, view: int) -> Tile:
+    """Render one view of one sample, mixed with its partner, and say what it shows and what the teacher answered."""
     samples = label_set.samples(name)
     partner, mix = pair_of(label_set.recipe, samples, row, view)
     rows = [row] if partner is None else [row, partner]
     batch = torch.from_numpy(np.stack([rendered_view(label_set, source, name, samples, r, view) for r in rows]))
     mixes = mix_batch([(0, 1 if partner is not None else -1)], [mix], len(rows))
     mixed = apply_mix(batch, mixes)[0].permute(1, 2, 0)
+    caption = [
+        f"view {view}  {samples.key[row][-18:]}",
+        f"{mix.lam:4.0%} {_class_name(label_set, samples.class_label[row])}",
+        ""
+        if partner is None or mix.lam == 1
+        else f"{1 - mix.lam:4.0%} {_class_name(label_set, samples.class_label[partner])}",
+        *_answer(label_set, name, row, view),
+    ]
+    return Tile(mixed.round().clamp(0, 255).byte().numpy(), "\n".join(caption))
+
+
+def _answer(label_set: LabelSet, name: str, row: int, view: int) -> list[str]:
+    """Return a line for each of the teacher's five most probable classes; with K = 0 one line with its class."""
     labels = label_set.read(name, view)
     at = int(np.searchsorted(labels.row, row))
-    return Tile(
-        mixed.round().clamp(0, 255).byte().numpy(), _caption(label_set, samples, row, partner, mix, view, labels, at)
-    )
+    if not label_set.plan.topk:
+        return [f"  teacher: {_class_name(label_set, int(labels.hard[at]))}"]
+    pairs = zip(labels.topk_index[at, :5].tolist(), labels.topk_prob[at, :5].tolist(), strict=True)
+    return [f"  {prob:6.1%} {_class_name(label_set, index)}" for index, prob in pairs]
 
 
-def _cut(name: str) -> str:
+def _class_name(label_set: LabelSet, index: int | None) -> str:
+    """Return the name of a class in at most 18 characters, or its number where classes have no names."""
+    if index is None:
+        return "unlabelled"
+    if label_set.class_names is None:
+        return f"class {index}"
+    name = label_set.class_names[index]
     return name if len(name) <= 18 else f"{name[:17]}…"
-
-
-def _caption(
-    label_set: LabelSet,
-    samples: SampleRows,
-    row: int,
-    partner: int | None,
-    mix: Mix,
-    view: int,
-    labels: LabelRows,
-    at: int,
-) -> str:
-    def named(index: int | None) -> str:
-        names = label_set.class_names
-        return "unlabelled" if index is None else _cut(names[index]) if names else f"class {index}"
-
-    lines = [f"view {view}  {samples.key[row][-18:]}", f"{mix.lam:4.0%} {named(samples.class_label[row])}"]
-    lines.append("" if partner is None or mix.lam == 1 else f"{1 - mix.lam:4.0%} {named(samples.class_label[partner])}")
-    if labels.topk_prob.shape[1]:
-        pairs = list(zip(labels.topk_index[at].tolist(), labels.topk_prob[at].tolist(), strict=True))[:5]
-        lines += [f"  {prob:6.1%} {named(index)}" for index, prob in pairs]
-    else:
-        lines.append(f"  teacher: {named(int(labels.hard[at]))}")
-    return "\n".join(lines)

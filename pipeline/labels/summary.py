@@ -1,4 +1,4 @@
-"""What is inside a label set, for people: a summary in numbers, and a contact sheet in pictures."""
+"""A summary of a label set in numbers, for people and as JSON."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +13,7 @@ from pipeline.labels.tables import SampleRows
 from pipeline.text import byte_size, two_columns
 from pipeline.views.pairs import pairs_of
 
-MAX_ROWS = (
-    200_000  # labels after which a summary stops reading; a sample that large has an error below 0.3 percentage points
-)
+MAX_ROWS = 200_000  # labels to read at most; the error of such a sample is below 0.3 percentage points
 
 
 def summarise(label_set: LabelSet) -> dict[str, Any]:
@@ -55,6 +53,45 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
         "environments": list(manifest.environments),
         **_look_at_labels(label_set, tables),
     }
+
+
+def info_table(summary: Mapping[str, Any]) -> str:
+    """Return what `summarise` found, as text for people."""
+    teacher, source, recipe = summary["teacher"], summary["source"], summary["recipe"]
+    hit, entropy, kept = (summary[name] for name in ("hard_is_class_label_pct", "mean_entropy_nats", "mean_kept_mass"))
+    first, stop = summary["views"]
+    rows = [
+        ("label set", f"{summary['labelset_id'][:12]}, {'sealed' if summary['sealed'] else 'not sealed'}"),
+        ("manifest", summary["manifest"]),
+        *(
+            (
+                "teacher",
+                f"{each['name']}, weights {each['weights_sha256'][:12]}, {each['num_classes']} classes, {each['img_size']} px",
+            )
+            for each in teacher.get("members", [teacher])
+        ),
+        ("recipe", f"{summary['recipe_id'][:12]}: " + ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))),
+        (
+            "source",
+            f"{source['kind']} {source['location']}: {source['images']:,} images in {_shards(source)}, {source['unlabelled']:,} unlabelled",
+        ),
+        (
+            "bad images",
+            f"{len(source['bad'])} left out" + "".join(f"\n               {line}" for line in source["bad"][:20]),
+        ),
+        ("views", f"{first}:{stop}"),
+        (
+            "stored",
+            f"K = {summary['topk']}, {summary['precision']}, {summary['labels']:,} labels, {summary['bytes_per_label']:.1f} bytes each",
+        ),
+        *([("images", f"{byte_size(summary['image_bytes'])}, in the set")] if summary["image_bytes"] else []),
+        ("agreement", "-" if hit is None else f"{hit:.1f} %: hard label is the class label of the larger part"),
+        ("entropy", "-" if entropy is None else f"{entropy:.3f} nats (tail spread evenly)"),
+        ("kept mass", "-" if kept is None else f"{kept:.4f}"),
+        ("made with", "; ".join(", ".join(f"{k} {v}" for k, v in sorted(e.items())) for e in summary["environments"])),
+    ]
+    looked = f"agreement, entropy and kept mass over {summary['labels_looked_at']:,} labels"
+    return two_columns(rows) + f"\n{'':15}{looked}"
 
 
 def _look_at_labels(label_set: LabelSet, tables: dict[str, SampleRows]) -> dict[str, Any]:
@@ -105,42 +142,3 @@ def _entropy(rows: LabelRows, num_classes: int) -> NDArray[np.float64]:
 def _shards(source: Mapping[str, Any]) -> str:
     here, of_plan = source["shards"], source["shards_of_plan"]
     return f"{here} shards" if here == of_plan else f"{here} of {of_plan} shards (a subset)"
-
-
-def info_table(summary: Mapping[str, Any]) -> str:
-    """Return what `inspection.summarise` found, for people."""
-    teacher, source, recipe = summary["teacher"], summary["source"], summary["recipe"]
-    hit, entropy, kept = (summary[name] for name in ("hard_is_class_label_pct", "mean_entropy_nats", "mean_kept_mass"))
-    first, stop = summary["views"]
-    rows = [
-        ("label set", f"{summary['labelset_id'][:12]}, {'sealed' if summary['sealed'] else 'not sealed'}"),
-        ("manifest", summary["manifest"]),
-        *(
-            (
-                "teacher",
-                f"{each['name']}, weights {each['weights_sha256'][:12]}, {each['num_classes']} classes, {each['img_size']} px",
-            )
-            for each in teacher.get("members", [teacher])
-        ),
-        ("recipe", f"{summary['recipe_id'][:12]}: " + ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))),
-        (
-            "source",
-            f"{source['kind']} {source['location']}: {source['images']:,} images in {_shards(source)}, {source['unlabelled']:,} unlabelled",
-        ),
-        (
-            "bad images",
-            f"{len(source['bad'])} left out" + "".join(f"\n               {line}" for line in source["bad"][:20]),
-        ),
-        ("views", f"{first}:{stop}"),
-        (
-            "stored",
-            f"K = {summary['topk']}, {summary['precision']}, {summary['labels']:,} labels, {summary['bytes_per_label']:.1f} bytes each",
-        ),
-        *([("images", f"{byte_size(summary['image_bytes'])}, in the set")] if summary["image_bytes"] else []),
-        ("agreement", "-" if hit is None else f"{hit:.1f} %: hard label is the class label of the larger part"),
-        ("entropy", "-" if entropy is None else f"{entropy:.3f} nats (tail spread evenly)"),
-        ("kept mass", "-" if kept is None else f"{kept:.4f}"),
-        ("made with", "; ".join(", ".join(f"{k} {v}" for k, v in sorted(e.items())) for e in summary["environments"])),
-    ]
-    looked = f"agreement, entropy and kept mass over {summary['labels_looked_at']:,} labels"
-    return two_columns(rows) + f"\n{'':15}{looked}"

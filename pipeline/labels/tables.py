@@ -52,6 +52,19 @@ _WRITE: dict[str, Any] = {
 }
 # A teacher's forward pass of a view costs a hundred times the 10 us; each byte is published, stored and read many times.
 _WRITE_LABELS: dict[str, Any] = _WRITE | {"compression_level": 15}
+SAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.uint32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("class_label", pa.int32()),
+        pa.field("image_bytes", pa.uint32(), nullable=False),
+        pa.field("image_xxh3", pa.binary(16), nullable=False),
+        pa.field("height", pa.uint32(), nullable=False),
+        pa.field("width", pa.uint32(), nullable=False),
+        pa.field("bad", pa.string()),
+    ]
+)
+_FooterT = TypeVar("_FooterT", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -132,79 +145,6 @@ class LabelsFooter(Record):
         return codec_of(self.precision, self.num_classes, self.topk)
 
 
-Footer = TypeVar("Footer", SamplesFooter, LabelsFooter)
-
-
-def labels_schema(codec: Codec) -> pa.Schema:
-    """Return the exact schema of the label shards that a codec fills."""
-    rows = [pa.field(name, pa.uint32(), nullable=False) for name in ("view", "row")]
-    return pa.schema([*rows, *(column_field(name, codec.record[name]) for name in codec.record.names or ())])
-
-
-def column_field(name: str, kind: np.dtype[Any]) -> pa.Field:
-    """Return a column of numbers, or of lists where `kind` has a width, as fields of a codec's record have."""
-    element = pa.from_numpy_dtype(kind.base)
-    if not kind.shape:
-        return pa.field(name, element, nullable=False)
-    return pa.field(name, pa.list_(pa.field("element", element, nullable=False), kind.shape[0]), nullable=False)
-
-
-def column_leaf(field: pa.Field) -> str:
-    """Return the name that Parquet gives to the numbers of a column."""
-    return f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
-
-
-def column_array(values: NDArray[Any], field: pa.Field) -> pa.Array:
-    """Return numbers [N], or lists of them [N, K], as a column holds them."""
-    flat = pa.array(np.ascontiguousarray(values).ravel())
-    return pa.FixedSizeListArray.from_arrays(flat, type=field.type) if pa.types.is_fixed_size_list(field.type) else flat
-
-
-SAMPLES_SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.uint32(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("class_label", pa.int32()),
-        pa.field("image_bytes", pa.uint32(), nullable=False),
-        pa.field("image_xxh3", pa.binary(16), nullable=False),
-        pa.field("height", pa.uint32(), nullable=False),
-        pa.field("width", pa.uint32(), nullable=False),
-        pa.field("bad", pa.string()),
-    ]
-)
-
-
-def write_labels(file: BinaryIO, views: Sequence[LabelRows], footer: LabelsFooter) -> None:
-    """Write one label shard: a row group for each view."""
-    schema = labels_schema(footer.codec)
-    # Bytes of one significance side by side compress best; rows and views are runs, so their differences do.
-    encoding = {column_leaf(field): "BYTE_STREAM_SPLIT" for field in schema} | dict.fromkeys(
-        ("view", "row"), "DELTA_BINARY_PACKED"
-    )
-    with pq.ParquetWriter(
-        file, schema.with_metadata(_metadata(footer)), column_encoding=encoding, **_WRITE_LABELS
-    ) as writer:
-        for view, rows in enumerate(views, footer.view_start):
-            writer.write_table(_labels_table(rows, view, schema), row_group_size=max(1, len(rows)))
-
-
-def write_samples(file: BinaryIO, samples: SampleRows, footer: SamplesFooter) -> None:
-    """Write one samples file."""
-    hashes = pa.array(samples.image_xxh3, pa.binary(16))
-    arrays = [
-        np.arange(len(samples), dtype=np.uint32),
-        pa.array(samples.key, pa.string()),
-        pa.array(samples.class_label, pa.int32()),
-        samples.image_bytes,
-        hashes,
-        samples.height,
-        samples.width,
-        pa.array(samples.bad, pa.string()),
-    ]
-    table = pa.table([pa.array(column) for column in arrays], schema=SAMPLES_SCHEMA)
-    pq.write_table(table.replace_schema_metadata(_metadata(footer)), file, **_WRITE)
-
-
 @dataclass(frozen=True)
 class Contents:
     """A whole file in memory under its name: the bytes that were checked are the bytes that are parsed."""
@@ -238,6 +178,42 @@ class Contents:
         footer = self.labels_footer
         _check_layout(self.parquet, self.name, footer)
         return footer
+
+
+def labels_schema(codec: Codec) -> pa.Schema:
+    """Return the exact schema of the label shards that a codec fills."""
+    rows = [pa.field(name, pa.uint32(), nullable=False) for name in ("view", "row")]
+    return pa.schema([*rows, *(column_field(name, codec.record[name]) for name in codec.columns)])
+
+
+def write_labels(file: BinaryIO, views: Sequence[LabelRows], footer: LabelsFooter) -> None:
+    """Write one label shard: a row group for each view."""
+    schema = labels_schema(footer.codec)
+    # Bytes of one significance side by side compress best; rows and views are runs, so their differences do.
+    split = {column_leaf(field): "BYTE_STREAM_SPLIT" for field in schema}
+    encoding = split | dict.fromkeys(("view", "row"), "DELTA_BINARY_PACKED")
+    with pq.ParquetWriter(
+        file, schema.with_metadata(_metadata(footer)), column_encoding=encoding, **_WRITE_LABELS
+    ) as writer:
+        for view, rows in enumerate(views, footer.view_start):
+            writer.write_table(_labels_table(rows, view, schema), row_group_size=max(1, len(rows)))
+
+
+def write_samples(file: BinaryIO, samples: SampleRows, footer: SamplesFooter) -> None:
+    """Write one samples file."""
+    hashes = pa.array(samples.image_xxh3, pa.binary(16))
+    arrays = [
+        np.arange(len(samples), dtype=np.uint32),
+        pa.array(samples.key, pa.string()),
+        pa.array(samples.class_label, pa.int32()),
+        samples.image_bytes,
+        hashes,
+        samples.height,
+        samples.width,
+        pa.array(samples.bad, pa.string()),
+    ]
+    table = pa.table([pa.array(column) for column in arrays], schema=SAMPLES_SCHEMA)
+    pq.write_table(table.replace_schema_metadata(_metadata(footer)), file, **_WRITE)
 
 
 def read_labels_footer(file: Path | Contents) -> LabelsFooter:
@@ -319,6 +295,25 @@ def read_samples(file: Path | Contents) -> SampleRows:
     )
 
 
+def column_field(name: str, kind: np.dtype[Any]) -> pa.Field:
+    """Return the column for a field of a codec's record: numbers, or lists of them where the field has a width."""
+    element = pa.from_numpy_dtype(kind.base)
+    if not kind.shape:
+        return pa.field(name, element, nullable=False)
+    return pa.field(name, pa.list_(pa.field("element", element, nullable=False), kind.shape[0]), nullable=False)
+
+
+def column_leaf(field: pa.Field) -> str:
+    """Return the name that Parquet gives to the numbers of a column."""
+    return f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
+
+
+def column_array(values: NDArray[Any], field: pa.Field) -> pa.Array:
+    """Return numbers [N], or lists of them [N, K], as a column holds them."""
+    flat = pa.array(np.ascontiguousarray(values).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, type=field.type) if pa.types.is_fixed_size_list(field.type) else flat
+
+
 def _metadata(footer: SamplesFooter | LabelsFooter) -> dict[bytes, bytes]:
     return {FOOTER_KEY: canonical_json(footer.model_dump(mode="json"))}
 
@@ -341,7 +336,7 @@ def _contents(file: Path | Contents) -> Contents:
     return _read(file) if isinstance(file, Path) else file
 
 
-def _footer(file: pq.ParquetFile, path: str, kind: type[Footer]) -> Footer:
+def _footer(file: pq.ParquetFile, path: str, kind: type[_FooterT]) -> _FooterT:
     metadata = file.metadata.metadata or {}
     if FOOTER_KEY not in metadata:
         raise LabelSetMismatch(f"{path} is Parquet, but not of a label set: its footer has no {FOOTER_KEY.decode()!r}")
@@ -415,9 +410,9 @@ def _read_row_groups(file: Contents, footer: LabelsFooter, views: range) -> Labe
 
 
 def _rows_of(table: pa.Table, footer: LabelsFooter) -> LabelRows:
-    record = footer.codec.record
-    stored = {name: _values(table[name]).reshape(-1, *record[name].shape) for name in record.names or ()}
-    return footer.codec.decode(_values(table["row"]), stored)
+    codec, record = footer.codec, footer.codec.record
+    stored = {name: _values(table[name]).reshape(-1, *record[name].shape) for name in codec.columns}
+    return codec.decode(_values(table["row"]), stored)
 
 
 def _values(column: pa.ChunkedArray) -> NDArray[Any]:

@@ -77,7 +77,8 @@ def in_threads(
                     yield item, made
     finally:
         stop.set()
+    # A thread that still ends while the interpreter does may abort the process: wait, unless the process is told to end.
+    for worker in workers:
+        worker.join()
     if failure is not None:
-        for worker in workers:
-            worker.join()
         raise failure

@@ -151,7 +151,7 @@ class PrecomputeConfig:
     )
     on_bad_image: BadImagePolicy = option(
         "fail",
-        "Reaction to an image that cannot be decoded: stop the run, or leave the image out.",
+        "Reaction to an image that cannot be decoded: stop the run (fail), or leave the image out (skip).",
         group="Data",
         timed=False,
     )
@@ -213,7 +213,7 @@ class PrecomputeConfig:
 class TimingConfig:
     """How long `estimate` and `bench` measure."""
 
-    seconds: float = option(2.0, "Time in seconds to spend on each measurement, about.", group="Run", low=0.1, high=600)
+    seconds: float = option(2.0, "Seconds to spend on each measurement, approximately.", group="Run", low=0.1, high=600)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -251,7 +251,7 @@ class VerifyConfig:
 
     data: str | None = option(
         None,
-        "Copy of the images, which are all compared with the labelled ones; without it only the images of the probes are.",
+        "Copy of the images, all of which are compared with the labelled ones; without it only those of the probes are read.",
         group="Data",
     )
     probes: bool = option(True, "Render the replay probes again, which needs the images.", group="Data")

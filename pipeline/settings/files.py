@@ -1,6 +1,6 @@
-"""Settings in a YAML file: the names are those of the command line's options, the types those of the config's fields.
+"""Settings in a YAML file: named as the options of the command line, with the types of the config's fields.
 
-`recipe` and `set` may stand there too, as on the command line; `set` is a mapping of recipe fields.
+A file may also have `recipe` and `set`, as the command line has; there `set` is a mapping of recipe fields.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ from pipeline.views.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 
 @dataclass(frozen=True)
 class _RecipeSettings:
-    """Settings of a file that are not a config's: the options --recipe and --set."""
+    """Settings of a file that belong to no config: --recipe and --set."""
 
     recipe: str | None = option(None, "", group="Data")
     set: dict = option(None, "", group="Data")
 
 
 def read_settings(path: Path, *kinds: type, recipe: bool = True) -> dict[str, Any]:
-    """Return what a file sets: field name -> value, for the command line to put under the options that were given.
+    """Return the settings of a file: field name -> value. Options that are passed on the command line override them.
 
     Args:
         path: a YAML file of `name: value` lines; hyphens and underscores are the same.
-        kinds: the configs whose fields may stand in it.
-        recipe: whether `recipe` and `set` may stand in it, too.
+        kinds: the configs whose fields the file may set.
+        recipe: whether the file may set `recipe` and `set`, too.
 
     Raises:
-        UsageError: unreadable, a name that no config has or that stands there twice, or a value of another type.
+        UsageError: the file cannot be read, a name is unknown or is set twice, or a value has another type.
     """
     values = read_yaml(path)
     if not isinstance(values, dict):
@@ -47,7 +47,7 @@ def read_settings(path: Path, *kinds: type, recipe: bool = True) -> dict[str, An
         if setting is None:
             raise UsageError(f"{path}: there is no setting {str(key)!r}. {_nearest(str(key), by_name)}")
         if setting.name in found:
-            raise UsageError(f"{path}: {setting.name} stands there twice, the second time as {key}")
+            raise UsageError(f"{path}: {setting.name} is set twice, the second time as {key}")
         if not setting.takes(value):
             raise UsageError(f"{path}: {key} must be {setting.wanted}, got {_short(value)}")
         found[setting.name] = _as_option(value, setting)
@@ -55,13 +55,13 @@ def read_settings(path: Path, *kinds: type, recipe: bool = True) -> dict[str, An
 
 
 def plain_settings(config: Any) -> dict[str, Any]:
-    """Return a config as a file would hold it; what is None is left out, because that is every option's absence."""
+    """Return a config as a file would hold it; a setting that is None is left out, as an option would be."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as a file would hold it: the nearest preset under `recipe`, what differs from it under `set`."""
+    """Return a recipe as a file would hold it: the nearest preset as `recipe`, the fields that differ from it as `set`."""
     fields = recipe.model_dump(mode="json")
 
     def changes(preset: str) -> dict[str, Any]:
@@ -73,9 +73,9 @@ def recipe_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def describe_settings(*configs: Any, recipe: Recipe | None = None) -> str:
-    """Return what differs from the defaults as a shell reads it: `--labels shards --epochs 100 --set img_size=32`.
+    """Return the settings that differ from the defaults as options: `--labels shards --epochs 100 --set img_size=32`.
 
-    The command line makes the same configs and the same recipe of it.
+    Passed to the command line, they make the same configs and the same recipe.
     """
     words = [word for config in configs for word in _words(config)]
     if recipe is not None:
@@ -88,7 +88,7 @@ def describe_settings(*configs: Any, recipe: Recipe | None = None) -> str:
 
 
 def _words(config: Any) -> Iterator[str]:
-    """Yield the options of all that differs from a config's defaults, an option that repeats for each of its values."""
+    """Yield the options for all settings that differ from their defaults; a repeatable option comes once for each value."""
     for setting in settings_of(type(config)):
         value = getattr(config, setting.name)
         if value is None or value == setting.default:

@@ -85,7 +85,7 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
         type=_type_of(setting),
         help=setting.help,
         group=setting.group,
-        show_default=default is not REQUIRED and default not in (None, False, ()),
+        show_default=not (default in (REQUIRED, None, ()) or default is False),
         multiple=setting.repeats,
         **known,
     )

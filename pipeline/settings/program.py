@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from pipeline.crash import CRASHED, crash_of, save_report
 from pipeline.errors import DeitCliError, StoppedError, UsageError
 from pipeline.settings.fields import GROUPS
 
@@ -57,9 +56,10 @@ class Command(click.Command):
         """Write the options under the headings of their groups, all in one column."""
         groups: dict[str, list[tuple[str, str]]] = {group: [] for group in (*GROUPS, OTHER)}
         for parameter in self.get_params(ctx):
-            if (row := parameter.get_help_record(ctx)) is not None:
+            row = parameter.get_help_record(ctx)
+            if row is not None and not isinstance(parameter, click.Argument):
                 groups[getattr(parameter, "group", OTHER)].append(row)
-        width = max(len(names) for rows in groups.values() for names, _ in rows if len(names) <= WIDEST)
+        width = min(WIDEST, max(len(names) for rows in groups.values() for names, _ in rows))
         for group, rows in groups.items():
             if rows:
                 with formatter.section(group):
@@ -104,6 +104,8 @@ def run(commands: Group) -> None:
         click.echo(f"stopped{_continued(commands, settings)}", err=True)
         code = 130
     except Exception as error:  # nobody foresaw it
+        from pipeline.crash import CRASHED
+
         click.echo(_reported(error, settings), err=True)
         code = CRASHED
     sys.exit(code)
@@ -136,6 +138,8 @@ def _report_thread(settings: dict[str, Any], of_thread: threading.ExceptHookArgs
 
 def _reported(error: BaseException | None, settings: dict[str, Any]) -> str:
     """Write the report of an unforeseen error, and return what to say of it."""
+    from pipeline.crash import crash_of, save_report
+
     crash = crash_of(error or RuntimeError("unknown"))
     path = save_report(crash, sys.argv[1:], settings)
     kept = f"the report is in {path}" if path else "the report could not be written: no folder takes it"

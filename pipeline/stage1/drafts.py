@@ -1,4 +1,4 @@
-"""A label shard on its way: rows arrive in any order, and the file is published when the last one is there."""
+"""A label shard that is being filled: rows arrive in any order, and the file is published when all of them are there."""
 
 import logging
 from functools import partial
@@ -18,11 +18,11 @@ from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.drafts")
 
-SUSPICIOUS = 256  # that many labels of one and the same class are worth a warning
+SUSPICIOUS = 256  # a label shard of at least so many labels, all of one class, is worth a warning
 
 
 class LabelDraft:
-    """The rows of one label shard, filled in any order, and held as they will be stored (46 bytes each for K = 10)."""
+    """The rows of one label shard, filled in any order, and held as they will be stored (44 bytes each for K = 10 in float16)."""
 
     def __init__(self, samples: SampleRows, shard: str, views: range, plan: Plan) -> None:
         self.shard, self.views, self._samples = shard, views, samples

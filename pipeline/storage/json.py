@@ -17,12 +17,35 @@ from pipeline.text import SAFE_NAME
 
 MAX_JSON_BYTES = 64 * 2**20  # an ImageNet manifest of 300 views is about 10 MB
 MAX_JSON_VALUES = 4_000_000  # a manifest of that size has half as many; 64 MiB of brackets would become 4 GB of objects
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$", max_length=200)]
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # may be shown on a terminal
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+View = Annotated[int, Field(ge=0, le=2**31)]
+
+
+class Record(BaseModel):
+    """A frozen value that JSON holds; an unknown field or another type is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def pretty_json(value: Any) -> bytes:
     """Return JSON for files that people read too: same value, same bytes."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one JSON text of `value`: keys sorted, no spaces, UTF-8, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of `value`, 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def read_json(path: Path) -> Any:
@@ -70,61 +93,6 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return result
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is too large for a number")
-    return number
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def canonical_json(value: Any) -> bytes:
-    """Return the one JSON text of `value`: keys sorted, no spaces, UTF-8, no NaN."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
-
-
-def sha256_json(value: Any) -> str:
-    """Return the SHA-256 of the canonical JSON of `value`, 64 hex digits."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-
-
-Name = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$", max_length=200)]
-
-
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # may be shown on a terminal
-
-
-Count = Annotated[int, Field(ge=0, lt=2**48)]
-
-
-View = Annotated[int, Field(ge=0, le=2**31)]
-
-
-class Record(BaseModel):
-    """A frozen value that JSON holds; an unknown field or another type is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
 def is_version(values: Any, name: str, version: int) -> bool:
     """Return whether a JSON object says that it is of this format and version; `true` and `1.0` do not count as version 1."""
     return (
@@ -144,3 +112,23 @@ def other_version(values: Any, name: str, version: int) -> tuple[str, str | None
         newer = f"was made by a newer deit-cli: it is of format v{found}, this one reads v{version}"
         return newer, "Upgrade: pip install --upgrade deit-cli"
     return f"says {(values.get('format'), found)}; this version reads {(name, version)}", None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return result
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large for a number")
+    return number
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -186,3 +186,15 @@ def test_a_student_that_fits_into_no_memory_is_named():
 
     with pytest.raises(UsageError, match="two images of 4 pixels in training do not fit into the memory of cpu"):
         training_step_s(Huge(), 4, CPU)
+
+
+class Formula(nn.Module):
+    """A teacher without parameters: logit c is the mean of channel c."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3))
+
+
+def test_a_network_without_parameters_has_a_cost_too():
+    """`estimate` divides by it."""
+    assert forward_flops(Formula(), 8) == 1

@@ -11,6 +11,7 @@ import pytest
 import cli
 
 ROOT = Path(__file__).parents[2]
+README_LINES = 150  # a reader who is new here decides on this page
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")), "benchmarks/README.md")
 
 
@@ -49,3 +50,48 @@ def test_a_shown_command_parses(line, monkeypatch):
 def test_shown_scripts_are_sound_shell(page):
     for script in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+# --- links and paths --------------------------------------------------------------------------------------------------
+
+ALL_PAGES = (*PAGES, "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/adr/*.md"))))
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors_of(there), link
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_paths_of_this_repository_exist(page):
+    named = re.findall(r"`((?:pipeline|trainer|tests|docs|benchmarks|configs)/[\w./-]*)`", (ROOT / page).read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_index_has_a_sentence_for_each_page():
+    index = (ROOT / "docs/README.md").read_text()
+    for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("docs/adr/*.md")):
+        if path.name != "README.md":
+            assert re.search(
+                rf"^- \[[^]]*\]\({path.relative_to(ROOT / 'docs')}\): \w.{{20,}}", index, flags=re.MULTILINE
+            ), path
+
+
+def test_readme_fits_on_a_few_screens_and_has_the_two_set_up_commands():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= README_LINES
+    assert '    pip install ".[demo]" && deit-cli demo' in lines
+    assert '    pip install -e ".[test]" && pytest' in lines

@@ -17,10 +17,11 @@ from support.label_sets import seal_again
 from support.s3_server import BUCKET, credentials, s3_server
 
 from pipeline.doctor import machine, owners, packages, places, probing
+from pipeline.doctor.buckets import examine_bucket
 from pipeline.doctor.examine import compare_environments, examine_labels
 from pipeline.doctor.findings import Section, report_json, report_table, verdict
 from pipeline.doctor.machine import examine_machine
-from pipeline.doctor.places import examine_bucket, examine_folder
+from pipeline.doctor.places import examine_folder
 from pipeline.storage import atomic as storage
 from pipeline.storage.remote import list_tree
 from pipeline.storage.stores import store_of
@@ -429,8 +430,8 @@ def test_a_folder_that_does_not_exist_is_not_made(tmp_path):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    assert told(examine_folder(tmp_path / "file")) == [f"{tmp_path / 'file'} is no folder. Choose a folder"]
-    assert told(examine_folder(tmp_path / "file" / "set")) == [f"{tmp_path / 'file'} is no folder. Choose a folder"]
+    assert told(examine_folder(tmp_path / "file")) == [f"{tmp_path / 'file'} is not a folder. Choose a folder"]
+    assert told(examine_folder(tmp_path / "file" / "set")) == [f"{tmp_path / 'file'} is not a folder. Choose a folder"]
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):

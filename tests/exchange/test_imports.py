@@ -142,7 +142,7 @@ def test_links_are_followed_but_not_round_in_a_circle_and_other_files_are_named(
     record = run("fkd", folder, tmp_path / "out")
     assert (record.source_files, record.rows) == (4, 4 * CROPS)
     assert sorted(set(rows_of(tmp_path / "out")["key"])) == FKD_KEYS
-    assert f"{folder}/n01/n01_99.tar.part is no .tar file and is left out" in caplog.text
+    assert f"{folder}/n01/n01_99.tar.part is not a .tar file and is left out" in caplog.text
 
 
 def change_pickle(path: Path, change) -> None:
@@ -437,9 +437,9 @@ def damaged_tinyvit() -> dict[str, tuple[Any, str]]:
         "unsorted": (put(4 + 38, half(0.9).tobytes()), "record 5 at byte 220: probabilities do not fall"),
         "seed": (put(0, struct.pack("<i", -5)), "record 5 at byte 220: a seed is in 0..2147483647, this one is -5"),
         "a key twice": (keys(lambda old: old.replace(b"n0001_6", b"n0001_2")), "line 7: the key 'n0001_2' stands twice"),
-        "an empty key": (keys(lambda old: old.replace(b"n0001_6", b"")), "line 7 is no key: line 7 must have 1 to 1024 bytes, got 0"),
-        "a long key": (keys(lambda old: old.replace(b"n0001_6", b"x" * 10**6)), "line 7 is no key: line 7 must have 1 to 1024 bytes, got 1026"),
-        "no text": (keys(lambda old: old.replace(b"n0001_6", b"\xff\xfe")), "line 7 is no key: "),
+        "an empty key": (keys(lambda old: old.replace(b"n0001_6", b"")), "line 7 is not a key: line 7 must have 1 to 1024 bytes, got 0"),
+        "a long key": (keys(lambda old: old.replace(b"n0001_6", b"x" * 10**6)), "line 7 is not a key: line 7 must have 1 to 1024 bytes, got 1026"),
+        "no text": (keys(lambda old: old.replace(b"n0001_6", b"\xff\xfe")), "line 7 is not a key: "),
         "a control": (keys(lambda old: old.replace(b"n0001_6", b"a\x00b")), "must not contain control characters"),
         "no keys": (lambda folder: (folder / "logits_top10_epoch1" / "rank1-keys.txt").unlink(), "rank1-values.bin has no rank1-keys.txt beside it"),
         "no values": (lambda folder: (folder / "logits_top10_epoch1" / "rank1-values.bin").unlink(), "rank1-keys.txt has no rank1-values.bin beside it"),
@@ -536,8 +536,8 @@ def wrong_places(tmp: Path) -> list[tuple[str, Any, Any, dict[str, Any], type[De
     (tmp / "full").mkdir()
     (tmp / "full" / "photo.jpg").write_bytes(b"")
     return [
-        ("fkd", tmp / "none", tmp / "out", {}, ImportedLabelsError, "none is no folder"),
-        ("fkd", fkd / "n01" / "n01_7.tar", tmp / "out", {}, ImportedLabelsError, "n01_7.tar is no folder"),
+        ("fkd", tmp / "none", tmp / "out", {}, ImportedLabelsError, "none is not a folder"),
+        ("fkd", fkd / "n01" / "n01_7.tar", tmp / "out", {}, ImportedLabelsError, "n01_7.tar is not a folder"),
         ("fkd", tmp / "full", tmp / "out", {}, ImportedLabelsError, "no .tar file below this folder"),
         ("tinyvit", fkd, tmp / "out", {}, ImportedLabelsError, "no logits_topK_epochE/rankR-values.bin in this folder"),
         ("fkd", fkd, tmp / "done", {}, ImportedLabelsError, "done holds an import already"),

@@ -19,7 +19,7 @@ from pipeline.errors import StorageError, UsageError
 from pipeline.labels.card import (
     NOT_STATED,
     Licence,
-    code,
+    code_span,
     is_untouched,
     licence_of,
     refresh_card,
@@ -169,7 +169,7 @@ def test_size_categories_are_the_hubs(rows, category):
     ],
 )
 def test_a_text_from_outside_is_one_code_span(text, span):
-    assert code(text) == span
+    assert code_span(text) == span
 
 
 HOSTILE = "x --- license: mit --- # Hi ```python import os ``` <script>alert(1)</script> ](http://evil) `code` --- : [ ! & * \u2028 end"

@@ -268,8 +268,8 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--data {copy} --device cpu --amp-dtype auto --json", seen=is_json),
         Trial("--amp-dtype float32"),
         Trial("--amp-dtype bfloat16"),
-        Trial("--pretrained", "pass --checkpoint or --pretrained, not both"),
-        Trial("--model deit-ti", "says its architecture itself"),
+        Trial("--pretrained", "--checkpoint and --pretrained exclude each other"),
+        Trial("--model deit-ti", "names its own architecture"),
         Trial("--num-classes 3", "--num-classes is of a file of weights"),
     ],
     "labels info": [

@@ -294,7 +294,7 @@ def test_a_state_that_was_not_sent_before_the_machine_died_is_sent_by_the_next_s
 def test_a_run_in_the_bucket_is_not_begun_again_unasked(label_set, bucket, machine):
     train(config(label_set, f"{bucket}/run"))
     machine("b")
-    with pytest.raises(UsageError, match=f"{bucket}/run already holds a run: continue it with --resume"):
+    with pytest.raises(UsageError, match=rf"{bucket}/run already holds a run\. Continue it with --resume"):
         train(config(label_set, f"{bucket}/run"))
 
 

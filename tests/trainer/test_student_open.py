@@ -181,7 +181,7 @@ def pickled(weights: Path) -> None:
     torch.save(small_student().model.state_dict(), weights)
 
 
-NO_SAFETENSORS = "it is damaged, or no safetensors file. Fetch or export it again"
+NO_SAFETENSORS = "it is damaged, or not a safetensors file. Fetch or export it again"
 DAMAGED_WEIGHTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("empty", lambda path: path.write_bytes(b""), NO_SAFETENSORS),
     ("cut", lambda path: path.write_bytes(path.read_bytes()[:-100]), NO_SAFETENSORS),

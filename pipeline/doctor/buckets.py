@@ -1,0 +1,65 @@
+"""What a bucket can do: take small files and large ones, and keep what another writer has written; tried with files that are deleted again."""
+
+import os
+import time
+
+from pipeline.doctor.findings import Section
+from pipeline.errors import StorageError
+from pipeline.storage.atomic import temporary_name
+from pipeline.storage.place import Place, open_place
+from pipeline.storage.uploads import remove_url
+from pipeline.text import byte_size
+
+TRIED_BYTES = 8 * 2**20
+
+
+def examine_bucket(url: str) -> Section:
+    """Try what writers of label sets do at a URL, with small files that are deleted again."""
+    section = Section(f"bucket {url}")
+    try:
+        place = open_place(url)
+        place.refuse_unwritable()
+        if place.takes_one_at_a_time:
+            section.row("writing", "not tried: each file would be a commit of its own")
+        else:
+            _try_writing(section, place)
+    except StorageError as error:
+        section.row("writable", "no")
+        section.problem(error.what, error.fix or "Check address and credentials")
+    return section
+
+
+def _try_writing(section: Section, place: Place) -> None:
+    small, large = (place / temporary_name() for _ in range(2))
+    try:
+        began = time.monotonic()
+        small.put(b"one")
+        each = time.monotonic() - began
+        second = small.put(b"two")
+        kept = small.read(max_bytes=3) == b"one"
+        data = os.urandom(TRIED_BYTES)
+        began = time.monotonic()
+        large.put(data)
+        pace = len(data) / max(1e-9, time.monotonic() - began)
+    finally:
+        for file in (small, large):
+            _delete(section, str(file))
+    section.row("writable", "yes")
+    section.row("a small file", f"{1000 * each:.0f} ms", {"seconds": each})
+    section.row(
+        "writing", f"{byte_size(pace)}/s over {byte_size(len(data))}", {"bytes_per_s": pace, "bytes": len(data)}
+    )
+    section.row("creating only", "yes" if kept and not second else "no", kept and not second)
+    if second or not kept:
+        section.warning(
+            f"{place} gives a name a second time when it is asked not to (S3: If-None-Match), so that of two writers the last wins",
+            "Let one machine at a time write there, or use a store that knows conditional writes",
+        )
+
+
+def _delete(section: Section, url: str) -> None:
+    """Delete a file that was written to be deleted; not everybody who may write may delete."""
+    try:
+        remove_url(url)
+    except Exception as error:  # each store has its own, and the trial is over
+        section.warning(f"{url} could not be deleted again: {str(error)[:200]}", "Delete it, should it be there")
