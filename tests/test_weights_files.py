@@ -192,8 +192,8 @@ NO_STATE = [
     ),
     ([1, 2], {}, "holds no state dict as torch.save writes it"),
     (torch.zeros(2), {}, "holds no state dict as torch.save writes it"),
-    ({"model": {"w": np.zeros(2)}}, {}, "holds no state dict: w is no tensor. It must stand alone, or under"),
-    ({"net": WEIGHTS, "epoch": 3}, {}, "holds no state dict: net is no tensor. It must stand alone, or under"),
+    ({"model": {"w": np.zeros(2)}}, {}, "holds no state dict: w is not a tensor. It must stand alone, or under"),
+    ({"net": WEIGHTS, "epoch": 3}, {}, "holds no state dict: net is not a tensor. It must stand alone, or under"),
     ({"model": {}}, {}, "holds no state dict: it is empty"),
 ]
 

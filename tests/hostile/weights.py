@@ -135,7 +135,7 @@ WEIGHTS = [
     ("arguments of code", trap("w.pth", inside=lambda code: argparse.Namespace(x=code)), NAMED + "_?io.open, which needs code"),
     ("kind of array of its own", beside(np.zeros(2).view(Subclass)), NAMED + "hostile.weights.Subclass, which needs code"),
     ("array into a tensor", beside(Claims(torch._utils._rebuild_device_tensor_from_numpy, array((10**6, 10**6)), torch.float32, "cpu", False)), PLAIN),
-    ("array for a tensor", saved(lambda: {"pos_embed": array((10**6, 10**6))}), "pos_embed is no tensor"),
+    ("array for a tensor", saved(lambda: {"pos_embed": array((10**6, 10**6))}), "pos_embed is not a tensor"),
     ("pickle called safetensors", trap("w.safetensors"), PLAIN),
     ("pickle called bin", trap("w.bin"), PLAIN),
     ("zip that inflates", inflating, "is compressed, which torch.save never does"),

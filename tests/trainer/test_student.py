@@ -285,7 +285,7 @@ def changed(state: dict[str, torch.Tensor], **changes) -> dict[str, torch.Tensor
         ({"pos_embed": torch.zeros(1, 38, 32)}, r"pos_embed has shape \[1, 38, 32\], this model needs \[1, 18, 32\]"),
         ({"head__weight": torch.zeros(1000, 32)}, "its head has 1000 classes, this run needs 10"),
         ({"head_dist__weight": torch.zeros(12, 32)}, "its head_dist has 12 classes, this run needs 10"),
-        ({"norm__bias": 3}, r"w\.pt holds no state dict: norm\.bias is no tensor"),
+        ({"norm__bias": 3}, r"w\.pt holds no state dict: norm\.bias is not a tensor"),
     ],
 )
 def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path, changes, message):
