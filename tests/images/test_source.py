@@ -426,7 +426,7 @@ DAMAGED_TARS = [
     ),
     (raw_member("x", b"12 qath=abc\n", tarfile.XHDTYPE) + MEMBER + END, "unknown record 'qath'"),
     (raw_member("x", b"23 GNU.sparse.size=123\n", tarfile.XHDTYPE) + MEMBER + END, "sparse or unknown record"),
-    (raw_member("x", b"11 size=-1\n", tarfile.XHDTYPE) + MEMBER + END, "a size that is no number: '-1'"),
+    (raw_member("x", b"11 size=-1\n", tarfile.XHDTYPE) + MEMBER + END, "a size that is not a number: '-1'"),
     (raw_member("x", b"20 size=99999999999\n", tarfile.XHDTYPE) + MEMBER + END, "a member of 99999999999 bytes"),
     (raw_member("x", b"12 path=abc\n", tarfile.XGLTYPE) + MEMBER + END, "global PAX header with a path or size"),
     (raw_member("x", bytes(2 << 20), tarfile.XHDTYPE) + MEMBER + END, "extended header must be at most 1048576 bytes"),

@@ -89,11 +89,11 @@ def test_a_manifest_that_was_sealed_again_is_found_by_the_signature_alone(copied
 
 DAMAGED = [
     # what becomes of the signature, what is said
-    (lambda data: data[:-40], "is no signature of a manifest, or damaged: JSONDecodeError"),
-    (lambda data: b"", "is no signature of a manifest, or damaged: JSONDecodeError"),
-    (lambda data: b"[" * 200_000, "is no signature of a manifest, or damaged: RecursionError"),
-    (lambda data: b"\xff\xff", "is no signature of a manifest, or damaged: UnicodeDecodeError"),
-    (lambda data: b"{}", "is no signature of a manifest, or damaged: KeyError: 'dsseEnvelope'"),
+    (lambda data: data[:-40], "is not a signature of a manifest, or is damaged: JSONDecodeError"),
+    (lambda data: b"", "is not a signature of a manifest, or is damaged: JSONDecodeError"),
+    (lambda data: b"[" * 200_000, "is not a signature of a manifest, or is damaged: RecursionError"),
+    (lambda data: b"\xff\xff", "is not a signature of a manifest, or is damaged: UnicodeDecodeError"),
+    (lambda data: b"{}", "is not a signature of a manifest, or is damaged: KeyError: 'dsseEnvelope'"),
     (lambda data: b" " * (2**20 + 1), ": such a file may have at most 1048576 bytes, this one has 1048577"),
 ]
 

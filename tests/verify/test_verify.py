@@ -297,7 +297,7 @@ def test_another_copy_of_the_images_is_compared_by_name(made, tmp_path, change, 
     report = verify(str(made), VerifyConfig(data=str(copy_of(tmp_path / "copy", change)), probes=False))
     assert {problem.rule for problem in report.problems} == {rule}
     assert any(text in str(problem) for problem in report.problems)
-    assert "Pass the --data that was labelled, or mend this copy" in str(report.problems[0])
+    assert "Pass the --data that was labelled, or repair this copy" in str(report.problems[0])
 
 
 def test_an_equal_copy_is_said_to_be_one(made, tmp_path):
