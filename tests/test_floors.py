@@ -51,7 +51,7 @@ KEEPERS = {
     "cv2": {"pipeline.views.randaugment", "pipeline.machine.loaders"},
     "ray": {"pipeline.stage1.ray"},
     "model_signing": {"pipeline.sharing.signing"},
-    "webdataset": {"trainer.demo"},
+    "webdataset": {"pipeline.exchange.export", "trainer.demo"},
     "sklearn": {"trainer.demo"},
 }  # fmt: skip
 NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixels and networks are elsewhere

@@ -8,11 +8,11 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch
 from pipeline.errors import UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import Source
-from pipeline.images.tar_archive import check_member_key, member_extension, write_tar
+from pipeline.images.tar_archive import check_member_key, member_extension
 from pipeline.labels.card import CARD_NAME, code_span
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
@@ -200,21 +200,30 @@ def _export_one(job: _Job, task: tuple[str, int], note: Note) -> int:
     rows = job.label_set.read(name, view)
     path = job.out / tar_name(name, view)
     if not path.is_file():
-        publish_file(path, partial(write_tar, members=_members(job, name, view, rows, note)))
+        publish_file(path, partial(_write_samples, samples=_samples(job, name, view, rows, note)))
     return len(rows)
 
 
-def _members(job: _Job, name: str, view: int, rows: LabelRows, note: Note) -> Iterator[tuple[str, bytes]]:
-    """Yield the files of one tar: image, class label, labels, image after image."""
+def _write_samples(file: BinaryIO, samples: Iterable[dict[str, Any]]) -> None:
+    """Write samples as webdataset does; the same samples give the same bytes."""
+    from webdataset.writer import TarWriter  # imports a second's worth of modules
+
+    with TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
+        for sample in samples:
+            tar.write(sample)
+
+
+def _samples(job: _Job, name: str, view: int, rows: LabelRows, note: Note) -> Iterator[dict[str, Any]]:
+    """Yield the samples of one tar: key, image, class label, labels."""
     samples, export = job.label_set.samples(name), job.export
     as_seen = export.pixels == "views"
     images = _views(job, name, samples, view, note) if as_seen else _originals(job, name, samples, note)
     for at, (row, image, lam) in enumerate(images):
         key, label = samples.key[row], samples.class_label[row]
         stem = f"{key}-view-{view:05d}" if as_seen else key
-        yield stem + member_extension(image), image
+        sample: dict[str, Any] = {"__key__": stem, member_extension(image).removeprefix("."): image}
         if job.class_labels:
-            yield f"{stem}.cls", b"%d" % label
+            sample["cls"] = b"%d" % label
         about = {"key": key, "view": view, "hard": int(rows.hard[at]), "labelset_id": export.labelset_id}
         if lam is not None:
             about["lam"] = lam
@@ -224,7 +233,7 @@ def _members(job: _Job, name: str, view: int, rows: LabelRows, note: Note) -> It
             about["topk_index"] = rows.topk_index[at].tolist()
             about["topk_prob"] = rows.topk_prob[at].tolist()
             about["tail_mass"] = float(rows.tail_mass[at])
-        yield f"{stem}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
+        yield sample | {"json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode()}
 
 
 def _views(job: _Job, name: str, samples: SampleRows, view: int, note: Note) -> Iterator[tuple[int, bytes, float]]:
