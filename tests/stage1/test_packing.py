@@ -360,7 +360,10 @@ def test_a_flipped_byte_in_a_tar_is_found_by_verify_and_refused_when_the_image_i
     problems = problems_in(tmp_path / "set")
     assert len(problems) == 2
     assert "train-000000.tar has SHA-256" in problems[0]
-    assert "other image bytes: 'img-0000' of train-000000. Its labels belong to other images than those in it" in problems[1]
+    assert (
+        "other image bytes: 'img-0000' of train-000000. Its labels belong to other images than those in it"
+        in problems[1]
+    )
     with pytest.raises(LabelSetMismatch, match="image 'img-0000' of train-000000 has other bytes"):
         check_replay(whole, whole.open_source())
 
