@@ -299,7 +299,7 @@ def measure_loop(run: Run, *, seconds: float) -> LoopRate:
 
     run.pace = Pace(total=run.order.steps_per_epoch * ENDLESS, per_epoch=run.order.steps_per_epoch, progress=progress)
     with contextlib.suppress(_Enough), BackgroundWriter() as writer:
-        run.go(writer, StopRequest())
+        run.train(writer, StopRequest())
     (began, before), (ended, after) = marks
     elapsed_s = ended - began
     return LoopRate(

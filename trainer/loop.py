@@ -94,8 +94,8 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: StepPr
             world=world, dtype=forward_dtype(config.amp_dtype, world.device), batch_size=config.batch_size
         )
         run = Run(config, recipe, share, running, progress, mirror)
-        with run.begun(), BackgroundWriter() as writer, stop_request() as told:
-            run.go(writer, told)
+        with run.begun(), BackgroundWriter() as writer, stop_request() as stop:
+            run.train(writer, stop)
     return config.folder
 
 
@@ -198,8 +198,8 @@ class Run:
                 self.recorder = stack.enter_context(self._open_recorder())
             yield
 
-    def go(self, writer: BackgroundWriter, told: StopRequest) -> None:
-        """Train to the end, or to a signal."""
+    def train(self, writer: BackgroundWriter, stop: StopRequest) -> None:
+        """Train to the end, or until a signal asks to stop."""
         config, order, state, world = self.config, self.order, self.state, self.running.world
         consensus, watch = Consensus(world), _LossWatch(self)
         self._catch_up()
@@ -215,7 +215,7 @@ class Run:
             last = step == order.steps_per_epoch - 1
             if (update + 1) % config.log_interval == 0 or last:
                 self._report(update, lr, share, sums, extra)
-            stops = consensus.stops(bool(told))
+            stops = consensus.stops(bool(stop))
             exports = last and _is_due(epoch, config.checkpoint_interval, config.epochs)
             if last or stops or _is_recovery_point(config, update):
                 watch.check()
@@ -223,7 +223,7 @@ class Run:
                 self._save(writer, exports)  # before the evaluation, which may be long, or fail
             if stops and update + 1 < order.steps_per_epoch * config.epochs:
                 writer.wait()
-                raise _stopped(config, told, state.next_update)
+                raise _stopped(config, stop, state.next_update)
             if last:
                 self._end_epoch(epoch)
         watch.check()
@@ -467,8 +467,8 @@ def _is_recovery_point(config: TrainConfig, update: int) -> bool:
     return bool(config.recovery_interval) and (update + 1) % config.recovery_interval == 0
 
 
-def _stopped(config: TrainConfig, told: StopRequest, updates: int) -> StoppedError:
-    number = told.signal or signal.SIGTERM  # another rank was told
+def _stopped(config: TrainConfig, stop: StopRequest, updates: int) -> StoppedError:
+    number = stop.signal or signal.SIGTERM  # another rank got it
     return StoppedError(
         f"stopped by {number.name} after update {updates}, which is saved: continue with --resume --output {config.output}",
         number,

@@ -1,9 +1,11 @@
-"""Who has which label shard: fast workers get more of them, and a lost worker's go to another."""
+"""Which worker has which label shard: fast workers get more of them, and a lost worker's go to another."""
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 
 from pipeline.errors import WorkerError
+from pipeline.repeats import warn_counted
 from pipeline.stage1.loop import LabelTask
 
 TRIES = 3  # a label shard that costs so many workers is set aside, and the others are finished
@@ -59,14 +61,54 @@ class Dispatcher:
         return not self.waiting and not any(self.taken.values())
 
     def check(self, cause: str | None = None) -> None:
-        """Raise WorkerError if tasks were set aside; `cause` is what the last worker said that it was lost of."""
+        """Raise WorkerError if tasks were set aside.
+
+        Args:
+            cause: of what the last worker died, where it could say so.
+        """
         if self.set_aside:
             names = ", ".join(f"{t.shard} views {t.views.start}:{t.views.stop}" for t in self.set_aside[:8])
             raise WorkerError(
                 f"{len(self.set_aside)} label shards were set aside after {TRIES} workers were lost over each: {names}",
                 fix=(
                     "Everything else is complete."
-                    f" {f'The last of {cause}' if cause else 'Look for an image that needs much memory'}; the"
-                    " same command tries again"
+                    f" {f'The last worker died of {cause}' if cause else 'Look for an image that needs much memory'};"
+                    " the same command tries again"
                 ),
+            )
+
+
+class WorkersLost:
+    """Warns of workers that were lost, and gives up when too many of them died before their first task."""
+
+    def __init__(self, logger: logging.Logger, workers: str) -> None:
+        """Count from 0.
+
+        Args:
+            logger: logger of the engine.
+            workers: what its workers are called, in the plural.
+        """
+        self._log, self._workers = logger, workers
+        self._died_before_first_task = 0
+
+    def add(self, worker: str, reason: str, *, tasks: int, cause: str | None) -> None:
+        """Warn of one more.
+
+        Args:
+            worker: what a person calls it.
+            reason: why it was lost.
+            tasks: how many tasks it had.
+            cause: of what it died, where it could say so.
+
+        Raises:
+            WorkerError: as many as TRIES died before their first task.
+        """
+        message = "%s was lost (%s): its %d label shards go to another"
+        warn_counted(self._log, f"lost {self._workers}", message, worker, reason, tasks)
+        self._died_before_first_task += not tasks
+        if self._died_before_first_task >= TRIES:
+            known = f"; the last one died of {cause}" if cause else ""
+            raise WorkerError(
+                f"{TRIES} {self._workers} died before they took any work{known}",
+                fix=None if cause else "Killed for memory? Use fewer --processes",
             )

@@ -14,14 +14,14 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from pipeline.crash import CRASHED, Crash, crash_of
-from pipeline.errors import DeitCliError, TeacherError, WorkerError
+from pipeline.errors import DeitCliError, TeacherError
 from pipeline.images.source import Source, open_source
 from pipeline.machine.progress import Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, rank_from
 from pipeline.machine.threads import usable_cores
-from pipeline.repeats import forward_messages, log_forwarded, warn_counted
+from pipeline.repeats import forward_messages, log_forwarded
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
-from pipeline.stage1.dispatch import TRIES, Dispatcher
+from pipeline.stage1.dispatch import Dispatcher, WorkersLost
 from pipeline.stage1.loop import Job, LabelTask, label_shards
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher
@@ -33,76 +33,82 @@ END_S = 10  # that a process gets to end when it is told to
 
 def run_here(job: Job, teacher: Teacher, tasks: Sequence[LabelTask], tally: Tally) -> None:
     """Label in this process."""
-    label_shards(job, teacher, tasks, tell=tally.add)
+    label_shards(job, teacher, tasks, report=tally.add)
 
 
 def run_processes(job: Job, teacher: Teacher, devices: Sequence[str], tasks: Sequence[LabelTask], tally: Tally) -> None:
     """Label in one process for each device; one that dies is replaced, and its label shards go to the others."""
     dispatcher = Dispatcher(deque(tasks))
-    crew = _Crew(job, teacher, dispatcher)
+    processes = TeacherProcesses(job, teacher, dispatcher, tally)
     try:
         for device in devices:
-            crew.start(device)
-        while crew.workers:
-            for worker in crew.ready():
-                crew.serve(worker, tally)
+            processes.start(device)
+        while processes.running:
+            processes.handle_messages()
     finally:
-        crew.stop()
-    dispatcher.check(crew.cause)
+        processes.stop()
+    dispatcher.check(processes.cause_of_loss)
 
 
 @dataclass
-class _Worker:
+class _TeacherProcess:
     """A process, our end of its pipe, and its device."""
 
     name: str
     device: str
     process: Any
     pipe: Connection
-    crash: Crash | None = None  # what it died of, where it could say so
+    crash: Crash | None = None  # of what it died, where it could say so
 
 
-class _Crew:
-    """The teacher processes of this machine. They are asked nothing: each takes a task when it needs one."""
+class TeacherProcesses:
+    """The teacher processes of this machine. Each takes a label shard when it needs one.
 
-    def __init__(self, job: Job, teacher: Teacher, dispatcher: Dispatcher) -> None:
-        self._job, self._teacher, self._dispatcher = job, teacher, dispatcher
+    Attributes:
+        running: those that have not ended.
+        cause_of_loss: of what the last lost process died, where it could say so.
+    """
+
+    def __init__(self, job: Job, teacher: Teacher, dispatcher: Dispatcher, tally: Tally) -> None:
+        self._job, self._teacher, self._dispatcher, self._tally = job, teacher, dispatcher, tally
         self._context = multiprocessing.get_context("spawn")
-        self._started = self._stillborn = 0
-        self.workers: list[_Worker] = []
-        self.cause: str | None = None  # of the last loss, where the process could say it
+        self._started = 0
+        self._lost = WorkersLost(log, "teacher processes")
+        self.running: list[_TeacherProcess] = []
+        self.cause_of_loss: str | None = None
 
     def start(self, device: str) -> None:
         """Start one process."""
         ours, theirs = self._context.Pipe()
         teacher = self._teacher
         process = self._context.Process(
-            target=_work,
+            target=_run_worker,
             args=(theirs, self._job, teacher.config, teacher.num_classes_asked, device),
             name=f"teacher-{self._started} on {device}",
         )
         process.start()
         theirs.close()
-        self.workers.append(_Worker(f"{self._started}", device, process, ours))
+        self.running.append(_TeacherProcess(f"{self._started}", device, process, ours))
         self._started += 1
 
-    def ready(self) -> list[_Worker]:
-        """Wait for workers that have something to say, or whose pipe has closed."""
-        pipes = {worker.pipe: worker for worker in self.workers}
-        return [pipes[pipe] for pipe in wait(list(pipes)) if isinstance(pipe, Connection)]
+    def handle_messages(self) -> None:
+        """Wait for messages of processes, or for the end of one, and handle one of each."""
+        workers = {worker.pipe: worker for worker in self.running}
+        for pipe in wait(list(workers)):
+            if isinstance(pipe, Connection):
+                self._handle_message(workers[pipe])
 
-    def serve(self, worker: _Worker, tally: Tally) -> None:
-        """Answer one message of a worker."""
+    def _handle_message(self, worker: _TeacherProcess) -> None:
         try:
             kind, value = worker.pipe.recv()
             if kind == "take":
                 worker.pipe.send(self._dispatcher.take(worker.name))
         except (EOFError, ConnectionError, OSError):
-            self._mourn(worker)
+            self._worker_lost(worker)
             return
         if kind == "report":
-            tally.add(value)
-        elif kind == "finish":
+            self._tally.add(value)
+        elif kind == "finished":
             self._dispatcher.finish(worker.name, value)
         elif kind == "message":
             log_forwarded(value)
@@ -111,83 +117,69 @@ class _Crew:
         elif kind == "crash":
             worker.crash = value
         elif kind == "end":
-            self._part(worker)
-            if self._dispatcher.waiting:  # given back by a worker that was lost meanwhile
-                self.start(worker.device)
+            self._join(worker)
+            self._replace(worker)
 
-    def _mourn(self, worker: _Worker) -> None:
-        """A worker is lost: another takes its place, as long as there is work."""
-        self._part(worker)
-        had = self._dispatcher.lose(worker.name)
+    def _worker_lost(self, worker: _TeacherProcess) -> None:
+        self._join(worker)
+        tasks = self._dispatcher.lose(worker.name)
         if worker.crash:
-            self.cause = worker.crash.summary
+            self.cause_of_loss = worker.crash.summary
             log.debug("%s", worker.crash.traceback)
-        warn_counted(
-            log,
-            "lost teacher processes",
-            "teacher process on %s was lost (%s): its %d label shards go to another",
-            *(worker.device, _death_of(worker), had),
-        )
-        self._stillborn += not had
-        if self._stillborn >= TRIES:
-            why = f"The last of {self.cause}" if self.cause else "Killed for memory? Use fewer --processes"
-            raise WorkerError(f"{TRIES} teacher processes died before they took any work. {why}")
+        name, reason = f"teacher process on {worker.device}", _cause_of_death(worker)
+        self._lost.add(name, reason, tasks=tasks, cause=self.cause_of_loss)
+        self._replace(worker)
+
+    def _replace(self, worker: _TeacherProcess) -> None:
+        """Start another process on the device of one that has ended, if there is work that nobody has."""
         if self._dispatcher.waiting:
             self.start(worker.device)
 
-    def _part(self, worker: _Worker) -> None:
-        self.workers.remove(worker)
+    def _join(self, worker: _TeacherProcess) -> None:
+        self.running.remove(worker)
         worker.pipe.close()
         worker.process.join(END_S)
 
     def stop(self) -> None:
         """End all processes: they finish the file that they are writing."""
-        for worker in self.workers:
+        for worker in self.running:
             with contextlib.suppress(ProcessLookupError):
                 worker.process.terminate()
-        for worker in list(self.workers):
-            self._part(worker)
+        for worker in list(self.running):
+            self._join(worker)
             if worker.process.is_alive():
                 worker.process.kill()
 
 
-def _death_of(worker: _Worker) -> str:
-    """Return what a lost process died of."""
+def _cause_of_death(worker: _TeacherProcess) -> str:
     code = worker.process.exitcode
     if worker.crash:
         return worker.crash.summary
     return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
 
 
-def _work(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | None, device: str) -> None:
-    """One teacher process: takes tasks through its pipe, and says what became of them."""
+def _run_worker(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | None, device: str) -> None:
+    """Run one teacher process: it takes tasks through its pipe, and reports what it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     one_at_a_time = threading.Lock()  # the writer's thread has messages too
 
     def send(kind: str, value: Any) -> None:
         with one_at_a_time:
             pipe.send((kind, value))
 
+    def take_tasks() -> Iterator[LabelTask]:
+        while True:
+            send("take", None)
+            task = pipe.recv()
+            if task is None:
+                return
+            yield task
+
     forward_messages(partial(send, "message"))
     try:
         teacher = load_same(job, config, num_classes, device)
-
-        def take() -> Iterator[LabelTask]:
-            while True:
-                send("take", None)
-                task = pipe.recv()
-                if task is None:
-                    return
-                yield task
-
-        label_shards(
-            job,
-            teacher,
-            take(),
-            tell=partial(send, "report"),
-            finish=partial(send, "finish"),
-        )
+        label_shards(job, teacher, take_tasks(), report=partial(send, "report"), finished=partial(send, "finished"))
         send("end", None)
     except DeitCliError as error:
         send("error", error)
@@ -201,7 +193,7 @@ def _work(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | 
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is left is Python's own end
 
 
-def _leave(*_: object) -> None:
+def _exit_on_sigterm(*_: object) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 

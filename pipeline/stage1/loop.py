@@ -65,12 +65,13 @@ class Job:
         return checked_samples(self.config.folder / samples_path(shard), self.plan, record)
 
 
-Tell = Callable[[WorkDone], None]
-Finish = Callable[[LabelTask], None]
-
-
 def label_shards(
-    job: Job, teacher: Teacher, tasks: Iterable[LabelTask], *, tell: Tell, finish: Finish = lambda _: None
+    job: Job,
+    teacher: Teacher,
+    tasks: Iterable[LabelTask],
+    *,
+    report: Callable[[WorkDone], None],
+    finished: Callable[[LabelTask], None] = lambda _: None,
 ) -> None:
     """Label every task, and publish its file.
 
@@ -78,13 +79,14 @@ def label_shards(
         job: the label set and its source.
         teacher: on the device of this process.
         tasks: taken one by one, shortly before they are needed.
-        tell: hears how far this process is; first of all, with an empty report, that its first views are there.
-        finish: hears of each task whose file is complete under its final name.
+        report: called with what this process has done since the last call; with an empty record when its first views are
+            there.
+        finished: called with each task whose file is complete under its final name.
     """
-    desk = _Desk(job, teacher, tell, finish)
+    in_progress = ShardsInProgress(job, teacher, report, finished)
     batches = stream_views(
         BlockRenderer(job.source, job.recipe),
-        desk.open(tasks),
+        in_progress.blocks_of(tasks),
         img_size=job.recipe.img_size,
         most=min(job.recipe.mix_block, max((record.num_samples for record in job.plan.source.shards), default=1)),
         workers=job.workers,
@@ -92,22 +94,28 @@ def label_shards(
         device=teacher.device,
     )
     waiting: deque[tuple[ViewBatch, PendingAnswer]] = deque()
-    with one_thread(teacher.device), desk:
+    with one_thread(teacher.device), in_progress:
         for number, batch in enumerate(batches):
             if number == 0:
-                tell(WorkDone())
+                report(WorkDone())
             waiting.append((batch, teacher.ask(batch.images, batch.mix, job.plan.topk)))
             if len(waiting) > AHEAD:
-                desk.settle(*waiting.popleft())
+                in_progress.store_answer(*waiting.popleft())
         for batch, pending in waiting:
-            desk.settle(batch, pending)
+            in_progress.store_answer(batch, pending)
 
 
-class _Desk:
-    """The label shards that this process has begun; complete ones go to a writer on its own thread."""
+class ShardsInProgress:
+    """The label shards that this process has begun. It writes each complete one in a thread, while labelling goes on."""
 
-    def __init__(self, job: Job, teacher: Teacher, tell: Tell, finish: Finish) -> None:
-        self._job, self._teacher, self._tell, self._finish = job, teacher, tell, finish
+    def __init__(
+        self,
+        job: Job,
+        teacher: Teacher,
+        report: Callable[[WorkDone], None],
+        finished: Callable[[LabelTask], None],
+    ) -> None:
+        self._job, self._teacher, self._report, self._finished = job, teacher, report, finished
         self._drafts: dict[LabelTask, LabelDraft] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._writes: deque[tuple[LabelTask, Future[int]]] = deque()
@@ -118,57 +126,57 @@ class _Desk:
             compiled=teacher.config.compile,
         ) | ({"images": job.images} if job.images else {})
 
-    def __enter__(self) -> "_Desk":
+    def __enter__(self) -> "ShardsInProgress":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for the writer: what it has begun is finished, also when this process is told to stop."""
+        """Wait for the writer: it finishes the file that it has begun, also when this process is told to stop."""
         try:
             if kind is None:
-                self._collect(0)
+                self._report_written(0)
         finally:
             self._writer.shutdown(cancel_futures=True)
 
-    def open(self, tasks: Iterable[LabelTask]) -> Iterator[Block]:
-        """Open a draft for each task that has no file yet, and yield its blocks."""
+    def blocks_of(self, tasks: Iterable[LabelTask]) -> Iterator[Block]:
+        """Begin each task that has no file yet, and yield its blocks."""
         for task in tasks:
             samples = self._job.samples(task.shard)
             if is_done(self._job, task, samples):
-                self._tell(WorkDone(found=len(samples.usable) * len(task.views)))
-                self._finish(task)
+                self._report(WorkDone(found=len(samples.usable) * len(task.views)))
+                self._finished(task)
                 continue
             draft = LabelDraft(samples, task.shard, task.views, self._job.plan)
             if draft.is_complete:  # nothing usable in it
-                self._publish(task, draft)
+                self._write(task, draft)
                 continue
             self._drafts[task] = draft
             yield from blocks_of(task.shard, task.views, samples, self._job.recipe)
 
-    def settle(self, batch: ViewBatch, pending: PendingAnswer) -> None:
-        """Wait for an answer, and put it where it belongs."""
+    def store_answer(self, batch: ViewBatch, pending: PendingAnswer) -> None:
+        """Wait for the answer for a batch, and put it into the label shard that it belongs to."""
         task = LabelTask(batch.shard, batch.views)
         draft = self._drafts[task]
         rows = batch.rows.numpy()
-        answer = _named(pending, batch, self._job)
+        answer = _answer(pending, batch, self._job)
         draft.add(batch.view, rows, answer.hard, answer.topk_index, answer.topk_prob)
         draft.add_probe(batch, self._job.recipe)
         busy, self._busy_s = self._teacher.busy_s - self._busy_s, self._teacher.busy_s
-        self._tell(WorkDone(views=len(rows), busy_s=busy))
+        self._report(WorkDone(views=len(rows), busy_s=busy))
         if draft.is_complete:
-            self._publish(task, self._drafts.pop(task))
+            self._write(task, self._drafts.pop(task))
 
-    def _publish(self, task: LabelTask, draft: LabelDraft) -> None:
+    def _write(self, task: LabelTask, draft: LabelDraft) -> None:
         job = self._job
         future = self._writer.submit(publish_draft, job.config.folder, job.plan, draft, self._environment)
         self._writes.append((task, future))
-        self._collect(UNWRITTEN)
+        self._report_written(UNWRITTEN)
 
-    def _collect(self, most: int) -> None:
+    def _report_written(self, most: int) -> None:
         """Wait until at most so many files are still to be written, and report those that are."""
         while len(self._writes) > most or (self._writes and self._writes[0][1].done()):
             task, future = self._writes.popleft()
-            self._tell(WorkDone(bytes=future.result()))
-            self._finish(task)
+            self._report(WorkDone(bytes=future.result()))
+            self._finished(task)
 
 
 def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
@@ -195,7 +203,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _named(pending: PendingAnswer, batch: ViewBatch, job: Job) -> Answer:
+def _answer(pending: PendingAnswer, batch: ViewBatch, job: Job) -> Answer:
+    """Wait for the answer for a batch; an error names its view and its images."""
     try:
         return pending.result()
     except NonFiniteTeacherError as error:

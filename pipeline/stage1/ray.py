@@ -10,9 +10,9 @@ from typing import Any
 from pipeline.errors import DeitCliError, UsageError, WorkerError
 from pipeline.machine.progress import Tally, WorkDone
 from pipeline.machine.ranks import plan_loaders
-from pipeline.repeats import forward_messages, log_forwarded, warn_counted
+from pipeline.repeats import forward_messages, log_forwarded
 from pipeline.settings.configs import TeacherConfig
-from pipeline.stage1.dispatch import TRIES, Dispatcher
+from pipeline.stage1.dispatch import Dispatcher, WorkersLost
 from pipeline.stage1.engines import load_same
 from pipeline.stage1.loop import Job, LabelTask, label_shards
 from pipeline.teacher.teacher import Teacher
@@ -71,11 +71,11 @@ def run_ray(job: Job, teacher: Teacher, processes: int | None, tasks: Sequence[L
     """Label on all GPUs of the cluster that `connect_ray` found, or on its cores; a lost node's work goes elsewhere."""
     import ray
 
-    _RayCrew(ray, job, teacher, processes, tasks).run(tally)
+    _RayWorkers(ray, job, teacher, processes, tasks).run(tally)
 
 
-class _RayCrew:
-    """Actors, one for each GPU, that take their tasks from one dispatcher."""
+class _RayWorkers:
+    """The workers of a cluster, one actor for each GPU. Each takes a label shard when it needs one."""
 
     def __init__(self, ray: Any, job: Job, teacher: Teacher, processes: int | None, tasks: Sequence[LabelTask]) -> None:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -88,13 +88,14 @@ class _RayCrew:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             node_id=ray.get_runtime_context().get_node_id(), soft=False
         )  # with this process the run ends, but it must not end with another node
-        self._desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_RayDesk).remote(tasks)
+        self._dispatcher = ray.remote(num_cpus=0, scheduling_strategy=here)(_SharedDispatcher).remote(tasks)
         self._actor = ray.remote(max_restarts=0, num_cpus=cores, **needs)(_RayWorker)
-        self._running: dict[Any, tuple[str, Any]] = {}
-        self._started = self._stillborn = 0
+        self._running: dict[Any, tuple[str, Any]] = {}  # what `run` of an actor will return: its name, the actor
+        self._started = 0
+        self._lost = WorkersLost(log, "Ray workers")
 
     def run(self, tally: Tally) -> None:
-        """Start the actors, replace those that are lost, and stop when every task is done or set aside."""
+        """Start the workers, replace those that are lost, and stop when every task is done or set aside."""
         ray = self._ray
         tally.processes = max(1, self._count)
         try:
@@ -104,15 +105,15 @@ class _RayCrew:
             while not finished:
                 ended, _ = ray.wait(list(self._running), timeout=1.0)
                 for run in ended:
-                    self._end(run)
-                reports, messages, finished, waiting = ray.get(self._desk.news.remote())
+                    self._handle_end(run)
+                reports, messages, finished, waiting = ray.get(self._dispatcher.news.remote())
                 for report in reports:
                     tally.add(report)
                 for message in messages:
                     log_forwarded(message)
                 if waiting and len(self._running) < self._count:
                     self._start()
-            set_aside = ray.get(self._desk.set_aside.remote())
+            set_aside = ray.get(self._dispatcher.set_aside.remote())
         finally:
             for _, actor in self._running.values():
                 ray.kill(actor)
@@ -122,12 +123,12 @@ class _RayCrew:
         name = f"{self._started}"
         self._started += 1
         actor = self._actor.remote()
-        teacher = self._teacher
-        run = actor.run.remote(name, self._job, teacher.config, teacher.num_classes_asked, self._device, self._desk)
+        teacher, shared = self._teacher, self._dispatcher
+        run = actor.run.remote(name, self._job, teacher.config, teacher.num_classes_asked, self._device, shared)
         self._running[run] = (name, actor)
 
-    def _end(self, run: Any) -> None:
-        """An actor has ended: with an error of ours, because its node is lost, or because nothing is left to do."""
+    def _handle_end(self, run: Any) -> None:
+        """A worker has ended: with an error of ours, because its node is lost, or because no work is left."""
         ray = self._ray
         name, actor = self._running.pop(run)
         try:
@@ -138,23 +139,13 @@ class _RayCrew:
             raise WorkerError(f"a Ray worker failed: {str(error).splitlines()[-1]}") from error
         except ray.exceptions.RayError as error:
             ray.kill(actor)  # it may only have been out of reach
-            had = ray.get(self._desk.lose.remote(name))
-            warn_counted(
-                log,
-                "lost Ray workers",
-                "Ray worker %s was lost (%s): its %d label shards go to another",
-                name,
-                type(error).__name__,
-                had,
-            )
-            self._stillborn += not had
-            if self._stillborn >= TRIES:
-                raise WorkerError(f"{TRIES} Ray workers died before they took any work: {error}") from error
+            tasks = ray.get(self._dispatcher.lose.remote(name))
+            self._lost.add(f"Ray worker {name}", type(error).__name__, tasks=tasks, cause=str(error))
             self._start()
 
 
-class _RayDesk:
-    """The dispatcher as an actor, and the reports and messages that the driver has not yet heard."""
+class _SharedDispatcher:
+    """The dispatcher as an actor, with the reports and log messages that the driver has not fetched yet."""
 
     def __init__(self, tasks: Sequence[LabelTask]) -> None:
         self._dispatcher = Dispatcher(deque(tasks))
@@ -173,13 +164,14 @@ class _RayDesk:
     def report(self, report: WorkDone) -> None:
         self._reports.append(report)
 
-    def say(self, message: logging.LogRecord) -> None:
+    def forward(self, message: logging.LogRecord) -> None:
         self._messages.append(message)
 
     def set_aside(self) -> list[LabelTask]:
         return self._dispatcher.set_aside
 
     def news(self) -> tuple[list[WorkDone], list[logging.LogRecord], bool, int]:
+        """Return new reports and messages, whether all tasks are finished, and how many nobody has."""
         reports, self._reports = self._reports, []
         messages, self._messages = self._messages, []
         return reports, messages, self._dispatcher.finished, len(self._dispatcher.waiting)
@@ -188,16 +180,17 @@ class _RayDesk:
 class _RayWorker:
     """A teacher process on some node."""
 
-    def run(self, name: str, job: Job, config: TeacherConfig, num_classes: int | None, device: str, desk: Any) -> None:
+    def run(
+        self, name: str, job: Job, config: TeacherConfig, num_classes: int | None, device: str, dispatcher: Any
+    ) -> None:
         import ray
 
-        forward_messages(lambda message: desk.say.remote(message))
+        forward_messages(lambda message: dispatcher.forward.remote(message))
         teacher = load_same(job, config, num_classes, device)
-        tasks = iter(lambda: ray.get(desk.take.remote(name)), None)
         label_shards(
             job,
             teacher,
-            tasks,
-            tell=lambda report: desk.report.remote(report),
-            finish=lambda task: ray.get(desk.finish.remote(name, task)),
+            iter(lambda: ray.get(dispatcher.take.remote(name)), None),
+            report=lambda report: dispatcher.report.remote(report),
+            finished=lambda task: ray.get(dispatcher.finish.remote(name, task)),
         )

@@ -204,6 +204,6 @@ def test_a_teacher_process_that_fails_says_of_what(data, tmp_path, monkeypatch, 
     assert code == 1
     assert "Traceback" not in stderr
     assert re.search(
-        r"Everything else is complete\. The last of KeyError: 'only elsewhere' \(\S*failing\.py:6, in forward\);",
+        r"Everything else is complete\. The last worker died of KeyError: 'only elsewhere' \(\S*failing\.py:6, in forward\);",
         stderr,
     )

@@ -1014,8 +1014,9 @@ def test_fault_13_views_of_a_non_finite_answer_are_named_and_no_label_of_their_s
 ):
     """The fault passes, as one of a GPU would: the next run, of the same teacher, completes the set."""
     batches = []
-    settle = labelling._Desk.settle
-    monkeypatch.setattr(labelling._Desk, "settle", lambda desk, b, p: (batches.append(b), settle(desk, b, p)))
+    store = labelling.ShardsInProgress.store_answer
+    noting = lambda shards, b, p: (batches.append(b), store(shards, b, p))  # noqa: E731
+    monkeypatch.setattr(labelling.ShardsInProgress, "store_answer", noting)
     teacher, out = colour_teacher(), tmp_path / "set"
     spoil(teacher, at, [0, 2], value)
     with pytest.raises(NonFiniteTeacherError, match="nothing of it was stored") as caught:

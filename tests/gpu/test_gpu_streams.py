@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.images.source import open_source
 from pipeline.machine.loaders import PREFETCH, Slots
-from pipeline.stage1.loop import AHEAD, _Desk
+from pipeline.stage1.loop import AHEAD, ShardsInProgress
 from pipeline.teacher.teacher import PendingAnswer
 from pipeline.views.mixing import MixBatch
 from trainer import loop
@@ -124,13 +124,13 @@ class Meter:
 
 
 def test_stage_1_takes_no_more_memory_after_300_batches_than_after_100(gpu, data, tmp_path, monkeypatch):
-    meter, real = Meter(gpu), _Desk.settle
+    meter, real = Meter(gpu), ShardsInProgress.store_answer
 
-    def settle(self: _Desk, *arguments: Any) -> None:
+    def store(self: ShardsInProgress, *arguments: Any) -> None:
         real(self, *arguments)
         meter.look()
 
-    monkeypatch.setattr(_Desk, "settle", settle)
+    monkeypatch.setattr(ShardsInProgress, "store_answer", store)
     labels_of(load(CNN, gpu, dtype="auto"), tmp_path / "set", data, views=(0, 60))
     meter.check(300)
 

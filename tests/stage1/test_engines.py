@@ -45,8 +45,9 @@ def test_two_processes_make_the_files_of_one(data, whole, tmp_path, workers):
 @pytest.mark.slow
 def test_more_processes_than_label_shards_are_not_started(tmp_path, monkeypatch):
     data, started = write_tars(tmp_path / "data", (12,)), []
-    start = engines._Crew.start
-    monkeypatch.setattr(engines._Crew, "start", lambda crew, device: (started.append(device), start(crew, device)))
+    start = engines.TeacherProcesses.start
+    noting = lambda processes, device: (started.append(device), start(processes, device))  # noqa: E731
+    monkeypatch.setattr(engines.TeacherProcesses, "start", noting)
     labelled(tmp_path / "set", data, views=(0, 2), processes=8)
     assert started == ["cpu"]
 
@@ -79,7 +80,7 @@ def test_a_label_shard_that_kills_its_workers_is_set_aside_and_the_others_are_fi
 ):
     out = tmp_path / "set"
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "_work", work_and_die_of_shard_1)
+        patch.setattr(engines, "_run_worker", work_and_die_of_shard_1)
         with pytest.raises(
             WorkerError, match=r"1 label shards were set aside after 3 .*: train-000001 views 2:4\. Every"
         ):
@@ -102,12 +103,12 @@ def work_and_die_of_shard_1(pipe, *args) -> None:
                 os._exit(7)
             return task
 
-    engines._work(Deadly(), *args)  # pyright: ignore[reportArgumentType]
+    engines._run_worker(Deadly(), *args)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.slow
 def test_processes_that_cannot_start_are_an_error_and_not_a_loop(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "_work", die_at_once)
+    monkeypatch.setattr(engines, "_run_worker", die_at_once)
     with pytest.raises(WorkerError, match="3 teacher processes died before they took any work"):
         labelled(tmp_path / "set", data)
     assert multiprocessing.active_children() == []

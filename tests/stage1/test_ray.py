@@ -59,13 +59,13 @@ def test_a_lost_node_changes_no_byte(cluster, data, whole, tmp_path, monkeypatch
     import ray
 
     made, nodes = cluster
-    start, desks = ray_engine._RayCrew._start, []
+    start, nodes_of_tasks = ray_engine._RayWorkers._start, []
 
-    def start_and_look(crew: ray_engine._RayCrew) -> None:
-        desks.append(ray.get(crew._desk.__ray_call__.remote(node_of_this_process)))
-        start(crew)
+    def start_and_look(workers: ray_engine._RayWorkers) -> None:
+        nodes_of_tasks.append(ray.get(workers._dispatcher.__ray_call__.remote(node_of_this_process)))
+        start(workers)
 
-    monkeypatch.setattr(ray_engine._RayCrew, "_start", start_and_look)
+    monkeypatch.setattr(ray_engine._RayWorkers, "_start", start_and_look)
 
     def lose_a_node() -> None:
         while len(list(tmp_path.glob("set/labels/*/*.parquet"))) < 3:
@@ -77,8 +77,8 @@ def test_a_lost_node_changes_no_byte(cluster, data, whole, tmp_path, monkeypatch
     got = labelled(tmp_path / "set", data, made, teacher=teacher_of("support.slow:slow_cnn"))
     saboteur.join()
     assert got == whole
-    assert len(desks) >= 3  # two workers, and another for the one that was lost
-    assert set(desks) == {node_of_this_process()}  # or the tasks of all would be lost with some node
+    assert len(nodes_of_tasks) >= 3  # two workers, and another for the one that was lost
+    assert set(nodes_of_tasks) == {node_of_this_process()}  # or the tasks of all would be lost with some node
 
 
 def node_of_this_process(_: object = None) -> str:
