@@ -4,12 +4,34 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; worker processes inherit it
 
+import shutil
+from pathlib import Path
+
 import cv2
 import pytest
 import torch
+from support.label_sets import make_label_set, write_source
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """Two tars of coloured noise, nine samples; no test changes them."""
+    return write_source(tmp_path_factory.mktemp("images") / "tars")
+
+
+@pytest.fixture(scope="session")
+def made(images, tmp_path_factory) -> Path:
+    """A label set of these, of two shards and two blocks of two views; tests that change it take `copied`."""
+    return make_label_set(images, tmp_path_factory.mktemp("made") / "set").folder
+
+
+@pytest.fixture
+def copied(made, tmp_path) -> Path:
+    """A copy of that label set."""
+    return Path(shutil.copytree(made, tmp_path / "set"))

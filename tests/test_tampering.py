@@ -53,21 +53,6 @@ LATER = "labels/views-00002-00003/train-0.parquet"
 GOLDEN = Path(__file__).parent / "golden/v1/shards"
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_source(tmp_path_factory.mktemp("images") / "tars")
-
-
-@pytest.fixture(scope="module")
-def made(images, tmp_path_factory) -> Path:
-    return make_label_set(images, tmp_path_factory.mktemp("made") / "set").folder
-
-
-@pytest.fixture
-def copied(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "set"))
-
-
 def promised(folder: Path) -> list[Path]:
     """Return the files of a set; its card, README.md, is for people and none of them."""
     return [path for path in files_of(folder) if path.suffix in (".json", ".parquet")]

@@ -57,7 +57,7 @@ from pipeline.images.source import Source, open_source
 from pipeline.labels import sealing
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine import loaders as loading
-from pipeline.stage1 import drafts
+from pipeline.stage1 import drafts, plan
 from pipeline.stage1 import loop as labelling
 from pipeline.stage1 import precompute as stage1
 from pipeline.storage import atomic as storage
@@ -87,24 +87,8 @@ def refusal_of(data: Path, out: Path) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_source(tmp_path_factory.mktemp("images") / "tars")
-
-
-@pytest.fixture(scope="module")
-def made(images, tmp_path_factory) -> Path:
-    """A label set that nothing disturbed: 2 samples files, 4 label shards, plan and manifest."""
-    return make_label_set(images, tmp_path_factory.mktemp("made") / "set").folder
-
-
-@pytest.fixture(scope="module")
 def whole(made) -> dict[str, bytes]:
     return named_files(made)
-
-
-@pytest.fixture
-def copied(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "set"))
 
 
 @pytest.fixture
@@ -587,7 +571,7 @@ def test_fault_05_views_that_another_run_seals_in_blocks_of_another_size_are_nam
 ):
     def seal_in_another_cut() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(stage1, "_begun", lambda *_: [])  # it looked for begun blocks before there were any
+            patch.setattr(plan, "_begun", lambda *_: [])  # it looked for begun blocks before there were any
             make_label_set(images, begun, views_per_shard=4)
 
     while_hashing(monkeypatch, seal_in_another_cut)

@@ -63,22 +63,6 @@ LATER = "labels/views-00002-00003/train-0.parquet"
 SAMPLES = "samples/train-0.parquet"
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_source(tmp_path_factory.mktemp("images") / "tars")
-
-
-@pytest.fixture(scope="module")
-def made(images, tmp_path_factory) -> Path:
-    """A label set of two shards and two blocks of two views; tests that change it take `copied`."""
-    return make_label_set(images, tmp_path_factory.mktemp("made") / "set").folder
-
-
-@pytest.fixture
-def copied(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "set"))
-
-
 # A sound set.
 
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from pathlib import Path
 
 import cv2
@@ -25,21 +24,6 @@ from pipeline.labels.tables import read_labels_footer
 from pipeline.views import view as views
 from pipeline.views.pairs import Mix, Pairs, draw_mix, pairs_of
 from pipeline.views.view import draw_view, render, render_view
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_source(tmp_path_factory.mktemp("images") / "tars")
-
-
-@pytest.fixture(scope="module")
-def made(images, tmp_path_factory) -> Path:
-    return make_label_set(images, tmp_path_factory.mktemp("made") / "set").folder
-
-
-@pytest.fixture
-def copied(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "set"))
 
 
 @pytest.fixture

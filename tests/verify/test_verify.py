@@ -38,21 +38,6 @@ PULL = "Fetch it again with deit-cli labels pull; where the set was made, delete
 NO_PROBES = VerifyConfig(probes=False)
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_source(tmp_path_factory.mktemp("images") / "tars")
-
-
-@pytest.fixture(scope="module")
-def made(images, tmp_path_factory) -> Path:
-    return make_label_set(images, tmp_path_factory.mktemp("made") / "set").folder
-
-
-@pytest.fixture
-def copied(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "set"))
-
-
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
