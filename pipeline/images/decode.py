@@ -64,7 +64,7 @@ def decode(image: bytes, *, key: str) -> NDArray[np.uint8]:
 
 
 def decode_around(image: bytes, box: Box, *, key: str) -> tuple[NDArray[np.uint8], int, int]:
-    """Decode a box of an image, and as much around it as needs be.
+    """Decode a box of an image, and as much around it as the decoder needs.
 
     Args:
         image: the encoded file; one that decodes as a whole, as `turbojpeg.decode_region` says.
@@ -75,7 +75,7 @@ def decode_around(image: bytes, box: Box, *, key: str) -> tuple[NDArray[np.uint8
         uint8 [H, W, 3], RGB, C-contiguous, a part of the image that holds the box, and its top and left in the image.
 
     Raises:
-        BadImageError: as `decode` does.
+        BadImageError: the image cannot be decoded.
     """
     part = decode_region(image, box) if image[:3] == _JPEG else None
     return part or (decode(image, key=key), 0, 0)
@@ -92,7 +92,7 @@ def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
         key: the sample key, for the error.
 
     Raises:
-        BadImageError: as `decode` does.
+        BadImageError: the image cannot be decoded.
     """
     pixels = decode(image, key=key)
     height, width = pixels.shape[:2]

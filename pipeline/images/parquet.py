@@ -35,7 +35,7 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label")  # usual names; fine_label is
 
 
 class ParquetPlace(NamedTuple):
-    """Where an image lies: row group of the file, row of the group."""
+    """The position of an image: row group in the file, row in the group."""
 
     group: int
     row: int

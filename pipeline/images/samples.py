@@ -1,4 +1,4 @@
-"""What every source is made of: samples, and source shards that index themselves when first asked."""
+"""The parts of every source: samples, and source shards that build their index on first use."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ Where = TypeVar("Where")
 
 @dataclass(frozen=True)
 class Sample:
-    """One original image with its class label.
+    """An original image with its class label.
 
     Attributes:
         key: stable name, unique in its source shard; never a position.

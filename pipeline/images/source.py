@@ -1,4 +1,4 @@
-"""Where the original images come from: an image folder, WebDataset tars, or Hugging Face image Parquet.
+"""Sources of original images: an image folder, WebDataset tars, or Hugging Face image Parquet.
 
 A source is an ordered list of source shards, each an ordered run of samples. It is cheap to pickle: shards carry
 paths, and every process finds the samples again when it needs them.
@@ -51,7 +51,7 @@ class Source:
     """The original images in their order.
 
     Attributes:
-        location: where it was opened; not part of its identity.
+        location: path or URL from which it was opened; not part of its identity.
         class_names: name of every class label, or None where the source does not say.
     """
 
@@ -84,7 +84,7 @@ class Source:
 
     @property
     def is_remote(self) -> bool:
-        """Whether its files are behind URLs."""
+        """True where its files are behind URLs."""
         return any(shard.remote_files for shard in self.shards)
 
     def remote_files(self, name: str) -> tuple[RemoteFile, ...]:

@@ -1,6 +1,6 @@
 """Tars whose bytes follow from their members alone: no times, no owners, PAX headers only where a name needs one.
 
-They are written member by member, so memory holds one of them, whatever their number (`tarfile` keeps a record of each).
+Members are written one by one, so memory holds only one of them (`tarfile` keeps a record of each).
 """
 
 import tarfile

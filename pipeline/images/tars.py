@@ -39,14 +39,14 @@ _PAX_KEYWORDS = frozenset(
 
 
 class TarPlace(NamedTuple):
-    """Where an image lies in its tar, in bytes."""
+    """The position of an image in its tar, in bytes."""
 
     offset: int
     size: int
 
 
 class Member(NamedTuple):
-    """One file of a tar: header at `offset`, `size` bytes at `data`; its name is `key` + `extension`.
+    """A file of a tar: header at `offset`, `size` bytes at `data`; its name is `key` + `extension`.
 
     The key is webdataset's: up to the first dot of the name's last part. The extension is in lower case and has its
     dot: ".jpg", ".seg.png", "" for none.
@@ -61,7 +61,7 @@ class Member(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What we use of a header block; the rest (owner, times, links) is covered by its checksum and ignored."""
+    """The fields of a header block that are used here; the rest (owner, times, links) is covered by its checksum and ignored."""
 
     name: str
     kind: bytes

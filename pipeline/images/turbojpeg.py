@@ -33,7 +33,7 @@ class _Region(ctypes.Structure):
 
 
 def is_installed() -> bool:
-    """Whether regions can be decoded here."""
+    """Return whether regions can be decoded on this machine."""
     return _library() is not None
 
 
@@ -69,12 +69,12 @@ def _around(box: Box, subsampling: int, width: int, height: int, bits: int, colo
 
     Args:
         box: top, left, height, width.
-        subsampling: of the chroma.
-        width: of the image.
-        height: of the image.
-        bits: of a sample.
+        subsampling: chroma subsampling, as TurboJPEG numbers it.
+        width: width of the image, pixels.
+        height: height of the image, pixels.
+        bits: bits of a sample.
         colours: colour space.
-        rare: above 0 where the file is progressive, arithmetically coded, lossless.
+        rare: values above 0 where the file is progressive, arithmetically coded or lossless.
     """
     top, left, tall, wide = box
     block = _BLOCK_WIDTH.get(subsampling)

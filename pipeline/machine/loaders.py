@@ -1,4 +1,4 @@
-"""Loader processes: work for them in, what they made out, and a named error when one of them is lost.
+"""Loader processes: they take work, return what they made of it, and a lost one becomes a named error.
 
 `in_processes` calls a function for each item of some work. `SlotStream` does the same for a function that renders batches of
 images: they lie in shared memory, and only the rest of a batch travels between the processes.
@@ -104,11 +104,11 @@ class SlotStream(Generic[Batch]):
             render: `render(item, out, note)` writes the images of a batch into the first rows of `out`, uint8 of `shape`, and
                 returns the batch with these rows as its `images`. Called in loader processes, as `work` of `in_processes`.
             items: one for each batch; None gives the process whose turn it is nothing to do.
-            shape: of the images of the largest batch.
+            shape: shape of the images of the largest batch.
             workers: loader processes; 0: in this one.
             held: batches that the caller may hold while it asks for another one: those that it uses, and those that a
                 device has yet to copy.
-            device: where the caller copies batches to; None: nowhere.
+            device: device to which the caller copies batches; None: the caller copies nothing.
 
         Raises:
             WorkerError: there is not enough shared memory.
@@ -170,7 +170,7 @@ class Slots:
         """Take memory for batches of at most this shape.
 
         Args:
-            shape: of the images of one batch.
+            shape: shape of the images of one batch.
             workers: loader processes.
             held: batches whose images the caller may hold while it asks for another one.
 
@@ -218,19 +218,19 @@ def _shared_pixels(*shape: int) -> Tensor:
 
 
 class _Whereabouts:
-    """Which image each loader process is at, in shared memory: so that the image at which one was lost can be named."""
+    """A board in shared memory that names the image on which each loader process works: a lost process leaves its image there."""
 
     def __init__(self, workers: int) -> None:
         self._notes = torch.zeros(max(1, workers), _NOTE_BYTES, dtype=torch.uint8).share_memory_()
 
     def note(self, what: str) -> None:
-        """Say what this process is at now."""
+        """Write down what this process works on now."""
         worker = get_worker_info()
         text = f"{os.getpid()} {what}".encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES, b"\0")
         self._notes[worker.id if worker else 0].numpy()[:] = memoryview(text)
 
     def of(self, pids: Iterable[int]) -> list[str]:
-        """Return what these processes said last; of all processes, if there are no pids."""
+        """Return what these processes wrote down last; without pids, what all processes wrote."""
         lines = [bytes(note.tolist()).rstrip(b"\0").decode(errors="replace") for note in self._notes]
         notes = {int(pid): what for pid, _, what in (line.partition(" ") for line in lines if line)}
         wanted = set(pids) or set(notes)
@@ -245,8 +245,8 @@ def plan_workers(asked: int | None, device: torch.device, cores: int | None = No
 
     Args:
         asked: how many the user wants; None: as many as there are cores for.
-        device: of the network.
-        cores: of this process; None: all that it may use.
+        device: device of the network.
+        cores: number of cores for this process; None: all cores that it may use.
     """
     cores = cores or usable_cores()
     on_cpu = device.type == "cpu"

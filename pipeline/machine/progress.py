@@ -1,4 +1,4 @@
-"""How far a command is: what its processes tell, and what people and log files are told."""
+"""Progress of a command: what its processes report, and what people and log files see of it."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ log = logging.getLogger("deit_cli")
 
 @dataclass(frozen=True)
 class Tick:
-    """How far one phase of a run is.
+    """The progress of one phase of a run.
 
     Attributes:
         phase: name of the phase, such as `label`.
@@ -65,13 +65,13 @@ Progress = Callable[[Tick], None]
 
 @dataclass(frozen=True)
 class WorkDone:
-    """What one process did since its last work.
+    """The work of one process since its last report.
 
     Attributes:
-        views: that its teacher answered for.
-        busy_s: seconds that its teacher computed.
-        bytes: of label shards that it wrote.
-        found: views of label shards that were complete before.
+        views: number of views that its teacher answered for.
+        busy_s: seconds in which its teacher computed.
+        bytes: size of the label shards that it wrote.
+        found: number of views in label shards that were complete before.
     """
 
     views: int = 0
@@ -104,7 +104,7 @@ class Tally:
         self.progress(self.tick())
 
     def tick(self) -> Tick:
-        """Return how far all of them are."""
+        """Return the progress of all processes together."""
         elapsed = time.monotonic() - self._began
         return Tick(
             phase="label",
@@ -128,7 +128,7 @@ class Throttle:
 
     @property
     def due(self) -> bool:
-        """Whether the time is over."""
+        """True once the time is over."""
         return time.monotonic() - self._since >= self._every_s
 
     def restart(self) -> None:

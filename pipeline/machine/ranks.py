@@ -1,4 +1,4 @@
-"""Which share of the work, which devices and which cores are ours, on a machine that others may share."""
+"""The share of the work, the devices and the cores of this process, on a machine that others may use too."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,14 @@ Task = TypeVar("Task")
 
 @dataclass(frozen=True)
 class Rank:
-    """Which share of a static split is ours, as launchers say it in the environment.
+    """The share of this process in a static split, as launchers set it in the environment.
 
     Attributes:
-        rank: 0 <= rank < world_size.
-        local_rank: the same among those on this machine.
-        local_world_size: how many of them there are.
-        cores: that the launcher gave to this rank alone; None: the ranks of a machine share its cores out.
+        rank: number of this process, 0 <= rank < world_size.
+        world_size: number of processes.
+        local_rank: number of this process among those of this machine.
+        local_world_size: number of processes of this machine.
+        cores: number of cores that the launcher gave to this rank alone; None: the ranks of a machine share its cores.
     """
 
     rank: int = 0
@@ -31,7 +32,7 @@ class Rank:
     cores: int | None = None
 
     def share(self, tasks: Sequence[Task]) -> list[Task]:
-        """Return every world_size-th task, from ours on."""
+        """Return the tasks of this rank: every world_size-th, starting with its own number."""
         return list(tasks[self.rank :: self.world_size])
 
 
@@ -39,7 +40,7 @@ def rank_from(environment: Mapping[str, str], *, arrays: bool = True) -> Rank:
     """Read torchrun's variables, else those of a Slurm job array and of srun.
 
     Args:
-        environment: of this process.
+        environment: environment variables of this process.
         arrays: whether the elements of a job array share the work; else each is on its own.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Work in threads, for what waits for disks and servers, hashes or unpacks: all of it without the GIL."""
+"""Work in threads, for functions that release the GIL: waiting for disks and servers, hashing, unpacking."""
 
 import contextlib
 import os
@@ -45,7 +45,7 @@ def in_threads(
         items: work is begun in this order.
         do: makes something of one item.
         threads: items that are worked on at a time.
-        stop: is set when nothing more is wanted, after a failure too; `do` may look at it to end early.
+        stop: event that is set when no more results are wanted, also after a failure; `do` may check it to end early.
     """
     waiting: SimpleQueue[Item] = SimpleQueue()
     results: SimpleQueue[tuple[Item, Any, BaseException | None]] = SimpleQueue()

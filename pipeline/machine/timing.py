@@ -1,4 +1,4 @@
-"""How long a call takes, on a CPU or a GPU."""
+"""The time that a call takes, on a CPU or a GPU."""
 
 import statistics
 import time

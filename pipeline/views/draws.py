@@ -21,7 +21,7 @@ _NORMAL = NormalDist()
 
 
 class Draws:
-    """One stream of random numbers. Reading it advances it; two streams with the same name are equal."""
+    """A stream of random numbers. Reading it advances it; two streams with the same name are equal."""
 
     def __init__(self, name: bytes) -> None:
         self._seed = hashlib.blake2b(name, digest_size=32).digest()
@@ -111,8 +111,8 @@ def noise_levels(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint
     Integer lookups give the same noise on every machine, which logarithms and cosines do not.
 
     Args:
-        mean: per channel, in units of the full range 0..1.
-        std: likewise.
+        mean: mean of each channel, in units of the full range 0..1.
+        std: standard deviation of each channel, in the same units.
 
     Returns:
         uint8 [channels, 65536]; entry i is the quantile (i + 0.5) / 65536.

@@ -53,7 +53,7 @@ def mix_batch(pairs: Sequence[tuple[int, int]], mixes: Sequence[Mix], size: int)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the views of some pairs stand in a batch: pair after pair, each view after view, in each the two samples.
+    """The positions of the views of some pairs in a batch: pair after pair, each view after view, in each the two samples.
 
     Attributes:
         rows: int64 [B], the row of each position's sample.

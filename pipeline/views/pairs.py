@@ -1,4 +1,4 @@
-"""Who is mixed with whom, and how: pairs and mixes that do not depend on batch, rank or machine.
+"""Partners and their mixes: neither depends on batch, rank or machine.
 
 Samples of a source shard are taken in order in blocks of `recipe.mix_block`; inside a block a drawn permutation
 pairs them, and the two of a pair share one mix and are each other's partner, as in timm's pair mode. The pair
@@ -19,7 +19,7 @@ from pipeline.views.recipe import Recipe
 
 @dataclass(frozen=True)
 class Mix:
-    """How the two views of a pair are mixed.
+    """The mix of the two views of a pair.
 
     Attributes:
         lam: weight of a sample's own view (and class label) against its partner's, 0..1.

@@ -34,7 +34,7 @@ _A = -0.75  # OpenCV's: rotations are interpolated by its warp, with the same cu
 
 @dataclass(frozen=True)
 class Op:
-    """One operation of RandAugment.
+    """An operation of RandAugment.
 
     Attributes:
         name: timm's name of it.

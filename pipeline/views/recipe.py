@@ -78,7 +78,7 @@ Ratio = Annotated[float, Field(gt=0.01, le=100)]
 
 
 class Recipe(Record):
-    """How views of an image are made. The defaults are DeiT's (Touvron et al. 2021, table 9).
+    """A complete description of how views of an image are made. The defaults are DeiT's (Touvron et al. 2021, table 9).
 
     A wrong or unknown field raises RecipeError. 1 and 1.0 are one recipe.
     """
@@ -138,7 +138,7 @@ class Recipe(Record):
 
     @property
     def mixes(self) -> bool:
-        """Whether any view of this recipe is mixed with a partner."""
+        """True where views of this recipe are mixed with a partner."""
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def with_fields(self, /, **values: Any) -> Self:

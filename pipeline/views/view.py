@@ -68,8 +68,8 @@ def draw_view(recipe: Recipe, key: str, view: int, *, height: int, width: int) -
         recipe: the augmentation.
         key: sample key.
         view: view number, 0 or more.
-        height: of the image, pixels.
-        width: of the image, pixels.
+        height: height of the image, pixels.
+        width: width of the image, pixels.
     """
     recipe_id = recipe.id
     if recipe.crop == "center":
@@ -207,7 +207,7 @@ def _random_level(draws: Draws, config: RandAugment) -> float:
 
 
 def _random_erase(draws: Draws, recipe: Recipe) -> Erase | None:
-    """One box of pixel noise with probability `reprob`, as timm's RandomErasing chooses it."""
+    """Return one box of pixel noise with probability `reprob`, as timm's RandomErasing chooses it."""
     if not draws.chance(recipe.reprob):
         return None
     size, log_aspect = recipe.img_size, (math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1]))
