@@ -403,19 +403,19 @@ def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
     Every process meets every source shard, so each reads all labels and uses only its part of them. With more shards than it
     keeps, it reads them again in each epoch that shares their views.
     """
-    start, stop = min(label_set.manifest.view_blocks)
+    block = label_set.manifest.blocks[0]
     entry = max(
-        (entry for entry in label_set.manifest.files if entry.kind == "labels" and entry.view_start == start),
+        (entry for entry in label_set.manifest.files if entry.kind == "labels" and entry.view_start == block.start),
         key=lambda entry: entry.rows,
     )
 
     def read() -> None:
         fresh = copy.copy(label_set)  # has read nothing: bytes are read and hashed once for all views
-        for view in range(start, stop):
+        for view in block:
             fresh.read(entry.shard, view)
 
     label_s = median_s(read, torch.device("cpu"), least_s) / (
-        len(label_set.read(entry.shard, start).row) * (stop - start)
+        len(label_set.read(entry.shard, block.start).row) * len(block)
     )
     again = run.order.repeated_aug if len(label_set.shards) > _renderer_of(run).shards_kept else 1
     return label_s * max(1, run.running.world.workers) * again

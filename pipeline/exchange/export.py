@@ -52,20 +52,24 @@ class Export:
     Attributes:
         labelset_id: of the label set.
         content_sha256: of its manifest.
-        views: start and stop.
+        views: view numbers.
         pixels: see `ExportConfig`.
         encoding: see `ExportConfig`; None where the pixels are the originals.
     """
 
     labelset_id: str
     content_sha256: str
-    views: tuple[int, int]
+    views: range
     pixels: Pixels
     encoding: Encoding | None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
-        return dataclasses.asdict(self) | {"views": list(self.views), "format": "deit-cli-export", "version": 1}
+        return dataclasses.asdict(self) | {
+            "views": [self.views.start, self.views.stop],
+            "format": "deit-cli-export",
+            "version": 1,
+        }
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def export_labels(
         )
     begin(out, export)
     labelled = all(label is not None for samples in names.values() for label in samples.class_label)
-    tasks = [(name, view) for view in range(*export.views) for name in label_set.shards]
+    tasks = [(name, view) for view in export.views for name in label_set.shards]
     workers = usable_cores() if config.workers is None else config.workers
     job = _Job(label_set, source, out, export, labelled)
     began, counts = time.monotonic(), []
@@ -148,7 +152,7 @@ def plan_export(label_set: LabelSet, config: ExportConfig) -> Export:
     return Export(
         label_set.plan.labelset_id,
         str(label_set.manifest.content_sha256),
-        (start, stop),
+        range(start, stop),
         config.pixels,
         config.encoding if config.pixels == "views" else None,
     )
@@ -263,12 +267,12 @@ def _readme(label_set: LabelSet, export: Export, labelled: bool) -> str:
     """Return what the Hub and `datasets` read, and people."""
     files = [{"split": SPLIT, "path": "*.tar"}]
     header = to_yaml({"configs": [{"config_name": "default", "data_files": files}]}).decode()
-    start, stop = export.views
+    views = export.views
     what = {
         "png": "Each image is one view as the teacher saw it, mixed, rounded to whole levels, as PNG.",
         "jpeg": "Each image is one view as the teacher saw it, mixed, rounded to whole levels, as JPEG of quality 95 (4:4:4),"
         " which moves its pixels a little.",
-        None: f"Each image is an original, with the teacher's answer for its view {start}: only a recipe that changes nothing"
+        None: f"Each image is an original, with the teacher's answer for its view {views.start}: only a recipe that changes nothing"
         " makes these the pixels that the teacher saw.",
     }[export.encoding]
     return "\n".join(
@@ -277,7 +281,7 @@ def _readme(label_set: LabelSet, export: Export, labelled: bool) -> str:
             "",
             f"# Hard labels of {code_span(label_set.plan.teacher.name)}",
             "",
-            f"Views {start}..{stop - 1} of label set `{export.labelset_id}`, exported by deit-cli. {what}"
+            f"Views {views.start}..{views.stop - 1} of label set `{export.labelset_id}`, exported by deit-cli. {what}"
             " The `.json` beside an image holds the teacher's class, `hard`, and its top K"
             f"{'; `.cls` is the class label of the image that KEY names' if labelled else ''}."
             " Where views are mixed, `lam` is that image's share.",

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import labels_path
 from pipeline.labels.summary import summarise
 from pipeline.storage.atomic import publish_file, refusals_named, replace_file
 from pipeline.storage.yaml import parse_yaml, to_yaml
@@ -230,8 +231,8 @@ def _images(summary: Mapping[str, Any], label_set: LabelSet) -> str:
 
 
 def _loading(label_set: LabelSet) -> list[str]:
-    shard, (start, stop) = label_set.shards[0], min(label_set.manifest.view_blocks)
-    labels = f"labels/views-{start:05d}-{stop - 1:05d}/{shard}.parquet"
+    shard, block = label_set.shards[0], label_set.manifest.blocks[0]
+    labels, start = str(labels_path(shard, block)), block.start
     samples = f"samples/{shard}.parquet"
     codec = label_set.plan.codec
     stored = [name for name in codec.columns if name != "tail_mass"]

@@ -142,8 +142,8 @@ class LabelSet:
     @property
     def views(self) -> range:
         """The view numbers that every sample has."""
-        blocks = sorted(self.manifest.view_blocks)
-        return range(blocks[0][0], blocks[-1][1]) if blocks else range(0)
+        blocks = self.manifest.blocks
+        return range(blocks[0].start, blocks[-1].stop) if blocks else range(0)
 
     def check_complete(self) -> None:
         """Raise LabelSetIncomplete or LabelSetCorrupt unless the set is sealed and the manifest lists all of its files."""
@@ -224,7 +224,7 @@ class LabelSet:
             ) from None
 
     def _labels_entry(self, shard: str, view: int) -> FileEntry:
-        block = next((b for b in self.manifest.view_blocks if b[0] <= view < b[1]), None)
+        block = next((block for block in self.manifest.blocks if view in block), None)
         if block is None:
             raise LabelSetMismatch(f"{self.place} holds views {self.views.start}..{self.views.stop - 1}, not {view}")
-        return self._entry("labels", shard, block[0])
+        return self._entry("labels", shard, block.start)

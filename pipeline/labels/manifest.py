@@ -308,7 +308,7 @@ class Manifest(Record):
         plan_sha256: of the bytes of plan.json.
         sealed: whether everything that source shards and blocks promise is there.
         shards: the source shards that are here, in the plan's order, where they are not all of them; else None.
-        view_blocks: start and stop of each block of views.
+        view_blocks: start and stop of each block of views, as they are stored; see `blocks`.
         files: complete files; none before sealing.
         probes: replay probes from among the files' footers.
         environments: library versions, device and dtype that made the labels, each once.
@@ -326,6 +326,11 @@ class Manifest(Record):
     probes: Annotated[tuple[Probe, ...], Field(max_length=MAX_PROBES)]
     environments: tuple[dict[Text, Text], ...]
     content_sha256: Sha256 | None = None  # None while it is being made
+
+    @property
+    def blocks(self) -> list[range]:
+        """The blocks of views, in rising order."""
+        return in_order(range(*block) for block in self.view_blocks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields with the hash over the others filled in, as they are stored."""
@@ -390,6 +395,16 @@ def labels_path(shard: str, views: range) -> PurePosixPath:
     return PurePosixPath("labels") / f"views-{views.start:05d}-{views.stop - 1:05d}" / f"{shard}.parquet"
 
 
+def in_order(blocks: Iterable[range]) -> list[range]:
+    """Return blocks of views in rising order, each once."""
+    return sorted(set(blocks), key=lambda block: (block.start, block.stop))
+
+
+def stored_blocks(blocks: Iterable[range]) -> tuple[tuple[int, int], ...]:
+    """Return blocks of views as a manifest stores them."""
+    return tuple((block.start, block.stop) for block in blocks)
+
+
 def label_blocks(folder: Path) -> list[range]:
     """Return the blocks of views for which a folder holds label shards, by the names of their folders, in order."""
     blocks = []
@@ -397,7 +412,7 @@ def label_blocks(folder: Path) -> list[range]:
         first, _, last = path.name.removeprefix("views-").partition("-")
         if max(len(first), len(last)) <= 10 and re.fullmatch("[0-9]+-[0-9]+", f"{first}-{last}"):
             blocks.append(range(int(first), int(last) + 1))
-    return sorted(blocks, key=lambda block: (block.start, block.stop))
+    return in_order(blocks)
 
 
 def read_plan(folder: Path) -> Plan:

@@ -17,11 +17,13 @@ from pipeline.labels.manifest import (
     Plan,
     Probe,
     ShardRecord,
+    in_order,
     labels_path,
     parse_plan,
     read_manifest,
     read_plan,
     read_probes,
+    stored_blocks,
 )
 from pipeline.labels.tables import LabelsFooter, SampleRows, read_all_views, read_labels_footer, read_samples
 from pipeline.storage.atomic import publish_file, refusals_named, replace_file, sha256_file, sync_folder
@@ -47,7 +49,7 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
         labelset_id=plan.labelset_id,
         plan_sha256=sha256_file(out / PLAN_NAME),
         sealed=False,
-        view_blocks=tuple((block.start, block.stop) for block in blocks),
+        view_blocks=stored_blocks(blocks),
         files=(),
         probes=(),
         environments=(),
@@ -82,12 +84,12 @@ def seal(
         shards: names of the source shards that it holds, in the plan's order; None: all.
         images: whether the set holds its images; images that are sealed stay.
     """
-    bounds = {(block.start, block.stop) for block in blocks}
+    known = set(blocks)
     manifest = None
     # Hashing takes minutes, in which another run may seal other views: it is looked again, so that they are not lost.
-    while manifest is None or not bounds.issuperset(_sealed_blocks(out)):
-        bounds |= _sealed_blocks(out)
-        manifest = _list_files(out, plan, sorted(bounds), shards, images)
+    while manifest is None or not known.issuperset(_sealed_blocks(out)):
+        known |= _sealed_blocks(out)
+        manifest = _list_files(out, plan, in_order(known), shards, images)
     listed = {folder for entry in manifest.files for folder in (out / entry.path).parents}
     for folder in sorted(folder for folder in listed if folder.is_relative_to(out)):
         sync_folder(folder)  # a killed run may have named its last file without doing so
@@ -108,12 +110,13 @@ def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> 
     """
     if not manifest.sealed:
         raise LabelSetIncomplete(f"{place} is not sealed: some of its labels do not exist yet", fix=INCOMPLETE_SET)
-    blocks = sorted(manifest.view_blocks)
+    blocks = manifest.blocks
     if not blocks:
         raise LabelSetIncomplete(f"{place} holds no views")
-    if any(a[1] != b[0] for a, b in itertools.pairwise(blocks)):
+    if any(a.stop != b.start for a, b in itertools.pairwise(blocks)):
+        held = ", ".join(f"{block.start}:{block.stop}" for block in blocks)
         raise LabelSetIncomplete(
-            f"{place}: its views {blocks} have a gap",
+            f"{place}: its views {held} have a gap",
             fix="Compute the missing ones with --views",
         )
     wanted = len(shards) * (1 + len(blocks))
@@ -125,7 +128,7 @@ def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> 
     expected = {("samples", name, 0, 0) for name in shards}
     if any(entry.kind == "images" for entry in manifest.files):
         expected |= {("images", name, 0, 0) for name in shards}
-    expected |= {("labels", name, start, stop) for name in shards for start, stop in blocks}
+    expected |= {("labels", name, block.start, block.stop) for name in shards for block in blocks}
     found = {(e.kind, e.shard, e.view_start, e.view_stop) for e in manifest.files}
     for what, difference in (("lacks", expected - found), ("has an unknown", found - expected)):
         if difference:
@@ -133,29 +136,29 @@ def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> 
             raise LabelSetCorrupt(f"{place}: the sealed manifest {what} {kind} file of {shard!r}")
 
 
-def _sealed_blocks(out: Path) -> set[tuple[int, int]]:
+def _sealed_blocks(out: Path) -> set[range]:
     sealed = sealed_manifest(out)
-    return set(sealed.view_blocks) if sealed else set()
+    return set(sealed.blocks) if sealed else set()
 
 
 def _list_files(
-    out: Path, plan: Plan, bounds: Sequence[tuple[int, int]], chosen: tuple[str, ...] | None, images: bool
+    out: Path, plan: Plan, blocks: Sequence[range], chosen: tuple[str, ...] | None, images: bool
 ) -> Manifest:
     """Return the manifest of these blocks of views and source shards, after checking each of their files."""
-    for (start, stop), (following, _) in itertools.pairwise(bounds):
-        if following < stop:
+    for block, following in itertools.pairwise(blocks):
+        if following.start < block.stop:
             raise LabelSetMismatch(
-                f"{out}: another run has meanwhile sealed views {start}:{stop} in blocks of another size",
+                f"{out}: another run has meanwhile sealed views {block.start}:{block.stop} in blocks of another size",
                 fix="Run the same command again: it takes those",
             )
     shards = dict.fromkeys(chosen or (shard.name for shard in plan.source.shards))
     files = [_samples_entry(out, record) for record in plan.source.shards if record.name in shards]
     probes: list[Probe] = []
     environments: list[dict[str, str]] = []
-    for start, stop in bounds:
+    for block in blocks:
         for name in shards:
-            path = out / labels_path(name, range(start, stop))
-            footer = checked_labels_footer(path, plan, name, range(start, stop))
+            path = out / labels_path(name, block)
+            footer = checked_labels_footer(path, plan, name, block)
             files.append(_labels_entry(out, footer))
             probes += read_probes(footer.probes, path)
             environments += [footer.environment] if footer.environment not in environments else []
@@ -170,7 +173,7 @@ def _list_files(
         plan_sha256=sha256_file(out / PLAN_NAME),
         sealed=True,
         shards=chosen,
-        view_blocks=tuple(bounds),
+        view_blocks=stored_blocks(blocks),
         files=tuple(files),
         probes=thin_probes(probes),
         environments=tuple(environments),

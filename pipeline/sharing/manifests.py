@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from pipeline.errors import LabelSetIncomplete, LabelSetMismatch, UsageError
-from pipeline.labels.manifest import FileEntry, Manifest, Plan, Probe, read_probes, shards_of, short
+from pipeline.labels.manifest import (
+    FileEntry,
+    Manifest,
+    Plan,
+    Probe,
+    in_order,
+    read_probes,
+    shards_of,
+    short,
+    stored_blocks,
+)
 from pipeline.labels.sealing import MANIFEST_PROBES, thin_probes
 from pipeline.labels.tables import Contents, read_labels_footer
 
@@ -43,14 +53,14 @@ def subset_manifest(
         )
     held = [record.name for record in shards_of(manifest, plan, "manifest")]
     names = held if shards is None else choose_shards(held, shards)
-    blocks = tuple(sorted(manifest.view_blocks)) if views is None else choose_blocks(manifest.view_blocks, views)
+    blocks = manifest.blocks if views is None else choose_blocks(manifest.blocks, views)
     chosen = {*names}, {*blocks}
     files = tuple(entry for entry in manifest.files if _is_in(entry, *chosen))
     probes = tuple(probe for probe in manifest.probes if _probe_is_in(probe, *chosen))
     return manifest.model_copy(
         update={
             "shards": tuple(names) if len(names) < len(plan.source.shards) else None,
-            "view_blocks": blocks,
+            "view_blocks": stored_blocks(blocks),
             "files": files,
             "probes": probes or _probes_from_files(files, probes_of),
             "content_sha256": None,
@@ -58,17 +68,17 @@ def subset_manifest(
     )
 
 
-def choose_blocks(view_blocks: Iterable[tuple[int, int]], views: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+def choose_blocks(blocks: Iterable[range], views: tuple[int, int]) -> list[range]:
     """Return the blocks that hold the views start..stop - 1, in order; their ends may lie beyond these.
 
     Raises:
         UsageError: some of these views are in none.
     """
-    blocks = sorted(view_blocks)
+    blocks = in_order(blocks)
     start, stop = views
-    chosen = tuple(block for block in blocks if block[0] < stop and start < block[1])
-    gap = any(a[1] != b[0] for a, b in itertools.pairwise(chosen))
-    if not chosen or gap or start < chosen[0][0] or stop > chosen[-1][1] or start >= stop:
+    chosen = [block for block in blocks if block.start < stop and start < block.stop]
+    gap = any(a.stop != b.start for a, b in itertools.pairwise(chosen))
+    if not chosen or gap or start < chosen[0].start or stop > chosen[-1].stop or start >= stop:
         raise UsageError(f"--views {start}:{stop} must lie within the views of the label set, {_runs(blocks)}")
     return chosen
 
@@ -94,12 +104,12 @@ def probes_in(file: Contents, entry: FileEntry) -> tuple[Probe, ...]:
     return tuple(read_probes(read_labels_footer(file).probes, entry.path))
 
 
-def _is_in(entry: FileEntry, names: set[str], blocks: set[tuple[int, int]]) -> bool:
-    return entry.shard in names and (entry.kind != "labels" or (entry.view_start, entry.view_stop) in blocks)
+def _is_in(entry: FileEntry, names: set[str], blocks: set[range]) -> bool:
+    return entry.shard in names and (entry.kind != "labels" or range(entry.view_start, entry.view_stop) in blocks)
 
 
-def _probe_is_in(probe: Probe, names: set[str], blocks: set[tuple[int, int]]) -> bool:
-    return probe.shard in names and any(start <= probe.view < stop for start, stop in blocks)
+def _probe_is_in(probe: Probe, names: set[str], blocks: set[range]) -> bool:
+    return probe.shard in names and any(probe.view in block for block in blocks)
 
 
 def _probes_from_files(
@@ -116,9 +126,9 @@ def _probes_from_files(
     )
 
 
-def _runs(blocks: Sequence[tuple[int, int]]) -> str:
-    text = ", ".join(f"{start}:{stop}" for start, stop in blocks[:NAMED])
-    return f"in blocks {text}" + (f" … {blocks[-1][0]}:{blocks[-1][1]}" if len(blocks) > NAMED else "")
+def _runs(blocks: Sequence[range]) -> str:
+    text = ", ".join(f"{block.start}:{block.stop}" for block in blocks[:NAMED])
+    return f"in blocks {text}" + (f" … {blocks[-1].start}:{blocks[-1].stop}" if len(blocks) > NAMED else "")
 
 
 def _few(names: Sequence[str]) -> str:
@@ -127,7 +137,7 @@ def _few(names: Sequence[str]) -> str:
 
 def contains(large: Manifest, small: Manifest) -> bool:
     """Return whether one sealed set has everything that another has."""
-    return large.sealed and set(large.files) >= set(small.files) and set(large.view_blocks) >= set(small.view_blocks)
+    return large.sealed and set(large.files) >= set(small.files) and set(large.blocks) >= set(small.blocks)
 
 
 def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]) -> Manifest:
@@ -160,7 +170,7 @@ def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]
             return large
     held = {record.name for each in (ours, there) for record in shards_of(each, plan, names[0])}
     shards = tuple(record.name for record in plan.source.shards if record.name in held)
-    blocks = sorted({*ours.view_blocks, *there.view_blocks})
+    blocks = in_order([*ours.blocks, *there.blocks])
     files = {entry.path: entry for entry in (*there.files, *ours.files)}
     _check_whole(shards, blocks, files.values(), names)
     probes = {(p.shard, p.row, p.view): p for p in (*there.probes, *ours.probes)}
@@ -168,7 +178,7 @@ def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]
     return there.model_copy(
         update={
             "shards": shards if len(shards) < len(plan.source.shards) else None,
-            "view_blocks": tuple(blocks),
+            "view_blocks": stored_blocks(blocks),
             "files": tuple(
                 sorted(files.values(), key=lambda e: (e.kind != "samples", e.view_start, shards.index(e.shard)))
             ),
@@ -180,10 +190,11 @@ def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]
 
 
 def _check_files(ours: Manifest, there: Manifest, names: tuple[str, str]) -> None:
-    for (start, stop), (following, end) in itertools.pairwise(sorted({*ours.view_blocks, *there.view_blocks})):
-        if following < stop:
+    for a, b in itertools.pairwise(in_order([*ours.blocks, *there.blocks])):
+        if b.start < a.stop:
+            cut = f"{a.start}:{a.stop} and {b.start}:{b.stop}"
             raise LabelSetMismatch(
-                f"{names[0]} and {names[1]} cut the same views into other blocks: {start}:{stop} and {following}:{end}",
+                f"{names[0]} and {names[1]} cut the same views into other blocks: {cut}",
                 fix="Choose another address, or make them with one --views-per-shard",
             )
     known = {entry.path: entry for entry in there.files}
@@ -197,12 +208,12 @@ def _check_files(ours: Manifest, there: Manifest, names: tuple[str, str]) -> Non
 
 
 def _check_whole(
-    shards: tuple[str, ...], blocks: list[tuple[int, int]], files: Iterable[FileEntry], names: tuple[str, str]
+    shards: tuple[str, ...], blocks: list[range], files: Iterable[FileEntry], names: tuple[str, str]
 ) -> None:
-    for (_, stop), (following, _) in itertools.pairwise(blocks):
-        if stop != following:
+    for a, b in itertools.pairwise(blocks):
+        if a.stop != b.start:
             raise LabelSetIncomplete(
-                f"{names[0]} and {names[1]} together lack views {stop}:{following}",
+                f"{names[0]} and {names[1]} together lack views {a.stop}:{b.start}",
                 fix="Bring those first",
             )
     files = list(files)
@@ -213,10 +224,10 @@ def _check_whole(
             fix="Choose another address",
         )
     found = {(entry.shard, entry.view_start, entry.view_stop) for entry in files if entry.kind == "labels"}
-    for shard, (start, stop) in itertools.product(shards, blocks):
-        if (shard, start, stop) not in found:
+    for shard, block in itertools.product(shards, blocks):
+        if (shard, block.start, block.stop) not in found:
             raise LabelSetIncomplete(
-                f"{names[0]} and {names[1]} together lack views {start}:{stop} of source shard {shard!r}: a"
+                f"{names[0]} and {names[1]} together lack views {block.start}:{block.stop} of source shard {shard!r}: a"
                 " label set has all its views of all its source shards",
                 fix="Bring those first, or choose another address",
             )

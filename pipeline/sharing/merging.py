@@ -28,6 +28,7 @@ from pipeline.labels.manifest import (
     FileEntry,
     Plan,
     images_path,
+    in_order,
     label_blocks,
     labels_path,
     read_plan,
@@ -254,8 +255,7 @@ def _claim(out: Path, inputs: Sequence[_Input]) -> Plan:
         plan, where = inputs[0].plan, inputs[0].name
     for given in inputs:
         _check_same(plan, where, given)
-    held = {(views.start, views.stop) for given in inputs for views in given.blocks}
-    blocks = [range(*block) for block in sorted(held | {(b.start, b.stop) for b in label_blocks(out)})]
+    blocks = in_order([*label_blocks(out), *(views for given in inputs for views in given.blocks)])
     _refuse_overlap(out, blocks)
     claim(out, plan, blocks)
     return read_plan(out)

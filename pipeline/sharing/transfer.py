@@ -141,7 +141,7 @@ def _check_content(target: File, right: bool | None) -> None:
 
 def moved_line(destination: str, moved: Moved, verb: str) -> str:
     """Return one line on what was moved, and what is at the destination now."""
-    blocks = sorted(moved.manifest.view_blocks)
+    blocks = moved.manifest.blocks
     found = (
         f"; {count(moved.found_files, 'file')}, {byte_size(moved.found_bytes)}, there before"
         if moved.found_files
@@ -150,7 +150,7 @@ def moved_line(destination: str, moved: Moved, verb: str) -> str:
     shards = "" if moved.manifest.shards is None else f" of {count(len(moved.manifest.shards), 'source shard')}"
     return (
         f"{destination}: {count(moved.sent_files, 'file')}, {byte_size(moved.sent_bytes)}, {verb}{found}. Label set"
-        f" {short(moved.manifest.labelset_id)}, views {blocks[0][0]}:{blocks[-1][1]}{shards}"
+        f" {short(moved.manifest.labelset_id)}, views {blocks[0].start}:{blocks[-1].stop}{shards}"
     )
 
 

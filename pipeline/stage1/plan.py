@@ -144,7 +144,7 @@ def _blocks_of(config: PrecomputeConfig) -> tuple[tuple[range, ...], int]:
     folder.
     """
     manifest = sealed_manifest(config.folder)
-    sealed = sorted((range(*block) for block in manifest.view_blocks), key=lambda b: b.start) if manifest else []
+    sealed = manifest.blocks if manifest else []
     asked = [view for view in range(*config.views) if not any(view in block for block in sealed)]
     _check_no_gap(sealed, asked, config.views)
     again = [block for block in sealed if block.start < config.views[1] and block.stop > config.views[0]]
@@ -213,7 +213,7 @@ def extension(
     """
     label_set = LabelSet(open_place(location))
     plan = label_set.plan
-    longest = max((stop - start for start, stop in label_set.manifest.view_blocks), default=0)  # the last may be short
+    longest = max(map(len, label_set.manifest.blocks), default=0)  # the last may be short
     config = PrecomputeConfig(
         data=_images_of(label_set) if data is None else data,
         out=location,

@@ -163,7 +163,7 @@ def test_views_with_a_gap_are_incomplete(copied):
         manifest["view_blocks"] = [[0, 2], [4, 6]]
 
     seal_again(copied, forget)
-    with pytest.raises(LabelSetIncomplete, match=re.escape("its views [(0, 2), (4, 6)] have a gap")):
+    with pytest.raises(LabelSetIncomplete, match=re.escape("its views 0:2, 4:6 have a gap")):
         LabelSet.open(copied)
 
 
