@@ -1,4 +1,4 @@
-"""`bench stage1`: what each part of labelling reaches alone, and what all of them reach in a real run."""
+"""`bench stage1`: the speed of each part of labelling alone, and of all parts together in a real run."""
 
 import contextlib
 import os
@@ -22,19 +22,19 @@ from pipeline.teacher.teacher import Teacher
 from pipeline.text import count
 from pipeline.views.recipe import Recipe
 
-FILLING = AHEAD + 2  # answers until the queues of a run are full
-MANY_VIEWS = 50_000  # of each image, more than are made before the time is up
+FILLING = AHEAD + 2  # number of answers until the queues of a run are full
+MANY_VIEWS = 50_000  # number of views of each image, more than can be made in the measured time
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabellingBench:
-    """The parts of stage 1 on one machine, each alone, and all of them together.
+    """The parts of stage 1 on one machine, each measured alone and all together.
 
     Attributes:
         rates: seconds of each part alone.
-        together: how far a run of all parts got in the measured time.
-        machine: what this machine labels with.
-        reachable: rates that it can reach.
+        together: progress of a run of all parts in the measured time.
+        machine: devices, processes and cores that are used.
+        reachable: rates that this machine can reach.
     """
 
     rates: Rates
@@ -45,12 +45,12 @@ class LabellingBench:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         together = self.together.to_dict()
-        del together["left_s"]  # the time was up, not the work
+        del together["left_s"]  # the run stops when the time is up, so this has no meaning
         found = {"parts": asdict(self.rates), "together": together, "reachable": asdict(self.reachable)}
         return found | {"limit": self.reachable.limit} | asdict(self.machine)
 
     def table(self) -> str:
-        """Return where the time of stage 1 goes, for people."""
+        """Return the time of each part of stage 1 as text for people."""
         rates, together, machine, reachable = self.rates, self.together, self.machine, self.reachable
         shared, device, threads = machine.views_per_decode, machine.device, machine.threads
         parts = [
@@ -87,11 +87,11 @@ DO_NOT_FIT = "measured parts and their sum do not fit: other programs ran here m
 def bench_labelling(
     config: PrecomputeConfig, teacher_config: TeacherConfig, recipe: Recipe, asked: BenchConfig
 ) -> LabellingBench:
-    """Time each part of stage 1 alone on the first images, then all parts in a run for five times as long."""
+    """Time each part of stage 1 alone on the first images, then all parts together for five times as long; return both."""
     teacher, source = load_here(config, teacher_config)
     topk = choose_topk(config.topk, teacher.identity.num_classes)
     rates = measure_rates(source, recipe, teacher, topk=topk, precision=config.precision, least_s=asked.seconds)
-    images = min(asked.images, max(2, int(0.5 / rates.answer_s)))  # so that an answer comes at least twice a second
+    images = min(asked.images, max(2, int(0.5 / rates.answer_s)))  # for at least two answers per second
     together = measure_run(source, recipe, teacher, config, num_images=images, seconds=5 * asked.seconds)
     machine = plan_machine(config, teacher)
     return LabellingBench(rates=rates, together=together, machine=machine, reachable=reachable_rates(rates, machine))
@@ -100,9 +100,9 @@ def bench_labelling(
 def measure_run(
     source: Source, recipe: Recipe, teacher: Teacher, config: PrecomputeConfig, *, num_images: int, seconds: float
 ) -> Tick:
-    """Run stage 1 on the first images into a temporary folder for some seconds, and return how far it got.
+    """Run stage 1 on the first images into a temporary folder for some seconds, and return its progress.
 
-    Time and views are counted from the moment when all queues are full, so that the start of processes is left out.
+    Time and views are counted after all queues are full, so that the start of processes is left out.
     """
     shard = next((shard for shard in source.shards if len(shard)), None)
     if shard is None:
@@ -118,7 +118,7 @@ def measure_run(
 
     start, stop = config.views
     changes: dict[str, Any] = {
-        "views": (start, min(MAX_VIEW, start + MANY_VIEWS)),  # few images must not end it
+        "views": (start, min(MAX_VIEW, start + MANY_VIEWS)),  # enough views for few images
         "views_per_shard": min(config.views_per_shard, stop - start),
         "on_bad_image": "skip",
         "accuracy_samples": 0,
@@ -132,12 +132,12 @@ def measure_run(
     busy = None
     if first.teacher_busy is not None and last.teacher_busy is not None and ended > began:
         busy = (last.teacher_busy * last.elapsed_s - first.teacher_busy * first.elapsed_s) / (ended - began)
-        busy = min(busy, 1.0)  # the first answers that are heard were computed before
+        busy = min(busy, 1.0)  # the first counted answers were computed before
     return replace(last, made=last.made - first.made, elapsed_s=ended - began, teacher_busy=busy)
 
 
 class _Enough(Exception):
-    """Stops a run that has been timed for long enough."""
+    """The exception that stops a run after the measured time."""
 
 
 class Head(SourceShard[Any]):
@@ -147,10 +147,10 @@ class Head(SourceShard[Any]):
         self.name, self._shard, self._num_samples = shard.name, shard, num_samples
 
     def build_index(self) -> ShardIndex[Any]:
-        """Keep the first places."""
+        """Return the index of the first samples only."""
         index, stop = self._shard.index, self._num_samples
         return ShardIndex(index.keys[:stop], index.class_labels[:stop], index.places[:stop])
 
     def read_image(self, place: Any) -> bytes:
-        """Read as the shard does."""
+        """Read an image as the shard does."""
         return self._shard.read_image(place)

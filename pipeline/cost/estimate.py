@@ -1,4 +1,4 @@
-"""What labelling will cost, and from how many students on it costs less than asking the teacher in every step."""
+"""Estimate the cost of labelling, and the number of students from which it is cheaper than a teacher in every step."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,15 +19,15 @@ class Estimate:
     """Cost of a label set and of the students that learn from it.
 
     Attributes:
-        passes: teacher passes: all views of all images.
-        teacher_hours: time of one device, when nothing but the teacher costs.
-        render_core_hours: time of one core that renders.
+        passes: number of teacher passes: all views of all images.
+        teacher_hours: time of one device, if only the teacher takes time.
+        render_core_hours: time of one core for rendering.
         hours: time on this machine, with its devices and cores.
-        limit: part that decides: `teacher`, `rendering`, or the `cores` which run both.
-        cores_per_device: cores that render as fast as one device answers.
+        limit: the slowest part: `teacher`, `rendering`, or the `cores` that run both.
+        cores_per_device: number of cores that render as fast as one device answers.
         label_bytes: size of the labels before compression.
-        online_ratio: a training step with the teacher in it, against one without.
-        offline_from: smallest number of students for which labelling once costs less than asking in every step.
+        online_ratio: time of a training step with the teacher, divided by the time without it.
+        offline_from: smallest number of students for which labelling once costs less than a teacher in every step.
         offline_hours: time of labelling and of all students, on one device.
         online_hours: time of all students with the teacher in every step, on one device.
     """
@@ -58,7 +58,7 @@ def estimate(
     students: int,
     epochs: int,
 ) -> Estimate:
-    """Work out the cost of both ways.
+    """Return the costs of offline and online distillation.
 
     Offline, the teacher answers `num_views` times for each image, and every student trains alone. Online, it answers in
     every step of every student: `epochs` times for each image and student.
@@ -68,10 +68,10 @@ def estimate(
         reachable: rates that this machine can reach.
         num_images: number of images of the source.
         num_views: number of views of each image.
-        views_per_decode: number of views that are made of an image once it is decoded.
+        views_per_decode: number of views made from each decoded image.
         bytes_per_label: size of a label before compression.
-        teacher_s: seconds of a teacher's answer for one view, measured, or in any unit that `student_s` shares.
-        student_s: the same for a student's forward and backward pass.
+        teacher_s: seconds of a teacher's answer for one view; measured, or in any unit shared with `student_s`.
+        student_s: seconds of a student's forward and backward pass for one view, in the unit of `teacher_s`.
         students: number of students that will be trained.
         epochs: number of epochs of each student.
     """
@@ -95,16 +95,16 @@ def estimate(
 
 @dataclass(frozen=True, kw_only=True)
 class LabellingCost:
-    """An estimate with everything that it was made from.
+    """An estimate with all of its inputs.
 
     Attributes:
-        counts: num_images, num_views, students and epochs, as `estimate` takes them.
+        counts: num_images, num_views, students and epochs, as in `estimate`.
         result: the estimate.
-        machine: what this machine labels with.
-        rates: rates of its parts.
-        reachable: rates that it can reach.
+        machine: devices, processes and cores that are used.
+        rates: rates of the parts of this machine.
+        reachable: rates that this machine can reach.
         model: name of the students.
-        timed: whether the steps of teacher and student were timed; else their floating-point operations were counted.
+        timed: whether the steps of teacher and student were timed; otherwise their floating-point operations were counted.
     """
 
     counts: dict[str, int]
@@ -121,7 +121,7 @@ class LabellingCost:
         return self.counts | asdict(self.result) | asdict(self.machine) | measured
 
     def table(self) -> str:
-        """Return what labelling costs here, and from how many students on it pays, for people."""
+        """Return the cost of labelling here, and the number of students from which it pays, as text for people."""
         images, views, students, epochs = self.counts.values()
         result, rates, machine, device = self.result, self.rates, self.machine, self.machine.device
         on = f"one {device}" + (f" process of {count(machine.threads, 'thread')}" if machine.threads else "")
@@ -171,12 +171,12 @@ def estimate_labelling(
     *,
     create_student: Callable[..., Any],
 ) -> LabellingCost:
-    """Time teacher and rendering on the first images, compare the teacher with a student, and work out the cost.
+    """Time teacher and rendering on the first images, compare the teacher with a student, and return the cost.
 
     On a GPU the student is timed, too; on a CPU the floating-point operations of both are counted.
 
     Args:
-        config: what would be labelled.
+        config: settings of the labelling.
         teacher_config: the teacher.
         recipe: recipe of the views.
         asked: the students, and how long to measure.
@@ -190,7 +190,7 @@ def estimate_labelling(
     timed = teacher.device.type == "cuda"
     if timed:
         teacher_s, student_s = rates.answer_s, training_step_s(student, recipe.img_size, teacher.device)
-    else:  # forward and backward are three times the forward pass
+    else:  # forward and backward pass take three times the forward pass
         teacher_s = sum(forward_flops(network.module, network.img_size) for network in teacher.networks)
         student_s = 3.0 * forward_flops(student, recipe.img_size)
     machine = plan_machine(config, teacher)

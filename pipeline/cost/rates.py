@@ -28,9 +28,9 @@ from pipeline.views.pairs import draw_mix
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import render_view
 
-IMAGES = 64  # on which reading, decoding and rendering are timed, at most
+IMAGES = 64  # maximum number of images for timing reading, decoding and rendering
 GPU_BATCH = 256
-WRITTEN = (8, 1000)  # views and rows of the label shard whose writing is timed
+WRITTEN = (8, 1000)  # views and rows of the label shard for timing the writer
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Rates:
     """Seconds that each part takes: on one core, or on one device.
 
     Attributes:
-        read_s: to read one encoded image, on one core.
-        decode_s: to decode one image, on one core.
-        render_s: to draw and render one view of a decoded image, on one core.
-        copy_s: to copy one view to the device.
-        teacher_s: to mix and normalise one view and run the teacher on it.
-        topk_s: to turn the logits of one view into an answer on the host.
-        write_s: to write one label, on one core.
+        read_s: seconds to read one encoded image, on one core.
+        decode_s: seconds to decode one image, on one core.
+        render_s: seconds to draw and render one view of a decoded image, on one core.
+        copy_s: seconds to copy one view to the device.
+        teacher_s: seconds to mix and normalise one view and run the teacher on it.
+        topk_s: seconds to turn the logits of one view into an answer on the host.
+        write_s: seconds to write one label, on one core.
     """
 
     read_s: float
@@ -99,11 +99,11 @@ def measure_rates(
         }
         seconds = {name: median_s(work, teacher.device, least_s) / count for name, (work, count) in timed.items()}
     beside = seconds["topk_s"] + (seconds["copy_s"] if teacher.device.type == "cuda" else 0)
-    return Rates(**seconds, teacher_s=max(answer_s - beside, 0.01 * answer_s))  # both are noisy
+    return Rates(**seconds, teacher_s=max(answer_s - beside, 0.01 * answer_s))  # both times are noisy
 
 
 def _first_images(source: Source, least_s: float) -> tuple[list[Any], list[Sample], list[np.ndarray]]:
-    """Return places, samples and pixels of the first images: at most IMAGES, and fewer if they come slowly."""
+    """Return places, samples and pixels of the first images: at most IMAGES, fewer if reading is slow."""
     places, samples, images = [], [], []
     bad: BadImageError | None = None
     began = time.perf_counter()
@@ -124,13 +124,13 @@ def _first_images(source: Source, least_s: float) -> tuple[list[Any], list[Sampl
 
 
 def _filled(rendered: np.ndarray, batch: int, device: torch.device) -> Tensor:
-    """Repeat views up to a batch, uint8 [batch, H, W, 3] on the host, pinned for a GPU."""
+    """Return views repeated to fill a batch, uint8 [batch, H, W, 3] on the host, pinned for a GPU."""
     pixels = torch.from_numpy(np.resize(rendered, (batch, *rendered.shape[1:])))
     return pixels.pin_memory() if device.type == "cuda" else pixels
 
 
 def _answer_s(rendered: np.ndarray, recipe: Recipe, teacher: Teacher, topk: int, least_s: float) -> float:
-    """Return the seconds that the teacher takes for one view in full forward passes, or in small ones if it is slow."""
+    """Return the teacher's seconds for one view in full forward passes, or in small passes if it is slow."""
     few = _asking(teacher, recipe, _filled(rendered, 2 * teacher.threads, teacher.device), topk)
     few()  # the first call warms caches
     began = time.perf_counter()
@@ -159,26 +159,26 @@ def _asking(teacher: Teacher, recipe: Recipe, pixels: Tensor, topk: int) -> Call
 
 
 def forward_flops(module: nn.Module, img_size: int) -> int:
-    """Return the floating-point operations of one image's forward pass, two for each multiplication that is added up.
+    """Return the floating-point operations of one image's forward pass, two for each multiply-add.
 
-    A network without parameters (a formula) has a number too; 1 stands for one in which nothing is counted.
+    A network without parameters (a formula) is counted too. The result is 1 if no operation is counted.
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    # In one kernel on a CPU, attention is not counted; as the matrix products that it is made of, it is.
+    # The fused attention kernel on a CPU is not counted; attention as separate matrix products is counted.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
     return max(1, counter.get_total_flops())
 
 
 def training_step_s(module: nn.Module, img_size: int, device: torch.device, *, least_s: float = 1.0) -> float:
-    """Return the seconds that forward and backward pass take for one image, on images in memory; bfloat16 on a GPU.
+    """Return the seconds of a forward and backward pass for one image, on images in memory; bfloat16 on a GPU.
 
     Args:
-        module: images [B, 3, H, W] to logits [B, C], or to a tuple of them.
+        module: network from images [B, 3, H, W] to logits [B, C], or to a tuple of logits.
         img_size: height and width of the images.
         device: device of both passes.
-        least_s: seconds to spend, about.
+        least_s: approximate number of seconds to spend.
 
     Raises:
         UsageError: not even two images fit into the memory of the device.

@@ -1,4 +1,4 @@
-"""What this machine labels with, and how fast its parts could go together, from the rates of each part alone."""
+"""The resources of this machine for labelling, and its reachable speed, computed from the rates of each part alone."""
 
 import os
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ LIMITS: dict[Limit, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run labels with here.
+    """The resources of a run on this machine.
 
     Attributes:
         device: kind of device that runs the teacher, `cpu` or `cuda`.
         devices: number of devices.
-        threads: threads of the teacher on each device, where that is the CPU; None where it is a GPU.
+        threads: threads of the teacher on each device, if the device is the CPU; None for a GPU.
         loaders: number of processes that render.
         cores: number of cores of this machine.
-        views_per_decode: number of views that are made of an image once it is decoded.
+        views_per_decode: number of views made from each decoded image.
     """
 
     device: str
@@ -40,7 +40,7 @@ class Machine:
 
 
 def plan_machine(config: PrecomputeConfig, teacher: Teacher) -> Machine:
-    """Return what precompute would use here for these settings."""
+    """Return the resources that precompute would use here with these settings."""
     rank, kind = rank_from(os.environ), teacher.device.type
     devices = plan_devices(teacher.config.device, config.processes, rank)
     return Machine(
@@ -55,12 +55,12 @@ def plan_machine(config: PrecomputeConfig, teacher: Teacher) -> Machine:
 
 @dataclass(frozen=True)
 class ReachableRates:
-    """How fast the parts of stage 1 can go on one machine, in views/s.
+    """The reachable speed of the parts of stage 1 on one machine, in views/s.
 
     Attributes:
-        teacher: rate of all devices, when nothing else takes time.
-        rendering: rate of all loader processes, when nothing else takes time.
-        cores: rate of all cores, where they run the teacher too; None where a GPU does.
+        teacher: rate of all devices, if nothing else takes time.
+        rendering: rate of all loader processes, if nothing else takes time.
+        cores: rate of all cores, if they run the teacher too; None if a GPU does.
     """
 
     teacher: float
@@ -69,12 +69,12 @@ class ReachableRates:
 
     @property
     def together(self) -> float:
-        """The most that all parts together can reach."""
+        """The highest rate of all parts together."""
         return min(self._parts.values())
 
     @property
     def limit(self) -> Limit:
-        """The part that decides."""
+        """The slowest part, which limits the rate."""
         return min(self._parts, key=self._parts.__getitem__)
 
     @property
@@ -85,7 +85,7 @@ class ReachableRates:
 
 
 def reachable_rates(rates: Rates, machine: Machine) -> ReachableRates:
-    """Work out how fast a machine of these rates can label."""
+    """Return the rates that a machine can reach with these rates of its parts."""
     view_s = rates.view_s(machine.views_per_decode)
     return ReachableRates(
         teacher=machine.devices / rates.answer_s,

@@ -1,7 +1,7 @@
-"""Labels for readers that know nothing of views: WebDataset tars of images with the hard label beside each.
+"""Export labels for readers without views: WebDataset tars with each image and its hard label.
 
-A label belongs to the pixels that the teacher saw, so what is exported is those: each view rendered, mixed, rounded to
-whole levels, and encoded. timm's `wds/` reader and `datasets` train on it as it is, without any augmentation of theirs.
+A label belongs to the pixels that the teacher saw, so these pixels are exported: each view is rendered, mixed, rounded to
+whole levels, and encoded. timm's `wds/` reader and `datasets` can train on the export without any further augmentation.
 """
 
 import dataclasses
@@ -41,20 +41,20 @@ from pipeline.views.recipe import Recipe
 log = logging.getLogger("deit_cli.exporting")
 
 ABOUT_NAME = "export.json"
-INFO_NAME = "_info.json"  # timm's
+INFO_NAME = "_info.json"  # the name that timm reads
 SPLIT = "train"
 
 
 @dataclass(frozen=True)
 class Export:
-    """What an export holds: everything that decides its bytes.
+    """The content of an export: everything that decides its bytes.
 
     Attributes:
-        labelset_id: of the label set.
-        content_sha256: of its manifest.
+        labelset_id: id of the label set.
+        content_sha256: content hash of the label set's manifest.
         views: view numbers.
-        pixels: see `ExportConfig`.
-        encoding: see `ExportConfig`; None where the pixels are the originals.
+        pixels: kind of pixels, see `ExportConfig`.
+        encoding: image encoding, see `ExportConfig`; None if the pixels are the originals.
     """
 
     labelset_id: str
@@ -64,7 +64,7 @@ class Export:
     encoding: Encoding | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return the fields as plain JSON values."""
         return dataclasses.asdict(self) | {
             "views": [self.views.start, self.views.stop],
             "format": "deit-cli-export",
@@ -74,7 +74,7 @@ class Export:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every process of an export must know."""
+    """The data that every process of an export needs."""
 
     label_set: LabelSet
     source: Source
@@ -86,23 +86,23 @@ class _Job:
 def export_labels(
     label_set: LabelSet, source: Source, out: Path, config: ExportConfig, *, progress: Progress = lambda _: None
 ) -> int:
-    """Write tars of images with their labels, and what timm and `datasets` need to read them.
+    """Write tars of images with their labels and the metadata for timm and `datasets`, and return the number of images.
 
-    One tar holds one view of one source shard. An export that was killed is continued by the same call.
+    One tar holds one view of one source shard. The same call continues an export that was killed.
 
     Args:
-        label_set: whose labels.
-        source: its images.
-        out: folder; new, or one that the same export was begun in.
+        label_set: label set to export.
+        source: images of the label set.
+        out: new folder, or the folder of the same export.
         config: what to export.
-        progress: told how many tars are there.
+        progress: receives the number of finished tars.
 
     Returns:
         number of images exported.
 
     Raises:
-        UsageError: the set has not these views, or the folder holds something else.
-        LabelSetError: labels or images are not what the manifest promises.
+        UsageError: the set does not have these views, or the folder holds something else.
+        LabelSetError: labels or images differ from the manifest.
     """
     export = plan_export(label_set, config)
     names = {name: label_set.samples(name) for name in label_set.shards}
@@ -127,15 +127,15 @@ def export_labels(
         progress(Tick("export", len(counts), len(tasks), time.monotonic() - began, len(counts), unit="tars"))
     files = {tar_name(*task): count for task, count in zip(tasks, counts, strict=True)}
     replace_file(out / CARD_NAME, _readme(label_set, export, labelled).encode())
-    replace_file(out / INFO_NAME, pretty_json(timm_info(files)))  # last: timm needs it
+    replace_file(out / INFO_NAME, pretty_json(timm_info(files)))  # written last: timm needs it
     return sum(counts)
 
 
 def plan_export(label_set: LabelSet, config: ExportConfig) -> Export:
-    """Return what is to be exported.
+    """Return the content of an export.
 
     Raises:
-        UsageError: the set has not these views, or originals are asked for with more than one view.
+        UsageError: the set does not have these views, or originals are asked for with more than one view.
     """
     held = label_set.views
     start, stop = config.views or (held.start, held.start + 1)
@@ -159,15 +159,15 @@ def plan_export(label_set: LabelSet, config: ExportConfig) -> Export:
 
 
 def changes_images(recipe: Recipe) -> bool:
-    """Return whether a view shows more or less than the whole middle of its image, as it is."""
+    """Return whether a view differs from the unchanged, whole centre of its image."""
     return recipe.crop == "random" or recipe.mixes or bool(recipe.hflip or recipe.aa or recipe.reprob)
 
 
 def begin(out: Path, export: Export) -> None:
-    """Claim a folder for an export, create-only; one in which the same export was begun is continued.
+    """Claim a folder for an export, create-only, or continue the same export in it.
 
     Raises:
-        UsageError: it holds something else.
+        UsageError: the folder holds something else.
     """
     path = out / ABOUT_NAME
     if out.exists() and not out.is_dir():
@@ -210,7 +210,7 @@ def _export_one(job: _Job, task: tuple[str, int], note: Note) -> int:
 
 def _write_samples(file: BinaryIO, samples: Iterable[dict[str, Any]]) -> None:
     """Write samples as webdataset does; the same samples give the same bytes."""
-    from webdataset.writer import TarWriter  # imports a second's worth of modules
+    from webdataset.writer import TarWriter  # this import takes a second
 
     with TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
         for sample in samples:
@@ -231,7 +231,7 @@ def _samples(job: _Job, name: str, view: int, rows: LabelRows, note: Note) -> It
         about = {"key": key, "view": view, "hard": int(rows.hard[at]), "labelset_id": export.labelset_id}
         if lam is not None:
             about["lam"] = lam
-        if job.class_labels:  # a field that some lack has no type for `datasets`
+        if job.class_labels:  # `datasets` cannot infer the type of a field that some samples lack
             about["class_label"] = label
         if rows.topk_prob.shape[1]:
             about["topk_index"] = rows.topk_index[at].tolist()
@@ -241,7 +241,7 @@ def _samples(job: _Job, name: str, view: int, rows: LabelRows, note: Note) -> It
 
 
 def _views(job: _Job, name: str, samples: SampleRows, view: int, note: Note) -> Iterator[tuple[int, bytes, float]]:
-    """Yield row, encoded view and its own image's weight in the mix, of every usable sample in the order of rows."""
+    """Yield row, encoded view and the weight of its own image in the mix, for every usable sample in row order."""
     recipe, encoding = job.label_set.recipe, job.export.encoding
     renderer, alone = BlockRenderer(job.source, recipe), range(view, view + 1)
     out = torch.empty(min(recipe.mix_block, len(samples)), recipe.img_size, recipe.img_size, 3, dtype=torch.uint8)
@@ -264,7 +264,7 @@ def _originals(job: _Job, name: str, samples: SampleRows, note: Note) -> Iterato
 
 
 def _readme(label_set: LabelSet, export: Export, labelled: bool) -> str:
-    """Return what the Hub and `datasets` read, and people."""
+    """Return the text of README.md, for the Hub, `datasets` and people."""
     files = [{"split": SPLIT, "path": "*.tar"}]
     header = to_yaml({"configs": [{"config_name": "default", "data_files": files}]}).decode()
     views = export.views

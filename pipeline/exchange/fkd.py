@@ -1,6 +1,6 @@
 """FKD's soft labels (Shen & Xing 2022, arXiv 2112.01528): one file for each image, written by torch.save.
 
-The layout is that of the generator which was published with the paper, github.com/szq0214/FKD, files
+The layout is that of the generator that was published with the paper, github.com/szq0214/FKD, files
 FKD/FKD_SLG/generate_soft_label.py and FKD/FKD_SLG/utils.py. `class/name.tar` is not a tar, but a pickle in a zip: a list of
 three NumPy arrays for N crops of one image,
 
@@ -11,9 +11,9 @@ three NumPy arrays for N crops of one image,
                             float [N, 2, K]    `marginal_smoothing_k5`, `marginal_renorm_k5`, `..._k10`: classes, probabilities
                             float [N, C]       all probabilities
 
-A pickle is a program. So it is read by torch.load(weights_only=True), and only after its opcodes were looked through: no
-function but those that make up a NumPy array may be named, and in their place stand ours, which build nothing but an array
-from its bytes.
+A pickle is a program, so it is read by torch.load(weights_only=True), and only after its opcodes are checked: it may name
+only the functions that make up a NumPy array. Our stand-ins replace these functions, and can only build an array from its
+bytes.
 """
 
 import codecs
@@ -40,9 +40,9 @@ log = logging.getLogger("deit_cli.fkd")
 ENDING = ".tar"
 MAX_FILE_BYTES = 64 * 2**20  # 500 crops of 21,841 classes in float32 are 44 MB
 MAX_CROPS = 100_000
-LARGEST_EXACT = {"float16": 2**11, "float32": 2**24, "float64": 2**53}  # up to there each whole number is its own
+LARGEST_EXACT = {"float16": 2**11, "float32": 2**24, "float64": 2**53}  # whole numbers up to this one are exact
 
-# What numpy.ndarray.__reduce__ names, in NumPy 1 and 2, and what stands for bytes in a pickle of protocol 2.
+# Names in numpy.ndarray.__reduce__, in NumPy 1 and 2, and the function that encodes bytes in a pickle of protocol 2.
 _NAMES = frozenset(
     {
         "numpy.core.multiarray _reconstruct",
@@ -63,7 +63,7 @@ _KINDS = {code: np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", 
 _LONGEST_CODEC = 40
 
 
-# What reading a damaged zip or pickle may raise.
+# Exceptions from reading a damaged zip or pickle.
 _DAMAGED = (
     *(ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError, EOFError, MemoryError, OSError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
@@ -71,11 +71,11 @@ _DAMAGED = (
 
 
 class _Refused(Exception):
-    """Why a pickle is not loaded."""
+    """The reason why a pickle is not loaded."""
 
 
 class _Kind:
-    """Stands in for numpy.dtype: one of a few plain numbers, in a byte order."""
+    """A stand-in for numpy.dtype: one of a few number types, in a byte order."""
 
     def __init__(self, code: str, *_: object) -> None:
         if code not in _KINDS:
@@ -90,7 +90,7 @@ class _Kind:
 
 
 class _Array:
-    """Stands in for numpy.ndarray: its bytes, read as such numbers, in a shape that they fill."""
+    """A stand-in for numpy.ndarray: its bytes, number type and shape; the bytes must fill the shape."""
 
     value: NDArray[Any]
 
@@ -114,15 +114,15 @@ _STAND_INS = [
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Return the label files below a folder, through links too, in order of their paths.
+    """Return the label files below a folder, also through links, sorted by path.
 
     Raises:
-        ImportedLabelsError: there are none.
+        ImportedLabelsError: the folder has no label files.
         StorageError: a folder cannot be listed.
     """
     found: list[Path] = []
     others: list[Path] = []
-    seen: set[tuple[int, int]] = set()  # folders, lest a link lead round in a circle
+    seen: set[tuple[int, int]] = set()  # folders, to detect a circle of links
     with refusals_named(folder):
         for place, below, names in os.walk(folder, onerror=_raise, followlinks=True):
             stat = os.stat(place)
@@ -148,18 +148,18 @@ def _raise(error: OSError) -> None:
 
 
 def read_file(path: Path, folder: Path, *, num_classes: int) -> ForeignRows:
-    """Read the labels of one image.
+    """Read the labels of one image, and return them.
 
     Args:
-        path: the file.
-        folder: that was imported; the key is the path below it, without the ending.
+        path: label file.
+        folder: imported folder; the key is the path below it, without the file extension.
         num_classes: C.
 
     Returns:
-        a row for each crop; `more` has crop_top, crop_left, crop_height, crop_width (float32) and flip (bool).
+        one row for each crop; `more` has crop_top, crop_left, crop_height, crop_width (float32) and flip (bool).
 
     Raises:
-        ImportedLabelsError: it is not in FKD's layout, or no teacher can have answered it.
+        ImportedLabelsError: the file is not in FKD's layout, or no teacher can give these answers.
     """
     key = _key(path, folder)
     coords, flip, labels = _checked_arrays(path, _load(path))
@@ -179,7 +179,7 @@ def _key(path: Path, folder: Path) -> str:
 
 
 def _load(path: Path) -> list[Any]:
-    """Return the three values of a file, arrays among them as NumPy's."""
+    """Return the three values of a file, with arrays as NumPy arrays."""
     with refusals_named(path):
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
@@ -205,7 +205,7 @@ def _load(path: Path) -> list[Any]:
 
 
 def _pickle_of(data: bytes) -> bytes:
-    """Return the pickle in a file of torch.save, whose zip must not unpack to more than it has."""
+    """Return the pickle in a file of torch.save; refuse a zip that is compressed or holds more bytes than the file."""
     if data[:4] != b"PK\x03\x04":
         if data[:1] == b"\x80":
             raise _Refused(
@@ -224,7 +224,7 @@ def _pickle_of(data: bytes) -> bytes:
 
 
 def _packed_again(program: bytes) -> io.BytesIO:
-    """Return a file of torch.save with this pickle alone: torch might find another one in a zip than Python does."""
+    """Return a file of torch.save with only this pickle: torch and Python might find different pickles in the same zip."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in (("data.pkl", program), ("version", b"3\n"), ("byteorder", b"little")):
@@ -234,7 +234,7 @@ def _packed_again(program: bytes) -> io.BytesIO:
 
 
 def _look_through(program: bytes) -> None:
-    """Refuse a pickle that does anything but put NumPy arrays into lists. Nothing of it is run."""
+    """Refuse a pickle that does anything but put NumPy arrays into lists. The pickle is not run."""
     for opcode, argument, _ in pickletools.genops(program):
         if opcode.name not in _OPCODES:
             raise _Refused(f"its pickle uses {opcode.name}, which arrays do not need")
@@ -245,7 +245,7 @@ def _look_through(program: bytes) -> None:
 
 
 def _refuse_codec(text: str) -> None:
-    """Bytes are texts encoded in latin1; some other codecs make much of little."""
+    """Refuse codecs other than latin1, which encodes bytes as text; some other codecs expand a short text."""
     try:
         name = codecs.lookup(text).name
     except (LookupError, ValueError, UnicodeError):
@@ -271,7 +271,7 @@ def _checked_arrays(path: Path, values: Any) -> tuple[NDArray[Any], NDArray[Any]
         raise ImportedLabelsError(
             f"{path}: flips must be {crops} times true or false, they are {flip.dtype} {list(flip.shape)}"
         )
-    # In float16 a box that ends with the image may seem to end a little beyond it.
+    # In float16, a box at the edge of the image may seem to end slightly outside it.
     box = coords.astype(np.float64)
     inside = (box >= 0).all(1) & (box[:, 2:] > 0).all(1) & (box[:, :2] + box[:, 2:] <= 1.002).all(1)
     if not inside.all():
@@ -327,7 +327,7 @@ def _refuse_impossible(path: Path, index: NDArray[Any], prob: NDArray[np.floatin
 
 
 def _whole(path: Path, classes: NDArray[np.floating], kind: np.dtype[Any]) -> NDArray[np.int64]:
-    """Return classes that were stored beside probabilities, as whole numbers."""
+    """Return classes that were stored together with probabilities as whole numbers."""
     if not np.isfinite(classes).all() or (classes != np.rint(classes)).any():
         raise ImportedLabelsError(f"{path}: classes must be whole numbers, they begin {classes.ravel()[:5].tolist()}")
     largest, exact = int(np.abs(classes).max()), LARGEST_EXACT[kind.newbyteorder("=").name]

@@ -1,4 +1,4 @@
-"""Labels of views as other formats hold them: what their readers yield, and what no teacher can have answered."""
+"""Labels of views in other formats: the rows that readers yield, and checks for impossible answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_TALLEST_SUM = 1.01  # as for label sets: what rounding to float16 may add to probabilities
+_TALLEST_SUM = 1.01  # as for label sets: rounding to float16 may add so much
 
 
 @dataclass(frozen=True)
 class ForeignRows:
-    """Labels of views, as another format holds them.
+    """Labels of views in another format.
 
     Attributes:
-        key: sample keys, N of them.
+        key: sample keys, N strings.
         view: uint32 [N], number of the crop or the epoch.
         hard: int [N], argmax class.
         topk_index: int [N, K], most probable first; K may be 0.
         topk_prob: float16 or float32 [N, K].
-        more: what else was recorded, by the name of its column, each [N].
-        table: stem of the tables that they go to.
+        more: other recorded columns by name, each [N].
+        table: stem of the names of their tables.
     """
 
     key: Sequence[str]
@@ -36,13 +36,13 @@ class ForeignRows:
         return len(self.key)
 
     def first(self, count: int) -> "ForeignRows":
-        """Return the rows with no more than `count` of their classes."""
+        """Return the rows with at most `count` classes each."""
         index, prob = self.topk_index[:, :count], self.topk_prob[:, :count]
         return replace(self, topk_index=index, topk_prob=prob)
 
 
 def check_answers(index: NDArray[Any], prob: NDArray[np.floating], num_classes: int) -> tuple[int, str] | None:
-    """Return the first row that no teacher can have answered, and why; None if all may stand.
+    """Return the first row that no teacher can have answered, and why; None if all rows are valid.
 
     Args:
         index: int [N, K], K >= 1.

@@ -1,4 +1,4 @@
-"""The content of import.json: what imported labels are, what they lost, and what they are good for."""
+"""The content of import.json: the imported labels, what was lost, and how they can be used."""
 
 import os
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ Foreign = Literal["fkd", "tinyvit"]
 
 @dataclass(frozen=True)
 class Format:
-    """What all labels of a format have in common.
+    """The properties that all labels of a format share.
 
     Attributes:
-        lost: what the format does not record.
-        use: what its labels are good for, in addition to ANY_USE.
-        columns: what the format records beside the labels: a name and a meaning for each column.
+        lost: data that the format does not record.
+        use: uses of its labels, in addition to ANY_USE.
+        columns: other recorded columns: a name and a meaning for each.
     """
 
     lost: tuple[str, ...]
@@ -78,7 +78,7 @@ COLUMNS = {
 
 
 class PartRecord(Record):
-    """One Parquet file of an import."""
+    """A Parquet file of an import."""
 
     path: Annotated[str, Field(pattern=r"^labels/[A-Za-z0-9._-]+\.parquet$")]
     rows: Count
@@ -98,9 +98,9 @@ class ImportRecord(Record):
         views: smallest and largest view number.
         source_files: number of files that were read.
         source_bytes: bytes of these files.
-        lost: what the format does not record, or this import left out.
-        use: what the labels are good for.
-        columns: what each column means.
+        lost: data that the format does not record or this import left out.
+        use: uses of the labels.
+        columns: meaning of each column.
         files: the tables.
     """
 
@@ -121,18 +121,18 @@ class ImportRecord(Record):
 
 
 def columns_of(kind: Foreign, codec: Codec) -> dict[str, str]:
-    """Return what each column of an import means, by its name and in the order of the tables."""
+    """Return the meaning of each column of an import, by name and in the order of the tables."""
     return {name: COLUMNS[name] for name in ("key", "view", *codec.columns)} | FORMATS[kind].columns
 
 
 def losses(kind: Foreign, codec: Codec, *, stored: int, keys_are_numbers: bool) -> Iterator[str]:
-    """Yield what labels lost, those of the format first.
+    """Yield descriptions of the lost data, those of the format first.
 
     Args:
-        kind: their format.
-        codec: how they are stored now.
-        stored: classes that the format held for each view.
-        keys_are_numbers: whether no key has anything but digits.
+        kind: format of the labels.
+        codec: how the labels are stored now.
+        stored: number of classes that the format held for each view.
+        keys_are_numbers: whether all keys consist of digits.
     """
     yield from FORMATS[kind].lost
     if codec.topk < stored:
@@ -150,7 +150,7 @@ def losses(kind: Foreign, codec: Codec, *, stored: int, keys_are_numbers: bool) 
 
 
 def import_table(record: ImportRecord, out: str | os.PathLike[str]) -> str:
-    """Return the sizes of an import, what is lost and what its labels are good for, as text for people."""
+    """Return the sizes of an import, the lost data and the uses of its labels, as text for people."""
     size = sum(part.bytes for part in record.files)
     kept = (
         f"K = {record.topk} of {record.num_classes} classes"

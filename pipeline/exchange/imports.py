@@ -1,10 +1,10 @@
-"""Import of labels that other projects published into plain Parquet; import.json lists what is lost.
+"""Import of labels that other projects published into plain Parquet; import.json lists the lost data.
 
-An import is not a label set. Its views were made by another program's random draws, so they cannot be rendered again and proved
-by probes; only label sets of format v1 can be trained on.
+An import is not a label set. Another program made its views with random draws, so they cannot be rendered again or checked
+with probes; only label sets of format v1 can be used for training.
 
-Tables are made in the order of the files, each whole in memory before it is published under its name. import.json comes last and
-is the commit. A killed import goes on when it is run again: tables that are there must be the very bytes that it makes.
+Tables are made in the order of the files; each is complete in memory before it is published. import.json comes last and
+is the commit. A killed import continues when it is run again: existing tables must have exactly the bytes that it makes.
 """
 
 import hashlib
@@ -35,12 +35,12 @@ from pipeline.storage.urls import local_path
 
 FOOTER_KEY = b"deit_cli_import"
 TABLE_BYTES = 64 * 2**20  # of rows in memory
-KEY_BYTES = 100  # that a key may take there, about
+KEY_BYTES = 100  # approximate memory for one key
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Labels to import: their rows, and the number and bytes of their files."""
+    """The labels to import: their rows, and the number and bytes of their files."""
 
     files: int
     bytes: int
@@ -56,20 +56,20 @@ def import_labels(
     topk: int | None = None,
     progress: Progress = lambda _: None,
 ) -> ImportRecord:
-    """Import published labels into a folder of Parquet files.
+    """Import published labels into a folder of Parquet files, and return its import record.
 
     Args:
-        kind: their format.
-        source: folder that holds them.
-        destination: new folder, or the one that an interrupted import of the same labels left.
+        kind: format of the labels.
+        source: folder that holds the labels.
+        destination: new folder, or the folder of an interrupted import of the same labels.
         num_classes: C; every class is checked against it.
-        topk: classes to keep of each view; None: all that are stored.
-        progress: is told how many files or records are read.
+        topk: classes to keep of each view; None: all stored classes.
+        progress: receives the number of files or records that are read.
 
     Raises:
-        ImportedLabelsError: they are damaged, unsafe, or not in the layout of their format; or the destination holds
+        ImportedLabelsError: the labels are damaged, unsafe, or not in the layout of their format; or the destination holds
             something else.
-        UsageError: a number out of its range, or a URL.
+        UsageError: a number is out of range, or a location is a URL.
     """
     _check_settings(num_classes, topk)
     path, out = (_local(place) for place in (source, destination))
@@ -86,9 +86,9 @@ def import_labels(
 
 
 def write_table(file: BinaryIO, parts: Sequence[ForeignRows], codec: Codec, footer: dict[str, Any]) -> None:
-    """Write one table: rows in the order in which they came, in one row group.
+    """Write one table: rows in their original order, in one row group.
 
-    Its columns are those of a label shard, with the key in the place of the row, and then what else was recorded.
+    Its columns are those of a label shard, with the key instead of the row, followed by the other recorded columns.
     """
     hard, index, prob, view = (_joined(parts, name) for name in ("hard", "topk_index", "topk_prob", "view"))
     labels = codec.store(hard, index, prob)
@@ -128,13 +128,13 @@ class _Tables:
         self._table, self._number, self._held_bytes = "", 0, 0
         self._held: list[ForeignRows] = []
         self._codec: Codec | None = None  # of all rows; None before the first
-        self._stored = 0  # classes that the source has for each view
+        self._stored = 0  # number of classes that the source has for each view
         self._parts: list[PartRecord] = []
-        self._views: tuple[int, int] | None = None  # smallest and largest
+        self._views: tuple[int, int] | None = None  # smallest and largest view number
         self._keys_are_numbers = True
 
     def add(self, rows: ForeignRows) -> None:
-        """Take some rows; those for another table begin a new file."""
+        """Add some rows; rows for another table start a new file."""
         rows = self._cut(rows)
         if rows.table != self._table:
             self.flush()
@@ -148,7 +148,7 @@ class _Tables:
             self.flush()
 
     def _cut(self, rows: ForeignRows) -> ForeignRows:
-        """Return rows with no more classes than were asked for; all rows must be of one kind."""
+        """Return rows with at most the requested number of classes; all rows must have the same layout."""
         stored = rows.topk_index.shape[1]
         topk = stored if self._topk is None else min(stored, self._topk)
         if topk > MAX_TOPK:
@@ -167,7 +167,7 @@ class _Tables:
         return rows.first(topk)
 
     def flush(self) -> None:
-        """Publish the rows that are held."""
+        """Publish the rows that are held in memory."""
         if not self._held:
             return
         assert self._codec is not None
@@ -187,7 +187,7 @@ class _Tables:
         self._held, self._held_bytes, self._number = [], 0, self._number + 1
 
     def record(self, reader: Reader) -> ImportRecord:
-        """Return what import.json says of all that was published."""
+        """Return the content of import.json for all published tables."""
         codec = self._codec
         assert codec is not None
         assert self._views is not None
@@ -209,7 +209,7 @@ class _Tables:
 
 
 def _publish(path: Path, data: bytes) -> None:
-    """Give a table its name, unless an interrupted import has made the very same one."""
+    """Publish a table under its name, unless an interrupted import has made an identical one."""
     if publish_file(path, data):
         return
     with refusals_named(path):

@@ -1,4 +1,4 @@
-"""TinyViT's saved logits (Wu et al. 2022, arXiv 2207.10666), which are probabilities: two files for each rank and epoch.
+"""TinyViT's saved logits (Wu et al. 2022, arXiv 2207.10666), which are in fact probabilities: two files for each rank and epoch.
 
 The layout is that of github.com/microsoft/Cream, files TinyViT/data/augmentation/manager.py and dataset_wrapper.py and
 TinyViT/save_logits.py:
@@ -38,30 +38,30 @@ class RankFile:
 
     @property
     def name(self) -> str:
-        """Stem of the tables that they go to."""
+        """Stem of the names of their tables."""
         return f"epoch-{self.epoch:05d}-rank-{self.rank:04d}"
 
     @property
     def keys(self) -> Path:
-        """The file of keys."""
+        """Path of the file of keys."""
         return self.folder / _KEYS.format(self.rank)
 
     @property
     def values(self) -> Path:
-        """The file of records."""
+        """Path of the file of records."""
         return self.folder / f"rank{self.rank}-values.bin"
 
     @property
     def record(self) -> "np.dtype[np.void]":
-        """What one record is made of."""
+        """NumPy type of one record."""
         return np.dtype([("seed", "<i4"), ("index", "<i2", (self.topk,)), ("prob", "<f2", (self.topk,))])
 
 
 def list_files(folder: Path) -> list[RankFile]:
-    """Return what ranks saved in the epochs below a folder, or in the epoch that the folder is; in order.
+    """Return the rank files of all epochs below a folder, or of the folder if it is itself an epoch; sorted.
 
     Raises:
-        ImportedLabelsError: there is nothing, a file lacks its partner, or epochs differ in K.
+        ImportedLabelsError: no files are found, a file lacks its partner, or epochs differ in K.
     """
     with refusals_named(folder):
         epochs = (
@@ -103,10 +103,10 @@ def _ranks(epoch: Path) -> Iterator[RankFile]:
 
 
 def count_records(file: RankFile) -> int:
-    """Return how many records a rank saved.
+    """Return the number of records that a rank saved.
 
     Raises:
-        ImportedLabelsError: the last record is cut.
+        ImportedLabelsError: the last record is incomplete.
     """
     with refusals_named(file.values):
         size = file.values.stat().st_size
@@ -124,7 +124,7 @@ def read_rank(file: RankFile, *, num_classes: int) -> Iterator[ForeignRows]:
     """Yield the labels that a rank saved, some thousands at a time, in their order; `more` has seed (int32).
 
     Raises:
-        ImportedLabelsError: keys and records are not as many, or a record is none that a teacher can have answered.
+        ImportedLabelsError: the numbers of keys and records differ, or no teacher can have answered a record.
     """
     total, done, seen = count_records(file), 0, set[str]()
     with refusals_named(file.keys):
@@ -170,7 +170,7 @@ def _key(line: bytes, file: RankFile, number: int, total: int) -> str:
     if not line:
         raise ImportedLabelsError(f"{file.keys}: it has {number} lines, and {file.values.name} has {total} records")
     try:
-        # readline of at most so many bytes: a longer line has no end, and check_name says that it is too long
+        # readline with a limit: a longer line has no end of line, and check_name reports that it is too long
         return check_name(line.removesuffix(b"\n").removesuffix(b"\r").decode(), f"line {number + 1}")
     except (SourceError, UnicodeDecodeError) as error:
         raise ImportedLabelsError(f"{file.keys}: line {number + 1} is not a key: {error}") from error

@@ -1,1 +1,1 @@
-"""The label set: its files and identity, the manifest that commits them, and `LabelSet`, which reads them."""
+"""The label set: its files and identity, the manifest that commits these files, and `LabelSet`, which reads them."""

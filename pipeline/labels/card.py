@@ -1,8 +1,8 @@
 """The dataset card: README.md of a label set, for people and for the Hugging Face Hub.
 
-Names of teachers come from outside, so every text that is not ours stands in a code span, from which no Markdown and no HTML
-gets out, and a YAML library writes the header. A card holds the hash of its own text: one that somebody has changed is theirs,
-and is not replaced unasked.
+Names of teachers come from outside, so every external text is put into a code span, which neutralises Markdown and HTML, and
+a YAML library writes the header. A card holds the hash of its own text, so a card that a user has changed is recognised and
+is replaced only on request.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ log = logging.getLogger("deit_cli.card")
 
 CARD_NAME = "README.md"
 MAX_CARD_BYTES = 1 << 20
-MAX_CODE = 200  # characters of a text from outside
+MAX_CODE = 200  # characters shown of an external text
 NOT_STATED = "not-stated"
 
 _MARK = re.compile(r"^<!-- written by deit-cli; SHA-256 of all other lines: ([0-9a-f]{64}) -->\n", re.MULTILINE)
@@ -58,7 +58,7 @@ class Licence:
 
     @property
     def text(self) -> str:
-        """One line of the card."""
+        """The licence as a line of the card."""
         if self.license_name == NOT_STATED:
             return (
                 "not stated. It depends on those of the teacher's weights and of the images:"
@@ -69,9 +69,9 @@ class Licence:
 
 
 def refresh_card(label_set: LabelSet) -> None:
-    """Write the card of a set that was just sealed, unless a file of somebody else's has its name.
+    """Write the card of a set that was just sealed, unless another file has its name.
 
-    The set is complete without it: where it cannot be written, that is said, and no more.
+    The set is complete without a card: if the card cannot be written, this is only logged.
     """
     try:
         if not write_card(label_set):
@@ -84,19 +84,19 @@ def refresh_card(label_set: LabelSet) -> None:
 
 
 def write_card(label_set: LabelSet, licence: Licence | None = None, *, replace: bool = False) -> bool:
-    """Write README.md into the folder of a label set.
+    """Write README.md into the folder of a label set, and return whether it was written.
 
     Args:
-        label_set: a local one.
-        licence: to state; None: that of the card that is there, or none.
-        replace: also where the file that is there is somebody else's, or was changed.
+        label_set: a local label set.
+        licence: licence to state; None: the licence of the existing card, if any.
+        replace: whether to replace a file that was changed or is not one of our cards.
 
     Returns:
-        False where such a file is there, and stays.
+        False if such a file exists and was kept.
 
     Raises:
         UsageError: the label set is behind a URL.
-        StorageError: the operating system refused.
+        StorageError: the operating system refused to write.
     """
     if label_set.place.path is None:
         raise UsageError(f"{label_set.place}: a card is written into a folder; write it there and push it")
@@ -115,10 +115,10 @@ def write_card(label_set: LabelSet, licence: Licence | None = None, *, replace: 
 
 
 def render_card(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) -> str:
-    """Return the text of the card: the same text for the same set and licence.
+    """Return the text of the card; the same set and licence give the same text.
 
     Args:
-        summary: what `summarise` returned.
+        summary: result of `summarise`.
         label_set: the set.
         licence: the licence to state.
     """
@@ -130,7 +130,7 @@ def render_card(summary: Mapping[str, Any], label_set: LabelSet, licence: Licenc
 
 
 def licence_of(text: str) -> Licence | None:
-    """Return the licence that the header of a card states, or None where it states none that we know how to keep."""
+    """Return the licence in the header of a card, or None if the header states no licence in a known form."""
     header = _HEADER.match(text)
     try:
         values = parse_yaml(header[1], where=CARD_NAME) if header else None
@@ -141,13 +141,13 @@ def licence_of(text: str) -> Licence | None:
 
 
 def is_untouched(text: str) -> bool:
-    """Return whether this is a card of ours that nobody has changed."""
+    """Return whether a text is one of our cards, without changes by others."""
     marks = _MARK.findall(text)
     return len(marks) == 1 and marks[0] == _digest(_MARK.sub("", text))
 
 
 def size_category(rows: int) -> str:
-    """Return the Hub's name of a size."""
+    """Return the Hub's size category for a number of rows."""
     names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
     for power, (name, following) in enumerate(itertools.pairwise(names), start=3):
         if 10**power <= rows < 10 ** (power + 1):
@@ -156,7 +156,7 @@ def size_category(rows: int) -> str:
 
 
 def code_span(text: str) -> str:
-    """Return a text from outside as a Markdown code span that shows it literally, on one line, of bounded length."""
+    """Return an external text as a Markdown code span that shows it literally, on one line, of bounded length."""
     shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[: MAX_CODE + 1])
     shown = shown if len(shown) <= MAX_CODE else shown[:MAX_CODE] + "…"
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
@@ -237,7 +237,7 @@ def _loading(label_set: LabelSet) -> list[str]:
     codec = label_set.plan.codec
     stored = [name for name in codec.columns if name != "tail_mass"]
     columns = ", ".join(f'"{name}"' for name in stored)
-    # DuckDB 2.0 reads no float16 whose bytes are split, which is how they compress best.
+    # DuckDB 2.0 cannot read byte-split float16, the encoding that compresses best.
     readable = [name for name in stored if codec.record[name].base != np.float16]
     first = '["hard"]' if "hard" in stored else '["topk_index"][0]'
     data = "" if label_set.has_images else " --data IMAGES"
@@ -279,7 +279,7 @@ def _loading(label_set: LabelSet) -> list[str]:
             'labels = pl.scan_parquet("labels/*/*.parquet", include_file_paths="file").with_columns(shard=shard)',
             'samples = pl.scan_parquet("samples/*.parquet", include_file_paths="file").with_columns(shard=shard)',
             f'joined = labels.filter(pl.col("view") == {start}).join(samples, on=["shard", "row"])',
-            f'print(joined.select("key", {columns}).sort("key").head(5).collect())',  # a join keeps no order
+            f'print(joined.select("key", {columns}).sort("key").head(5).collect())',  # a join does not keep the order
         ),
         *_block(
             "datasets",
@@ -325,7 +325,7 @@ def _digest(text: str) -> str:
 
 
 def _read(path: Path) -> str | None:
-    """Return a card that is there, or its first part if it is too large to be one of ours."""
+    """Return an existing card, or only its first part if it is too large to be one of our cards."""
     with refusals_named(path):
         if not path.exists() and not path.is_symlink():
             return None

@@ -1,4 +1,4 @@
-"""Files of a label set as its readers see them: read whole, checked against manifest and plan, then parsed from those very bytes."""
+"""Checked reading of a label set: each file is read whole, checked against manifest and plan, then parsed from the same bytes."""
 
 import contextlib
 import hashlib
@@ -40,16 +40,16 @@ from pipeline.storage.place import File, Place
 from pipeline.storage.remote import Promise
 from pipeline.text import check_name
 
-RECENT_BYTES = 16 << 20  # of verified files that are kept in memory, and the last one whatever its size
-USABLE_BYTES = 16 << 20  # of usable rows that are kept in memory; ImageNet's take 5 MB
+RECENT_BYTES = 16 << 20  # verified files kept in memory; the last file is kept whatever its size
+USABLE_BYTES = 16 << 20  # usable rows kept in memory; ImageNet's take 5 MB
 
 
 class CheckedFiles:
-    """Reads the files of a label set. It is small, and can be sent to worker processes.
+    """Reader of the files of a label set. It is small, and can be sent to worker processes.
 
-    A file is read once into memory, its length and SHA-256 are checked against the manifest, and rows are parsed from those
-    very bytes: nothing can change between check and use. The last few files stay in memory, because views of one source shard
-    are read in a row. Each thread needs a copy of its own (`copy.copy`), which has nothing in memory.
+    A file is read once into memory, its length and SHA-256 are checked against the manifest, and rows are parsed from the
+    same bytes: nothing can change between check and use. The last few files stay in memory, because views of one source shard
+    are read in a row. Each thread needs its own copy (`copy.copy`), which starts with no files in memory.
     """
 
     def __init__(self, place: Place, plan: Plan, manifest: Manifest) -> None:
@@ -61,14 +61,14 @@ class CheckedFiles:
         return self.__dict__ | {"_recent": OrderedDict(), "_usable": OrderedDict()}
 
     def file(self, entry: FileEntry) -> File:
-        """Return a file of the set, with what the manifest promises of it."""
+        """Return a file of the set, with its length and hash from the manifest."""
         return self._place.file(entry.path, Promise(entry.bytes, entry.sha256))
 
     def read(self, entry: FileEntry) -> Contents:
         """Return a file's bytes after checking their length and SHA-256.
 
         Raises:
-            LabelSetCorrupt: the file is missing, has another length, or other bytes.
+            LabelSetCorrupt: the file is missing, or has another length or other bytes.
         """
         return self._read(entry).contents
 
@@ -118,13 +118,13 @@ class CheckedFiles:
         try:
             with contextlib.suppress(LabelSetCorrupt):
                 return file.use(lambda path: self._read_checked(entry, file, path))
-            file.discard()  # it was sound when it was downloaded: its copy was damaged on this disk since
+            file.discard()  # the download was correct, so its copy on this disk was damaged later
             return file.use(lambda path: self._read_checked(entry, file, path))
         except (RemoteFileMissing, RemoteFileCorrupt) as error:
             raise LabelSetCorrupt(error.what, fix=f"{REMOTE_FILE}{self._newer_manifest()}") from error
 
     def _unchanged(self, entry: FileEntry) -> "_Read | None":
-        """Return a file of this disk that is in memory, if it is still the one that was read: most reads end here."""
+        """Return a local file from memory if it is unchanged on disk; most reads end here."""
         read = self._recent.get(entry)
         if read is None or not read.state:
             return None
@@ -138,7 +138,7 @@ class CheckedFiles:
     def _read_checked(self, entry: FileEntry, file: File, path: Path) -> "_Read":
         with path.open("rb") as opened:
             stat = os.fstat(opened.fileno())
-            # Bytes in memory stay right whatever happens to a cached copy; a file of ours that changes is to be named.
+            # The bytes in memory stay correct if a cached copy changes; a local file of the set that changes must be reported.
             state = () if file.path is None else _state(stat)
             read = self._recent.get(entry)
             if read is None or read.state != state:
@@ -161,7 +161,7 @@ class CheckedFiles:
             )
 
     def _newer_manifest(self) -> str:
-        """Return what to say where the set was changed since it was opened: nothing if it was not."""
+        """Return a message if the set was changed since it was opened, and an empty text otherwise."""
         try:
             data = (self._place / MANIFEST_NAME).read()
             found = load_json(data or b"{}", MANIFEST_NAME)["content_sha256"]
@@ -174,9 +174,9 @@ class CheckedFiles:
 
 
 class ViewsInOrder:
-    """Reads the views of one label shard; reading them in order is faster, because later ones are read ahead.
+    """Reader of the views of one label shard; reading in order is faster, because later views are read ahead.
 
-    Twice as many are read each time, so a reader of a few views in a row has about as many read as it uses.
+    Each read covers twice as many views as the one before, so few views are read in vain.
     """
 
     def __init__(self, file: Contents) -> None:
@@ -185,7 +185,7 @@ class ViewsInOrder:
         self._ahead: dict[int, LabelRows] = {}
 
     def read(self, view: int) -> LabelRows:
-        """Read one view; see `tables.read_view` for what it checks."""
+        """Read one view; `tables.read_view` lists the checks."""
         rows = self._ahead.pop(view, None)
         if rows is None:
             self._at_once = 2 * self._at_once if view == self._next else 1
@@ -200,9 +200,9 @@ class _Read:
     """A file in memory.
 
     Attributes:
-        state: identity and dates of the local file that was read; empty for a remote one.
-        contents: the bytes, which were checked.
-        views: reader of a label shard whose footer was checked; None before.
+        state: identity and dates of the local file that was read; empty for a remote file.
+        contents: the checked bytes.
+        views: reader of a label shard whose footer was checked; None before that check.
     """
 
     state: tuple[int, ...]
@@ -216,7 +216,7 @@ def _state(stat: os.stat_result) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def fits_in_memory(file: object) -> Iterator[None]:
-    """Name the file for which there is not enough memory: a sparse file may claim any length."""
+    """Raise an error that names the file if memory is too small: a sparse file may claim any length."""
     try:
         yield
     except MemoryError as error:
@@ -224,9 +224,9 @@ def fits_in_memory(file: object) -> Iterator[None]:
 
 
 def check_length(file: File, entry: FileEntry, place: Place) -> None:
-    """Raise LabelSetCorrupt unless a file of a local set is there, in it, and as long as promised.
+    """Raise LabelSetCorrupt unless a file of a local set exists, lies inside the set, and has the promised length.
 
-    A remote file shows its length when it is read.
+    The length of a remote file is checked when it is read.
     """
     if file.path is None or place.path is None:
         return
@@ -271,11 +271,11 @@ def check_rows(file: object, view: int, rows: LabelRows, usable: NDArray[np.inte
 
 
 def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> SampleRows:
-    """Read a samples file of this label set.
+    """Read a samples file of this label set, and return its samples.
 
     Raises:
-        LabelSetMismatch: it is of another label set or source shard, or its keys or class labels are not the plan's.
-        LabelSetCorrupt: a key or class label is one that no source can have.
+        LabelSetMismatch: the file is of another label set or source shard, or its keys or class labels are not the plan's.
+        LabelSetCorrupt: a key or class label is impossible for a source.
     """
     footer = read_samples_footer(file)
     expected = (plan.labelset_id, plan.source_id, record.name)
@@ -290,7 +290,7 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
 
 
 def _check_sample_values(samples: SampleRows, num_classes: int, file: Path | Contents) -> None:
-    """Refuse keys and labels that no source can have: they would end up in terminals, in paths of other tools, in a loss."""
+    """Refuse keys and labels that no source can have: they would reach terminals, paths of other tools, or a loss."""
     if len(set(samples.key)) != len(samples):
         key = next(key for key, count in Counter(samples.key).items() if count > 1)
         raise LabelSetCorrupt(f"{file}: the key {key!r} is there twice")
@@ -305,7 +305,7 @@ def _check_sample_values(samples: SampleRows, num_classes: int, file: Path | Con
 
 
 def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: range) -> LabelsFooter:
-    """Read what a label shard says of itself, and refuse it unless all of that is what its place in the set says."""
+    """Return the footer of a label shard, and refuse a footer that does not match the file's place in the set."""
     footer = read_labels_footer(file)
     expected_ids = (plan.labelset_id, plan.recipe_id, plan.teacher_id, plan.source_id, shard)
     _check_identity(

@@ -1,7 +1,7 @@
-"""Check that a source is the one that was labelled, and name how a copy of it differs: names of shards and classes, keys, images.
+"""Check that a source is the labelled one, and name the differences of a copy: shards, classes, keys, images.
 
-Copies of one collection differ in quiet ways: an image was left out, another order, other bytes under the same key. A hash
-only says that they differ; to repair a copy, people need the names.
+Copies of one collection can differ in ways that are easy to miss: a missing image, another order, other bytes under the same
+key. A hash only shows that two copies differ; to repair a copy, people need the names.
 """
 
 import os
@@ -21,11 +21,11 @@ from pipeline.storage.urls import local_path
 
 
 def check_source(label_set: LabelSet, source: Source) -> None:
-    """Raise LabelSetMismatch unless these are the keys, class labels and class names that were labelled.
+    """Raise LabelSetMismatch unless the source has the keys, class labels and class names that were labelled.
 
-    Where the set holds only some source shards, the source may have these alone, or others too. The keys of a remote source
-    would cost a download of all of it, so of that only names of shards and classes are compared; keys and bytes are compared
-    image by image when they are used.
+    If the set holds only some source shards, the source may have only these or more. Reading the keys of a remote source would
+    mean to download all of it, so only its names of shards and classes are compared here; keys and bytes are compared image by
+    image when they are used.
     """
     source = labelled_part(label_set, source)
     found = None if source.is_remote else record_of(source)
@@ -47,7 +47,7 @@ def check_source(label_set: LabelSet, source: Source) -> None:
 
 
 def _compare_keys(label_set: LabelSet, source: Source, found: SourceRecord) -> list[str]:
-    """Say which samples of a local source differ, reading only the samples files of source shards that do."""
+    """Return which samples of a local source differ, reading only the samples files of source shards that differ."""
     comparison = Comparison()
     labelled, others = ({record.name: record for record in records} for records in (label_set.records, found.shards))
     for name in dict.fromkeys((*labelled, *others)):
@@ -63,10 +63,10 @@ def _compare_keys(label_set: LabelSet, source: Source, found: SourceRecord) -> l
 
 
 def labelled_part(label_set: LabelSet, source: Source) -> Source:
-    """Return what the labels are of: the source, or those shards of it that are here if these are only some.
+    """Return the labelled part of a source: all of it, or only the source shards in the label set.
 
     Raises:
-        LabelSetMismatch: it lacks one of those.
+        LabelSetMismatch: the source lacks one of these source shards.
     """
     if label_set.manifest.shards is None:
         return source
@@ -81,7 +81,7 @@ def labelled_part(label_set: LabelSet, source: Source) -> Source:
 
 
 def record_of(source: Source) -> SourceRecord:
-    """Return what plan and manifest say of a source."""
+    """Return the record of a source for plan and manifest."""
     path = local_path(source.location)
     location = source.location if path is None else os.path.abspath(source.location)
     record = source.identity() | {"kind": source.kind, "location": location}
@@ -95,12 +95,12 @@ def record_of(source: Source) -> SourceRecord:
 
 @dataclass(frozen=True)
 class Listing:
-    """The samples of one source shard in order: sequences of one length.
+    """The samples of one source shard in order, as sequences of one length.
 
     Attributes:
         keys: sample keys.
-        class_labels: None where unlabelled.
-        hashes: XXH3-128 of the encoded images, 16 bytes each; empty where they were not read.
+        class_labels: class labels, None if unlabelled.
+        hashes: XXH3-128 of the encoded images, 16 bytes each; empty if the images were not read.
     """
 
     keys: Sequence[str] = ()
@@ -110,14 +110,14 @@ class Listing:
 
 @dataclass
 class Differences:
-    """What differs, sample by sample; each is named `'key' of shard`.
+    """The differences of a copy, sample by sample; each sample is named `'key' of shard`.
 
     Attributes:
-        missing: samples that were labelled and are not in the copy.
+        missing: labelled samples that are not in the copy.
         new: samples of the copy that were not labelled.
         moved: samples in another order, or in another source shard.
-        relabelled: with both class labels.
-        changed: images of other bytes.
+        relabelled: samples with another class label, with both labels.
+        changed: samples whose images have other bytes.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -127,12 +127,12 @@ class Differences:
     changed: list[str] = field(default_factory=list)
 
     def sort(self) -> None:
-        """Bring the names of each kind in order, where source shards were added in any."""
+        """Sort the names of each kind, because source shards may be added in any order."""
         for names in (self.missing, self.new, self.moved, self.relabelled, self.changed):
             names.sort()
 
     def describe(self, limit: int) -> list[str]:
-        """Return a line for each kind of difference: how many, and the first `limit` by name; none where all is equal."""
+        """Return a line for each kind of difference: its number and the first `limit` names; no lines without differences."""
         kinds = (
             ("missing", self.missing),
             ("new", self.new),
@@ -145,7 +145,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class _Place:
-    """One sample: its source shard, its class label, and the hash of its image (None where it was not read)."""
+    """The position of a sample: its source shard, its class label, and the hash of its image (None if it was not read)."""
 
     shard: str
     class_label: int | None
@@ -153,7 +153,7 @@ class _Place:
 
 
 class Comparison:
-    """Compares two sources one source shard after the other; only what has no counterpart in its shard is kept."""
+    """Comparison of two sources, one source shard at a time; only samples without a counterpart in their shard are kept."""
 
     def __init__(self) -> None:
         self._found = Differences()
@@ -161,7 +161,7 @@ class Comparison:
         self._in_copy: defaultdict[str, list[_Place]] = defaultdict(list)
 
     def add(self, shard: str, labelled: Listing, copy: Listing) -> None:
-        """Take one source shard, labelled and in the copy; an empty listing for one that is not there."""
+        """Add one source shard, as labelled and as in the copy; the listing of a missing shard is empty."""
         places = {key: at for at, key in enumerate(copy.keys)}
         both = {key: (at, places[key]) for at, key in enumerate(labelled.keys) if key in places}
         stayed = _longest_rise([there for _, there in both.values()])
@@ -175,7 +175,7 @@ class Comparison:
                     rest[key].append(_place(shard, listing, at))
 
     def result(self) -> Differences:
-        """Return all differences, once every source shard was added."""
+        """Return all differences, after every source shard was added."""
         for key, places in self._labelled.items():
             copies = self._in_copy.pop(key, [])
             for labelled, copy in zip(places, copies, strict=False):
@@ -197,12 +197,12 @@ class Comparison:
 
 
 def compare_names(what: str, labelled: Sequence[str] | None, copy: Sequence[str] | None, limit: int = 3) -> str:
-    """Say how names of shards or classes differ, in which the order counts; nothing where they are equal.
+    """Return how names of shards or classes differ, order included; an empty text if they are equal.
 
     Args:
         what: `shard` or `class`.
-        labelled: names in the label set; None where it has none.
-        copy: names in the copy; None likewise.
+        labelled: names in the label set; None if it has no names.
+        copy: names in the copy; None if it has no names.
         limit: maximum number of names to give.
     """
     plural = {"class": "classes"}.get(what, f"{what}s")
@@ -222,11 +222,11 @@ def compare_names(what: str, labelled: Sequence[str] | None, copy: Sequence[str]
 
 
 def _longest_rise(places: Sequence[int]) -> set[int]:
-    """Return the members of a longest rising subsequence: what need not move for the rest to be in order.
+    """Return the members of a longest rising subsequence: the samples that need not move for the rest to be in order.
 
     Without it, one sample that moved to the end would count as all samples moved. Fredman, Discrete Mathematics 11 (1975).
     """
-    ends: list[int] = []  # the least last member of a rise of each length
+    ends: list[int] = []  # the smallest last member of a rise of each length
     lengths = []
     for place in places:
         length = bisect_left(ends, place)

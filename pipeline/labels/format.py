@@ -1,7 +1,7 @@
-"""Format v1 in small: names, limits, precisions, how one manifest is pinned, and what repairs a damaged set.
+"""Format v1 in brief: names, limits, precisions, pins of a manifest, and repairs of a damaged set.
 
-A pin names one manifest by the SHA-256 of its bytes, and by that every byte of its label set. A training configuration that
-holds one gets those labels or an error, whatever happens to the folder or the bucket.
+A pin names one manifest by the SHA-256 of its bytes, and so fixes every byte of its label set. A training configuration with
+a pin gets these labels or an error, whatever happens to the folder or the bucket.
 """
 
 import re
@@ -14,18 +14,18 @@ VERSION = 1
 Precision = Literal["float16", "float32", "log8"]
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
-SIGNATURE_NAME = "manifest.json.sig"  # beside it, and none of the set's files
-IMPORT_NAME = "import.json"  # of a folder of imported labels, which is not a label set
+SIGNATURE_NAME = "manifest.json.sig"  # next to the manifest, but not one of the set's files
+IMPORT_NAME = "import.json"  # in a folder of imported labels, which is not a label set
 IMPORT_FORMAT = "deit-cli-import"  # its version is VERSION too
 IMAGES_FOLDER = "images"
 MAX_TOPK = 4096
-MAX_SHARD_SAMPLES = 2**22  # of one source shard, whose samples file is read as a whole
-MAX_FILE_BYTES = 2**30  # of a table of the set, which is read as a whole; ImageNet's are of some MB
+MAX_SHARD_SAMPLES = 2**22  # samples of one source shard, whose samples file is read as a whole
+MAX_FILE_BYTES = 2**30  # size of a table of the set, which is read as a whole; ImageNet's take some MB
 MAX_PROBES = 64  # each is rendered before training; 8 are stored
 PIN = re.compile("sha256:[0-9a-fA-F]{64}")
 
-# What makes a damaged label set whole again. Those who made a set can compute a lost file again, those who received it can fetch
-# it again. An error cannot know which of them reads it, so it names both ways.
+# Repairs of a damaged label set. The maker of a set can compute a lost file again; a person who received the set can fetch
+# it again. An error cannot know who reads it, so it names both repairs.
 PULL = "fetch it again with deit-cli labels pull"
 DAMAGED_FILE = "Fetch it again with deit-cli labels pull; where the set was made, delete it and run the same deit-cli precompute again"
 MISSING_FILE = "Fetch it with deit-cli labels pull; where the set was made, run the same deit-cli precompute again"
@@ -42,7 +42,7 @@ REMOTE_FILE = "Whoever publishes the set repairs it with deit-cli labels push"
 
 
 def parse_pin(text: str) -> str:
-    """Return the SHA-256 that a pin such as `sha256:3fa1...` names, or raise UsageError."""
+    """Return the SHA-256 in a pin such as `sha256:3fa1...`, or raise UsageError."""
     if not PIN.fullmatch(text):
         raise UsageError(
             f"--expect-manifest must be sha256: and 64 hex digits, as `deit-cli labels info` prints it, got {text[:100]!r}"
@@ -51,17 +51,17 @@ def parse_pin(text: str) -> str:
 
 
 def pin_of(sha256: str) -> str:
-    """Return the pin of a manifest whose bytes have this SHA-256."""
+    """Return the pin of a manifest with this SHA-256."""
     return f"sha256:{sha256}"
 
 
 def check_pin(pin: str | None, sha256: str, name: object) -> None:
-    """Raise LabelSetMismatch unless the bytes of a manifest have the SHA-256 that a pin names; None allows any.
+    """Raise LabelSetMismatch unless the bytes of a manifest have the SHA-256 of a pin; None allows any.
 
     Args:
         pin: `sha256:` and 64 hex digits.
-        sha256: of the bytes that are about to be parsed.
-        name: of the manifest, for the error.
+        sha256: SHA-256 of the bytes to parse.
+        name: name of the manifest in errors.
     """
     if pin is not None and parse_pin(pin) != sha256:
         raise LabelSetMismatch(
@@ -74,17 +74,17 @@ def check_pin(pin: str | None, sha256: str, name: object) -> None:
 
 
 def damaged_json(name: object) -> str:
-    """Return the way out of a damaged plan or manifest, by its file name."""
+    """Return how to repair a damaged plan or manifest, by its file name."""
     return DAMAGED_PLAN if str(name).endswith("plan.json") else DAMAGED_MANIFEST
 
 
 def damaged_file(views: range | None = None) -> str:
-    """Return the way out of a damaged file of tables; `views` are those of a label shard."""
+    """Return how to repair a damaged file of tables; `views` are those of a label shard."""
     return DAMAGED_FILE + _with_views(views)
 
 
 def missing_file(views: range | None = None) -> str:
-    """Return the way out of a file that is not there; `views` are those of a label shard."""
+    """Return how to repair a missing file; `views` are those of a label shard."""
     return MISSING_FILE + _with_views(views)
 
 

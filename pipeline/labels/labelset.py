@@ -1,4 +1,4 @@
-"""LabelSet: a sealed label set, opened for reading: what it says, its rows in order, and its images."""
+"""LabelSet: a sealed label set, opened for reading: its plan and manifest, its rows in order, and its images."""
 
 import copy
 import hashlib
@@ -41,14 +41,14 @@ class LabelSet:
     """A sealed label set, opened for reading. It is small, and can be sent to worker processes.
 
     Attributes:
-        place: the folder or URL where it lies. As text, what the user passed.
-        plan: what it is: recipe, teacher, source.
-        manifest: what is complete of it.
-        manifest_sha256: hash of the very bytes of `manifest.json` that were parsed: what a pin names.
+        place: folder or URL of the set. Its text is the location that the user passed.
+        plan: plan of the set: recipe, teacher, source.
+        manifest: list of the complete files.
+        manifest_sha256: hash of the parsed bytes of `manifest.json`; a pin holds this hash.
     """
 
     def __init__(self, place: Place, *, expect_manifest: str | None = None) -> None:
-        """Open a place; use `LabelSet.open`, which refuses sets that are not complete."""
+        """Open a place; use `LabelSet.open` instead, which refuses incomplete sets."""
         plan = (place / PLAN_NAME).read()
         if plan is None:
             if (found := (place / IMPORT_NAME).read()) is not None:
@@ -82,17 +82,17 @@ class LabelSet:
         cache: Cache | None = None,
         expect_manifest: str | None = None,
     ) -> "LabelSet":
-        """Open a complete label set; of a local one, check that every promised file is there with its length.
+        """Open a complete label set, and return it; for a local set, check the presence and length of every promised file.
 
         Args:
-            location: a folder, or the URL of one. Plan and manifest of a URL are read as they are now.
-            cache: through which the other files of a URL are read; None: the default one.
+            location: folder or URL of the set. Plan and manifest behind a URL are always downloaded again.
+            cache: cache for the other files of a URL; None: the default cache.
             expect_manifest: pin, `sha256:` and the hash that `manifest.json` must have; None: any.
 
         Raises:
-            LabelSetIncomplete: it is not sealed.
+            LabelSetIncomplete: the set is not sealed.
             LabelSetCorrupt: a file is missing or has another length.
-            LabelSetMismatch: it is of another format version, its parts do not belong together, or it is not the pinned one.
+            LabelSetMismatch: the format version is another one, parts do not belong together, or the manifest is not the pinned one.
         """
         label_set = cls(open_place(location, cache), expect_manifest=expect_manifest)
         label_set.check_complete()
@@ -101,14 +101,14 @@ class LabelSet:
         return label_set
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": copy.copy(self._files)}  # without what that one has in memory
+        return self.__dict__ | {"_files": copy.copy(self._files)}  # without the files in memory
 
     @property
     def folder(self) -> Path:
-        """The folder of this machine where it lies.
+        """The local folder of the set.
 
         Raises:
-            UsageError: it lies behind a URL.
+            UsageError: the set is behind a URL.
         """
         if self.place.path is None:
             raise UsageError(f"{self.place} is not a folder of this machine", fix="Fetch it with deit-cli labels pull")
@@ -121,22 +121,22 @@ class LabelSet:
 
     @property
     def num_classes(self) -> int:
-        """C, the teacher's classes."""
+        """C, the number of the teacher's classes."""
         return self.plan.teacher.num_classes
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes in label order, where source or teacher knows them."""
+        """Names of the classes in label order, if source or teacher knows them."""
         return self.plan.source.class_names or self.plan.teacher.class_names
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """Names of the source shards that are here, in order: all of the plan's, or some."""
+        """Names of the source shards in the set, in order: all source shards of the plan, or some."""
         return tuple(record.name for record in self.records)
 
     @property
     def num_samples(self) -> int:
-        """Samples of these source shards, the bad ones too."""
+        """Number of samples in these source shards, including bad ones."""
         return sum(record.num_samples for record in self.records)
 
     @property
@@ -154,7 +154,7 @@ class LabelSet:
         return self._files.samples(self._entry("samples", shard, 0))
 
     def read(self, shard: str, view: int) -> LabelRows:
-        """Read the labels of one view of a source shard: one row for each usable sample of it, in row order.
+        """Read the labels of one view of a source shard: one row for each usable sample, in row order.
 
         Raises:
             LabelSetCorrupt: the file is damaged, or has other rows.
@@ -166,38 +166,38 @@ class LabelSet:
         return self._files.read(entry)
 
     def file_of(self, entry: FileEntry) -> File:
-        """Return where a file lies, with what the manifest promises of it."""
+        """Return the location of a file, with its length and hash from the manifest."""
         return self._files.file(entry)
 
     def remote_files(self, shard: str, view: int | None = None) -> tuple[RemoteFile, ...]:
-        """Return the remote files that samples (and, with a view, labels) of a source shard are read from.
+        """Return the remote files that hold the samples (and, with a view, the labels) of a source shard.
 
-        They are what `Prefetch` takes; a local set has none.
+        `Prefetch` takes these files; a local set has no remote files.
         """
         entries = [self._entry("samples", shard, 0)] + ([] if view is None else [self._labels_entry(shard, view)])
         return tuple(file for entry in entries for file in self.file_of(entry).to_download)
 
     @property
     def has_images(self) -> bool:
-        """Whether it is self-contained: the images that were labelled are in it."""
+        """Return whether the set is self-contained, with the images that were labelled."""
         return any(entry.kind == "images" for entry in self.manifest.files)
 
     def open_source(self, data: str | None = None, *, cache: Cache | None = None) -> Source:
-        """Open the images: those at `data`, or else the set's own, or else those where it found them.
+        """Open the images and return them: those at `data`, else the set's own, else those at the location in the plan.
 
         Args:
-            data: a source to use instead of the others; None: none is given.
-            cache: through which a remote `data` is read; None: the default one.
+            data: source to use instead of the others; None: no such source.
+            cache: cache for a remote `data`; None: the default cache.
         """
         if data is None and self.has_images:
             return self._own_images()
         return open_source(self.images_location() if data is None else data, cache=cache)
 
     def images_location(self) -> str:
-        """Return where the set found its images.
+        """Return the location of the images in the plan.
 
         Raises:
-            UsageError: behind a URL, which a stranger may have written into the plan.
+            UsageError: the set is behind a URL, so a stranger may have written the location.
         """
         location = self.plan.source.location
         if local_path(location) is None:

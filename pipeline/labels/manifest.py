@@ -1,8 +1,8 @@
-"""Plan and manifest of a label set: the plan says what it is, is written first and never changes; the manifest, written last, lists
-the complete files.
+"""Plan and manifest of a label set. The plan defines the set, is written first and never changes; the manifest is written last
+and lists the complete files.
 
 Both are strict JSON: unknown fields, duplicate keys, NaN and unsafe names are refused. Ids are SHA-256 over canonical
-JSON; `labelset_id` covers recipe, teacher, source and the stored precision, so any of them changes it.
+JSON; `labelset_id` covers recipe, teacher, source and the stored precision, so a change of any part changes it.
 """
 
 import re
@@ -60,12 +60,12 @@ class TeacherIdentity(Record):
 
     Attributes:
         name: resolved name, such as `regnety_160.deit_in1k`.
-        weights_sha256: over names, dtypes, shapes and bytes of all tensors.
-        img_size: pixels to which views are resized for it.
-        mean: of the full range 0..1, per channel.
-        std: likewise.
+        weights_sha256: SHA-256 over names, dtypes, shapes and bytes of all tensors.
+        img_size: size in pixels to which views are resized for this teacher.
+        mean: mean for normalisation, on the range 0..1, per channel.
+        std: standard deviation for normalisation, on the range 0..1, per channel.
         num_classes: C.
-        class_names: in the order of its outputs, where it knows them.
+        class_names: names in the order of its outputs, if it knows them.
     """
 
     name: Annotated[Text, Field(min_length=1, max_length=500)]
@@ -89,7 +89,7 @@ class TeacherIdentity(Record):
 
     @property
     def members(self) -> tuple["TeacherIdentity", ...]:
-        """Itself: a teacher is an ensemble of one."""
+        """The teacher itself: it is an ensemble of one."""
         return (self,)
 
 
@@ -97,7 +97,7 @@ class EnsembleIdentity(Record):
     """Several teachers whose probabilities are averaged.
 
     Attributes:
-        members: in the order in which they were asked for; of one number of classes.
+        members: teachers in the requested order; all have the same number of classes.
     """
 
     members: Annotated[tuple[TeacherIdentity, ...], Field(min_length=2, max_length=64)]
@@ -121,7 +121,7 @@ class EnsembleIdentity(Record):
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """C, the number of classes."""
         return self.members[0].num_classes
 
     @property
@@ -145,7 +145,7 @@ _TaggedTeacher = Annotated[
 
 
 class ShardRecord(Record):
-    """One source shard: its name, its number of samples, and a hash over their keys and class labels."""
+    """A source shard: its name, its number of samples, and a hash over their keys and class labels."""
 
     name: Name
     num_samples: Annotated[int, Field(ge=0, le=MAX_SHARD_SAMPLES)]
@@ -153,7 +153,7 @@ class ShardRecord(Record):
 
 
 class SourceRecord(Record):
-    """The source of the images. Its location, where they lay then, is not part of the identity."""
+    """The source of the images. The location of the images at labelling is not part of the identity."""
 
     kind: Literal["folder", "tar", "parquet"]
     location: Text
@@ -167,7 +167,7 @@ class SourceRecord(Record):
 
 
 class Plan(Record):
-    """What a label set is. Written first, create-only, and never changed."""
+    """The definition of a label set. Written first, create-only, and never changed."""
 
     format: Literal["deit-cli-labels"] = FORMAT
     version: Literal[1] = VERSION
@@ -185,7 +185,7 @@ class Plan(Record):
     def make(
         cls, *, recipe: Recipe, teacher: AnyTeacher, source: SourceRecord, topk: int, precision: Precision
     ) -> Self:
-        """Build a plan; its ids follow from its parts."""
+        """Return a plan with the ids that follow from its parts."""
         ids = {"recipe_id": recipe.id, "teacher_id": teacher.id, "source_id": source.id}
         return cls(
             labelset_id=_labelset_id(ids, topk, precision),
@@ -212,24 +212,24 @@ class Plan(Record):
 
     @property
     def codec(self) -> Codec:
-        """How its labels are stored."""
+        """The codec that stores its labels."""
         return codec_of(self.precision, self.teacher.num_classes, self.topk)
 
     def shard(self, name: str) -> ShardRecord:
-        """Return what the plan says of one source shard, or raise LabelSetMismatch."""
+        """Return the plan's record of one source shard, or raise LabelSetMismatch."""
         for record in self.source.shards:
             if record.name == name:
                 return record
         raise LabelSetMismatch(f"the plan names no source shard {name!r}")
 
     def check_same(self, other: "Plan", *, folder: str | Path) -> None:
-        """Raise LabelSetMismatch, naming the first part that differs, unless `other` is the same label set."""
+        """Raise LabelSetMismatch with the first part that differs, unless `other` is the same label set."""
         for part in ("recipe", "teacher", "source"):
             mine, theirs = getattr(self, f"{part}_id"), getattr(other, f"{part}_id")
             if mine != theirs:
                 difference = first_difference(_plain(getattr(self, part)), _plain(getattr(other, part)))
                 counts = len(self.teacher.members), len(other.teacher.members)
-                if part == "teacher" and counts[0] != counts[1]:  # one and several have no field in common
+                if part == "teacher" and counts[0] != counts[1]:  # one teacher and several share no field
                     difference = f" ({counts[0]} of them, not {counts[1]})"
                 raise LabelSetMismatch(
                     f"{folder} was made with {part} {short(mine)}, this run asks for {short(theirs)}{difference}",
@@ -245,7 +245,7 @@ class Plan(Record):
 
 
 class FileEntry(Record):
-    """One complete file of the set. Its path follows from kind, shard and views."""
+    """A complete file of the set. Its path follows from kind, shard and views."""
 
     kind: Literal["samples", "labels", "images"]
     shard: Name
@@ -272,19 +272,19 @@ class FileEntry(Record):
 
     @property
     def views(self) -> range:
-        """The views of a label shard; none of a samples file."""
+        """The views of a label shard; an empty range for other files."""
         return range(self.view_start, self.view_stop)
 
 
 class Probe(Record):
-    """Pixels of one view as the teacher saw them, before mixing, and the mix that followed.
+    """The pixels of one view as the teacher saw them, before mixing, and the mix that followed.
 
     Attributes:
         shard: source shard.
-        row: of the sample.
+        row: row of the sample.
         view: view number.
-        pixels_sha256: over uint8 [H, W, 3].
-        sample: base64 of 768 of those bytes, evenly spaced, to measure a difference by.
+        pixels_sha256: SHA-256 over uint8 [H, W, 3].
+        sample: base64 of 768 of these bytes, evenly spaced, to measure a difference by.
         partner: row of the partner, or None.
         lam: weight of the sample's own view.
         box: top, left, height, width of CutMix's box, or None.
@@ -301,18 +301,18 @@ class Probe(Record):
 
 
 class Manifest(Record):
-    """What of a label set is complete. Replaced atomically, and last: it is the commit.
+    """The complete files of a label set. Replaced atomically, and written last: it is the commit.
 
     Attributes:
-        labelset_id: of the plan.
-        plan_sha256: of the bytes of plan.json.
-        sealed: whether everything that source shards and blocks promise is there.
-        shards: the source shards that are here, in the plan's order, where they are not all of them; else None.
+        labelset_id: id of the label set, from the plan.
+        plan_sha256: SHA-256 of the bytes of plan.json.
+        sealed: whether all files of the source shards and blocks are complete.
+        shards: names of the source shards in the set, in the plan's order, if it is a subset; else None.
         view_blocks: start and stop of each block of views, as they are stored; see `blocks`.
-        files: complete files; none before sealing.
+        files: complete files; empty before sealing.
         probes: replay probes from among the files' footers.
-        environments: library versions, device and dtype that made the labels, each once.
-        content_sha256: of the canonical JSON of all other fields, so that no flipped bit goes unseen.
+        environments: library versions, device and dtype that made the labels, without duplicates.
+        content_sha256: SHA-256 of the canonical JSON of all other fields, so that every flipped bit is detected.
     """
 
     format: Literal["deit-cli-labels"] = FORMAT
@@ -325,7 +325,7 @@ class Manifest(Record):
     files: tuple[FileEntry, ...]
     probes: Annotated[tuple[Probe, ...], Field(max_length=MAX_PROBES)]
     environments: tuple[dict[Text, Text], ...]
-    content_sha256: Sha256 | None = None  # None while it is being made
+    content_sha256: Sha256 | None = None  # None while the manifest is being made
 
     @property
     def blocks(self) -> list[range]:
@@ -333,7 +333,7 @@ class Manifest(Record):
         return in_order(range(*block) for block in self.view_blocks)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields with the hash over the others filled in, as they are stored."""
+        """Return the stored form: the fields, with the hash over the other fields filled in."""
         absent = {"content_sha256"} if self.shards is not None else {"content_sha256", "shards"}
         content = self.model_dump(mode="json", exclude=absent)
         return content | {"content_sha256": sha256_json(content)}
@@ -352,17 +352,17 @@ class Manifest(Record):
 
 
 class _Import(Record, extra="ignore"):
-    """What an import.json says of itself, as far as a refusal needs it; `exchange.import_record` has the whole."""
+    """The fields of an import.json that an error needs; `exchange.import_record` has all fields."""
 
     imported_from: Text
     lost: Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 def shards_of(manifest: Manifest, plan: Plan, name: object) -> tuple[ShardRecord, ...]:
-    """Return the plan's record of every source shard that a set holds, in order; `name` is for errors.
+    """Return the plan's record of every source shard in a set, in order; `name` is for errors.
 
     Raises:
-        LabelSetCorrupt: the manifest names others, or not in the plan's order, or all of them.
+        LabelSetCorrupt: the manifest's names are not the plan's, are not in its order, or are a full list instead of None.
     """
     if manifest.shards is None:
         return plan.source.shards
@@ -381,17 +381,17 @@ def shards_of(manifest: Manifest, plan: Plan, name: object) -> tuple[ShardRecord
 
 
 def samples_path(shard: str) -> PurePosixPath:
-    """Return where the samples of a source shard stand in a label set."""
+    """Return the path of the samples of a source shard in a label set."""
     return PurePosixPath("samples") / f"{shard}.parquet"
 
 
 def images_path(shard: str) -> PurePosixPath:
-    """Return where the images of a source shard stand in a self-contained label set."""
+    """Return the path of the images of a source shard in a self-contained label set."""
     return PurePosixPath(IMAGES_FOLDER) / f"{shard}.tar"
 
 
 def labels_path(shard: str, views: range) -> PurePosixPath:
-    """Return where the labels of a source shard and a block of views stand in a label set."""
+    """Return the path of the labels of a source shard and a block of views in a label set."""
     return PurePosixPath("labels") / f"views-{views.start:05d}-{views.stop - 1:05d}" / f"{shard}.parquet"
 
 
@@ -406,7 +406,7 @@ def stored_blocks(blocks: Iterable[range]) -> tuple[tuple[int, int], ...]:
 
 
 def label_blocks(folder: Path) -> list[range]:
-    """Return the blocks of views for which a folder holds label shards, by the names of their folders, in order."""
+    """Return the blocks of views that have label shards in a folder, by the names of the subfolders, in order."""
     blocks = []
     for path in sorted((folder / "labels").glob("views-*-*")):
         first, _, last = path.name.removeprefix("views-").partition("-")
@@ -416,12 +416,12 @@ def label_blocks(folder: Path) -> list[range]:
 
 
 def read_plan(folder: Path) -> Plan:
-    """Read and check `plan.json`."""
+    """Read and check `plan.json`, and return the plan."""
     return parse_plan(read_small(folder / PLAN_NAME), folder / PLAN_NAME)
 
 
 def parse_plan(data: bytes, name: object) -> Plan:
-    """Check the bytes of a `plan.json`; `name` is for errors."""
+    """Check the bytes of a `plan.json`, and return the plan; `name` is for errors."""
     values = _load_json(data, name)
     plan = _load_record(values, Plan, name)
     if canonical_json(plan.recipe.model_dump(mode="json")) != canonical_json(values["recipe"]):
@@ -430,15 +430,15 @@ def parse_plan(data: bytes, name: object) -> Plan:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json`, and check that it is the one that was written, for the plan that lies beside it."""
+    """Read `manifest.json`, check that it is unchanged and belongs to the plan in the same folder, and return it."""
     path = folder / MANIFEST_NAME
     return parse_manifest(read_small(path), path, plan_sha256=sha256_file(folder / PLAN_NAME))
 
 
 def parse_manifest(data: bytes, name: object, *, plan_sha256: str | None) -> Manifest:
-    """Check the bytes of a `manifest.json` that stands beside a plan of this hash; `name` is for errors.
+    """Check the bytes of a `manifest.json` for a plan with this hash, and return the manifest; `name` is for errors.
 
-    Without the hash of a plan (None) the manifest is checked by itself.
+    Without the hash of a plan (None), only the manifest is checked.
     """
     values = _load_json(data, name)
     manifest = _load_record(values, Manifest, name)
@@ -448,7 +448,7 @@ def parse_manifest(data: bytes, name: object, *, plan_sha256: str | None) -> Man
         raise LabelSetCorrupt(
             f"{name}: its content does not have the hash that it states: it was changed", fix=DAMAGED_MANIFEST
         )
-    # The hash covers what the JSON says. Other white space, or a digit more of a number, says the same, and is damage too.
+    # The hash covers the JSON's meaning. White space or extra digits of a number keep the meaning, but are damage too.
     if data != pretty_json(values):
         raise LabelSetCorrupt(
             f"{name}: it says what it said, in other bytes (white space, or how a number is written): it was changed",
@@ -484,7 +484,7 @@ def refuse_import(data: bytes, folder: object) -> LabelSetMismatch:
 
 
 def read_probes(values: list[dict[str, Any]], path: object) -> list[Probe]:
-    """Check the probes of a label shard's footer."""
+    """Check the probes of a label shard's footer, and return them."""
     try:
         return [Probe.model_validate_json(canonical_json(value)) for value in values]
     except ValidationError as error:
@@ -492,7 +492,7 @@ def read_probes(values: list[dict[str, Any]], path: object) -> list[Probe]:
 
 
 def pixel_environment(*, device: str, dtype: str, compiled: bool) -> dict[str, str]:
-    """Return what pixels and teacher outputs depend on beside the recipe: library versions, device and dtype."""
+    """Return the environment that pixels and outputs depend on besides the recipe: library versions, device and dtype."""
     packages = ("numpy", "opencv-python-headless", "pillow", "simplejpeg", "timm", "torch")
     how = f"{dtype} compiled" if compiled else dtype
     return {name: metadata.version(name) for name in packages} | {"device": device, "dtype": how}
@@ -504,7 +504,7 @@ def short(digest: str) -> str:
 
 
 def first_difference(mine: Any, theirs: Any, path: str = "") -> str:
-    """Return ` (path: mine, not theirs)` for the first place where two JSON values differ, or nothing."""
+    """Return ` (path: mine, not theirs)` for the first difference of two JSON values, or an empty text."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         pairs: Iterable[tuple[str, Any, Any]] = ((k, mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}))
     elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
@@ -529,7 +529,7 @@ def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
         what, fix = other_version(values, FORMAT, VERSION)
         raise LabelSetMismatch(f"{path} {what}", fix=fix)
     try:
-        # As text, because JSON has no tuples: there, strict mode takes lists for them.
+        # Validated as text: JSON has no tuples, so strict mode accepts lists for tuples only in text.
         return kind.model_validate_json(canonical_json(values))
     except ValidationError as error:
         raise LabelSetCorrupt(f"{path}: {_first_problem(error)}", fix=damaged_json(path)) from error

@@ -1,11 +1,11 @@
-"""Checks of a Parquet file before pyarrow reads it: it must run no code, and take no more memory than a table of the set needs.
+"""Checks of a Parquet file before pyarrow reads it: it must run no code, and need no more memory than a table of the set.
 
-pyarrow runs the deserialiser of a registered extension type as soon as a file is opened, takes the memory that a page header
-asks for at once (a page of some kB may say that it unpacks to 2 GiB, and zstd can keep that promise), and ends the process where
-statistics contradict each other. So the bytes are looked at first. Why not a library: pyarrow exposes no page headers and no memory
-pool with a limit.
+pyarrow runs the deserialiser of a registered extension type as soon as a file is opened. It allocates the memory that a page
+header asks for at once (a page of some kB may claim 2 GiB unpacked, and zstd can really unpack to that). It ends the process if
+statistics contradict each other. So the bytes are checked first. No library does this: pyarrow exposes no page headers and no
+memory pool with a limit.
 
-The footer says nothing that binds a page, so the page headers (Thrift, compact protocol) are walked where pyarrow will find them.
+The footer does not limit the size of a page, so the page headers (Thrift, compact protocol) are read where pyarrow reads them.
 """
 
 import base64
@@ -18,27 +18,27 @@ import pyarrow.parquet as pq
 from pipeline.errors import LabelSetCorrupt
 from pipeline.labels.format import DAMAGED_FILE
 
-MAX_PAGE_BYTES = 16 << 20  # pages have a MiB by every writer's default
+MAX_PAGE_BYTES = 16 << 20  # the default page size of every writer is about 1 MiB
 MAX_SAMPLES_BYTES = 1 << 30
-_BATCH_ROWS = 16  # of a samples file, whose texts may be a page long each: the bound is looked at after so many
+_BATCH_ROWS = 16  # rows of a samples file to read before the limit is checked again: each text may be a page long
 _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 12
-_WHOLE = (4, 5, 6)  # int16, int32, int64: all of them zigzag varints
-_HEADER_BYTES = 256  # a header's; what else could lie in so few unpacks to some MiB at most
-_ROW_GROUPS, _COLUMNS, _META = 4, 1, 3  # of the footer, a row group, a column chunk
-_CHUNK_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 7, 9, 11  # of a column's metadata
+_WHOLE = (4, 5, 6)  # int16, int32, int64: zigzag varints
+_HEADER_BYTES = 256  # bytes of a header; other data in so few bytes unpacks to some MiB at most
+_ROW_GROUPS, _COLUMNS, _META = 4, 1, 3  # fields of the footer, a row group, a column chunk
+_CHUNK_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 7, 9, 11  # fields of a column's metadata
 _UNPACKED, _PACKED = 2, 3  # fields of a page header: uncompressed_page_size, compressed_page_size
 _T = TypeVar("_T")
 
 
 class Chunk(NamedTuple):
-    """Where the pages of one column of one row group lie, in bytes."""
+    """The location of the pages of one column of one row group, in bytes."""
 
     start: int
     size: int
 
 
 def guarded(name: str, read: Callable[[], _T]) -> _T:
-    """Return what a call of pyarrow returns; every error that a damaged file makes it raise becomes LabelSetCorrupt."""
+    """Return the result of a call of pyarrow; every error that a damaged file causes becomes LabelSetCorrupt."""
     try:
         return read()
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError, OverflowError, MemoryError) as error:
@@ -50,9 +50,9 @@ def guarded(name: str, read: Callable[[], _T]) -> _T:
 def refuse_extension_types(data: bytes, name: str) -> None:
     """Raise LabelSetCorrupt for a file with Arrow extension types, before pyarrow sees it.
 
-    A registered extension type brings a deserialiser that runs as soon as the file is opened, and there are some that
-    unpickle. So the Parquet footer, which holds the Arrow schema in base64, is searched first; its structure is not
-    followed, because a hostile one could lead us past what pyarrow finds.
+    A registered extension type has a deserialiser that runs as soon as the file is opened, and some deserialisers unpickle.
+    So the Parquet footer, which holds the Arrow schema in base64, is searched first. Its structure is not followed, because a
+    hostile structure could hide what pyarrow finds.
     """
     start = max(0, len(data) - 8 - int.from_bytes(data[-8:-4], "little"))
     if any(data.find(mark, start) >= 0 for mark in _EXTENSION_MARKS):
@@ -60,7 +60,7 @@ def refuse_extension_types(data: bytes, name: str) -> None:
 
 
 def check_pages(data: bytes, groups: list[list[Chunk]], group: int, name: str) -> None:
-    """Raise LabelSetCorrupt for a row group in which a page says that it unpacks to more than any writer makes."""
+    """Raise LabelSetCorrupt for a row group with a page whose unpacked size is larger than any writer makes."""
     if group >= len(groups):
         raise LabelSetCorrupt(f"{name}: damaged Parquet: its footer lists {len(groups)} row groups", fix=DAMAGED_FILE)
     largest = guarded(name, lambda: largest_page(data, groups[group]))
@@ -71,10 +71,10 @@ def check_pages(data: bytes, groups: list[list[Chunk]], group: int, name: str) -
 
 
 def bounded_rows(parquet: pq.ParquetFile, schema: pa.Schema, name: str) -> pa.Table:
-    """Read a whole file, counting its bytes on the way: a dictionary or shared prefixes can unpack to any length.
+    """Read a whole file and count its bytes meanwhile: a dictionary or shared prefixes can unpack to any length.
 
     Raises:
-        LabelSetCorrupt: it unpacks to more than MAX_SAMPLES_BYTES.
+        LabelSetCorrupt: the file unpacks to more than MAX_SAMPLES_BYTES.
     """
     batches, size = [], 0
     for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
@@ -86,9 +86,9 @@ def bounded_rows(parquet: pq.ParquetFile, schema: pa.Schema, name: str) -> pa.Ta
 
 
 def column_chunks(data: bytes) -> list[list[Chunk]]:
-    """Return where the pages of each column of each row group lie, by the footer; ValueError where it cannot be followed.
+    """Return the location of the pages of each column of each row group; raise ValueError for an unreadable footer.
 
-    pyarrow says so too, but ends the process where statistics in a footer contradict each other.
+    pyarrow has this information too, but ends the process if statistics in a footer contradict each other.
     """
     stop = len(data) - 8
     start = stop - int.from_bytes(data[stop : stop + 4], "little")
@@ -107,14 +107,14 @@ def _chunk_of(meta: dict[int, Any]) -> Chunk:
 
 
 def largest_page(data: bytes, chunks: Iterable[Chunk]) -> int:
-    """Return the bytes that the largest page unpacks to; ValueError where the headers cannot be followed."""
+    """Return the unpacked size of the largest page in bytes; raise ValueError for unreadable headers."""
     largest = 0
     for chunk in chunks:
         at, stop = chunk.start, chunk.start + chunk.size
         if not 0 <= at <= stop <= len(data):
             raise ValueError("a column lies outside of the file")
         if (sizes := _begins_plainly(data, at, stop)) and 0 <= stop - at - sizes[1] <= _HEADER_BYTES:
-            largest = max(largest, sizes[0])  # one page, as good as always: ten times as fast
+            largest = max(largest, sizes[0])  # nearly always a single page: ten times as fast
             continue
         while at < stop:
             header = _Reader(data, at, stop)
@@ -128,7 +128,7 @@ def largest_page(data: bytes, chunks: Iterable[Chunk]) -> int:
 
 
 def _begins_plainly(data: bytes, at: int, stop: int) -> tuple[int, int] | None:
-    """Return unpacked and packed size of the page whose header begins here, if they stand there as every writer puts them."""
+    """Return the unpacked and packed size of the page whose header begins here, if it has the usual layout of writers."""
     values: list[int] = []
     for _ in range(3):  # fields 1 to 3, each an int32 one field on: type, unpacked, packed
         value = shift = 0
@@ -148,7 +148,7 @@ def _begins_plainly(data: bytes, at: int, stop: int) -> tuple[int, int] | None:
 
 
 def _base64_marks(text: bytes) -> tuple[bytes, ...]:
-    """Return what a base64 text with `text` in it must hold, for each place that it can have in a group of 3 bytes."""
+    """Return the texts that base64 of `text` contains, one for each offset of `text` in a group of 3 bytes."""
     whole = [base64.b64encode(bytes(lead) + text + bytes(2)) for lead in range(3)]
     return tuple(code[-(-lead * 8 // 6) : (lead + len(text)) * 8 // 6] for lead, code in enumerate(whole))
 
@@ -157,13 +157,13 @@ _EXTENSION_MARKS = _base64_marks(b"ARROW:extension")
 
 
 class _Reader:
-    """Reads one Thrift struct, and no further than `stop`."""
+    """Reader of one Thrift struct, limited by `stop`."""
 
     def __init__(self, data: bytes, at: int, stop: int) -> None:
         self._data, self.at, self._stop = data, at, stop
 
     def numbers(self, depth: int = 0) -> dict[int, int]:
-        """Return the whole numbers of a struct by field; all else is passed over."""
+        """Return the whole numbers of a struct by field; other fields are skipped."""
         if depth > 8:
             raise ValueError("a page header is nested too deep")
         found: dict[int, int] = {}
@@ -177,7 +177,7 @@ class _Reader:
         return found
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Return the whole numbers, structs and lists of a struct by field; all else is None."""
+        """Return the whole numbers, structs and lists of a struct by field; other fields are None."""
         if depth > 8:
             raise ValueError("a footer is nested too deep")
         found: dict[int, Any] = {}

@@ -1,7 +1,7 @@
 """Replay probes: proof that this machine renders the pixels that the teacher saw.
 
 A probe holds the hash of one view's pixels, a few of the pixels to measure a difference by, and the drawn mix. They
-are taken from the very batches that the teacher answered for, and rendered again before any label is trained on.
+are taken from the same batches that the teacher answered for, and rendered again before any training on the labels.
 """
 
 import base64
@@ -27,13 +27,13 @@ from pipeline.views.view import render_view
 log = logging.getLogger("deit_cli.replay")
 
 SAMPLED_BYTES = 768
-# Mean difference, in levels of 255, up to which only rounding moved (another SIMD road of a library, say). One level of
-# brightness is 1.0, and another crop, decoder or resize is more.
+# Mean difference, in levels of 255, up to which only rounding differs (another SIMD path of a library, say). One level of
+# brightness is 1.0, and another crop, decoder or resize gives more.
 TOLERANCE = 0.25
 
 
 def make_probe(pixels: NDArray[np.uint8], *, shard: str, row: int, view: int, partner: int | None, mix: Mix) -> Probe:
-    """Take a probe of one rendered view, uint8 [H, W, 3]."""
+    """Return a probe of one rendered view, uint8 [H, W, 3]."""
     return Probe(
         shard=shard,
         row=row,
@@ -47,7 +47,7 @@ def make_probe(pixels: NDArray[np.uint8], *, shard: str, row: int, view: int, pa
 
 
 def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) -> None:
-    """Raise LabelSetMismatch unless this is the very image, by key and bytes, that row `row` of `samples` names."""
+    """Raise LabelSetMismatch unless this is the image, by key and bytes, of row `row` of `samples`."""
     if sample.key != samples.key[row]:
         raise LabelSetMismatch(f"{shard}: the label is of {samples.key[row]!r}, the source has {sample.key!r} there")
     found = xxhash.xxh3_128_digest(sample.image)
@@ -61,10 +61,10 @@ def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) ->
 
 
 def check_replay(label_set: LabelSet, source: Source) -> float:
-    """Render every probe of the manifest again and compare.
+    """Render every probe of the manifest again, compare, and return the largest difference.
 
     Returns:
-        the largest mean difference over the probes, in levels of 255; 0.0 where every pixel is equal.
+        the largest mean difference over the probes, in levels of 255; 0.0 if every pixel is equal.
 
     Raises:
         ReplayError: pixels or mixes differ by more than rounding.
@@ -77,7 +77,7 @@ def check_replay(label_set: LabelSet, source: Source) -> float:
 
 
 def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samples_of) -> float:
-    """Render probes again and compare; `samples_of(shard)` gives the samples of a source shard."""
+    """Render probes again, and return the largest difference; `samples_of(shard)` gives the samples of a source shard."""
     worst = 0.0
     for probe in probes:
         samples = samples_of(probe.shard)
@@ -125,7 +125,7 @@ def pair_of(recipe: Recipe, samples: SampleRows, row: int, view: int) -> tuple[i
 def rendered_view(
     label_set: LabelSet, source: Source, shard: str, samples: SampleRows, row: int, view: int
 ) -> NDArray[np.uint8]:
-    """Render one view before mixing, uint8 [H, W, 3], of the very image that was labelled."""
+    """Render one view of the labelled image before mixing, and return it, uint8 [H, W, 3]."""
     sample = source.shard(shard)[row]
     check_image(sample, samples, row, shard=shard)
     return render_view(sample.image, label_set.recipe, sample.key, view)
@@ -144,7 +144,7 @@ def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
             f" 255 on average (at most {TOLERANCE} is rounding): the labels do not fit",
             fix="Compare the versions in `deit-cli labels info`",
         )
-    return max(difference, 1e-3)  # the hash differs, so something moved, sampled or not
+    return max(difference, 1e-3)  # the hash differs, so some pixel differs, even if no sampled one
 
 
 def _probe_sample(probe: Probe) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Plan first, manifest last: how a label set is claimed, how what is complete of it is committed, and what complete means."""
+"""Plan first, manifest last: how a label set is claimed, when it is complete, and how complete files are committed."""
 
 import dataclasses
 import itertools
@@ -33,13 +33,13 @@ MANIFEST_PROBES = 8
 
 
 def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[], None] = lambda: None) -> None:
-    """Write the plan first, create-only, and an open manifest that says which views are on the way.
+    """Write the plan first, create-only, and an open manifest that lists the views to be made.
 
     Args:
         out: folder of the label set.
-        plan: what it will be.
+        plan: plan of the label set.
         blocks: blocks of views.
-        offer: is called when the plan is written; where `out` stands for a URL, it may bring the plan of another machine.
+        offer: called after the plan is written; if `out` stands for a URL, it may download the plan of another machine.
     """
     _refuse_links(out, blocks)
     publish_file(out / PLAN_NAME, pretty_json(plan.model_dump(mode="json")))
@@ -58,7 +58,7 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
 
 
 def _refuse_links(out: Path, blocks: Sequence[range]) -> None:
-    """A folder of the set that is a link would have us write elsewhere, and every reader refuses what lies outside."""
+    """Refuse folders of the set that are links: files would be written elsewhere, and readers refuse files outside the set."""
     for folder in (out / "samples", *((out / labels_path("x", block)).parent for block in blocks)):
         if not folder.resolve().is_relative_to(out.resolve()):
             raise LabelSetCorrupt(
@@ -78,11 +78,11 @@ def seal(
     """List every complete file with its hash, and replace the manifest: the commit.
 
     Args:
-        out: the folder; it may hold a sealed set, whose blocks of views are listed too.
+        out: folder of the set; it may hold a sealed set, whose blocks of views are listed too.
         plan: plan of the label set.
         blocks: blocks of views, all complete.
-        shards: names of the source shards that it holds, in the plan's order; None: all.
-        images: whether the set holds its images; images that are sealed stay.
+        shards: names of the source shards in the set, in the plan's order; None: all.
+        images: whether the set holds its images; sealed images stay in the set.
     """
     known = set(blocks)
     manifest = None
@@ -92,7 +92,7 @@ def seal(
         manifest = _list_files(out, plan, in_order(known), shards, images)
     listed = {folder for entry in manifest.files for folder in (out / entry.path).parents}
     for folder in sorted(folder for folder in listed if folder.is_relative_to(out)):
-        sync_folder(folder)  # a killed run may have named its last file without doing so
+        sync_folder(folder)  # a killed run may have named its last file without syncing the folder
     replace_file(out / MANIFEST_NAME, pretty_json(manifest.to_json()))
 
 
@@ -101,11 +101,11 @@ def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> 
 
     Args:
         manifest: manifest of the set.
-        shards: names of the source shards that it holds.
-        place: where it lies, for errors.
+        shards: names of the source shards in the set.
+        place: location of the set, for errors.
 
     Raises:
-        LabelSetIncomplete: it is not sealed, or its views have a gap.
+        LabelSetIncomplete: the set is not sealed, or its views have a gap.
         LabelSetCorrupt: the manifest lists other files.
     """
     if not manifest.sealed:
@@ -120,7 +120,7 @@ def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> 
             fix="Compute the missing ones with --views",
         )
     wanted = len(shards) * (1 + len(blocks))
-    if wanted > 1000 + 2 * len(manifest.files):  # two long lists have a product that no memory holds
+    if wanted > 1000 + 2 * len(manifest.files):  # the product of two long lists may exceed the memory
         raise LabelSetCorrupt(
             f"{place}: the sealed manifest lists {len(manifest.files)} files, {len(shards)} source"
             f" shards and {len(blocks)} blocks of views need {wanted}"
@@ -165,7 +165,7 @@ def _list_files(
     if sealed := sealed_manifest(out):
         _check_same_samples(sealed, files, out)
     known = {entry.shard: entry for entry in sealed.files if entry.kind == "images"} if sealed else {}
-    if images or known:  # a tar is hashed once: a later manifest promises the same bytes as the first
+    if images or known:  # a tar is hashed only once: a later manifest keeps its first hash
         records = [record for record in plan.source.shards if record.name in shards]
         files += [known.get(record.name) or _images_entry(out, record) for record in records]
     return Manifest(
@@ -186,12 +186,12 @@ def thin_probes(probes: Sequence[Probe]) -> tuple[Probe, ...]:
 
 
 def check_untouched(out: Path, blocks: Sequence[range]) -> None:
-    """Raise LabelSetCorrupt if a file changed since it was sealed: a new manifest must not list it. A missing one is made again."""
+    """Raise LabelSetCorrupt if a sealed file has changed: a new manifest must not list it. A missing file is made again."""
     sealed = sealed_manifest(out)
     looked_at = {(block.start, block.stop) for block in blocks}
     for entry in sealed.files if sealed else ():
         path, views = out / entry.path, (entry.view_start, entry.view_stop)
-        if entry.kind == "images":  # its sealed entry stays, so its bytes are vouched for by nothing new
+        if entry.kind == "images":  # its sealed entry stays, so a new manifest makes no new promise about its bytes
             if path.is_file() and path.stat().st_size != entry.bytes:
                 raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and run again")
             continue
@@ -204,7 +204,7 @@ def check_untouched(out: Path, blocks: Sequence[range]) -> None:
 
 
 def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> None:
-    """The older labels are those of the images that the sealed samples files name, so these cannot change."""
+    """Check that the sealed samples files are unchanged: they name the images of the older labels."""
     found = {entry.path: entry for entry in files}
     for old in sealed.files:
         if old.kind == "samples" and old.path not in found:
@@ -244,7 +244,7 @@ def _entry(
 
 
 def sealed_manifest(out: Path) -> Manifest | None:
-    """Return the manifest of a folder if it is there and sealed."""
+    """Return the manifest of a folder if it exists and is sealed, or None."""
     with refusals_named(out):
         there = (out / MANIFEST_NAME).is_file()
     if not there:
@@ -254,11 +254,11 @@ def sealed_manifest(out: Path) -> Manifest | None:
 
 
 def check_replaceable(ours: Path, other: Path) -> None:
-    """Check another machine's file before it takes the place of ours: that it is whole, and of the same label set and images.
+    """Check a file of another machine before it replaces ours: it must be whole, and of the same label set and images.
 
     Raises:
-        LabelSetMismatch: it is of another label set, or other images lay under the same keys.
-        LabelSetCorrupt: it is damaged.
+        LabelSetMismatch: the file is of another label set, or had other images under the same keys.
+        LabelSetCorrupt: the file is damaged.
     """
     if ours.name == PLAN_NAME:
         parse_plan(read_small(ours), ours).check_same(parse_plan(read_small(other), other), folder=other)
@@ -275,7 +275,7 @@ def check_replaceable(ours: Path, other: Path) -> None:
         )
     else:
         ours_says, other_says = (read_labels_footer(path).model_dump(exclude=_MAY_DIFFER) for path in (ours, other))
-        read_all_views(other)  # its content hash
+        read_all_views(other)  # checks its content hash
         if ours_says != other_says:
             raise LabelSetMismatch(
                 f"{ours}: another machine's file of this name has other views or rows",
@@ -283,7 +283,7 @@ def check_replaceable(ours: Path, other: Path) -> None:
             )
 
 
-_MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # processors differ in last bits
+_MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # the last bits differ between processors
 
 
 def _same(ours: SampleRows, other: SampleRows) -> bool:

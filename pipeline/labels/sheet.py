@@ -19,7 +19,7 @@ TILE_INCHES = (2.1, 3.1)
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a contact sheet, uint8 [H, W, 3], and what stands above it."""
+    """A picture of a contact sheet, uint8 [H, W, 3], and the text above it."""
 
     pixels: NDArray[np.uint8]
     caption: str
@@ -30,7 +30,7 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
 
     Args:
         label_set: the set whose views are shown.
-        source: its images.
+        source: images of the set.
         path: PNG file to write.
         samples: number of rows of the sheet, spread over the source.
         views: number of columns of the sheet, the first views of the set.
@@ -54,7 +54,7 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
     title = f"{plan.teacher.name}\n{len(label_set.views)} views, recipe {plan.recipe_id[:12]}"
     figure.suptitle(title, fontsize=8, x=0.01, ha="left", parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():  # class names in a script that the font lacks show as boxes
+    with warnings.catch_warnings():  # class names in a script that the font lacks are shown as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
@@ -68,7 +68,7 @@ def _spread(label_set: LabelSet, count: int) -> list[tuple[str, int]]:
 
 
 def _tile(label_set: LabelSet, source: Source, name: str, row: int, view: int) -> Tile:
-    """Render one view of one sample, mixed with its partner, and say what it shows and what the teacher answered."""
+    """Return one view of one sample, mixed with its partner, with its class labels and the teacher's answer."""
     samples = label_set.samples(name)
     partner, mix = pair_of(label_set.recipe, samples, row, view)
     rows = [row] if partner is None else [row, partner]
@@ -87,7 +87,7 @@ def _tile(label_set: LabelSet, source: Source, name: str, row: int, view: int) -
 
 
 def _answer(label_set: LabelSet, name: str, row: int, view: int) -> list[str]:
-    """Return a line for each of the teacher's five most probable classes; with K = 0 one line with its class."""
+    """Return a line for each of the teacher's five most probable classes; with K = 0, one line with its hard label."""
     labels = label_set.read(name, view)
     at = int(np.searchsorted(labels.row, row))
     if not label_set.plan.topk:
@@ -97,7 +97,7 @@ def _answer(label_set: LabelSet, name: str, row: int, view: int) -> list[str]:
 
 
 def _class_name(label_set: LabelSet, index: int | None) -> str:
-    """Return the name of a class in at most 18 characters, or its number where classes have no names."""
+    """Return the name of a class in at most 18 characters, or its number if classes have no names."""
     if index is None:
         return "unlabelled"
     if label_set.class_names is None:

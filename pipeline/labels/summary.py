@@ -13,11 +13,11 @@ from pipeline.labels.tables import SampleRows
 from pipeline.text import byte_size, two_columns
 from pipeline.views.pairs import pairs_of
 
-MAX_ROWS = 200_000  # labels to read at most; the error of such a sample is below 0.3 percentage points
+MAX_ROWS = 200_000  # maximum number of labels to read; the error of such a sample is below 0.3 percentage points
 
 
 def summarise(label_set: LabelSet) -> dict[str, Any]:
-    """Return what a label set holds and how its labels look, as plain JSON values.
+    """Return the content of a label set and statistics of its labels, as plain JSON values.
 
     Agreement, entropy and kept mass are means over the first views, read until there are MAX_ROWS labels.
     """
@@ -56,7 +56,7 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
 
 
 def info_table(summary: Mapping[str, Any]) -> str:
-    """Return what `summarise` found, as text for people."""
+    """Return the result of `summarise` as text for people."""
     teacher, source, recipe = summary["teacher"], summary["source"], summary["recipe"]
     hit, entropy, kept = (summary[name] for name in ("hard_is_class_label_pct", "mean_entropy_nats", "mean_kept_mass"))
     first, stop = summary["views"]
@@ -119,7 +119,7 @@ def _look_at_labels(label_set: LabelSet, tables: dict[str, SampleRows]) -> dict[
 
 
 def _hits(label_set: LabelSet, samples: SampleRows, rows: LabelRows, view: int) -> NDArray[np.bool_]:
-    """Return whether `hard` is the class label of the image that makes up the larger part of each labelled view."""
+    """Return, for each labelled view, whether `hard` is the class label of the image with the larger part of the view."""
     recipe, hard = label_set.recipe, dict(zip(rows.row.tolist(), rows.hard.tolist(), strict=True))
     hits: list[bool] = []
     pairs = pairs_of(recipe, samples.key, samples.usable, view)
@@ -132,7 +132,7 @@ def _hits(label_set: LabelSet, samples: SampleRows, rows: LabelRows, view: int) 
 
 
 def _entropy(rows: LabelRows, num_classes: int) -> NDArray[np.float64]:
-    """Entropy in nats, float64 [N]; the tail counts as spread evenly over the classes that were not kept."""
+    """Return the entropy in nats, float64 [N]; the tail counts as spread evenly over the classes that were not kept."""
     prob, tail = rows.topk_prob.astype(float), rows.tail_mass.astype(float)
     others = max(1, num_classes - prob.shape[1])
     kept = -(prob * np.log(np.where(prob > 0, prob, 1))).sum(1)

@@ -1,8 +1,8 @@
-"""Tables of a label set: the Arrow schemas, and their exact way to Parquet and back.
+"""Tables of a label set: the Arrow schemas, and their exact conversion to Parquet and back.
 
-Two kinds of file. A samples file lists the samples of one source shard, in order. A label shard holds the teacher's
+There are two kinds of file. A samples file lists the samples of one source shard, in order. A label shard holds the teacher's
 answers for one source shard and one block of views: row group i is view `view_start + i`. Positions join the two:
-`row` of a label is the row of its sample. Each footer says what the file is, so a file found alone explains itself.
+`row` of a label is the row of its sample. Each footer identifies its file, so a file without its set can be understood.
 """
 
 from collections.abc import Sequence
@@ -43,14 +43,14 @@ from pipeline.storage.json import (
 
 FOOTER_KEY = b"deit_cli"
 MAX_VIEW_BYTES = 1 << 30  # of memory
-ROWS_AT_ONCE = 8192  # of views that are read at once, at most
+ROWS_AT_ONCE = 8192  # maximum number of rows of views that are read at once
 _WRITE: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 3,
     "use_dictionary": False,
     "write_page_checksum": True,
 }
-# A teacher's forward pass of a view costs a hundred times the 10 us; each byte is published, stored and read many times.
+# The teacher takes a hundred times the 10 us for a view; each byte is published, stored and read many times.
 _WRITE_LABELS: dict[str, Any] = _WRITE | {"compression_level": 15}
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -73,12 +73,12 @@ class SampleRows:
 
     Attributes:
         key: sample keys.
-        class_label: ground truth, None where unlabelled.
+        class_label: ground truth, None if unlabelled.
         image_bytes: uint32 [N], length of the encoded image.
         image_xxh3: 16 bytes each, xxh3-128 of the encoded image.
-        height: uint32 [N], pixels; 0 where the image is bad.
-        width: likewise.
-        bad: why an image cannot be used, None for a good one. A bad image has a row here and none in label shards.
+        height: uint32 [N], pixels; 0 if the image is bad.
+        width: uint32 [N], pixels; 0 if the image is bad.
+        bad: reason why an image cannot be used, None for a good image. A bad image has a row here and none in label shards.
     """
 
     key: tuple[str, ...]
@@ -98,7 +98,7 @@ class SampleRows:
         return np.flatnonzero([reason is None for reason in self.bad])
 
     def take(self, rows: NDArray[np.int64]) -> "SampleRows":
-        """Return some rows alone, in this order."""
+        """Return only these rows, in this order."""
         chosen = rows.tolist()
         key, label, xxh3, bad = (
             tuple(column[row] for row in chosen) for column in (self.key, self.class_label, self.image_xxh3, self.bad)
@@ -107,7 +107,7 @@ class SampleRows:
 
 
 class SamplesFooter(Record):
-    """What a samples file says of itself."""
+    """The content of a samples file's footer."""
 
     format: Literal["deit-cli-labels"] = FORMAT
     version: Literal[1] = VERSION
@@ -119,7 +119,7 @@ class SamplesFooter(Record):
 
 
 class LabelsFooter(Record):
-    """What a label shard says of itself. `content_xxh3` covers every value in it, `probes` the pixels behind it."""
+    """The content of a label shard's footer. `content_xxh3` covers every value in the file, `probes` the pixels behind it."""
 
     format: Literal["deit-cli-labels"] = FORMAT
     version: Literal[1] = VERSION
@@ -141,13 +141,13 @@ class LabelsFooter(Record):
 
     @property
     def codec(self) -> Codec:
-        """How its labels are stored."""
+        """The codec that stores its labels."""
         return codec_of(self.precision, self.num_classes, self.topk)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A whole file in memory under its name: the bytes that were checked are the bytes that are parsed."""
+    """A whole file in memory with its name: the bytes that were checked are the bytes that are parsed."""
 
     name: str
     data: bytes
@@ -157,31 +157,31 @@ class Contents:
 
     @cached_property
     def parquet(self) -> pq.ParquetFile:
-        """The file, opened once: views of one label shard are read in a row."""
+        """The open file, kept because views of one label shard are read in a row."""
         refuse_extension_types(self.data, self.name)
         data = pa.BufferReader(self.data)
         return guarded(self.name, lambda: pq.ParquetFile(data, page_checksum_verification=True))
 
     @cached_property
     def chunks(self) -> list[list[Chunk]]:
-        """Where the columns of each row group lie."""
+        """Locations of the columns of each row group."""
         return guarded(self.name, lambda: column_chunks(self.data))
 
     @cached_property
     def labels_footer(self) -> LabelsFooter:
-        """What a label shard says of itself, parsed once."""
+        """The footer of a label shard, parsed once."""
         return _footer(self.parquet, self.name, LabelsFooter)
 
     @cached_property
     def labels_layout(self) -> LabelsFooter:
-        """The footer again, after schema and row groups were found to be as it says."""
+        """The footer, after schema and row groups were checked against it."""
         footer = self.labels_footer
         _check_layout(self.parquet, self.name, footer)
         return footer
 
 
 def labels_schema(codec: Codec) -> pa.Schema:
-    """Return the exact schema of the label shards that a codec fills."""
+    """Return the exact schema of the label shards of a codec."""
     rows = [pa.field(name, pa.uint32(), nullable=False) for name in ("view", "row")]
     return pa.schema([*rows, *(column_field(name, codec.record[name]) for name in codec.columns)])
 
@@ -189,7 +189,7 @@ def labels_schema(codec: Codec) -> pa.Schema:
 def write_labels(file: BinaryIO, views: Sequence[LabelRows], footer: LabelsFooter) -> None:
     """Write one label shard: a row group for each view."""
     schema = labels_schema(footer.codec)
-    # Bytes of one significance side by side compress best; rows and views are runs, so their differences do.
+    # Putting bytes of one significance side by side compresses best; rows and views form runs, so their differences compress best.
     split = {column_leaf(field): "BYTE_STREAM_SPLIT" for field in schema}
     encoding = split | dict.fromkeys(("view", "row"), "DELTA_BINARY_PACKED")
     with pq.ParquetWriter(
@@ -217,38 +217,38 @@ def write_samples(file: BinaryIO, samples: SampleRows, footer: SamplesFooter) ->
 
 
 def read_labels_footer(file: Path | Contents) -> LabelsFooter:
-    """Read what a label shard says of itself, without its rows."""
+    """Return the footer of a label shard, without reading its rows."""
     return _contents(file).labels_footer
 
 
 def read_samples_footer(file: Path | Contents) -> SamplesFooter:
-    """Read what a samples file says of itself, without its rows."""
+    """Return the footer of a samples file, without reading its rows."""
     file = _contents(file)
     return _footer(file.parquet, file.name, SamplesFooter)
 
 
 def read_view(file: Path | Contents, view: int) -> LabelRows:
-    """Read one view of a label shard, and check schema, counts and ranges of what was read.
+    """Read one view of a label shard, and check its schema, counts and ranges.
 
     Raises:
-        LabelSetCorrupt: the file is not what its footer says.
+        LabelSetCorrupt: the file does not match its footer.
     """
     (rows,) = read_views(_contents(file), view, 1)
     return rows
 
 
 def read_views(file: Contents, first: int, most: int) -> list[LabelRows]:
-    """Read views of a label shard in a row, and check them as `read_view` does.
+    """Read consecutive views of a label shard, and check them as `read_view` does.
 
     One call for several views is faster: a call of the library costs as much as a hundred rows.
 
     Args:
         file: a label shard.
         first: the first of these views.
-        most: how many are wanted, at least 1.
+        most: maximum number of views, at least 1.
 
     Returns:
-        at least the first view, and after it as many as are wanted, are there, fit in ROWS_AT_ONCE and are sound.
+        the first view, and the following ones up to `most` that exist, fit in ROWS_AT_ONCE and are valid.
     """
     footer = file.labels_layout
     if not footer.view_start <= first < footer.view_stop:
@@ -296,7 +296,7 @@ def read_samples(file: Path | Contents) -> SampleRows:
 
 
 def column_field(name: str, kind: np.dtype[Any]) -> pa.Field:
-    """Return the column for a field of a codec's record: numbers, or lists of them where the field has a width."""
+    """Return the column for a field of a codec's record: numbers, or lists of numbers if the field has a width."""
     element = pa.from_numpy_dtype(kind.base)
     if not kind.shape:
         return pa.field(name, element, nullable=False)
@@ -304,12 +304,12 @@ def column_field(name: str, kind: np.dtype[Any]) -> pa.Field:
 
 
 def column_leaf(field: pa.Field) -> str:
-    """Return the name that Parquet gives to the numbers of a column."""
+    """Return the name of a column's numbers in Parquet."""
     return f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
 
 
 def column_array(values: NDArray[Any], field: pa.Field) -> pa.Array:
-    """Return numbers [N], or lists of them [N, K], as a column holds them."""
+    """Return numbers [N], or lists of numbers [N, K], in the form of a column."""
     flat = pa.array(np.ascontiguousarray(values).ravel())
     return pa.FixedSizeListArray.from_arrays(flat, type=field.type) if pa.types.is_fixed_size_list(field.type) else flat
 
@@ -383,7 +383,7 @@ def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
 
 
 def _read_run(file: Contents, footer: LabelsFooter, views: range) -> list[LabelRows]:
-    """Read and check some views; where a later one is damaged, the first alone."""
+    """Read and check some views; if a later view is damaged, return only the first one."""
     try:
         rows = _read_row_groups(file, footer, views)
     except LabelSetCorrupt:
@@ -395,7 +395,7 @@ def _read_run(file: Contents, footer: LabelsFooter, views: range) -> list[LabelR
 
 
 def _read_row_groups(file: Contents, footer: LabelsFooter, views: range) -> LabelRows:
-    """Read and check views, one behind the other."""
+    """Read and check views, and return their rows in sequence."""
     groups = [view - footer.view_start for view in views]
     for group in groups:
         check_pages(file.data, file.chunks, group, file.name)
@@ -416,6 +416,6 @@ def _rows_of(table: pa.Table, footer: LabelsFooter) -> LabelRows:
 
 
 def _values(column: pa.ChunkedArray) -> NDArray[Any]:
-    """Return the numbers of a column, those of lists one behind the other."""
+    """Return the numbers of a column; numbers in lists are joined into one array."""
     whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     return (whole.flatten() if pa.types.is_fixed_size_list(whole.type) else whole).to_numpy()

@@ -1,4 +1,4 @@
-"""Settings of the commands but `train` and `evaluate`. The command line takes its options from these fields."""
+"""Settings of all commands except `train` and `evaluate`. The command line takes its options from these fields."""
 
 import os
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["local", "ray"]
 Pixels = Literal["views", "originals"]
 Encoding = Literal["png", "jpeg"]
-ORIGINAL = "original"  # --include-images: the encoded files as they are
+ORIGINAL = "original"  # --include-images: keep the encoded files unchanged
 MAX_SHORTER = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The networks that answer, and how they run."""
+    """The teacher networks and how they run."""
 
     teacher: tuple[str, ...] = option(
         ("regnety_160",),
@@ -70,7 +70,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig:
-    """What to label, and how."""
+    """Settings of `precompute`: the data to label, and how."""
 
     data: str = option(
         REQUIRED,
@@ -183,7 +183,7 @@ class PrecomputeConfig:
 
     @property
     def folder(self) -> Path:
-        """Where this machine writes the label set: `out`, or the folder that stands for a URL."""
+        """Local folder of the label set: `out`, or the folder that stands for a URL."""
         return working_folder(self.out)
 
     def __post_init__(self) -> None:
@@ -205,13 +205,13 @@ class PrecomputeConfig:
 
     @property
     def shorter_side(self) -> int | None:
-        """Pixels to which included images are shrunk; None: not at all."""
+        """Size in pixels to which included images are shrunk; None: images are not shrunk."""
         return None if self.include_images in (None, ORIGINAL) else int(self.include_images)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimingConfig:
-    """How long `estimate` and `bench` measure."""
+    """Measuring times of `estimate` and `bench`."""
 
     seconds: float = option(2.0, "Seconds to spend on each measurement, approximately.", group="Run", low=0.1, high=600)
 
@@ -221,7 +221,7 @@ class TimingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig(TimingConfig):
-    """The training that labels are made for, and how long to measure."""
+    """The planned training, and how long to measure."""
 
     images: int | None = option(
         None,
@@ -240,7 +240,7 @@ class EstimateConfig(TimingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(TimingConfig):
-    """What `bench stage1` labels, and how long it measures."""
+    """The labelling that `bench stage1` runs, and how long it measures."""
 
     images: int = option(512, "Largest number of images for the run of all parts together.", group="Data", low=2)
 
@@ -297,7 +297,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What to export of a label set, and how."""
+    """Settings for the export of a label set."""
 
     views: tuple[int, int] | None = option(
         None, "View numbers START:STOP to export; by default the first view alone.", group="Data"

@@ -1,6 +1,6 @@
-"""A setting is written once, as a field of a config dataclass: its default, help, range, choices and group.
+"""Fields of config dataclasses: each setting is written once, with its default, help, range, choices and group.
 
-Command-line options, files of settings, checks of ranges and what may change on resume are all read from the field.
+Command-line options, files of settings, range checks and the list of settings that may change on resume come from the field.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def option(
     timed: bool = True,
     planned: bool = False,
 ) -> Any:
-    """Return a config field with all that is known of the setting.
+    """Return a config field with all properties of the setting.
 
     The type hint of the field adds the rest: a `Literal` lists the choices, `| None` means that the setting may be left
     out, and a tuple of any length means that the option may be repeated.
@@ -45,9 +45,9 @@ def option(
         group: heading in `--help`.
         low: smallest value; None: any.
         high: largest value; None: any. It needs a `low`.
-        bare: value that the option has when it is passed without one; None: it must have one.
+        bare: value of the option when it is passed without a value; None: a value is required.
         free: whether a resumed run may change it.
-        timed: whether `estimate` and `bench` have this option, too: it changes how fast the work goes.
+        timed: whether `estimate` and `bench` have this option, too: it changes the speed of the work.
         planned: whether the plan of a label set fixes it, so that `labels extend` does not have this option.
     """
     known = {"low": low, "high": high, "bare": bare, "free": free, "timed": timed, "planned": planned}
@@ -56,7 +56,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A field of a config with what `option` and its type hint say. Attributes without a line here are those of `option`.
+    """A field of a config, with the arguments of `option` and its type hint. Attributes not listed here are those of `option`.
 
     Attributes:
         name: name of the field.
@@ -89,12 +89,12 @@ class Setting:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names that the setting may have in a file."""
+        """Names of the setting in a file."""
         return *(flag[2:].replace("-", "_") for flag in self.flags if flag.startswith("--")), self.name
 
     @property
     def wanted(self) -> str:
-        """The values that it takes in a file, for an error message."""
+        """The allowed values in a file, for an error message."""
         parts = [KINDS[self.kind].text + (" or a list of them" if self.repeats else "")] if self.kind else []
         parts += [("one of " if len(self.words) > 1 else "") + ", ".join(self.words)] if self.words else []
         return " or ".join([*parts, "null"] if self.optional else parts)
@@ -109,7 +109,7 @@ class Setting:
         return (isinstance(value, str) and value in self.words) or (self.kind and KINDS[self.kind].holds(value))
 
     def check(self, value: Any) -> None:
-        """Raise UsageError for a value that is out of range or not one of the choices."""
+        """Raise UsageError for a value that is out of range or not among the choices."""
         if value is None or value in self.words:
             return
         if self.kind is None:
@@ -134,7 +134,7 @@ def settings_of(config: type) -> tuple[Setting, ...]:
 
 
 def check_settings(config: Any) -> None:
-    """Raise UsageError for a field of a config that is out of range or not one of its choices."""
+    """Raise UsageError for a field of a config that is out of range or not among its choices."""
     for setting in settings_of(type(config)):
         setting.check(getattr(config, setting.name))
 
@@ -154,8 +154,8 @@ class Kind:
     """A type of value in a file of settings.
 
     Attributes:
-        text: what an error message calls it.
-        holds: whether a value that YAML gave has this type.
+        text: name of the type in an error message.
+        holds: whether a value from YAML has this type.
     """
 
     text: str

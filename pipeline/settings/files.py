@@ -1,6 +1,6 @@
-"""Settings in a YAML file: named as the options of the command line, with the types of the config's fields.
+"""Settings in a YAML file, with the names of command-line options and the types of the config's fields.
 
-A file may also have `recipe` and `set`, as the command line has; there `set` is a mapping of recipe fields.
+Like the command line, a file may have `recipe` and `set`; `set` is a mapping of recipe fields.
 """
 
 import dataclasses
@@ -55,13 +55,13 @@ def read_settings(path: Path, *kinds: type, recipe: bool = True) -> dict[str, An
 
 
 def plain_settings(config: Any) -> dict[str, Any]:
-    """Return a config as a file would hold it; a setting that is None is left out, as an option would be."""
+    """Return a config in the form of a settings file; a setting that is None is left out."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as a file would hold it: the nearest preset as `recipe`, the fields that differ from it as `set`."""
+    """Return a recipe in the form of a settings file: the nearest preset as `recipe`, the other fields as `set`."""
     fields = recipe.model_dump(mode="json")
 
     def changes(preset: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _nearest(key: str, names: Iterable[str]) -> str:
 
 
 def _as_option(value: Any, setting: Setting) -> Any:
-    """Return a value as click takes it from a map of defaults."""
+    """Return a value in the form that click takes from a map of defaults."""
     if isinstance(value, list):
         return tuple(value)
     return (value,) if setting.repeats else value
@@ -129,7 +129,7 @@ def _short(value: Any) -> str:
 def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Return a preset by name, or the recipe of a YAML file, with fields replaced by `overrides`.
 
-    A YAML file holds recipe fields; `preset: NAME` in it says which preset the others start from (default `deit`).
+    A YAML file holds recipe fields; `preset: NAME` names the preset for all other fields (default `deit`).
     """
     values = {} if name_or_path in PRESETS else _read_yaml(Path(name_or_path))
     preset = values.pop("preset", name_or_path if name_or_path in PRESETS else DEFAULT_RECIPE)
@@ -139,7 +139,7 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> R
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Read one `field=value` of the command line; the value is YAML."""
+    """Return field and value of one `field=value` of the command line; the value is YAML."""
     name, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"a recipe override is FIELD=VALUE, such as img_size=32, got {text!r}")

@@ -1,4 +1,4 @@
-"""Options of the command line: those of configs, each with its help, type and default, and those that commands share."""
+"""Options of the command line: those of configs, each with its help, type and default, and those shared by commands."""
 
 import dataclasses
 import logging
@@ -15,17 +15,17 @@ log = logging.getLogger("deit_cli")
 
 
 class ViewsType(click.ParamType):
-    """START:STOP, or a number of views from 0."""
+    """A range START:STOP, or a number of views from 0."""
 
     name = "START:STOP"
 
     @staticmethod
     def text(views: tuple[int, int]) -> str:
-        """Return how a user would write it."""
+        """Return the text that a user would write for these views."""
         return f"{views[0]}:{views[1]}"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Turn the text into two numbers."""
+        """Return the two numbers of the text."""
         if isinstance(value, tuple):
             return value
         start, colon, stop = str(value).partition(":")
@@ -43,7 +43,7 @@ class NumberOrWord(click.ParamType):
         self.name = "|".join(("INTEGER", *words))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """Turn the text into a number, unless it is one of the words."""
+        """Return the number, or the text if it is one of the words."""
         text = str(value).lower()
         try:
             return text if text in self.words else int(text)
@@ -52,14 +52,14 @@ class NumberOrWord(click.ParamType):
 
 
 class GroupedOption(click.Option):
-    """An option that says under which heading `--help` shows it: one of `fields.GROUPS`."""
+    """An option with a heading in `--help`: one of `fields.GROUPS`."""
 
     def __init__(self, *args: Any, group: str, **known: Any) -> None:
         super().__init__(*args, **known)
         self.group = group
 
 
-plain_option = partial(click.option, cls=GroupedOption)  # of a single command; those of configs are made by options_of
+plain_option = partial(click.option, cls=GroupedOption)  # for a single command; options_of makes those of configs
 
 
 def options_of(config: type, *, where: Callable[[Setting], bool] = lambda _: True) -> Callable[[Any], Any]:
@@ -99,7 +99,7 @@ def _type_of(setting: Setting) -> Any:
 
 
 def recipe_options(command: Any) -> Any:
-    """Add --recipe and --set."""
+    """Add --recipe and --set to a command, and return it."""
     command = plain_option(
         "--set",
         "overrides",
@@ -125,7 +125,7 @@ LOG_JSON = plain_option(
 AS_JSON = plain_option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.", group="Logging")
 
 
-RECIPE_FIELDS = "deit_cli.recipe_fields"  # what a file of settings says under `set`, in the command's context
+RECIPE_FIELDS = "deit_cli.recipe_fields"  # key in the command's context for the settings under `set` in a file
 
 
 def config_option(*kinds: type) -> Callable[[Any], Any]:
@@ -155,7 +155,7 @@ def config_option(*kinds: type) -> Callable[[Any], Any]:
 
 
 def split_values(values: dict[str, Any], *kinds: type) -> Any:
-    """Make one config of each kind from the values of its own options."""
+    """Return one config of each kind, made from the values of its own options."""
     return tuple(
         kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}) for kind in kinds
     )
@@ -171,18 +171,18 @@ def chosen_recipe(values: Mapping[str, Any]) -> Any:
 
 
 def asked_recipe(values: Mapping[str, Any]) -> Any:
-    """Return the recipe as `chosen_recipe` does; None where neither the options nor the file say anything of it."""
+    """Return the recipe as `chosen_recipe` does; None if neither the options nor the file set any part of it."""
     said = values["recipe"] is not None or values["overrides"] or recipe_fields()
     return chosen_recipe(values) if said else None
 
 
 def recipe_fields() -> dict[str, Any]:
-    """Return the fields of the recipe that the file of settings has."""
+    """Return the recipe fields from the file of settings."""
     return click.get_current_context().meta.get(RECIPE_FIELDS, {})
 
 
 def say_settings(*configs: Any, recipe: Any) -> None:
-    """Log what differs from the defaults, as options that can be passed again."""
+    """Log the settings that differ from the defaults, as options that can be passed again."""
     from pipeline.settings.files import describe_settings
 
     log.info("settings: %s", describe_settings(*configs, recipe=recipe))

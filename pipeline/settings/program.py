@@ -1,4 +1,4 @@
-"""The program around its commands: signals, exit codes, one line for each error, and options of `--help` in groups."""
+"""The program around its commands: signals, exit codes, one line for each error, and `--help` with options in groups."""
 
 import logging
 import re
@@ -29,7 +29,7 @@ class Command(click.Command):
     """A command that refuses empty values, shows its options in groups, and keeps their values for a crash report.
 
     Attributes:
-        continues: how a stopped command goes on, for the message that it ends with; empty: it starts again.
+        continues: how to continue a stopped command, for its last message; empty: it starts again from the beginning.
     """
 
     def __init__(self, *args: Any, continues: str = "", **known: Any) -> None:
@@ -37,7 +37,7 @@ class Command(click.Command):
         self.continues = continues
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments; an empty one is what a shell makes of a variable that is not set."""
+        """Return the remaining arguments; refuse an empty one, which a shell makes of an unset variable."""
         for before, argument in zip(["", *args], args, strict=False):
             if argument == "" or re.fullmatch(r"--[\w-]+=", argument):
                 where = argument.removesuffix("=") or before
@@ -66,18 +66,18 @@ class Command(click.Command):
                     formatter.write_dl([(names.ljust(width), text) for names, text in rows], col_max=WIDEST)
 
 
-WIDEST = 36  # characters of an option's names that stand before its help; longer ones have a line of their own
+WIDEST = 36  # maximum width of option names before their help; longer names have their own line
 
 
 class Group(click.Group):
-    """A group of such commands, and of groups."""
+    """A group of such commands and groups."""
 
     command_class = Command
     group_class = type
 
 
 class Terminated(BaseException):
-    """SIGTERM: what a scheduler sends before it takes the machine away."""
+    """The exception for SIGTERM, which a scheduler sends before it takes the machine away."""
 
 
 def run(commands: Group) -> None:
@@ -103,7 +103,7 @@ def run(commands: Group) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo(f"stopped{_continued(commands, settings)}", err=True)
         code = 130
-    except Exception as error:  # nobody foresaw it
+    except Exception as error:  # an unforeseen error
         from pipeline.crash import CRASHED
 
         click.echo(_reported(error, settings), err=True)
@@ -112,7 +112,7 @@ def run(commands: Group) -> None:
 
 
 def _stop_once(reason: type[BaseException]) -> Callable[..., None]:
-    """Return a signal handler that raises `reason`; further signals are ignored, so that they do not disturb the end."""
+    """Return a signal handler that raises `reason`; further signals are ignored, so that they do not disturb the shutdown."""
 
     def stop(*_: object) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -123,7 +123,7 @@ def _stop_once(reason: type[BaseException]) -> Callable[..., None]:
 
 
 def _continued(commands: Group, settings: dict[str, Any]) -> str:
-    """Return how the command that was stopped goes on, if it does."""
+    """Return how to continue the command that was stopped, if it can be continued."""
     command: Any = commands
     for name in settings.get("command", "").split()[1:]:
         command = command.commands[name]
@@ -137,7 +137,7 @@ def _report_thread(settings: dict[str, Any], of_thread: threading.ExceptHookArgs
 
 
 def _reported(error: BaseException | None, settings: dict[str, Any]) -> str:
-    """Write the report of an unforeseen error, and return what to say of it."""
+    """Write the report of an unforeseen error, and return the message for the user."""
     from pipeline.crash import crash_of, save_report
 
     crash = crash_of(error or RuntimeError("unknown"))

@@ -1,4 +1,4 @@
-"""Which worker has which label shard: fast workers get more of them, and a lost worker's go to another."""
+"""Dispatch label shards to workers: fast workers get more shards, and the shards of a lost worker go to another one."""
 
 import logging
 from collections import deque
@@ -8,19 +8,19 @@ from pipeline.errors import WorkerError
 from pipeline.repeats import warn_counted
 from pipeline.stage1.loop import LabelTask
 
-TRIES = 3  # a label shard that costs so many workers is set aside, and the others are finished
+TRIES = 3  # a label shard that has cost so many workers is set aside, and the others are finished
 
 
 @dataclass
 class Dispatcher:
-    """Hands out label shards, and knows who has which.
+    """Hands out label shards and records which worker has which shard.
 
     Attributes:
-        waiting: tasks that nobody has; those that were lost come last.
-        taken: worker to the tasks that it has.
-        losses: how many workers each task has cost.
-        set_aside: tasks that cost too many.
-        gone: workers that were given up. One that wakes up again gets nothing more; what it finishes is whole all the same.
+        waiting: tasks that no worker has; tasks of lost workers come last.
+        taken: maps each worker to its tasks.
+        losses: number of workers that each task has cost.
+        set_aside: tasks that cost too many workers.
+        gone: workers that were given up. If such a worker wakes up, it gets no more tasks; a file that it finishes is still valid.
     """
 
     waiting: deque[LabelTask]
@@ -30,9 +30,9 @@ class Dispatcher:
     gone: set[str] = field(default_factory=set)
 
     def take(self, worker: str) -> LabelTask | None:
-        """Return the next task for a worker, or None if it should end.
+        """Return the next task for a worker, or None if the worker should end.
 
-        A task that has cost a worker is given to one that has nothing else, so that only the guilty one is set aside.
+        A task that has cost a worker is given to a worker that has no other task, so that only the faulty task is set aside.
         """
         mine = self.taken.setdefault(worker, [])
         suspect = bool(self.waiting) and self.waiting[0] in self.losses
@@ -42,12 +42,12 @@ class Dispatcher:
         return mine[-1]
 
     def finish(self, worker: str, task: LabelTask) -> None:
-        """Note that a worker's task is complete."""
+        """Record that a worker's task is complete."""
         if worker not in self.gone:
             self.taken[worker].remove(task)
 
     def lose(self, worker: str) -> int:
-        """Give a lost worker's tasks to the others, or set them aside; return how many it had."""
+        """Give a lost worker's tasks to the others, or set them aside; return the number of these tasks."""
         self.gone.add(worker)
         lost = self.taken.pop(worker, [])
         for task in lost:
@@ -57,14 +57,14 @@ class Dispatcher:
 
     @property
     def finished(self) -> bool:
-        """Whether no task is waiting or taken."""
+        """Return whether no task is waiting or taken."""
         return not self.waiting and not any(self.taken.values())
 
     def check(self, cause: str | None = None) -> None:
         """Raise WorkerError if tasks were set aside.
 
         Args:
-            cause: of what the last worker died, where it could say so.
+            cause: error that ended the last lost worker, if it could be reported.
         """
         if self.set_aside:
             names = ", ".join(f"{t.shard} views {t.views.start}:{t.views.stop}" for t in self.set_aside[:8])
@@ -79,29 +79,29 @@ class Dispatcher:
 
 
 class WorkersLost:
-    """Warns of workers that were lost, and gives up when too many of them died before their first task."""
+    """Warns about lost workers, and gives up when too many workers died before their first task."""
 
     def __init__(self, logger: logging.Logger, workers: str) -> None:
         """Count from 0.
 
         Args:
             logger: logger of the engine.
-            workers: what its workers are called, in the plural.
+            workers: name of the workers in messages, in the plural.
         """
         self._log, self._workers = logger, workers
         self._died_before_first_task = 0
 
     def add(self, worker: str, reason: str, *, tasks: int, cause: str | None) -> None:
-        """Warn of one more.
+        """Warn about another lost worker.
 
         Args:
-            worker: what a person calls it.
-            reason: why it was lost.
-            tasks: how many tasks it had.
-            cause: of what it died, where it could say so.
+            worker: name of the worker in messages.
+            reason: why the worker was lost.
+            tasks: number of tasks that the worker had.
+            cause: error that ended the worker, if it could be reported.
 
         Raises:
-            WorkerError: as many as TRIES died before their first task.
+            WorkerError: TRIES workers died before their first task.
         """
         message = "%s was lost (%s): its %d label shards go to another"
         warn_counted(self._log, f"lost {self._workers}", message, worker, reason, tasks)

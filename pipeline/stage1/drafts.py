@@ -1,4 +1,4 @@
-"""A label shard that is being filled: rows arrive in any order, and the file is published when all of them are there."""
+"""Drafts of label shards: rows arrive in any order, and the file is published when it is complete."""
 
 import logging
 from functools import partial
@@ -18,11 +18,11 @@ from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.drafts")
 
-SUSPICIOUS = 256  # a label shard of at least so many labels, all of one class, is worth a warning
+SUSPICIOUS = 256  # warn if a label shard with at least so many labels has only one class
 
 
 class LabelDraft:
-    """The rows of one label shard, filled in any order, and held as they will be stored (44 bytes each for K = 10 in float16)."""
+    """The rows of one label shard, filled in any order and held in their stored form (44 bytes each for K = 10 in float16)."""
 
     def __init__(self, samples: SampleRows, shard: str, views: range, plan: Plan) -> None:
         self.shard, self.views, self._samples = shard, views, samples
@@ -37,7 +37,7 @@ class LabelDraft:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every row of every view has its answer."""
+        """Return whether every row of every view has its answer."""
         return self._left == 0
 
     def add(
@@ -55,7 +55,7 @@ class LabelDraft:
         self._left -= len(rows)
 
     def add_probe(self, batch: ViewBatch, recipe: Recipe) -> None:
-        """Keep the first sample's first view and the last sample's last view as probes, when their batch comes by."""
+        """Keep the first sample's first view and the last sample's last view as probes, if the batch contains them."""
         ends = {(int(self._row[0]), self.views[0]), (int(self._row[-1]), self.views[-1])}
         for row, view in sorted(ends):
             if view == batch.view and (at := (batch.rows == row).nonzero().ravel()).numel():
@@ -64,12 +64,12 @@ class LabelDraft:
                 self.probes.append(make_probe(pixels, shard=self.shard, row=row, view=view, partner=partner, mix=mix))
 
     def rows_of_views(self) -> list[LabelRows]:
-        """Return the rows as they are stored, view by view."""
+        """Return the rows in their stored form, one entry for each view."""
         return [self._codec.decode(self._row, stored) for stored in self._stored]
 
 
 def publish_draft(out: Path, plan: Plan, draft: LabelDraft, environment: dict[str, str]) -> int:
-    """Write a complete draft as the label shard that it is, and return its bytes; another writer's file stays."""
+    """Publish a complete draft as a label shard, and return its size in bytes; a file of another writer is kept."""
     views = draft.rows_of_views()
     if plan.teacher.num_classes > 1:
         _warn_of_one_class(draft, views)
@@ -96,7 +96,7 @@ def publish_draft(out: Path, plan: Plan, draft: LabelDraft, environment: dict[st
 
 
 def _warn_of_one_class(draft: LabelDraft, views: list[LabelRows]) -> None:
-    """Warn where all views have one class: such a teacher is broken, though its answers are finite."""
+    """Warn if all views have the same class: the teacher is then broken, although its answers are finite."""
     if len(draft) < SUSPICIOUS:
         return
     first = views[0].hard[0]

@@ -1,4 +1,4 @@
-"""The local engine: label shards in this process, or in one process for each device, which take them as they need them."""
+"""The local engine: label shards in this process, or in one process for each device. Each process takes shards as it needs them."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ from pipeline.teacher.teacher import Teacher
 
 log = logging.getLogger("deit_cli.engines")
 
-END_S = 10  # that a process gets to end when it is told to
+END_S = 10  # time for a process to end after it is told to
 
 
 def run_here(job: Job, teacher: Teacher, tasks: Sequence[LabelTask], tally: Tally) -> None:
@@ -37,7 +37,7 @@ def run_here(job: Job, teacher: Teacher, tasks: Sequence[LabelTask], tally: Tall
 
 
 def run_processes(job: Job, teacher: Teacher, devices: Sequence[str], tasks: Sequence[LabelTask], tally: Tally) -> None:
-    """Label in one process for each device; one that dies is replaced, and its label shards go to the others."""
+    """Label in one process for each device; a process that dies is replaced, and its label shards go to the others."""
     dispatcher = Dispatcher(deque(tasks))
     processes = TeacherProcesses(job, teacher, dispatcher, tally)
     try:
@@ -52,21 +52,21 @@ def run_processes(job: Job, teacher: Teacher, devices: Sequence[str], tasks: Seq
 
 @dataclass
 class _TeacherProcess:
-    """A process, our end of its pipe, and its device."""
+    """A teacher process, the parent's end of its pipe, and its device."""
 
     name: str
     device: str
     process: Any
     pipe: Connection
-    crash: Crash | None = None  # of what it died, where it could say so
+    crash: Crash | None = None  # error that ended the process, if it could be reported
 
 
 class TeacherProcesses:
     """The teacher processes of this machine. Each takes a label shard when it needs one.
 
     Attributes:
-        running: those that have not ended.
-        cause_of_loss: of what the last lost process died, where it could say so.
+        running: processes that have not ended.
+        cause_of_loss: error that ended the last lost process, if it could be reported.
     """
 
     def __init__(self, job: Job, teacher: Teacher, dispatcher: Dispatcher, tally: Tally) -> None:
@@ -92,7 +92,7 @@ class TeacherProcesses:
         self._started += 1
 
     def handle_messages(self) -> None:
-        """Wait for messages of processes, or for the end of one, and handle one of each."""
+        """Wait until processes send messages or end, and handle one message or end of each."""
         workers = {worker.pipe: worker for worker in self.running}
         for pipe in wait(list(workers)):
             if isinstance(pipe, Connection):
@@ -131,7 +131,7 @@ class TeacherProcesses:
         self._replace(worker)
 
     def _replace(self, worker: _TeacherProcess) -> None:
-        """Start another process on the device of one that has ended, if there is work that nobody has."""
+        """Start another process on the device of a process that has ended, if there are tasks that no worker has."""
         if self._dispatcher.waiting:
             self.start(worker.device)
 
@@ -141,7 +141,7 @@ class TeacherProcesses:
         worker.process.join(END_S)
 
     def stop(self) -> None:
-        """End all processes: they finish the file that they are writing."""
+        """End all processes after they finish the file that they are writing."""
         for worker in self.running:
             with contextlib.suppress(ProcessLookupError):
                 worker.process.terminate()
@@ -159,10 +159,10 @@ def _cause_of_death(worker: _TeacherProcess) -> str:
 
 
 def _run_worker(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | None, device: str) -> None:
-    """Run one teacher process: it takes tasks through its pipe, and reports what it does."""
+    """Run one teacher process: take tasks through its pipe, and send reports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
-    one_at_a_time = threading.Lock()  # the writer's thread has messages too
+    one_at_a_time = threading.Lock()  # the writer's thread sends messages too
 
     def send(kind: str, value: Any) -> None:
         with one_at_a_time:
@@ -185,12 +185,12 @@ def _run_worker(pipe: Connection, job: Job, config: TeacherConfig, num_classes: 
         send("error", error)
     except (BrokenPipeError, EOFError):
         raise SystemExit(1) from None  # the parent is gone
-    except Exception as error:  # nobody foresaw it; another process may fare better
+    except Exception as error:  # an unforeseen error; another process may succeed
         with contextlib.suppress(OSError):  # the parent is gone
             send("crash", crash_of(error))
         raise SystemExit(CRASHED) from None
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is left is Python's own end
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # only Python's own shutdown is left
 
 
 def _exit_on_sigterm(*_: object) -> None:
@@ -198,10 +198,10 @@ def _exit_on_sigterm(*_: object) -> None:
 
 
 def load_same(job: Job, config: TeacherConfig, num_classes: int | None, device: str) -> Teacher:
-    """Load the teacher of the plan on a device.
+    """Load the teacher of the plan on a device, and return it.
 
     Raises:
-        TeacherError: what is found under its name now is another one.
+        TeacherError: the teacher that now has this name is another one.
     """
     teacher = load_teacher(config, num_classes=num_classes, device=device)
     if teacher.identity != job.plan.teacher:
@@ -213,7 +213,7 @@ def load_same(job: Job, config: TeacherConfig, num_classes: int | None, device: 
 
 
 def limit(teacher: Teacher, config: PrecomputeConfig, cores: int) -> None:
-    """Apply --batch-size (auto: what a mix block holds, halved when memory does not suffice), and share the cores out."""
+    """Apply --batch-size (auto: one mix block, halved when memory is too small), and limit its threads."""
     if config.batch_size != "auto":
         teacher.limit_batch(config.batch_size)
     asked = os.environ.get("OMP_NUM_THREADS", "")
@@ -221,7 +221,7 @@ def limit(teacher: Teacher, config: PrecomputeConfig, cores: int) -> None:
 
 
 def load_here(config: PrecomputeConfig, asked: TeacherConfig) -> tuple[Teacher, Source]:
-    """Open the source, load the teacher that labels it onto this process's device, and say what they are."""
+    """Open the source, load its teacher onto this process's device, log both, and return them."""
     source = open_source(config.data)
     log.info("source %s", source.describe())
     rank = rank_from(os.environ)

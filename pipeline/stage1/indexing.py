@@ -1,4 +1,4 @@
-"""The samples files: every image read, decoded once and hashed, before the teacher sees any."""
+"""Write the samples files: every image is read, decoded once and hashed before the teacher sees any image."""
 
 import logging
 import time
@@ -26,14 +26,14 @@ log = logging.getLogger("deit_cli.indexing")
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read before any of them is labelled.
+    """The settings for reading images before they are labelled.
 
     Attributes:
         source: the images.
         shards: names of the source shards to read, in the order of their use.
         on_bad_image: `fail` stops at an image that cannot be decoded, `skip` leaves it out.
         workers: loader processes.
-        progress: told how many source shards are read.
+        progress: receives the number of source shards that are read.
     """
 
     source: Source
@@ -43,7 +43,7 @@ class Reading:
     progress: Progress
 
     def each(self, phase: str, work: Callable[[str, Note], Made], shards: Sequence[str]) -> Iterator[tuple[str, Made]]:
-        """Yield some of the source shards with what `work(name, note)` made of each, and tell how many are done."""
+        """Yield each of these source shards with the result of `work(name, note)`, and report the number that are done."""
         began = time.monotonic()
         made = in_processes(work, shards, workers=min(self.workers, len(shards)))
         for done, result in enumerate(zip(shards, made, strict=True), start=1):
@@ -52,10 +52,10 @@ class Reading:
 
 
 def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRows]:
-    """Write these source shards' samples files where there are none, and return their samples.
+    """Write the samples files that are missing for these source shards, and return their samples.
 
     Raises:
-        SourceError: an image cannot be decoded and `on_bad_image` is `fail`; or no image can.
+        SourceError: an image cannot be decoded and `on_bad_image` is `fail`; or no image can be decoded.
     """
     source, shards = reading.source, reading.shards
     missing = [name for name in shards if not (out / samples_path(name)).is_file()]
@@ -77,10 +77,10 @@ def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRo
 
 
 def scan_shard(source: Source, on_bad_image: BadImagePolicy, name: str, note: Note) -> SampleRows:
-    """Read, hash and decode all images of a source shard.
+    """Read, hash and decode all images of a source shard, and return its samples.
 
     Raises:
-        SourceError: an image cannot be read; or cannot be decoded, and `on_bad_image` is `fail`.
+        SourceError: an image cannot be read; or it cannot be decoded and `on_bad_image` is `fail`.
     """
     shard = source.shard(name)
     sizes, hashes, shapes, bad = [], [], [], []

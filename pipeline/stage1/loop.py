@@ -1,4 +1,4 @@
-"""THE STAGE-1 LOOP: label shards in, complete files out. One process, one device; `engines` decides who runs it."""
+"""THE STAGE-1 LOOP: label shards in, complete files out. One process uses one device; `engines` starts the processes."""
 
 import logging
 from collections import deque
@@ -25,7 +25,7 @@ from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.labelling")
 
-AHEAD = 2  # batches that wait on the device while the host looks at an older answer
+AHEAD = 2  # batches that wait on the device while the host handles an earlier answer
 UNWRITTEN = 2  # complete label shards that wait for the writer
 
 
@@ -39,16 +39,16 @@ class LabelTask:
 
 @dataclass(frozen=True)
 class Job:
-    """What every process of a run must know; it can be sent to any of them.
+    """The data that every process of a run needs; it can be sent to other processes.
 
     Attributes:
         config: settings of the run.
-        plan: of the label set.
-        recipe: of its views.
-        source: of the images.
+        plan: plan of the label set.
+        recipe: recipe of the views.
+        source: source of the images.
         workers: loader processes of each teacher process.
-        cores: that each teacher process may use for a teacher on the CPU.
-        images: what was done to the images before they were labelled; None: nothing.
+        cores: number of cores that each teacher process may use for a teacher on the CPU.
+        images: changes made to the images before they were labelled; None: no changes.
     """
 
     config: PrecomputeConfig
@@ -60,7 +60,7 @@ class Job:
     images: str | None = None
 
     def samples(self, shard: str) -> SampleRows:
-        """Read the samples of a source shard, which indexing wrote."""
+        """Read the samples file of a source shard, which indexing wrote, and return its samples."""
         record = self.plan.shard(shard)
         return checked_samples(self.config.folder / samples_path(shard), self.plan, record)
 
@@ -77,10 +77,9 @@ def label_shards(
 
     Args:
         job: the label set and its source.
-        teacher: on the device of this process.
-        tasks: taken one by one, shortly before they are needed.
-        report: called with what this process has done since the last call; with an empty record when its first views are
-            there.
+        teacher: teacher on the device of this process.
+        tasks: tasks to label, taken one by one shortly before they are needed.
+        report: called with the work done since the last call; with an empty record when the first views are ready.
         finished: called with each task whose file is complete under its final name.
     """
     in_progress = ShardsInProgress(job, teacher, report, finished)
@@ -90,7 +89,7 @@ def label_shards(
         img_size=job.recipe.img_size,
         most=min(job.recipe.mix_block, max((record.num_samples for record in job.plan.source.shards), default=1)),
         workers=job.workers,
-        held=AHEAD,  # the device may still have to copy them
+        held=AHEAD,  # the device may not have copied these batches yet
         device=teacher.device,
     )
     waiting: deque[tuple[ViewBatch, PendingAnswer]] = deque()
@@ -106,7 +105,7 @@ def label_shards(
 
 
 class ShardsInProgress:
-    """The label shards that this process has begun. It writes each complete one in a thread, while labelling goes on."""
+    """The label shards that this process has begun. A thread writes each complete one while labelling goes on."""
 
     def __init__(
         self,
@@ -130,7 +129,7 @@ class ShardsInProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for the writer: it finishes the file that it has begun, also when this process is told to stop."""
+        """Wait until the writer has finished the file that it has begun, even when this process is told to stop."""
         try:
             if kind is None:
                 self._report_written(0)
@@ -146,14 +145,14 @@ class ShardsInProgress:
                 self._finished(task)
                 continue
             draft = LabelDraft(samples, task.shard, task.views, self._job.plan)
-            if draft.is_complete:  # nothing usable in it
+            if draft.is_complete:  # no usable image in the source shard
                 self._write(task, draft)
                 continue
             self._drafts[task] = draft
             yield from blocks_of(task.shard, task.views, samples, self._job.recipe)
 
     def store_answer(self, batch: ViewBatch, pending: PendingAnswer) -> None:
-        """Wait for the answer for a batch, and put it into the label shard that it belongs to."""
+        """Wait for the answer for a batch, and store it in its label shard."""
         task = LabelTask(batch.shard, batch.views)
         draft = self._drafts[task]
         rows = batch.rows.numpy()
@@ -172,7 +171,7 @@ class ShardsInProgress:
         self._report_written(UNWRITTEN)
 
     def _report_written(self, most: int) -> None:
-        """Wait until at most so many files are still to be written, and report those that are."""
+        """Wait until at most `most` files are still to be written, and report the written ones."""
         while len(self._writes) > most or (self._writes and self._writes[0][1].done()):
             task, future = self._writes.popleft()
             self._report(WorkDone(bytes=future.result()))
@@ -180,10 +179,10 @@ class ShardsInProgress:
 
 
 def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
-    """Whether a label shard exists, is whole, and was rendered from the pixels that this machine renders.
+    """Return whether a label shard exists, is whole, and has the pixels that this machine renders.
 
     Raises:
-        LabelSetError: a file stands there that is damaged, of another label set, or of other pixels.
+        LabelSetError: the file is damaged, or belongs to another label set or other pixels.
     """
     path = job.config.folder / labels_path(task.shard, task.views)
     if not path.is_file():
@@ -199,12 +198,12 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a person calls a device: the GPU's product name, or cpu."""
+    """Return the name of a device for people: the GPU's product name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _answer(pending: PendingAnswer, batch: ViewBatch, job: Job) -> Answer:
-    """Wait for the answer for a batch; an error names its view and its images."""
+    """Wait for the answer for a batch, and return it; an error names its view and its images."""
     try:
         return pending.result()
     except NonFiniteTeacherError as error:
@@ -219,5 +218,5 @@ def _answer(pending: PendingAnswer, batch: ViewBatch, job: Job) -> Answer:
 
 
 def paths_of(out: Path, tasks: Iterable[LabelTask]) -> list[Path]:
-    """Return where the files of these tasks stand."""
+    """Return the paths of the files of these tasks."""
     return [out / labels_path(task.shard, task.views) for task in tasks]

@@ -1,7 +1,7 @@
-"""Self-contained sets: the images of a source packed into tars of the label set, which are then what is labelled.
+"""Self-contained sets: pack the images of a source into tars of the label set, which are then labelled.
 
-A tar has the keys, class labels and order of its source shard, so that plan and ids are the same with it and without.
-It says in its comment how its images were made, and is written whole or not at all, like every file of a set.
+A tar has the keys, class labels and order of its source shard, so that plan and ids are the same with and without packing.
+The comment of a tar says how its images were made. Like every file of a set, a tar is written whole or not at all.
 """
 
 import logging
@@ -37,49 +37,49 @@ _AS_THEY_WERE = "the original files"
 
 @dataclass(frozen=True)
 class Packing:
-    """How images are packed.
+    """The way in which images are packed.
 
     Attributes:
-        shorter: pixels of the shorter side to which larger ones are shrunk; None: their bytes as they are.
+        shorter: larger images are shrunk until their shorter side has so many pixels; None: their bytes are kept.
     """
 
     shorter: int | None
 
     @property
     def text(self) -> str:
-        """What a person reads about it."""
+        """The packing in words, for people."""
         if self.shorter is None:
             return _AS_THEY_WERE
         return f"shorter side at most {self.shorter} px: Pillow bicubic, JPEG quality {JPEG_QUALITY} 4:2:0"
 
     @property
     def changes(self) -> str | None:
-        """What was done to the images; None: nothing."""
+        """The changes made to the images; None: no changes."""
         return None if self.shorter is None else self.text
 
     @property
     def comment(self) -> str:
-        """Of every tar that is so packed."""
+        """The comment of every tar that is packed in this way."""
         return _COMMENT + self.text
 
     @property
     def option(self) -> str:
-        """How a user asks for it."""
+        """The command-line option that asks for this packing."""
         return f"--include-images {self.shorter or ORIGINAL}"
 
 
 def plan_packing(out: Path, include_images: str | None) -> Packing | None:
-    """Return how the images of a set are packed, or None where it has none and none were asked for.
+    """Return how the images of a set are packed, or None if it has no images and none are asked for.
 
-    A set whose images are in it stays so: more views are of the same images.
+    A set with images keeps them: more views are made of the same images.
 
     Args:
-        out: folder of the set, or where it will be.
-        include_images: what was asked, `original` or a number of pixels; None: nothing.
+        out: folder of the set, existing or new.
+        include_images: the requested packing, `original` or a number of pixels; None: no packing.
 
     Raises:
-        LabelSetMismatch: its images are packed in another way.
-        UsageError: it was begun with images, and now none are asked for.
+        LabelSetMismatch: the images of the set are packed in another way.
+        UsageError: the set was begun with images, and now none are asked for.
     """
     found = _packed_as(out)
     asked = Packing(None if include_images == ORIGINAL else int(include_images)) if include_images else None
@@ -97,7 +97,7 @@ def plan_packing(out: Path, include_images: str | None) -> Packing | None:
 
 
 def _packed_as(out: Path) -> Packing | None:
-    """Return how the tars that are there were packed, by the first one's comment; None where there are none."""
+    """Return the packing that the comment of the first tar names; None if there is no tar."""
     first = min((out / IMAGES_FOLDER).glob("*.tar"), default=None)
     if first is None:
         return None
@@ -113,14 +113,14 @@ def _packed_as(out: Path) -> Packing | None:
 
 
 def check_packable(source: Source) -> None:
-    """Raise SourceError for a sample key that cannot name a file in a WebDataset tar."""
+    """Raise SourceError if a sample key cannot be the name of a file in a WebDataset tar."""
     for shard in source.shards:
         for key in shard.keys:
             check_member_key(key, shard.name)
 
 
 def packed_source(out: Path, source: Source) -> Source:
-    """Return the source that the tars in a label set are, or will be."""
+    """Return the source that consists of the tars of a label set; the tars may not exist yet."""
     folder = out / IMAGES_FOLDER
     shards = tuple(
         TarShard(shard.name, LocalFile(folder / f"{shard.name}.tar"), source.num_classes) for shard in source.shards
@@ -129,13 +129,13 @@ def packed_source(out: Path, source: Source) -> Source:
 
 
 def pack_images(out: Path, plan: Plan, packing: Packing, reading: Reading) -> Source:
-    """Pack these source shards' images where they are not packed yet; return the packed images as a source.
+    """Pack the images of these source shards that are not packed yet; return the packed images as a source.
 
     With `on_bad_image` `skip`, the bytes of an image that cannot be decoded are packed as they are.
 
     Raises:
         SourceError: an image cannot be decoded and `on_bad_image` is `fail`.
-        LabelSetMismatch: the labels that are there are of other images.
+        LabelSetMismatch: the existing labels belong to other images.
     """
     source = reading.source
     if source.class_names is not None:
@@ -157,7 +157,7 @@ def pack_images(out: Path, plan: Plan, packing: Packing, reading: Reading) -> So
 
 @dataclass(frozen=True)
 class _Packer:
-    """Writes the tar of one source shard, unless another rank was quicker: called in loader processes."""
+    """Writes the tar of one source shard, unless another rank has written it; called in loader processes."""
 
     out: Path
     plan: Plan
@@ -174,12 +174,12 @@ class _Packer:
             _check_as_sealed(self.out, path, name)
 
     def _labelled_samples(self, name: str) -> SampleRows | None:
-        """Return the samples that are labelled already: the set had no images until now, or this tar was deleted."""
+        """Return the samples if they are already labelled: the set had no images until now, or this tar was deleted."""
         path = self.out / samples_path(name)
         return checked_samples(path, self.plan, self.plan.shard(name)) if path.is_file() else None
 
     def _members(self, shard: SourceShard, samples: SampleRows | None, note: Note) -> Iterator[tuple[str, bytes]]:
-        """Yield the files of a tar: an image and its class label, sample after sample."""
+        """Yield the files of a tar: the image and class label of each sample in turn."""
         for row in range(len(shard)):
             note(f"image {shard.keys[row]!r} of {shard.name}")
             sample = shard[row]
@@ -199,7 +199,7 @@ def _packed_image(sample: Sample, packing: Packing, on_bad_image: BadImagePolicy
         if packing.shorter is not None:
             return shrink(sample.image, packing.shorter, key=sample.key)
         if on_bad_image == "fail":
-            decode(sample.image, key=sample.key)  # a tar with a bad image in it could not be mended later
+            decode(sample.image, key=sample.key)  # a bad image in a tar could not be repaired later
     except BadImageError as error:
         if on_bad_image == "fail":
             raise SourceError(
@@ -210,7 +210,7 @@ def _packed_image(sample: Sample, packing: Packing, on_bad_image: BadImagePolicy
 
 
 def _check_as_sealed(out: Path, path: Path, name: str) -> None:
-    """A tar that was deleted and packed again must be the one that the sealed manifest lists."""
+    """Check that a tar that was deleted and packed again is the one that the sealed manifest lists."""
     sealed = sealed_manifest(out)
     for entry in sealed.files if sealed else ():
         if entry.kind == "images" and entry.shard == name and sha256_file(path) != entry.sha256:

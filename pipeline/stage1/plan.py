@@ -1,4 +1,4 @@
-"""The plan of stage 1: which label set a run makes, which blocks of views it still needs, how a set is extended."""
+"""The plan of stage 1: which label set a run makes, which blocks of views are missing, and how a set is extended."""
 
 import itertools
 import logging
@@ -30,15 +30,15 @@ DEFAULT_TOPK = 10
 
 @dataclass(frozen=True)
 class Work:
-    """What a run would do.
+    """The work that a run would do.
 
     Attributes:
         plan: plan of the label set.
-        source: images to label; where the folder holds a subset, its source shards alone.
-        blocks: blocks of the views that are asked for, in rising order. Sealed and begun blocks are among them: files that
-            are missing from them are made again.
+        source: images to label; if the folder holds a subset, only its source shards.
+        blocks: requested blocks of views, in rising order. They include sealed and begun blocks: missing files of these blocks
+            are made again.
         views_to_label: number of views that no sealed block holds yet.
-        packing: how the images are packed into the set; None: not at all.
+        packing: how the images are packed into the set; None: no packing.
     """
 
     plan: Plan
@@ -49,18 +49,18 @@ class Work:
 
     @property
     def num_samples(self) -> int:
-        """Samples of the source."""
+        """Number of samples of the source."""
         return self.source.num_samples
 
     @property
     def shards(self) -> tuple[str, ...] | None:
-        """Names of the source shards to label; None for all of the plan's."""
+        """Names of the source shards to label; None: all source shards of the plan."""
         names = tuple(shard.name for shard in self.source.shards)
         return names if len(names) < len(self.plan.source.shards) else None
 
     @property
     def teacher_passes(self) -> int:
-        """Views that the teacher must answer for, if no file exists yet."""
+        """Number of views that the teacher must answer for if no file exists yet."""
         return self.num_samples * self.views_to_label
 
     @property
@@ -69,7 +69,7 @@ class Work:
         return self.teacher_passes * self.plan.codec.label_bytes
 
     def table(self) -> str:
-        """Return what the run would do, for people."""
+        """Return the work of the run as text for people."""
         plan = self.plan
         rows = [
             ("label set", f"{plan.labelset_id[:12]} (recipe {plan.recipe_id[:12]}, teacher {plan.teacher.name})"),
@@ -82,12 +82,12 @@ class Work:
 
 
 def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
-    """Work out the plan and the blocks of views that are asked for and not yet sealed. Writes nothing.
+    """Return the work to do: plan, images and requested blocks of views. Writes nothing.
 
     Raises:
-        TeacherError: the teacher's classes are not the source's.
+        TeacherError: the teacher's classes are not the source's classes.
         LabelSetMismatch: the folder holds another label set.
-        UsageError: K, the views or the folder cannot be as they are asked for.
+        UsageError: K, the views or the folder do not allow this run.
     """
     source, record = _held_part(config.folder, source)
     labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
@@ -103,9 +103,9 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
 
 
 def _held_part(out: Path, source: Source) -> tuple[Source, SourceRecord]:
-    """Return the source and its record; where the folder holds a subset, the part of the source that is in it.
+    """Return the source and its record; if the folder holds a subset, only that part of the source.
 
-    A subset stays a subset: the same source shards get more views, and a source that has only these is enough.
+    A subset stays a subset: the same source shards get more views, and a source with only these shards is enough.
     """
     manifest = sealed_manifest(out)
     if manifest is None or manifest.shards is None:
@@ -119,9 +119,9 @@ def _held_part(out: Path, source: Source) -> tuple[Source, SourceRecord]:
 
 
 def _plan_in(config: PrecomputeConfig, asked: Plan) -> Plan:
-    """Return the plan that the folder holds, which must be the one that is asked for; of a new folder that one itself."""
+    """Return the plan of the folder, which must equal the requested plan; for a new folder, the requested plan."""
     out = config.folder
-    # Listed before the plan is looked for: another run that begins just now writes its plan before anything else.
+    # List first, then look for the plan: another run that begins just now writes its plan before anything else.
     present = [path.name for path in out.iterdir()] if out.is_dir() else []
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
@@ -138,10 +138,10 @@ def _plan_in(config: PrecomputeConfig, asked: Plan) -> Plan:
 
 
 def _blocks_of(config: PrecomputeConfig) -> tuple[tuple[range, ...], int]:
-    """Return the blocks of the views that are asked for, and how many of these views no sealed block holds.
+    """Return the requested blocks of views, and the number of these views that no sealed block holds.
 
-    Ranks that begin one after the other must share out the same tasks: the blocks are in one order, whatever lies in the
-    folder.
+    Ranks that begin one after the other must divide the same tasks: the order of the blocks does not depend on the files in
+    the folder.
     """
     manifest = sealed_manifest(config.folder)
     sealed = manifest.blocks if manifest else []
@@ -155,7 +155,7 @@ def _blocks_of(config: PrecomputeConfig) -> tuple[tuple[range, ...], int]:
 
 
 def _begun(out: Path, sealed: list[range], views: tuple[int, int]) -> list[range]:
-    """Return the blocks of the asked views that lie in the folder unsealed: they are completed, not cut in another way."""
+    """Return the unsealed blocks of the requested views in the folder: they are completed and keep their length."""
     inside = [block for block in label_blocks(out) if views[0] <= block.start and block.stop <= views[1]]
     begun = [block for block in inside if block not in sealed]
     together = sorted((*sealed, *begun), key=lambda block: block.start)
@@ -163,7 +163,7 @@ def _begun(out: Path, sealed: list[range], views: tuple[int, int]) -> list[range
 
 
 def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int]) -> None:
-    """Raise UsageError unless the new views begin or end where the sealed ones do: a sealed set has no gap."""
+    """Raise UsageError unless the new views begin or end next to the sealed views: a sealed set has no gap."""
     known = sorted({view for block in sealed for view in block} | set(asked))
     if known[-1] - known[0] + 1 != len(known):
         held = f"{sealed[0].start}:{sealed[-1].stop}"
@@ -174,7 +174,7 @@ def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int])
 
 
 def _cut(views: list[int], size: int) -> tuple[range, ...]:
-    """Cut view numbers into consecutive runs of at most `size`."""
+    """Split view numbers into consecutive runs of at most `size` views."""
     blocks: list[range] = []
     for view in views:
         if blocks and blocks[-1].stop == view and len(blocks[-1]) < size:
@@ -185,7 +185,7 @@ def _cut(views: list[int], size: int) -> tuple[range, ...]:
 
 
 def choose_topk(asked: int | None, num_classes: int) -> int:
-    """Return K, by default 10 or all classes."""
+    """Return K; the default is 10, or all classes if there are fewer."""
     topk = min(DEFAULT_TOPK, num_classes) if asked is None else asked
     if topk > min(num_classes, MAX_TOPK):
         most = f"{num_classes} (the teacher's classes)" if num_classes <= MAX_TOPK else f"{MAX_TOPK}"
@@ -198,18 +198,18 @@ def extension(
 ) -> tuple[PrecomputeConfig, TeacherConfig, Recipe]:
     """Return the settings with which precompute adds views to a label set.
 
-    Recipe, K, precision and source are those of the plan, a block is as long as the longest one of the set, and the teacher
-    is the plan's, unless another name is passed. `precompute` checks that it is the same one, before it writes anything.
+    Recipe, K, precision and source are those of the plan. A block is as long as the longest block of the set. The teacher is
+    that of the plan, unless another name is passed. `precompute` checks that it is the same teacher before it writes anything.
 
     Args:
         location: folder or URL of the set, which need not be sealed yet.
-        values: how to run, by name: the fields of PrecomputeConfig that are not `planned`, and those of TeacherConfig.
-        data: the images; None: the set's own, or those where it found them.
-        views: start and stop.
+        values: settings by name: the fields of PrecomputeConfig that are not `planned`, and the fields of TeacherConfig.
+        data: the images; None: the set's own images, or those at the location in its plan.
+        views: start and stop of the new views.
 
     Raises:
-        LabelSetError: there is no label set.
-        UsageError: one image size for teachers that see several.
+        LabelSetError: the label set does not exist.
+        UsageError: one image size is passed for teachers with several image sizes.
     """
     label_set = LabelSet(open_place(location))
     plan = label_set.plan
@@ -231,12 +231,12 @@ def _images_of(label_set: LabelSet) -> str:
 
 
 def _named(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of the fields of a config."""
+    """Return the values that belong to the fields of a config."""
     return {setting.name: values[setting.name] for setting in settings_of(kind) if setting.name in values}
 
 
 def _teacher_of(plan: Plan, asked: dict[str, Any]) -> TeacherConfig:
-    """Return the plan's teacher, run as was asked."""
+    """Return the config of the plan's teacher with the requested settings."""
     members = plan.teacher.members
     if not asked.get("teacher"):
         asked["teacher"] = tuple(member.name for member in members)

@@ -1,4 +1,4 @@
-"""Stage 1 from plan to seal: the run, its engine, and its commit."""
+"""Stage 1 from plan to seal: run the engine and commit the label set."""
 
 import contextlib
 import itertools
@@ -40,7 +40,7 @@ log = logging.getLogger("deit_cli.precompute")
 
 
 def look_ahead(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
-    """Return what a run would do, also where its --out is a URL."""
+    """Return the work that a run would do; --out may be a URL."""
     with mirrored(config):
         return plan_work(config, recipe, teacher, source)
 
@@ -50,10 +50,10 @@ def precompute(
 ) -> LabelSet | None:
     """Make, continue or extend a label set.
 
-    Every file is published whole under its final name; a run that was killed continues where it was.
+    Every file is published whole under its final name; a run that was killed continues where it stopped.
 
     Returns:
-        the label set, sealed; None where other ranks still have label shards to make.
+        the sealed label set; None if other ranks still have label shards to make.
     """
     with mirrored(config) as mirror:
         work = plan_work(config, recipe, teacher, source)
@@ -66,7 +66,7 @@ def precompute(
         _label(job, teacher, resources.devices, mine, samples, progress)
         if mirror:
             mirror.send()
-            mirror.bring()  # what other machines have made
+            mirror.bring()  # files that other machines have made
         if missing := sum(not path.is_file() for path in paths_of(config.folder, tasks)):
             log.info(
                 "%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks)
@@ -77,7 +77,7 @@ def precompute(
 
 @dataclass(frozen=True)
 class Resources:
-    """What this process labels with.
+    """The devices and cores that this process uses for labelling.
 
     Attributes:
         devices: devices of the teacher, one for each teacher process.
@@ -91,13 +91,13 @@ class Resources:
 
 
 def _prepare(config: PrecomputeConfig, teacher: Teacher) -> Resources:
-    """Return what this process labels with; limit the teacher to that, and connect to Ray where it is the engine."""
+    """Return the resources of this process; limit the teacher to them, and connect to Ray if it is the engine."""
     rank = rank_from(os.environ)
     devices = plan_devices(teacher.config.device, config.processes, rank)
-    cores = 1 if config.engine == "ray" else plan_cores(devices, rank)  # an actor of Ray has one core
+    cores = 1 if config.engine == "ray" else plan_cores(devices, rank)  # a Ray actor has one core
     limit(teacher, config, cores)
     if config.engine == "ray":
-        connect_ray(config.address)  # before hours of indexing
+        connect_ray(config.address)  # fail here, before hours of indexing
     return Resources(devices, cores, plan_loaders(config.workers, cores, devices[0]))
 
 
@@ -126,7 +126,7 @@ def _read_images(
     tasks: list[LabelTask],
     progress: Progress,
 ) -> tuple[Job, dict[str, SampleRows]]:
-    """Pack the images of these label shards where that is asked for, index them, and return job and samples."""
+    """Pack the images of these label shards if requested, index them, and return job and samples."""
     shards = tuple(dict.fromkeys(task.shard for task in tasks))
     workers = resources.loaders * len(resources.devices)
     reading = Reading(work.source, shards, config.on_bad_image, workers, progress)
@@ -139,7 +139,7 @@ def _read_images(
 
 def _finish(config: PrecomputeConfig, work: Work, mirror: ManyWritersMirror | None) -> LabelSet:
     """Seal the label set, write its card, and return it."""
-    sweep_temporaries(config.folder)  # of processes that were lost meanwhile
+    sweep_temporaries(config.folder)  # of processes that were lost during the run
     commit(config.folder, work.plan, work.blocks, work.shards, images=work.packing is not None, mirror=mirror)
     label_set = LabelSet.open(config.folder)
     refresh_card(label_set)
@@ -154,7 +154,7 @@ def _label(
     samples: dict[str, SampleRows],
     progress: Progress,
 ) -> None:
-    """Let the engine run the label shards."""
+    """Run the engine on the label shards."""
     total = sum(len(samples[task.shard].usable) * len(task.views) for task in tasks)
     tally = Tally(total, processes=max(1, min(len(devices), len(tasks))), progress=progress)
     if job.config.engine == "ray":
@@ -166,10 +166,10 @@ def _label(
 
 
 def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[float, int] | None:
-    """Return the teacher's top-1 in percent on centre crops of labelled samples, and their number; None without any.
+    """Return the teacher's top-1 in percent on centre crops of labelled samples, and their number; None without labelled samples.
 
-    Samples are spread evenly over the source, so that sorted classes are all seen. Images that cannot be decoded are
-    passed over here: indexing is what stops at them, or leaves them out.
+    Samples are spread evenly over the source, so that a source sorted by class is covered. Images that cannot be decoded are
+    ignored here; indexing stops at them or leaves them out.
     """
     labelled = [
         (shard, row) for shard in source.shards for row, label in enumerate(shard.class_labels) if label is not None
@@ -213,7 +213,7 @@ def _check_accuracy(config: PrecomputeConfig, teacher: Teacher, source: Source) 
 
 
 def _warn_of_sorted_classes(recipe: Recipe, samples: dict[str, SampleRows]) -> None:
-    """Partners come from one mix block: where neighbours are of one class, mixup has nothing to mix."""
+    """Warn if neighbours have the same class: partners come from one mix block, so mixup would mix only one class."""
     labels = [table.class_label for table in samples.values()]
     pairs = [(a, b) for shard in labels for a, b in itertools.pairwise(shard) if a is not None and b is not None]
     same = sum(a == b for a, b in pairs)
@@ -228,10 +228,10 @@ def _warn_of_sorted_classes(recipe: Recipe, samples: dict[str, SampleRows]) -> N
 
 @contextlib.contextmanager
 def mirrored(config: PrecomputeConfig) -> Iterator[ManyWritersMirror | None]:
-    """Bring the label set of an --out that is a URL, and send what is made of it for as long as the block runs.
+    """Download the label set of an --out that is a URL, and upload new files while the block runs.
 
     Raises:
-        UsageError: Ray's workers would write to folders of their own.
+        UsageError: the engine is Ray, whose workers would write to their own folders.
     """
     mirror = ManyWritersMirror.of(config.out, config.folder, last=MANIFEST_NAME, adopt=check_replaceable)
     if mirror is None:
@@ -256,7 +256,7 @@ def commit(
     images: bool,
     mirror: ManyWritersMirror | None,
 ) -> None:
-    """Seal; where another machine has changed the manifest behind a URL meanwhile, seal its views and ours."""
+    """Seal the set; if another machine has changed the manifest behind a URL, seal the views of both machines."""
     seal(out, plan, blocks, shards, images=images)
     while mirror is not None:
         try:
@@ -269,7 +269,7 @@ def commit(
 
 
 def ended_line(config: PrecomputeConfig, label_set: LabelSet | None) -> str:
-    """Return what `precompute` came to, for people."""
+    """Return the result of `precompute` as a line for people."""
     if label_set is None:
         return f"{config.out}: this rank's label shards are complete; the rank that ends last seals the set"
     views = label_set.views

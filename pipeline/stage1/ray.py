@@ -1,4 +1,4 @@
-"""The Ray engine: an actor for each GPU of a cluster, which takes label shards as it needs them."""
+"""The Ray engine: one actor for each GPU of a cluster; each actor takes label shards as it needs them."""
 
 import logging
 import socket
@@ -19,7 +19,7 @@ from pipeline.teacher.teacher import Teacher
 
 log = logging.getLogger("deit_cli.ray_engine")
 
-ANSWER_S = 10  # that a cluster gets to answer
+ANSWER_S = 10  # time for a cluster to answer
 
 
 def connect_ray(address: str) -> None:
@@ -27,7 +27,7 @@ def connect_ray(address: str) -> None:
 
     Raises:
         UsageError: Ray is not installed.
-        WorkerError: no cluster answers there.
+        WorkerError: no cluster answers at this address.
     """
     try:
         import ray
@@ -44,19 +44,19 @@ def connect_ray(address: str) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Raise OSError if nothing listens at HOST:PORT. Ray itself would try for minutes, and then exit the process."""
+    """Raise OSError if no process listens at HOST:PORT. Ray itself would try for minutes, and then exit the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
 
 
 def plan_ray(nodes: Iterable[Mapping[str, float]], device: str, processes: int | None) -> tuple[str, int, int]:
-    """Return the device of each worker of a Ray cluster, how many workers, and the cores of each.
+    """Return the device of each worker of a Ray cluster, the number of workers, and the cores of each worker.
 
     Args:
         nodes: resources of each node that is alive, as Ray names them.
-        device: what was asked; `auto` is every GPU of the cluster, or its cores where it has none.
-        processes: how many workers were asked.
+        device: requested device; `auto`: every GPU of the cluster, or its cores if it has no GPU.
+        processes: requested number of workers.
     """
     nodes = list(nodes)
     with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
@@ -68,7 +68,7 @@ def plan_ray(nodes: Iterable[Mapping[str, float]], device: str, processes: int |
 
 
 def run_ray(job: Job, teacher: Teacher, processes: int | None, tasks: Sequence[LabelTask], tally: Tally) -> None:
-    """Label on all GPUs of the cluster that `connect_ray` found, or on its cores; a lost node's work goes elsewhere."""
+    """Label on all GPUs (or else cores) of the cluster of `connect_ray`; other nodes take over the work of a lost node."""
     import ray
 
     _RayWorkers(ray, job, teacher, processes, tasks).run(tally)
@@ -87,10 +87,10 @@ class _RayWorkers:
         self._count = min(len(tasks), count)
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             node_id=ray.get_runtime_context().get_node_id(), soft=False
-        )  # with this process the run ends, but it must not end with another node
+        )  # the run ends with this process, but it must not end with another node
         self._dispatcher = ray.remote(num_cpus=0, scheduling_strategy=here)(_SharedDispatcher).remote(tasks)
         self._actor = ray.remote(max_restarts=0, num_cpus=cores, **needs)(_RayWorker)
-        self._running: dict[Any, tuple[str, Any]] = {}  # what `run` of an actor will return: its name, the actor
+        self._running: dict[Any, tuple[str, Any]] = {}  # future of an actor's `run` -> its name, the actor
         self._started = 0
         self._lost = WorkersLost(log, "Ray workers")
 
@@ -128,7 +128,7 @@ class _RayWorkers:
         self._running[run] = (name, actor)
 
     def _handle_end(self, run: Any) -> None:
-        """A worker has ended: with an error of ours, because its node is lost, or because no work is left."""
+        """Handle the end of a worker: it raised our error, its node is lost, or no work is left."""
         ray = self._ray
         name, actor = self._running.pop(run)
         try:
@@ -138,7 +138,7 @@ class _RayWorkers:
                 raise error.cause from None
             raise WorkerError(f"a Ray worker failed: {str(error).splitlines()[-1]}") from error
         except ray.exceptions.RayError as error:
-            ray.kill(actor)  # it may only have been out of reach
+            ray.kill(actor)  # its node may only have been unreachable
             tasks = ray.get(self._dispatcher.lose.remote(name))
             self._lost.add(f"Ray worker {name}", type(error).__name__, tasks=tasks, cause=str(error))
             self._start()
@@ -171,14 +171,14 @@ class _SharedDispatcher:
         return self._dispatcher.set_aside
 
     def news(self) -> tuple[list[WorkDone], list[logging.LogRecord], bool, int]:
-        """Return new reports and messages, whether all tasks are finished, and how many nobody has."""
+        """Return new reports, new messages, whether all tasks are finished, and the number of tasks that no worker has."""
         reports, self._reports = self._reports, []
         messages, self._messages = self._messages, []
         return reports, messages, self._dispatcher.finished, len(self._dispatcher.waiting)
 
 
 class _RayWorker:
-    """A teacher process on some node."""
+    """A teacher process on one node."""
 
     def run(
         self, name: str, job: Job, config: TeacherConfig, num_classes: int | None, device: str, dispatcher: Any

@@ -1,4 +1,4 @@
-"""Mix blocks to views: each image is decoded once, and one batch after the other is one view of the whole block."""
+"""Mix blocks to views: each image is decoded once, and each batch is one view of the whole block."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -19,21 +19,21 @@ from pipeline.views.pairs import mix_blocks, pairs_of
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import render_encoded, render_view, render_views
 
-# What one process holds of a block between its views: decoded images, or their views where these are smaller. A block
-# of 256 images of ImageNet decodes to about 150 MB; one of 12-megapixel photographs becomes eight views at a time.
+# Bytes that one process holds of a block between its views: decoded images, or their views if these are smaller. A block
+# of 256 images of ImageNet decodes to about 150 MB; a block of 12-megapixel photographs is rendered eight views at a time.
 HELD_BYTES = 320 * 2**20
 
 
 @dataclass(frozen=True)
 class Block:
-    """One mix block of one label shard, and views of it that are made from one decode.
+    """A mix block of one label shard, with the views to make from one decode.
 
     Attributes:
         shard: name of the source shard.
         views: the label shard's block of views.
         chunk: the views to make, part of `views`.
         rows: int64 [N], usable rows of the mix block.
-        samples: those rows of the source shard's samples, N of them.
+        samples: samples of these rows, N samples.
     """
 
     shard: str
@@ -44,22 +44,22 @@ class Block:
 
     @property
     def name(self) -> tuple[str, int, int]:
-        """What tells it from every other block of a label set."""
+        """The key of the block, unique in a label set."""
         return self.shard, int(self.rows[0]), self.chunk.start
 
 
-Unit = tuple[Block, int]  # one view of a block: what a loader process makes at a time
+Unit = tuple[Block, int]  # one view of a block: the unit of work of a loader process
 
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """One view of one mix block, ready for the teacher.
+    """A view of one mix block, ready for the teacher.
 
     Attributes:
         shard: name of the source shard.
         views: the label shard's block of views.
-        view: which view this is.
-        rows: int64 [B], samples' rows; the two of a pair stand together, pairs at even positions.
+        view: view number.
+        rows: int64 [B], samples' rows; the two samples of a pair are adjacent, pairs start at even positions.
         images: uint8 [B, H, W, 3].
         mix: partners and mixes, by position in the batch.
     """
@@ -73,10 +73,10 @@ class ViewBatch:
 
 
 class BlockRenderer:
-    """`renderer((block, view), out, note)` is one view of a block, its images in `out`: called in loader processes.
+    """Renderer called in loader processes: `renderer((block, view), out, note)` renders one view and puts its images into `out`.
 
-    It holds the images of the block that it was asked for last: a caller that asks for all views of a block in a row
-    (see `deal`) pays for one decode.
+    It holds the images of the last requested block: a caller that asks for all views of a block in a row (see `deal`) needs
+    only one decode.
     """
 
     def __init__(self, source: Source, recipe: Recipe) -> None:
@@ -92,7 +92,7 @@ class BlockRenderer:
         """
         block, view = unit
         if self._name != block.name:
-            self._name, self._held = None, []  # the old images go before the new ones come
+            self._name, self._held = None, []  # free the old images before loading the new ones
             self._held = [self._hold(block, position, note) for position in range(len(block.rows))]
             self._name = block.name
         recipe, keys = self._recipe, block.samples.key
@@ -109,7 +109,7 @@ class BlockRenderer:
         return ViewBatch(block.shard, block.views, view, rows, images, layout.mix)
 
     def _hold(self, block: Block, position: int, note: Note) -> NDArray[np.uint8]:
-        """Return the decoded image [H, W, 3], or all its views [V, size, size, 3] where they take less memory."""
+        """Return the decoded image [H, W, 3], or all its views [V, size, size, 3] if they take less memory."""
         note(f"image {block.samples.key[position]!r} of {block.shard}")
         sample = self._source.shard(block.shard)[int(block.rows[position])]
         check_image(sample, block.samples, position, shard=block.shard)
@@ -134,13 +134,13 @@ def stream_views(
     """Return a stream of every view of each block, rendered in loader processes.
 
     Args:
-        renderer: of the views.
-        blocks: taken when they are needed.
+        renderer: renderer of the views.
+        blocks: blocks to render, taken when they are needed.
         img_size: height and width of the views.
-        most: samples in a block.
-        workers: loader processes; 0: in this one.
-        held: batches that the caller may hold while it asks for another one.
-        device: where the caller copies batches to; None: nowhere.
+        most: maximum number of samples in a block.
+        workers: number of loader processes; 0: render in this process.
+        held: number of batches that the caller may hold while it asks for another one.
+        device: device to which the caller copies batches; None: no copies.
     """
     shape = (most, img_size, img_size, 3)
     return SlotStream(renderer, deal(blocks, workers), shape, workers=workers, held=held, device=device)
@@ -156,7 +156,7 @@ def blocks_of(shard: str, views: range, samples: SampleRows, recipe: Recipe) -> 
 
 
 def views_at_once(samples: SampleRows, img_size: int, num_views: int) -> int:
-    """Return how many views of these samples, 1 to num_views, can be made from what HELD_BYTES holds of them."""
+    """Return how many views of these samples, 1 to num_views, can be made at a time within HELD_BYTES."""
     decoded = samples.height.astype(np.int64) * samples.width * 3
     for views in range(num_views, 1, -1):
         if np.minimum(decoded, views * img_size**2 * 3).sum() <= HELD_BYTES:
@@ -168,7 +168,7 @@ def deal(blocks: Iterable[Block], workers: int) -> Iterator[Unit | None]:
     """Yield the views of as many blocks as there are workers, in turn.
 
     A loader gives its items to its workers in turn, so each worker gets all views of a block, and decodes it once.
-    None keeps the turn of a worker for whom no block is left. Blocks are taken when they are needed, not before.
+    None takes the turn of a worker for which no block is left. Blocks are taken only when they are needed.
     """
     blocks = iter(blocks)
     lanes: list[Iterator[Unit]] = [iter(()) for _ in range(max(1, workers))]
