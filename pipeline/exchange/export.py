@@ -50,8 +50,8 @@ class Export:
     """What an export holds: everything that decides its bytes.
 
     Attributes:
-        labelset_id: of the label set.
-        content_sha256: of its manifest.
+        labelset_id: id of the label set.
+        content_sha256: content hash of its manifest.
         views: view numbers.
         pixels: see `ExportConfig`.
         encoding: see `ExportConfig`; None where the pixels are the originals.
@@ -91,7 +91,7 @@ def export_labels(
     One tar holds one view of one source shard. An export that was killed is continued by the same call.
 
     Args:
-        label_set: whose labels.
+        label_set: the labels.
         source: its images.
         out: folder; new, or one that the same export was begun in.
         config: what to export.

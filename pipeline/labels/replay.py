@@ -27,7 +27,7 @@ from pipeline.views.view import render_view
 log = logging.getLogger("deit_cli.replay")
 
 SAMPLED_BYTES = 768
-# Mean difference, in levels of 255, up to which only rounding moved (another SIMD road of a library, say). One level of
+# Mean difference, in levels of 255, that rounding can explain (other vector instructions of a library, say). One level of
 # brightness is 1.0, and another crop, decoder or resize is more.
 TOLERANCE = 0.25
 
@@ -116,7 +116,7 @@ def pair_of(recipe: Recipe, samples: SampleRows, row: int, view: int) -> tuple[i
     pairs = pairs_of(recipe, samples.key, samples.usable, view)
     pair = pairs.take(np.flatnonzero((pairs.rows == row).any(axis=1)))
     if not len(pair.rows):
-        raise ReplayError(f"row {row} is no usable sample")
+        raise ReplayError(f"row {row} is not a usable sample")
     (mix,), (first, second) = pair.mixes(view), pair.rows[0].tolist()
     partner = second if row == first else first
     return (partner if partner >= 0 else None), mix
@@ -151,7 +151,7 @@ def _probe_sample(probe: Probe) -> NDArray[np.uint8]:
     try:
         return np.frombuffer(base64.b64decode(probe.sample, validate=True), np.uint8)
     except ValueError as error:
-        raise LabelSetCorrupt(f"the replay probe of row {probe.row} of {probe.shard} is no base64: {error}") from error
+        raise LabelSetCorrupt(f"the replay probe of row {probe.row} of {probe.shard} is not base64: {error}") from error
 
 
 def _sampled(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,7 +1,7 @@
-"""Loader processes: work for them in, what they made out, and a named error when one of them is lost.
+"""Loader processes: they do work item by item; an error names the image at which one of them was lost.
 
-`in_processes` calls a function for each item of some work. `SlotStream` does the same for a function that renders batches of
-images: they lie in shared memory, and only the rest of a batch travels between the processes.
+`in_processes` calls a function for each item. `SlotStream` does the same for a function that renders batches: their images
+lie in shared memory, and only the rest of a batch is sent from process to process.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ from pipeline.errors import DeitCliError, WorkerError
 from pipeline.machine.threads import usable_cores
 from pipeline.repeats import FirstOfEachKind
 
-# A batch that takes longer than this will not come any more: a process hangs, or a network file system does.
+# A batch that takes longer than this never comes: a process hangs, or a network file system does.
 TIMEOUT_S = 900
-# How often to look whether a loader still lives. They are not children of this process, so no signal tells of their end.
+# How often to check that the loaders are alive. They are not children of this process, so no signal tells when one ends.
 LOOK_S = 5
-PREFETCH = 2  # items that each process is ahead
+PREFETCH = 2  # number of items that each process works ahead
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; elsewhere it has no limit of its own
 _NOTE_BYTES = 256
 
@@ -61,7 +61,7 @@ class Imaged(Protocol):
         ...
 
 
-Batch = TypeVar("Batch", bound=Imaged)
+AnyBatch = TypeVar("AnyBatch", bound=Imaged)
 
 
 def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, workers: int) -> Iterator[Made]:
@@ -81,7 +81,7 @@ def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, w
     yield from _checked(loader, whereabouts)
 
 
-class SlotStream(Generic[Batch]):
+class SlotStream(Generic[AnyBatch]):
     """Batches that loader processes render into shared memory, which is used over and over.
 
     The images of a batch are those of another one when, after it, more than `held` further batches have been asked for.
@@ -90,7 +90,7 @@ class SlotStream(Generic[Batch]):
 
     def __init__(
         self,
-        render: Callable[[Any, Tensor, Note], Batch],
+        render: Callable[[Any, Tensor, Note], AnyBatch],
         items: Iterable[Any],
         shape: tuple[int, ...],
         *,
@@ -104,7 +104,7 @@ class SlotStream(Generic[Batch]):
             render: `render(item, out, note)` writes the images of a batch into the first rows of `out`, uint8 of `shape`, and
                 returns the batch with these rows as its `images`. Called in loader processes, as `work` of `in_processes`.
             items: one for each batch; None gives the process whose turn it is nothing to do.
-            shape: of the images of the largest batch.
+            shape: shape of the images of the largest batch.
             workers: loader processes; 0: in this one.
             held: batches that the caller may hold while it asks for another one: those that it uses, and those that a
                 device has yet to copy.
@@ -118,12 +118,11 @@ class SlotStream(Generic[Batch]):
         if device is not None and device.type == "cuda":
             self._slots.pin(device)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         """Yield the batch of each item, in order; raise as `in_processes` does."""
         pixels = self._slots.pixels
-        for rendered in in_processes(
-            _IntoSlot(self._render, pixels), self._slots.number(self._items), workers=self._workers
-        ):
+        work, numbered = _IntoSlot(self._render, pixels), self._slots.number(self._items)
+        for rendered in in_processes(work, numbered, workers=self._workers):
             if rendered is not None:
                 slot, size, batch = rendered
                 yield replace(pickle.loads(batch), images=pixels[slot, :size])
@@ -170,7 +169,7 @@ class Slots:
         """Take memory for batches of at most this shape.
 
         Args:
-            shape: of the images of one batch.
+            shape: shape of the images of one batch.
             workers: loader processes.
             held: batches whose images the caller may hold while it asks for another one.
 
@@ -201,7 +200,7 @@ class Slots:
 
 
 def _unpin(address: int, device: torch.device) -> None:
-    with torch.cuda.device(device):
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device):  # a GPU that has failed takes no call
         torch.cuda.cudart().cudaHostUnregister(address)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
@@ -218,19 +217,19 @@ def _shared_pixels(*shape: int) -> Tensor:
 
 
 class _Whereabouts:
-    """Which image each loader process is at, in shared memory: so that the image at which one was lost can be named."""
+    """Which image each loader process is at, in shared memory: an error names the image at which one was lost."""
 
     def __init__(self, workers: int) -> None:
         self._notes = torch.zeros(max(1, workers), _NOTE_BYTES, dtype=torch.uint8).share_memory_()
 
     def note(self, what: str) -> None:
-        """Say what this process is at now."""
+        """Note what this process is at now."""
         worker = get_worker_info()
         text = f"{os.getpid()} {what}".encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES, b"\0")
         self._notes[worker.id if worker else 0].numpy()[:] = memoryview(text)
 
     def of(self, pids: Iterable[int]) -> list[str]:
-        """Return what these processes said last; of all processes, if there are no pids."""
+        """Return the last notes of these processes; without pids, those of all processes."""
         lines = [bytes(note.tolist()).rstrip(b"\0").decode(errors="replace") for note in self._notes]
         notes = {int(pid): what for pid, _, what in (line.partition(" ") for line in lines if line)}
         wanted = set(pids) or set(notes)
@@ -245,8 +244,8 @@ def plan_workers(asked: int | None, device: torch.device, cores: int | None = No
 
     Args:
         asked: how many the user wants; None: as many as there are cores for.
-        device: of the network.
-        cores: of this process; None: all that it may use.
+        device: device of the network.
+        cores: number of cores of this process; None: all that it may use.
     """
     cores = cores or usable_cores()
     on_cpu = device.type == "cpu"

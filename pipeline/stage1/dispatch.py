@@ -13,14 +13,14 @@ TRIES = 3  # a label shard that costs so many workers is set aside, and the othe
 
 @dataclass
 class Dispatcher:
-    """Hands out label shards, and knows who has which.
+    """Hands out label shards, and knows which worker has which.
 
     Attributes:
         waiting: tasks that nobody has; those that were lost come last.
         taken: worker to the tasks that it has.
         losses: how many workers each task has cost.
         set_aside: tasks that cost too many.
-        gone: workers that were given up. One that wakes up again gets nothing more; what it finishes is whole all the same.
+        gone: workers that were given up. One that wakes up again gets nothing more; what it still finishes is whole.
     """
 
     waiting: deque[LabelTask]
@@ -64,7 +64,7 @@ class Dispatcher:
         """Raise WorkerError if tasks were set aside.
 
         Args:
-            cause: of what the last worker died, where it could say so.
+            cause: error that ended the last worker, if it could send one.
         """
         if self.set_aside:
             names = ", ".join(f"{t.shard} views {t.views.start}:{t.views.stop}" for t in self.set_aside[:8])
@@ -98,10 +98,10 @@ class WorkersLost:
             worker: what a person calls it.
             reason: why it was lost.
             tasks: how many tasks it had.
-            cause: of what it died, where it could say so.
+            cause: error that ended it, if it could send one.
 
         Raises:
-            WorkerError: as many as TRIES died before their first task.
+            WorkerError: TRIES workers died before their first task.
         """
         message = "%s was lost (%s): its %d label shards go to another"
         warn_counted(self._log, f"lost {self._workers}", message, worker, reason, tasks)

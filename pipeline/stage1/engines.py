@@ -1,4 +1,4 @@
-"""The local engine: label shards in this process, or in one process for each device, which take them as they need them."""
+"""The local engine: it makes label shards in this process, or in one process for each device."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ from pipeline.teacher.teacher import Teacher
 
 log = logging.getLogger("deit_cli.engines")
 
-END_S = 10  # that a process gets to end when it is told to
+END_S = 10  # seconds that a process gets to end
 
 
 def run_here(job: Job, teacher: Teacher, tasks: Sequence[LabelTask], tally: Tally) -> None:
@@ -58,15 +58,15 @@ class _TeacherProcess:
     device: str
     process: Any
     pipe: Connection
-    crash: Crash | None = None  # of what it died, where it could say so
+    crash: Crash | None = None  # the error that ended it, if it could send one
 
 
 class TeacherProcesses:
     """The teacher processes of this machine. Each takes a label shard when it needs one.
 
     Attributes:
-        running: those that have not ended.
-        cause_of_loss: of what the last lost process died, where it could say so.
+        running: processes that have not ended.
+        cause_of_loss: error that ended the last lost process, if it could send one.
     """
 
     def __init__(self, job: Job, teacher: Teacher, dispatcher: Dispatcher, tally: Tally) -> None:

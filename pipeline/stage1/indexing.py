@@ -1,4 +1,4 @@
-"""The samples files: every image read, decoded once and hashed, before the teacher sees any."""
+"""Writes the samples files: every image is read, decoded once and hashed before the teacher sees any."""
 
 import logging
 import time
@@ -33,7 +33,7 @@ class Reading:
         shards: names of the source shards to read, in the order of their use.
         on_bad_image: `fail` stops at an image that cannot be decoded, `skip` leaves it out.
         workers: loader processes.
-        progress: told how many source shards are read.
+        progress: called with how many source shards are read.
     """
 
     source: Source
@@ -43,7 +43,7 @@ class Reading:
     progress: Progress
 
     def each(self, phase: str, work: Callable[[str, Note], Made], shards: Sequence[str]) -> Iterator[tuple[str, Made]]:
-        """Yield some of the source shards with what `work(name, note)` made of each, and tell how many are done."""
+        """Yield some of the source shards, each with the result of `work(name, note)`, and report how many are done."""
         began = time.monotonic()
         made = in_processes(work, shards, workers=min(self.workers, len(shards)))
         for done, result in enumerate(zip(shards, made, strict=True), start=1):

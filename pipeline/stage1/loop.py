@@ -1,4 +1,4 @@
-"""THE STAGE-1 LOOP: label shards in, complete files out. One process, one device; `engines` decides who runs it."""
+"""The stage-1 loop: it makes the files of label shards, in one process on one device. `engines` decides which process runs it."""
 
 import logging
 from collections import deque
@@ -25,13 +25,13 @@ from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.labelling")
 
-AHEAD = 2  # batches that wait on the device while the host looks at an older answer
-UNWRITTEN = 2  # complete label shards that wait for the writer
+AHEAD = 2  # number of batches that wait on the device while the host stores an older answer
+UNWRITTEN = 2  # number of complete label shards that wait for the writer
 
 
 @dataclass(frozen=True)
 class LabelTask:
-    """The unit of work, of retry and of loss: one source shard and one block of views make one file."""
+    """One label shard: the views of one block of one source shard. It is the unit of work, and is made again as a whole."""
 
     shard: str
     views: range
@@ -43,11 +43,11 @@ class Job:
 
     Attributes:
         config: settings of the run.
-        plan: of the label set.
-        recipe: of its views.
-        source: of the images.
-        workers: loader processes of each teacher process.
-        cores: that each teacher process may use for a teacher on the CPU.
+        plan: plan of the label set.
+        recipe: recipe of its views.
+        source: the images.
+        workers: number of loader processes of each teacher process.
+        cores: number of cores that each teacher process may use for a teacher on the CPU.
         images: what was done to the images before they were labelled; None: nothing.
     """
 
@@ -199,7 +199,7 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a person calls a device: the GPU's product name, or cpu."""
+    """Return the name of a device: the GPU's product name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -219,5 +219,5 @@ def _answer(pending: PendingAnswer, batch: ViewBatch, job: Job) -> Answer:
 
 
 def paths_of(out: Path, tasks: Iterable[LabelTask]) -> list[Path]:
-    """Return where the files of these tasks stand."""
+    """Return the paths of the files of these tasks."""
     return [out / labels_path(task.shard, task.views) for task in tasks]

@@ -1,4 +1,4 @@
-"""Self-contained sets: the images of a source packed into tars of the label set, which are then what is labelled.
+"""Self-contained sets: the images of a source are packed into tars in the label set, and the packed images are labelled.
 
 A tar has the keys, class labels and order of its source shard, so that plan and ids are the same with it and without.
 It says in its comment how its images were made, and is written whole or not at all, like every file of a set.
@@ -40,42 +40,42 @@ class Packing:
     """How images are packed.
 
     Attributes:
-        shorter: pixels of the shorter side to which larger ones are shrunk; None: their bytes as they are.
+        shorter: number of pixels to which longer shorter sides are shrunk; None: the files are packed as they are.
     """
 
     shorter: int | None
 
     @property
     def text(self) -> str:
-        """What a person reads about it."""
+        """Describes it for a person."""
         if self.shorter is None:
             return _AS_THEY_WERE
         return f"shorter side at most {self.shorter} px: Pillow bicubic, JPEG quality {JPEG_QUALITY} 4:2:0"
 
     @property
     def changes(self) -> str | None:
-        """What was done to the images; None: nothing."""
+        """Describes what was done to the images; None: nothing."""
         return None if self.shorter is None else self.text
 
     @property
     def comment(self) -> str:
-        """Of every tar that is so packed."""
+        """The comment in every tar that is packed in this way."""
         return _COMMENT + self.text
 
     @property
     def option(self) -> str:
-        """How a user asks for it."""
+        """The option that asks for it."""
         return f"--include-images {self.shorter or ORIGINAL}"
 
 
 def plan_packing(out: Path, include_images: str | None) -> Packing | None:
     """Return how the images of a set are packed, or None where it has none and none were asked for.
 
-    A set whose images are in it stays so: more views are of the same images.
+    A set with images keeps them: more views are made of the same images.
 
     Args:
         out: folder of the set, or where it will be.
-        include_images: what was asked, `original` or a number of pixels; None: nothing.
+        include_images: what the user asked, `original` or a number of pixels; None: nothing.
 
     Raises:
         LabelSetMismatch: its images are packed in another way.
@@ -97,7 +97,7 @@ def plan_packing(out: Path, include_images: str | None) -> Packing | None:
 
 
 def _packed_as(out: Path) -> Packing | None:
-    """Return how the tars that are there were packed, by the first one's comment; None where there are none."""
+    """Return how the tars in a set were packed, by the comment of the first one; None if there are none."""
     first = min((out / IMAGES_FOLDER).glob("*.tar"), default=None)
     if first is None:
         return None

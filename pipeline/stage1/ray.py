@@ -1,4 +1,4 @@
-"""The Ray engine: an actor for each GPU of a cluster, which takes label shards as it needs them."""
+"""The Ray engine: it makes label shards in one actor for each GPU of a cluster."""
 
 import logging
 import socket
@@ -19,7 +19,7 @@ from pipeline.teacher.teacher import Teacher
 
 log = logging.getLogger("deit_cli.ray_engine")
 
-ANSWER_S = 10  # that a cluster gets to answer
+ANSWER_S = 10  # seconds that a cluster gets to answer
 
 
 def connect_ray(address: str) -> None:

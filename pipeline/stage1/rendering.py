@@ -1,4 +1,4 @@
-"""Mix blocks to views: each image is decoded once, and one batch after the other is one view of the whole block."""
+"""Views of mix blocks: each image is decoded once, and each batch is one view of a whole block."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -44,11 +44,11 @@ class Block:
 
     @property
     def name(self) -> tuple[str, int, int]:
-        """What tells it from every other block of a label set."""
+        """Names this block among all blocks of a label set."""
         return self.shard, int(self.rows[0]), self.chunk.start
 
 
-Unit = tuple[Block, int]  # one view of a block: what a loader process makes at a time
+Unit = tuple[Block, int]  # one view of a block, which a loader process renders at a time
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ def stream_views(
     """Return a stream of every view of each block, rendered in loader processes.
 
     Args:
-        renderer: of the views.
+        renderer: renders the views.
         blocks: taken when they are needed.
         img_size: height and width of the views.
-        most: samples in a block.
-        workers: loader processes; 0: in this one.
+        most: number of samples in the largest block.
+        workers: number of loader processes; 0: this process renders.
         held: batches that the caller may hold while it asks for another one.
         device: where the caller copies batches to; None: nowhere.
     """
@@ -168,7 +168,7 @@ def deal(blocks: Iterable[Block], workers: int) -> Iterator[Unit | None]:
     """Yield the views of as many blocks as there are workers, in turn.
 
     A loader gives its items to its workers in turn, so each worker gets all views of a block, and decodes it once.
-    None keeps the turn of a worker for whom no block is left. Blocks are taken when they are needed, not before.
+    None takes the turn of a worker that has no block any more. Blocks are taken when they are needed, not before.
     """
     blocks = iter(blocks)
     lanes: list[Iterator[Unit]] = [iter(()) for _ in range(max(1, workers))]

@@ -1,4 +1,4 @@
-"""Who is mixed with whom, and how: pairs and mixes that do not depend on batch, rank or machine.
+"""Which samples are mixed, and how: pairs and mixes do not depend on batch, rank or machine.
 
 Samples of a source shard are taken in order in blocks of `recipe.mix_block`; inside a block a drawn permutation
 pairs them, and the two of a pair share one mix and are each other's partner, as in timm's pair mode. The pair

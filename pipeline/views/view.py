@@ -68,8 +68,8 @@ def draw_view(recipe: Recipe, key: str, view: int, *, height: int, width: int) -
         recipe: the augmentation.
         key: sample key.
         view: view number, 0 or more.
-        height: of the image, pixels.
-        width: of the image, pixels.
+        height: height of the image, pixels.
+        width: width of the image, pixels.
     """
     recipe_id = recipe.id
     if recipe.crop == "center":
