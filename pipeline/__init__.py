@@ -19,7 +19,7 @@ The public API reads a label set and renders the views that its labels belong to
     labels = LabelSet.open("shards/")
     shard = labels.shards[0]
     rows = labels.read(shard, view=0)     # row, hard, topk_index, topk_prob, tail_mass
-    sample = open_source("images/").shard(shard)[rows.row[0]]
+    sample = open_source("images/").shard(shard)[int(rows.row[0])]
     pixels = render_view(sample.image, labels.recipe, sample.key, 0)     # before mixing, uint8 [H, W, 3]
 """
 

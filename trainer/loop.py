@@ -72,12 +72,12 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: StepPr
 
     Args:
         config: all settings.
-        recipe: of the views, where there is no label set to say it; default `deit`.
-        progress: told by rank 0 after every update where the run is.
+        recipe: recipe of the views, for a run without a label set; default `deit`.
+        progress: called by rank 0 after every update.
 
     Raises:
         StoppedError: Ctrl-C or SIGTERM; the run is saved.
-        TrainingError: the loss is no number.
+        TrainingError: the loss is NaN or infinite.
         UsageError: the student needs an operation that has no deterministic algorithm, and nothing else was asked for.
         WorkerError: a loader process or another rank was lost.
     """
@@ -188,7 +188,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             if world.leads:
                 stack.enter_context(only_run_in(config.folder))
-                check_output(config)  # once more: whoever held the lock before may have left a run
+                check_output(config)  # once more: the process that held the lock before may have left a run
             resume(config, self.state, self.meta)
             world.check_same(self.state.next_update, "checkpoint")
             if world.leads:
@@ -352,7 +352,7 @@ class Run:
         writer.submit(write)
 
     def explain(self, update: int, loss: float) -> TrainingError:
-        """Save the views of this rank in an update whose loss is no number, rendered once more; return the error."""
+        """Save the views of this rank in an update whose loss is NaN or infinite, rendered once more; return the error."""
         passes, name = self.share.passes, f"nonfinite-rank{self.share.rank}"
         batches: list[Batch] = []
         for number in range(passes):
@@ -378,21 +378,21 @@ class Run:
 
 
 class _LossWatch:
-    """Looks at every loss one update later, when it is there in any case: nobody waits for a GPU because of it."""
+    """Checks each loss one update later, when it has been computed anyway: nothing waits for a GPU because of the check."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._waiting: tuple[int, Tensor, Any] | None = None  # update, loss on the CPU, the event of its copy
 
     def add(self, update: int, loss: Tensor) -> None:
-        """Take a loss to look at next time, and look at the one before it."""
+        """Check the previous loss, and keep this one for the next call."""
         self.check()
         value = loss.to("cpu", non_blocking=True)
         event = torch.cuda.current_stream().record_event() if loss.device.type == "cuda" else None
         self._waiting = (update, value, event)
 
     def check(self) -> None:
-        """Raise TrainingError if the loss that waits is no number: it has spoiled every weight."""
+        """Raise TrainingError if the waiting loss is NaN or infinite: it has spoiled every weight."""
         if self._waiting is None:
             return
         update, value, event = self._waiting
@@ -411,9 +411,9 @@ def batch_loss(
     Args:
         settings: kind and weights of the loss.
         on_rank: calls the student.
-        student: whose normalisation and device it is.
-        batch: on that device.
-        dtype: of the forward pass; the losses are computed in float32.
+        student: gives the normalisation of its images.
+        batch: views and targets, on the student's device.
+        dtype: dtype of the forward pass; the losses are computed in float32.
     """
     device = batch.images.device
     images = normalise(mixed_images(batch, device), student)
@@ -427,7 +427,7 @@ def batch_loss(
 
 
 def update_weights(config: TrainConfig, state: State, update: int) -> dict[str, Tensor]:
-    """Move the weights, and their average after them."""
+    """Update the weights from their gradients, then their moving average; return the norm of the gradients if they are clipped."""
     extra: dict[str, Tensor] = {}
     if config.clip_grad is not None:
         extra["grad_norm"] = torch.nn.utils.clip_grad_norm_(state.student.parameters(), config.clip_grad)

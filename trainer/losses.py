@@ -1,4 +1,4 @@
-"""What the student is trained on: its class labels, and the teacher's stored answers. Pure.
+"""The losses: pure functions of the student's answers, the class labels, and the teacher's stored answers.
 
 All losses are computed in float32, under autocast too, and no target of shape [B, C] is ever built: a stored
 soft label has K classes and a tail, mixed and smoothed class labels have two classes and a rest, and the cross-entropy
@@ -60,9 +60,9 @@ class LossSettings:
         distillation_type: `none` is the class loss alone, whatever alpha is.
         alpha: weight of the distillation loss, 0..1.
         tau: temperature of the soft distillation loss, see `soft_distillation_loss`.
-        tail: likewise.
-        reduction: likewise.
-        smoothing: of the class labels, see `class_loss`.
+        tail: how the tail mass counts, see `soft_distillation_loss`.
+        reduction: divisor of the soft distillation loss, see `soft_distillation_loss`.
+        smoothing: smoothing of the class labels, see `class_loss`.
     """
 
     distillation_type: DistillationType
@@ -125,7 +125,7 @@ def class_loss(class_logits: Tensor, target: ClassTarget, *, smoothing: float) -
     """Return the cross-entropy to the mixed, smoothed class labels: timm's `mixup_target`, never built.
 
     A sample counts if all of its image is labelled: its own part and, unless lam is 1, its partner's. Another
-    adds 0, and the sum is divided by B all the same, so every sample weighs what is known of it.
+    adds 0. The sum is divided by B in any case.
 
     Args:
         class_logits: float [B, C].
@@ -163,7 +163,7 @@ def soft_distillation_loss(
         target: the stored labels, 1 <= K <= C.
         tau: temperature, > 0. The stored p become p^(1/tau), normalised.
         tail: `spread` gives the tail mass to the other C - K classes in equal parts, before the temperature;
-            `renormalise` drops it. With K = C there is no tail and the two agree.
+            `renormalise` drops it. With K = C no tail is left and the two agree.
         reduction: `batchmean` divides by B (timm), `deit` by B · C (facebookresearch/deit, losses.py).
 
     Returns:

@@ -23,7 +23,7 @@ from trainer.config import ViewPolicy
 
 @dataclass(frozen=True)
 class Order:
-    """What the order of all epochs follows from.
+    """The order of all epochs, as the few values that it follows from.
 
     Attributes:
         shard_units: units (pairs, or single samples) of each source shard.
@@ -32,9 +32,9 @@ class Order:
         repeated_aug: R, views of an image in one step.
         views: view numbers to use; None numbers them without end.
         window: source shards that are shuffled together.
-        seed: of the shuffles.
+        seed: seed of the shuffles.
         view_policy: `cycle` takes the views in turn, and again from the first; `random` in another drawn order for each
-            time through; `once` is `cycle`, and whoever makes the order sees to it that they suffice.
+            time through; `once` is `cycle`, for a caller that has checked that there are enough views.
     """
 
     shard_units: tuple[int, ...]

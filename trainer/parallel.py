@@ -1,4 +1,4 @@
-"""Training on several ranks: who they are, what they do together, and how they agree to stop."""
+"""Training on several ranks: how they meet, what they compute together, and how they agree to stop."""
 
 import contextlib
 import os
@@ -29,13 +29,13 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run, and what this one runs on.
+    """The ranks of a run, and the resources of this one.
 
     Attributes:
         rank: 0 <= rank < size; rank 0 writes the run's files.
-        size: ranks.
-        device: of this rank.
-        workers: loader processes of this rank.
+        size: number of ranks.
+        device: device of this rank.
+        workers: number of loader processes of this rank.
     """
 
     rank: int
@@ -92,9 +92,9 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
     """Join the other ranks that torchrun or srun started, if there are any, and leave them at the end.
 
     Args:
-        device: what was asked; `auto` is the GPU of this rank, or the CPU.
-        workers: loader processes that were asked for each rank; None: from the cores of the rank.
-        environment: where launchers say who this process is.
+        device: what the user asked; `auto` is the GPU of this rank, or the CPU.
+        workers: number of loader processes for each rank; None: from the cores of the rank.
+        environment: variables in which launchers pass rank and address.
 
     Raises:
         UsageError: the launcher's variables contradict each other.
@@ -106,7 +106,7 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
         return
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]:
         raise UsageError(
-            f"{rank.world_size} ranks were started, and {' and '.join(missing)} do not say where they meet: use torchrun,"
+            f"{rank.world_size} ranks were started, and {' and '.join(missing)} are not set: use torchrun,"
             " or export both before srun"
         )
     if where.type == "cuda":
@@ -131,7 +131,7 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
 
 
 class OnRank(nn.Module):
-    """What a forward pass of this rank calls: the student, compiled and wrapped for its ranks as asked.
+    """The student of this rank, compiled and wrapped for several ranks as asked: what a forward pass calls.
 
     Gradients are averaged over the ranks in the backward pass, but for the ones within `accumulating`.
     """
@@ -181,27 +181,27 @@ class _Answers(nn.Module):
 class Consensus:
     """Lets ranks stop after the same update, though a signal reaches them one by one.
 
-    Every update each rank says whether it was told to stop, and reads what all said the update before: by then the
-    answer has come, so nobody waits for it.
+    In every update each rank sends whether a signal asked it to stop, and reads the answer to what all sent the update
+    before: by then it has come, so no rank waits for it.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
         # Over the CPUs, so that no queue of a GPU has to run empty for it.
         self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
-        self._asked: tuple[Tensor, Any] | None = None
+        self._sent: tuple[Tensor, Any] | None = None
 
-    def stops(self, told: bool) -> bool:
-        """Say whether this rank was told to stop; return whether all ranks stop now."""
+    def stops(self, asked: bool) -> bool:
+        """Send whether this rank was asked to stop; return whether all ranks stop now."""
         if self._world.size == 1:
-            return told
+            return asked
         answer = False
-        if self._asked is not None:
-            said, work = self._asked
+        if self._sent is not None:
+            any_asked, work = self._sent
             work.wait()
-            answer = bool(said)
-        said = torch.tensor([int(told)])
-        self._asked = (said, dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group, async_op=True))
+            answer = bool(any_asked)
+        any_asked = torch.tensor([int(asked)])
+        self._sent = (any_asked, dist.all_reduce(any_asked, dist.ReduceOp.MAX, group=self._group, async_op=True))
         return answer
 
 

@@ -41,7 +41,7 @@ class Batch:
     """Views of one forward pass, before mixing, with everything known of them.
 
     Attributes:
-        index: of the forward pass among those of this rank in the run; with it the stream can go on from anywhere.
+        index: number of the forward pass among those of this rank in the run; the stream can continue from any index.
         views: view numbers in it.
         keys: sample keys, B of them.
         images: uint8 [B, H, W, 3].
@@ -278,9 +278,9 @@ def stream_batches(
     when, after it, more than `held` further batches have been asked for.
 
     Args:
-        renderer: of the batches.
-        indices: which of them.
-        workers: loader processes; 0: in this one.
+        renderer: renders the batches.
+        indices: indices of the batches.
+        workers: number of loader processes; 0: this process renders.
         held: batches that the caller may hold while it asks for another one.
         device: where the caller copies batches to; None: nowhere.
 

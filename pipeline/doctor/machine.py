@@ -16,7 +16,7 @@ from pipeline.text import byte_size, count
 LEAST_MEMORY = 2 * 10**9  # `precompute` with one loader took up to 1.7 GB
 SHARED_MEMORY = Path("/dev/shm")
 SLOT_BYTES = 256 * 224 * 224 * 3  # a batch of the default size at 224 pixels
-SLOTS_PER_LOADER, MORE_SLOTS = 2, 3  # what `loading.Slots` takes: two for each process, and those that training holds
+SLOTS_PER_LOADER, MORE_SLOTS = 2, 3  # what a `SlotStream` takes: two for each process, and those that training holds
 FEW_FILES = 1024
 EARLIEST = 1_735_689_600.0  # 2025-01-01: a clock before it was never set
 CGROUP, MY_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")

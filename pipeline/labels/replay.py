@@ -116,7 +116,7 @@ def pair_of(recipe: Recipe, samples: SampleRows, row: int, view: int) -> tuple[i
     pairs = pairs_of(recipe, samples.key, samples.usable, view)
     pair = pairs.take(np.flatnonzero((pairs.rows == row).any(axis=1)))
     if not len(pair.rows):
-        raise ReplayError(f"row {row} is no usable sample")
+        raise ReplayError(f"row {row} is not a usable sample")
     (mix,), (first, second) = pair.mixes(view), pair.rows[0].tolist()
     partner = second if row == first else first
     return (partner if partner >= 0 else None), mix
@@ -151,7 +151,7 @@ def _probe_sample(probe: Probe) -> NDArray[np.uint8]:
     try:
         return np.frombuffer(base64.b64decode(probe.sample, validate=True), np.uint8)
     except ValueError as error:
-        raise LabelSetCorrupt(f"the replay probe of row {probe.row} of {probe.shard} is no base64: {error}") from error
+        raise LabelSetCorrupt(f"the replay probe of row {probe.row} of {probe.shard} is not base64: {error}") from error
 
 
 def _sampled(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

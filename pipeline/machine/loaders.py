@@ -1,7 +1,7 @@
 """Loader processes: they take work, return what they made of it, and a lost one becomes a named error.
 
-`in_processes` calls a function for each item of some work. `SlotStream` does the same for a function that renders batches of
-images: they lie in shared memory, and only the rest of a batch travels between the processes.
+`in_processes` calls a function for each item. `SlotStream` does the same for a function that renders batches: their images
+lie in shared memory, and only the rest of a batch is sent from process to process.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ from pipeline.errors import DeitCliError, WorkerError
 from pipeline.machine.threads import usable_cores
 from pipeline.repeats import FirstOfEachKind
 
-# A batch that takes longer than this will not come any more: a process hangs, or a network file system does.
+# A batch that takes longer than this never comes: a process hangs, or a network file system does.
 TIMEOUT_S = 900
-# How often to look whether a loader still lives. They are not children of this process, so no signal tells of their end.
+# How often to check that the loaders are alive. They are not children of this process, so no signal tells when one ends.
 LOOK_S = 5
-PREFETCH = 2  # items that each process is ahead
+PREFETCH = 2  # number of items that each process works ahead
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; elsewhere it has no limit of its own
 _NOTE_BYTES = 256
 
@@ -61,7 +61,7 @@ class Imaged(Protocol):
         ...
 
 
-Batch = TypeVar("Batch", bound=Imaged)
+AnyBatch = TypeVar("AnyBatch", bound=Imaged)
 
 
 def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, workers: int) -> Iterator[Made]:
@@ -81,7 +81,7 @@ def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, w
     yield from _checked(loader, whereabouts)
 
 
-class SlotStream(Generic[Batch]):
+class SlotStream(Generic[AnyBatch]):
     """Batches that loader processes render into shared memory, which is used over and over.
 
     The images of a batch are those of another one when, after it, more than `held` further batches have been asked for.
@@ -90,7 +90,7 @@ class SlotStream(Generic[Batch]):
 
     def __init__(
         self,
-        render: Callable[[Any, Tensor, Note], Batch],
+        render: Callable[[Any, Tensor, Note], AnyBatch],
         items: Iterable[Any],
         shape: tuple[int, ...],
         *,
@@ -118,12 +118,11 @@ class SlotStream(Generic[Batch]):
         if device is not None and device.type == "cuda":
             self._slots.pin(device)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         """Yield the batch of each item, in order; raise as `in_processes` does."""
         pixels = self._slots.pixels
-        for rendered in in_processes(
-            _IntoSlot(self._render, pixels), self._slots.number(self._items), workers=self._workers
-        ):
+        work, numbered = _IntoSlot(self._render, pixels), self._slots.number(self._items)
+        for rendered in in_processes(work, numbered, workers=self._workers):
             if rendered is not None:
                 slot, size, batch = rendered
                 yield replace(pickle.loads(batch), images=pixels[slot, :size])
@@ -201,7 +200,7 @@ class Slots:
 
 
 def _unpin(address: int, device: torch.device) -> None:
-    with torch.cuda.device(device):
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device):  # a GPU that has failed takes no call
         torch.cuda.cudart().cudaHostUnregister(address)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 

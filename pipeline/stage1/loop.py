@@ -31,7 +31,7 @@ UNWRITTEN = 2  # complete label shards that wait for the writer
 
 @dataclass(frozen=True)
 class LabelTask:
-    """The unit of work, of retry and of loss: one source shard and one block of views make one file."""
+    """One label shard: the views of one block of one source shard. It is the unit of work, and is made again as a whole."""
 
     shard: str
     views: range

@@ -245,7 +245,7 @@ def test_pair_of_agrees_with_the_pairs_of_the_shard(made):
             assert pair_of(opened.recipe, samples, first, view) == (second if second >= 0 else None, expected)
             if second >= 0:
                 assert pair_of(opened.recipe, samples, second, view) == (first, expected)
-    with pytest.raises(ReplayError, match="row 77 is no usable sample"):
+    with pytest.raises(ReplayError, match="row 77 is not a usable sample"):
         pair_of(opened.recipe, samples, 77, 0)
 
 
@@ -268,14 +268,14 @@ HOSTILE = [
     (
         {"sample": "????", "pixels_sha256": "0" * 64},
         LabelSetCorrupt,
-        "the replay probe of row 0 of train-0 is no base64",
+        "the replay probe of row 0 of train-0 is not base64",
     ),
     (
         {"sample": "AAA", "pixels_sha256": "0" * 64},
         LabelSetCorrupt,
-        "the replay probe of row 0 of train-0 is no base64",
+        "the replay probe of row 0 of train-0 is not base64",
     ),
-    ({"sample": "é", "pixels_sha256": "0" * 64}, LabelSetCorrupt, "the replay probe of row 0 of train-0 is no base64"),
+    ({"sample": "é", "pixels_sha256": "0" * 64}, LabelSetCorrupt, "the replay probe of row 0 of train-0 is not base64"),
 ]
 
 
