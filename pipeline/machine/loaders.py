@@ -348,7 +348,10 @@ def _next(results: Iterator[Any], whereabouts: _Whereabouts) -> Any:
             if (now := whereabouts.of(())) != seen:
                 began, seen = time.monotonic(), now
             if "timed out" not in str(error) or time.monotonic() - began > TIMEOUT_S:
-                raise _lost(error, whereabouts) from error
+                lost = _lost(error, whereabouts)
+                for process in getattr(results, "_workers", ()):  # one that hangs is deaf to a DataLoader's SIGTERM
+                    process.kill()
+                raise lost from error
 
 
 def _lost(error: RuntimeError, whereabouts: _Whereabouts) -> WorkerError:
