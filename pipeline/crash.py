@@ -1,4 +1,4 @@
-"""Unforeseen errors: one line for the user, and a report in a file that can be sent with a bug report."""
+"""Unexpected errors: one line for the user, and a file that can be attached to a bug report."""
 
 import os
 import platform
@@ -35,10 +35,10 @@ SECRET = re.compile("token|secret|password")
 
 @dataclass(frozen=True)
 class Crash:
-    """An unforeseen error, as text that can be sent to another process.
+    """An unexpected error, as text that can be sent to another process.
 
     Attributes:
-        summary: kind, message and place of the error, on one line.
+        summary: type, message and place of the error, on one line.
         traceback: the whole traceback.
     """
 
@@ -47,21 +47,21 @@ class Crash:
 
 
 def crash_of(error: BaseException) -> Crash:
-    """Return summary and traceback of an error, with paths shortened."""
+    """Return the summary and the traceback of an error, with shortened paths."""
     what = traceback.format_exception_only(error)[-1].partition("\n")[0][:240]
     text = "".join(traceback.format_exception(error))
     return Crash(shortened(f"{what} ({_place(error)})"), shortened(text))
 
 
 def _place(error: BaseException) -> str:
-    """Return the innermost line of an error in our code or in the user's, such as the module of a teacher."""
+    """Return the innermost line of the traceback that is in our code or in the user's code, such as a teacher module."""
     frames = traceback.extract_tb(error.__traceback__)
     frame = ([frame for frame in frames if not _is_of_a_library(frame.filename)] or frames)[-1] if frames else None
     return "place unknown" if frame is None else f"{_below(frame.filename)}:{frame.lineno}, in {frame.name}"
 
 
 def _is_of_a_library(filename: str) -> bool:
-    if _below(filename).startswith(OURS):  # once installed, ours lies among the libraries
+    if _below(filename).startswith(OURS):  # an installed deit-cli is in the folder of the libraries
         return False
     return filename.startswith((sysconfig.get_path("stdlib"), "<")) or "site-packages" in filename
 
@@ -76,10 +76,10 @@ def save_report(crash: Crash, arguments: Sequence[str], settings: Mapping[str, A
     Args:
         crash: the error.
         arguments: arguments of the command line, without the name of the program.
-        settings: option -> value, as the command understood them.
+        settings: option -> value, as the command parsed them.
 
     Returns:
-        path of the report; None where no folder can be written to.
+        path of the report; None if neither folder can be written to.
     """
     name = f"deit-cli-crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     text = _report(crash, arguments, settings)
@@ -134,7 +134,7 @@ def _value(name: str, value: Any) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return a text in which long paths keep their last two parts, and URLs neither user nor query."""
+    """Return the text with long paths cut to their last two parts, and URLs without user and query."""
     text = text.replace(f"{ROOT}{os.sep}", "").replace(str(Path.home()), "~")
     text = re.sub(r"(?<=[\s\"'(=])[^\s\"'(=]*/site-packages/", "", text)
     text = re.sub(r"(\w+://)[^\s/\"'@]*@", r"\1", text)

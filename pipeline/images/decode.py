@@ -1,7 +1,7 @@
-"""Image bytes -> pixels: exact, bounded, and with one named error for everything that is not an image.
+"""Image bytes -> pixels: exact, limited in size, and with BadImageError for everything that is not an image.
 
-JPEG goes through simplejpeg (libjpeg-turbo, exact mode: the pixels of Pillow, one and a half times as fast), the rest
-through Pillow. The format is chosen by the first bytes, never by the file name. EXIF orientation is not applied.
+simplejpeg decodes JPEG (libjpeg-turbo, exact mode: the same pixels as Pillow, 1.5 times as fast), and Pillow decodes the
+other formats. The first bytes decide the format, never the file name. EXIF orientation is not applied.
 """
 
 import io
@@ -21,27 +21,27 @@ from pipeline.images.samples import Box
 from pipeline.images.turbojpeg import decode_region
 
 # Pillow's own limit (Image.MAX_IMAGE_PIXELS: 256 MiB of RGB). A 24 kB PNG can unpack to 560 MiB; no photograph of a
-# classification set comes near.
+# classification set is nearly as large.
 MAX_PIXELS = 89_478_485
 
-JPEG_QUALITY = 95  # of what is encoded here
+JPEG_QUALITY = 95  # quality of the JPEG files that are encoded here
 
-# Encoders make about ten. Each scan of a progressive JPEG goes over all of its pixels, and may itself be empty: 350 kB of them
-# took a minute.
+# Encoders write about ten. The decoder goes over all pixels for each scan of a progressive JPEG, even for an empty one: 350 kB
+# of empty scans took a minute.
 MAX_SCANS = 100
 
-# Where libjpeg-turbo and Pillow make the same RGB. For CMYK and YCCK they do not: Pillow is the reference there.
+# Colour spaces for which libjpeg-turbo and Pillow return the same RGB. For CMYK and YCCK they differ: Pillow is the reference.
 _TURBO_COLOURS = frozenset({"YCbCr", "Gray"})
 
 _JPEG = b"\xff\xd8\xff"
 _SCAN = b"\xff\xda"
 
-# Pillow's warnings can be switched off for the whole process only, so threads take turns.
+# Pillow's warnings can only be switched off for the whole process, so threads take turns.
 _PILLOW = threading.Lock()
 
 
 class _Refused(Exception):
-    """Why an image is not read, in our own words."""
+    """The reason why an image is refused, as our own message."""
 
 
 def decode(image: bytes, *, key: str) -> NDArray[np.uint8]:
@@ -55,7 +55,7 @@ def decode(image: bytes, *, key: str) -> NDArray[np.uint8]:
         uint8 [H, W, 3], RGB, C-contiguous.
 
     Raises:
-        BadImageError: whatever the bytes are, no other error leaves this function.
+        BadImageError: the image cannot be decoded; no bytes cause any other error.
     """
     with _named_errors(key):
         if _format_of(image) == "JPEG":
@@ -67,12 +67,12 @@ def decode_around(image: bytes, box: Box, *, key: str) -> tuple[NDArray[np.uint8
     """Decode a box of an image, and as much around it as the decoder needs.
 
     Args:
-        image: the encoded file; one that decodes as a whole, as `turbojpeg.decode_region` says.
-        box: top, left, height, width; inside of the image.
+        image: the encoded file; the whole image must be known to decode, see `turbojpeg.decode_region`.
+        box: top, left, height, width; inside the image.
         key: the sample key, for the error.
 
     Returns:
-        uint8 [H, W, 3], RGB, C-contiguous, a part of the image that holds the box, and its top and left in the image.
+        the part of the image that contains the box, uint8 [H, W, 3], RGB, C-contiguous; its top and its left in the image.
 
     Raises:
         BadImageError: the image cannot be decoded.
@@ -84,11 +84,11 @@ def decode_around(image: bytes, box: Box, *, key: str) -> tuple[NDArray[np.uint8
 def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
     """Return an image with its shorter side resized to `shorter` pixels, as a JPEG of quality 95 (4:2:0), RGB.
 
-    An image that is not larger is returned as it is, byte for byte: nothing is enlarged, or encoded again for nothing.
+    An image that is not larger is returned byte for byte: no image is enlarged, or encoded again without need.
 
     Args:
         image: the encoded file.
-        shorter: pixels.
+        shorter: length of the shorter side, pixels.
         key: the sample key, for the error.
 
     Raises:
@@ -100,7 +100,7 @@ def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
     if least <= shorter:
         return image
     size = (shorter * width // least, shorter * height // least)
-    with _named_errors(key):  # Pillow's bicubic is antialiased
+    with _named_errors(key):  # Pillow's bicubic resize is antialiased
         resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
         return encode(np.asarray(resized), "JPEG", subsampling="4:2:0")
 
@@ -108,7 +108,7 @@ def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
 def encode(
     pixels: NDArray[np.uint8], kind: Literal["PNG", "JPEG"], *, subsampling: Literal["4:4:4", "4:2:0"] = "4:4:4"
 ) -> bytes:
-    """Encode pixels, uint8 [H, W, 3], RGB: as PNG, which loses nothing, or as JPEG of quality 95."""
+    """Return encoded pixels (uint8 [H, W, 3], RGB): as lossless PNG, or as JPEG of quality 95."""
     buffer = io.BytesIO()
     options = {"quality": JPEG_QUALITY, "subsampling": subsampling} if kind == "JPEG" else {}
     Image.fromarray(pixels).save(buffer, kind, **options)
@@ -116,7 +116,7 @@ def encode(
 
 
 def image_size(image: bytes, *, key: str) -> tuple[int, int]:
-    """Return (height, width) from the header alone; more than MAX_PIXELS is an error here too."""
+    """Return (height, width) from the header alone; more than MAX_PIXELS pixels is an error, as in `decode`."""
     with _named_errors(key):
         if _format_of(image) == "JPEG" and (header := _jpeg_header(image)):
             return header[0], header[1]
@@ -130,7 +130,7 @@ def _named_errors(key: str) -> Iterator[None]:
         yield
     except _Refused as refused:
         raise BadImageError(key, str(refused)) from None
-    except Exception as error:  # Pillow's readers raise eight types, KeyError and struct.error among them
+    except Exception as error:  # Pillow's readers raise eight types of error, including KeyError and struct.error
         raise BadImageError(key, f"damaged or truncated: {error}") from error
 
 
@@ -154,11 +154,11 @@ def _check_pixels(height: int, width: int) -> None:
 
 
 def _jpeg_header(image: bytes) -> tuple[int, int, str] | None:
-    """Return (height, width, colour space), or None where simplejpeg does not know the chroma subsampling."""
+    """Return (height, width, colour space), or None if simplejpeg does not know the chroma subsampling."""
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError as error:
-        if "subsampling" in str(error):  # legal but rare factors, which Pillow reads; or the header is cut
+        if "subsampling" in str(error):  # factors that are legal but rare (Pillow reads them), or a cut header
             return None
         raise
     height, width = int(height), int(width)
@@ -180,12 +180,12 @@ def _decode_pillow(image: bytes) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(image: bytes) -> Iterator[Image.Image]:
-    """Open with Pillow, in the one format that the first bytes name, silently; no pixel is decoded yet."""
+    """Open an image with Pillow, without warnings, as the format of its first bytes; no pixel is decoded yet."""
     with _PILLOW, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             opened = Image.open(io.BytesIO(image), formats=(_format_of(image),))
-        except UnidentifiedImageError:  # its text is the address of a buffer
+        except UnidentifiedImageError:  # its message is only the address of a buffer
             raise _Refused("damaged or truncated header") from None
         except Image.DecompressionBombError as error:
             raise _Refused(f"too many pixels, at most {MAX_PIXELS} are read: {error}") from None

@@ -27,11 +27,11 @@ log = logging.getLogger("deit_cli.parquet_source")
 
 ROWS_PER_SHARD = 4096
 CACHE_BYTES = 256 << 20  # two row groups of 1,000 ImageNet photographs, the largest common size
-MAX_ROW_GROUP_BYTES = 2 << 30  # what one process may be made to hold for one image
-MAX_ROW_GROUP_ROWS = 1 << 20  # a footer may claim any number; images come in thousands
-MAX_METADATA_BYTES = 16 << 20  # names of half a million classes
-_BATCH_ROWS = 16  # the bound is checked this often: dictionary encoding can unpack 780 bytes to 10 MB a row
-_LABEL_COLUMNS = ("label", "labels", "fine_label")  # usual names; fine_label is CIFAR-100's
+MAX_ROW_GROUP_BYTES = 2 << 30  # limit of the memory that one image may cost a process
+MAX_ROW_GROUP_ROWS = 1 << 20  # a footer may claim any number; real row groups have thousands of images
+MAX_METADATA_BYTES = 16 << 20  # enough for the names of half a million classes
+_BATCH_ROWS = 16  # rows between two size checks: dictionary encoding can unpack 780 bytes to 10 MB per row
+_LABEL_COLUMNS = ("label", "labels", "fine_label")  # usual names; CIFAR-100 has fine_label
 
 
 class ParquetPlace(NamedTuple):
@@ -43,7 +43,7 @@ class ParquetPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that matter: the image, its class label, and the label's class names."""
+    """The columns that are read: the image and its class label, with the names of the classes."""
 
     image: str
     label: str | None
@@ -51,14 +51,14 @@ class Columns:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of class names, or None without them."""
+        """Number of class names, or None if there are none."""
         return None if self.class_names is None else len(self.class_names)
 
 
 class RowGroupCache:
-    """The image columns of the row groups that this process used last, at most `max_bytes` or one row group.
+    """A cache of the image columns of the row groups that this process used last: at most `max_bytes`, or one row group.
 
-    Shards of one source share it; a pickled one arrives empty.
+    The shards of a source share it; a pickled cache is empty.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -68,7 +68,7 @@ class RowGroupCache:
         self._lock = threading.Lock()
 
     def get(self, key: tuple[File, int], load: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
-        """Return the column of a row group, from `load` if it is not held."""
+        """Return the column of a row group; `load` reads it if it is not in the cache."""
         with self._lock:
             if key not in self._columns:
                 column = load()
@@ -88,7 +88,7 @@ class RowGroupCache:
 
 @dataclass(frozen=True)
 class ParquetShard(SourceShard[ParquetPlace]):
-    """Row groups `first_group`.. of one Parquet file, `group_rows` rows each."""
+    """A run of row groups of one Parquet file, from `first_group` on; `group_rows` holds the rows of each."""
 
     name: str
     file: File
@@ -99,14 +99,14 @@ class ParquetShard(SourceShard[ParquetPlace]):
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
-        """The Parquet file, where it is remote."""
+        """The Parquet file if it is remote, else nothing."""
         return self.file.to_download
 
     def __len__(self) -> int:
         return sum(self.group_rows)
 
     def build_index(self) -> ShardIndex[ParquetPlace]:
-        """Read paths and labels; where the paths name nothing, read the images too and name them by content."""
+        """Read the paths and labels; if the paths cannot be keys, read the images too and name them by content."""
         places = self._places()
         labels = self._class_labels() if self.columns.label else [None] * len(places)
         keys = _path_keys(self._read_all(f"{self.columns.image}.path")) or self._content_keys(places)
@@ -115,7 +115,7 @@ class ParquetShard(SourceShard[ParquetPlace]):
         return ShardIndex(tuple(keys), tuple(labels), places)
 
     def read_image(self, place: ParquetPlace) -> bytes:
-        """Return the bytes of one row; its row group stays in memory for the next ones."""
+        """Return the image of one row; its row group stays in memory for the next rows."""
         column = self.cache.get((self.file, place.group), lambda: self._read_group(place.group))
         with _named_errors(self.file):
             image = column[place.row].as_py()
@@ -142,7 +142,7 @@ class ParquetShard(SourceShard[ParquetPlace]):
             return self._column(file, group, f"{self.columns.image}.bytes")
 
     def _column(self, file: pq.ParquetFile, group: int, leaf: str) -> pa.ChunkedArray:
-        """Decode a column of a row group, counting its bytes on the way."""
+        """Decode a column of a row group, and check its size while decoding."""
         batches, size = [], 0
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[leaf], use_threads=False):
             size += batch.nbytes
@@ -170,7 +170,7 @@ class ParquetShard(SourceShard[ParquetPlace]):
         ]
 
     def _content_keys(self, places: Sequence[ParquetPlace]) -> list[str]:
-        """Name each image by the hash of its bytes; a copy of an earlier one gets -1, -2, ..."""
+        """Return the hash of each image's bytes as its key; copies of an earlier image get the suffixes -1, -2, ..."""
         copies: Counter[str] = Counter()
         keys = []
         for place in places:
@@ -196,14 +196,14 @@ def open_parquets(files: Sequence[File]) -> tuple[tuple[str, ...] | None, tuple[
 
 
 def _read_footer(file: File) -> tuple[Columns, list[int]]:
-    """Return what the footer of a file says: columns, and rows of each row group."""
+    """Return the columns and the number of rows of each row group, from the footer of a file."""
 
     def parse(parquet: pq.ParquetFile) -> tuple[Columns, list[int]]:
         return _find_columns(file, parquet.schema_arrow), _group_rows(file, parquet.metadata)
 
     if file.path is None:
-        # A source is opened without a download of all of it, where the server gives ranges. Else, or where the footer
-        # is damaged, the whole file is read, and named if it is at fault.
+        # If the server supports ranges, only the footer is downloaded. If not, or if the footer is damaged, the whole file
+        # is read, and an error names it if the file itself is damaged.
         try:
             return file.use_ranges(lambda opened: parse(pq.ParquetFile(opened)))
         except RemoteFileMissing as error:
@@ -224,7 +224,7 @@ def _group_rows(file: File, footer: pq.FileMetaData) -> list[int]:
 
 
 def _cut(rows: Sequence[int]) -> list[range]:
-    """Cut row groups into runs of ROWS_PER_SHARD rows or more; the last run takes what is left."""
+    """Cut row groups into runs of ROWS_PER_SHARD rows or more; the last run takes the remaining ones."""
     starts, in_run = [0], 0
     for group, end in enumerate(accumulate(rows), start=1):
         if end - in_run >= ROWS_PER_SHARD and end < sum(rows):
@@ -234,7 +234,7 @@ def _cut(rows: Sequence[int]) -> list[range]:
 
 
 def _path_keys(images: Sequence[dict[str, Any] | None]) -> list[str] | None:
-    """Return the paths without their extension, or None where one is missing or two are equal."""
+    """Return the paths without their extensions, or None if one is missing or two are equal."""
     keys = {_without_extension(image["path"]): None for image in images if image and image["path"] is not None}
     return list(keys) if len(keys) == len(images) else None
 
@@ -255,7 +255,7 @@ def _opened(file: File) -> Iterator[pq.ParquetFile]:
 
 @contextmanager
 def _named_errors(file: File) -> Iterator[None]:
-    """Name the file in whatever pyarrow raises: on damaged bytes that may be any of a dozen types."""
+    """Turn any error of pyarrow into one that names the file: damaged bytes raise a dozen types of error."""
     try:
         with reading(file):
             yield
@@ -280,7 +280,7 @@ def _find_columns(file: File, schema: pa.Schema) -> Columns:
 
 
 def _refuse_extension_types(file: File, field: pa.Field) -> None:
-    """A registered extension type may run code when it is read; no image set needs one."""
+    """Raise an error for extension types: a registered one may run code when it is read, and no image set needs one."""
     if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
         raise SourceError(f"{file}: column {field.name!r} has an extension type, which is not read")
     for child in range(field.type.num_fields):

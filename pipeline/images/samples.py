@@ -13,10 +13,10 @@ from pipeline.errors import SourceError, StorageError
 from pipeline.storage.place import RemoteFile
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million pixels without compression have a quarter
+MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million uncompressed pixels need a quarter of this
 MAX_LABEL = 2**31 - 1  # class labels are stored as int32
 
-Box = tuple[int, int, int, int]  # of an image: top, left, height, width; pixels
+Box = tuple[int, int, int, int]  # a box in an image: top, left, height, width; pixels
 Where = TypeVar("Where")
 
 
@@ -25,9 +25,9 @@ class Sample:
     """An original image with its class label.
 
     Attributes:
-        key: stable name, unique in its source shard; never a position.
+        key: stable name, unique in its source shard; never its position.
         image: the encoded file, as the source holds it.
-        class_label: 0 <= class_label < num_classes, or None where the source has no label.
+        class_label: label, 0 <= class_label < num_classes, or None if the source has no labels.
     """
 
     key: str
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardIndex(Generic[Where]):
-    """The samples of one source shard in order, without their images; three sequences of one length."""
+    """The samples of one source shard in order, without their images, as three sequences of the same length."""
 
     keys: tuple[str, ...]
     class_labels: tuple[int | None, ...]
@@ -45,30 +45,30 @@ class ShardIndex(Generic[Where]):
 
 
 class SourceShard(ABC, Generic[Where]):
-    """An ordered run of samples. Pickles as its few fields: each process builds the index again when it needs it.
+    """An ordered run of samples. Only its few fields are pickled: each process builds the index again when it needs it.
 
     Attributes:
-        name: matches [A-Za-z0-9._-]+, unique in the source.
+        name: unique name in the source, matches [A-Za-z0-9._-]+.
     """
 
     name: str
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
-        """The remote files that it is read from, for `Prefetch`; none of a local one."""
+        """Remote files from which the shard is read, for `Prefetch`; empty for a local shard."""
         return ()
 
     @abstractmethod
     def build_index(self) -> ShardIndex[Where]:
-        """Find the samples. The same files give the same index."""
+        """Return the index of the samples. The same files give the same index."""
 
     @abstractmethod
     def read_image(self, place: Where) -> bytes:
-        """Return the encoded image that lies at one place of the index."""
+        """Return the encoded image at one place of the index."""
 
     @cached_property
     def index(self) -> ShardIndex[Where]:
-        """The index, built at the first use in this process."""
+        """Index of the samples, built when this process first uses it."""
         return self.build_index()
 
     @property
@@ -103,7 +103,7 @@ class SourceShard(ABC, Generic[Where]):
 
 @contextmanager
 def reading(path: object) -> Iterator[None]:
-    """Turn what the operating system or a server says about a file into a SourceError that names it."""
+    """Turn errors of the operating system or a server into a SourceError that names the file."""
     try:
         yield
     except StorageError as error:
@@ -113,13 +113,13 @@ def reading(path: object) -> Iterator[None]:
 
 
 def check_image_bytes(size: int, what: object) -> None:
-    """Raise SourceError for an encoded image that nobody can mean: its place may be a claim, or a hole in a sparse file."""
+    """Raise SourceError for an absurd size of an encoded image: a header may claim it, or a sparse file may have a hole."""
     if size > MAX_IMAGE_BYTES:
         raise SourceError(f"{what}: an image must have at most {MAX_IMAGE_BYTES} bytes, got {size}")
 
 
 def check_label(label: int, num_classes: int | None, where: str) -> int:
-    """Return a class label that lies in its range, or raise SourceError; without class names the range is int32."""
+    """Return a class label that is in range, or raise SourceError; without class names the range is that of int32."""
     if num_classes is not None and not 0 <= label < num_classes:
         raise SourceError(f"{where}: class label must be in 0..{num_classes - 1} ({num_classes} classes), got {label}")
     if not 0 <= label <= MAX_LABEL:
@@ -128,7 +128,7 @@ def check_label(label: int, num_classes: int | None, where: str) -> int:
 
 
 def keys_sha256(keys: Iterable[str], class_labels: Iterable[int | None]) -> str:
-    """Hash keys and class labels in order: one JSON line [key, label] each, so no two lists look alike."""
+    """Return the hash of keys and class labels in order: one JSON line [key, label] each, so that lists cannot collide."""
     digest = hashlib.sha256()
     for key, label in zip(keys, class_labels, strict=True):
         digest.update(json.dumps([key, label], ensure_ascii=False, separators=(",", ":")).encode() + b"\n")

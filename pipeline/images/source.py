@@ -1,7 +1,7 @@
 """Sources of original images: an image folder, WebDataset tars, or Hugging Face image Parquet.
 
-A source is an ordered list of source shards, each an ordered run of samples. It is cheap to pickle: shards carry
-paths, and every process finds the samples again when it needs them.
+A source is an ordered list of source shards, each an ordered run of samples. It is cheap to pickle: shards hold only
+paths, and each process finds the samples again when it needs them.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from braceexpand import braceexpand  # webdataset's own; through webdataset it would import torch (7 s)
+from braceexpand import braceexpand  # webdataset uses it too, but importing it from there would import torch (7 s)
 
 from pipeline.errors import SourceError
 from pipeline.images.parquet import open_parquets
@@ -39,7 +39,7 @@ from pipeline.text import check_name
 __all__ = ["Sample", "Source", "SourceShard", "open_source"]
 
 SAMPLES_PER_SHARD = 1024
-MAX_FILES = 100_000  # of one brace expression; ImageNet-21k has 2,048 tars
+MAX_FILES = 100_000  # limit of one brace expression; ImageNet-21k has 2,048 tars
 
 ACCEPTED = (
     "an image folder, a .tar or .parquet file, a folder of these, or a brace expression like train-{000..127}.tar"
@@ -48,7 +48,7 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Source:
-    """The original images in their order.
+    """An ordered set of original images.
 
     Attributes:
         location: path or URL from which it was opened; not part of its identity.
@@ -62,23 +62,23 @@ class Source:
 
     @property
     def num_samples(self) -> int:
-        """Samples of all shards; the first use may read the headers of every tar."""
+        """Number of samples of all shards; the first use may read the headers of every tar."""
         return sum(map(len, self.shards))
 
     @property
     def num_classes(self) -> int | None:
-        """Number of class names, or None where the source does not say."""
+        """Number of class names, or None if the source has no names."""
         return None if self.class_names is None else len(self.class_names)
 
     def shard(self, name: str) -> SourceShard[Any]:
-        """Return a source shard by name."""
+        """Return the source shard with this name."""
         for shard in self.shards:
             if shard.name == name:
                 return shard
         raise SourceError(f"{self.location} has no source shard {name!r}")
 
     def only(self, names: Sequence[str]) -> "Source":
-        """Return the source of these source shards of it alone, in this order."""
+        """Return a source that has only the source shards with these names, in this order."""
         found = {shard.name: shard for shard in self.shards}
         return replace(self, shards=tuple(found[name] for name in names))
 
@@ -88,16 +88,16 @@ class Source:
         return any(shard.remote_files for shard in self.shards)
 
     def remote_files(self, name: str) -> tuple[RemoteFile, ...]:
-        """Return the remote files that a source shard is read from, for `Prefetch`; none of a local source."""
+        """Return the remote files from which a source shard is read, for `Prefetch`; empty for a local source."""
         return self.shard(name).remote_files
 
     def describe(self) -> str:
-        """Return one line for people."""
+        """Return a one-line summary for people."""
         classes = "no class names" if self.num_classes is None else f"{self.num_classes:,} classes"
         return f"{self.location}: {self.kind}, {len(self.shards):,} shards, {self.num_samples:,} samples, {classes}"
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes it this source, whatever its kind and wherever its copy lies: names, keys, class labels."""
+        """Return the names, keys and class labels, which identify this source independently of its kind and location."""
         shards = [
             {
                 "name": shard.name,
@@ -115,13 +115,13 @@ class Source:
 
 
 def open_source(location: str | os.PathLike[str], *, cache: Cache | None = None) -> Source:
-    """Open a source; its kind follows from the path.
+    """Return the source at a location; the path decides its kind.
 
     Args:
-        location: a folder `class/name.jpg` (or of images alone: no labels), one `.tar` or `.parquet` file, a folder
-            of them (read in sorted order), or a brace expression of them. Links to images are followed. Tars and
-            Parquet files may be http(s)://, s3://, gs:// or hf:// URLs.
-        cache: through which URLs are read; None: the default one.
+        location: a folder of images `class/name.jpg` (or without class folders: no labels), one `.tar` or `.parquet` file,
+            a folder of such files (read in sorted order), or a brace expression for them. Links to images are followed.
+            Tars and Parquet files may be http(s)://, s3://, gs:// or hf:// URLs.
+        cache: cache for files that are read from URLs; None: the default cache.
     """
     text, path = os.fspath(location), local_path(location)
     with reading(text):
@@ -133,7 +133,7 @@ def open_source(location: str | os.PathLike[str], *, cache: Cache | None = None)
 
 
 def _open_urls(location: str, cache: Cache | None) -> Source:
-    """Open remote tars or Parquet files; a missing one is noticed when it is used."""
+    """Return a source of remote tars or Parquet files; a missing file is found only when it is used."""
     files = [open_file(name, cache) for name in (_expand(location) if "{" in location else [location])]
     if files[0].suffix in (".tar", ".parquet") or len(files) > 1:
         return _open_files(location, files)
@@ -150,7 +150,7 @@ def _open_urls(location: str, cache: Cache | None) -> Source:
 
 
 def _existing(pattern: str) -> list[str]:
-    """Expand a brace expression to files that exist."""
+    """Return the files of a brace expression, all of which must exist."""
     names = _expand(pattern)
     missing = [name for name in names if not Path(name).is_file()]
     if names == [pattern]:
@@ -161,9 +161,9 @@ def _existing(pattern: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Expand a brace expression."""
+    """Return the names that a brace expression stands for."""
     try:
-        # The library lists a range before it yields its first name, so a huge one must be refused unseen.
+        # The library builds a whole range before it yields the first name, so a huge range must be refused first.
         huge = any(abs(int(a) - int(b)) >= MAX_FILES for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern))
         names = [] if huge else list(islice(braceexpand(pattern, escape=False), MAX_FILES + 1))
     except ValueError as error:
@@ -185,7 +185,7 @@ def _open_files(location: str, files: Sequence[File]) -> Source:
 
 
 def _open_directory(location: str, folder: Path) -> Source:
-    """Open a folder of images, of tars or of Parquet files; it may not be several of these."""
+    """Return the source in a folder of images, of tars or of Parquet files; a folder may not mix them."""
     names = [entry.name for entry in _entries(folder)]
     archives = sorted(name for name in names if Path(name).suffix in (".tar", ".parquet"))
     images = [name for name in names if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
@@ -197,7 +197,7 @@ def _open_directory(location: str, folder: Path) -> Source:
 
 
 def _checked(source: Source) -> Source:
-    """Check what shard names must be: they become file names in the label set."""
+    """Return the source if its shard names are valid: they become file names in the label set."""
     for name, count in Counter(shard.name for shard in source.shards).items():
         if not re.fullmatch("[A-Za-z0-9._-]+", name):
             raise SourceError(
@@ -213,7 +213,7 @@ def _checked(source: Source) -> Source:
 
 
 def _images(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the image files directly in a folder; other files are not looked at."""
+    """Return the image files directly in a folder; other files are ignored."""
     images = [entry for entry in _entries(folder) if Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS]
     for entry in images:
         if not entry.is_file():
@@ -222,45 +222,45 @@ def _images(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what lies in a folder and is not hidden."""
+    """Return the entries of a folder that are not hidden."""
     with reading(folder), os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def _folders(folder: Path) -> list[str]:
-    """Return the names of the folders directly in a folder, in order."""
+    """Return the names of the folders directly in a folder, sorted."""
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
 @dataclass(frozen=True)
 class FolderShard(SourceShard[str]):
-    """A run of the images of a folder; it carries their paths, so that no process lists the folder again."""
+    """A run of the images of a folder, with their paths, so that no process lists the folder again."""
 
     name: str
     root: Path
     class_names: tuple[str, ...] | None
-    packed_paths: bytes  # paths below the root, a line each, deflated: ImageNet's take 10 MB in all
+    packed_paths: bytes  # paths relative to the root, one per line, deflated: 10 MB in all for ImageNet
 
     def build_index(self) -> ShardIndex[str]:
-        """Unpack the paths; a class label is the position of the folder's name."""
+        """Return the index from the unpacked paths; a class label is the position of the folder's name."""
         paths = tuple(zlib.decompress(self.packed_paths).decode().split("\n"))
         labels = {name: label for label, name in enumerate(self.class_names or ())}
         return ShardIndex(tuple(map(_key, paths)), tuple(labels.get(path.split("/")[0]) for path in paths), paths)
 
     def read_image(self, place: str) -> bytes:
-        """Read one file."""
+        """Return the content of one file."""
         path = self.root / place
         with reading(path):
             check_image_bytes(path.stat().st_size, path)
-            if not path.is_file():  # a pipe would be waited for
+            if not path.is_file():  # reading a pipe would block
                 raise SourceError(f"{path}: is not a file any more")
             return path.read_bytes()
 
 
 def _open_folder(root: Path) -> tuple[tuple[str, ...] | None, tuple[FolderShard, ...]]:
-    """Return the class names of an image folder (None: images without class folders) and its shards.
+    """Return the class names of an image folder (None: no class folders) and its shards.
 
-    Images are taken in the order of a hash of their keys. Sorted by name, a thousand neighbours would be of one class,
+    Images are ordered by a hash of their keys. In the order of their names, a thousand neighbours would have the same class,
     and neighbours become partners in mixup and CutMix.
     """
     class_names = _class_folders(root)
@@ -276,7 +276,7 @@ def _open_folder(root: Path) -> tuple[tuple[str, ...] | None, tuple[FolderShard,
 
 
 def _paths(root: Path, folder: str) -> list[str]:
-    """Return the paths below the root of the images of one class folder ("" is the root itself)."""
+    """Return the paths of the images of one class folder, relative to the root ("" is the root itself)."""
     found: dict[str, str] = {}
     for entry in _images(root / folder):
         path = f"{folder}/{entry.name}" if folder else entry.name
@@ -295,7 +295,7 @@ def _key(path: str) -> str:
 
 
 def _class_folders(root: Path) -> tuple[str, ...]:
-    """Return the class folders in order of their names; they hold images only, and images stand only in them."""
+    """Return the class folders, sorted by name; they may contain only images, and images may not be outside them."""
     names, images = _folders(root), _images(root)
     if names and images:
         raise SourceError(f"{root}: holds both images ({images[0].name}) and folders ({names[0]}): classes are folders")

@@ -1,4 +1,4 @@
-"""Tars whose bytes follow from their members alone: no times, no owners, PAX headers only where a name needs one.
+"""Tars whose bytes depend only on their members: no times, no owners, PAX headers only for names that need one.
 
 Members are written one by one, so memory holds only one of them (`tarfile` keeps a record of each).
 """
@@ -16,9 +16,9 @@ def write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]], *, comment: 
     """Write a whole tar.
 
     Args:
-        file: is written to from its position.
-        members: name and content of each, in order.
-        comment: comment of the archive, in a global PAX header, which readers of tars pass over.
+        file: open file; the tar is written at its current position.
+        members: name and content of each member, in order.
+        comment: comment of the archive, in a global PAX header, which tar readers ignore.
     """
     if comment is not None:
         file.write(tarfile.TarInfo.create_pax_global_header({"comment": comment}))
@@ -32,7 +32,7 @@ def write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]], *, comment: 
 
 
 def read_comment(file: BinaryIO) -> str | None:
-    """Return the comment of a tar that `write_tar` wrote, or None where it has none. The position of the file changes."""
+    """Return the comment of a tar that `write_tar` wrote, or None if it has none. The position of the file changes."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             return tar.pax_headers.get("comment")
@@ -41,11 +41,11 @@ def read_comment(file: BinaryIO) -> str | None:
 
 
 def check_member_key(key: str, where: str) -> str:
-    """Return a sample key that WebDataset reads back from a member's name, or raise SourceError.
+    """Return the sample key if WebDataset can read it back from the name of a member, else raise SourceError.
 
     Args:
         key: the sample key.
-        where: the source shard, for the error.
+        where: name of the source shard, for the error.
     """
     parts = key.split("/")
     if "." in parts[-1]:
@@ -61,7 +61,7 @@ def check_member_key(key: str, where: str) -> str:
 
 
 def member_extension(image: bytes) -> str:
-    """Return the extension of an image's format by its first bytes; other bytes are stored as `.jpg`."""
+    """Return the extension for the format of an image, from its first bytes; unknown formats get `.jpg`."""
     if image[:8] == b"\x89PNG\r\n\x1a\n":
         return ".png"
     return ".webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else ".jpg"

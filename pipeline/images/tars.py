@@ -1,8 +1,8 @@
 """WebDataset tars as source shards, read strictly.
 
-`tarfile` takes a damaged header for the end of the archive, and asks for no end marker: a cut or damaged tar reads
-short without an error. Here every header must be sound up to the two zero blocks that end an archive. Nothing is
-ever extracted, and only image, `.cls` and `.json` members are read.
+`tarfile` treats a damaged header as the end of the archive and requires no end marker: it reads only a part of a cut or
+damaged tar, without an error. Here every header must be valid up to the two zero blocks that end an archive. Nothing is
+extracted to disk, and only image, `.cls` and `.json` members are read.
 """
 
 import json
@@ -23,15 +23,15 @@ from pipeline.text import check_name
 
 BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)
-MAX_EXTENSION_BYTES = 1 << 20  # PAX records and long names: 1 MiB is a thousand times what names need
+MAX_EXTENSION_BYTES = 1 << 20  # PAX records and long names: 1 MiB is a thousand times as much as names need
 MAX_CLS_BYTES = 32
 MAX_JSON_BYTES = 16 << 20
-MAX_PADDING_BYTES = 64 << 20  # zeros behind the end; tar writes 10 kB, and a sparse file could have any number
+MAX_PADDING_BYTES = 64 << 20  # zeros after the end marker; tar writes 10 kB, but a sparse file could have any number
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_USTAR = b"ustar\x0000"  # PAX tars too
-_MAGICS = (_USTAR, b"ustar  \x00")  # GNU's own
-# POSIX keeps keywords without a dot for itself; another one is a damaged keyword, and might have been the path.
+_USTAR = b"ustar\x0000"  # also the magic of PAX tars
+_MAGICS = (_USTAR, b"ustar  \x00")  # magic of GNU tar
+# POSIX reserves keywords without a dot. An unknown one is a damaged keyword, perhaps a damaged "path".
 _PAX_KEYWORDS = frozenset(
     {"atime", "charset", "comment", "ctime", "gid", "gname", "hdrcharset"}
     | {"linkpath", "mtime", "path", "size", "uid", "uname"}
@@ -48,8 +48,8 @@ class TarPlace(NamedTuple):
 class Member(NamedTuple):
     """A file of a tar: header at `offset`, `size` bytes at `data`; its name is `key` + `extension`.
 
-    The key is webdataset's: up to the first dot of the name's last part. The extension is in lower case and has its
-    dot: ".jpg", ".seg.png", "" for none.
+    The key is defined as in webdataset: the name up to the first dot of its last part. The extension is in lower case and
+    includes the dot: ".jpg", ".seg.png", "" for none.
     """
 
     name: str
@@ -69,25 +69,25 @@ class Header(NamedTuple):
 
 
 class Archive:
-    """An open tar: reads of an exact length, and errors that name the place."""
+    """An open tar, with reads of an exact length and errors that name the position."""
 
     def __init__(self, file: File, descriptor: int) -> None:
         self.file, self.descriptor = file, descriptor
         self.size = os.fstat(descriptor).st_size
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes at `offset`. pread has no file position, so threads and processes cannot disturb it."""
+        """Return `size` bytes at `offset`. pread uses no file position, so threads and processes do not disturb each other."""
         data = os.pread(self.descriptor, size, offset)
         if len(data) != size:
             raise self.error(offset, f"the file is cut off: {size} bytes should be here, {len(data)} are")
         return data
 
     def error(self, offset: int, text: str) -> SourceError:
-        """Return the error for something wrong at a byte of this tar."""
+        """Return an error for the byte at `offset` of this tar."""
         return SourceError(f"{self.file}: byte {offset}: {text}")
 
     def refusal(self, member: Member, text: str) -> SourceError:
-        """Return the error for one member of this tar."""
+        """Return an error for one member of this tar."""
         return self.error(member.offset, f"member {member.name!r} {text}")
 
 
@@ -102,8 +102,8 @@ def opened(file: File) -> Iterator[Archive]:
 class TarShard(SourceShard[TarPlace]):
     """The samples of one tar in the order of the archive.
 
-    The tar is opened for every read (microseconds beside a millisecond of decoding): no handle to inherit, to count
-    against the limit of open files, or to keep a replaced file alive.
+    The tar is opened for every read (microseconds, while decoding takes a millisecond). So no open file is inherited, counts
+    towards the limit of open files, or keeps a replaced file alive.
     """
 
     name: str
@@ -112,11 +112,11 @@ class TarShard(SourceShard[TarPlace]):
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
-        """The tar, where it is remote."""
+        """The tar if it is remote, else nothing."""
         return self.file.to_download
 
     def build_index(self) -> ShardIndex[TarPlace]:
-        """Walk the headers of the whole tar, and read its labels."""
+        """Return the index, from all headers and labels of the tar."""
         with opened(self.file) as archive:
             found = list(_samples(archive, self.num_classes))
         if not found:
@@ -125,14 +125,14 @@ class TarShard(SourceShard[TarPlace]):
         return ShardIndex(keys, labels, places)
 
     def read_image(self, place: TarPlace) -> bytes:
-        """Read one member's data."""
+        """Return the data of one member."""
         check_image_bytes(place.size, f"{self.file}: byte {place.offset}")
         with opened(self.file) as archive:
             return archive.read(place.offset, place.size)
 
 
 def open_tars(files: Sequence[File]) -> tuple[tuple[str, ...] | None, tuple[TarShard, ...]]:
-    """Return the class names, from a `classes.txt` beside the tars if there is one, and one shard per tar."""
+    """Return the class names, from `classes.txt` in the folder of the tars if it exists, and one shard per tar."""
     class_names = _class_names(dict.fromkeys(file.beside("classes.txt") for file in files))
     num_classes = None if class_names is None else len(class_names)
     return class_names, tuple(TarShard(file.stem, file, num_classes) for file in files)
@@ -158,12 +158,12 @@ def _read_if_there(file: File) -> bytes | None:
         raise SourceError(f"{file}: class names must be a plain file")
     try:
         return file.read(max_bytes=MAX_JSON_BYTES)
-    except RemoteFileRefused:  # where nobody may list, S3 answers 403 for what is not there
+    except RemoteFileRefused:  # without permission to list, S3 answers 403 for missing files
         return None
 
 
 def _parse_class_names(content: bytes, file: File) -> tuple[str, ...]:
-    """Read one class name a line; the first line names label 0. Names may repeat: ImageNet has two cranes."""
+    """Return the class names, one per line; the first line is for label 0. Names may repeat: ImageNet has two cranes."""
     try:
         lines = content.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError:
@@ -173,7 +173,7 @@ def _parse_class_names(content: bytes, file: File) -> tuple[str, ...]:
 
 
 def _samples(archive: Archive, num_classes: int | None) -> Iterator[tuple[str, int | None, TarPlace]]:
-    """Yield (key, class label, place) of every image: members of one key stand side by side, in one sample."""
+    """Yield (key, class label, place) of every image; consecutive members with the same key are one sample."""
     seen: set[str] = set()
     for key, group in groupby(_named_members(archive), key=attrgetter("key")):
         members = list(group)
@@ -189,7 +189,7 @@ def _samples(archive: Archive, num_classes: int | None) -> Iterator[tuple[str, i
 
 
 def _named_members(archive: Archive) -> Iterator[Member]:
-    """Yield the members that may belong to a sample; those without key or extension (`.DS_Store`, `README`) may not."""
+    """Yield the members with a key and an extension; others (`.DS_Store`, `README`) cannot belong to a sample."""
     for member in _members(archive):
         parts = member.name.split("/")
         if member.name.startswith("/") or not {"", ".", ".."}.isdisjoint(parts):
@@ -218,7 +218,7 @@ def _image(archive: Archive, members: Sequence[Member]) -> Member | None:
 
 
 def _label(archive: Archive, members: Sequence[Member], num_classes: int | None) -> int | None:
-    """Return the class label that the `.cls` and `.json` files of a sample agree on."""
+    """Return the class label of a sample; its `.cls` and `.json` files must agree."""
     found: dict[int, Member] = {}
     for member in members:
         if member.extension == ".cls":
@@ -240,7 +240,7 @@ def _cls_label(archive: Archive, member: Member) -> int:
 
 
 def _json_labels(archive: Archive, member: Member) -> list[int]:
-    """Return the values of "label" and "cls"; a file that has neither is not a label."""
+    """Return the values of "label" and "cls"; a file with neither gives no label."""
     if member.size > MAX_JSON_BYTES:
         raise archive.refusal(member, f"must be at most {MAX_JSON_BYTES} bytes, got {member.size}")
     try:
@@ -251,7 +251,7 @@ def _json_labels(archive: Archive, member: Member) -> list[int]:
         return []
     labels = [content[field] for field in ("label", "cls") if content.get(field) is not None]
     for label in labels:
-        if type(label) is not int:  # True is an int to isinstance
+        if type(label) is not int:  # isinstance would accept True as an int
             raise archive.refusal(member, f"must have an integer label, got {label!r}")
     return labels
 
@@ -264,7 +264,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _members(archive: Archive) -> Iterator[Member]:
-    """Walk the headers from the first to the end marker; yield the files, and raise for anything else but folders."""
+    """Yield the files from the first header to the end marker; skip folders, and raise an error for anything else."""
     offset = 0
     while (block := _block(archive, offset)) != ZEROS:
         start, header, extra = offset, _header(archive, offset, block), {}
@@ -288,7 +288,7 @@ def _members(archive: Archive) -> Iterator[Member]:
 
 
 def _member(name: str, offset: int, data: int, size: int) -> Member:
-    name = name.removeprefix("./")  # how `tar -C folder .` begins every name
+    name = name.removeprefix("./")  # `tar -C folder .` puts it before every name
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return Member(name, folder + slash + stem, (dot + extension).lower(), offset, data, size)
@@ -303,9 +303,9 @@ def _block(archive: Archive, offset: int) -> bytes:
 
 
 def _header(archive: Archive, offset: int, block: bytes) -> Header:
-    """Parse one header block. Ten times as fast as `tarfile`, which matters for a million members."""
+    """Return the fields of one header block. It is ten times as fast as `tarfile`, which matters for a million members."""
     size, checksum, magic = _number(block[124:136]), _number(block[148:156]), block[257:265]
-    # The checksum is the sum of the block with eight spaces in its own place: no single changed byte leaves it valid.
+    # The checksum is the sum of the block with eight spaces in place of the checksum: it detects a change of any one byte.
     if size is None or checksum != sum(block) - sum(block[148:156]) + 8 * ord(" ") or magic not in _MAGICS:
         raise _not_a_header(archive, offset, block)
     prefix = _text(block[345:500]) if magic == _USTAR else ""
@@ -313,7 +313,7 @@ def _header(archive: Archive, offset: int, block: bytes) -> Header:
 
 
 def _number(field: bytes) -> int | None:
-    """Read a number of a header: octal digits, or (GNU, from 8 GiB on) 0x80 and a big-endian integer."""
+    """Return a number from a header: octal digits, or (GNU, from 8 GiB on) 0x80 and a big-endian integer."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     match = re.fullmatch(rb" *([0-7]*)[ \0]*", field)
@@ -321,7 +321,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")  # `check_name` names what is not UTF-8
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")  # `check_name` reports names that are not UTF-8
 
 
 def _not_a_header(archive: Archive, offset: int, block: bytes) -> SourceError:
@@ -333,7 +333,7 @@ def _not_a_header(archive: Archive, offset: int, block: bytes) -> SourceError:
 
 
 def _end_of(archive: Archive, offset: int, size: int) -> int:
-    """Return where the next header stands, behind the data of the header at `offset`."""
+    """Return the offset of the next header, after the data of the header at `offset`."""
     end = offset + BLOCK + -(-size // BLOCK) * BLOCK
     if end > archive.size:
         raise archive.error(offset, f"the file is cut off: a member of {size} bytes ends behind it. Copy it again")
@@ -341,7 +341,7 @@ def _end_of(archive: Archive, offset: int, size: int) -> int:
 
 
 def _extension(archive: Archive, offset: int, header: Header) -> dict[str, str]:
-    """Read an extended header, which may give the next member another path or size."""
+    """Return the path and size that an extended header gives to the next member, if any."""
     body = _extension_body(archive, offset, header.size)
     if header.kind == tarfile.XHDTYPE:
         return _pax_records(archive, offset, body)
@@ -358,7 +358,7 @@ def _extension_body(archive: Archive, offset: int, size: int) -> bytes:
 
 
 def _pax_records(archive: Archive, offset: int, body: bytes) -> dict[str, str]:
-    """Parse PAX records, "<length> <keyword>=<value>\\n", which must fill the body exactly; return path and size."""
+    """Return path and size from PAX records, "<length> <keyword>=<value>\\n", which must fill the body exactly."""
     records: dict[str, str] = {}
     while body:
         match = re.match(rb"([1-9][0-9]{0,6}) ([^=\n]+)=", body)
@@ -380,13 +380,13 @@ def _pax_records(archive: Archive, offset: int, body: bytes) -> dict[str, str]:
 
 
 def _check_global(archive: Archive, offset: int, size: int) -> None:
-    """A global header (`git archive` writes one, with a comment) may not rename or resize the members."""
+    """Check that a global header does not rename or resize members (`git archive` writes one with a comment)."""
     if _pax_records(archive, offset, _extension_body(archive, offset, size)):
         raise archive.error(offset, "global PAX header with a path or size for every member")
 
 
 def _check_end(archive: Archive, offset: int) -> None:
-    """Check that a zero block at `offset` begins the end marker: a second one follows, and then only zeros."""
+    """Check that the zero block at `offset` begins the end marker: a second zero block, and then only zeros."""
     if archive.size - offset > MAX_PADDING_BYTES:
         raise archive.error(offset, f"{archive.size - offset} bytes behind the end of the archive. Write it anew")
     if archive.size < offset + 2 * BLOCK or archive.size % BLOCK:

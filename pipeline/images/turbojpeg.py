@@ -1,8 +1,8 @@
-"""Decoding a region of a JPEG with libjpeg-turbo, where a TurboJPEG library of version 3 is installed.
+"""Decoding a region of a JPEG with libjpeg-turbo, if a TurboJPEG library of version 3 is installed.
 
-The decoders that Python packages offer link libjpeg-turbo into themselves without this function of it, so it is called
-through its C interface. Pixels are those of the whole image, to the bit: without the library, or for an image that it
-does not suit, the whole image is decoded. https://libjpeg-turbo.org documents the functions and numbers used here.
+The decoders in Python packages contain libjpeg-turbo but do not offer this function, so it is called through the C
+interface. The pixels are bit for bit the same as when the whole image is decoded. Without the library, or for an image
+that is not suited, the whole image is decoded. https://libjpeg-turbo.org documents the functions and numbers used here.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ _DECOMPRESS, _RGB = 1, 0  # TJINIT_DECOMPRESS, TJPF_RGB
 _ASKED = (4, 5, 6, 7, 8, 12, 14, 15)  # TJPARAM_, in the order of the parameters of _around
 _BLOCK_WIDTH = {0: 8, 1: 16, 2: 16, 3: 8}  # pixels of an MCU in a row: 4:4:4, 4:2:2, 4:2:0, grey
 _YCBCR_OR_GREY = (1, 2)
-# Chroma is interpolated from its neighbours, which a region decoded alone lacks at its edges.
+# Chroma is interpolated from neighbouring pixels, and a region that is decoded alone lacks these at its edges.
 _MARGIN_ROWS = 2
-# Where it pays: a tenth of a photograph takes six tenths of the time of all of it, a half nine tenths.
+# Limits within which it saves time: a tenth of a photograph takes 0.6 of the time of the whole, a half takes 0.9.
 _LEAST_PIXELS, _MOST_OF_IT = 128 * 128, 0.7
 
 
@@ -38,16 +38,16 @@ def is_installed() -> bool:
 
 
 def decode_region(image: bytes, box: Box) -> tuple[NDArray[np.uint8], int, int] | None:
-    """Decode the part of a sound JPEG that a box needs.
+    """Decode the part of an undamaged JPEG that a box needs.
 
-    Damage beyond the box goes unnoticed: the caller must know the bytes for those of an image that decodes as a whole.
+    Damage outside the box is not noticed: the caller must know that the whole image decodes.
 
     Args:
         image: the encoded file.
-        box: top, left, height, width; inside of the image.
+        box: top, left, height, width; inside the image.
 
     Returns:
-        uint8 [H, W, 3], contiguous, a part of the image that holds the box, and its top and left in the image; None where
+        the part of the image that contains the box, uint8 [H, W, 3], contiguous; its top and its left in the image. None if
         the whole image must be decoded.
     """
     library = _library()
@@ -65,7 +65,7 @@ def decode_region(image: bytes, box: Box) -> tuple[NDArray[np.uint8], int, int] 
 
 
 def _around(box: Box, subsampling: int, width: int, height: int, bits: int, colours: int, *rare: int) -> _Region | None:
-    """Return the region to decode for a box, with its margins; None if it does not pay, or the image is a rare one.
+    """Return the region to decode for a box, with margins; None if it saves no time, or if the JPEG is of a rare kind.
 
     Args:
         box: top, left, height, width.
@@ -99,7 +99,7 @@ def _decompressor(library: Any) -> Iterator[int]:
 
 @cache
 def _library() -> Any:
-    """Return the first TurboJPEG library of version 3: the system's, or that of the package `turbojpeg`."""
+    """Return the first TurboJPEG library of version 3: from the system, or from the package `turbojpeg`."""
     for name in (*_NAMES, *_packaged()):
         with contextlib.suppress(OSError):
             library = ctypes.CDLL(name)

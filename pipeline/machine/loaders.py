@@ -45,13 +45,13 @@ PREFETCH = 2  # number of items that each process works ahead
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; elsewhere it has no limit of its own
 _NOTE_BYTES = 256
 
-Note = Callable[[str], None]  # says which image a process is at, so that it can be named when the process is lost
+Note = Callable[[str], None]  # records the image that a process works on; the error for a lost process names it
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
 class Imaged(Protocol):
-    """A batch of images: a frozen dataclass that has its pixels in `images`."""
+    """A batch of images: a frozen dataclass with its pixels in `images`."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -65,16 +65,16 @@ AnyBatch = TypeVar("AnyBatch", bound=Imaged)
 
 
 def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, workers: int) -> Iterator[Made]:
-    """Yield `work(item, note)` of each item, in order.
+    """Yield `work(item, note)` for each item, in order.
 
     Args:
-        work: called in loader processes, to which it is pickled once. It calls `note` with the image that it comes to.
-        items: taken one by one, shortly before they are needed; item i goes to process i modulo `workers`.
-        workers: loader processes; 0: in this one.
+        work: function that loader processes call; it is pickled once for each. It calls `note` with each image that it begins.
+        items: inputs, read one by one shortly before they are needed; item i goes to process i modulo `workers`.
+        workers: number of loader processes; 0: the work is done in this process.
 
     Raises:
-        DeitCliError: `work` raised it; what was made before has been yielded.
-        WorkerError: a process was lost, or hangs; it names the images that they were at.
+        DeitCliError: `work` raised it; the earlier results have been yielded.
+        WorkerError: a process was lost or hangs; the error names the images that the processes worked on.
     """
     whereabouts = _Whereabouts(workers)
     loader = _start_loader(_Work(work, whereabouts), items, workers=workers, module=_module_of(work))
@@ -84,8 +84,8 @@ def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, w
 class SlotStream(Generic[AnyBatch]):
     """Batches that loader processes render into shared memory, which is used over and over.
 
-    The images of a batch are those of another one when, after it, more than `held` further batches have been asked for.
-    For a GPU the pages of the memory are locked for as long as the stream, or the images of a batch, are kept.
+    The images of a batch stay valid until the caller has asked for more than `held` further batches; then they are overwritten.
+    For a GPU, the pages of the memory stay locked as long as the stream or the images of a batch exist.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class SlotStream(Generic[AnyBatch]):
         held: int,
         device: torch.device | None = None,
     ) -> None:
-        """Take the shared memory; processes start when batches are asked for.
+        """Allocate the shared memory; the processes start when the first batch is asked for.
 
         Args:
             render: `render(item, out, note)` writes the images of a batch into the first rows of `out`, uint8 of `shape`, and
@@ -129,7 +129,7 @@ class SlotStream(Generic[AnyBatch]):
 
 
 class _IntoSlot:
-    """Renders into the slot that comes with an item, and returns the slot, the number of images, and the rest of the batch."""
+    """Function that renders into the slot of an item and returns the slot, the number of images and the rest of the batch."""
 
     def __init__(self, render: Callable[[Any, Tensor, Note], Imaged], pixels: Tensor) -> None:
         self.render, self._pixels = render, pixels
@@ -143,7 +143,7 @@ class _IntoSlot:
 
 
 class _ArrayPickler(pickle.Pickler):
-    """Pickles tensors as arrays: between processes, torch would open a file of shared memory for each of them."""
+    """Pickler that writes tensors as arrays: torch would open a shared memory file for each tensor sent to another process."""
 
     def reducer_override(self, obj: Any) -> Any:
         return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, Tensor) else NotImplemented
@@ -156,17 +156,17 @@ def _pickled(value: object) -> bytes:
 
 
 class Slots:
-    """Shared memory for the images of batches, used over and over.
+    """Reused shared memory for the images of batches.
 
-    Fresh memory costs a page fault every 4 kB, in the process that writes and in the one that reads: a quarter of the
-    time that rendering takes.
+    New memory costs a page fault for every 4 kB, both in the process that writes and in the process that reads: together a
+    quarter of the rendering time.
 
     Attributes:
-        pixels: uint8 [slots, *shape]; without loader processes it is plain memory.
+        pixels: uint8 [slots, *shape]; ordinary memory if there are no loader processes.
     """
 
     def __init__(self, shape: tuple[int, ...], *, workers: int, held: int) -> None:
-        """Take memory for batches of at most this shape.
+        """Allocate memory for batches of at most this shape.
 
         Args:
             shape: shape of the images of one batch.
@@ -174,28 +174,28 @@ class Slots:
             held: batches whose images the caller may hold while it asks for another one.
 
         Raises:
-            WorkerError: there is not enough shared memory; to write there would kill a process without a word.
+            WorkerError: there is not enough shared memory; writing to it would kill a process without a message.
         """
-        # Item i is begun when item i - workers * PREFETCH is handed out; the caller then holds `held` that came before it.
+        # Work on item i begins when item i - workers * PREFETCH is yielded; the caller then still holds `held` earlier items.
         whole = (workers * PREFETCH + held + 1, *shape)
         self.pixels = _shared_pixels(*whole) if workers else torch.empty(whole, dtype=torch.uint8)
 
     def number(self, items: Iterable[Any]) -> Iterator[tuple[int, Any] | None]:
-        """Give items the slots in turn; None, a turn without an item, takes none."""
+        """Yield each item with its slot, using the slots in turn; None (a turn without an item) takes no slot."""
         turns = itertools.cycle(range(len(self.pixels)))
         for item in items:
             yield None if item is None else (next(turns), item)
 
     def pin(self, device: torch.device) -> None:
-        """Lock the pages of the memory for this process, so that a GPU copies from them while it computes.
+        """Lock the pages of the memory for this process, so that a GPU can copy from them while it computes.
 
         Raises:
             RuntimeError: CUDA refused.
         """
         cudart: Any = torch.cuda.cudart()
-        with torch.cuda.device(device):  # or CUDA would take memory of the first GPU for this
+        with torch.cuda.device(device):  # otherwise CUDA would allocate memory on the first GPU
             torch.cuda.check_error(cudart.cudaHostRegister(self.pixels.data_ptr(), self.pixels.nbytes, 0))
-        # Before the memory goes, its pages must be given back.
+        # The pages must be unlocked before the memory is freed.
         weakref.finalize(self.pixels, _unpin, self.pixels.data_ptr(), device)
 
 
@@ -205,7 +205,7 @@ def _unpin(address: int, device: torch.device) -> None:
 
 
 def _shared_pixels(*shape: int) -> Tensor:
-    """Return an uninitialised uint8 tensor in shared memory, whose pages come when they are written to."""
+    """Return an uninitialised uint8 tensor in shared memory; each page is allocated when it is first written."""
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
     if math.prod(shape) > free:
         raise WorkerError(
@@ -237,10 +237,10 @@ class _Whereabouts:
 
 
 def plan_workers(asked: int | None, device: torch.device, cores: int | None = None) -> int:
-    """Return how many loader processes to start, and leave the other cores to the threads of a network on the CPU.
+    """Return the number of loader processes to start; a network on the CPU gets the other cores for its threads.
 
-    A thread that waits for a core that a loader holds makes the whole forward pass wait, so the two share the cores.
-    OMP_NUM_THREADS decides the threads where it is set: float32 results on the CPU depend on it in their last bits.
+    If a thread of the network waits for a core that a loader uses, the whole forward pass waits, so each gets its own cores.
+    OMP_NUM_THREADS, if set, decides the number of threads: the last bits of float32 results on the CPU depend on it.
 
     Args:
         asked: how many the user wants; None: as many as there are cores for.
@@ -256,7 +256,7 @@ def plan_workers(asked: int | None, device: torch.device, cores: int | None = No
 
 
 class _Work(Dataset[Any]):
-    """Item i of the work is whatever the sampler gives; what a function makes of it, or the error that it raises."""
+    """Dataset whose items come from the sampler; its values are results of a function, or errors that it raised."""
 
     def __init__(self, work: Callable[[Any, Note], Any], whereabouts: _Whereabouts) -> None:
         self._work, self._whereabouts = work, whereabouts
@@ -264,22 +264,22 @@ class _Work(Dataset[Any]):
     def __getitem__(self, item: Any) -> Any:
         try:
             return self._work(item, self._whereabouts.note)
-        except DeitCliError as error:  # as a value: a DataLoader would wrap it in the traceback of its worker
+        except DeitCliError as error:  # returned, not raised: a DataLoader would wrap it in the traceback of its worker
             return error
 
 
 def _module_of(work: Callable[..., Any]) -> str:
-    """Return the name of the module that defines a function, or the class of an object that is called."""
+    """Return the name of the module that defines a function, or the class of a callable object."""
     if isinstance(work, _IntoSlot):
         return _module_of(work.render)
     return _module_of(work.func) if isinstance(work, partial) else work.__module__
 
 
 def _start_loader(work: Dataset[Any], items: Iterable[Any], *, workers: int, module: str) -> DataLoader[Any]:
-    """Return a loader over worker processes; 0 workers loads in this process.
+    """Return a loader that uses worker processes; with 0 workers it loads in this process.
 
-    Workers start from a clean server process (no fork of a process that runs threads) that has imported the module of the
-    work, and each uses one thread. Item i goes to worker i modulo their number, and results come in order.
+    Workers are forked from a clean server process, which runs no threads and has imported the module of the work. Each
+    worker uses one thread. Item i goes to worker i modulo the number of workers, and results come in order.
     """
     options: dict[str, Any] = {}
     if workers:
@@ -299,16 +299,16 @@ def _start_loader(work: Dataset[Any], items: Iterable[Any], *, workers: int, mod
             sampler=items,
             num_workers=workers,
             collate_fn=_as_it_is,
-            generator=torch.Generator(),  # its own, so that loading never moves the global random state
+            generator=torch.Generator(),  # separate, so that loading never changes the global random state
             **options,
         )
 
 
 def _checked(loader: Iterable[Any], whereabouts: _Whereabouts) -> Iterator[Any]:
-    """Yield what a loader brings, and raise the errors that its processes sent instead.
+    """Yield the results of a loader, and raise the errors that its processes returned.
 
     Raises:
-        WorkerError: a process was lost, or hangs; it names the images that they were at.
+        WorkerError: a process was lost or hangs; the error names the images that the processes worked on.
     """
     with _any_number_of_processes():
         results = iter(loader)
@@ -322,21 +322,21 @@ def _checked(loader: Iterable[Any], whereabouts: _Whereabouts) -> Iterator[Any]:
                 raise result
             yield result
     finally:
-        del results  # processes end now, and not ten seconds after an error has been forgotten
+        del results  # the processes end now, not ten seconds after the error is released
 
 
 @contextlib.contextmanager
 def _any_number_of_processes() -> Iterator[None]:
-    """A DataLoader warns of more processes than cores; how many there are is the user's choice, or ours."""
+    """Silence the DataLoader warning about more processes than cores: the user or `plan_workers` chose the number."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         yield
 
 
 def _next(results: Iterator[Any], whereabouts: _Whereabouts) -> Any:
-    """Wait for a result until for TIMEOUT_S no process has come to another image.
+    """Return the next result; fail once no process has begun another image for TIMEOUT_S seconds.
 
-    A DataLoader that timed out may be asked again, and loses nothing.
+    A DataLoader that timed out can be asked again without losing a result.
     """
     began, seen = time.monotonic(), None
     while True:
@@ -367,13 +367,14 @@ def _lost(error: RuntimeError, whereabouts: _Whereabouts) -> WorkerError:
 
 
 def _start_server() -> None:
-    """Start the server that forks loaders, deaf to the signals that a scheduler or Ctrl-C sends to every process of a job.
+    """Start the server that forks loaders, with SIGINT and SIGTERM blocked.
 
-    This process then decides when to stop, and loaders end with it.
+    A scheduler or Ctrl-C sends these signals to every process of a job. This process decides when to stop, and the loaders
+    end with it.
     """
     _kill_loaders_at_the_end_of(os.getpid())
-    resource_tracker.ensure_running()  # which lets both signals through again, where it starts its process
-    # What is blocked stays blocked in a new program and in its forks, whatever handlers a DataLoader sets in them.
+    resource_tracker.ensure_running()  # first, because it unblocks both signals when it starts its process
+    # A new program and its forks inherit blocked signals, even if a DataLoader sets handlers in them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()
@@ -383,14 +384,14 @@ def _start_server() -> None:
 
 @lru_cache
 def _kill_loaders_at_the_end_of(_: int) -> None:
-    """Once for each process."""
+    """Arrange, once for each process, that its loaders are killed when it ends."""
     Finalize(None, _kill_loaders, exitpriority=0)
 
 
 def _kill_loaders() -> None:
-    """End loaders that are left when this process ends: Python would send them SIGTERM, and wait for ever.
+    """Kill the loaders that still run when this process ends: Python would send them SIGTERM and wait forever.
 
-    It runs where Python would do that, which in a process of multiprocessing's own is before `atexit`.
+    It runs just before Python would do that; in a process that multiprocessing started, this is before `atexit`.
     """
     for process in multiprocessing.active_children():
         if isinstance(process, ForkServerProcess):
@@ -400,14 +401,14 @@ def _kill_loaders() -> None:
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    if logging.lastResort is not None:  # what shows the warnings of a process whose messages nobody arranged
+    if logging.lastResort is not None:  # the handler that prints warnings where logging is not configured
         logging.lastResort.addFilter(FirstOfEachKind())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Let this process work as a loader process does: with one thread."""
+    """Use one thread in this process, as a loader process does."""
     before, before_cv2 = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
@@ -419,7 +420,10 @@ def one_core() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """A killed process cannot end its loaders, and they are children of the server that forked them, not its own."""
+    """End this loader when its parent ends.
+
+    A killed parent cannot end its loaders, which are children of the server that forked them.
+    """
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -23,11 +23,11 @@ class Tick:
 
     Attributes:
         phase: name of the phase, such as `label`.
-        done: number of things that are done, those that were there before included.
+        done: number of things that are done, including those that existed before this run.
         total: number of things to do.
         elapsed_s: seconds since the phase began.
         made: number of things that this run made itself.
-        teacher_busy: share of the time in which the teachers computed, 0..1; None where there is no teacher.
+        teacher_busy: share of the time in which the teachers computed, 0..1; None if there is no teacher.
         bytes_written: bytes of label shards that were written, or of files that were moved.
         unit: what the phase counts, such as `views`.
     """
@@ -42,19 +42,19 @@ class Tick:
     unit: str = "things"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the fields as JSON values."""
         values = dataclasses.asdict(self) | {"per_second": self.per_second, "left_s": self.left_s}
         del values["unit"]
         return values
 
     @property
     def per_second(self) -> float:
-        """Number of things that this run makes in a second."""
+        """Number of things that this run makes per second."""
         return self.made / self.elapsed_s if self.elapsed_s else 0.0
 
     @property
     def left_s(self) -> float | None:
-        """Seconds that the rest will take at this rate; None before there is a rate."""
+        """Seconds that the rest will take at the current rate; None if there is no rate yet."""
         if self.done >= self.total:
             return 0.0
         return (self.total - self.done) / self.per_second if self.per_second else None
@@ -82,7 +82,7 @@ class WorkDone:
 
 @dataclass
 class Tally:
-    """Adds up what all processes did, and tells `progress`."""
+    """Sum of the work of all processes, reported to `progress`."""
 
     total: int
     processes: int
@@ -94,7 +94,7 @@ class Tally:
     _bytes: int = 0
 
     def add(self, work: WorkDone) -> None:
-        """Count what a process did; nothing at all means that it begins now, and before that nobody could do anything."""
+        """Add the work of a process. Empty work means that it begins now: the clock restarts if nothing has been made yet."""
         if work == WorkDone() and not self._made:
             self._began = time.monotonic()
         self._made += work.views
@@ -119,10 +119,10 @@ class Tally:
 
 
 class Throttle:
-    """Tells when something is due again: at most once in so many seconds."""
+    """Timer that says when something is due again: at most once every `every_s` seconds."""
 
     def __init__(self, every_s: float, *, due: bool = False) -> None:
-        """Begin to wait now; something that is `due` need not wait the first time."""
+        """Start the timer; with `due`, the first time is due at once."""
         self._every_s = every_s
         self._since = -math.inf if due else time.monotonic()
 
@@ -132,7 +132,7 @@ class Throttle:
         return time.monotonic() - self._since >= self._every_s
 
     def restart(self) -> None:
-        """Wait anew from now on."""
+        """Restart the timer."""
         self._since = time.monotonic()
 
 
@@ -167,7 +167,7 @@ def log_tick(tick: Tick) -> None:
 
 
 def tick_text(tick: Tick) -> str:
-    """Return rate, time left, how busy the teacher is, and bytes written, as far as they are known."""
+    """Return the known ones of rate, time left, busy share of the teacher and bytes written, as text."""
     parts = []
     if found := tick.done - tick.made:
         parts.append(f"{found:,} of them there before")
@@ -220,10 +220,10 @@ def json_log(path: Path | None, every_s: float = 10.0) -> Iterator[Progress]:
             yield update
         write("ended", {})
     except BaseException as error:
-        with suppress(StorageError):  # it may be the very reason
+        with suppress(StorageError):  # this may be the error that stopped the run
             write("stopped", {"error": type(error).__name__, "text": str(error)})
         raise
     finally:
         log.removeHandler(messages)
-        with suppress(OSError):  # that it could not be written was said before
+        with suppress(OSError):  # the failed write was reported before
             file.close()

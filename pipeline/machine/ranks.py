@@ -44,7 +44,7 @@ def rank_from(environment: Mapping[str, str], *, arrays: bool = True) -> Rank:
         arrays: whether the elements of a job array share the work; else each is on its own.
 
     Raises:
-        UsageError: they are not numbers, or contradict each other.
+        UsageError: the variables are not numbers, or contradict each other.
     """
 
     def number(name: str, default: int) -> int:
@@ -85,9 +85,9 @@ def plan_devices(device: str, processes: int | None, rank: Rank) -> list[str]:
     """Return one torch device for each teacher process of this machine.
 
     Args:
-        device: what was asked; `auto` is every visible GPU, or the CPU.
-        processes: how many were asked; None is one for each GPU, or one, which uses all cores, on a CPU.
-        rank: several ranks on one machine share its GPUs out.
+        device: device that the user asked for; `auto` means every visible GPU, or the CPU if there is none.
+        processes: number that the user asked for; None: one for each GPU, or on a CPU a single one that uses all cores.
+        rank: rank of this process; the ranks of a machine divide its GPUs among themselves.
     """
     if device == "auto" and torch.cuda.is_available():
         visible = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -98,26 +98,26 @@ def plan_devices(device: str, processes: int | None, rank: Rank) -> list[str]:
 
 
 def plan_cores(devices: Sequence[str], rank: Rank) -> int:
-    """Return how many cores each teacher process of this machine may count as its own."""
+    """Return the number of cores that each teacher process of this machine may use alone."""
     ours = min(usable_cores(), rank.cores) if rank.cores else usable_cores() // rank.local_world_size
     return max(1, ours // len(devices))
 
 
 def plan_loaders(asked: int | None, cores: int, device: str) -> int:
-    """Return how many loader processes a teacher process starts: all its cores but one, or half on a CPU.
+    """Return the number of loader processes of a teacher process: one less than its cores, or half of them on a CPU.
 
-    On a CPU the teacher has a thread for each core too: whichever is slower, teacher or rendering, then gets them.
+    On a CPU the teacher also has a thread for each core, so the slower one, teacher or rendering, gets the cores that are free.
     """
     return max(1, cores // 2 if device == "cpu" else cores - 1) if asked is None else asked
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the torch device of a name; `auto` is CUDA where there is one."""
+    """Return the torch device with this name; `auto` means CUDA if it is available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).fill_(1).item()  # a device without memory (meta) cannot say it
+        torch.empty(1, device=device).fill_(1).item()  # fails on a device without memory (meta)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

@@ -15,19 +15,19 @@ Made = TypeVar("Made")
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ProgressCounter:
-    """Counts what is done of a phase, and reports each count to a `Progress`."""
+    """Counter of the finished things of a phase, which reports each count to a `Progress`."""
 
     def __init__(self, phase: str, total: int, progress: Progress, *, unit: str) -> None:
         self._phase, self._total, self._progress, self._unit = phase, total, progress, unit
         self._done, self._began = 0, time.monotonic()
 
     def __call__(self) -> None:
-        """Count one more."""
+        """Add one and report the count."""
         self._done += 1
         elapsed = time.monotonic() - self._began
         self._progress(Tick(self._phase, self._done, self._total, elapsed, made=self._done, unit=self._unit))
@@ -36,10 +36,10 @@ class ProgressCounter:
 def in_threads(
     items: Iterable[Item], do: Callable[[Item], Made], threads: int, *, stop: threading.Event | None = None
 ) -> Generator[tuple[Item, Made], None, None]:
-    """Yield each item with what was made of it, as soon as it is.
+    """Yield each item with its result, as soon as the result is ready.
 
-    The first failure is raised as soon as the items that are being worked on are done. The threads are daemons: a process
-    that is told to end does not wait for them.
+    After a failure, the threads finish their current items, and then the first failure is raised. The threads are daemons:
+    a process that is told to end does not wait for them.
 
     Args:
         items: work is begun in this order.
@@ -71,7 +71,7 @@ def in_threads(
             worker.start()
         while left and failure is None:
             with contextlib.suppress(Empty):
-                item, made, failure = results.get(timeout=0.2)  # so that signals come through
+                item, made, failure = results.get(timeout=0.2)  # a timeout, so that signals are handled
                 left -= 1
                 if failure is None:
                     yield item, made

@@ -20,9 +20,9 @@ def median_s(work: Work, device: torch.device, least_s: float) -> float:
 
 
 def steady_s(work: Work, device: torch.device, least_s: float) -> float:
-    """Return the seconds of one call among many: the median over rows of calls, measured for about `least_s` seconds.
+    """Return the seconds per call in a series: the median over rows of calls, measured for about `least_s` seconds.
 
-    It waits for a GPU only at the end of each row, because a training loop does not wait after each call, either. The first
+    It waits for a GPU only at the end of each row, because a training loop does not wait after each call either. The first
     two calls do not count.
     """
     row_s(work, 1, device)
@@ -33,7 +33,7 @@ def steady_s(work: Work, device: torch.device, least_s: float) -> float:
 def _rows_s(work: Work, calls: int, device: torch.device, least_s: float) -> list[float]:
     """Return the mean seconds of a call in each row of `calls` calls; rows are made for at least `least_s` seconds.
 
-    The time is added up as it passes: a sum over all rows after each row would take minutes where a call takes microseconds.
+    It keeps a running total: to sum all rows again after each row would take minutes if a call takes microseconds.
     """
     times, spent_s = [], 0.0
     while not times or spent_s < least_s:
@@ -52,6 +52,6 @@ def row_s(work: Work, calls: int, device: torch.device) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has finished its work; a CPU always has."""
+    """Wait until a GPU has finished its work; return at once for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,9 +1,9 @@
-"""Counter-based random draws: a pure function of (recipe id, key, view, purpose), and nothing else.
+"""Counter-based random draws: a pure function of (recipe id, key, view, purpose).
 
-The bits come from BLAKE2b (RFC 7693) in counter mode: half a microsecond per stream, where setting up a NumPy
-Philox takes thirty, and there are five streams per view. Long runs of bits (erasing noise, the order of an
-epoch) come from Philox, whose raw integers NumPy promises never to change. Both become numbers by the few lines
-below, because NumPy gives no such promise for its distributions.
+The bits come from BLAKE2b (RFC 7693) in counter mode: half a microsecond per stream (a NumPy Philox takes thirty to set
+up), and there are five streams per view. Long runs of bits (erasing noise, the order of an epoch) come from Philox:
+NumPy promises never to change its raw integers. The code below turns both into numbers, because NumPy gives no such
+promise for its distributions.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-_WORDS = struct.Struct("<8Q")  # of one BLAKE2b digest
+_WORDS = struct.Struct("<8Q")  # the words of one BLAKE2b digest
 _NORMAL = NormalDist()
 
 
@@ -41,7 +41,7 @@ class Draws:
         return low + (high - low) * ((self.bits() >> 11) * 2.0**-53)
 
     def chance(self, probability: float) -> bool:
-        """Return True with this probability; always advances by one."""
+        """Return True with this probability; the stream always advances by one."""
         return self.uniform() < probability
 
     def integer(self, stop: int) -> int:
@@ -50,13 +50,13 @@ class Draws:
 
     def normal(self, mean: float = 0.0, std: float = 1.0) -> float:
         """Return a normally distributed number, by inversion."""
-        middle = min(((self.bits() >> 11) + 0.5) * 2.0**-53, 1 - 2.0**-53)  # the topmost would round to 1
+        middle = min(((self.bits() >> 11) + 0.5) * 2.0**-53, 1 - 2.0**-53)  # the largest value would round to 1
         return mean + std * _NORMAL.inv_cdf(middle)
 
     def beta(self, alpha: float) -> float:
         """Return a number from Beta(alpha, alpha), as the ratio of two gamma draws."""
         first, second = self._gamma(alpha), self._gamma(alpha)
-        # Both underflow only for a tiny alpha, where the distribution is a fair coin.
+        # Both underflow only for a tiny alpha; the distribution is then a fair coin.
         return first / (first + second) if first + second > 0 else float(self.chance(0.5))
 
     def raw(self, count: int) -> NDArray[np.uint64]:
@@ -69,7 +69,7 @@ class Draws:
         return np.argsort(self.raw(count), kind="stable")
 
     def _gamma(self, shape: float) -> float:
-        """Marsaglia and Tsang, ACM TOMS 26(3), 2000; shapes below one by their boost U**(1/shape)."""
+        """Return a gamma draw: Marsaglia and Tsang, ACM TOMS 26(3), 2000; with their boost U**(1/shape) for shapes below one."""
         if shape < 1:
             return self._gamma(shape + 1) * (1.0 - self.uniform()) ** (1 / shape)
         d = shape - 1 / 3
@@ -88,17 +88,17 @@ def draws_for(recipe_id: str, key: str, view: int, purpose: str) -> Draws:
         recipe_id: id of the recipe, which holds the seed.
         key: sample key.
         view: view number.
-        purpose: the decision (`crop`, `flip`, `randaug`, `erase`, `mix`, `pairs`): a new decision shifts no old one.
+        purpose: the decision (`crop`, `flip`, `randaug`, `erase`, `mix`, `pairs`); a new decision does not change the others.
     """
     return stream_of(recipe_id, key, str(view), purpose)
 
 
 def stream_of(*parts: str) -> Draws:
-    """Return the stream named by these texts; each is length-prefixed, so no two names run together."""
+    """Return the stream named by these texts; each has a length prefix, so different names give different bytes."""
     return Draws(b"".join(_prefixed(part) for part in parts))
 
 
-@lru_cache(2**10)  # the streams of one view share all names but the last
+@lru_cache(2**10)  # the streams of one view share all parts of their names except the last
 def _prefixed(part: str) -> bytes:
     data = part.encode()
     return len(data).to_bytes(4, "little") + data
@@ -108,7 +108,7 @@ def _prefixed(part: str) -> bytes:
 def noise_levels(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
     """Return the table that turns 16 random bits into one pixel of N(mean, std), clipped to 0..255.
 
-    Integer lookups give the same noise on every machine, which logarithms and cosines do not.
+    Integer lookups give the same noise on every machine; logarithms and cosines do not.
 
     Args:
         mean: mean of each channel, in units of the full range 0..1.
@@ -120,5 +120,5 @@ def noise_levels(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint
     quantiles = np.array([_NORMAL.inv_cdf((i + 0.5) / 65536) for i in range(65536)])
     levels = np.asarray(mean)[:, None] + np.asarray(std)[:, None] * quantiles[None]
     table = np.clip(np.rint(levels * 255), 0, 255).astype(np.uint8)
-    table.setflags(write=False)  # it is shared by all callers
+    table.setflags(write=False)  # all callers share it
     return table

@@ -16,9 +16,9 @@ class MixBatch:
     """The mixes of one batch, as arrays.
 
     Attributes:
-        partner: int64 [B], position in the batch of each sample's partner; its own where unmixed.
+        partner: int64 [B], position of each sample's partner in the batch; its own position if it is not mixed.
         lam: float32 [B], weight of the sample's own view.
-        box: int64 [B, 4], top, left, height, width of the partner's box; zeros where there is none.
+        box: int64 [B, 4], top, left, height, width of the partner's box; zeros if there is no box.
     """
 
     partner: Tensor
@@ -31,12 +31,12 @@ class MixBatch:
 
 
 def mix_batch(pairs: Sequence[tuple[int, int]], mixes: Sequence[Mix], size: int) -> MixBatch:
-    """Lay the mixes of pairs out as batch arrays.
+    """Return the mixes of pairs as arrays of a batch.
 
     Args:
-        pairs: batch positions of the two samples of each pair; second -1 for a sample without a partner.
-        mixes: one for each pair.
-        size: B.
+        pairs: batch positions of the two samples of each pair; the second is -1 for a sample without a partner.
+        mixes: one mix for each pair.
+        size: number of samples of the batch, B.
     """
     partner = np.arange(size)
     lam = np.ones(size, np.float32)
@@ -56,8 +56,8 @@ class Layout:
     """The positions of the views of some pairs in a batch: pair after pair, each view after view, in each the two samples.
 
     Attributes:
-        rows: int64 [B], the row of each position's sample.
-        places: int64 [P, V, 2], the position of each pair's views; -1 where there is no partner.
+        rows: int64 [B], row of the sample at each position.
+        places: int64 [P, V, 2], positions of the views of each pair; -1 if there is no partner.
         mix: partners and mixes, by position.
     """
 
@@ -67,7 +67,7 @@ class Layout:
 
 
 def lay_out(pairs: Pairs, views: range) -> Layout:
-    """Lay V views of P pairs out as a batch."""
+    """Return the layout of V views of P pairs in a batch."""
     rows = np.broadcast_to(pairs.rows[:, None], (len(pairs.rows), len(views), 2))
     there = rows >= 0
     places = np.where(there, np.cumsum(there).reshape(there.shape) - 1, -1)
@@ -81,10 +81,10 @@ def apply_mix(images: Tensor, mix: MixBatch) -> Tensor:
 
     Args:
         images: uint8 [B, H, W, 3].
-        mix: the batch's mixes, on the same device.
+        mix: mixes of the batch, on the same device.
 
     Returns:
-        float32 [B, 3, H, W], values 0..255, channels last in memory where `images` is contiguous.
+        float32 [B, 3, H, W], values 0..255, channels last in memory if `images` is contiguous.
     """
     own = images.permute(0, 3, 1, 2).float()
     top, left, height, width = (edge[:, None, None] for edge in mix.box.unbind(1))

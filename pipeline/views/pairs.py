@@ -1,8 +1,8 @@
 """Partners and their mixes: neither depends on batch, rank or machine.
 
-Samples of a source shard are taken in order in blocks of `recipe.mix_block`; inside a block a drawn permutation
-pairs them, and the two of a pair share one mix and are each other's partner, as in timm's pair mode. The pair
-travels together through both stages.
+The samples of a source shard are divided, in order, into blocks of `recipe.mix_block`. A random permutation pairs the
+samples of a block. The two samples of a pair are partners and share one mix, as in timm's pair mode. Both stages process
+a pair together.
 """
 
 import math
@@ -23,7 +23,7 @@ class Mix:
 
     Attributes:
         lam: weight of a sample's own view (and class label) against its partner's, 0..1.
-        box: CutMix: the box that comes from the partner; None for mixup or no mix.
+        box: box of CutMix that is taken from the partner; None for mixup or no mix.
     """
 
     lam: float = 1.0
@@ -31,19 +31,19 @@ class Mix:
 
 
 def draw_pairs(recipe: Recipe, keys: Sequence[str], view: int) -> NDArray[np.int64]:
-    """Pair the samples of one mix block for one view.
+    """Return the pairs of the samples of one mix block for one view.
 
-    Views `views_per_pairing * i` and the next few share their pairs, so that a trainer that wants several views of
-    an image decodes it and its partner once.
+    Each run of `views_per_pairing` views shares its pairs, so that a trainer that needs several views of an image decodes
+    the image and its partner once.
 
     Args:
-        recipe: says whether views are mixed, and how many share their pairs.
+        recipe: the augmentation; it says whether views are mixed, and how many views share their pairs.
         keys: sample keys of the block's usable samples, in order.
         view: view number.
 
     Returns:
-        int64 [P, 2], positions in `keys`; second is -1 for a sample without a partner (the odd one of an odd
-        block, every sample of a recipe that does not mix).
+        int64 [P, 2], positions in `keys`; the second is -1 for a sample without a partner (the last one of a block with an
+        odd number of samples, and every sample if the recipe does not mix).
     """
     if not recipe.mixes:
         return np.stack([np.arange(len(keys)), np.full(len(keys), -1)], axis=1)
@@ -55,13 +55,13 @@ def draw_pairs(recipe: Recipe, keys: Sequence[str], view: int) -> NDArray[np.int
 
 
 def mix_blocks(recipe: Recipe, usable: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Cut the usable rows of a source shard into its mix blocks; a bad row leaves a gap and moves no other row."""
+    """Return the mix blocks of the usable rows of a source shard; leaving out a bad row moves no other row."""
     blocks = usable // recipe.mix_block
     return np.split(usable, np.flatnonzero(np.diff(blocks)) + 1) if len(usable) else []
 
 
 def count_pairs(recipe: Recipe, usable: NDArray[np.int64]) -> int:
-    """Return how many pairs the usable rows of a source shard make, samples without a partner included."""
+    """Return the number of pairs of the usable rows of a source shard, including samples without a partner."""
     if not recipe.mixes:
         return len(usable)
     return sum((len(block) + 1) // 2 for block in mix_blocks(recipe, usable))
@@ -86,18 +86,18 @@ class Pairs:
         return replace(self, rows=self.rows[which])
 
     def mixes(self, view: int) -> list[Mix]:
-        """Draw how each pair is mixed in one view; a sample without a partner is not."""
+        """Draw the mix of each pair in one view; a sample without a partner is not mixed."""
         rows: list[tuple[int, int]] = self.rows.tolist()
         return [draw_mix(self.recipe, self.keys[a], view) if b >= 0 else Mix() for a, b in rows]
 
 
 def pairs_of(recipe: Recipe, keys: Sequence[str], usable: NDArray[np.int64], view: int) -> Pairs:
-    """Pair all usable samples of a source shard for one view, block after block.
+    """Return the pairs of all usable samples of a source shard for one view, block after block.
 
     Args:
         recipe: the augmentation.
         keys: keys of all samples of the shard, by row.
-        usable: rising rows of the good ones.
+        usable: rows of the usable samples, in ascending order.
         view: view number.
     """
     rows = [np.empty((0, 2), np.int64)]
@@ -108,7 +108,7 @@ def pairs_of(recipe: Recipe, keys: Sequence[str], usable: NDArray[np.int64], vie
 
 
 def draw_mix(recipe: Recipe, key: str, view: int) -> Mix:
-    """Draw the mix of the pair whose first sample has this key. As timm's Mixup, pair mode."""
+    """Draw the mix of the pair whose first sample has this key, like timm's Mixup in pair mode."""
     draws = draws_for(recipe.id, key, view, "mix")
     if not recipe.mixes or not draws.chance(recipe.mixup_prob):
         return Mix()
@@ -119,7 +119,7 @@ def draw_mix(recipe: Recipe, key: str, view: int) -> Mix:
 
 
 def _cut(draws: Draws, lam: float, size: int) -> Mix:
-    """Choose CutMix's box and correct lam to the box after clipping (timm's rand_bbox, correct_lam)."""
+    """Draw the box of CutMix, and correct lam to the clipped box (timm's rand_bbox, correct_lam)."""
     side = int(size * math.sqrt(1 - lam))
     centre_y, centre_x = draws.integer(size), draws.integer(size)
     top, bottom = max(0, centre_y - side // 2), min(size, centre_y + (side + 1) // 2)

@@ -1,13 +1,13 @@
-"""RandAugment's operations: which magnitude means which argument, and what each does to uint8 pixels.
+"""RandAugment's operations: the argument of each magnitude, and the effect of each operation on uint8 pixels.
 
-The list, its order, the magnitudes and their directions are timm's (`timm.data.auto_augment`). They are code of ours
-because a stored label must keep its pixels when timm changes its tables; a test compares the two. OPERATIONS, at the end, has
-a row for each operation.
+The list, its order, the magnitudes and their directions are those of timm (`timm.data.auto_augment`). The code is our own,
+because the pixels of a stored label must stay the same if timm changes its tables; a test compares the two. OPERATIONS, at
+the end, has a row for each operation.
 
-The operations work on uint8 [H, W, 3] through OpenCV and 256-entry tables. Those that send each level through a table equal
-Pillow's exactly. Color and Sharpness are one level above Pillow's in 42 and 36 % of the values of photographs (at magnitude
-9), and equal in the others: OpenCV's blend rounds, Pillow's truncates. Geometric ones are cubic interpolations with
-a = -0.75, those of Pillow's `transform` with a = -1.
+The operations work on uint8 [H, W, 3] through OpenCV and 256-entry tables. Operations that only look up
+each level in a table give exactly the same pixels as Pillow. Color and Sharpness are one level above Pillow in 42 and 36 % of
+the values of photographs (at magnitude 9), and equal in the others: OpenCV rounds when it blends, Pillow truncates. Geometric
+operations use cubic interpolation with a = -0.75; Pillow's `transform` uses a = -1.
 """
 
 import math
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Pixels = NDArray[np.uint8]  # uint8 [H, W, 3], RGB
-cv2: Any = _opencv  # its stubs lose the dtype of every array
+cv2: Any = _opencv  # its type stubs lose the dtype of every array
 
-FILL = (124, 116, 104)  # ImageNet mean, what timm fills uncovered corners with
+FILL = (124, 116, 104)  # ImageNet mean, with which timm fills uncovered corners
 MAX_LEVEL = 10.0
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 _LUMA = np.array([19595, 38470, 7471], np.float32)
-_A = -0.75  # OpenCV's: rotations are interpolated by its warp, with the same curve
+_A = -0.75  # the value of OpenCV, whose warp interpolates rotations with the same curve
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Op:
     """An operation of RandAugment.
 
     Attributes:
-        name: timm's name of it.
-        apply: turns uint8 [H, W, 3] and an argument into a new array of the same shape.
-        argument: turns share (magnitude / 10) and sign (1 or -1) into degrees, shear, share of the image, bits to keep,
-            threshold or blend factor; 0 for an operation that takes no argument.
-        increasing: replaces `argument` under timm's `inc`, where operations grow stronger with the magnitude; such an
-            operation is called NAMEIncreasing. None where `inc` changes nothing.
+        name: name of the operation in timm.
+        apply: function that turns uint8 [H, W, 3] and an argument into a new array of the same shape.
+        argument: function that turns share (magnitude / 10) and sign (1 or -1) into degrees, shear, share of the image,
+            bits to keep, threshold or blend factor; it returns 0 for an operation that takes no argument.
+        increasing: function that replaces `argument` under timm's `inc`, with which operations grow stronger with the
+            magnitude; such an operation is called NAMEIncreasing. None if `inc` changes nothing.
     """
 
     name: str
@@ -55,12 +55,12 @@ def op_argument(name: str, level: float, *, negate: bool) -> float:
     """Return the argument that timm gives operation `name` at a magnitude.
 
     Args:
-        name: one of INCREASING or PLAIN.
+        name: name in INCREASING or PLAIN.
         level: magnitude, 0..10 (more where `mmax` allows it).
-        negate: the coin that picks the direction, for operations that have two.
+        negate: random choice of the direction, for operations that have two.
 
     Returns:
-        what `Op.argument` says.
+        the argument, as described at `Op.argument`.
     """
     op = _BY_NAME[name]
     argument = op.argument if op.increasing is None or name == op.name else op.increasing
@@ -68,12 +68,12 @@ def op_argument(name: str, level: float, *, negate: bool) -> float:
 
 
 def apply_op(image: Pixels, name: str, argument: float) -> Pixels:
-    """Apply one operation; returns a new array of the same shape."""
+    """Return the image after one operation, a new array of the same shape."""
     return _BY_NAME[name].apply(image, argument)
 
 
 def mirror(image: Pixels) -> Pixels:
-    """Mirror left to right; a new, contiguous array."""
+    """Return the image mirrored left to right, a new contiguous array."""
     return cv2.flip(image, 1)
 
 
@@ -83,7 +83,7 @@ def _autocontrast(image: Pixels, _: float) -> Pixels:
 
 
 def _look_up(planes: Sequence[NDArray[np.uint8]], tables: Sequence[NDArray[np.uint8]]) -> Pixels:
-    """Send each channel through its own table, uint8 [256]."""
+    """Return the image with each channel looked up in its own table, uint8 [256]."""
     return cv2.merge([cv2.LUT(plane, table) for plane, table in zip(planes, tables, strict=True)])
 
 
@@ -101,7 +101,7 @@ def _equalize(image: Pixels, _: float) -> Pixels:
 
 
 def _flatten(histogram: NDArray[np.int64]) -> Pixels:
-    """Pillow's ImageOps.equalize, in integers."""
+    """Return the table of Pillow's ImageOps.equalize for a histogram, computed in integers."""
     used = histogram[histogram > 0]
     step = (int(used.sum()) - int(used[-1])) // 255
     if len(used) <= 1 or step == 0:
@@ -117,7 +117,7 @@ def _invert(image: Pixels, _: float) -> Pixels:
 def _posterize(image: Pixels, bits: float) -> Pixels:
     if bits >= 8:
         return image.copy()
-    return image & np.uint8(256 - 2 ** (8 - max(0, int(bits))))  # magnitudes above 10 ask for less than no bit
+    return image & np.uint8(256 - 2 ** (8 - max(0, int(bits))))  # magnitudes above 10 give negative bits
 
 
 def _solarize(image: Pixels, threshold: float) -> Pixels:
@@ -148,7 +148,7 @@ def _blend_increasing(share: float, sign: float) -> float:
 
 
 def _blend_table(base: int, factor: float) -> Pixels:
-    """Pillow's blend of a constant with every level, in float32, truncated and clipped."""
+    """Return the table of Pillow's blend of a constant with every level, in float32, truncated and clipped."""
     levels = np.float32(base) + np.float32(factor) * (np.arange(256, dtype=np.float32) - base)
     return np.clip(levels, 0, 255).astype(np.uint8)
 
@@ -159,15 +159,15 @@ def _color(image: Pixels, factor: float) -> Pixels:
 
 def _sharpness(image: Pixels, factor: float) -> Pixels:
     smooth = image.copy()
-    if min(image.shape[:2]) > 2:  # Pillow's kernel filter leaves the outermost pixels as they are
+    if min(image.shape[:2]) > 2:  # Pillow's kernel filter does not change the outermost pixels
         smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
     return cv2.addWeighted(image, factor, smooth, 1 - factor, 0)
 
 
 def _grey(image: Pixels) -> NDArray[np.uint8]:
-    """ITU-R 601 luma in 16-bit fixed point, as Pillow's convert("L").
+    """Return the ITU-R 601 luma in 16-bit fixed point, like Pillow's convert("L").
 
-    In float32, and exact: the weights add up to 2**16, so no sum reaches 2**24, up to which float32 holds every integer.
+    float32 is exact here: the weights add up to 2**16, so no sum reaches 2**24, and float32 holds all integers up to 2**24.
     """
     luma = image.reshape(-1, 3).astype(np.float32) @ _LUMA
     luma += 0x8000
@@ -199,13 +199,13 @@ def _translate_y(image: Pixels, share: float) -> Pixels:
 
 
 def _slide(image: Pixels, shift: NDArray[np.float64]) -> Pixels:
-    """Sample row y at x + shift[y]: a cubic warp that needs four taps and not sixteen, because no row leaves its place.
+    """Sample row y at x + shift[y]: a cubic warp with four taps instead of sixteen, because pixels move only within their row.
 
-    Products and sums are separate float32 operations, so they round alike on every machine.
+    Products and sums are separate float32 operations, so rounding is the same on every machine.
     """
     height, width = image.shape[:2]
     whole = np.floor(shift)
-    first = np.clip(whole.astype(np.int64) - 1, -width - 3, width)  # of the taps of the leftmost pixel
+    first = np.clip(whole.astype(np.int64) - 1, -width - 3, width)  # first tap of the leftmost pixel
     left, right = max(0, -int(first.min())), max(0, int(first.max()) + 3)
     wide = cv2.copyMakeBorder(image, 0, 0, left, right, cv2.BORDER_CONSTANT, value=FILL).reshape(height, -1)
     windows = np.lib.stride_tricks.sliding_window_view(wide, 3 * (width + 3), axis=1)
@@ -213,11 +213,11 @@ def _slide(image: Pixels, shift: NDArray[np.float64]) -> Pixels:
     taps = [rows[:, 3 * tap : 3 * (tap + width)] for tap in range(4)]
     products = (weight * tap for weight, tap in zip(_cubic(shift - whole), taps, strict=True))
     total = next(products).add_(next(products)).add_(next(products))
-    return cv2.add(total.numpy(), next(products).numpy(), dtype=cv2.CV_8U).reshape(image.shape)  # rounds, and clips
+    return cv2.add(total.numpy(), next(products).numpy(), dtype=cv2.CV_8U).reshape(image.shape)  # rounds and clips
 
 
 def _cubic(x: NDArray[np.float64]) -> Tensor:
-    """Return what the pixels at -1, 0, 1 and 2 weigh at 0 <= x < 1, float32 [4, H, 1]; cubic convolution (Keys 1981)."""
+    """Return the weights of the pixels at -1, 0, 1 and 2 for 0 <= x < 1, float32 [4, H, 1]; cubic convolution (Keys 1981)."""
     distance = np.abs(x - np.array([[-1], [0], [1], [2]]))
     near = ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
     far = _A * (((distance - 5) * distance + 8) * distance - 4)
@@ -225,7 +225,7 @@ def _cubic(x: NDArray[np.float64]) -> Tensor:
 
 
 def _affine(image: Pixels, matrix: tuple[float, ...]) -> Pixels:
-    """Sample the image at matrix * (output position); positions are Pillow's, with pixel centres at one half."""
+    """Sample the image at matrix * (output position); pixel centres are at one half, as in Pillow."""
     a, b, c, d, e, f = matrix
     centred = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
     size = (image.shape[1], image.shape[0])
@@ -233,7 +233,7 @@ def _affine(image: Pixels, matrix: tuple[float, ...]) -> Pixels:
     return cv2.warpAffine(image, centred, size, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL)
 
 
-# A draw is a position in this table, so its order is part of the format: another one needs another RENDERER.
+# A draw is a position in this table, so its order is part of the format: a new order needs a new RENDERER.
 OPERATIONS = (
     Op("AutoContrast", _autocontrast),
     Op("Equalize", _equalize),

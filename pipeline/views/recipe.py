@@ -1,8 +1,8 @@
 """The recipe: a frozen, complete description of the augmentation. Its id is the SHA-256 of its canonical JSON.
 
-Field names are timm's flags where the meaning is the same. A view is a pure function of (recipe id, sample key,
-view number), so everything that may move a pixel or a partner is a field: the seed too, and `renderer`, the version of
-the code that obeys the recipe.
+Fields have the names of timm's flags if the meaning is the same. A view is a pure function of (recipe id, sample key,
+view number), so everything that may change a pixel or a partner is a field, including the seed and `renderer`, the version
+of the code that renders views.
 """
 
 import re
@@ -24,17 +24,17 @@ from pipeline.errors import RecipeError
 from pipeline.storage.json import Record, sha256_json
 
 DEFAULT_RECIPE = "deit"  # a preset
-RENDERER = 1  # raise it when the same recipe would give other pixels, partners or mixes
+RENDERER = 1  # increase it when the same recipe would give other pixels, partners or mixes
 MAX_IMG_SIZE = 4096
-MAX_LAYERS = 15  # RandAugment has as many operations
+MAX_LAYERS = 15  # the number of RandAugment operations
 Crop = Literal["random", "center"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugment:
-    """RandAugment as timm spells it: `rand-m9-mstd0.5-inc1`."""
+    """The settings of RandAugment, written in timm's notation: `rand-m9-mstd0.5-inc1`."""
 
-    magnitude: float = 10.0  # `m`, of 10
+    magnitude: float = 10.0  # `m`, on a scale of 0..10
     layers: int = 2  # `n`, operations chosen per view
     prob: float = 0.5  # `p`, chance that a chosen operation is applied
     magnitude_std: float = 0.0  # `mstd`; above 100: uniform in [0, magnitude]
@@ -43,7 +43,7 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read timm's notation; raise RecipeError for a section that it does not know."""
+        """Return the settings from timm's notation; raise RecipeError for an unknown section."""
         head, *sections = text.split("-")
         names = {"m": "magnitude", "n": "layers", "p": "prob", "mstd": "magnitude_std", "mmax": "magnitude_max"}
         values: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def _number(low: float, high: float) -> Any:
 
 
 Share = Annotated[float, _number(0, 1)]
-Alpha = Annotated[float, _number(0, 100)]  # of Beta(alpha, alpha); 0: no such mixes
+Alpha = Annotated[float, _number(0, 100)]  # parameter of Beta(alpha, alpha); 0: no such mixes
 Area = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0.01, le=100)]
 
@@ -86,7 +86,7 @@ class Recipe(Record):
     img_size: Annotated[int, _whole(1, MAX_IMG_SIZE)] = 224  # pixels, height and width of a view
     # A random resized crop, or a resize and a centre crop.
     crop: Annotated[Crop, Field(description=f"one of {', '.join(get_args(Crop))}")] = "random"
-    # Of a random crop: its area as a share of the image, and its width / height.
+    # Range of the area of a random crop, as a share of the image, and range of its width / height.
     scale: Annotated[tuple[Area, Area], Field(description="two rising numbers in 0..1")] = (0.08, 1.0)
     ratio: Annotated[tuple[Ratio, Ratio], Field(description="two rising numbers in 0.01..100")] = (3 / 4, 4 / 3)
     crop_pct: Annotated[float, _number(0.01, 1)] = 0.875  # centre crop: share of the resized shorter side
@@ -98,14 +98,14 @@ class Recipe(Record):
     mixup_prob: Share = 1.0  # probability that a pair is mixed at all
     mixup_switch_prob: Share = 0.5  # probability of CutMix where both are on
     mix_block: Annotated[int, _whole(2, 65536)] = 256  # samples of a source shard, in order, that may be partners
-    views_per_pairing: Annotated[int, _whole(1, 65536)] = 3  # consecutive views that keep their partners: one decode
+    views_per_pairing: Annotated[int, _whole(1, 65536)] = 3  # consecutive views with the same partners: one decode
     seed: Annotated[int, _whole(0, 2**63 - 1)] = 0
     renderer: Annotated[int, _whole(0, 2**31)] = RENDERER
 
     @field_validator("scale", "ratio", mode="wrap")
     @classmethod
     def _rise(cls, value: Any, check: ValidatorFunctionWrapHandler) -> tuple[float, float]:
-        low, high = check(tuple(value) if isinstance(value, list) else value)  # JSON and YAML have lists alone
+        low, high = check(tuple(value) if isinstance(value, list) else value)  # JSON and YAML have only lists
         if low > high:
             raise ValueError("they fall")
         return low, high
@@ -123,7 +123,7 @@ class Recipe(Record):
             raise RecipeError(
                 f"this version renders recipes of renderer {RENDERER}, the recipe asks for {recipe.renderer}"
             )
-        _ = recipe.randaugment  # parsed now, so that a wrong notation is found here
+        _ = recipe.randaugment  # parsed now, so that wrong notation is an error here
         return recipe
 
     @cached_property
@@ -133,7 +133,7 @@ class Recipe(Record):
 
     @cached_property
     def randaugment(self) -> RandAugment | None:
-        """The parsed `aa`."""
+        """Settings parsed from `aa`."""
         return None if self.aa is None else RandAugment.parse(self.aa)
 
     @property
@@ -147,7 +147,7 @@ class Recipe(Record):
 
 
 def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
-    """Return what is wrong with the first wrong field of a recipe."""
+    """Return the error message for the first wrong field of a recipe."""
     fields, problems = Recipe.model_fields, error.errors()
     names = [str(problem["loc"][0]) for problem in problems]
     if unknown := sorted(set(names) - set(fields)):

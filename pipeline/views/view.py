@@ -1,4 +1,4 @@
-"""Views: `draw_view` chooses every parameter of a view, `render` obeys and draws nothing.
+"""Views: `draw_view` chooses every parameter of a view at random; `render` makes its pixels without randomness.
 
 A view is a pure function of (recipe id, sample key, view number) and of the image's size; it does not depend on
 order, batch, worker, rank or machine.
@@ -20,7 +20,7 @@ from pipeline.views.recipe import RandAugment, Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-ATTEMPTS = 10  # timm's, for crops and for erasing boxes
+ATTEMPTS = 10  # as in timm, for crops and for erasing boxes
 ERASE_AREA = (0.02, 1 / 3)  # share of the view (timm's RandomErasing)
 ERASE_ASPECT = (0.3, 1 / 0.3)
 
@@ -47,7 +47,7 @@ class View:
         resize: height and width to which the crop is resized.
         window: top and left of the view in the resized crop.
         img_size: height and width of the view.
-        flip: mirrored left to right.
+        flip: True if the view is mirrored left to right.
         ops: RandAugment's operations with their arguments, in order.
         erase: the erased box, if any.
     """
@@ -62,7 +62,7 @@ class View:
 
 
 def draw_view(recipe: Recipe, key: str, view: int, *, height: int, width: int) -> View:
-    """Choose the parameters of one view of one sample.
+    """Draw the parameters of one view of one sample.
 
     Args:
         recipe: the augmentation.
@@ -89,14 +89,14 @@ def draw_view(recipe: Recipe, key: str, view: int, *, height: int, width: int) -
 
 
 def render(image: Pixels, view: View) -> Pixels:
-    """Make the pixels of a view.
+    """Return the pixels of a view.
 
     Args:
         image: uint8 [H, W, 3], the decoded image that the view was drawn for.
-        view: what to do.
+        view: parameters of the view.
 
     Returns:
-        uint8 [img_size, img_size, 3], contiguous. (Channels last, so that a batch is a channels-last tensor as it lies.)
+        uint8 [img_size, img_size, 3], contiguous (channels last, so a batch is a channels-last tensor without a copy).
     """
     pixels = _crop_and_resize(image, view)
     if view.flip:
@@ -112,7 +112,7 @@ def render_view(image: bytes | Pixels, recipe: Recipe, key: str, view: int) -> P
     """Draw and render one view.
 
     Args:
-        image: the encoded file, all of which is decoded, or the decoded image, uint8 [H, W, 3].
+        image: the encoded file, which is decoded completely, or the decoded image, uint8 [H, W, 3].
         recipe: the augmentation.
         key: sample key.
         view: view number, 0 or more.
@@ -129,7 +129,7 @@ def render_view(image: bytes | Pixels, recipe: Recipe, key: str, view: int) -> P
 
 
 def render_encoded(image: bytes, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:
-    """Render views of an image that is known to decode; for a single view, no more of it than the crop may be decoded.
+    """Render views of an image that is known to decode; for a single view, only the crop may be decoded.
 
     Args:
         image: the encoded file.
@@ -158,7 +158,7 @@ def render_views(image: Pixels, recipe: Recipe, key: str, views: range) -> NDArr
 
 
 def _random_crop(draws: Draws, recipe: Recipe, height: int, width: int) -> Box:
-    """Random resized crop, as torchvision and timm choose it: ten attempts, then a centre crop."""
+    """Draw a random resized crop like torchvision and timm: ten attempts, then a centre crop."""
     log_ratio = (math.log(recipe.ratio[0]), math.log(recipe.ratio[1]))
     for _ in range(ATTEMPTS):
         area = draws.uniform(*recipe.scale) * height * width
@@ -173,8 +173,8 @@ def _random_crop(draws: Draws, recipe: Recipe, height: int, width: int) -> Box:
 
 
 def _centre(recipe: Recipe, height: int, width: int) -> tuple[Box, tuple[int, int], tuple[int, int]]:
-    """Resize the shorter side to img_size / crop_pct and take the middle, as timm evaluates."""
-    # Of a strip, only the middle can show: resizing all of a 1 x 5000 image would take gigabytes.
+    """Return the crop, resize and window of timm's evaluation: shorter side img_size / crop_pct, then the centre."""
+    # Only the centre of a strip is visible, and resizing all of a 1 x 5000 image would take gigabytes.
     crop_height, crop_width = min(height, 8 * width), min(width, 8 * height)
     crop = ((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
     short = math.floor(recipe.img_size / recipe.crop_pct)
@@ -222,11 +222,11 @@ def _random_erase(draws: Draws, recipe: Recipe) -> Erase | None:
 
 
 def _crop_and_resize(image: Pixels, view: View) -> Pixels:
-    """Antialiased bicubic resize of the crop, rows first, with Pillow's filter: 0.03 of 255 from its pixels on average."""
+    """Return the crop, resized with Pillow's antialiased bicubic filter, rows first; on average 0.03 of 255 from Pillow."""
     top, left, height, width = view.crop
-    image = np.require(image, requirements=["C", "W"])  # as decoded ones are; torch takes no others
+    image = np.require(image, requirements=["C", "W"])  # decoded images already are; torch accepts no others
     region = torch.from_numpy(image)[top : top + height, left : left + width].contiguous()
-    tensor = region[None].permute(0, 3, 1, 2)  # contiguous and channels last: torch copies nothing, and answers alike
+    tensor = region[None].permute(0, 3, 1, 2)  # contiguous and channels last: no copy, and torch returns the same
     resized = F.interpolate(tensor, size=view.resize, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     top, left = view.window
     return resized[top : top + view.img_size, left : left + view.img_size].contiguous().numpy()
