@@ -107,7 +107,7 @@ def train(log_json: Path | None, **values: Any) -> None:
     from trainer.pace import summary
 
     leads = rank_from(os.environ, arrays=False).rank == 0
-    if not leads:  # of several ranks, one speaks
+    if not leads:  # only one of several ranks prints
         log.setLevel(logging.WARNING)
     say_settings(config, recipe=recipe)
     with shown_progress(log_json if leads else None) as progress:
@@ -401,7 +401,7 @@ def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str
 
     with shown_progress() as progress:
         moved = pull_set(url, Path(folder), views=views, shards=shards or None, progress=progress, **values)
-    if views or shards or moved.found_files:  # the card that came is of the whole
+    if views or shards or moved.found_files:  # the downloaded card describes the whole set
         refresh_card(LabelSet.open(folder))
     click.echo(moved_line(folder, moved, "received"))
 

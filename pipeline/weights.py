@@ -1,4 +1,4 @@
-"""Weights that a command starts from: a local file or exported folder, or one behind a URL, brought here."""
+"""Weights that a command starts from: a local file or exported folder, or a download from a URL."""
 
 import contextlib
 import math
@@ -27,11 +27,11 @@ _FILES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".tar"})
 def weights_here(location: str) -> Path:
     """Return the local path of a file of weights, or of a folder with `model.safetensors` and perhaps `config.json`.
 
-    What lies behind a URL is brought each time, because a run replaces it.
+    Weights behind a URL are downloaded each time, because a run replaces them.
 
     Raises:
-        RemoteFileMissing: there are no weights at the URL.
-        StorageError: they cannot be brought.
+        RemoteFileMissing: the URL has no weights.
+        StorageError: the weights cannot be downloaded.
     """
     if (path := local_path(location)) is not None:
         return path
@@ -49,13 +49,13 @@ def weights_here(location: str) -> Path:
     return folder
 
 
-SMALL = 1 << 24  # numbers, for which any machine has room; if so few do not fit, loading says more exactly why
+SMALL = 1 << 24  # parameters; any machine has memory for so few, and loading gives a more exact error
 
 
-_REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # of a network's arguments: how often a part stands in it
+_REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # names of a network's arguments that repeat a part
 
 
-_NAMED = re.compile(r"GLOBAL ([\w.]{1,200}) ")  # in torch's errors: what a pickle asks for and is not given
+_NAMED = re.compile(r"GLOBAL ([\w.]{1,200}) ")  # in torch's errors: the name that a pickle needs and may not load
 
 
 _LONGEST_NAME = 500
@@ -65,7 +65,7 @@ _ANEW = "save the state dict alone, best as safetensors"
 
 
 class _Ignored:
-    """Stands in for NumPy's types and functions: takes what they are given, and does nothing with it.
+    """A stand-in for NumPy's types and functions that ignores its arguments.
 
     So no shape, dtype or state that a file claims reaches NumPy: version 2.4 crashes (SIGSEGV) on an array that has fewer
     objects than its shape says. `argparse.Namespace` needs no stand-in: timm allows it, and torch only sets its attributes.
@@ -76,7 +76,7 @@ class _Ignored:
     def __setstate__(self, _: object) -> None: ...
 
 
-# What the pickles of NumPy's numbers, arrays and dtypes name; modules as in NumPy 1 and 2.
+# Names in the pickles of NumPy's numbers, arrays and dtypes; modules as in NumPy 1 and 2.
 _NUMPY = ("ndarray", "dtype", *(f"{m}.multiarray.{f}" for m in ("core", "_core") for f in ("_reconstruct", "scalar")))
 
 
@@ -84,21 +84,21 @@ _STAND_INS = [(_Ignored, f"numpy.{name}") for name in _NUMPY]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights: safetensors, or a PyTorch file with a state dict, alone or under `state_dict` or `model`.
+    """Return the tensors of a safetensors file, or of a PyTorch state dict, alone or under `state_dict` or `model`.
 
-    Beside a state dict there may be plain values, NumPy's numbers and arrays, and an `argparse.Namespace`: they are ignored.
+    Plain values, NumPy's numbers and arrays, and an `argparse.Namespace` beside a state dict are ignored.
 
     Raises:
-        CheckpointError: it holds anything else, or tensors that are not written out in it.
+        CheckpointError: the file has other content, or tensors whose values are not all stored in it.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint file")
     _refuse_packed(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):  # pyright: ignore[reportArgumentType]
-            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+            warnings.simplefilter("ignore")  # warnings on kinds of tensors that are refused below
             state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # hostile bytes lead torch's reader to almost any exception
+    except Exception as error:  # malicious bytes can cause almost any exception in torch's reader
         raise CheckpointError(f"{path} cannot be read as plain tensors: {_why(path, error)}") from error
     if any(len(name) > _LONGEST_NAME or CONTROL_CHARACTERS.search(name) for name in state):  # errors print names
         raise CheckpointError(
@@ -118,7 +118,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _why(path: Path, error: Exception) -> str:
-    """Return what is wrong with a file that torch's or safetensors' reader refused, and how to fix it."""
+    """Return the reason why torch's or safetensors' reader refused a file, and the fix."""
     if named := _NAMED.search(f"{error} {error.__cause__}"):
         return f"it holds {named[1]}, which needs code to load. Load it where you trust it, and {_ANEW}"
     if path.suffix == ".safetensors":
@@ -130,7 +130,7 @@ def _why(path: Path, error: Exception) -> str:
 
 
 def _refuse_packed(path: Path) -> None:
-    """A PyTorch file is a zip of uncompressed members; torch's reader inflates others, a thousandfold, without a limit."""
+    """Raise for a PyTorch zip file with compressed members, which torch would inflate a thousandfold without a limit."""
     try:
         with path.open("rb") as file:
             if file.read(4) != b"PK\x03\x04":
@@ -138,7 +138,7 @@ def _refuse_packed(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = next((m.filename for m in archive.infolist() if m.compress_type != zipfile.ZIP_STORED), None)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # torch says what is wrong with it
+        return  # torch reports the problem
     if packed is not None:
         raise CheckpointError(
             f"{path}: its member {packed!r} is compressed, which torch.save never does",
@@ -147,7 +147,7 @@ def _refuse_packed(path: Path) -> None:
 
 
 def _not_plain(tensor: Tensor) -> str | None:
-    """Return what a tensor is, unless it is a dense one on the CPU whose every number is stored."""
+    """Return the kind of a tensor, or None if it is dense, on the CPU, and all its values are stored."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         return f"{str(tensor.layout).removeprefix('torch.')} {tensor.dtype}"
     if tensor.device.type != "cpu":
@@ -158,10 +158,10 @@ def _not_plain(tensor: Tensor) -> str | None:
 
 
 def read_hub_config(folder: Path) -> dict[str, Any]:
-    """Read the `config.json` of an exported folder, and check what is used of it.
+    """Read the `config.json` of an exported folder, check the entries in use, and return it.
 
     Raises:
-        CheckpointError: it is not such a file.
+        CheckpointError: the file is not an exported configuration.
     """
     path = folder / "config.json"
     try:
@@ -185,10 +185,10 @@ def read_hub_config(folder: Path) -> dict[str, Any]:
 
 
 def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Refuse a configuration that asks for a larger network than its weights are, before it takes memory.
+    """Raise if a configuration describes a larger network than its weights, before memory is allocated.
 
     Raises:
-        CheckpointError: it does, or timm cannot build such a network.
+        CheckpointError: the network is larger, or timm cannot build it.
     """
     path = folder / "config.json"
     most = _largest(config.get("model_args"))
@@ -201,12 +201,12 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             shell: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    except Exception as error:  # a damaged configuration fails in many ways below timm
+    except Exception as error:  # a damaged configuration can raise many exceptions inside timm
         raise CheckpointError(
             f"{folder} cannot be loaded ({type(error).__name__}): {' '.join(str(error).split())[:300]}"
         ) from error
     asked, there = (sum(tensor.numel() for tensor in t.values()) for t in (shell.state_dict(), weights))
-    if asked > max(2 * there, SMALL):  # twice: weights that two parts share may be stored once
+    if asked > max(2 * there, SMALL):  # factor 2: weights that two parts share may be stored once
         raise CheckpointError(
             f"{path} asks for a network of {asked} numbers, and {there} lie beside it",
             fix="Export it again",
@@ -214,7 +214,7 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
 
 
 def _largest(values: Any, counts: bool = False) -> float:
-    """Return the largest number under a name that says how often a part stands in the network."""
+    """Return the largest number under a name that sets the repetitions of a part of the network."""
     if isinstance(values, dict):
         return max((_largest(v, counts or bool(_REPEATED.search(k))) for k, v in values.items()), default=0)
     if isinstance(values, list):

@@ -1,4 +1,4 @@
-"""`bench stage2`: where the time of training goes: the student alone, the stream of batches alone, and both together."""
+"""`bench stage2`: time the student alone, the stream of batches alone, and both together."""
 
 import contextlib
 import copy
@@ -35,8 +35,8 @@ from trainer.parallel import Running, StopRequest, forward_dtype, joined_world
 from trainer.run import Data
 from trainer.stream import Batch, BatchRenderer, Catalogue, ShardTable, stream_batches
 
-IMAGES = 64  # on which reading, decoding and rendering are timed, at most
-ENDLESS = 10**6  # epochs, more than are made before the time is up
+IMAGES = 64  # maximum number of images for timing reading, decoding and rendering
+ENDLESS = 10**6  # epochs: more than fit into the time of a measurement
 Limit = Literal["student", "stream"]
 
 
@@ -45,12 +45,12 @@ class StreamParts:
     """Seconds that each part of the stream takes for one view, on one core of a loader process.
 
     Attributes:
-        read_s: to read the encoded image and compare it with the labelled one.
-        decode_s: to decode it, or the part of it that a single view needs.
-        render_s: to draw the parameters of the view and make its pixels.
-        plan_s: to choose the views of a batch and how they are mixed.
-        labels_s: to find the label, with its share of reading the files; None without a label set.
-        copy_s: to copy the view to the GPU, while nothing else runs; None without a GPU.
+        read_s: time to read the encoded image and compare it with the labelled one.
+        decode_s: time to decode the image, or the part of it that a single view needs.
+        render_s: time to draw the parameters of the view and compute its pixels.
+        plan_s: time to choose the views of a batch and how they are mixed.
+        labels_s: time to find the label, including a share of reading the files; None without a label set.
+        copy_s: time to copy the view to the GPU while nothing else runs; None without a GPU.
     """
 
     read_s: float
@@ -63,7 +63,7 @@ class StreamParts:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopRate:
-    """What the training loop reached with everything running.
+    """Speed of the training loop when student and stream run together.
 
     Attributes:
         images_per_s: number of views trained on in a second.
@@ -110,24 +110,24 @@ class TrainingBench:
 
     @property
     def limit(self) -> Limit:
-        """The slower one."""
+        """Return the slower part: the student or the stream."""
         return "student" if self.student <= self.stream else "stream"
 
     @property
     def reachable(self) -> float:
-        """Views/s of the slower one; of both in turn, where one process does both."""
+        """Return the views/s of the slower part; of both in turn if one process does both."""
         if self.loaders == 0:
             return 1 / (1 / self.student + 1 / self.stream)
         return min(self.student, self.stream)
 
     @property
     def loaders_enough(self) -> int:
-        """Smallest number of loader processes, each with a core, with which the stream is not the limit."""
+        """Return the smallest number of loader processes, each with a core, with which the stream is not the limit."""
         return math.ceil(self.student * max(1, self.loaders) / self.stream)
 
     @property
     def label_share(self) -> float | None:
-        """Share of the time of a loader process that labels take, if the stream is as fast as the student."""
+        """Return the share of a loader process's time that labels take if the stream is as fast as the student."""
         labels_s = self.parts.labels_s
         return None if labels_s is None else labels_s * self.student / max(1, self.loaders)
 
@@ -137,7 +137,7 @@ class TrainingBench:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
     def table(self) -> str:
-        """Return where the time of stage 2 goes, which part holds it back, and how many loader processes would be enough."""
+        """Return a table of the time of each part, the slowest part, and how many loader processes would be enough."""
         parts, together, loaders = self.parts, self.together, count(self.loaders, "loader process", "es")
         share = "" if self.label_share is None else f", {100 * self.label_share:.2g} % of a step"
         on = self.device if self.threads is None else f"{self.device}, {count(self.threads, 'thread')}"
@@ -188,7 +188,7 @@ def bench_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds
 
     Args:
         config: settings of the run; its output, length and evaluation do not matter.
-        recipe: see `train`.
+        recipe: recipe of the views, see `train`.
         seconds: time for each measurement, without the warm-up; at least one update is made, however long it takes.
     """
     with opened_run(config, recipe) as run:
@@ -240,7 +240,7 @@ def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Ru
 
 @contextlib.contextmanager
 def _only_errors() -> Iterator[None]:
-    """Keep the messages of a run out of the log: its epochs are not the user's."""
+    """Log only errors inside the block: the epochs of a timed run do not interest the user."""
     log = logging.getLogger("deit_cli.train")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -269,7 +269,7 @@ def update_on(run: Run, batches: list[Batch]) -> Work:
 def measure_stream(run: Run, *, seconds: float) -> float:
     """Return the views/s of the loader processes when nothing uses their batches."""
     workers = run.running.world.workers
-    turn = max(1, workers)  # batches come in bursts of one from each process: whole bursts are counted
+    turn = max(1, workers)  # batches arrive in bursts, one from each process: count whole bursts
     indices = range(run.order.steps_per_epoch * ENDLESS)
     batches = stream_batches(_renderer_of(run), indices, workers=workers)
     for _ in islice(batches, (PREFETCH + 1) * turn):  # processes start, and fill their queues
@@ -283,7 +283,7 @@ def measure_stream(run: Run, *, seconds: float) -> float:
 
 
 def measure_loop(run: Run, *, seconds: float) -> LoopRate:
-    """Let the loop train for `seconds`, after its queues have filled and run empty again."""
+    """Train for `seconds` after the queues have filled and run empty again; return the measured speed."""
     device = run.running.device
     first = -(-(PREFETCH * run.running.world.workers + 1) // run.share.passes)
     marks: list[tuple[float, Step]] = []
@@ -400,8 +400,8 @@ def _planning_s(run: Run, least_s: float) -> tuple[float, float]:
 def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
     """Return the seconds of reading label shards, divided over the views of a loader process.
 
-    Every process meets every source shard, so each reads all labels and uses only its part of them. With more shards than it
-    keeps, it reads them again in each epoch that shares their views.
+    Every process gets batches from every source shard, so each process reads all labels and uses only its own part. If there
+    are more shards than it keeps in memory, it reads them again in each epoch that uses the same views.
     """
     block = label_set.manifest.blocks[0]
     entry = max(
@@ -437,4 +437,4 @@ def _renderer_of(run: Run, kind: type[BatchRenderer] = BatchRenderer) -> Any:
 
 
 def _unheard(_: str) -> None:
-    """Take a note of where a process is, which nobody asks for here."""
+    """Ignore a note about the progress of a process."""

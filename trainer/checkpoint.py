@@ -36,7 +36,7 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
     Raises:
         ValueError: `meta` holds NaN or infinity.
     """
-    plain, meta = on_cpu(tensors), json.loads(canonical_json(meta))  # as a reader gets it: lists, keys as text
+    plain, meta = on_cpu(tensors), json.loads(canonical_json(meta))  # as readers get it: lists, text keys
     header = canonical_json({"meta": meta, "sha256": _digest(plain, meta)}).decode()
     # One metadata key: safetensors writes several in an order that changes from call to call.
     data = safetensors.torch.save(plain, {_METADATA_KEY: header})
@@ -181,7 +181,7 @@ def _optimizer_state(moments: Mapping[str, Tensor], optimizer: torch.optim.Optim
     _check_names(moments.keys(), like.keys())
     for name, tensor in like.items():
         _check_same_kind(name, moments[name], tensor)
-    # Clones, because the optimizer later changes the tensors that it gets.
+    # Clones, because the optimizer later changes these tensors in place.
     return {index: {name: moments[f"optim.{index}.{name}"].clone() for name in _ADAMW_STATE} for index in started}
 
 

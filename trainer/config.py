@@ -25,10 +25,10 @@ Resume = Literal["never", "auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What to train, on what, and how.
+    """Settings of a training run.
 
-    A resumed run may change the settings that are `free`: where things lie and how fast they go, never what is computed.
-    (The batch may be cut in other ways: the number of views in an update, over all ranks and passes, must stay.)
+    A resumed run may change the settings that are `free`: they set locations and speed, and do not change the result.
+    (The batch may be divided differently if the number of views in an update, over all ranks and passes, stays the same.)
     """
 
     labels: str | None = option(
@@ -329,12 +329,12 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        """Where this machine writes the run: `output`, or the folder that stands for a URL."""
+        """Return the local folder of the run: `output`, or the working folder for a URL."""
         return working_folder(self.output)
 
     @property
     def warmup(self) -> float:
-        """Epochs of linear warm-up: DeiT's 5, but in short runs, where the user did not choose, a tenth of all."""
+        """Return the epochs of linear warm-up: the user's value, else DeiT's 5, or a tenth of all epochs in short runs."""
         return min(5.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
 
     def to_dict(self) -> dict[str, Any]:
@@ -342,7 +342,7 @@ class TrainConfig:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be the same in a continuation."""
+        """Return the settings that must be the same when the run is resumed."""
         values = self.to_dict()
         same = {setting.name: values[setting.name] for setting in settings_of(TrainConfig) if not setting.free}
         return same | {"warmup_epochs": self.warmup}
@@ -350,7 +350,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Which student to measure, and on what."""
+    """Settings of an evaluation: the student and the data."""
 
     checkpoint: str | None = option(
         None, "Student: folder that a run exported (last, best), or a file of weights; path or URL.", group="Student"

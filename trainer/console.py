@@ -1,4 +1,4 @@
-"""What people see while a command runs: messages on stderr, and a bar on a terminal or else a line now and then."""
+"""Output while a command runs: messages on stderr, and a progress bar on a terminal or regular log lines elsewhere."""
 
 import logging
 import sys
@@ -13,9 +13,9 @@ from pipeline.repeats import FirstOfEachKind
 
 
 class ToStderr(logging.Handler):
-    """Writes messages to the stderr of the moment: while a progress bar is shown, it takes the place of stderr.
+    """Log handler that writes to the current `sys.stderr`, which a progress bar replaces while it is shown.
 
-    It shows the first of each kind of warning that a loop repeats, or all of them with `every`.
+    If a loop repeats a warning, only the first is shown; with `every`, all are.
     """
 
     def __init__(self, *, every: bool = False) -> None:
@@ -30,14 +30,14 @@ class ToStderr(logging.Handler):
 
 
 def say_counts() -> None:
-    """Log how often each warning came of which only the first was shown."""
+    """Log the count of each repeated warning of which only the first was shown."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, ToStderr):
             handler.first.log_counts()
 
 
 class ShownProgress:
-    """Passes on how far a command is: to a terminal or the log, and to a file.
+    """Progress display: sends the progress of a command to a terminal or the log, and to a file.
 
     Attributes:
         last: last tick or step; None before the first.
@@ -48,7 +48,7 @@ class ShownProgress:
         self.last: Any = None
 
     def __call__(self, tick: Any) -> None:
-        """Pass a tick of stage 1, or a step of training, on."""
+        """Show a tick of stage 1 or a step of training."""
         self.last = tick
         for tell in self._tell:
             tell(tick)
@@ -56,7 +56,7 @@ class ShownProgress:
 
 @contextmanager
 def shown_progress(log_json: Path | None = None) -> Iterator[ShownProgress]:
-    """Show a bar on a terminal, or log a line now and then; write a JSON log, too, if `log_json` names a file."""
+    """Show a bar on a terminal, or log a line at intervals; also write a JSON log if `log_json` names a file."""
     from pipeline.machine.progress import json_log
 
     with json_log(log_json) as write:
@@ -79,7 +79,7 @@ def _lines() -> Iterator[Callable[[Any], None]]:
             log_tick(tick)
 
     with throttled(log_other, every_s=60) as update:
-        # A step goes to both: it ends the phase before it, whose last line comes now.
+        # A step goes to both: it ends the previous phase, whose last line is written now.
         yield ShownProgress(update, lambda tick: log_step(tick) if isinstance(tick, pace.Step) else None)
 
 
@@ -113,7 +113,7 @@ def _bar() -> Iterator[Callable[[Any], None]]:
         below = pace.step_text(tick) if isinstance(tick, pace.Step) else tick_text(tick)
         rows.update(tasks[tick.phase], completed=tick.done, total=tick.total, **shown)
         live.update(Group(rows, Text(below)))
-        live.start()  # not earlier: a command may ask the user something first
+        live.start()  # start late, because a command may first ask the user something
 
     try:
         yield update

@@ -29,10 +29,10 @@ ANSWERS = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
 
 
 def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
-    """Open a student, measure what was asked, and return it as plain JSON values.
+    """Open a student, measure its accuracy and agreement as requested, and return plain JSON values.
 
     Raises:
-        UsageError: the student is not named well, or it does not fit the images or the labels.
+        UsageError: the options do not name one student, or it does not fit the images or the labels.
     """
     label_set = None if config.labels is None else LabelSet.open(config.labels, expect_manifest=config.expect_manifest)
     source = None if config.data is None else open_source(config.data)
@@ -54,7 +54,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _open(config: EvaluateConfig, num_classes: Sequence[int | None]) -> Student:
-    """Open the student; `num_classes` are those of the images and the labels, where they are known."""
+    """Return the student; `num_classes` are the class counts of images and labels, None where unknown."""
     here = weights_here(config.checkpoint) if config.checkpoint else None
     if config.num_classes and (here is None or here.is_dir()):
         raise UsageError(
@@ -65,7 +65,7 @@ def _open(config: EvaluateConfig, num_classes: Sequence[int | None]) -> Student:
 
 
 def fused_logits(heads: Heads) -> dict[str, Tensor]:
-    """Return the answers that can be read from the two heads, [B, C] each; a model with one head has only the first.
+    """Return the answers computed from the two heads, [B, C] each; a model with one head has only the first.
 
     `mean_logits` is the released code's fusion, `sum_softmax` the paper's (Touvron et al. 2021, section 5.2).
     """
@@ -86,10 +86,10 @@ def answer_names(student: Student) -> tuple[str, ...]:
 def evaluate(
     student: Student, source: Source, running: Running, *, crop_pct: float | None = None
 ) -> tuple[Scores, int]:
-    """Measure top-1 and top-5 in percent on centre crops of all labelled samples, which the ranks share out.
+    """Measure top-1 and top-5 in percent on centre crops of all labelled samples, divided among the ranks.
 
     Args:
-        student: model to measure; it is in evaluation mode meanwhile.
+        student: model to measure; it is in evaluation mode during the measurement.
         source: labelled images.
         running: how to run the student; every rank must call this.
         crop_pct: centre crop, as a share of the resized shorter side; None takes the model's configuration.
@@ -115,7 +115,7 @@ def labelled_places(source: Source, student: Student) -> list[tuple[int, int]]:
     """Return shard and row of every sample that has a class label.
 
     Raises:
-        UsageError: none has one, or they are not the student's classes.
+        UsageError: no sample has a class label, or the labels are not the student's classes.
     """
     labelled = [
         (s, row)
@@ -135,7 +135,7 @@ def labelled_places(source: Source, student: Student) -> list[tuple[int, int]]:
 
 
 def _compare_names(source: Source, student: Student) -> None:
-    """Refuse the same class names in another order, which would count wrong answers as right; warn of other differences."""
+    """Raise if the class names are in another order, since wrong answers would count as right; warn of other differences."""
     mine, theirs = student.class_names, source.class_names
     if mine is None or theirs is None or mine == theirs:
         return
@@ -152,10 +152,10 @@ def _compare_names(source: Source, student: Student) -> None:
 def measure_agreement(
     student: Student, label_set: LabelSet, source: Source, running: Running, *, limit: int
 ) -> tuple[dict[str, float], int]:
-    """Measure how often each head's argmax is the teacher's stored one, on replayed views of the label set.
+    """Measure how often each head's argmax equals the teacher's stored argmax, on replayed views of the label set.
 
     Args:
-        student: model to measure; it is in evaluation mode meanwhile.
+        student: model to measure; it is in evaluation mode during the measurement.
         label_set: label set whose first view is used.
         source: images of the label set.
         running: how to run the student.
@@ -194,13 +194,13 @@ def measure_agreement(
 
 
 def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:
-    """Return the recipe of evaluation: resize and centre crop as the configuration of the student says."""
+    """Return the evaluation recipe: resize and centre crop as in the student's configuration."""
     pct = crop_pct or float(student.model.pretrained_cfg.get("crop_pct") or 0.875)
     return PRESETS["none"].with_fields(img_size=student.img_size, crop_pct=pct)
 
 
 def _answers(student: Student, images: Tensor, running: Running) -> dict[str, Tensor]:
-    """Run the student in evaluation mode on float32 images of 0..255."""
+    """Return the answers of the student in evaluation mode for float32 images in 0..255."""
     was_training = student.training
     student.eval()
     try:
@@ -212,7 +212,7 @@ def _answers(student: Student, images: Tensor, running: Running) -> dict[str, Te
 
 
 def score_table(result: dict[str, Any]) -> str:
-    """Return what `evaluate_checkpoint` measured, for people."""
+    """Return the result of `evaluate_checkpoint` as a readable table."""
     lines = [f"{'':20}{'top-1':>8}{'top-5':>8}{'agrees':>8}"]
     for name in [*(result.get("scores") or result["agreement"])]:
         scores = (result.get("scores") or {}).get(name, {})

@@ -15,7 +15,7 @@ from pipeline.storage.json import pretty_json
 from trainer.checkpoint import on_cpu
 from trainer.student import Student
 
-# Entries of timm's configuration that describe its published weights, and not those trained here.
+# Entries of timm's configuration that describe its published weights, not the weights trained here.
 _PROVENANCE = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 
 
@@ -27,7 +27,7 @@ def export_model(folder: Path, weights: Mapping[str, Tensor], *, hub_config: dic
         weights: `state_dict` of a student's timm model.
         hub_config: content of `config.json`, from the function `hub_config`.
     """
-    # Other readers on the Hub expect the framework's name here.
+    # Other programs that read from the Hub expect the framework's name here.
     data = safetensors.torch.save(on_cpu(weights), {"format": "pt"})
     replace_file(folder / "model.safetensors", data)
     replace_file(folder / "config.json", pretty_json(hub_config))

@@ -101,7 +101,7 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: StepPr
 
 @contextlib.contextmanager
 def only_deterministic() -> Iterator[None]:
-    """Let torch use deterministic algorithms only, for as long as the block runs; enter it before CUDA is used.
+    """Make torch use only deterministic algorithms inside the block; enter it before CUDA is used.
 
     Raises:
         UsageError: an operation has no deterministic algorithm.
@@ -113,8 +113,8 @@ def only_deterministic() -> Iterator[None]:
     benchmark = torch.backends.cudnn.benchmark
     environment = os.environ.get(CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # it chooses algorithms by their time, which is never the same
-    os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # cuBLAS reads it once, when it is used first
+    torch.backends.cudnn.benchmark = False  # it chooses algorithms by measured time, which varies
+    os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # cuBLAS reads it once, at its first use
     try:
         yield
     except RuntimeError as error:
@@ -139,7 +139,7 @@ def only_deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def mirrored(config: TrainConfig) -> Iterator[Mirror | None]:
-    """Bring a run whose --output is a URL, and let the first rank send it for as long as the block runs."""
+    """Download a run whose --output is a URL; the first rank uploads changes while the block runs."""
     mirror = OneWriterMirror.of(config.output, config.folder, last=STATE_NAME, leave=frozenset({LOCK_NAME}))
     with contextlib.ExitStack() as stack:
         if mirror is not None:
@@ -150,7 +150,7 @@ def mirrored(config: TrainConfig) -> Iterator[Mirror | None]:
 
 
 class Run:
-    """One training run on one rank: its parts, put together once. Nothing is locked or written before `begun`."""
+    """A training run on one rank. Nothing is locked or written before `begun`."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Run:
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
-        """Continue or begin the run, whose folder no other process may train in for as long as the block runs."""
+        """Begin or continue the run; inside the block, no other process may train in its folder."""
         config, world = self.config, self.running.world
         with contextlib.ExitStack() as stack:
             if world.leads:
@@ -199,7 +199,7 @@ class Run:
             yield
 
     def train(self, writer: BackgroundWriter, stop: StopRequest) -> None:
-        """Train to the end, or until a signal asks to stop."""
+        """Train to the last update, or until a signal asks to stop."""
         config, order, state, world = self.config, self.order, self.state, self.running.world
         consensus, watch = Consensus(world), _LossWatch(self)
         self._catch_up()
@@ -220,7 +220,7 @@ class Run:
             if last or stops or _is_recovery_point(config, update):
                 watch.check()
             if exports or stops or _is_recovery_point(config, update):
-                self._save(writer, exports)  # before the evaluation, which may be long, or fail
+                self._save(writer, exports)  # before the evaluation, which may take long or fail
             if stops and update + 1 < order.steps_per_epoch * config.epochs:
                 writer.wait()
                 raise _stopped(config, stop, state.next_update)
@@ -229,7 +229,7 @@ class Run:
         watch.check()
 
     def _open_eval_data(self, location: str) -> Source:
-        """Open the images to evaluate on, and refuse now what would fail after an epoch."""
+        """Open the evaluation images; raise now if the evaluation would fail after an epoch."""
         source = open_source(location, cache=open_cache(self.config.cache_dir, self.config.cache_size))
         labelled_places(source, self.state.student)
         return source
@@ -246,7 +246,7 @@ class Run:
         )
 
     def _updates(self, total: int) -> Iterator[tuple[int, list[Batch], float]]:
-        """Yield each update that is left, with its batches on the device and the seconds that they were waited for."""
+        """Yield each remaining update, its batches on the device, and the seconds that the loop waited for them."""
         passes, world = self.share.passes, self.running.world
         left = range(self.state.next_update * passes, total * passes)
         stream = stream_batches(self.renderer, left, workers=world.workers, held=passes, device=world.device)
@@ -259,7 +259,7 @@ class Run:
     def accumulate(self, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
         """Add up the gradients of an update's batches on this rank.
 
-        Every view weighs the same, though the parts of an update may differ by a unit.
+        Every view has the same weight, even though the parts of an update may differ by one unit.
 
         Returns:
             the share of the update's views that this rank had, times the number of ranks; the loss and its parts, each
@@ -282,7 +282,7 @@ class Run:
         return share, sums
 
     def _report(self, update: int, lr: float, share: float, sums: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
-        """Say and record the numbers of an update: means over all its views, and what all ranks have in common."""
+        """Log and record the numbers of an update: means over all its views, and values that are the same on all ranks."""
         epoch, step = self.order.position(update)
         added = torch.stack([*sums.values(), next(iter(sums.values())).new_tensor(share)]).float()
         *means, shares = self.running.world.mean(added).tolist()
@@ -292,13 +292,13 @@ class Run:
         self.recorder.add("train", update, epoch=epoch, step=step, lr=lr, **speed, **values)
 
     def _catch_up(self) -> None:
-        """Evaluate now if an earlier start saved the end of an epoch and did not come to it."""
+        """Evaluate now if an earlier start saved the end of an epoch but stopped before its evaluation."""
         epoch, step = self.order.position(self.state.next_update)
         if step == 0 and epoch > 0 and self.state.evaluated < self.state.next_update:
             self._end_epoch(epoch - 1)
 
     def _end_epoch(self, epoch: int) -> None:
-        """Evaluate where it is due, without counting that as training."""
+        """Evaluate if this epoch needs it; the time does not count as training."""
         if self.eval_source and _is_due(epoch, self.config.eval_interval, self.config.epochs):
             with self.pace.pause("evaluating"):
                 self._evaluate(epoch, self.eval_source)
@@ -313,7 +313,7 @@ class Run:
         if state.ema is not None:
             candidates.append(("ema", state.ema.module))  # pyright: ignore[reportArgumentType]
         for name, student in candidates:
-            world.share_buffers(student)  # each rank has seen other images
+            world.share_buffers(student)  # each rank has seen different images
             scores, count = evaluate(student, source, self.running, crop_pct=self.config.crop_pct)
             top1 = scores["class_head" if self.config.distillation_type == "none" else primary_head(scores)]["top1"]
             evaluated = {"weights": name, "images": count, "top1": top1, "scores": scores}
@@ -328,7 +328,7 @@ class Run:
                     export_model(self.config.folder / "best", weights, hub_config=hub_config(student))
 
     def _save(self, writer: BackgroundWriter, exports: bool) -> None:
-        """Copy the state, and write it while training goes on; rank 0 does so for all."""
+        """Copy the state and write it in the background; only rank 0 does so."""
         if not self.running.world.leads:
             return
         if self.mirror is not None:
@@ -356,7 +356,7 @@ class Run:
         passes, name = self.share.passes, f"nonfinite-rank{self.share.rank}"
         batches: list[Batch] = []
         for number in range(passes):
-            with contextlib.suppress(DeitCliError):  # the loss is what is to be explained
+            with contextlib.suppress(DeitCliError):  # the error to report is the loss
                 batches.append(self.renderer.render_here(update * passes + number))
         samples = [{"keys": list(batch.keys), "views": list(batch.views)} for batch in batches]
         record = {"update": update, "loss": str(loss), "batches": samples}
@@ -406,7 +406,7 @@ class _LossWatch:
 def batch_loss(
     settings: LossSettings, on_rank: OnRank, student: Student, batch: Batch, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mix a batch, let the student answer, and return its loss and the detached parts of it.
+    """Mix a batch, run the student on it, and return the loss and its detached parts.
 
     Args:
         settings: kind and weights of the loss.
@@ -451,7 +451,7 @@ def _rate_at(config: TrainConfig, order: Order, update: int) -> float:
 
 
 def primary_head(scores: Scores) -> str:
-    """Return the answer by which the best checkpoint is chosen: the mean of both heads, or the only one."""
+    """Return the name of the answer that selects the best checkpoint: the mean of both heads, or the only head."""
     return "mean_logits" if "mean_logits" in scores else "class_head"
 
 
@@ -468,7 +468,7 @@ def _is_recovery_point(config: TrainConfig, update: int) -> bool:
 
 
 def _stopped(config: TrainConfig, stop: StopRequest, updates: int) -> StoppedError:
-    number = stop.signal or signal.SIGTERM  # another rank got it
+    number = stop.signal or signal.SIGTERM  # another rank received the signal
     return StoppedError(
         f"stopped by {number.name} after update {updates}, which is saved: continue with --resume --output {config.output}",
         number,

@@ -1,6 +1,6 @@
 """The losses: pure functions of the student's answers, the class labels, and the teacher's stored answers.
 
-All losses are computed in float32, under autocast too, and no target of shape [B, C] is ever built: a stored
+All losses are computed in float32, also under autocast. A target of shape [B, C] is never built: a stored
 soft label has K classes and a tail, mixed and smoothed class labels have two classes and a rest, and the cross-entropy
 to either is a sum over those classes and one closed form. Its gradient is the only array of [B, C] that a step adds.
 """
@@ -37,7 +37,7 @@ class ClassTarget:
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """What the label set holds for a batch of views. K is 0 where it holds hard labels only.
+    """The teacher's stored answers for a batch of views. K is 0 if only hard labels are stored.
 
     Attributes:
         hard: int64 [B], the teacher's argmax class.
@@ -54,7 +54,7 @@ class TeacherTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """What the loss of a run is.
+    """Settings of the loss of a run.
 
     Attributes:
         distillation_type: `none` is the class loss alone, whatever alpha is.
@@ -74,7 +74,7 @@ class LossSettings:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "LossSettings":
-        """Return what the settings of a run say of its loss."""
+        """Return the loss settings from the settings of a run."""
         return cls(
             distillation_type=config.distillation_type,
             alpha=config.distillation_alpha,
@@ -135,7 +135,7 @@ def class_loss(class_logits: Tensor, target: ClassTarget, *, smoothing: float) -
     Returns:
         A float32 scalar.
     """
-    label = torch.where(target.labelled, target.class_label, 0)  # an unlabelled row must still gather something
+    label = torch.where(target.labelled, target.class_label, 0)  # `gather` needs a valid index for unlabelled rows, too
     index = torch.stack([label, label[target.partner]], dim=1)
     weight = (1 - smoothing) * torch.stack([target.lam, 1 - target.lam], dim=1)
     rest = torch.full_like(target.lam, smoothing / class_logits.shape[1])
@@ -186,13 +186,13 @@ def soft_distillation_loss(
 
 
 def cross_entropy(logits: Tensor, index: Tensor, weight: Tensor, rest: Tensor, *, tau: float = 1.0) -> Tensor:
-    """Return the cross-entropy of softmax(logits / tau) to targets of few classes and a rest that is the same for all.
+    """Return the cross-entropy of softmax(logits / tau) to targets with a few classes and a constant rest.
 
     Args:
         logits: float [B, C], the only input that gets a gradient.
-        index: int64 [B, K]; a class may come twice.
-        weight: float32 [B, K], what the target has at `index` above `rest`; may be negative.
-        rest: float32 [B], what it has in every class. A row's weights and C times its rest add up to 1.
+        index: int64 [B, K]; a class may occur twice.
+        weight: float32 [B, K], target minus `rest` at the classes of `index`; may be negative.
+        rest: float32 [B], part of the target that every class has. A row's weights and C times its rest add up to 1.
         tau: temperature, > 0.
 
     Returns:
@@ -202,9 +202,9 @@ def cross_entropy(logits: Tensor, index: Tensor, weight: Tensor, rest: Tensor, *
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits and makes one gradient [B, C], in place.
+    """Cross-entropy that keeps only the logits and computes one gradient [B, C] in place.
 
-    Plain operations keep the log-probabilities and make a gradient for each use of them and one more for the logits:
+    Plain operations keep the log-probabilities, and compute one gradient for each use of these and one for the logits:
     three arrays at a time instead of one, and more time (benchmarks/losses.py).
     """
 
@@ -234,8 +234,8 @@ def _at_temperature(logits: Tensor, tau: float) -> Tensor:
 def _tempered_teacher(target: TeacherTarget, *, tau: float, num_rest: int) -> tuple[Tensor, Tensor]:
     """Return the teacher at temperature tau: its kept classes float32 [B, K], and each other class float32 [B].
 
-    Probabilities of 0 (float16 underflow) stay 0. Kept and tail need not add up to 1: the result does, counting
-    the second `num_rest` times. In logarithms, so a small tau cannot underflow the whole row.
+    Probabilities of 0 (float16 underflow) stay 0. Kept classes and tail need not add up to 1; the result does, counting
+    the second `num_rest` times. Computed with logarithms, so a small tau cannot underflow the whole row.
     """
     log_weight = target.topk_prob.float().log() / tau
     if num_rest == 0:

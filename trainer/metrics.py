@@ -17,7 +17,7 @@ log = logging.getLogger("deit_cli.train")
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run. A continuation drops the lines of updates that it computes again."""
+    """The file `metrics.jsonl` of a run. A resumed run drops the lines of updates that it computes again."""
 
     def __init__(self, folder: Path, *, next_index: int) -> None:
         self._path = folder / METRICS_NAME
@@ -26,7 +26,7 @@ class MetricsLog:
         replace_file(self._path, text.encode())
 
     def add(self, kind: str, index: int, **values: Any) -> None:
-        """Append one line; `index` is the update after which it holds."""
+        """Append one line with values measured after update `index`."""
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line({"kind": kind, "index": index, **_finite(values)}))
@@ -35,7 +35,7 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run; a last line that was cut by a crash is left out."""
+    """Return the lines of a run without a last line that a crash cut off."""
     path = folder / METRICS_NAME
     try:
         lines = path.read_bytes().split(b"\n")
@@ -54,9 +54,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class Recorder:
-    """Everything that keeps the numbers of a run. Without arguments it keeps nothing.
+    """The record of a run: metrics.jsonl and the trackers. Without arguments it records nothing.
 
-    `metrics.jsonl` is the record. The trackers are mirrors of it: a tracker that fails is left out, and training goes on.
+    The trackers are copies of `metrics.jsonl`: a tracker that fails is dropped, and training goes on.
     """
 
     def __init__(self, record: MetricsLog | None = None, trackers: Iterable[Tracker] = ()) -> None:
@@ -69,7 +69,7 @@ class Recorder:
         self.close(failed=kind is not None)
 
     def add(self, kind: str, index: int, **values: Any) -> None:
-        """Keep numbers that hold after update `index`.
+        """Record numbers measured after update `index`.
 
         Args:
             kind: `train` or `eval`.
@@ -85,7 +85,7 @@ class Recorder:
         self._each(lambda tracker: tracker.add(index, scalars))
 
     def close(self, *, failed: bool = False) -> None:
-        """Let the trackers write what they still hold.
+        """Close the trackers, which write their buffered values.
 
         Args:
             failed: whether the run stopped before its end.
@@ -97,7 +97,7 @@ class Recorder:
         for tracker in tuple(self._trackers):
             try:
                 do(tracker)
-            except Exception as error:  # whatever happens to a mirror: a lost network, a full disk, a killed process
+            except Exception as error:  # a tracker can fail in any way: a lost network, a full disk, a killed process
                 self._trackers.remove(tracker)
                 log.warning(
                     "%s failed and gets no more numbers, training goes on and %s has them all (%s: %s)",
@@ -118,7 +118,7 @@ def open_recorder(
 
     Args:
         folder: folder of the run.
-        next_index: first update that will be computed; what was recorded from there on is dropped.
+        next_index: first update that will be computed; records from this update on are dropped.
         tensorboard: whether to write event files.
         wandb: whether to record with Weights & Biases.
         wandb_project: project in Weights & Biases; None takes WANDB_PROJECT, or W&B's own default.

@@ -3,9 +3,9 @@
 The unit of shuffling is the pair, because partners must meet in one batch. With repeated augmentation R, a unit brings
 R views of its two images: one decode, R views. R epochs then share one shuffle, each taking its own part of the units
 and all taking the same R views, so that over these epochs every view of every image is used exactly once. (DeiT's
-sampler draws anew each epoch: some views would be used twice and some never, and each of them was paid for.)
+sampler draws anew each epoch: some labelled views would be used twice and others never.)
 
-The number of ranks only says how the units of a step are cut into shares. Within a step they are sorted by source
+The number of ranks only decides how the units of a step are divided. Within a step the units are sorted by source
 shard, so that the share of a rank comes from few shards: of a window of 64, each of eight ranks reads nine.
 """
 
@@ -62,28 +62,28 @@ class Order:
 
     @property
     def units_per_step(self) -> int:
-        """Units in one step."""
+        """Return the number of units in one step."""
         return self.batch_size // (self.unit_size * self.repeated_aug)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch. What is left for less than a step is left out, as timm does; too few make one step."""
+        """Return the steps of an epoch, at least one. The rest, less than a step, is left out, as in timm."""
         return max(1, sum(self.shard_units) // self.repeated_aug // self.units_per_step)
 
     @property
     def views_per_step(self) -> int:
-        """Views of a full step in which every unit has all its samples: what the loss of a step is divided by."""
+        """Return the views of a full step if every unit has all its samples: the divisor of the loss of a step."""
         units = min(self.units_per_step, -(-sum(self.shard_units) // self.repeated_aug))
         return units * self.unit_size * self.repeated_aug
 
     @property
     def is_one_step(self) -> bool:
-        """Whether an epoch has less than a full step, and is one of what there is."""
+        """Return True if an epoch has too few units for a full step, so that all of them make one step."""
         return self.least_units_per_step < self.units_per_step
 
     @property
     def least_units_per_step(self) -> int:
-        """Units of the smallest step: the epochs of a group differ by one where they cannot be cut evenly."""
+        """Return the units of the smallest step: epochs of a group differ by one unit if the division is uneven."""
         return min(self.units_per_step, sum(self.shard_units) // self.repeated_aug)
 
     def position(self, index: int) -> tuple[int, int]:
@@ -91,7 +91,7 @@ class Order:
         return divmod(index, self.steps_per_epoch)
 
     def views_of_epoch(self, epoch: int) -> range:
-        """Return the R views that an epoch uses; they repeat when all were used."""
+        """Return the R views that an epoch uses; they repeat after all have been used."""
         r = self.repeated_aug
         group = epoch // r
         if self.views is None:
@@ -103,23 +103,23 @@ class Order:
         return range(start, start + r)
 
     def step_units(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """Return the units of one step, int64 [U, 2]: source shard, unit in it; those of a shard stand together."""
+        """Return the units of one step, int64 [U, 2]: source shard and unit in it, grouped by shard."""
         units = _epoch_units(self, epoch)[step * self.units_per_step : (step + 1) * self.units_per_step]
         return units[np.argsort(_shard_places(self, epoch)[units[:, 0]], kind="stable")]
 
     def repeats_after(self) -> int | None:
-        """Return the first epoch that uses views for a second time; None where they have no end."""
+        """Return the first epoch that uses views for a second time; None if view numbers are unlimited."""
         return None if self.views is None else len(self.views)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every step is ours: of `size` ranks that each make `passes` forward passes for one update.
+    """The part of every step for one of `size` ranks, which each make `passes` forward passes for one update.
 
     Attributes:
-        rank: 0 <= rank < size.
-        size: ranks.
-        passes: forward passes of a rank for one update, one after the other.
+        rank: number of this rank, 0 <= rank < size.
+        size: number of ranks.
+        passes: number of forward passes of a rank for one update, one after the other.
     """
 
     rank: int = 0
@@ -128,17 +128,17 @@ class Share:
 
     @property
     def parts(self) -> int:
-        """Forward passes that make one update, over all ranks."""
+        """Return the number of forward passes for one update, over all ranks."""
         return self.size * self.passes
 
     def cut(self, units: NDArray[np.int64], number: int) -> NDArray[np.int64]:
-        """Return the units of our `number`-th forward pass. The parts of a step differ by one unit at most."""
+        """Return the units of this rank's `number`-th forward pass. The parts of a step differ by at most one unit."""
         part = self.rank * self.passes + number
         return units[len(units) * part // self.parts : len(units) * (part + 1) // self.parts]
 
 
 def default_repeats(recipe: Recipe, views: range | None) -> int:
-    """Return DeiT's three views of an image per batch where pairs and view numbers allow it, else one."""
+    """Return DeiT's three views of an image per batch if pairs and view numbers allow it, else one."""
     fits = recipe.views_per_pairing % 3 == 0 and (views is None or (len(views) % 3 == 0 and views.start % 3 == 0))
     return 3 if fits else 1
 
@@ -169,7 +169,7 @@ def _epoch_units(order: Order, epoch: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=2)
 def _shard_places(order: Order, epoch: int) -> NDArray[np.int64]:
-    """Return where each shard stands in the shuffle of an epoch, so that neighbours are of one window."""
+    """Return the position of each shard in the shuffle of an epoch; a window is a run of neighbouring positions."""
     shards = _shuffled_shards(order, epoch // order.repeated_aug)
     places = np.empty(len(shards), np.int64)
     places[shards] = np.arange(len(shards))

@@ -1,4 +1,4 @@
-"""How far a training run is and how fast it goes: what the loop counts, and what a person reads."""
+"""Progress and speed of a training run: counters of the loop, and their text for people."""
 
 import logging
 import time
@@ -12,14 +12,14 @@ from pipeline.machine.progress import Throttle
 from pipeline.text import count
 from trainer.metrics import read_metrics
 
-SAY_EVERY_S = 60.0  # a run of two days in the log of a scheduler: 3,000 lines at most
+SAY_EVERY_S = 60.0  # at most 3,000 log lines for a run of two days
 
 log = logging.getLogger("deit_cli.train")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Where a training run is. "This start" is the process that trains now; a resumed run has had others before.
+    """The progress of a training run. "This start" is the current process; a resumed run has had earlier ones.
 
     Attributes:
         phase: `train`; it tells a step from the ticks of other commands.
@@ -30,16 +30,16 @@ class Step:
         update: number of updates of the epoch that are done.
         per_epoch: number of updates of an epoch.
         lr: learning rate of the last update.
-        numbers: losses and the like, by name, as they were last looked at.
-        news: whether the numbers were looked at just now.
+        numbers: losses and similar values by name, as last read from the device.
+        news: whether the numbers were read at this step.
         images_per_s: recent rate without pauses; 0 before there is a rate.
         data_wait: share of the same time in which training waited for data, 0..1.
         elapsed_s: seconds since this start began to train, pauses included.
         images: number of images that this start has trained on, on all ranks together.
         waited_s: seconds in which this start waited for data.
         mean_images_per_s: mean rate of this start without pauses.
-        left_s: seconds that the rest will take, pauses included; None before there is a rate.
-        doing: what the run does instead of training, such as `evaluating`; None while it trains.
+        left_s: estimated seconds until the end, pauses included; None before there is a rate.
+        doing: name of another activity, such as `evaluating`; None during training.
     """
 
     phase: str = "train"
@@ -67,7 +67,7 @@ class Step:
 
     @property
     def per_second(self) -> float:
-        """Updates of this start in a second, pauses included."""
+        """Return the updates per second of this start, pauses included."""
         return self.made / self.elapsed_s if self.elapsed_s else 0.0
 
 
@@ -91,18 +91,18 @@ class _Window:
 
 
 class Pace:
-    """Counts updates and measures rates; tells `progress` after every update, look and pause.
+    """Counter of updates and their rates; calls `progress` after every update, look and pause.
 
-    Only `look` may be slow: its numbers come from the device. The rest is called for every update.
+    Only `look` may be slow, because it reads numbers from the device. The other methods are called for every update.
     """
 
     def __init__(self, *, total: int, per_epoch: int, progress: StepProgress | None = None) -> None:
-        """Begin to measure.
+        """Start measuring.
 
         Args:
             total: number of updates of the whole run.
             per_epoch: number of updates of an epoch.
-            progress: told where the run is, or None.
+            progress: function to call with each step, or None.
         """
         self._total, self._per_epoch, self._progress = total, per_epoch, progress
         self._began = self._since = time.monotonic()
@@ -137,7 +137,7 @@ class Pace:
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """Do something else than training: its time counts for the time that is left, but not for the rates."""
+        """Mark the block as a pause in training: its time counts for the remaining time, but not for the rates."""
         self._add()
         self._tell(doing=doing)
         yield
@@ -188,9 +188,9 @@ class Pace:
 
 
 def log_steps(every_s: float = SAY_EVERY_S) -> StepProgress:
-    """Return a progress that logs where a run is, at most once in so many seconds, and its last step.
+    """Return a progress function that logs a step at most once in `every_s` seconds, and always the last one.
 
-    The first step with new numbers is logged at once. Where the numbers are old, the line leaves them out.
+    The first step with new numbers is logged at once. Old numbers are not repeated in later lines.
     """
     numbers, lines = Throttle(every_s, due=True), Throttle(every_s)
 
@@ -199,9 +199,7 @@ def log_steps(every_s: float = SAY_EVERY_S) -> StepProgress:
             lines.restart()
             if step.news:
                 numbers.restart()
-            shown = (
-                step if step.news else replace(step, numbers={})
-            )  # an old loss would look like one that stands still
+            shown = step if step.news else replace(step, numbers={})  # a repeated old loss would look like no progress
             log.info("%s", "  ".join(filter(None, (place(step), step_text(shown, every_number=True), left(step)))))
 
     return update
@@ -210,7 +208,7 @@ def log_steps(every_s: float = SAY_EVERY_S) -> StepProgress:
 def place(step: Step) -> str:
     """Return the epoch and the update of a step."""
     of = f"{step.per_epoch:,}"
-    return f"epoch {step.epoch}, update {step.update:>{len(of)},}/{of}"  # one width, so that a bar stands still
+    return f"epoch {step.epoch}, update {step.update:>{len(of)},}/{of}"  # constant width, so that the bar does not move
 
 
 def step_text(step: Step, *, every_number: bool = False) -> str:
@@ -222,7 +220,7 @@ def step_text(step: Step, *, every_number: bool = False) -> str:
 
 
 def left(step: Step) -> str:
-    """Return the time that is left, or nothing where it is not known."""
+    """Return the remaining time as text; empty if it is not known."""
     return "" if step.left_s is None else f"{span(step.left_s)} left"
 
 
@@ -232,7 +230,7 @@ def rate(images_per_s: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """Return hours, minutes and seconds, or days where there are many."""
+    """Return seconds as text in hours, minutes and seconds, or in days if it is long."""
     if seconds >= 3 * 86400:
         return f"{seconds / 86400:.1f} days"
     hours, rest = divmod(int(seconds), 3600)
@@ -244,7 +242,7 @@ def summary(folder: Path, last: Step | None, *, location: str | None = None) -> 
 
     Args:
         folder: folder of the run, which is over.
-        last: last step of this start; None where nothing was left to do.
+        last: last step of this start; None if all updates were already done.
         location: name that the user gave to the folder.
     """
     name = (location or str(folder)).rstrip("/")

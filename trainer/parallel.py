@@ -22,8 +22,8 @@ from pipeline.machine.ranks import Rank, plan_cores, plan_devices, rank_from, re
 from trainer.config import AmpDtype
 from trainer.student import Heads, Student
 
-# How long a rank waits for the others. Evaluation, compilation and a slow file system may keep one of them; torch's own
-# ten minutes were too few for a first step that is compiled.
+# How long a rank waits for the others. Evaluation, compilation or a slow file system may delay a rank; torch's default of
+# ten minutes was too short for a first step that is compiled.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -45,7 +45,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank writes files and log lines."""
+        """Return True if this rank writes files and log lines."""
         return self.rank == 0
 
     def total(self, counts: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class World:
         return values
 
     def check_same(self, value: Any, what: str) -> None:
-        """Raise UsageError on every rank unless all of them have the same value."""
+        """Raise UsageError on every rank unless all ranks have the same value."""
         if self.size == 1:
             return
         values: list[Any] = [None] * self.size
@@ -75,14 +75,14 @@ class World:
             )
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Give every rank rank 0's buffers, such as the statistics of batch norm."""
+        """Copy the buffers of rank 0, such as batch norm statistics, to every rank."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
 
 def device_of(device: str, rank: Rank) -> str:
-    """Return the device of a rank; `cuda` without a number is its own GPU, as `auto` is."""
+    """Return the device of a rank; `cuda` without a number means the rank's own GPU, as `auto` does."""
     own = device == "cuda" and torch.cuda.is_available()
     return plan_devices("auto" if own else device, None, rank)[0]
 
@@ -114,7 +114,7 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
     backend = "nccl" if where.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT)
-    except (RuntimeError, ValueError) as error:  # torch's own errors of the network are RuntimeErrors
+    except (RuntimeError, ValueError) as error:  # torch raises RuntimeError for network errors
         where_to = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         raise WorkerError(
             f"rank {rank.rank} of {rank.world_size} cannot meet the others at {where_to}:"
@@ -133,23 +133,23 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
 class OnRank(nn.Module):
     """The student of this rank, compiled and wrapped for several ranks as asked: what a forward pass calls.
 
-    Gradients are averaged over the ranks in the backward pass, but for the ones within `accumulating`.
+    Gradients are averaged over the ranks in the backward pass, except inside `accumulating`.
     """
 
     def __init__(self, student: Student, world: World, *, compiled: bool, unused: bool) -> None:
         """Wrap a student.
 
         Args:
-            student: on the world's device.
-            world: its ranks.
-            compiled: whether torch.compile makes kernels of it.
+            student: student on the device of `world`.
+            world: ranks of the run.
+            compiled: whether to compile the student with torch.compile.
             unused: whether some parameters get no gradient.
         """
         super().__init__()
         answering = _Answers(student)
         self._call: Any = torch.compile(answering) if compiled else answering
         if world.size > 1:
-            # Looking for unused parameters keeps the order in which gradients are summed: DDP would else change it
+            # Looking for unused parameters keeps the order in which gradients are summed. Otherwise DDP would change it
             # after the first step, and a resumed run could differ in the last bits from one that went on. On a GPU the
             # bits are promised with --deterministic alone, and the search would cost time.
             exact = world.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
@@ -158,11 +158,11 @@ class OnRank(nn.Module):
             self._call = DistributedDataParallel(self._call, device_ids=devices, find_unused_parameters=unused or exact)
 
     def forward(self, images: Tensor) -> Heads:
-        """Answer for normalised images, float [B, 3, H, W]."""
+        """Return the logits of both heads for normalised images, float [B, 3, H, W]."""
         return Heads(*self._call(images))
 
     def accumulating(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which backward passes add up gradients on this rank alone."""
+        """Return a context in which backward passes add up gradients on this rank only."""
         return self._call.no_sync() if isinstance(self._call, DistributedDataParallel) else contextlib.nullcontext()
 
 
@@ -179,7 +179,7 @@ class _Answers(nn.Module):
 
 
 class Consensus:
-    """Lets ranks stop after the same update, though a signal reaches them one by one.
+    """An agreement of the ranks to stop after the same update, even if a signal reaches them at different times.
 
     In every update each rank sends whether a signal asked it to stop, and reads the answer to what all sent the update
     before: by then it has come, so no rank waits for it.
@@ -187,7 +187,7 @@ class Consensus:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        # Over the CPUs, so that no queue of a GPU has to run empty for it.
+        # Communicate through the CPU, so that the GPU's queue does not have to run empty.
         self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._sent: tuple[Tensor, Any] | None = None
 
@@ -207,7 +207,7 @@ class Consensus:
 
 @contextlib.contextmanager
 def lost_ranks_named(world: World) -> Iterator[None]:
-    """Turn what the communication library says when another rank is gone into one line."""
+    """Turn the communication library's error about a lost rank into an error of one line."""
     try:
         yield
     except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
@@ -227,10 +227,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop, and which.
+    """A request of a signal to stop the run.
 
     Attributes:
-        signal: the first one; None: go on.
+        signal: first signal that was received; None: go on.
     """
 
     def __init__(self) -> None:
@@ -242,10 +242,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Catch Ctrl-C and SIGTERM (what Slurm sends before it takes a machine away) as a request to stop.
+    """Treat Ctrl-C and SIGTERM (which Slurm sends before it ends a job) as a request to stop.
 
-    A second Ctrl-C does what it did before, at once: the last checkpoint stays. A second SIGTERM changes nothing,
-    because schedulers repeat it. In other threads than the main one signals are left alone.
+    A second Ctrl-C stops the process at once, as usual: the last checkpoint stays. A second SIGTERM changes nothing,
+    because schedulers repeat it. Outside the main thread, signals are not caught.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -270,7 +270,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """How networks are run: the ranks and what each runs on, dtype of the forward pass, views in a batch."""
+    """Settings for running networks: the ranks and their devices, dtype of the forward pass, views in a batch."""
 
     world: World
     dtype: torch.dtype
@@ -278,7 +278,7 @@ class Running:
 
     @property
     def device(self) -> torch.device:
-        """Of this rank."""
+        """Return the device of this rank."""
         return self.world.device
 
 

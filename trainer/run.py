@@ -212,7 +212,7 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
 
 
 def _views_to_train_on(config: TrainConfig, data: Data) -> range | None:
-    """Return the views of --views, or else all labelled views; None for new views without end (no label set)."""
+    """Return the views of --views, else all labelled views; None (no label set) for an unlimited number of new views."""
     labelled = data.label_set.views if data.label_set else None
     if config.views is None:
         return labelled
@@ -232,7 +232,7 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
         StorageError: the weights of --init or the published ones cannot be read.
     """
     torch.manual_seed(config.seed)
-    continues = (config.folder / STATE_NAME).is_file()  # then --init and --pretrained are not needed
+    continues = (config.folder / STATE_NAME).is_file()  # a resumed run does not need --init and --pretrained
     student = create_student(
         config.model,
         num_classes=data.num_classes,
@@ -313,7 +313,7 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     found = {name: saved.get(name) for name in meta}
     pin = found.pop("expect_manifest")
     meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
-    # A changed pin is a decision; a missing one may be an oversight.
+    # A changed pin is intended; a missing pin may be a mistake.
     if pin is not None and config.expect_manifest is None:
         raise CheckpointError(
             f"{path} belongs to a run that is pinned to a manifest",
@@ -372,8 +372,8 @@ def save_config(config: TrainConfig, data: Data) -> None:
         }
     replace_file(config.folder / CONFIG_NAME, readable_json(resolved))
     settings = plain_settings(config)
-    settings.pop("resume")  # how the command was called, not a setting of the run
-    if data.label_set is None:  # a label set has its own recipe
+    settings.pop("resume")  # an option of the command, not a setting of the run
+    if data.label_set is None:  # with a label set, its plan gives the recipe
         settings |= recipe_settings(data.recipe)
     replace_file(config.folder / SETTINGS_NAME, SETTINGS_HEADER + to_yaml(settings))
 
@@ -416,7 +416,7 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State, share:
 def top_rate(config: TrainConfig, order: Order) -> float:
     """Return the peak learning rate: --lr, or --lr-base scaled by the views per update.
 
-    If the source has too few images for a full update, the views that an update really has are counted.
+    If the source has too few images for a full update, the actual number of views is used.
     """
     views = min(order.batch_size, order.views_per_step) if order.is_one_step else order.batch_size
     return linear_scaled_lr(config.lr_base, views) if config.lr is None else config.lr

@@ -1,7 +1,7 @@
-"""Label set and source to batches: replayed views with the labels that the teacher gave them.
+"""Batches from a label set and a source: replayed views with the labels that the teacher gave them.
 
-A loader process renders whole batches. Batch i of a rank is a pure function of i, so a resumed run asks for the batches
-that are left and repeats nothing.
+A loader process renders whole batches. Batch i of a rank is a pure function of i, so a resumed run asks only for the
+remaining batches.
 """
 
 import itertools
@@ -38,7 +38,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Batch:
-    """Views of one forward pass, before mixing, with everything known of them.
+    """The views of one forward pass before mixing, with their labels.
 
     Attributes:
         index: number of the forward pass among those of this rank in the run; the stream can continue from any index.
@@ -65,7 +65,7 @@ class Batch:
         return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def record_stream(self, stream: "torch.cuda.Stream") -> None:
-        """Tell the allocator that this stream will use the batch, which another one has made."""
+        """Tell the allocator that this stream will use the batch, which another stream has made."""
 
         def record(tensor: Tensor) -> Tensor:
             tensor.record_stream(stream)
@@ -78,7 +78,7 @@ Record = TypeVar("Record")
 
 
 def _with_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
-    """Return a record, and the records in it, with each of its tensors changed once."""
+    """Return a copy of a record and its nested records, with `change` applied once to each tensor."""
     changed: dict[int, Tensor] = {}
 
     def visit(value: Any) -> Any:
@@ -94,10 +94,10 @@ def _with_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches on a device; on CUDA the next one is copied while the one before is computed with.
+    """Yield batches on a device; on CUDA the next batch is copied while the current one is in use.
 
-    The copies are done before the next batch is asked for, so that what they were copied from may be used again: one
-    batch is held.
+    Each copy is finished before the next batch is requested, so its source memory may be used again: this function
+    holds one batch.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -119,7 +119,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 @dataclass(frozen=True)
 class ShardTable:
-    """What a source shard's samples are, by row."""
+    """The samples of a source shard, by row."""
 
     keys: tuple[str, ...]
     class_label: NDArray[np.int64]
@@ -129,7 +129,7 @@ class ShardTable:
 
 
 class Catalogue:
-    """The samples of every source shard: from the label set where there is one, else from the source itself."""
+    """The samples of every source shard: from the label set if there is one, else from the source."""
 
     def __init__(self, source: Source, label_set: LabelSet | None) -> None:
         self.source = source if label_set is None else labelled_part(label_set, source)
@@ -138,7 +138,7 @@ class Catalogue:
 
     @property
     def is_remote(self) -> bool:
-        """Whether images or labels come from other machines."""
+        """Return True if images or labels are read from other machines."""
         return any(self.remote_files(0, range(0)))
 
     def remote_files(self, shard: int, views: range) -> Iterator[RemoteFile]:
@@ -151,7 +151,7 @@ class Catalogue:
                 yield from label_set.remote_files(name, view)
 
     def table(self, shard: int) -> ShardTable:
-        """Read the samples of one source shard."""
+        """Return the samples of one source shard."""
         name = self.names[shard]
         if self.label_set is None:
             keys, labels = self.source.shards[shard].keys, self.source.shards[shard].class_labels
@@ -161,12 +161,12 @@ class Catalogue:
 
 
 class BatchRenderer:
-    """`renderer(i, out, note)` is this rank's i-th forward pass of the run: called in loader processes."""
+    """A function for loader processes: `renderer(i, out, note)` returns the batch of this rank's i-th forward pass."""
 
     def __init__(self, catalogue: Catalogue, recipe: Recipe, order: Order, share: Share = Share()) -> None:
         self._catalogue, self._recipe, self._order, self._share = catalogue, recipe, order, share
         self.img_size = recipe.img_size
-        # Shards of a window and its neighbours, with room; a rank meets its share of them.
+        # Enough for the shards of a window and its neighbours; a rank reads only its share of these.
         self.shards_kept = 4 * -(-order.window // share.size)
         self._tables = _Recent[ShardTable](self.shards_kept)
         self._pairs = _Recent[Pairs](self.shards_kept)
@@ -174,12 +174,12 @@ class BatchRenderer:
 
     @property
     def most(self) -> int:
-        """Views of a batch, at most."""
+        """Return the maximum number of views in a batch."""
         units = -(-self._order.units_per_step // self._share.parts)
         return units * self._order.unit_size * self._order.repeated_aug
 
     def remote_files(self, indices: range) -> Iterator[RemoteFile]:
-        """Yield what batches need from other machines, in the order of its first use in an epoch."""
+        """Yield the remote files that batches need, in the order of their first use in an epoch."""
         catalogue = self._catalogue
         if not catalogue.is_remote:
             return
@@ -195,7 +195,7 @@ class BatchRenderer:
                 yield from catalogue.remote_files(shard, self._order.views_of_epoch(epoch))
 
     def render_here(self, index: int) -> Batch:
-        """Render a batch in this process, into memory of its own."""
+        """Return a batch rendered in this process, in newly allocated memory."""
         out = torch.empty(self.most, self.img_size, self.img_size, 3, dtype=torch.uint8)
         return self(index, out, lambda _: None)
 
@@ -203,7 +203,7 @@ class BatchRenderer:
         """Render a batch into the first rows of `out`, uint8 [at least B, H, W, 3].
 
         Raises:
-            DeitCliError: an image or a label is not what it should be.
+            DeitCliError: an image or a label is missing, damaged or not the expected one.
         """
         update, number = divmod(index, self._share.passes)
         epoch, step = self._order.position(update)
@@ -217,7 +217,7 @@ class BatchRenderer:
         return _joined(index, views, out[:start], parts)
 
     def _part(self, shard: int, units: NDArray[np.int64], views: range) -> "_Part":
-        """Find rows, mixes and labels of the units that come from one source shard; nothing is decoded yet."""
+        """Return rows, mixes and labels of the units of one source shard, without decoding images."""
         table = self._tables.get(shard, lambda: self._catalogue.table(shard))
         group = views.start // self._recipe.views_per_pairing
         pairs = self._pairs.get(
@@ -245,7 +245,7 @@ class BatchRenderer:
             values = np.stack([getattr(rows, name)[at] for rows in found], axis=1)[there]
             return torch.from_numpy(values.astype(dtype))
 
-        has_tail = len(found[0].tail_mass) > 0  # not where only hard labels are stored
+        has_tail = len(found[0].tail_mass) > 0  # False if only hard labels are stored
         return TeacherTarget(
             hard=column("hard", np.int64),
             topk_index=column("topk_index", np.int64),
@@ -254,7 +254,7 @@ class BatchRenderer:
         )
 
     def _render_images(self, part: "_Part", views: range, pixels: NDArray[np.uint8], note: Note) -> None:
-        """Decode each image once, and put its views where they belong."""
+        """Decode each image once, and write its views to their places in `pixels`."""
         for pair, places in zip(part.pairs.tolist(), part.layout.places, strict=True):
             for row, at in zip(pair, places.T, strict=True):
                 if row >= 0:
@@ -263,7 +263,7 @@ class BatchRenderer:
     def _rendered(self, shard: int, row: int, table: ShardTable, views: range, note: Note) -> NDArray[np.uint8]:
         note(f"image {table.keys[row]!r} of {self._catalogue.names[shard]}")
         sample = self._catalogue.source.shards[shard][row]
-        if table.samples is None:  # nobody has decoded this image before: all of it must be sound
+        if table.samples is None:  # this image has not been decoded before: check all of it
             return render_views(decode(sample.image, key=sample.key), self._recipe, sample.key, views)
         check_image(sample, table.samples, row, shard=self._catalogue.names[shard])
         return render_encoded(sample.image, self._recipe, sample.key, views)
@@ -274,8 +274,8 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """Render batches in loader processes and yield them in order.
 
-    Their images lie in shared memory that is used over and over (see `SlotStream`): those of a batch are another one's
-    when, after it, more than `held` further batches have been asked for.
+    Images are in shared memory that is reused (see `SlotStream`): the images of a batch are overwritten once more than
+    `held` further batches have been requested.
 
     Args:
         renderer: renders the batches.
@@ -285,7 +285,7 @@ def stream_batches(
         device: where the caller copies batches to; None: nowhere.
 
     Raises:
-        DeitCliError: what stopped a batch, after the batches before it.
+        DeitCliError: a batch failed; raised after all earlier batches have been yielded.
     """
     shape = (renderer.most, renderer.img_size, renderer.img_size, 3)
     with Prefetch(renderer.remote_files(indices)):
@@ -301,7 +301,7 @@ class CentreBatch:
 
 
 class CentreRenderer:
-    """`renderer(i, out, note)` is the i-th batch of centre crops and class labels: called in loader processes."""
+    """A function for loader processes: `renderer(i, out, note)` returns the i-th batch of centre crops and class labels."""
 
     def __init__(self, source: Source, labelled: list[tuple[int, int]], recipe: Recipe, batch_size: int) -> None:
         self._source, self._labelled, self._recipe, self._size = source, labelled, recipe, batch_size
@@ -334,14 +334,14 @@ class CentreRenderer:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one source shard gives to a batch: U units, V views of each.
+    """The part of a batch that comes from one source shard: U units, V views of each.
 
     Attributes:
         shard: number of the source shard.
-        table: its samples.
-        pairs: int64 [U, 2], rows of the partners; second -1 for a sample without one.
-        layout: where each view stands in this part.
-        teacher: the stored answers for its views; None without a label set.
+        table: samples of the source shard.
+        pairs: int64 [U, 2], rows of the two partners; the second is -1 for a sample without a partner.
+        layout: position of each view in this part.
+        teacher: the teacher's stored answers for these views; None without a label set.
     """
 
     shard: int
@@ -352,7 +352,7 @@ class _Part:
 
 
 def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Batch:
-    """Lay the parts of a batch one behind the other."""
+    """Return a batch that joins these parts in order."""
     rows = [(part.table, part.layout.rows) for part in parts]
     mixes = [part.layout.mix for part in parts]
     starts = itertools.accumulate((len(mix.lam) for mix in mixes), initial=0)
@@ -379,7 +379,7 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Bat
 
 
 def _by_shard(units: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each source shard with its units; those of a shard stand together."""
+    """Yield each source shard with its units; `units` must be grouped by shard."""
     for group in np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1):
         yield int(group[0, 0]), group[:, 1]
 
@@ -393,7 +393,7 @@ def _table(
 
 
 class _Recent(Generic[Value]):
-    """The values that were asked for last, at most `size` of them."""
+    """A cache of the `size` most recently used values."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -1,4 +1,4 @@
-"""Where the numbers of a run can be watched: TensorBoard, and Weights & Biases. Both are mirrors of `metrics.jsonl`."""
+"""Trackers that show the numbers of a run: TensorBoard and Weights & Biases. Both are copies of `metrics.jsonl`."""
 
 import logging
 import math
@@ -15,23 +15,23 @@ from pipeline.text import SAFE_NAME
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_NAME = "wandb.json"
-FINISH_S = 20  # a run that ends, or is told to, does not wait longer for the network
+FINISH_S = 20  # maximum wait for the network when a run ends or is stopped
 _PLACE = frozenset({"epoch", "step", "images"})
 
 log = logging.getLogger("deit_cli.train")
 
 
 class Tracker(Protocol):
-    """Takes the scalars of a run, an update at a time."""
+    """A receiver of the scalars of a run, one update at a time."""
 
     name: str
 
     def add(self, index: int, scalars: Mapping[str, float]) -> None:
-        """Take scalars by name, which hold after update `index`."""
+        """Record scalars by name, measured after update `index`."""
         ...
 
     def close(self, *, failed: bool) -> None:
-        """Write what is left."""
+        """Write all buffered values."""
         ...
 
 
@@ -49,9 +49,9 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
 
 
 def scalars_of(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the curves that a line of `metrics.jsonl` adds a point to, such as `eval/student/mean_logits_top1`.
+    """Return the points that a line of `metrics.jsonl` adds, by curve, such as `eval/student/mean_logits_top1`.
 
-    Its place (epoch, step), texts, and numbers that are not finite do not become points.
+    The position (epoch, step), texts, and numbers that are not finite do not become points.
     """
     prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
     return {f"{prefix}/{name}": value for name, value in _flat(values) if math.isfinite(value)}
@@ -73,11 +73,11 @@ class TensorBoard:
     def __init__(self, folder: Path, *, next_index: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier start wrote of updates that are now computed again is hidden by `purge_step`.
+        # `purge_step` hides points of an earlier start for updates that are now computed again.
         self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=next_index)
 
     def add(self, index: int, scalars: Mapping[str, float]) -> None:
-        """Write the points at once, so that after a kill the event file has what metrics.jsonl has."""
+        """Write the points immediately, so that after a kill the event file has the same points as metrics.jsonl."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, index)
         self._writer.flush()
@@ -90,7 +90,7 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases. Its id is kept in the folder of the run, so that a resumed run continues it.
 
-    W&B's own process buffers rows: SIGKILL loses the last of them there, but not in `metrics.jsonl`.
+    W&B's own process buffers rows: SIGKILL loses the last rows there, but not in `metrics.jsonl`.
     """
 
     name = "Weights & Biases"
@@ -106,7 +106,7 @@ class WandB:
         from wandb.errors import CommError
         from wandb.errors import UsageError as WandbUsageError
 
-        # A start from the beginning is another run, even if one that died before its first checkpoint has sent rows.
+        # A start from update 0 is a new run, even if an earlier start sent rows and died before its first checkpoint.
         kept = run_id(folder) if next_index else new_run_id(folder)
         asked: dict[str, Any] = {
             "project": project,
@@ -116,7 +116,7 @@ class WandB:
             "resume": "allow",
             "config": dict(run_config),
             "reinit": "create_new",
-            # W&B's own capture of the console would fight with the progress bar.
+            # W&B's own capture of the console would disturb the progress bar.
             "settings": wandb.Settings(console="off", silent=True, finish_timeout=FINISH_S),
         }
         try:
@@ -128,7 +128,7 @@ class WandB:
             ) from error
         except CommError as error:
             log.warning("Weights & Biases does not answer: %s", _first_line(error))
-            # The run that could not begin holds the id until this process ends.
+            # The run that could not start keeps the id until this process ends.
             asked |= {"id": secrets.token_hex(4), "mode": "offline"}
             self._run = wandb.init(**asked)
         if self._run.offline:
@@ -138,18 +138,18 @@ class WandB:
             log.info("Weights & Biases: %s", self._run.url)
 
     def add(self, index: int, scalars: Mapping[str, float]) -> None:
-        """Hand the points to W&B's own process, which sends them when it can."""
+        """Pass the points to W&B's own process, which sends them when possible."""
         # W&B already has the rows of updates that are computed again, with the same numbers.
         if index >= self._run.starting_step:
             self._run.log(dict(scalars), step=index)
 
     def close(self, *, failed: bool) -> None:
-        """Send what is left, for at most FINISH_S seconds; the rest stays in the folder of the run."""
+        """Send the remaining rows for at most FINISH_S seconds; rows not sent stay in the folder of the run."""
         self._run.finish(exit_code=int(failed))
 
 
 def run_id(folder: Path) -> str:
-    """Return the id that the folder of a run keeps; a run that was not tracked so far gets a new one."""
+    """Return the id stored in the folder of a run; create one if the run was not tracked before."""
     path = folder / WANDB_NAME
     if not path.is_file():
         return new_run_id(folder)
@@ -161,7 +161,7 @@ def run_id(folder: Path) -> str:
 
 
 def new_run_id(folder: Path) -> str:
-    """Draw an id, and keep it in the folder of the run."""
+    """Draw a new id, store it in the folder of the run, and return it."""
     made = secrets.token_hex(4)
     replace_file(folder / WANDB_NAME, pretty_json({"id": made}))
     return made

@@ -87,7 +87,7 @@ def _fit_token(student: Student, found: dict[str, Tensor]) -> list[str]:
     has, needs = _TOKEN in found, _TOKEN in wanted
     shapes = [state["pos_embed"].shape for state in (found, wanted) if "pos_embed" in state]
     if has == needs or len(shapes) < 2 or len(shapes[0]) != 3 or shapes[0][2] != shapes[1][2]:
-        return []  # not two transformers of the same width: `load_exactly` names the tensor that does not fit
+        return []  # not transformers of the same width: `load_exactly` names the tensor that does not fit
     heads = [name for name in (found if has else wanted) if name.startswith("head_dist.")]
     positions = found["pos_embed"]
     if has:

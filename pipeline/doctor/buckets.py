@@ -1,4 +1,4 @@
-"""What a bucket can do: take small files and large ones, and keep what another writer has written; tried with files that are deleted again."""
+"""Checks of a bucket with temporary files: writing small and large files, and keeping other writers' files."""
 
 import os
 import time
@@ -14,7 +14,7 @@ TRIED_BYTES = 8 * 2**20
 
 
 def examine_bucket(url: str) -> Section:
-    """Try what writers of label sets do at a URL, with small files that are deleted again."""
+    """Run the operations of label set writers at a URL with small temporary files, and return the findings."""
     section = Section(f"bucket {url}")
     try:
         place = open_place(url)
@@ -58,8 +58,8 @@ def _try_writing(section: Section, place: Place) -> None:
 
 
 def _delete(section: Section, url: str) -> None:
-    """Delete a file that was written to be deleted; not everybody who may write may delete."""
+    """Delete a test file; report it if this user may write but not delete."""
     try:
         remove_url(url)
-    except Exception as error:  # each store has its own, and the trial is over
+    except Exception as error:  # each store has its own exceptions, and the test is over
         section.warning(f"{url} could not be deleted again: {str(error)[:200]}", "Delete it, should it be there")

@@ -1,6 +1,6 @@
-"""Doctor: check everything that the commands rely on, and say what is wrong and how to fix it before a command fails.
+"""Doctor: check everything that the commands rely on, and report problems and their fixes before a command fails.
 
-Nothing that is checked may stop it: packages are imported in other processes, and what cannot be checked is itself a finding.
+A failing check must not stop it: packages are imported in other processes, and a check that cannot run is a finding.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
 from pipeline.storage.urls import local_path, working_folder
 
-LABELS_TIMEOUT_S = 900.0  # its images may have to be downloaded
+LABELS_TIMEOUT_S = 900.0  # the images may have to be downloaded
 
 log = logging.getLogger("deit_cli.doctor")
 
 
 def examine(*, out: str | None = None, labels: str | None = None, data: str | None = None) -> list[Section]:
-    """Check machine, packages and decoders, and if asked a folder and a label set.
+    """Check machine, packages and decoders, and on request a folder and a label set; return the findings.
 
     Args:
-        out: folder or URL to be written to, or None.
+        out: folder or URL to write to, or None.
         labels: label set whose replay probes to render again, folder or URL, or None.
-        data: its images; None: where it found them.
+        data: images of the label set; None: their location at labelling.
     """
     sections = [
         *_looked("machine", lambda: [examine_machine()]),
@@ -45,10 +45,10 @@ def examine(*, out: str | None = None, labels: str | None = None, data: str | No
 
 
 def _looked(title: str, look: Callable[[], list[Section]]) -> list[Section]:
-    """Return what an examination finds; one that fails is a finding, and the others go on."""
+    """Return the sections of an examination; if it fails, that is a finding, and the other examinations go on."""
     try:
         return look()
-    except Exception as error:  # whatever a broken machine may raise, the rest of the report is wanted all the more
+    except Exception as error:  # a broken machine may raise anything, and the rest of the report is still needed
         log.debug("%s", traceback.format_exc())
         section = Section(title)
         section.problem(f"this could not be looked at: {first_line(error)}", "deit-cli -v doctor says where")
@@ -56,16 +56,16 @@ def _looked(title: str, look: Callable[[], list[Section]]) -> list[Section]:
 
 
 def _examine_place(out: str) -> list[Section]:
-    """Check a folder; for a URL, the bucket and the folder of this machine that stands for it."""
+    """Check a folder; for a URL, the bucket and its local working folder; return the findings."""
     if (folder := local_path(out)) is not None:
         return [examine_folder(folder)]
-    from pipeline.doctor.buckets import examine_bucket  # here, so that the rest runs where packages are missing
+    from pipeline.doctor.buckets import examine_bucket  # here, so that the rest runs without these packages
 
     return [examine_bucket(out), examine_folder(working_folder(out))]
 
 
 def _examine_apart(labels: str, data: str | None) -> Section:
-    """Examine a label set in another process, which a broken decoder may end."""
+    """Examine a label set in another process, because a broken decoder may end it; return the findings."""
     arguments = json.dumps([labels, data])
     (trial,) = try_all([f"{__name__}:tell_labels {arguments}"], timeout_s=LABELS_TIMEOUT_S)
     section = Section(f"labels {labels}")
@@ -78,12 +78,12 @@ def _examine_apart(labels: str, data: str | None) -> Section:
 
 
 def tell_labels(labels: str, data: str | None) -> dict[str, Any]:
-    """Return what `examine_labels` finds, as plain JSON values."""
+    """Return the findings of `examine_labels` as plain JSON values."""
     return dataclasses.asdict(examine_labels(labels, data))
 
 
 def examine_labels(labels: str, data: str | None) -> Section:
-    """Open a label set, render its replay probes again, and compare the versions that made it with those here."""
+    """Open a label set, render its replay probes again, compare package versions, and return the findings."""
     section = Section(f"labels {labels}")
     try:
         from pipeline.labels.labelset import LabelSet

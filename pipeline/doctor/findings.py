@@ -1,4 +1,4 @@
-"""What an examination finds: rows that say how things are, and findings that say what is wrong and the way out."""
+"""The results of an examination: rows with measured facts, and findings with a problem and its fix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from pipeline.text import count
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong (a problem), or may become so (a warning).
+    """A problem, or a warning of a possible problem.
 
     Attributes:
-        what: the rule and the value, one line.
-        way_out: what to do about it.
-        is_warning: whether everything works anyway.
+        what: rule and value, one line.
+        way_out: instructions for fixing it.
+        is_warning: True if everything works anyway.
     """
 
     what: str
@@ -27,7 +27,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was looked at: its name, what a person reads, and what a machine reads (by default the same)."""
+    """An examined fact: its name, its text for people, and its value for machines (by default the text)."""
 
     name: str
     text: str
@@ -36,33 +36,33 @@ class Row:
 
 @dataclass
 class Section:
-    """What belongs together in a report; it grows while things are looked at."""
+    """A section of a report, filled during the examination."""
 
     title: str
     rows: list[Row] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     def row(self, name: str, text: str, value: Any = None) -> None:
-        """Say how something is."""
+        """Add a row with a fact."""
         self.rows.append(Row(name, text, value))
 
     def problem(self, what: str, way_out: str) -> None:
-        """Say what is wrong, and the way out."""
+        """Add a problem and its fix."""
         self.findings.append(Finding(what, way_out))
 
     def warning(self, what: str, way_out: str) -> None:
-        """Say what may become a problem, and the way out."""
+        """Add a warning and its fix."""
         self.findings.append(Finding(what, way_out, is_warning=True))
 
 
 def verdict(sections: Sequence[Section]) -> tuple[int, int]:
-    """Return how many problems and how many warnings there are."""
+    """Return the number of problems and the number of warnings."""
     found = [finding.is_warning for section in sections for finding in section.findings]
     return found.count(False), found.count(True)
 
 
 def report_table(sections: Sequence[Section]) -> str:
-    """Return a report for people: the findings of a section stand below its rows, and their number at the end."""
+    """Return a report for people: each section's rows and then its findings, and at the end the number of findings."""
     lines: list[str] = []
     for section in sections:
         lines.append(section.title)

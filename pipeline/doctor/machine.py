@@ -1,4 +1,4 @@
-"""What this machine lets a process have: cores, memory, shared memory, open files, a clock that is right."""
+"""Resources of this machine: cores, memory, shared memory, open files, and the clock."""
 
 import contextlib
 import os
@@ -18,13 +18,13 @@ SHARED_MEMORY = Path("/dev/shm")
 SLOT_BYTES = 256 * 224 * 224 * 3  # a batch of the default size at 224 pixels
 SLOTS_PER_LOADER, MORE_SLOTS = 2, 3  # what a `SlotStream` takes: two for each process, and those that training holds
 FEW_FILES = 1024
-EARLIEST = 1_735_689_600.0  # 2025-01-01: a clock before it was never set
+EARLIEST = 1_735_689_600.0  # 2025-01-01: an earlier time means that the clock was never set
 CGROUP, MY_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_NO_LIMIT = 2**60  # how version 1 of cgroups says "none"
+_NO_LIMIT = 2**60  # cgroups version 1 reports larger numbers for "no limit"
 
 
 def examine_machine() -> Section:
-    """Look at cores, memory, shared memory, the limit of open files, the folder of temporary files and the clock."""
+    """Return findings on cores, memory, shared memory, the open file limit, the temporary folder and the clock."""
     section = Section("machine")
     section.row("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
     section.row("CPU", _cpu_model())
@@ -65,7 +65,7 @@ def _cores(section: Section) -> int:
 
 
 def cpu_quota() -> float | None:
-    """Return how many cores' time the control groups of this process give it; None without a limit."""
+    """Return the CPU limit of this process's control groups, in cores; None without a limit."""
     found: list[float] = []
     for folder in _cgroup_folders("cpu"):
         with contextlib.suppress(OSError, ValueError):
@@ -78,7 +78,7 @@ def cpu_quota() -> float | None:
 
 
 def memory_limit() -> int | None:
-    """Return how many bytes the control groups of this process let it have; None without a limit."""
+    """Return the memory limit of this process's control groups, in bytes; None without a limit."""
     found: list[int] = []
     for folder in _cgroup_folders("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):

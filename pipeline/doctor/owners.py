@@ -1,7 +1,7 @@
-"""Where the names `pipeline`, `trainer` and `cli` resolve, and which installed distributions own them.
+"""Checks of the import names `pipeline`, `trainer` and `cli`: their locations and the distributions that own them.
 
-They are common names. Another distribution may install the same ones, and a folder of such a name hides ours from
-programs that are started beside it.
+These are common names. Another distribution may install the same names, and a folder with such a name hides ours from
+programs that are started in the folder that contains it.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ print(json.dumps(found))
 
 
 def examine_names(folder: Path) -> Section:
-    """Say where our names resolve for a fresh interpreter in a folder, and for one that does not look there.
+    """Return where our names resolve for a new interpreter in a folder, and for one that ignores the folder.
 
     Args:
-        folder: in which programs are started: the working directory.
+        folder: folder in which programs are started: the working directory.
     """
     section, installed = Section("names"), metadata.packages_distributions()
     here, elsewhere = _resolved(folder, safe=False), _resolved(folder, safe=True)
@@ -64,7 +64,7 @@ def examine_names(folder: Path) -> Section:
             )
     if shadowed := [name for name in OURS if elsewhere[name] and here[name] != elsewhere[name]]:
         theirs = ", ".join(sorted({str(_root(elsewhere[name] or "")) for name in shadowed}))
-        # A checkout that was installed from is no harm as long as it is what was installed.
+        # A checkout does no harm as long as its code is the installed code.
         same = all(_code(here[name]) == _code(elsewhere[name]) for name in shadowed)
         (section.warning if same else section.problem)(
             f"programs started in {folder} take {', '.join(shadowed)} from there, and not from {theirs}",
@@ -85,18 +85,18 @@ def _code(found: str | None) -> dict[str, bytes]:
 
 
 def owners_of(name: str, installed: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the distributions that have installed a top-level name, in plain spelling.
+    """Return the normalised names of the distributions that have installed a top-level name.
 
     Args:
-        name: that is imported.
-        installed: what `metadata.packages_distributions` says; it takes a while.
+        name: top-level import name.
+        installed: result of `metadata.packages_distributions`, which is slow.
     """
-    # One that is damaged has no name.
+    # A damaged distribution has no name.
     return sorted({owner.lower().replace("_", "-") for owner in installed.get(name, ()) if owner})
 
 
 def _places(section: Section, paths: Sequence[str]) -> None:
-    """Look whether our names stand in one folder, and in the one that our distribution was installed in."""
+    """Check that our names are in one folder, and that our distribution was installed there."""
     roots, homes = {_root(path) for path in paths}, _homes()
     if len(roots) > 1:
         section.problem(
@@ -111,7 +111,7 @@ def _places(section: Section, paths: Sequence[str]) -> None:
 
 
 def _root(path: str) -> Path:
-    """Return the folder in which a resolved name stands: the parent of a package's folder, or of a module."""
+    """Return the folder of a resolved name: the parent of the package folder or of the module."""
     place = Path(path).resolve()
     return place.parent.parent if place.name == "__init__.py" else place.parent
 
@@ -123,7 +123,7 @@ def _owned_by(owners: Sequence[str]) -> str:
 
 
 def _resolved(folder: Path, *, safe: bool) -> dict[str, str | None]:
-    """Return where a fresh interpreter finds our names, looking into the folder that it starts in or not."""
+    """Return where a new interpreter finds our names; with `safe`, it ignores the folder in which it starts."""
     options = ["-P"] if safe else []
     code = f"NAMES = {OURS!r}{_RESOLVE}"
     try:
@@ -136,7 +136,7 @@ def _resolved(folder: Path, *, safe: bool) -> dict[str, str | None]:
 
 
 def _homes() -> list[Path]:
-    """Return the folders that our distribution is installed in, or from where it is installed to be edited."""
+    """Return the folders that our distribution is installed in, or the checkout of an editable installation."""
     homes: list[Path] = []
     for found in metadata.distributions(name=DISTRIBUTION):
         home = Path(str(found.locate_file("")))

@@ -1,4 +1,4 @@
-"""Which packages are here and work, what torch sees, and whether the decoders agree."""
+"""Checks of packages, of the GPUs that torch sees, and of the decoders."""
 
 import contextlib
 import importlib
@@ -18,15 +18,15 @@ from pipeline.doctor.probing import Trial, try_all
 from pipeline.text import byte_size, count
 
 DRIVER = Path("/proc/driver/nvidia/version")
-NEVER_ASKED = frozenset({"test"})  # extras of those who work on the project
-_NOT_TRIED = ("sklearn", "wandb")  # seconds of import; without them everything but the demo's digits and W&B works
+NEVER_ASKED = frozenset({"test"})  # extras for developers of the project
+_NOT_TRIED = ("sklearn", "wandb")  # slow imports; without them everything except the demo's digits and W&B works
 GPUS, DECODERS = "pipeline.doctor.probing:see_gpus", "pipeline.doctor.probing:compare_decoders"
 _SLOW = (
     "torch",
     "torchvision",
     "timm",
     "webdataset",
-)  # those that import torch: one process after another would take long
+)  # packages that import torch: one process for each would take long
 _MODULES = {
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
@@ -38,13 +38,13 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution that the project asks for.
+    """A distribution that the project requires.
 
     Attributes:
-        name: of the distribution.
-        asked: the requirement, such as `timm>=1.0.31`.
-        version: that is installed; None if none is.
-        fits: whether the version is one that was asked for.
+        name: name of the distribution.
+        asked: requirement, such as `timm>=1.0.31`.
+        version: installed version; None if it is not installed.
+        fits: True if the version meets the requirement.
     """
 
     name: str
@@ -54,15 +54,15 @@ class Package:
 
     @property
     def module(self) -> str:
-        """The name that it is imported by."""
+        """Return the import name."""
         return _MODULES.get(self.name.lower(), self.name.replace("-", "_"))
 
 
 def examine_packages(folder: Path) -> list[Section]:
-    """Look at everything that is imported; every import happens in other processes, since it may end them.
+    """Return findings on all imported packages; they are imported in other processes, because an import may crash.
 
     Args:
-        folder: where a fresh interpreter would be started to see what it imports; the working directory.
+        folder: folder in which a new interpreter is started to test imports: the working directory.
     """
     packages = Section("packages")
     extras = Section("extras")
@@ -84,7 +84,7 @@ def examine_packages(folder: Path) -> list[Section]:
 
 
 def _asked_for(section: Section) -> tuple[list[Package], dict[str, list[Package]]]:
-    """Return the required packages, and those of each extra; from pyproject.toml in a checkout, else as installed."""
+    """Return the required packages and those of each extra, from pyproject.toml in a checkout, else from the metadata."""
     try:
         requirements: Any = importlib.import_module("packaging.requirements")
     except ImportError:
@@ -102,7 +102,7 @@ def _asked_for(section: Section) -> tuple[list[Package], dict[str, list[Package]
 
 
 def _declared(section: Section, parse: Any) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Return the requirements of this machine, and those of each extra; `parse` makes one of a line."""
+    """Return the requirements for this machine, and those of each extra; `parse` turns a line into a requirement."""
     with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError):
         project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
         if project["name"] == DISTRIBUTION:
@@ -128,7 +128,7 @@ def _of_this_machine(requirements: Iterable[Any], extra: str = "") -> list[Any]:
 
 
 def _wanted(requirement: Any) -> list[Package]:
-    """Return a requirement as a package, with what the extras that it names ask for."""
+    """Return the package of a requirement, and the packages of the extras that it names."""
     version = _version(requirement.name)
     fits = version is not None and requirement.specifier.contains(version, prereleases=True)
     packages = [Package(requirement.name, f"{requirement.name}{requirement.specifier}", version, fits)]
@@ -181,7 +181,7 @@ def _package(section: Section, package: Package, trial: Trial | None) -> None:
 
 
 def _conflicts(section: Section, packages: Sequence[Package]) -> None:
-    """Warn where a package of ours asks for another version of one of its own than is installed."""
+    """Warn if a required package needs another version of one of its own dependencies than the installed one."""
     for package in {package.name: package for package in packages if package.version}.values():
         for line in metadata.requires(package.name) or []:
             wanted: Any = importlib.import_module("packaging.requirements").Requirement(line)
@@ -247,7 +247,7 @@ def _devices(trial: Trial | None) -> Section:
 
 
 def _driver() -> str | None:
-    """Return the version of the NVIDIA kernel driver, None where there is none."""
+    """Return the version of the NVIDIA kernel driver, or None without one."""
     with contextlib.suppress(OSError):
         words = DRIVER.read_text().split()
         return next((word for word in words if word[:1].isdigit() and "." in word), None)

@@ -1,4 +1,4 @@
-"""What a folder can do: write fast, link, lock, swap, and tell the time; tried with small files that are deleted again."""
+"""Checks of a folder with small temporary files: speed, links, locks, atomic replacement and clock."""
 
 import contextlib
 import errno
@@ -14,19 +14,19 @@ from pipeline.errors import StorageError
 from pipeline.storage.atomic import TEMPORARY_PREFIX, dead_temporaries, publish_file, temporary_name
 from pipeline.text import byte_size, count
 
-MOST_BYTES, MOST_S = 256 * 2**20, 2.0  # of the speed test
+MOST_BYTES, MOST_S = 256 * 2**20, 2.0  # limits of the speed test
 BLOCK_BYTES, SYNC_BYTES = 4 * 2**20, 32 * 2**20
 PUBLISHED = 5
-SLOW_BYTES_PER_S = 10 * 10**6  # 300 views of ImageNet are 12 GB: at this pace a third of an hour
+SLOW_BYTES_PER_S = 10 * 10**6  # 300 views of ImageNet are 12 GB: 20 minutes at this speed
 LITTLE_ROOM = 10**9
-SKEW_S = 2.0  # FAT keeps times to two seconds
+SKEW_S = 2.0  # FAT stores times with a resolution of two seconds
 LONGEST_NAME = 208  # a source shard's name of 200 bytes and its extension
-MOST_ENTRIES = 100_000  # looked at for temporary files
+MOST_ENTRIES = 100_000  # maximum number of entries searched for temporary files
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
 def examine_folder(asked: Path) -> Section:
-    """Try what writers of label sets and runs do in a folder; where it does not exist, in the one that will hold it."""
+    """Return findings on the operations of writers in a folder, or in its nearest existing parent."""
     section = Section(f"folder {asked}")
     folder = asked.absolute()
     while not os.path.lexists(folder) and folder != folder.parent:
@@ -64,7 +64,7 @@ def examine_folder(asked: Path) -> Section:
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """Give the path of a file that is deleted at the end; should this process be killed, it is swept as any other."""
+    """Give the path of a file that is deleted at the end; if this process is killed, a later sweep deletes it."""
     path = folder / temporary_name()
     try:
         yield path
@@ -100,7 +100,7 @@ def _file_system(section: Section, folder: Path) -> None:
 
 
 def folder_kind(folder: Path) -> str:
-    """Return the kind of file system that a folder lies on, such as ext4 or nfs4."""
+    """Return the kind of file system of a folder, such as ext4 or nfs4."""
     device = os.stat(folder).st_dev
     number, kind = f"{os.major(device)}:{os.minor(device)}", "unknown"
     with contextlib.suppress(OSError, IndexError, ValueError):
@@ -112,9 +112,9 @@ def folder_kind(folder: Path) -> str:
 
 
 def _speed(section: Section, folder: Path) -> None:
-    """Write and fsync for two seconds, or 256 MB, or a tenth of what is free."""
+    """Measure the speed of writing and fsync for two seconds, 256 MB or a tenth of the free space."""
     room = min(MOST_BYTES, shutil.disk_usage(folder).free // 10)
-    block = os.urandom(min(BLOCK_BYTES, max(1, room)))  # file systems that compress must not win
+    block = os.urandom(min(BLOCK_BYTES, max(1, room)))  # random, so that compression does not help
     written, synced = 0, 0
     began = time.monotonic()
     with _scratch(folder) as path, path.open("xb", buffering=0) as file:
@@ -138,7 +138,7 @@ def _speed(section: Section, folder: Path) -> None:
 
 
 def _publishing(section: Section, folder: Path) -> None:
-    """Time what each label shard costs beyond its bytes: file, fsync, link, fsync of the folder."""
+    """Measure the time per label shard in addition to its bytes: create, fsync, link, fsync of the folder."""
     names = [folder / temporary_name() for _ in range(PUBLISHED)]
     began = time.monotonic()
     try:
@@ -222,7 +222,7 @@ def _spelling(section: Section, folder: Path) -> None:
 
 
 def _clock(section: Section, folder: Path) -> None:
-    """Compare this machine's clock with the one that gives files their times: on a network, the server's."""
+    """Compare this machine's clock with the clock that sets file times: on a network file system, the server's."""
     with _scratch(folder) as path:
         before = time.time()
         path.write_bytes(b"x")
@@ -243,7 +243,7 @@ def _clock(section: Section, folder: Path) -> None:
 
 
 def _left_over(section: Section, folder: Path) -> None:
-    """Count what killed writers left behind."""
+    """Count the temporary files that killed writers left."""
     seen = 0
     left: list[Path] = []
     for place, _, names in os.walk(folder):

@@ -1,7 +1,7 @@
-"""Trials in a process of their own: whether packages can be imported, what torch sees, whether decoders agree.
+"""Trials in a separate process: imports of packages, the GPUs that torch sees, and comparison of decoders.
 
-A broken package may raise anything, print anything, or end the interpreter. So each trial is announced before it is made
-and told when it is over, a marked JSON line each; so the reader knows at which trial the process was lost.
+A broken package may raise anything, print anything, or end the interpreter. So the process prints a marked JSON line before
+and after each trial, and the reader knows during which trial the process ended.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Trial:
-    """How one trial ended.
+    """The result of one trial.
 
     Attributes:
-        name: what was tried, as `try_all` takes it.
-        result: what it told; None if it failed.
-        error: why it failed, one line.
+        name: name of the trial, as for `try_all`.
+        result: value that it returned; None if it failed.
+        error: reason of the failure, one line.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Trial:
 
 
 def try_all(names: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> list[Trial]:
-    """Make trials in one process, and in another one what is left when a trial has ended it.
+    """Run trials in one process, and the remaining trials in a new one if a trial ends it; return the results.
 
     Args:
-        names: each a module to import, or `module:function` to call, with a list of arguments in JSON behind it.
-        timeout_s: that a process may take.
+        names: modules to import, or `module:function` to call, followed by a list of arguments in JSON.
+        timeout_s: time limit of a process, in seconds.
     """
     trials: list[Trial] = []
     while left := names[len(trials) :]:
@@ -49,14 +49,14 @@ def try_all(names: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> list[Trial
 
 
 def fresh_environment() -> dict[str, str]:
-    """Return this environment, with this very copy of the project to import from, whatever the working directory has."""
+    """Return this environment, changed so that imports find this copy of the project in any working directory."""
     root = str(Path(__file__).parents[2])
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
 
 def _try_some(names: Sequence[str], timeout_s: float) -> list[Trial]:
-    """Return the trials that came to an end, and the one at which the process was lost; at least one."""
-    mark = secrets.token_hex(16)  # what else a module may print begins with something else
+    """Return the finished trials, and the one during which the process ended; at least one trial."""
+    mark = secrets.token_hex(16)  # distinguishes our lines from other output of a module
     command = [sys.executable, "-P", "-c", "from pipeline.doctor.probing import main; main()", mark, *names]
     late = False
     with subprocess.Popen(
@@ -83,7 +83,7 @@ def _try_some(names: Sequence[str], timeout_s: float) -> list[Trial]:
 
 
 def _parse(lines: Iterable[str], mark: str) -> tuple[list[Trial], str | None]:
-    """Return the trials that ended, and the name of one that began and did not."""
+    """Return the finished trials, and the name of a trial that began and did not finish."""
     trials: list[Trial] = []
     begun: str | None = None
     for line in lines:
@@ -107,27 +107,27 @@ def _how_it_ended(code: int, errors: str) -> str:
 
 
 def main() -> None:
-    """Make the trials named on the command line, and tell of each behind the mark that stands before them."""
+    """Run the trials named on the command line, and print a line for each, beginning with the mark given before them."""
     mark, *names = sys.argv[1:]
     for name in names:
         _tell(mark, {"began": name})
         result, error = None, None
         try:
             result = _call(name) if ":" in name else _import(name)
-        except BaseException as failure:  # a module may raise what it likes, SystemExit too
+        except BaseException as failure:  # a module may raise anything, also SystemExit
             error = first_line(failure)
         _tell(mark, {"name": name, "result": result, "error": error})
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error as one short line, with its kind where its text alone says little."""
+    """Return an error as one short line, with its type if the text alone is unclear."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     kind = type(error).__name__
     return text[:300] if isinstance(error, ImportError) and text else f"{kind}: {text[:300]}" if text else kind
 
 
 def _tell(mark: str, told: dict[str, Any]) -> None:
-    # A module may have printed half a line, or put something else in the place of sys.stdout.
+    # A module may have printed an unfinished line, or replaced sys.stdout.
     os.write(1, f"\n{mark}{json.dumps(told)}\n".encode())
 
 
@@ -142,10 +142,10 @@ def _call(name: str) -> Any:
 
 
 def see_gpus() -> dict[str, Any]:
-    """Return what torch says of GPUs."""
+    """Return torch's information on GPUs."""
     torch: Any = importlib.import_module("torch")
     found: dict[str, Any] = {"built_for": torch.version.cuda or torch.version.hip, "devices": []}
-    with contextlib.suppress(Exception):  # a name that torch may drop; only the text depends on it
+    with contextlib.suppress(Exception):  # torch may remove this name; only the text depends on it
         found["driver_cuda"] = torch._C._cuda_getDriverVersion() or None
     found["available"] = bool(torch.cuda.is_available())
     for index in range(torch.cuda.device_count() if found["available"] else 0):
@@ -162,11 +162,11 @@ def see_gpus() -> dict[str, Any]:
 
 
 def compare_decoders() -> dict[str, Any]:
-    """Decode a JPEG of smooth colours with each decoder, and a PNG and a WebP; return how far from Pillow each is.
+    """Decode a smooth JPEG, a PNG and a WebP with each decoder, and return the differences from Pillow.
 
     Returns:
         `versions`, `formats` that Pillow reads, `region` (path of the library or None), and `differences`: for each
-        decoder the largest difference of a pixel from Pillow's, 0 where all are equal; None where it did not decode.
+        decoder the largest difference of a pixel from Pillow's, 0 if all are equal; None if it did not decode.
     """
     import io
 

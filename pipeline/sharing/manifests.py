@@ -1,6 +1,6 @@
-"""Manifests of parts and of wholes: a subset of a label set is a label set, and so is the union of two.
+"""Manifests of subsets and unions of label sets, which are label sets, too.
 
-A part has all its views of all its source shards, as every label set has.
+A part has all its views for all its source shards, like every label set.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from pipeline.labels.manifest import (
 from pipeline.labels.sealing import MANIFEST_PROBES, thin_probes
 from pipeline.labels.tables import Contents, read_labels_footer
 
-NAMED = 8  # values that an error lists, at most
+NAMED = 8  # maximum number of values in an error
 
 
 def subset_manifest(
@@ -38,14 +38,14 @@ def subset_manifest(
     Args:
         manifest: manifest of the set.
         plan: plan of the set, and of the subset.
-        views: start and stop of the views that are wanted; whole blocks come, so they may be more. None: all.
-        shards: names of source shards, or patterns of the shell (`train-00*`). None: all that are there.
-        probes_of: reads the probes in a label shard's footer. It is called for a few files, and only where none of the
-            manifest's own probes is of the subset.
+        views: start and stop of the wanted views; whole blocks are taken, so there may be more. None: all.
+        shards: names of source shards, or shell patterns (`train-00*`). None: all shards of the set.
+        probes_of: function that reads the probes in a label shard's footer. It is called for a few files, and only if the
+            manifest has no probes of the subset.
 
     Raises:
         LabelSetIncomplete: the set is not sealed, or the part has no usable image.
-        UsageError: the set does not hold these views, or a name or pattern is of no source shard that is there.
+        UsageError: the set does not hold these views, or a name or pattern matches no source shard of the set.
     """
     if not manifest.sealed:
         raise LabelSetIncomplete(
@@ -72,7 +72,7 @@ def choose_blocks(blocks: Iterable[range], views: tuple[int, int]) -> list[range
     """Return the blocks that hold the views start..stop - 1, in order; their ends may lie beyond these.
 
     Raises:
-        UsageError: some of these views are in none.
+        UsageError: some of these views are in no block.
     """
     blocks = in_order(blocks)
     start, stop = views
@@ -100,7 +100,7 @@ def choose_shards(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def probes_in(file: Contents, entry: FileEntry) -> tuple[Probe, ...]:
-    """Return the probes in the footer of a label shard whose bytes were checked."""
+    """Return the probes in the footer of a label shard; its bytes must have been checked."""
     return tuple(read_probes(read_labels_footer(file).probes, entry.path))
 
 
@@ -115,7 +115,7 @@ def _probe_is_in(probe: Probe, names: set[str], blocks: set[range]) -> bool:
 def _probes_from_files(
     files: Sequence[FileEntry], probes_of: Callable[[FileEntry], Iterable[Probe]]
 ) -> tuple[Probe, ...]:
-    """Return probes of a few label shards, evenly spaced; of all, if those have none (their images are all bad)."""
+    """Return probes of a few evenly spaced label shards, or of all if these have none (all their images are bad)."""
     labels = [entry for entry in files if entry.kind == "labels" and entry.rows]
     few = labels[:: max(1, -(-len(labels) // MANIFEST_PROBES))]
     for entries in (few, labels):
@@ -141,17 +141,17 @@ def contains(large: Manifest, small: Manifest) -> bool:
 
 
 def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]) -> Manifest:
-    """Return the manifest of a set with the files of both; where one of them has everything, it is returned itself.
+    """Return the manifest of a set with the files of both; if one manifest lists all files, it is returned unchanged.
 
     Args:
-        ours: the sealed manifest of the set that is brought.
-        there: the manifest at the destination, of the same label set.
-        plan: plan of both. The result has the `plan_sha256` of `there`, because it will lie beside that plan.
-        names: where the two lie, for errors.
+        ours: sealed manifest of the set that is transferred.
+        there: manifest at the destination, of the same label set.
+        plan: plan of both. The result has the `plan_sha256` of `there`, because it will be stored beside that plan.
+        names: locations of the two sets, for errors.
 
     Raises:
         LabelSetIncomplete: `there` is not sealed, or together they leave a gap.
-        LabelSetMismatch: they are of two label sets, cut views into other blocks, or have other bytes for one file.
+        LabelSetMismatch: the label sets differ, divide views into other blocks, or have different bytes for one file.
     """
     if ours.labelset_id != there.labelset_id:
         raise LabelSetMismatch(

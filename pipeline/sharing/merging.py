@@ -1,9 +1,9 @@
-"""Merge: one label set of what several machines made of one identity, views or source shards, sealed or not yet.
+"""Merge views or source shards of one identity from several machines into one label set, sealed or unsealed.
 
-Files are taken over as they are, created and never replaced, so a merge that was killed is continued by the same command.
-Of a sealed set a file is what its manifest says; in a folder that was never sealed (a rank of a job, a run that was
-stopped) it is what its own footer says, down to the hash of its rows. Such a footer itself is under no hash: whether its
-replay probes are sound shows when they are rendered, in verifying or training.
+Files are copied unchanged, and never replaced, so the same command continues a merge that was killed.
+A file of a sealed set is checked against its manifest. In an unsealed folder (a rank of a job, a run that was
+stopped) it is checked against its own footer, which has the hash of its rows. Such a footer has no hash itself: if its
+replay probes are wrong, this shows when they are rendered, in verification or training.
 """
 
 import hashlib
@@ -53,9 +53,9 @@ class Merged:
     """The result of a merge.
 
     Attributes:
-        files: number of label shards, samples files and tars that were taken over.
-        found: number of files that were there before.
-        label_set: the result; None where label shards are missing, so that it was not sealed.
+        files: number of label shards, samples files and tars that were copied.
+        found: number of files that were already there.
+        label_set: the result; None if label shards are missing, so that it was not sealed.
         missing: source shard and views of each missing label shard; empty for a sealed result.
     """
 
@@ -66,19 +66,19 @@ class Merged:
 
 
 def merge(out: Path, locations: Sequence[str], *, progress: Progress = lambda _: None) -> Merged:
-    """Take over the files of several label sets of one identity, and seal what is complete.
+    """Copy the files of several label sets of one identity into one folder, and seal it if it is complete.
 
-    The result holds every source shard that has samples in one of them. It is sealed if every
+    The result holds every source shard that has samples in one of the sets. It is sealed if every
     source shard has every block of views.
 
     Args:
-        out: a folder that is empty, not there yet, or holds a label set of the same identity, which then grows.
-        locations: folders; of sealed sets URLs too.
-        progress: is told how many files are done.
+        out: folder that is new, empty, or holds a label set of the same identity, to which files are added.
+        locations: folders of label sets; also URLs for sealed sets.
+        progress: function called with the number of files done.
 
     Raises:
         UsageError: `out` is among `locations`.
-        LabelSetMismatch: two sets differ in their identity or images, or cut the same views into other blocks.
+        LabelSetMismatch: two sets differ in identity or images, or divide the same views into other blocks.
         LabelSetCorrupt: a file is damaged.
     """
     _refuse_same(out, locations)
@@ -101,11 +101,11 @@ def merge(out: Path, locations: Sequence[str], *, progress: Progress = lambda _:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of one of the sets that are merged: checked when it is written.
+    """A file of one of the merged sets, which is checked when it is written.
 
     Attributes:
-        entry: what the manifest says of it; None where no manifest lists it.
-        path: inside the set.
+        entry: entry in the manifest; None if no manifest lists the file.
+        path: path inside the set.
         shard: name of its source shard.
         views: views of a label shard; empty for samples and images.
     """
@@ -117,12 +117,12 @@ class _File:
 
 
 class _Input(ABC):
-    """One of the sets that are merged, or the result as it lies there.
+    """One of the sets to merge, or the existing files of the result.
 
     Attributes:
         name: path or URL.
         plan: plan of the set.
-        files: its files.
+        files: files of the set.
     """
 
     def __init__(self, name: object, plan: Plan, files: Iterable[_File]) -> None:
@@ -130,20 +130,20 @@ class _Input(ABC):
 
     @property
     def blocks(self) -> list[range]:
-        """Blocks of views of its label shards."""
+        """Return the blocks of views of its label shards."""
         return [file.views for file in self.files if file.views]
 
     @abstractmethod
     def read(self, file: _File) -> Contents | None:
-        """Return a table, read whole and checked; None for a tar of images, which is checked as it is copied."""
+        """Return a complete, checked table; None for a tar of images, which is checked while it is copied."""
 
     def copy_images(self, file: _File, target: BinaryIO) -> None:
-        """Copy a tar of images, and compare it with its manifest."""
+        """Copy a tar of images, and check it against the manifest."""
         raise NotImplementedError  # only sealed sets have images
 
 
 class _SealedSet(_Input):
-    """A sealed set: a file is what its manifest says."""
+    """A sealed set, whose files are checked against its manifest."""
 
     def __init__(self, label_set: LabelSet) -> None:
         self._label_set = label_set
@@ -152,12 +152,12 @@ class _SealedSet(_Input):
         super().__init__(label_set.place, label_set.plan, files)
 
     def read(self, file: _File) -> Contents | None:
-        """Read a table by its hash."""
+        """Return a table after checking its hash."""
         assert file.entry is not None
         return None if file.entry.kind == "images" else self._label_set.read_file(file.entry)
 
     def copy_images(self, file: _File, target: BinaryIO) -> None:
-        """Copy a tar of images, and compare it with its manifest."""
+        """Copy a tar of images, and check it against the manifest."""
         assert file.entry is not None
 
         def copy(path: Path) -> str:
@@ -178,7 +178,7 @@ class _SealedSet(_Input):
 
 
 class _UnsealedFolder(_Input):
-    """A folder that was never sealed: a file is what its own footer says."""
+    """An unsealed folder, whose files are checked against their own footers."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._folder = folder
@@ -186,7 +186,7 @@ class _UnsealedFolder(_Input):
         super().__init__(folder, plan, _lying_files(folder, plan))
 
     def read(self, file: _File) -> Contents:
-        """Read a table, and check it against plan and samples."""
+        """Return a table after checking it against plan and samples."""
         path = self._folder / file.path
         with refusals_named(path):
             contents = Contents(str(path), path.read_bytes())
@@ -206,13 +206,13 @@ class _UnsealedFolder(_Input):
 
 
 def _lying_files(folder: Path, plan: Plan) -> Iterator[_File]:
-    """Yield the tables that lie in a folder."""
+    """Yield the tables in a folder."""
     names = [record.name for record in plan.source.shards]
     present = [name for name in names if (folder / samples_path(name)).is_file()]
     for name in present:
         yield _File(None, Path(samples_path(name)), name, range(0))
     for views in label_blocks(folder):
-        for name in present:  # without samples nobody knows whose labels they are
+        for name in present:  # labels are useless without the samples file
             path = Path(labels_path(name, views))
             if (folder / path).is_file():
                 yield _File(None, path, name, views)
@@ -234,7 +234,7 @@ def _refuse_same(out: Path, locations: Sequence[str]) -> None:
 
 
 def _open(location: str) -> _Input:
-    """Open a sealed set by its manifest, another folder by what lies in it."""
+    """Return a sealed set with the files of its manifest, or an unsealed folder with the files in it."""
     try:
         return _SealedSet(LabelSet.open(location))
     except LabelSetError:
@@ -245,7 +245,7 @@ def _open(location: str) -> _Input:
 
 
 def _claim(out: Path, inputs: Sequence[_Input]) -> Plan:
-    """Check that all are of one identity, and make `out` a label set of it, with the first one's plan if it has none."""
+    """Check that all sets have one identity, write the first one's plan to `out` if it has none, and return the plan."""
     known = out / PLAN_NAME
     if known.is_file():
         plan, where = read_plan(out), str(out)
@@ -274,10 +274,10 @@ def _check_same(plan: Plan, where: str, given: _Input) -> None:
 
 
 def _check_found(out: Path, plan: Plan) -> None:
-    """Check what lies in the result already: a manifest promises all that it lists, whoever made it.
+    """Check the existing files of the result, because its manifest will promise them, too.
 
     Raises:
-        LabelSetCorrupt: a file is not as it was sealed, or, where none was sealed, not what its footer says.
+        LabelSetCorrupt: a file differs from the manifest or, in an unsealed folder, from its own footer.
     """
     check_untouched(out, label_blocks(out))
     sealed = sealed_manifest(out)
@@ -289,7 +289,7 @@ def _check_found(out: Path, plan: Plan) -> None:
 
 
 def _add(path: Path, given: _Input, file: _File) -> bool:
-    """Create a file of the result; return False where it was there, of the same images and rows."""
+    """Create a file of the result; return False if it exists with the same images and rows."""
     contents = given.read(file)
     if publish_file(path, contents.data if contents else partial(given.copy_images, file)):
         return True
@@ -314,7 +314,7 @@ def _add(path: Path, given: _Input, file: _File) -> bool:
 
 
 def _seal(out: Path, plan: Plan) -> tuple[tuple[str, range], ...]:
-    """Seal what lies in a folder if it is complete; return the label shards that it lacks."""
+    """Seal a folder if it is complete; return the missing label shards."""
     names = [record.name for record in plan.source.shards]
     shards = tuple(name for name in names if (out / samples_path(name)).is_file())
     blocks = label_blocks(out)
@@ -330,7 +330,7 @@ def _seal(out: Path, plan: Plan) -> tuple[tuple[str, range], ...]:
 
 
 def _has_images(out: Path, shards: Sequence[str]) -> bool:
-    """Whether every source shard has its images in the folder; a sealed set that has them cannot lose them."""
+    """Return True if the folder has the images of every source shard; a sealed set with images cannot lose them."""
     absent = [name for name in shards if not (out / images_path(name)).is_file()]
     sealed = sealed_manifest(out)
     if absent and sealed and any(entry.kind == "images" for entry in sealed.files):
@@ -353,7 +353,7 @@ def _refuse_overlap(out: Path, blocks: Sequence[range]) -> None:
 
 
 def merged_lines(out: Path, merged: Merged) -> str:
-    """Return the result of a merge, for people."""
+    """Return the result of a merge as readable text."""
     files = f"{count(merged.files, 'file')} taken over, {merged.found:,} were there"
     if merged.label_set is not None:
         held, views = merged.label_set, merged.label_set.views

@@ -1,6 +1,6 @@
-"""Signatures of the manifest, by OpenSSF's model-signing: who vouches for a label set.
+"""Signatures of the manifest of a label set, made with OpenSSF's model-signing.
 
-The manifest holds the hash of every other file, so a signature over `manifest.json` covers all of the set. It lies beside
+The manifest holds the hash of every other file, so a signature over `manifest.json` covers the whole set. It is stored beside
 it as `manifest.json.sig`, a Sigstore bundle over the folder with this one file in it, which `model_signing verify` checks
 too (with `--ignore_unsigned_files`). Keys work offline; identities (Sigstore) need the network, for signing and for checking.
 """
@@ -22,7 +22,7 @@ from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import MAX_JSON_BYTES, read_small
 from pipeline.storage.place import File, Place
 
-MAX_SIGNATURE_BYTES = 1 << 20  # an identity's bundle, with its certificate and log entry, has about 10 kB
+MAX_SIGNATURE_BYTES = 1 << 20  # the bundle of an identity, with certificate and log entry, has about 10 kB
 _SIGN_AGAIN = "Sign it again with deit-cli labels sign, or fetch manifest and signature again"
 
 _OTHER_SIGNER = (
@@ -31,18 +31,18 @@ _OTHER_SIGNER = (
 
 
 def sign(folder: Path, *, private_key: Path | None = None, identity_token: str | None = None) -> Path:
-    """Sign the manifest of a label set, and return where the signature lies.
+    """Sign the manifest of a label set, and return the path of the signature.
 
     Args:
         folder: local folder of the set.
-        private_key: PEM of an elliptic curve (P-256, P-384 or P-521); None signs with an identity of Sigstore: that of the
-            machine (a CI job's, say), or the one that a browser asks for.
-        identity_token: token of Sigstore, where there is no browser.
+        private_key: PEM file of an elliptic curve key (P-256, P-384 or P-521); None signs with a Sigstore identity: that of
+            the machine (such as a CI job), or one chosen in a browser.
+        identity_token: Sigstore token, for machines without a browser.
 
     Raises:
         SignatureError: the key cannot be used, or Sigstore gave no signature.
     """
-    LabelSet(Place(folder)).check_complete()  # nobody should vouch for what no reader takes
+    LabelSet(Place(folder)).check_complete()  # refuse to sign a set that readers would refuse
     manifest = read_small(folder / MANIFEST_NAME)
     way_out = "Sigstore needs the network and an identity" if private_key is None else "Pass an EC private key in PEM"
     config = _library("signing").Config()
@@ -67,17 +67,17 @@ def check_signature(
     identity: str | None = None,
     identity_provider: str | None = None,
 ) -> str:
-    """Check the signature of a manifest, and return who made it, for people.
+    """Check the signature of a manifest, and return the signer as readable text.
 
     Args:
-        place: where the set lies.
-        manifest_sha256: hash of the manifest that was verified: the signature must be over that very one.
-        public_key: PEM; None checks an identity.
-        identity: whose signature it must be, such as a mail address or the URL of a CI workflow.
-        identity_provider: who vouches for the identity, such as `https://accounts.google.com`.
+        place: place of the label set.
+        manifest_sha256: hash of the verified manifest, which must be the signed one.
+        public_key: PEM file; None checks an identity.
+        identity: required signer, such as a mail address or the URL of a CI workflow.
+        identity_provider: URL of the provider that confirms the identity, such as `https://accounts.google.com`.
 
     Raises:
-        SignatureError: it is missing, damaged, of another key or identity, or of another manifest.
+        SignatureError: the signature is missing, damaged, of another key or identity, or of another manifest.
     """
     name = place / SIGNATURE_NAME
     bundle = _read(name, MAX_SIGNATURE_BYTES)
@@ -116,9 +116,9 @@ def _read(file: File, max_bytes: int) -> bytes:
 
 
 def _signed_sha256(bundle: bytes, name: object) -> str:
-    """Return the SHA-256 of the manifest that a signature says it is over; whether it is genuine is not looked at here.
+    """Return the SHA-256 of the signed manifest as stated in the bundle; the signature itself is not checked here.
 
-    A signature of the same signer over something else must not pass, whatever it makes the library leave out.
+    A signature of the same signer over other files must not pass, even if the library ignores these files.
     """
     try:
         payload = json.loads(base64.b64decode(json.loads(bundle)["dsseEnvelope"]["payload"], validate=True))
@@ -137,7 +137,7 @@ def _signed_sha256(bundle: bytes, name: object) -> str:
 
 @contextlib.contextmanager
 def _only(manifest: bytes) -> Iterator[tuple[Path, Path]]:
-    """Give a folder that holds these bytes as `manifest.json` and nothing else, and a path for the signature beside it."""
+    """Give a folder that holds only these bytes as `manifest.json`, and a path for the signature beside it."""
     with tempfile.TemporaryDirectory(prefix="deit-cli-sign-") as root:
         view = Path(root) / "labels"
         view.mkdir()
@@ -165,7 +165,7 @@ def _check_key(path: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def _named(what: str, way_out: str) -> Iterator[None]:
-    """The library raises as many kinds of exceptions as there are libraries below it; the user needs one line."""
+    """Turn any exception of the signing libraries into a SignatureError of one line."""
     try:
         yield
     except (SignatureError, UsageError, KeyboardInterrupt):

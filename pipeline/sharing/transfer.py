@@ -1,8 +1,8 @@
-"""Label sets that move: push one to a folder or bucket, pull one from there; only what is missing, everything by its hash.
+"""Push and pull of label sets: only missing files are transferred, and every file is checked by its hash.
 
-Both do the same between two places: the plan first (it claims the address), then the files, several at a time, and the
-manifest last, so that a copy which was cut anywhere is refused by every reader and continued by the same command. A file
-that is there with the same content is left; one with other content is an error, and never overwritten.
+Both do the same between two places: first the plan (it claims the address), then the files, several at a time, and the
+manifest last. So every reader refuses an interrupted copy, and the same command continues it. A file
+that exists with the same content is kept; one with other content is an error, and never overwritten.
 """
 
 import contextlib
@@ -31,21 +31,21 @@ from pipeline.text import byte_size, count
 log = logging.getLogger("deit_cli.sharing")
 
 CLASSES_NAME = f"{IMAGES_FOLDER}/classes.txt"
-WORKERS = 8  # files at a time
+WORKERS = 8  # number of files at a time
 
-Move = Callable[[File, File, threading.Event], bool]  # source, target, when to end early: was it brought?
+Move = Callable[[File, File, threading.Event], bool]  # source, target, event to stop early -> was it transferred?
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """What a push or a pull did.
+    """The result of a push or a pull.
 
     Attributes:
-        manifest: manifest of the set that is at the destination now.
-        sent_files: number of label and samples files that were missing there, and were brought.
-        sent_bytes: their size.
-        found_files: number of files that were there before.
-        found_bytes: their size.
+        manifest: manifest of the set at the destination after the transfer.
+        sent_files: number of label and samples files that were missing there and were transferred.
+        sent_bytes: total size of the transferred files.
+        found_files: number of files that were already there.
+        found_bytes: total size of the files that were already there.
     """
 
     manifest: Manifest
@@ -56,17 +56,17 @@ class Moved:
 
 
 def push(folder: Path, location: str, *, workers: int = WORKERS, progress: Progress = lambda tick: None) -> Moved:
-    """Send a sealed label set of this machine to a folder or bucket, beside views that are there of the same set.
+    """Send a local sealed label set to a folder or bucket, which may already hold other views of the same set.
 
     Args:
         folder: folder of the set.
-        location: the destination: a folder, or s3://, gs://, hf://.
+        location: destination: a folder, or s3://, gs://, hf://.
         workers: number of files that are sent at a time.
-        progress: is told how many files are there.
+        progress: function called with the number of files at the destination.
 
     Raises:
         LabelSetMismatch: another label set is there, or another file under the name of one of these.
-        LabelSetIncomplete: either is not sealed, or together they leave a gap.
+        LabelSetIncomplete: one of the two sets is not sealed, or together they leave a gap.
         LabelSetCorrupt: a file of the folder is missing, or has another length.
         StorageError: a file of the folder is damaged, or the destination cannot be written.
     """
@@ -87,22 +87,22 @@ def pull(
     workers: int = WORKERS,
     progress: Progress = lambda tick: None,
 ) -> Moved:
-    """Bring a label set, or a part of it that is one, to this machine; beside views that are there of the same set.
+    """Fetch a label set or a part of it into a local folder, which may already hold other views of the same set.
 
     Args:
-        location: a folder, or s3://, gs://, hf://, http(s)://.
-        folder: where it is to lie.
-        views: start and stop of the views that are wanted; whole blocks come. None: all.
+        location: source: a folder, or s3://, gs://, hf://, http(s)://.
+        folder: local folder to write to.
+        views: start and stop of the wanted views; whole blocks are fetched. None: all.
         shards: names of source shards, or patterns. None: all.
         expect_manifest: pin, `sha256:` and the hash that the manifest there must have; None: any.
-        workers: number of files that are brought at a time.
-        progress: is told how many files are here.
+        workers: number of files that are fetched at a time.
+        progress: function called with the number of local files.
 
     Raises:
         LabelSetMismatch: another label set is here, or another file under the name of one of these.
-        LabelSetIncomplete: either is not sealed, or together they leave a gap.
-        LabelSetCorrupt: a file there, or one that is here, has not the promised hash.
-        StorageError: it could not be received or written.
+        LabelSetIncomplete: one of the two sets is not sealed, or together they leave a gap.
+        LabelSetCorrupt: the hash of a file, at the source or here, is not the promised one.
+        StorageError: a file could not be received or written.
     """
     there, here = open_place(location), Place(folder)
     _refuse_same(there, here)
@@ -165,13 +165,13 @@ def _transfer(
     workers: int,
     progress: Progress,
 ) -> Moved:
-    """Bring the plan first, then the files, and the manifest last."""
+    """Transfer the plan first, then the files, and the manifest last; return the result."""
     plan, names = label_set.plan, (str(source), str(target))
     plan_data, manifest_data = _read_both(source, label_set)
     claimed = hashlib.sha256(_claim(target, plan_data, plan, names)).hexdigest()
 
     def change(old: bytes | None) -> bytes:
-        """Return the manifest of both; the very bytes of one of them, wherever that is possible, so that its hash stays."""
+        """Return the manifest of both sets; if possible the exact bytes of one, so that its hash stays the same."""
         if old is None:
             united = manifest.model_copy(update={"plan_sha256": claimed, "content_sha256": None})
         else:
@@ -184,7 +184,7 @@ def _transfer(
         return manifest_data if same and contains(united, label_set.manifest) else new
 
     manifest_there = target / MANIFEST_NAME
-    result = change(manifest_there.read())  # what cannot be united is refused before anything is sent
+    result = change(manifest_there.read())  # raise for sets that cannot be united before sending anything
     tally = _move_all(phase, source, target, manifest.files, move, workers=workers, progress=progress)
     _carry(source, target, signed=result == manifest_data)
     final = manifest_there.update(change)
@@ -198,7 +198,7 @@ def _transfer(
 
 
 def _read_both(source: Place, label_set: LabelSet) -> tuple[bytes, bytes]:
-    """Return plan and manifest as they are stored, which are still those that were opened."""
+    """Return the bytes of plan and manifest; raise if they changed since the set was opened."""
     plan, manifest = (source / PLAN_NAME).read(), (source / MANIFEST_NAME).read()
     opened = (label_set.manifest.plan_sha256, pretty_json(label_set.manifest.to_json()))
     if (hashlib.sha256(plan or b"").hexdigest(), manifest) != opened or plan is None or manifest is None:
@@ -210,7 +210,7 @@ def _read_both(source: Place, label_set: LabelSet) -> tuple[bytes, bytes]:
 
 
 def _claim(target: Place, data: bytes, plan: Plan, names: tuple[str, str]) -> bytes:
-    """Write the plan, create-only; return the one that is there, which is of the same label set."""
+    """Write the plan, create-only; return the plan at the destination, which must be of the same label set."""
     there = (target / PLAN_NAME).read()
     if there is None:
         (target / PLAN_NAME).put(data)
@@ -234,9 +234,9 @@ def _differs(one: Plan, other: Plan, name: str) -> bool:
 
 
 def _carry(source: Place, target: Place, *, signed: bool) -> None:
-    """Copy what lies beside the files: the card if the destination has none, and the signature of this very manifest.
+    """Copy the other files: the card if the destination has none, and the signature of exactly this manifest.
 
-    The class names of packed images come too, so that the images are a source there.
+    The class names of packed images are copied, too, so that the images can be used as a source there.
     """
     classes, card, signature = (_read_optional(source / name) for name in (CLASSES_NAME, CARD_NAME, SIGNATURE_NAME))
     if classes is not None:
@@ -250,7 +250,7 @@ def _carry(source: Place, target: Place, *, signed: bool) -> None:
 
 
 def _read_optional(file: File) -> bytes | None:
-    with contextlib.suppress(RemoteFileRefused):  # so answers a store that may not be listed, and has no such file
+    with contextlib.suppress(RemoteFileRefused):  # a store that may not be listed gives this error for a missing file
         return file.read()
     return None
 
@@ -265,14 +265,14 @@ def _move_all(
     workers: int,
     progress: Progress,
 ) -> Tick:
-    """Move every file; return the last tick: `done` counts files that are there now, `made` those that were brought."""
+    """Transfer every file; return the last tick: `done` counts files now there, `made` the transferred ones."""
     began, tick, stop = time.monotonic(), Tick(phase=phase, done=0, total=len(entries)), threading.Event()
 
     def one(entry: FileEntry) -> bool:
         promise = Promise(entry.bytes, entry.sha256)
         return move(source.file(entry.path, promise), target.file(entry.path, promise), stop)
 
-    with contextlib.closing(in_threads(entries, one, workers, stop=stop)) as moves:  # whatever happens here ends them
+    with contextlib.closing(in_threads(entries, one, workers, stop=stop)) as moves:  # stops the transfers on any error
         for entry, brought in moves:
             tick = Tick(
                 phase=phase,

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: published under a free name, or swapped for another; hashes and locks.
+"""Atomic file writes: publish a complete file under a free name, or replace another file; hashes and locks.
 
 A file of ours is written under a temporary name in its own folder, fsynced, and only then given its name, so
 a reader sees it whole or not at all, after SIGKILL and after power loss too. Nothing is deleted or overwritten
@@ -19,25 +19,25 @@ from pipeline.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9.-]+)-(?P<pid>\d+)-[0-9a-f]{16}")
-# What link(2) answers where a file system has no hard links (exFAT, some network mounts).
+# Errors of link(2) on file systems without hard links (exFAT, some network mounts).
 _NO_LINKS = frozenset({"EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK"})
 
 
-Content = bytes | Callable[[BinaryIO], None]  # bytes, or what writes them to an open file, which it must not close
+Content = bytes | Callable[[BinaryIO], None]  # bytes, or a function that writes to an open file without closing it
 
 
 def publish_file(path: Path, content: Content) -> bool:
-    """Create a file whole or not at all, never replacing an existing one.
+    """Create a complete file atomically; an existing file is never replaced.
 
     Args:
         path: final name; its folder is created.
         content: the bytes, or a function that writes them.
 
     Returns:
-        True if this call created the file, False if another writer had already created it (ours is dropped).
+        True if this call created the file, False if another writer had already created it (`content` is dropped).
 
     Raises:
-        StorageError: the operating system refused; nothing is left under the final name.
+        StorageError: the operating system refused; no file has the final name.
     """
     with refusals_named(path), _temporary_file(path, content) as temporary:
         try:
@@ -49,7 +49,7 @@ def publish_file(path: Path, content: Content) -> bool:
 
 
 def replace_file(path: Path, content: Content) -> None:
-    """Swap a file for another content, atomically: readers see the old file or the new one.
+    """Replace a file by new content, atomically: readers see the old file or the new one.
 
     Raises:
         StorageError: the operating system refused; the old file is untouched.
@@ -60,10 +60,10 @@ def replace_file(path: Path, content: Content) -> None:
 
 
 def publish_partial(partial: Path, path: Path) -> bool:
-    """Give a complete file of the same folder its name, as `publish_file` does; the old name goes in any case.
+    """Give a complete file in the same folder its final name, as `publish_file` does; the old name is always removed.
 
     Returns:
-        True if this call gave the name, False if another file had it.
+        True if this call gave the name, False if another file already had it.
     """
     with refusals_named(path):
         try:
@@ -80,7 +80,7 @@ def publish_partial(partial: Path, path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes out that ask for the same; where a file system has no such locks, nobody is kept out."""
+    """Lock a folder against other callers of this function; without effect on file systems that have no locks."""
     with refusals_named(folder):
         descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -100,7 +100,7 @@ def make_folder(folder: Path) -> None:
 def sweep_temporaries(folder: Path) -> int:
     """Delete temporary files below `folder` whose writers on this host are dead; return how many.
 
-    Those that may not be deleted, because they are another user's, are left to him.
+    Files that may not be deleted, because they belong to another user, stay.
     """
     swept = 0
     for path in dead_temporaries(folder.rglob(f"{TEMPORARY_PREFIX}*")):
@@ -111,7 +111,7 @@ def sweep_temporaries(folder: Path) -> int:
 
 
 def dead_temporaries(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield those of these paths that are temporary files whose writers on this host are dead."""
+    """Yield the paths that are temporary files whose writers on this host are dead."""
     for path in paths:
         match = _TEMPORARY.fullmatch(path.name)
         if match and path.is_file() and match["host"] == _host() and not _is_alive(int(match["pid"])):
@@ -119,12 +119,12 @@ def dead_temporaries(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def temporary_name() -> str:
-    """Return a new name for a temporary file: it says whose it is, so that it can be swept when its writer is dead."""
+    """Return a new name for a temporary file; it names its writer, so that the file can be swept once the writer is dead."""
     return f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: a writer that was killed may have given them and not lived to do it."""
+    """Fsync the names in a folder: a writer may have been killed after giving a name and before the fsync."""
     with refusals_named(folder):
         _fsync_folder(folder)
 
@@ -137,9 +137,9 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file, across processes and threads; without `wait`, give False where another holds it.
+    """Hold the lock of a file, across processes and threads; without `wait`, give False if it is already held.
 
-    A lock may be deleted together with what it guards, so it counts only if its name still leads to it.
+    A lock file may be deleted together with the file it guards, so a lock counts only if its name still leads to it.
     """
     while True:
         with refusals_named(path):
@@ -155,7 +155,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
                     yield True
                     return
             finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do in a process that has forked since
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing the file does not unlock it if the process has forked
 
 
 @contextlib.contextmanager
@@ -200,7 +200,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def refusals_named(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into a StorageError that names the file."""
+    """Turn an OSError inside the block into a StorageError that names the file."""
     try:
         yield
     except FileNotFoundError as error:

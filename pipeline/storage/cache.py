@@ -1,4 +1,4 @@
-"""Remote files on the local disk: a folder with a size limit that many processes share.
+"""A disk cache of remote files: a folder with a size limit that many processes share.
 
 A file is downloaded once, under a lock that dies with its holder, to a temporary name; measured, hashed, and only then
 given its name. Beside it stands a small JSON with its length and hash: without that, or with another length, it is not a
@@ -31,10 +31,10 @@ from pipeline.text import byte_size, parse_bytes
 log = logging.getLogger("deit_cli.cache")
 
 DEFAULT_SIZE = "100GB"
-IN_USE_S = 60.0  # what was used so lately is not given up for a file fetched ahead
-AHEAD_S = 900.0  # for so long a file that was fetched ahead counts as not used yet
+IN_USE_S = 60.0  # files used within this time are not evicted for a file fetched ahead
+AHEAD_S = 900.0  # a file fetched ahead is dated this far into the future until its first use
 POLL_S = 0.2
-_OPENINGS = 8  # a file that is evicted between `fetch` and `open` so many times is a cache far too small
+_OPENINGS = 8  # if a file is evicted between `fetch` and `open` this often, the cache is much too small
 
 Result = TypeVar("Result")
 
@@ -47,18 +47,17 @@ class NoRoom(Exception):
 class Cache:
     """A folder of downloaded files that may hold at most `max_bytes`. It has two fields, so it pickles small.
 
-    The limit holds for files and for downloads of known length, which take their room before their first byte; one of
-    unknown length takes it when it has come.
+    The limit includes downloads. A download of known length reserves its space before the first byte; a download of
+    unknown length is counted once it is complete.
     """
 
     folder: Path
     max_bytes: int
 
     def use(self, url: str, promise: Promise, use: Callable[[Path], Result]) -> Result:
-        """Return `use(path)` of the local copy of a remote file.
+        """Return `use(path)` of the local copy of a remote file; it raises the errors of `fetch`.
 
-        A copy that is evicted between `fetch` and the opening of it is fetched again; one that is open may be evicted unharmed.
-        It may raise what `fetch` does.
+        If the copy is evicted before it is opened, it is fetched again. A file that is open stays readable when it is evicted.
         """
         for _ in range(_OPENINGS):
             with contextlib.suppress(FileNotFoundError):
@@ -76,11 +75,11 @@ class Cache:
 
         Args:
             url: http(s)://, s3://, gs:// or hf://.
-            promise: its length and hash, as far as they are known.
+            promise: known length and hash of the file.
 
         Raises:
-            RemoteFileMissing: there is no such file.
-            RemoteFileCorrupt: it has not the promised length or hash, the second time too.
+            RemoteFileMissing: the file does not exist.
+            RemoteFileCorrupt: its length or hash is not the promised one, after two downloads.
             StorageError: it cannot be downloaded, or does not fit into the cache.
         """
         path = self._path(url, promise)
@@ -103,10 +102,10 @@ class Cache:
     def fetch_ahead(self, url: str, promise: Promise, stop: threading.Event) -> Path | None:
         """Download a file before its first use, and date it AHEAD_S into the future; its first use dates it back.
 
-        For room it takes only what nobody has used for IN_USE_S.
+        To make room, it evicts only files that were not used for IN_USE_S.
 
         Returns:
-            its path; None where another process downloads it, or `stop` was set.
+            its path; None if another process is downloading it, or `stop` was set.
 
         Raises:
             Stopped: `stop` was set during the download.
@@ -126,17 +125,17 @@ class Cache:
         return path
 
     def discard(self, url: str, promise: Promise = NO_PROMISE) -> None:
-        """Forget a file that has turned out to be damaged on this disk."""
+        """Delete the local copy of a file because it is damaged."""
         self._evict(self._path(url, promise))
 
     def _path(self, url: str, promise: Promise) -> Path:
-        """Return where a file lies; what is promised of it is in its name, so a changed promise is another file."""
+        """Return the path of a file in the cache; the name contains the promise, so a changed promise is another file."""
         promised = json.dumps([url, promise.bytes, promise.sha256])
         digest = hashlib.blake2b(promised.encode(), digest_size=16).hexdigest()
         return self.folder / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', url_name(url))[-80:]}"
 
     def _is_here(self, path: Path, *, use: bool) -> bool:
-        """Return whether a whole file is here; `use` dates it."""
+        """Return True if a complete file is in the cache; `use` updates its date."""
         try:
             promised = json.loads(_sidecar(path).read_bytes())["bytes"]
             found = os.stat(path)
@@ -157,17 +156,17 @@ class Cache:
         return True
 
     def _bring(self, url: str, path: Path, promise: Promise, ahead: threading.Event | None = None) -> bool:
-        """Have a file here; `ahead` of its use, return False where another process downloads it.
+        """Download a file unless it is here; with `ahead`, return False if another process is downloading it.
 
         Raises:
-            NoRoom: not now.
+            NoRoom: there is not enough room at present.
         """
         with refusals_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with locked(_lock(path), wait=ahead is None) as ours:
             if not ours:
                 return False
-            if not self._is_here(path, use=ahead is None):  # else another process was quicker
+            if not self._is_here(path, use=ahead is None):  # another process may have downloaded it meanwhile
                 self._download(url, path, promise, ahead)
         return True
 
@@ -190,7 +189,7 @@ class Cache:
                 check=check,
             )
             with contextlib.suppress(NoRoom), locked(self.folder / ".lock"):
-                self._make_room(0, older_than=None)  # for what came without an announced length
+                self._make_room(0, older_than=None)  # for downloads without an announced length
             if promise.sha256 is not None and received.sha256 != promise.sha256:
                 raise RemoteFileCorrupt(
                     f"{url} has SHA-256 {received.sha256[:12]}…, {promise.sha256[:12]}… is promised: it was changed or replaced"
@@ -209,7 +208,7 @@ class Cache:
         replace_file(_sidecar(path), pretty_json(about))
 
     def _take_room(self, url: str, file: BinaryIO, need: int | None, ahead: threading.Event | None) -> None:
-        """Make room for a download, and take it: its file has its full length from its first byte on."""
+        """Make room for a download and reserve it: the file gets its full length before the first byte."""
         self._refuse_larger(url, need or 0)
         with locked(self.folder / ".lock"):
             self._make_room(need or 0, older_than=None if ahead is None else time.time() - IN_USE_S)
@@ -224,14 +223,14 @@ class Cache:
             )
 
     def _make_room(self, need: int, *, older_than: float | None) -> None:
-        """Evict what was used longest ago until `need` bytes fit.
+        """Evict the least recently used files until `need` bytes fit.
 
         Args:
-            need: bytes.
-            older_than: only files whose last use was before this date; None: any.
+            need: number of bytes that must fit.
+            older_than: date; only files last used before it are evicted; None: any file.
 
         Raises:
-            NoRoom: what is left is newer, or being downloaded.
+            NoRoom: the remaining files are newer, or being downloaded.
         """
         used, files = self._contents()
         for date, size, path in sorted(files):
@@ -242,7 +241,7 @@ class Cache:
             raise NoRoom
 
     def _contents(self) -> tuple[int, list[tuple[float, int, Path]]]:
-        """Return the bytes here, downloads in progress too, and date of last use, size and path of every file."""
+        """Return the bytes in the cache, with downloads in progress, and last use, size and path of every file."""
         with refusals_named(self.folder):
             if any(name.startswith(TEMPORARY_PREFIX) for name in os.listdir(self.folder)):
                 sweep_temporaries(self.folder)
@@ -258,7 +257,7 @@ class Cache:
         return used, files
 
     def _evict(self, path: Path) -> bool:
-        """Delete a file, unless it is being downloaded; its sidecar goes first, so that no half of it is believed."""
+        """Delete a file unless it is being downloaded; its sidecar is deleted first, so a partial deletion is not a valid file."""
         with refusals_named(path), locked(_lock(path), wait=False) as ours:
             if ours:
                 for part in (_sidecar(path), path, _lock(path)):
@@ -281,13 +280,13 @@ def _lock(path: Path) -> Path:
 
 
 def _date(path: Path, when: float) -> None:
-    """Date the last use. It only decides the order of eviction, so a refusal is not an error."""
+    """Set the date of the last use. It only decides the order of eviction, so a failure is ignored."""
     with contextlib.suppress(OSError):
         os.utime(path, (when, when))
 
 
 def last_use(path: Path) -> float:
-    """Return the date of the last use; 0 for a file that is not here."""
+    """Return the date of the last use; 0 for a file that does not exist."""
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
     return 0.0

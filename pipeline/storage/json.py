@@ -1,4 +1,4 @@
-"""JSON that is read strictly and written in one way: the same value, the same bytes, the same id.
+"""Strict reading and canonical writing of JSON: the same value gives the same bytes and the same id.
 
 An id is the SHA-256 of canonical JSON, the one text that a value has. A `Record` is what plans and manifests are made of.
 """
@@ -26,7 +26,7 @@ View = Annotated[int, Field(ge=0, le=2**31)]
 
 
 class Record(BaseModel):
-    """A frozen value that JSON holds; an unknown field or another type is an error."""
+    """A frozen value that is stored as JSON; an unknown field or another type is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -38,7 +38,7 @@ def pretty_json(value: Any) -> bytes:
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return the one JSON text of `value`: keys sorted, no spaces, UTF-8, no NaN."""
+    """Return the canonical JSON text of `value`: keys sorted, no spaces, UTF-8, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
     """Read JSON strictly: UTF-8, no duplicate keys, no NaN, bounded size and depth.
 
     Raises:
-        StorageError: the file is missing, too large, or not such JSON.
+        StorageError: the file is missing, too large, or not JSON of this kind.
     """
     return load_json(read_small(path, max_bytes=MAX_JSON_BYTES), path)
 
@@ -69,10 +69,10 @@ def read_small(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
 
 
 def load_json(data: bytes, name: object) -> Any:
-    """Parse JSON as strictly as `read_json` does; `name` is for the error.
+    """Parse JSON as strictly as `read_json` does; `name` is the name of the file in errors.
 
     Raises:
-        StorageError: it is not such JSON.
+        StorageError: the bytes are not JSON of this kind.
     """
     try:
         return parse_json(data)
@@ -82,7 +82,7 @@ def load_json(data: bytes, name: object) -> Any:
 
 def parse_json(data: bytes) -> Any:
     """Parse JSON strictly; raises ValueError (or RecursionError) with the reason."""
-    # Each value but the outermost stands behind one of these. Texts hold some too, but no plan or manifest so many.
+    # Every value except the outermost follows one of these characters. Texts contain some too, but few in plans and manifests.
     if (count := sum(map(data.count, (b"[", b"{", b",")))) > MAX_JSON_VALUES:
         raise ValueError(f"it has up to {count} values, at most {MAX_JSON_VALUES} are read")
     value = json.loads(
@@ -94,7 +94,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def is_version(values: Any, name: str, version: int) -> bool:
-    """Return whether a JSON object says that it is of this format and version; `true` and `1.0` do not count as version 1."""
+    """Return True if a JSON object states this format and version; `true` and `1.0` do not count as version 1."""
     return (
         isinstance(values, dict)
         and values.get("format") == name
@@ -104,7 +104,7 @@ def is_version(values: Any, name: str, version: int) -> bool:
 
 
 def other_version(values: Any, name: str, version: int) -> tuple[str, str | None]:
-    """Return of which format and version a JSON object is instead, and what to do where it is a later one of ours."""
+    """Return a JSON object's actual format and version, and the fix if it is a later version of our format."""
     if not isinstance(values, dict):
         return f"says {type(values).__name__}; this version reads {(name, version)}", None
     found = values.get("version")

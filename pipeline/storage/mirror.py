@@ -1,8 +1,8 @@
-"""A local folder that is kept in step with one behind a URL: downloaded before the work begins, uploaded while it goes on.
+"""Mirrors: a local folder synchronised with a URL, downloaded before the work begins and uploaded during the work.
 
-What is behind the URL is the truth: a file that changed there replaces ours, one that was deleted there is deleted here.
-What changed only here (a run was killed before it was sent) stays, and is sent. Whether something changed is told by
-tokens that a store or a file system changes with the content, never by comparing dates or clocks.
+The files behind the URL decide: one that changed there replaces ours, one that was deleted there is deleted here.
+Files that changed only here (a run was killed before sending them) stay, and are sent. Changes are detected by
+tokens that the store or file system changes with the content, never by comparing dates or clocks.
 """
 
 import contextlib
@@ -27,37 +27,37 @@ from pipeline.storage.urls import join_url, local_path
 
 log = logging.getLogger("deit_cli.mirror")
 
-SEND_S = 10.0  # between looks at what changed here
+SEND_S = 10.0  # time between checks for local changes
 
-COPIED_BYTES = 16 << 20  # a smaller file may be one that grows, and is copied before it is sent
-_REPLACED = frozenset({"README.md"})  # lists no other file, and may be written anew
+COPIED_BYTES = 16 << 20  # smaller files may still grow, and are copied before they are sent
+_REPLACED = frozenset({"README.md"})  # does not list other files, and may be replaced
 
 Adopt = Callable[[Path, Path], None]
-Book = dict[str, list[Any]]  # of each file the token there and the state here, when both were last the same
+Book = dict[str, list[Any]]  # file name -> remote token and local state when both were last the same
 
 
 class ChangedElsewhere(UsageError):
-    """Another machine wrote to a URL that only one may write to."""
+    """Error: another machine wrote to a URL that only one machine may write to."""
 
 
 class Mirror(ABC):
-    """One folder, and its copy behind a URL.
+    """A local folder and its copy behind a URL.
 
     Attributes:
         url: URL of the copy.
-        folder: the folder that this machine works in.
+        folder: local folder that this machine works in.
     """
 
     def __init__(self, url: str, folder: Path, *, last: str) -> None:
-        """Make a mirror that does nothing yet.
+        """Create a mirror without transferring anything.
 
         Args:
             url: URL of a folder in a bucket.
-            folder: the local folder, which belongs to this mirror.
-            last: name of the file that lists the others, and so is sent after them.
+            folder: local folder, used by this mirror only.
+            last: name of the file that lists the others and is therefore sent last.
 
         Raises:
-            UsageError: nothing can be written to the URL.
+            UsageError: the URL is not writable.
         """
         if not store_of(url).takes_files:
             raise UsageError(
@@ -72,18 +72,18 @@ class Mirror(ABC):
 
     @classmethod
     def of(cls, location: str, folder: Path, **how: Any) -> Self | None:
-        """Return the mirror of a folder that stands for a URL; None where the location is a local folder."""
+        """Return the mirror of a URL, with `folder` as its local folder; None if the location is a local folder."""
         return None if local_path(location) is not None else cls(location, folder, **how)
 
     def bring(self) -> None:
-        """Download what is new behind the URL; files that changed only here stay."""
+        """Download new and changed files from the URL; files that changed only here stay."""
         with refusals_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
             known, there = self._read_book(), remote.list_tree(self.url)
-            for name in sorted(known.keys() - there.keys()):  # deleted there
+            for name in sorted(known.keys() - there.keys()):  # deleted behind the URL
                 (self.folder / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # the folder has other files
+                with contextlib.suppress(OSError):  # the folder may have other files
                     os.removedirs((self.folder / name).parent)
                 del known[name]
             for name, token in there.items():
@@ -96,14 +96,14 @@ class Mirror(ABC):
 
     @abstractmethod
     def _bring_last(self, known: Book, token: str) -> None:
-        """Do what is needed for the file that lists the others, if it is behind the URL; `token` is its present token."""
+        """Update the file that lists the others, if it is behind the URL; `token` is its current token."""
 
     def send(self) -> None:
-        """Send what changed here.
+        """Upload the files that changed here.
 
         Raises:
-            ChangedElsewhere: another machine wrote to the URL where only one may.
-            StorageError: it cannot be sent.
+            ChangedElsewhere: another machine wrote to a URL that only one machine may write to.
+            StorageError: a file cannot be sent.
         """
         self._send_some(self._is_sent)
 
@@ -118,7 +118,7 @@ class Mirror(ABC):
 
     @contextlib.contextmanager
     def sending(self) -> Iterator[None]:
-        """Send what changes for as long as the block runs, and at its end, however it ends."""
+        """Upload changed files while the block runs, and once more when it ends, even with an error."""
         thread = threading.Thread(target=self._keep_sending, daemon=True, name="mirror")
         thread.start()
         try:
@@ -126,7 +126,7 @@ class Mirror(ABC):
         except BaseException as error:
             self._end(thread)
             if not isinstance(error, ChangedElsewhere):
-                with contextlib.suppress(DeitCliError):  # the user should read the error that stopped the work
+                with contextlib.suppress(DeitCliError):  # report the error that stopped the work, not this one
                     self.send()
             raise
         self._end(thread)
@@ -134,13 +134,13 @@ class Mirror(ABC):
         self.send()
 
     def check(self) -> None:
-        """Raise what made it stop sending: another machine that writes to the same URL."""
+        """Raise the error that stopped the uploads: another machine writes to the same URL."""
         if self._lost is not None:
             raise self._lost
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thread of one process of this machine at a time."""
+        """Lock the mirror: the block runs in one thread of one process of this machine at a time."""
         with self._lock, locked(self.folder.with_name(self.folder.name + ".lock")):
             yield
 
@@ -168,7 +168,7 @@ class Mirror(ABC):
         return _state(path) or []
 
     def _send_one(self, name: str, token: str | None) -> list[Any]:
-        """Send one file as it is now; return its token there and its state here."""
+        """Upload the current content of one file; return its remote token and its local state."""
         url, path = join_url(self.url, name), self.folder / name
         state = _state(path)
         with self._held(path) as held:
@@ -178,27 +178,27 @@ class Mirror(ABC):
         return [remote.token_of(url), state]
 
     def _is_sent(self, name: str) -> bool:
-        """Return whether a file of the folder goes to the URL as soon as it changed."""
+        """Return True if a file of the folder is uploaded as soon as it has changed."""
         return True
 
     @abstractmethod
     def _send_held(self, name: str, held: Path, url: str, token: str | None) -> bool:
-        """Send a copy of one file; return False where another machine was first, whose file is the one.
+        """Upload a copy of one file; return False if another machine was first, whose file then counts.
 
         Args:
             name: name of the file in the folder.
-            held: the copy.
+            held: path of the copy.
             url: URL of the file.
-            token: token of the content that is known to be there; None: nothing is.
+            token: token of the known content behind the URL; None if the file is not there.
         """
 
     def _take_other(self, name: str) -> None:
-        """Replace a file by that of another machine, which was first."""
-        raise NotImplementedError  # a mirror of one writer is never second
+        """Replace a local file by the one that another machine uploaded first."""
+        raise NotImplementedError  # with one writer, this cannot happen
 
     @contextlib.contextmanager
     def _held(self, path: Path) -> Iterator[Path]:
-        """Keep a file as it is while it is sent: it may grow meanwhile, or a new one take its name."""
+        """Give an unchanging copy of a file for the upload, since the file may grow or be replaced meanwhile."""
         held = self.folder.with_name(f"{self.folder.name}.sending")
         with refusals_named(path):
             held.unlink(missing_ok=True)
@@ -228,15 +228,15 @@ class Mirror(ABC):
 
 
 class OneWriterMirror(Mirror):
-    """A mirror whose URL one machine writes to at a time: what changed here replaces what is there."""
+    """A mirror whose URL one machine writes to at a time: files that changed here replace the remote files."""
 
     def __init__(self, url: str, folder: Path, *, last: str, leave: frozenset[str] = frozenset()) -> None:
-        """Make a mirror as `Mirror` does; `leave` names the files that stay here."""
+        """Create a mirror as `Mirror` does; `leave` names files that are not uploaded."""
         super().__init__(url, folder, last=last)
         self._leave = leave
 
     def _bring_last(self, known: Book, token: str) -> None:
-        """It was brought as the other files were: what changed only here stays."""
+        """Do nothing: the file was downloaded like the others, and local changes stay."""
 
     def _is_sent(self, name: str) -> bool:
         return name not in self._leave
@@ -253,34 +253,34 @@ class OneWriterMirror(Mirror):
 class ManyWritersMirror(Mirror):
     """A mirror whose URL several machines write to at a time.
 
-    Every file is created, never replaced; where another machine was first, its file replaces ours. The file that lists the
-    others is sent by `commit` alone, and only if it is still the one that was brought here.
+    Every file is created, never replaced; if another machine was first, its file replaces ours. Only `commit` sends the file
+    that lists the others, and only if the remote one has not changed since it was downloaded.
     """
 
     def __init__(self, url: str, folder: Path, *, last: str, adopt: Adopt = lambda ours, other: None) -> None:
-        """Make a mirror as `Mirror` does.
+        """Create a mirror as `Mirror` does.
 
         Args:
             url: URL of a folder in a bucket.
-            folder: the local folder, which belongs to this mirror.
+            folder: local folder, used by this mirror only.
             last: name of the file that lists the others.
-            adopt: is called with our file and another machine's before that replaces ours; may raise.
+            adopt: function called with our file and another machine's before the latter replaces ours; it may raise.
         """
         super().__init__(url, folder, last=last)
         self._adopt = adopt
         self._brought: bytes | None = None
 
     def commit(self) -> None:
-        """Send what changed here, and last the file that lists the others.
+        """Upload the files that changed here, and last the file that lists the others.
 
         Raises:
             ChangedElsewhere: another machine has committed since the last `bring`.
-            StorageError: it cannot be sent.
+            StorageError: a file cannot be sent.
         """
         self._send_some(lambda name: True)
 
     def _bring_last(self, known: Book, token: str) -> None:
-        """Replace our file, even if it changed only here: this machine makes a new one before it commits."""
+        """Replace our file even if it changed only here: this machine writes a new one before it commits."""
         known[self._last] = [token, self._fetch(self._last)]
         self._brought = (self.folder / self._last).read_bytes()
         self._write_book(known)
@@ -295,7 +295,7 @@ class ManyWritersMirror(Mirror):
         return put_file(held, url, replace=name in _REPLACED)
 
     def _swap_last(self, url: str, new: bytes) -> None:
-        """Replace the file that lists the others, unless another machine has done so since it was brought here."""
+        """Replace the remote file that lists the others, unless another machine has done so since it was downloaded."""
 
         def change(old: bytes | None) -> bytes:
             if old not in (self._brought, new):
@@ -318,7 +318,7 @@ class ManyWritersMirror(Mirror):
 
 
 def _state(path: Path) -> list[int] | None:
-    """Return what changes whenever the file does: every replacement is another inode."""
+    """Return values that change whenever the file does; a replaced file has another inode."""
     with contextlib.suppress(FileNotFoundError):
         found = path.stat()
         return [found.st_ino, found.st_size, found.st_mtime_ns]

@@ -1,6 +1,6 @@
-"""Places and their files: a folder of this machine, or one behind a URL, and how each of its files is read and written.
+"""Places and their files: a local folder or one behind a URL, and how its files are read and written.
 
-A `LocalFile` and a `RemoteFile` have the same methods, so outside this package nobody asks which of the two a `File` is: a
+A `LocalFile` and a `RemoteFile` have the same methods, so code outside this package need not know which one a `File` is: a
 reader opens it with `use`, and a writer stores it whole, create-only, checked against its promise; only `update` changes what
 is there. What differs for users shows in `path`, which is None behind a URL.
 """
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file behind a URL, the cache that it is read through, and what is promised of its content. As text it is its URL."""
+    """A file behind a URL, the cache for reading it, and the promise of its content. As text it is its URL."""
 
     path = None
     url: str
@@ -51,12 +51,12 @@ class RemoteFile:
 
     @property
     def stem(self) -> str:
-        """Its name without the extension."""
+        """Return the name without the extension."""
         return os.path.splitext(url_name(self.url))[0]
 
     @property
     def suffix(self) -> str:
-        """Its extension, with the dot."""
+        """Return the extension, with the dot."""
         return os.path.splitext(url_name(self.url))[1]
 
     def beside(self, name: str) -> "RemoteFile":
@@ -65,14 +65,14 @@ class RemoteFile:
 
     @property
     def to_download(self) -> tuple["RemoteFile", ...]:
-        """What is downloaded when the file is used: the file itself."""
+        """Return the files to download when this one is used: the file itself."""
         return (self,)
 
     def read(self, *, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
-        """Return a small file as it is now, never from a cache; None where there is none.
+        """Return the current bytes of a small file, never from a cache; None if it does not exist.
 
         Raises:
-            StorageError: it has more than `max_bytes`, or cannot be read.
+            StorageError: the file has more than `max_bytes`, or cannot be read.
         """
         try:
             return read_url(self.url, max_bytes=max_bytes)
@@ -84,19 +84,19 @@ class RemoteFile:
         return self.cache.use(self.url, self.promise, use)
 
     def use_ranges(self, use: Callable[[Any], Result]) -> Result:
-        """Return `use(file)` of the open file, of which only the ranges that are asked for are received.
+        """Return `use(file)` of the open file; only the ranges that `use` reads are received.
 
         Raises:
-            StorageError: it cannot be read, or its server gives no ranges.
+            StorageError: the file cannot be read, or its server does not support ranges.
         """
         return read_ranges(self.url, use)
 
     def discard(self) -> None:
-        """Forget the local copy, which has turned out to be damaged."""
+        """Delete the local copy because it is damaged."""
         self.cache.discard(self.url, self.promise)
 
     def copy_to(self, out: BinaryIO) -> Received:
-        """Write the whole file, as it is now, to an open one from its start; return length and hash of what came."""
+        """Write the current content to an open file from its start; return length and hash of the received bytes."""
 
         def attempt() -> Received:
             out.seek(0)
@@ -106,36 +106,36 @@ class RemoteFile:
         return retried(self.url, attempt)
 
     def holds(self, copy: Path | None = None) -> bool | None:
-        """Return whether the promised content is there, None for no file; `copy` is a local file of that content.
+        """Return True if the file has the promised content, None if it does not exist; `copy` is a local file of that content.
 
-        Length and the store's own checksum are compared, or the SHA-256 of what it gives.
+        Length and the store's own checksum are compared, or the SHA-256 of the bytes read back.
         """
         assert copy is not None
         return uploads.holds(self.url, copy, self.promise)
 
     def store(self, path: Path) -> bool:
-        """Upload a local file, create-only; return False if another content has the name. Damaged files are refused."""
+        """Upload a local file, create-only; return False if the name has other content. Damaged files are refused."""
         return uploads.put_file(path, self.url, sha256=self.promise.sha256)
 
     def fetch(self, path: Path, stop: threading.Event) -> bool:
-        """Download the file to a path, create-only; return False if another file has that name. A cut download goes on."""
+        """Download the file to a path, create-only; return False if the path exists. An interrupted download is continued."""
         return download(self.url, path, self.promise, stop=stop)
 
     def put(self, data: bytes, *, replace: bool = False) -> bool:
-        """Store a small file; return False if another content has the name."""
+        """Store a small file; return False if the name has other content."""
         return uploads.put_bytes(data, self.url, replace=replace)
 
     def update(self, change: Callable[[bytes | None], bytes]) -> bytes:
-        """Replace a small file by `change(old)` on the condition that it is still the old one; return what is there then.
+        """Replace a small file by `change(old)` if it is still unchanged; return its new content.
 
-        Where another writer was quicker, its file is changed, so that no change is lost.
+        If another writer was faster, `change` is applied to its file, so that no change is lost.
         """
         return uploads.update_url(self.url, change, max_bytes=MAX_JSON_BYTES)
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file of this machine, and what is promised of its content; see `RemoteFile`."""
+    """A local file and the promise of its content; see `RemoteFile`."""
 
     path: Path
     promise: Promise = NO_PROMISE
@@ -145,12 +145,12 @@ class LocalFile:
 
     @property
     def stem(self) -> str:
-        """Its name without the extension."""
+        """Return the name without the extension."""
         return self.path.stem
 
     @property
     def suffix(self) -> str:
-        """Its extension, with the dot."""
+        """Return the extension, with the dot."""
         return self.path.suffix
 
     def beside(self, name: str) -> "LocalFile":
@@ -159,11 +159,11 @@ class LocalFile:
 
     @property
     def to_download(self) -> tuple[RemoteFile, ...]:
-        """Nothing."""
+        """Return (): a local file needs no download."""
         return ()
 
     def read(self, *, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
-        """Return a small file as it is now, or None."""
+        """Return the bytes of a small file, or None if it does not exist."""
         return read_small(self.path, max_bytes=max_bytes) if os.path.isfile(self.path) else None
 
     def use(self, use: Callable[[Path], Result]) -> Result:
@@ -171,21 +171,21 @@ class LocalFile:
         return use(self.path)
 
     def discard(self) -> None:
-        """There is no copy of a local file."""
+        """Do nothing: a local file has no copy."""
 
     def copy_to(self, out: BinaryIO) -> Received:
-        """Copy the file to an open one."""
+        """Copy the content to an open file; return length and hash."""
         return _copy(self.path, out, threading.Event())
 
     def holds(self, copy: Path | None = None) -> bool | None:
-        """Compare length and SHA-256 with the promised ones; None for no file."""
+        """Return True if length and SHA-256 are the promised ones; None if the file does not exist."""
         with refusals_named(self.path):
             if not self.path.is_file():
                 return None
             return self.path.stat().st_size == self.promise.bytes and sha256_file(self.path) == self.promise.sha256
 
     def store(self, path: Path) -> bool:
-        """Copy a local file to here, create-only."""
+        """Copy a local file to this one, create-only."""
         return _publish_copy(path, self.path, self.promise, threading.Event()) or bool(self.holds())
 
     def fetch(self, path: Path, stop: threading.Event) -> bool:
@@ -215,12 +215,12 @@ File = LocalFile | RemoteFile
 
 @dataclass(frozen=True)
 class Place:
-    """A folder, here or behind a URL. As text it is the path or URL that was opened.
+    """A local folder or one behind a URL. As text it is the path or URL that was opened.
 
     Attributes:
-        path: its path on this machine; None behind a URL.
-        url: its URL; None on this machine.
-        cache: through which files behind the URL are read.
+        path: path of a local folder; None for a URL.
+        url: URL of the folder; None for a local folder.
+        cache: cache for reading files behind the URL.
     """
 
     path: Path | None
@@ -234,7 +234,7 @@ class Place:
         return self.file(name)
 
     def file(self, name: object, promise: Promise = NO_PROMISE) -> File:
-        """Return the file of this name below the folder, whether it is there or not."""
+        """Return the file of this name below the folder; it need not exist."""
         if self.path is not None:
             return LocalFile(self.path / str(name), promise)
         assert self.url is not None
@@ -242,25 +242,25 @@ class Place:
         return RemoteFile(join_url(self.url, str(name)), self.cache, promise)
 
     def refuse_unwritable(self) -> None:
-        """Raise StorageError for a web server; a folder says so when it is written to."""
+        """Raise StorageError for a web server; an unwritable local folder raises when it is written to."""
         if self.url is not None:
             uploads.refuse_unwritable(self.url)
 
     @property
     def takes_one_at_a_time(self) -> bool:
-        """Whether each file that is written must wait for the one before."""
+        """Return True if the store takes one file at a time."""
         return self.url is not None and store_of(self.url).commits
 
 
 def open_place(location: str | os.PathLike[str], cache: Cache | None = None) -> Place:
-    """Return the place that a path or URL names; nothing is looked at yet.
+    """Return the place that a path or URL names, without accessing it.
 
     Args:
-        location: a path or URL of a folder.
-        cache: through which files behind a URL are read; None: the default one.
+        location: path or URL of a folder.
+        cache: cache for reading files behind a URL; None: the default cache.
 
     Raises:
-        StorageError: the URL leads to no store that we know.
+        StorageError: the URL's scheme is not supported.
     """
     if (path := local_path(location)) is not None:
         return Place(path)
@@ -270,7 +270,7 @@ def open_place(location: str | os.PathLike[str], cache: Cache | None = None) -> 
 
 
 def open_file(location: str | os.PathLike[str], cache: Cache | None = None) -> File:
-    """Return the file that a path or URL names, as `open_place` does a folder."""
+    """Return the file that a path or URL names, as `open_place` does for a folder."""
     if (path := local_path(location)) is not None:
         return LocalFile(path)
     url = os.fspath(location)

@@ -1,4 +1,4 @@
-"""Remote files brought into the cache before their first use, in the background."""
+"""Background downloads of remote files into the cache before their first use."""
 
 import contextlib
 import logging
@@ -19,29 +19,29 @@ AHEAD_THREADS = 4
 
 
 class Prefetch:
-    """Downloads files in the order of their first use, in threads of its own, until it is closed or there are no more.
+    """A background download of files in the order of their first use, until it is closed or all are done.
 
-    The disk shows how far ahead it is, so that no reader has to report how far it has come: a file that was downloaded ahead
-    is dated into the future, and its first use dates it back. Prefetching stops while more than AHEAD_FILES, or half of the
-    cache, are so dated. It never fails: the reader who opens a file downloads what is missing, or says what is wrong. Several
-    of them (one for each rank) share the work, because each leaves alone what another is downloading.
+    The dates of the files show how far ahead it is, so readers need not report their progress: a file downloaded ahead
+    is dated into the future, and its first use resets the date. Prefetching pauses while more than AHEAD_FILES, or half of the
+    cache, have such a date. It never raises: the reader of a file downloads it if it is missing, and reports errors. Several
+    prefetches (one for each rank) share the work, because each skips files that another is downloading.
     """
 
     def __init__(self, files: Iterable[RemoteFile]) -> None:
         self._files, self._turn, self._stop = iter(files), threading.Lock(), threading.Event()
-        self._ahead: dict[Path, int] = {}  # and the bytes of each
+        self._ahead: dict[Path, int] = {}  # path -> bytes
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(AHEAD_THREADS)]
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
-        """Stop; a download that does not stall ends within a second."""
+        """Stop prefetching; a download that does not stall ends within a second."""
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=2)
 
     def wait(self) -> None:
-        """Wait until it is closed or every file was seen to."""
+        """Wait until it is closed or every file has been handled."""
         for thread in self._threads:
             thread.join()
 
@@ -59,7 +59,7 @@ class Prefetch:
                 log.debug("not fetched ahead: %s", error)
 
     def _next(self) -> RemoteFile | None:
-        """Return the next file as soon as there may be one more, or None at the end."""
+        """Wait until another file may be downloaded, and return it; None at the end."""
         with self._turn:
             file = None if self._stop.is_set() else next(self._files, None)
             while file is not None and self._is_far_ahead(file.cache):

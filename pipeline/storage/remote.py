@@ -1,14 +1,14 @@
-"""Remote files through fsspec: receive one, read a small one, list a folder; what may pass is tried again.
+"""Reading of remote files through fsspec: receive, read and list; temporary failures are retried.
 
 Writing is in `uploads`.
 
-Libraries disagree about failures: fsspec does not try again after a 503, and a body that is cut without Content-Length
-passes for a whole one. Here every answer is measured against what was announced, every wait has a limit, and an error
-names the address, what was expected and what came.
+Libraries handle failures differently: fsspec does not retry after a 503, and a truncated body without Content-Length
+passes as complete. Here every answer is compared with the announced length, every wait has a limit, and an error
+names the address, the expected value and the received one.
 
-`download` brings a file to stay. What has come of it stands beside it as `.part-HASH`, named by the promised content, and is
-locked while a process works on it. A later run asks for the rest only. Whether the first part was right shows in the hash of
-the whole; where that is wrong the file is fetched once more from its start.
+`download` creates a local file. Its partial content is beside it as `.part-HASH`, named after the promised content, and is
+locked while a process works on it. A later run requests only the rest. The hash of the whole file shows if the first part
+was right; if the hash is wrong, the file is fetched once more from its start.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ from pipeline.storage.stores import Interrupted, store_of
 log = logging.getLogger("deit_cli.remote")
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-DEADLINE_S = 900.0  # after which nothing is begun again
-RANGE_BYTES = 1 << 20  # where only the end of a file is wanted
+DEADLINE_S = 900.0  # no retry is started after this time
+RANGE_BYTES = 1 << 20  # size of a request if only the end of a file is needed
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What is promised of the content of a file; None where nothing is.
+    """The promised length and hash of a file; None where nothing is promised.
 
     Attributes:
         bytes: length of the file.
@@ -54,7 +54,7 @@ NO_PROMISE = Promise()
 
 @dataclass(frozen=True)
 class Received:
-    """What came: its length and SHA-256."""
+    """The length and SHA-256 of received bytes."""
 
     bytes: int
     sha256: str
@@ -69,23 +69,23 @@ def receive(
     begin: Callable[[int | None], None] = lambda announced: None,
     check: Callable[[int], None] = lambda received: None,
 ) -> Received:
-    """Write a remote file to a local one, once, and measure it against what is known of its length.
+    """Write a remote file to a local one in one attempt, check its length, and return length and hash.
 
     Args:
         url: URL of the file.
-        file: is written to from its start.
-        size: promised bytes, or None.
-        start: bytes of it that are in `file` already, which can then be read too; only the rest is asked for. Whether they
-            were right shows in the hash. If a server sends the whole file anyway, all of it is received.
-        begin: is called before the first byte with the announced length, None where there is none.
-        check: is called before every block with the bytes that will have come; it may raise.
+        file: local file, written from its start.
+        size: promised number of bytes, or None.
+        start: number of bytes already in `file`, which must then be readable; only the rest is requested. The hash shows
+            if these bytes were right. If a server sends the whole file anyway, all of it is received.
+        begin: function called before the first byte with the announced length, or None without one.
+        check: function called before every block with the number of bytes including the block; it may raise.
 
     Raises:
-        Interrupted: the transfer failed, and may succeed if it is tried again.
-        RemoteFileMissing: there is no such file.
-        RemoteFileRefused: there is no access to it.
-        RemoteFileCorrupt: its length is not the promised one.
-        StorageError: it is refused for good.
+        Interrupted: the transfer failed, and a retry may succeed.
+        RemoteFileMissing: the file does not exist.
+        RemoteFileRefused: access was denied.
+        RemoteFileCorrupt: the length is not the promised one.
+        StorageError: the server refused the transfer permanently.
     """
     sink = _Sink(url, file, size, start, begin, check)
     store = store_of(url)
@@ -93,7 +93,7 @@ def receive(
         store.receive(url, sink)
     except Exception as error:
         raise sink.error or store.named(url, error) from error
-    sink.begin()  # an empty file has no first byte
+    sink.begin()  # also for an empty file, which sends no block
     if sink.announced not in (None, sink.received) or (sink.announced is None and sink.received < (size or 0)):
         expected = size if sink.announced is None else sink.announced
         raise Interrupted(f"the answer ended after {sink.received} of {expected} bytes")
@@ -102,10 +102,10 @@ def receive(
 
 
 def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float], Any] = time.sleep) -> Result:
-    """Return what `attempt` returns; where it is interrupted, try again after longer and longer pauses.
+    """Return what `attempt` returns; if it is interrupted, try again after increasing pauses.
 
     Raises:
-        StorageError: it was interrupted every time.
+        StorageError: every attempt was interrupted.
     """
     began, tries = time.monotonic(), 0
     for delay in (*RETRY_DELAYS_S, None):
@@ -127,7 +127,7 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
 
 
 def receive_file(url: str, path: Path) -> None:
-    """Swap a local file for a remote one, as a whole; see `receive` for what it may raise."""
+    """Replace a local file by a remote one atomically; it raises the errors of `receive`."""
 
     def write(file: BinaryIO) -> None:
         retried(url, lambda: begin_anew(file))
@@ -141,11 +141,11 @@ def receive_file(url: str, path: Path) -> None:
 
 
 def read_url(url: str, *, max_bytes: int) -> bytes:
-    """Return a small remote file as it is now: plans, manifests, class names.
+    """Return the current bytes of a small remote file: a plan, manifest or list of class names.
 
     Raises:
-        RemoteFileMissing: there is no such file.
-        StorageError: it is too large, or could not be read.
+        RemoteFileMissing: the file does not exist.
+        StorageError: the file is too large, or could not be read.
     """
 
     def check(received: int) -> None:
@@ -161,11 +161,11 @@ def read_url(url: str, *, max_bytes: int) -> bytes:
 
 
 def read_ranges(url: str, use: Callable[[Any], Result]) -> Result:
-    """Return `use(file)` of an open remote file of which only the ranges that are asked for are received.
+    """Return `use(file)` of an open remote file; only the ranges that `use` reads are received.
 
     Raises:
-        RemoteFileMissing: there is no such file.
-        StorageError: it could not be read, or its server gives no ranges.
+        RemoteFileMissing: the file does not exist.
+        StorageError: the file could not be read, or its server does not support ranges.
     """
 
     def attempt() -> Result:
@@ -180,8 +180,8 @@ def list_url(url: str) -> list[str]:
     """Return the names of the files directly in a remote folder, sorted.
 
     Raises:
-        RemoteFileMissing: there is no such folder.
-        StorageError: web servers have no such list.
+        RemoteFileMissing: the folder does not exist.
+        StorageError: the URL is on a web server, which cannot list folders.
     """
     store = store_of(url)
     if not store.lists_files:
@@ -197,9 +197,9 @@ def list_url(url: str) -> list[str]:
 
 
 def list_tree(url: str) -> dict[str, str]:
-    """Return every file below a folder of a bucket, by its path in it, with a token that changes with its content.
+    """Return each file below a folder of a bucket: relative path -> token that changes with the content.
 
-    Never from a list that was asked for earlier. A folder that is not there has no files.
+    The list is never cached. A folder that does not exist has no files.
     """
     store = store_of(url)
 
@@ -217,7 +217,7 @@ def list_tree(url: str) -> dict[str, str]:
 
 
 def _asked(url: str, ask: Callable[[], Result]) -> Result:
-    """Return what a store answers; its errors are named, and those that may pass tried again."""
+    """Return what a store answers; its errors become ours, and temporary ones are retried."""
 
     def attempt() -> Result:
         try:
@@ -229,27 +229,27 @@ def _asked(url: str, ask: Callable[[], Result]) -> Result:
 
 
 def info_of(url: str) -> dict[str, Any] | None:
-    """Return what the store says of a file now, never from a list; None where there is none, or a folder."""
+    """Return the store's current information on a file, never cached; None if it does not exist or is a folder."""
     return retried(url, lambda: store_of(url).info(url))
 
 
 def token_of(url: str) -> str | None:
-    """Return the token of one file, see `list_tree`; None where there is none."""
+    """Return the token of one file, see `list_tree`; None if it does not exist."""
     info = info_of(url)
     return None if info is None else store_of(url).token(info)
 
 
 class _Sink:
-    """What fsspec takes for an open file, and what the bytes are measured by on their way.
+    """A file-like object for fsspec that counts and hashes the bytes written to it.
 
-    `error` is what went wrong on this side (a full disk, no room, a wrong length), so that it is not taken for the
-    network's.
+    `error` is a failure on this side (a full disk, no room, a wrong length), so that it is not treated as a network
+    failure.
     """
 
     def __init__(
         self, url: str, file: BinaryIO, size: int | None, start: int, begin: Callable, check: Callable
     ) -> None:
-        from fsspec.callbacks import Callback  # here, so that local files do without it
+        from fsspec.callbacks import Callback  # imported here, so that local files do not need it
 
         self._url, self._file, self._size, self._begin, self._check = url, file, size, begin, check
         self.callback = Callback()
@@ -257,18 +257,18 @@ class _Sink:
         self.received = self.start = start
         self.error: Exception | None = None
         self._begun = False
-        while start:  # `file` stands at its start
+        while start:  # `file` is at its start
             block = file.read(min(start, RANGE_BYTES))
             self.digest.update(block)
             start -= len(block)
 
     @property
     def announced(self) -> int | None:
-        """The length of the whole file, as far as the server announces what it sends."""
+        """Return the length of the whole file if the server announces it, else None."""
         return None if self.callback.size is None else self.start + self.callback.size
 
     def begin(self) -> None:
-        """Before the first byte: a wrong length is refused without receiving it."""
+        """Prepare for the first byte; raise if the announced length is wrong, before receiving the file."""
         if not self._begun:
             self._begun = True
             if self.start and self.callback.size == self._size:
@@ -278,7 +278,7 @@ class _Sink:
             self._begin(self.announced)
 
     def _restart(self) -> None:
-        """This server takes no ranges, and sends the whole file."""
+        """Start again from byte 0, because the server ignores ranges and sends the whole file."""
         self._file.seek(0)
         self._file.truncate()
         self.digest, self.received, self.start = hashlib.sha256(), 0, 0
@@ -308,30 +308,30 @@ class _Sink:
         return self.received
 
     def close(self) -> None:
-        """The caller closes the file, which it has opened."""
+        """Do nothing: the caller closes the file that it opened."""
 
 
 class Stopped(Exception):
-    """A transfer was told to end."""
+    """Error: a transfer was told to stop."""
 
 
 def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | None = None) -> bool:
-    """Bring a remote file here under its final name, create-only.
+    """Download a remote file to its final name, create-only.
 
     Args:
         url: URL of the file.
-        path: its final name.
-        promise: its length and hash.
-        stop: when it is set, the download ends.
+        path: final local name.
+        promise: promised length and hash.
+        stop: event that ends the download when it is set.
 
     Returns:
-        True if the file came, False if another process had given the name meanwhile.
+        True if the file was downloaded, False if another process created `path` meanwhile.
 
     Raises:
-        RemoteFileMissing: there is no such file.
-        RemoteFileCorrupt: it has not the promised length or hash, from its start on too.
-        StorageError: it could not be received or written.
-        Stopped: as told.
+        RemoteFileMissing: the file does not exist.
+        RemoteFileCorrupt: length or hash is not the promised one, even after a download from the start.
+        StorageError: the file could not be received or written.
+        Stopped: `stop` was set.
     """
     assert promise.bytes is not None
     assert promise.sha256 is not None
@@ -339,7 +339,7 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
     make_folder(path.parent)
     partial = path.with_name(f".part-{sha256[:32]}")
     with locked(partial):
-        if path.exists():  # the process that held the lock before has brought it
+        if path.exists():  # the previous holder of the lock has downloaded it
             partial.unlink(missing_ok=True)
             return False
         for trusted in (True, False):
@@ -374,7 +374,7 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
 
 
 def _continue(url: str, partial: Path, size: int, stop: threading.Event) -> Received:
-    """Receive what is missing of a file behind what is here of it."""
+    """Append the missing rest of a file to its partial download; return length and hash of the whole."""
 
     def check(_: int) -> None:
         if stop.is_set():
@@ -389,5 +389,5 @@ def _continue(url: str, partial: Path, size: int, stop: threading.Event) -> Rece
         try:
             return receive(url, file, size=size, start=here, check=check)
         except Interrupted:
-            check(here)  # a process that is ended loses its connections first
+            check(here)  # a process that is being ended loses its connections first
             raise

@@ -1,7 +1,7 @@
-"""The stores that a URL may lead to: what each does in its own way, one object per kind. Everything else is in `remote` and `uploads`.
+"""Supported stores: their differences, one class per kind. The common code is in `remote` and `uploads`.
 
-fsspec knows how each store is spoken to. What it leaves to us differs between them: the condition on which a file is created
-or replaced, the mark of its present content, its checksum, and what its errors mean. A new store is one more class here.
+fsspec implements the protocol of each store. The rest, which differs between stores, is here: conditions for creating
+or replacing a file, the mark of its current content, its checksum, and the meaning of errors. A new store is one more class.
 """
 
 import base64
@@ -19,12 +19,12 @@ from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, 
 from pipeline.storage.atomic import refusals_named, sha256_file
 
 CONNECT_TIMEOUT_S = 20.0
-STALL_TIMEOUT_S = 60.0  # without a single byte
-BLOCK_BYTES = 16 << 20  # of one request to an object store
-PART_BYTES = 16 << 20  # of one request of an upload; a file of up to two goes up in one
+STALL_TIMEOUT_S = 60.0  # without receiving a byte
+BLOCK_BYTES = 16 << 20  # size of one request to an object store
+PART_BYTES = 16 << 20  # size of one request of an upload; a file of up to two parts is sent in one request
 PARTS_AT_ONCE = 4
-_MAY_PASS = frozenset({408, 425, 429})  # of the answers 4xx; 5xx may pass too
-# What S3 answers with 400 or 409 where the transfer failed, or another writer was writing just then.
+_MAY_PASS = frozenset({408, 425, 429})  # temporary 4xx errors; 5xx are temporary, too
+# S3 error codes with status 400 or 409 if the transfer failed or another writer was writing at the same time.
 _MAY_PASS_S3 = frozenset(
     {
         "BadDigest",
@@ -39,31 +39,31 @@ _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "P
 
 
 class Interrupted(Exception):
-    """A transfer failed in a way that may pass: worth another try."""
+    """Error: a transfer failed in a way that may be temporary, so a retry may succeed."""
 
 
 class Sink(Protocol):
-    """Where a store writes what it sends.
+    """A file-like object that a store writes a received file to.
 
     Attributes:
-        start: number of bytes that are there already; the store sends the rest.
-        callback: fsspec's, which is told how many bytes the store announces.
+        start: number of bytes already received; the store sends the rest.
+        callback: fsspec callback, which gets the announced number of bytes.
     """
 
     start: int
     callback: Any
 
     def write(self, data: bytes) -> int:
-        """Take the next bytes."""
+        """Write the next bytes and return their number."""
         ...
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to be stored under a URL: bytes, or a local file.
+    """The content to store under a URL: bytes, or a local file.
 
     Attributes:
-        known_sha256: promised hash of the file, or None; another file is not sent.
+        known_sha256: promised hash of the file, or None; a file with another hash is not sent.
     """
 
     url: str
@@ -72,7 +72,7 @@ class Upload:
 
     @property
     def data(self) -> bytes:
-        """All bytes, read and checked anew each time."""
+        """Return all bytes, read and checked again at each call."""
         if isinstance(self.source, bytes):
             return self.source
         with refusals_named(self.source):
@@ -81,7 +81,7 @@ class Upload:
         return data
 
     def check_parts(self) -> None:
-        """Compare the hash of a file that is too large to be held in memory, before it is sent."""
+        """Check the hash of a file that is too large for memory, before it is sent."""
         assert isinstance(self.source, Path)
         if self.known_sha256 is not None:
             self._check(sha256_file(self.source))
@@ -94,7 +94,7 @@ class Upload:
 
     @cached_property
     def size(self) -> int:
-        """Number of bytes."""
+        """Return the number of bytes."""
         if isinstance(self.source, bytes):
             return len(self.source)
         with refusals_named(self.source):
@@ -102,14 +102,14 @@ class Upload:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256, hex: the promised one where there is one."""
+        """Return the SHA-256, hex: the promised one if there is one."""
         if self.known_sha256 is not None:
             return self.known_sha256
         return hashlib.sha256(self.source).hexdigest() if isinstance(self.source, bytes) else sha256_file(self.source)
 
     @cached_property
     def md5(self) -> str:
-        """MD5, hex, as object stores name what they hold; it finds accidents, not forgers."""
+        """Return the MD5, hex, which object stores use as checksum; it detects accidents, not forgery."""
         if isinstance(self.source, bytes):
             return hashlib.md5(self.source, usedforsecurity=False).hexdigest()
         with refusals_named(self.source), self.source.open("rb") as file:
@@ -117,7 +117,7 @@ class Upload:
 
     @cached_property
     def parts_md5(self) -> str:
-        """S3's name for a file that went up in parts: MD5 over the MD5 of each."""
+        """Return S3's ETag of a file uploaded in parts: the MD5 over the MD5 of each part."""
         assert isinstance(self.source, Path)
         digests = hashlib.md5(usedforsecurity=False)
         with refusals_named(self.source), self.source.open("rb") as file:
@@ -127,18 +127,18 @@ class Upload:
 
     @property
     def goes_in_parts(self) -> bool:
-        """Whether it is a file too large for one request, where the store takes parts."""
+        """Return True if this is a file too large for one request and the store accepts parts."""
         return isinstance(self.source, Path) and self.size >= 2 * PART_BYTES
 
 
 class Store:
-    """A kind of store as fsspec gives it; as it stands, the one in memory that tests use.
+    """A kind of store in fsspec; this base class itself serves fsspec's in-memory store for tests.
 
     Attributes:
-        extra: extra of this package that brings what the store needs.
-        takes_files: whether files can be written to it.
-        lists_files: whether it can list the files of a folder.
-        commits: whether each file that is written is a commit of its own on top of the one before.
+        extra: extra of this package that installs what the store needs.
+        takes_files: True if files can be written to it.
+        lists_files: True if it can list the files of a folder.
+        commits: True if each written file is a commit on top of the previous one.
     """
 
     extra = "http"
@@ -150,7 +150,7 @@ class Store:
         """Return fsspec's file system for a URL and the path in it; credentials and settings are fsspec's own.
 
         Raises:
-            StorageError: a package is not installed.
+            StorageError: a required package is not installed.
         """
         import fsspec  # here, so that local files do without it
 
@@ -163,10 +163,10 @@ class Store:
             ) from error
 
     def _options(self, url: str) -> dict[str, Any]:
-        return {"use_listings_cache": False}  # what a store said a while ago of a folder is nothing to decide by
+        return {"use_listings_cache": False}  # never decide by an old listing of a folder
 
     def receive(self, url: str, sink: Sink) -> None:
-        """Send a file, from `sink.start` on, to a sink; raises what the file system does."""
+        """Write a file from byte `sink.start` on to a sink; it raises the errors of the file system."""
         system, path = self.file_system(url)
         with system.open(path, "rb", block_size=BLOCK_BYTES) as remote:
             size = getattr(remote, "size", None)
@@ -176,11 +176,11 @@ class Store:
                 sink.write(block)
 
     def info(self, url: str) -> dict[str, Any] | None:
-        """Return what the store says of a file now, never from a list; None where there is none, or a folder.
+        """Return the store's current information on a file, never cached; None if it does not exist or is a folder.
 
         Raises:
-            Interrupted: the store did not answer, and may do so if it is asked again.
-            StorageError: it cannot be asked.
+            Interrupted: the store did not answer, and a retry may succeed.
+            StorageError: the store cannot be accessed.
         """
         try:
             info = self._info(*self.file_system(url))
@@ -195,52 +195,52 @@ class Store:
         return system.info(path)
 
     def token(self, entry: dict[str, Any]) -> str:
-        """Return what changes with the content of a file: the store's own mark of it, and its length."""
+        """Return the token of a file, which changes with its content: the store's own mark and the length."""
         marks = ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime")
         mark = next((entry[name] for name in marks if entry.get(name) is not None), "")
-        if isinstance(mark, datetime.datetime):  # so in memory, in lists; asked alone, it is a number
+        if isinstance(mark, datetime.datetime):  # the in-memory store: a datetime in lists, a number for a single file
             mark = mark.timestamp()
         return f"{entry['size']} {mark}"
 
     def version(self, url: str, info: dict[str, Any]) -> str:
-        """Return what the store calls the present version of a file, an empty text where it has no name for it."""
+        """Return the store's name of the current version of a file, an empty text if it has none."""
         return str(info.get("ETag") or "")
 
     def send(self, upload: Upload, *, replace: bool, version: str | None = None) -> None:
-        """Write a file once; raises what the file system does.
+        """Write a file in one attempt; it raises the errors of the file system.
 
         Args:
-            upload: what to write, and where.
-            replace: False: only if the name is free.
-            version: replace this version only; None: any.
+            upload: content and URL.
+            replace: True to replace a file; False to write only if the name is free.
+            version: version that may be replaced; None: any.
         """
         system, path = self.file_system(upload.url)
         self._send(system, path, upload, mode="overwrite" if replace else "create", version=version)
 
     def _send(self, system: Any, path: str, upload: Upload, *, mode: str, version: str | None) -> None:
-        # In one piece: never an open file, which on an error is closed, and thereby stores what it has so far.
+        # In one request, never through an open file: that is closed on an error, which stores the bytes written so far.
         system.pipe_file(path, upload.data, mode=mode)
 
     def same_checksum(self, upload: Upload, info: dict[str, Any]) -> bool | None:
-        """Compare with the store's own checksum; None where it has none that can be made here too."""
+        """Return True if the store's own checksum is the same; None if it has none that can be computed here."""
         tag = str(info.get("ETag", "")).strip('"')
-        # Under some encryptions, and for other sizes of parts, the ETag is something else: then it says nothing.
+        # With some encryptions, and other part sizes, the ETag is not such a checksum, so a difference proves nothing.
         if len(tag) == 32 and tag == upload.md5:
             return True
         return True if upload.goes_in_parts and tag == upload.parts_md5 else None
 
     def named(self, url: str, error: Exception, *, doing: str = "read") -> Exception:
-        """Return the error of ours for what a file system raised: one to stop at, or one that may pass.
+        """Return our error for an exception of a file system: a permanent error, or `Interrupted`.
 
         Args:
             url: URL of the file.
-            error: what was raised.
+            error: exception of the file system.
             doing: `read` or `written`, for the message.
         """
         if isinstance(error, (DeitCliError, Interrupted)):
             return error
         if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception) and not self._code(error):
-            # fsspec's `info` takes every failure for a missing file.
+            # fsspec's `info` reports every failure as a missing file.
             return self.named(url, error.__cause__, doing=doing)
         if (own := self._named_by_code(url, error)) is not None:
             return own
@@ -260,22 +260,22 @@ class Store:
         return Interrupted(self._reason(error))
 
     def is_taken(self, error: BaseException) -> bool:
-        """Return whether a condition did not hold: the name is taken, or the file is of another version."""
+        """Return True if a condition failed: the name is taken, or the file has another version."""
         return isinstance(error, FileExistsError) or self.status(error) == 412
 
     def status(self, error: BaseException | None) -> int | None:
         """Return the HTTP status in an error of aiohttp, gcsfs or huggingface_hub."""
-        found = getattr(error, "status", None)  # of aiohttp, whose `code` warns that it is old
+        found = getattr(error, "status", None)  # aiohttp's `code` gives a deprecation warning
         if found is None:
             found = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
         return _http_status(found)
 
     def _code(self, error: BaseException) -> str:
-        """Return the store's own name of an error, or nothing."""
+        """Return the store's own code of an error, or an empty text."""
         return ""
 
     def _named_by_code(self, url: str, error: Exception) -> Exception | None:
-        """Return the error of ours for one that the store has a name for, or None."""
+        """Return our error for an exception whose code is known, or None."""
         return None
 
     def _reason(self, error: Exception) -> str:
@@ -290,13 +290,13 @@ class Store:
 
 
 class WebStore(Store):
-    """A web server: gives single files to anybody, and takes none."""
+    """A web server: single files can be read, and nothing can be written."""
 
     takes_files = False
     lists_files = False
 
     def _options(self, url: str) -> dict[str, Any]:
-        import aiohttp  # of the extra `http`
+        import aiohttp  # installed by the extra `http`
         from fsspec.config import conf
 
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
@@ -304,16 +304,16 @@ class WebStore(Store):
         return {"client_kwargs": {**settings, "timeout": timeout}}
 
     def receive(self, url: str, sink: Sink) -> None:
-        """Send a file to a sink, as it is: not compressed."""
+        """Write a file to a sink without compression in transit."""
         system, path = self.file_system(url)
-        # Without this a server may compress, and the announced length would be that of something else.
+        # Without this a server may compress, and the announced length would be that of the compressed file.
         headers = {**getattr(system, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={sink.start}-"} if sink.start else {}
         system.get_file(path, sink, callback=sink.callback, chunk_size=1 << 20, headers=headers)
 
 
 class S3Store(Store):
-    """Amazon's S3, and whatever speaks its language."""
+    """Amazon S3 and compatible stores."""
 
     extra = "s3"
 
@@ -329,7 +329,7 @@ class S3Store(Store):
             system.pipe_file(path, upload.data, mode=mode, **condition)
 
     def status(self, error: BaseException | None) -> int | None:
-        """Return the HTTP status in an error of botocore, or in one that s3fs has translated."""
+        """Return the HTTP status in an error of botocore or in its translation by s3fs."""
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             return _http_status(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
@@ -381,7 +381,7 @@ class GoogleStore(Store):
             system.pipe_file(path, upload.data, mode=mode)
 
     def _send_generation(self, system: Any, path: str, upload: Upload, generation: str) -> None:
-        """Replace a file on condition; gcsfs itself can only ask that no such file exists."""
+        """Replace a file if it has this generation; gcsfs itself only has the condition that the file does not exist."""
         bucket, key, _ = system.split_path(path)
         system.call(
             "POST",
@@ -396,13 +396,13 @@ class GoogleStore(Store):
         )
 
     def same_checksum(self, upload: Upload, info: dict[str, Any]) -> bool | None:
-        """Compare with the MD5 that Google keeps; a file that was composed of several has none."""
+        """Return True if Google's MD5 is the same; None for a file composed of several, which has none."""
         stored = info.get("md5Hash")
         return base64.b64decode(stored).hex() == upload.md5 if stored else None
 
 
 class HubStore(Store):
-    """Repositories of the Hugging Face Hub, where each file that is written is a commit."""
+    """Repositories of the Hugging Face Hub, where each written file is a commit."""
 
     extra = "hub"
     commits = True
@@ -416,7 +416,7 @@ class HubStore(Store):
         return self._last_commit(self.file_system(url)[0].resolve_path(url))
 
     def send(self, upload: Upload, *, replace: bool, version: str | None = None) -> None:
-        """Commit a file, on condition that nobody else has committed since it was looked at."""
+        """Commit a file on the condition that there was no other commit since `version`."""
         from huggingface_hub import CommitOperationAdd, HfApi
 
         system, path = self.file_system(upload.url)
@@ -451,10 +451,10 @@ STORES: dict[str, Store] = {
 
 
 def store_of(url: str) -> Store:
-    """Return the store that a URL leads to.
+    """Return the store of a URL.
 
     Raises:
-        StorageError: we do not know its scheme; others may name local files or even commands.
+        StorageError: the scheme is not supported; unknown schemes could name local files or even commands.
     """
     scheme = url.partition("://")[0]
     if scheme not in STORES:

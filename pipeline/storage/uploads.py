@@ -1,8 +1,8 @@
-"""Remote files written through fsspec: whole or not at all, create-only unless a caller asks to replace.
+"""Atomic writing of remote files through fsspec, create-only unless a caller asks to replace.
 
-An object store gives a file its name when the last byte has come, so nothing half-written is ever seen; a new file goes up
-on the condition that its name is free, and a manifest on the condition that it is still the one that was read. When a
-connection fails nobody knows whether the store has the file, so before anything is sent again its own content is looked for.
+An object store gives a file its name once the last byte has arrived, so readers never see a partial file; a new file is sent
+on the condition that its name is free, and a manifest on the condition that the old one has not changed. When a
+connection fails, the store may or may not have the file, so before a retry the code checks if its content is already there.
 """
 
 import os
@@ -13,48 +13,48 @@ from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError
 from pipeline.storage.remote import NO_PROMISE, Promise, info_of, read_url, receive, retried
 from pipeline.storage.stores import Interrupted, Store, Upload, store_of
 
-_SWAPS = 100  # writers that came between, one after the other
+_SWAPS = 100  # maximum number of attempts when other writers are faster
 
 
 def put_file(path: Path, url: str, *, sha256: str | None = None, replace: bool = False) -> bool:
-    """Upload a local file whole.
+    """Upload a complete local file.
 
     Args:
-        path: path of the file; it must not change meanwhile.
-        url: its name there: s3://, gs:// or hf://.
-        sha256: promised hash of the file, or None; another file is not sent.
-        replace: swap what is there, atomically, instead of leaving it.
+        path: path of the file; it must not change during the upload.
+        url: destination: s3://, gs:// or hf://.
+        sha256: promised hash of the file, or None; a file with another hash is not sent.
+        replace: replace an existing file atomically instead of keeping it.
 
     Returns:
-        True if `url` now holds these very bytes, whether this call brought them or found them; False if it holds others,
-        which stay.
+        True if `url` now has these bytes, sent by this call or found there; False if it has others, which
+        stay.
 
     Raises:
-        RemoteFileRefused: there is no access.
-        StorageError: it could not be written, or is not the promised one; what stood under the name before still does.
+        RemoteFileRefused: access was denied.
+        StorageError: the file could not be written, or is not the promised one; an old file under the name is unchanged.
     """
     return _put(Upload(url, path, sha256), replace=replace)
 
 
 def put_bytes(data: bytes, url: str, *, replace: bool = False) -> bool:
-    """Upload bytes whole, as `put_file` does a file."""
+    """Upload bytes, as `put_file` does for a file."""
     return _put(Upload(url, data), replace=replace)
 
 
 def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: int) -> bytes:
-    """Replace a small remote file by `change(old)`, so that no other writer's change is lost; return what it holds then.
+    """Replace a small remote file by `change(old)` without losing other writers' changes; return its new content.
 
-    The store is asked to replace the very version that was read (S3: `If-Match`, Google: generation, Hub: parent commit). As
-    some stores ignore conditions, the file is read again afterwards, and changed once more where the change is not in it.
+    The store is asked to replace only the version that was read (S3: `If-Match`, Google: generation, Hub: parent commit). As
+    some stores ignore conditions, the file is read again afterwards, and changed again if it lacks the change.
 
     Args:
         url: URL of the file.
-        change: is given the old content (None: there is no file) and returns the new. Given what it returned, or what
-            another writer's change made of that, it must return the same bytes.
+        change: function from the old content (None: the file does not exist) to the new content. Applied to its own
+            result, or to that result after another writer's change, it must return its input.
         max_bytes: maximum size of the file.
 
     Raises:
-        StorageError: it could not be written, or other writers were quicker every time.
+        StorageError: the file could not be written, or other writers were faster every time.
     """
     refuse_unwritable(url)
     for _ in range(_SWAPS):
@@ -62,7 +62,7 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
         new = change(old)
         if new == old:
             return new
-        if (version is None) == (old is None):  # else it came or went between the two
+        if (version is None) == (old is None):  # otherwise the file was created or deleted between the two calls
             _swap(Upload(url, new), version)
     raise StorageError(
         f"{url}: others have changed it {_SWAPS} times meanwhile",
@@ -71,28 +71,28 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
 
 
 def holds(url: str, path: Path, promise: Promise = NO_PROMISE) -> bool | None:
-    """Return whether a remote file has the bytes of a local one; None where there is none.
+    """Return True if a remote file has the bytes of a local one, None if it does not exist.
 
-    Length and the store's own checksum decide where they can; otherwise the file is read back and its SHA-256 compared.
+    Length and the store's own checksum are compared if possible; otherwise the file is read back and its SHA-256 compared.
 
     Args:
         url: URL of the remote file.
         path: path of the local file.
-        promise: length and hash that the local one should have; where nothing is promised, those that it has count.
+        promise: promised length and hash of the local file; its actual ones are used where nothing is promised.
     """
     upload = Upload(url, path, promise.sha256)
     return _holds(upload, upload.size if promise.bytes is None else promise.bytes)
 
 
 def remove_url(url: str) -> None:
-    """Delete a remote file, if it is there; raises what the file system does."""
+    """Delete a remote file if it exists; it raises the errors of the file system."""
     system, path = store_of(url).file_system(url)
     if system.exists(path):
         system.rm_file(path)
 
 
 def refuse_unwritable(url: str) -> None:
-    """Raise StorageError for a URL whose store takes no files."""
+    """Raise StorageError for a URL whose store cannot be written to."""
     if not store_of(url).takes_files:
         raise StorageError(f"{url}: a web server takes no files; push to a bucket, or to a folder that it serves")
 
@@ -100,13 +100,13 @@ def refuse_unwritable(url: str) -> None:
 def _put(upload: Upload, *, replace: bool) -> bool:
     refuse_unwritable(upload.url)
     store = store_of(upload.url)
-    _ = upload.size  # raises for a local file that cannot be read, before the store is asked
+    _ = upload.size  # raises for an unreadable local file before the store is accessed
     tries = 0
 
     def attempt() -> bool:
         nonlocal tries
         tries += 1
-        if tries > 1 and _holds(upload):  # the last answer was lost, and only that
+        if tries > 1 and _holds(upload):  # the last upload succeeded, and only its answer was lost
             return True
         try:
             store.send(upload, replace=replace)
@@ -121,7 +121,7 @@ def _put(upload: Upload, *, replace: bool) -> bool:
 
 
 def _swap(upload: Upload, version: str | None) -> bool:
-    """Write content if the file is still of this version (None: absent); return whether it is there now."""
+    """Write content if the file still has this version (None: does not exist); return True if it is there now."""
     store = store_of(upload.url)
 
     def attempt() -> bool:
@@ -146,7 +146,7 @@ def _write_error(store: Store, upload: Upload, error: Exception) -> Exception:
 
 
 def _version(url: str) -> str | None:
-    """Return what the store calls the present version of a file, an empty text where it has no name for it; None where there is no file."""
+    """Return the store's name of the current version of a file, an empty text if it has none; None without a file."""
     info = info_of(url)
     return None if info is None else store_of(url).version(url, info)
 
@@ -159,9 +159,9 @@ def _read(url: str, max_bytes: int) -> bytes | None:
 
 
 def _holds_now(upload: Upload) -> bool:
-    """The store says that the name is taken: by this content?"""
+    """Return True if the name, which the store reports as taken, has this content."""
     found = _holds(upload)
-    if found is None:  # it went between the two, or this store answers late
+    if found is None:  # the file was deleted between the two calls, or this store answers late
         raise Interrupted("the name was taken, and then there was no file")
     return found
 
@@ -186,7 +186,7 @@ def _received_sha256(upload: Upload, size: int) -> str:
 
 
 def _check_arrived(upload: Upload) -> None:
-    """Compare the length, and the checksum where the store gives one, of what was just stored."""
+    """Check the length of a file that was just stored, and its checksum if the store gives one."""
     info = info_of(upload.url)
     if info is None or info.get("size") != upload.size or store_of(upload.url).same_checksum(upload, info) is False:
         found = "no file" if info is None else f"{info.get('size')} bytes"

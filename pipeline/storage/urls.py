@@ -1,4 +1,4 @@
-"""Addresses of remote files, as text: how one is recognised, taken apart and put together, and which local folder stands for one."""
+"""URLs of remote files as text: recognise, split and join them, and find their local working folder."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pipeline.storage.stores import store_of
 
 
 def is_url(text: str) -> bool:
-    """Return whether this is a URL, not a path."""
+    """Return True for a URL, False for a path."""
     return "://" in text
 
 
@@ -33,7 +33,7 @@ def join_url(url: str, name: str) -> str:
 
 
 def parent_url(url: str) -> str:
-    """Return the URL of the folder that a file lies in."""
+    """Return the URL of the folder that contains a file."""
     if not _is_web(url):
         return url.rstrip("/").rpartition("/")[0]
     parts = urlsplit(url)
@@ -41,7 +41,7 @@ def parent_url(url: str) -> str:
 
 
 def _is_web(url: str) -> bool:
-    """Return whether `?` and `#` end the path."""
+    """Return True if `?` and `#` end the path of this URL."""
     return url.startswith(("http://", "https://"))
 
 
@@ -50,12 +50,12 @@ def _path(url: str) -> str:
 
 
 def working_folder(location: str) -> Path:
-    """Return the folder to write in: the location itself, or the local one that stands for a URL.
+    """Return the folder to write in: the location itself, or the local working folder of a URL.
 
     The latter is the same for every process of a user on a machine, and for every start of a command.
 
     Raises:
-        StorageError: the URL leads to no store that we know.
+        StorageError: the URL's scheme is not supported.
     """
     if (path := local_path(location)) is not None:
         return path
@@ -66,5 +66,5 @@ def working_folder(location: str) -> Path:
 
 
 def user_cache() -> Path:
-    """Return the folder in which programs of this user keep what can be fetched again."""
+    """Return the user's cache folder, for files that can be fetched again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()

@@ -1,6 +1,6 @@
-"""YAML as plain values: what `yaml.safe_load` takes, without its traps.
+"""Plain values from YAML as `yaml.safe_load` reads it, but stricter.
 
-A key given twice is refused (YAML's reader keeps the last), aliases are refused (a few lines of them stand for
+A key given twice is refused (YAML's reader keeps the last), aliases are refused (a few lines of aliases can expand to
 gigabytes), `1e-6` is a number as in JSON, and `1:30` is text (YAML 1.1 reads it as ninety).
 """
 
@@ -21,12 +21,12 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
     Args:
         text: the YAML.
-        where: the file, for errors.
+        where: name of the file, for errors.
 
     Raises:
-        UsageError: not YAML, or not plain.
+        UsageError: the text is not YAML, or has other values than plain ones.
     """
-    import yaml  # not above: the command line imports this module, and its help is to be fast
+    import yaml  # imported here: the command line imports this module, and --help must be fast
 
     try:
         return yaml.load(text, Loader=_dialect()[0])
@@ -35,7 +35,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the plain values of a YAML file; UsageError says what is wrong with it."""
+    """Return the plain values of a YAML file; raise UsageError if it is not valid."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -47,7 +47,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def to_yaml(values: dict[str, Any]) -> bytes:
-    """Return plain values as YAML that `parse_yaml` reads back unchanged, one `key: value` a line."""
+    """Return plain values as YAML that `parse_yaml` reads back unchanged, one `key: value` per line."""
     import yaml
 
     return yaml.dump(values, Dumper=_dialect()[1], sort_keys=False, width=10**6).encode()
@@ -62,7 +62,7 @@ def to_flow(value: Any) -> str:
 
 
 def _dialect() -> tuple[Any, Any]:
-    """Return the loader and the dumper; they agree on what a number is, so that text which looks like one is quoted."""
+    """Return the loader and the dumper; both use the same rule for numbers, so text that looks like a number is quoted."""
     import re
 
     import yaml

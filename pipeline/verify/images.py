@@ -1,4 +1,4 @@
-"""Check that images, and the pixels that are rendered from them, fit a label set; every misfit is named."""
+"""Checks of images, and of the pixels rendered from them, against a label set; every difference is reported."""
 
 import copy
 import threading
@@ -24,10 +24,10 @@ OTHER_IMAGES = (
 def check_images(
     report: Report, label_set: LabelSet, config: VerifyConfig, *, threads: int, progress: Progress
 ) -> Source | None:
-    """Compare images and probes, as far as was asked and as can be; return the images, if they are those labelled.
+    """Compare images and probes as requested and possible; return the images if they are the labelled ones.
 
-    Without `config.data`, of a set that has no images of its own, only keys and class labels, and the images of the
-    probes, are compared.
+    If the set has no images of its own and `config.data` is not given, only keys, class labels and the images of the
+    probes are compared.
     """
     own = config.data is None and label_set.has_images
     location = label_set.place if own else config.data or label_set.plan.source.location
@@ -57,9 +57,9 @@ def compare_images(
     progress: Progress = lambda _: None,
     way_out: str = OTHER_DATA,
 ) -> None:
-    """Compare keys, class labels and hashes of all images of a copy with those that were labelled.
+    """Compare keys, class labels and hashes of all images with those of the labelled images; report the differences.
 
-    Several source shards are read at a time; of each only what differs is kept.
+    Several source shards are read at a time; only differences are kept in memory.
     """
     names = [shard.name for shard in source.shards]
     for what, labelled, found in (
@@ -74,7 +74,7 @@ def compare_images(
     report.images = 0
 
     def read(shard: str) -> tuple[Listing, Listing] | DeitCliError:
-        own = local.__dict__.setdefault("label_set", copy.copy(label_set))  # each keeps recent files of its own
+        own = local.__dict__.setdefault("label_set", copy.copy(label_set))  # one cache of recent files per thread
         try:
             labelled = _labelled(own, shard) if shard in label_set.shards else Listing()
             found = _listed(source, shard) if shard in names else Listing()
@@ -104,14 +104,14 @@ def _labelled(label_set: LabelSet, shard: str) -> Listing:
 
 
 def _listed(source: Source, shard: str) -> Listing:
-    """Read every image of a source shard, one after the other, and keep its hash."""
+    """Read every image of a source shard in order, and return the listing with their hashes."""
     there = source.shard(shard)
     return Listing(there.keys, there.class_labels, [xxhash.xxh3_128_digest(sample.image) for sample in there])
 
 
 def _check_probes(report: Report, label_set: LabelSet, source: Source) -> None:
-    """Render all probes; where that fails, one by one, so that each that does is named."""
-    from pipeline.labels.replay import compare_probes  # here, so that the other checks do without torch
+    """Render all probes at once; if that fails, render them one by one, so that each failing probe is reported."""
+    from pipeline.labels.replay import compare_probes  # imported here, so that the other checks do not need torch
 
     probes = label_set.manifest.probes
     if not probes:

@@ -1,8 +1,8 @@
-"""Ask the teacher again for a few labelled views: do the stored answers come from it, and from these pixels?
+"""Label a few views again, to check that the stored answers come from this teacher and these pixels.
 
-Hashes show that a file is as it was written; this shows that what was written is true. Answers of another device or dtype
-differ in their last bits, and where two classes are nearly equally likely the argmax flips. Such a flip is told apart from
-a wrong label by its margin: what must have changed for it is the distance between the two classes.
+Hashes show that a file has not changed; this check shows that its content is right. Answers of another device or dtype
+differ in the last bits, and the argmax flips if two classes are almost equally probable. The margin distinguishes such a flip
+from a wrong label: the margin, the distance between the two classes, is the change of probability that the flip needs.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ ROUNDING = {"float32 on a CPU": 1e-3, "float32": 0.02, "float16": 0.05, "bfloat1
 
 @dataclass(frozen=True)
 class _Pair:
-    """One pair of samples of one view that the teacher labels again; both see the same mix."""
+    """A pair of samples of one view that the teacher labels again; both are mixed in the same way."""
 
     shard: str
     view: int
@@ -51,19 +51,19 @@ def relabel(
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> Relabelled:
-    """Label at least so many random views again, and compare.
+    """Label at least `views` random views again, and compare them with the stored labels.
 
     Args:
-        label_set: a label set that was found sound.
-        source: its images.
-        teacher: the teacher that labelled it.
-        views: number of views to compare, in pairs that were mixed with each other.
+        label_set: label set without problems.
+        source: images of the label set.
+        teacher: teacher that labelled the set.
+        views: number of views to compare; partners that were mixed with each other are compared together.
         seed: random seed for choosing the views.
-        progress: is told how many views are done.
+        progress: function called with the number of views done.
 
     Raises:
-        TeacherError: this is another teacher.
-        LabelSetError: an image or a file is not as the set says.
+        TeacherError: `teacher` is not the teacher of the set.
+        LabelSetError: an image or a file differs from what the set says.
     """
     _check_teacher(label_set, teacher)
     samples = {name: label_set.samples(name) for name in label_set.shards}
@@ -79,7 +79,7 @@ def relabel(
 
 
 def rounding_of(label_set: LabelSet, teacher: Teacher) -> float:
-    """Return by how much rounding moves a probability between the machines that labelled and this one."""
+    """Return the largest change of a probability by rounding between the labelling machines and this one."""
     then = [(each.get("dtype", "").partition(" ")[0], each.get("device")) for each in label_set.manifest.environments]
     now = str(teacher.dtype).removeprefix("torch."), teacher.device.type
     names = ["float32 on a CPU" if each == ("float32", "cpu") else each[0] for each in (*then, now)]
@@ -98,7 +98,7 @@ def _check_teacher(label_set: LabelSet, teacher: Teacher) -> None:
 
 
 def _choose(label_set: LabelSet, samples: dict[str, SampleRows], views: int, seed: int) -> list[_Pair]:
-    """Draw pairs, every labelled view with equal chance, until there are enough views; at most all."""
+    """Draw pairs until there are enough views, at most all; every labelled view is equally likely."""
     usable = {name: table.usable for name, table in samples.items()}
     ends = np.cumsum([len(rows) for rows in usable.values()])
     total = int(ends[-1]) if len(ends) else 0
@@ -128,7 +128,7 @@ def _compare(
     pairs: list[_Pair],
     compared: "_Compared",
 ) -> None:
-    """Render the views of some pairs, ask the teacher, and add what its answers differ by."""
+    """Render the views of some pairs, run the teacher, and add the differences of its answers."""
     images, places = [], []
     for pair in pairs:
         at = len(images)
@@ -148,7 +148,7 @@ def _compare(
 
 
 def _stored(label_set: LabelSet, pairs: list[_Pair]) -> Iterator[tuple[_Pair, int, LabelRows, int]]:
-    """Yield each view with its stored rows and the place in them."""
+    """Yield each pair and view with its stored rows and the position in them."""
     for pair in pairs:
         rows = label_set.read(pair.shard, pair.view)
         for row in pair.rows:
@@ -156,7 +156,7 @@ def _stored(label_set: LabelSet, pairs: list[_Pair]) -> Iterator[tuple[_Pair, in
 
 
 class _Compared:
-    """What comparisons have come to so far."""
+    """The accumulated results of comparisons."""
 
     def __init__(self) -> None:
         self.kl: list[float] = []
@@ -178,7 +178,7 @@ class _Compared:
             self._flips.append(Flip(shard, key, view, int(rows.hard[at]), hard, max(margins)))
 
     def result(self, rounding: float, stored_rounding: float) -> Relabelled:
-        """Return all of it in numbers."""
+        """Return the summary of all comparisons."""
         there = self._has_probabilities
         return Relabelled(
             views=len(self.kl),
@@ -197,7 +197,7 @@ def _margin(falling: NDArray[np.float64]) -> float:
 
 
 def _kl(stored: NDArray[np.float64], now: NDArray[np.float64]) -> float:
-    """Return KL(stored || now) in nats; a probability that was rounded to 0 counts as the least one of float16."""
+    """Return KL(stored || now) in nats; a probability rounded to 0 counts as the smallest float16."""
     least = 2.0**-24
     stored, now = np.maximum(stored, least), np.maximum(now, least)
     return float(max(0.0, (stored * np.log(stored / now)).sum() - stored.sum() + now.sum()))

@@ -16,14 +16,14 @@ from pipeline.text import byte_size, count
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """A problem found by verification.
 
     Attributes:
         file: the file with the problem: a path inside the set, or the location of the images.
-        rule: what was checked: `plan`, `manifest`, `pin`, `signature`, `sealed`, `present`, `length`, `sha256`, `content`,
+        rule: name of the check: `plan`, `manifest`, `pin`, `signature`, `sealed`, `present`, `length`, `sha256`, `content`,
             `source`, `images`, `probe`, `teacher`.
-        text: what was found and what was expected, with the full name.
-        way_out: how to fix it.
+        text: found and expected values, with the full name of the file.
+        way_out: instructions for fixing the problem.
     """
 
     file: str
@@ -37,7 +37,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Flip:
-    """One view of which the teacher now says another class than the stored one.
+    """A view for which the teacher now gives another class than the stored one.
 
     Attributes:
         margin: the larger of the distances between the two most probable classes, then and now, 0..1.
@@ -59,17 +59,17 @@ class Flip:
 
 @dataclass(frozen=True)
 class Relabelled:
-    """How stored answers and those of now agree.
+    """The agreement of stored and new answers.
 
     Attributes:
         views: number of views that were compared.
         agreeing: number of views whose hard label is the same.
-        mean_kl: nats from the stored distribution to that of now over the kept classes and the rest; None with K = 0.
-        max_kl: the same for the worst view.
+        mean_kl: mean KL(stored || new) in nats over the kept classes and the rest; None with K = 0.
+        max_kl: largest KL divergence of a view, as for `mean_kl`.
         max_difference: largest change of a kept probability; None with K = 0.
         flips: views whose hard label changed, the largest margin first.
-        rounding: change of a probability up to which rounding explains it, on the devices and dtypes of then and now.
-        stored_rounding: the same for how the set stores probabilities.
+        rounding: largest change of a probability that rounding on the old and new devices and dtypes explains.
+        stored_rounding: largest change of a probability that the precision of the stored values explains.
     """
 
     views: int
@@ -82,7 +82,7 @@ class Relabelled:
     stored_rounding: float
 
     def problems(self) -> list[str]:
-        """Return what rounding does not explain, a line each."""
+        """Return the differences that rounding does not explain, one line each."""
         wrong = [flip for flip in self.flips if flip.margin > self.rounding]
         lines = [str(flip) for flip in wrong[:10]]
         if len(wrong) > 10:
@@ -93,7 +93,7 @@ class Relabelled:
         return lines
 
     def describe(self) -> str:
-        """Return one line for people."""
+        """Return the comparison as one readable line."""
         text = f"{self.views:,} views labelled again: {100 * self.agreeing / self.views:.2f} % of hard labels agree"
         if self.mean_kl is not None:
             text += f", KL {self.mean_kl:.2g} nats (worst {self.max_kl:.2g}), probabilities within {self.max_difference:.2g}"
@@ -111,22 +111,22 @@ class Relabelled:
 
 @dataclass
 class Report:
-    """What was checked, and what is wrong with it.
+    """The result of a verification: the checks made and the problems found.
 
     Attributes:
-        location: folder or URL.
-        label_set: None where plan or manifest are damaged.
-        manifest_sha256: hash of the bytes of the manifest; None where there is none.
+        location: folder or URL of the label set.
+        label_set: label set; None if plan or manifest are damaged.
+        manifest_sha256: hash of the bytes of the manifest; None without a manifest.
         files: number of files that were read.
         bytes: size of these files.
         problems: all problems that were found.
-        notes: what is worth knowing although nothing is wrong.
-        source: the images, where they were opened.
-        pixels: largest mean difference of a replay probe, in levels of 255; None where none was rendered.
-        images: number of images that were compared; None where none were.
+        notes: useful information that is not a problem.
+        source: images; None if they were not opened.
+        pixels: largest mean difference of a replay probe, in levels of 255; None if none was rendered.
+        images: number of images that were compared; None if none were.
         differences: how these images differ from those that were labelled.
-        signed_by: key or identity that signed the manifest; None where that was not asked.
-        relabelled: what the teacher says now about some views; None where it was not asked.
+        signed_by: key or identity that signed the manifest; None if signatures were not checked.
+        relabelled: comparison with new answers of the teacher; None if it was not requested.
     """
 
     location: str
@@ -145,13 +145,13 @@ class Report:
 
     @contextlib.contextmanager
     def noting(self, file: object, rule: str, way_out: str = "") -> Iterator[None]:
-        """Turn what is refused inside the block into a problem; a misuse remains an error."""
+        """Turn an error raised inside the block into a problem; a UsageError is raised as usual."""
         try:
             yield
         except UsageError:
             raise
         except DeitCliError as error:
-            if all(error.what != known.text for known in self.problems):  # else the file was named before
+            if all(error.what != known.text for known in self.problems):  # otherwise already reported
                 self.problems.append(Problem(str(file), rule, error.what, error.fix or way_out))
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,14 +172,14 @@ class Report:
         }
 
     def summary(self) -> str:
-        """Return how many problems there are, and of which rules."""
+        """Return the number of problems, and their rules, as text."""
         rules = Counter(problem.rule for problem in self.problems)
         kinds = ", ".join(f"{count:,} {rule}" for rule, count in rules.most_common())
         return f"{len(self.problems):,} {'problem' if len(self.problems) == 1 else 'problems'} ({kinds})"
 
 
 def verify_lines(report: Report) -> str:
-    """Return what a verification found: all problems, then notes, then what is as promised."""
+    """Return a report as lines: all problems, then notes, then the checks that passed."""
     lines = [
         *(f"{problem.rule}: {problem}" for problem in report.problems),
         *(f"note: {note}" for note in report.notes),

@@ -1,7 +1,8 @@
-"""Verify a label set: check every file, row, probe and image, and name all that is wrong, not only the first.
+"""Verify a label set: check every file, row, probe and image, and report every problem, not only the first.
 
-Other readers stop at the first error; to repair a set, people need the whole list. So here nothing stops the rest: where the manifest is damaged, files are held against the plan by what they say of
-themselves; where the plan is, they are at least hashed. Remote sets are read anew from where they lie, not from the cache.
+Other readers stop at the first error, but repairing a set needs the whole list. So each check runs even if others fail:
+if the manifest is damaged, each file is checked against the plan and its own footer; if the plan is damaged, files are at
+least hashed. Remote sets are read again from their location, not from the cache.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ from pipeline.text import count
 from pipeline.verify.images import check_images
 from pipeline.verify.report import Problem, Report
 
-REMOTE_THREADS = 8  # they wait for a server most of the time
+REMOTE_THREADS = 8  # threads mostly wait for the server
 WRONG_LABELS = "Do not train on this set; ask the people who labelled it, or label again with deit-cli precompute and another --out"
 
 
@@ -78,16 +79,16 @@ def verify(
     *,
     progress: Progress = lambda _: None,
 ) -> Report:
-    """Check every byte and row of a label set, and whatever else is asked.
+    """Check every byte and row of a label set, and run the optional checks of `config`; return the report.
 
     Args:
         location: folder or URL of the set.
-        config: what to check.
-        asked: the teacher that labels some views again; None: none does.
-        progress: is told how many files, images and views are done.
+        config: settings of the checks.
+        asked: teacher that labels some views again; None: skip this check.
+        progress: function called with the number of files, images and views done.
 
     Raises:
-        LabelSetError: there is no label set.
+        LabelSetError: the location has no label set.
     """
     place = open_place(location)
     report = Report(location)
@@ -120,8 +121,8 @@ def _check_signature(report: Report, place: Place, config: VerifyConfig, manifes
 def _ask_again(
     report: Report, label_set: LabelSet, source: Source, config: VerifyConfig, asked: TeacherConfig, progress: Progress
 ) -> None:
-    """Label a sample of views again; what rounding does not explain is a problem."""
-    from pipeline.teacher.loading import load_teacher  # here, so that the other checks do without torch
+    """Label a sample of views again; report differences that rounding does not explain as problems."""
+    from pipeline.teacher.loading import load_teacher  # imported here, so that the other checks do not need torch
     from pipeline.verify.relabel import relabel
 
     with report.noting(" + ".join(asked.teacher), "teacher"):
@@ -139,7 +140,7 @@ def _ask_again(
 
 
 def _open_parts(report: Report, place: Place, expect_manifest: str | None) -> tuple[Plan | None, Manifest | None]:
-    """Read plan and manifest as far as they can be read, and open the set where both are sound and fit."""
+    """Return plan and manifest as far as they are readable, and open the set if both are valid and fit together."""
     plan = manifest = None
     try:
         label_set = report.label_set = LabelSet(place)
@@ -157,7 +158,7 @@ def _open_parts(report: Report, place: Place, expect_manifest: str | None) -> tu
 
 
 def _open_each(report: Report, place: Place, error: DeitCliError) -> tuple[Plan | None, Manifest | None]:
-    """Read plan and manifest each by itself, where they do not make a label set together."""
+    """Return plan and manifest read separately, because they do not make a label set together."""
     data: dict[str, bytes | None] = {PLAN_NAME: None, MANIFEST_NAME: None}
     for name in data:
         with contextlib.suppress(StorageError):
@@ -176,7 +177,7 @@ def _open_each(report: Report, place: Place, error: DeitCliError) -> tuple[Plan 
             else:
                 report.manifest_sha256 = hashlib.sha256(content).hexdigest()
                 manifest = parse_manifest(content, place / name, plan_sha256=None)
-    if len(report.problems) == before:  # each is sound, but the manifest, which states its own hash, knows another plan
+    if len(report.problems) == before:  # each is valid, but the manifest is of another plan
         report.problems.append(Problem(PLAN_NAME, "plan", error.what, error.fix or DAMAGED_PLAN))
         return None, manifest
     return plan, manifest
@@ -187,7 +188,7 @@ def _open_each(report: Report, place: Place, error: DeitCliError) -> tuple[Plan 
 
 @dataclass(frozen=True)
 class _Task:
-    """One file to check; its length and hash are known if the manifest lists it."""
+    """A file to check; its length and hash are known if the manifest lists it."""
 
     kind: str
     shard: str
@@ -198,7 +199,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Looked:
-    """The result for one file: its size, what is wrong with it, and for a samples file the usable rows, int64 [N]."""
+    """The result for one file: its size, its problems, and for a samples file the usable rows, int64 [N]."""
 
     bytes: int
     problem: Problem | None
@@ -206,12 +207,12 @@ class _Looked:
 
 
 def _tasks(folder: Path | None, plan: Plan | None, manifest: Manifest | None) -> Iterator[_Task]:
-    """Yield the files that the manifest lists; without it, those that are there of what the plan names."""
+    """Yield the files in the manifest; without a manifest, the existing files that the plan names."""
     if manifest and manifest.files:
         for entry in manifest.files:
             yield _Task(entry.kind, entry.shard, entry.views, str(entry.path), entry)
         return
-    if plan is None or folder is None:  # nobody lists a web server
+    if plan is None or folder is None:  # a web server cannot list its files
         return
     names = [record.name for record in plan.source.shards]
     for name in names:
@@ -250,7 +251,7 @@ def _check_files(
 
 
 def _look(place: Place, plan: Plan | None, task: _Task, usable: dict[str, NDArray[np.int64] | None]) -> _Looked:
-    """Check one file: that it is there, its length and hash, and then all that is in it."""
+    """Check that one file exists, its length and hash, and then its content; return the result."""
     views = task.views if task.kind == "labels" else None
     name, size = place / task.path, 0
     rule = "present" if name.path is not None and not name.path.is_file() else "length"
@@ -274,7 +275,7 @@ def _look(place: Place, plan: Plan | None, task: _Task, usable: dict[str, NDArra
 
 
 def _read(place: Place, task: _Task, *, keep: bool) -> tuple[bytes, Received]:
-    """Return the bytes of a file as it is now (none, unless they are to be kept), with length and SHA-256, in one pass."""
+    """Return the current bytes of a file (empty unless `keep`), and its length and SHA-256, in one pass."""
     buffer: Any = io.BytesIO() if keep else _Nowhere()
     file = place.file(task.path, Promise(task.entry.bytes, task.entry.sha256) if task.entry else NO_PROMISE)
     if task.entry:
@@ -289,7 +290,7 @@ def _read(place: Place, task: _Task, *, keep: bool) -> tuple[bytes, Received]:
 
 
 class _Nowhere(io.RawIOBase):
-    """What is written here is gone: for files of which the hash alone is wanted."""
+    """A writable file that discards its content, for computing only the hash."""
 
     def write(self, data: Any) -> int:
         return len(data)
@@ -322,7 +323,7 @@ def _check_table(
 
 
 def _note_others(report: Report, folder: Path, tasks: Sequence[_Task]) -> None:
-    """Say which tables lie in the folder without being part of the set: somebody may believe that they count."""
+    """Add a note on tables in the folder that are not part of the set, since users may believe that they are."""
     known = {task.path for task in tasks}
     present = {
         path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode()
