@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.background import wait_until
 from support.builders import files_of, make_labels, with_checkout, write_tars
 from support.label_sets import seal_again
 from support.s3_server import BUCKET, credentials, s3_server
@@ -514,8 +515,7 @@ def test_what_killed_writers_left_behind_is_counted(tmp_path):
 def test_a_doctor_killed_while_it_writes_leaves_what_is_swept(tmp_path):
     script = "import sys; from pathlib import Path; from pipeline.doctor import places; places.MOST_S = 600; places.examine_folder(Path(sys.argv[1]))"
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT) as process:
-        while not any(map(is_being_written, tmp_path.iterdir())):
-            assert process.poll() is None
+        wait_until(lambda: any(map(is_being_written, tmp_path.iterdir())), "a file that is being written")
         process.kill()
     assert storage.sweep_temporaries(tmp_path) >= 1
     assert files_of(tmp_path) == {}

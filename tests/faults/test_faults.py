@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.background import PATIENCE_S, wait_until
 from support.builders import files_of, make_labels, named_files, teacher_of, with_checkout, write_tars
 from support.label_sets import (
     RECIPE,
@@ -67,7 +68,6 @@ from pipeline.teacher.teacher import Teacher
 ROOT = Path(__file__).parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "cv2", "pipeline.stage1.precompute"])
-PATIENCE_S = 300  # no test waits for a time, only for something that happens; this ends one that never does
 FIRST, LAST = "labels/views-00000-00001/train-0.parquet", "labels/views-00002-00003/train-1.parquet"
 
 
@@ -112,13 +112,6 @@ def listing(folder: Path) -> dict[str, tuple[int, int, int]]:
 def inodes(folder: Path) -> dict[str, int]:
     """Return the inode of every data file: a file that was made again has another."""
     return {str(path): path.stat().st_ino for path in folder.rglob("*.parquet")}
-
-
-def wait_until(ready: Callable[[], object], what: str) -> None:
-    began = time.monotonic()
-    while not ready():
-        assert time.monotonic() - began < PATIENCE_S, f"never came: {what}"
-        time.sleep(0.02)
 
 
 def sound(part: dict[str, bytes], whole: dict[str, bytes]) -> bool:

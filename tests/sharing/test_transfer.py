@@ -16,10 +16,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from support.background import PATIENCE_S, in_background
 from support.label_sets import files_of, make_label_set, problems_in, read_everything, seal_again, write_source
 from support.nginx_server import nginx_server
 from support.s3_server import BUCKET, Proxy, client, credentials, proxy, s3_server
@@ -295,21 +297,14 @@ def test_card_and_signature_come_along(spot, made, tmp_path, caplog):
 
 def test_two_who_push_other_views_at_once_lose_none(spot, made, tmp_path):
     """Fault 5."""
-    start, failures = threading.Barrier(2), []
+    start = threading.Barrier(2, timeout=PATIENCE_S)
 
-    def send(name: str) -> None:
-        try:
-            start.wait()
-            push(made / name, spot.target)
-        except BaseException as error:
-            failures.append(error)
+    def send(_: threading.Event, name: str) -> None:
+        start.wait()
+        push(made / name, spot.target)
 
-    threads = [threading.Thread(target=send, args=(name,)) for name in ("early", "late")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with in_background(partial(send, name="early"), partial(send, name="late")):
+        pass
     pull(spot.url, tmp_path / "here")
     label_set = LabelSet.open(tmp_path / "here")
     assert (label_set.views, problems_in(label_set)) == (range(4), [])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.background import in_background
 from support.builders import files_of, make_labels, teacher_of, write_tars
 
 from pipeline.errors import LabelSetIncomplete, TeacherError, WorkerError
@@ -57,8 +58,8 @@ def test_a_killed_process_is_replaced_and_changes_no_byte(data, tmp_path, caplog
     killed, views = [], (0, 40)  # so many that both are at work when the first file appears
     whole = files_of(make_labels(tmp_path / "whole", data, **dict(SETTINGS, views=views)).folder)
 
-    def kill_one() -> None:
-        while not killed:
+    def kill_one(ended: threading.Event) -> None:
+        while not killed and not ended.is_set():
             if list(tmp_path.glob("set/labels/*/*.parquet")):
                 children = [c for c in multiprocessing.active_children() if c.name.startswith("teacher-")]
                 for child in children[:1]:
@@ -66,10 +67,8 @@ def test_a_killed_process_is_replaced_and_changes_no_byte(data, tmp_path, caplog
                     killed.append(child.name)
             time.sleep(0.005)
 
-    saboteur = threading.Thread(target=kill_one)
-    saboteur.start()
-    got = labelled(tmp_path / "set", data, views=views)
-    saboteur.join()
+    with in_background(kill_one):
+        got = labelled(tmp_path / "set", data, views=views)
     assert got == whole
     assert "was lost (SIGKILL)" in caplog.text
 

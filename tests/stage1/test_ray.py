@@ -2,12 +2,13 @@
 
 import os
 import threading
-import time
 import warnings
 from pathlib import Path
 
 import pytest
+from support.background import in_background
 from support.builders import make_labels, named_files, teacher_of, write_tars
+from support.slow import node_of_this_process
 
 from pipeline.errors import TeacherError, WorkerError
 from pipeline.machine.progress import WorkDone
@@ -67,24 +68,17 @@ def test_a_lost_node_changes_no_byte(cluster, data, whole, tmp_path, monkeypatch
 
     monkeypatch.setattr(ray_engine._RayWorkers, "_start", start_and_look)
 
-    def lose_a_node() -> None:
+    def lose_a_node(ended: threading.Event) -> None:
         while len(list(tmp_path.glob("set/labels/*/*.parquet"))) < 3:
-            time.sleep(0.05)
+            if ended.wait(0.05):
+                return
         made.remove_node(nodes[0], allow_graceful=False)
 
-    saboteur = threading.Thread(target=lose_a_node)
-    saboteur.start()
-    got = labelled(tmp_path / "set", data, made, teacher=teacher_of("support.slow:slow_cnn"))
-    saboteur.join()
+    with in_background(lose_a_node):
+        got = labelled(tmp_path / "set", data, made, teacher=teacher_of("support.slow:slow_cnn"))
     assert got == whole
     assert len(nodes_of_tasks) >= 3  # two workers, and another for the one that was lost
     assert set(nodes_of_tasks) == {node_of_this_process()}  # or the tasks of all would be lost with some node
-
-
-def node_of_this_process(_: object = None) -> str:
-    import ray
-
-    return ray.get_runtime_context().get_node_id()
 
 
 def test_what_a_worker_cannot_do_arrives_as_its_own_error(cluster, data, tmp_path):

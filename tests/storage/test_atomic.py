@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from support.background import PATIENCE_S, in_background
 
 from pipeline.errors import StorageError
 from pipeline.storage import atomic as storage
@@ -52,17 +54,14 @@ def test_publishing_again_keeps_the_first_file(tmp_path):
 
 def test_one_of_eight_threads_wins(tmp_path):
     for race in range(10):
-        path, won, ready = tmp_path / f"{race}", [], threading.Barrier(WRITERS)
+        path, won, ready = tmp_path / f"{race}", [], threading.Barrier(WRITERS, timeout=PATIENCE_S)
 
-        def publish(number: int, path=path, won=won, ready=ready) -> None:
+        def publish(_: threading.Event, number: int, path=path, won=won, ready=ready) -> None:
             ready.wait()
             won.append((publish_file(path, writes(bytes([number]) * BYTES_EACH)), number))
 
-        threads = [threading.Thread(target=publish, args=(number,)) for number in range(WRITERS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with in_background(*(partial(publish, number=number) for number in range(WRITERS))):
+            pass
         (winner,) = [number for created, number in won if created]
         assert path.read_bytes() == bytes([winner]) * BYTES_EACH
         assert len(won) == WRITERS
@@ -91,20 +90,17 @@ def test_one_of_eight_processes_wins(tmp_path):
 
 
 def test_readers_see_the_old_file_or_the_new_one_and_never_a_part(tmp_path):
-    path, stop, seen = tmp_path / "manifest.json", threading.Event(), set()
+    path, seen = tmp_path / "manifest.json", set()
     contents = [bytes([65 + i]) * BYTES_EACH for i in range(2)]
     replace_file(path, writes(contents[0]))
 
-    def read() -> None:
-        while not stop.is_set():
+    def read(ended: threading.Event) -> None:
+        while not ended.is_set():
             seen.add(path.read_bytes())
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    for i in range(60):
-        replace_file(path, writes(contents[i % 2]))
-    stop.set()
-    reader.join()
+    with in_background(read):
+        for i in range(60):
+            replace_file(path, writes(contents[i % 2]))
     assert seen <= set(contents)
     assert names(tmp_path) == ["manifest.json"]
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.background import in_background, wait_until
 from support.web_server import WebServer, web_server
 
 from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError, UsageError
@@ -300,8 +301,7 @@ def test_a_file_that_is_being_downloaded_is_not_evicted(server, tmp_path):
     server.faults["0.tar"] = ["stall"]
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(cache.fetch, f"{server.url}/0.tar")
-        while not server.requests["0.tar"] or stored_bytes(cache) < SIZE:
-            time.sleep(0.01)
+        wait_until(lambda: server.requests["0.tar"] and stored_bytes(cache) >= SIZE, "half of a download")
         for name in ("1.tar", "2.tar", "3.tar"):  # each finds room for one file
             cache.fetch(f"{server.url}/{name}")
             assert stored_bytes(cache) == 2 * SIZE
@@ -317,8 +317,7 @@ def test_where_downloads_fill_the_cache_the_next_waits_for_them(server, tmp_path
     server.faults["0.tar"] = ["stall"]
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(cache.fetch, f"{server.url}/0.tar")
-        while not server.requests["0.tar"] or stored_bytes(cache) < SIZE:
-            time.sleep(0.01)
+        wait_until(lambda: server.requests["0.tar"] and stored_bytes(cache) >= SIZE, "half of a download")
         later = pool.submit(cache.fetch, f"{server.url}/1.tar")
         time.sleep(0.3)
         assert not later.done()
@@ -386,10 +385,10 @@ def test_many_processes_download_a_file_once(server, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_many_processes_in_a_cache_that_is_too_small_read_the_right_bytes(server, tmp_path):
     """Files go while others want them: content is right all the same, and the limit holds at every moment."""
-    cache, most, done = Cache(tmp_path / "cache", 3 * SIZE), [0], threading.Event()
+    cache, most = Cache(tmp_path / "cache", 3 * SIZE), [0]
 
-    def watch() -> None:
-        while not done.wait(0.002):
+    def watch(ended: threading.Event) -> None:
+        while not ended.wait(0.002):
             try:
                 most.append(stored_bytes(cache))
             except FileNotFoundError:
@@ -397,11 +396,8 @@ def test_many_processes_in_a_cache_that_is_too_small_read_the_right_bytes(server
 
     names = sorted(BODIES)
     orders = [names[turn:] + names[:turn] for turn in range(4)]
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    codes = run_together(server, cache.folder, cache.max_bytes, orders)
-    done.set()
-    watcher.join()
+    with in_background(watch):
+        codes = run_together(server, cache.folder, cache.max_bytes, orders)
     assert codes == [0] * 4
     assert SIZE <= max(most) <= cache.max_bytes
 
@@ -423,7 +419,7 @@ def test_a_lock_whose_file_was_evicted_is_no_lock(tmp_path):
             time.sleep(0.2)
             path.unlink()
             pool.submit(hold, "new", go)
-            wait_for(lambda: order == ["new"])
+            wait_until(lambda: order == ["new"], "the second holder")
         time.sleep(0.2)
         go.set()
     assert order == ["new", "new ends", "waited"]
@@ -440,9 +436,7 @@ Cache(Path(sys.argv[1]), 10**6).fetch(sys.argv[2])
 def test_a_killed_download_leaves_nothing_that_is_believed(server, cache):
     server.faults["0.tar"] = ["stall"]
     victim = subprocess.Popen([sys.executable, "-c", DOWNLOAD, str(cache.folder), f"{server.url}/0.tar"])
-    while not (cache.folder.is_dir() and any(p.stat().st_size for p in cache.folder.glob(".tmp-*"))):
-        assert victim.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: any(p.stat().st_size for p in cache.folder.glob(".tmp-*")), "a part of a file")
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert list(cache.folder.glob(".tmp-*"))
@@ -457,13 +451,6 @@ def test_a_killed_download_leaves_nothing_that_is_believed(server, cache):
 
 def files_of(server: WebServer, cache: Cache, *numbers: int) -> list[RemoteFile]:
     return [RemoteFile(f"{server.url}/{number}.tar", cache) for number in numbers]
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_files_are_fetched_ahead_of_their_use(server, tmp_path):
@@ -485,11 +472,11 @@ def test_no_more_than_half_of_the_cache_is_fetched_ahead(server, tmp_path, monke
     monkeypatch.setattr(prefetch, "AHEAD_THREADS", 1)
     cache = Cache(tmp_path / "cache", 6 * SIZE)
     with Prefetch(files_of(server, cache, *range(8))):
-        wait_for(lambda: len(server.requests) == 4)  # three are half, the fourth goes beyond
+        wait_until(lambda: len(server.requests) == 4, "four requests")  # three are half, the fourth goes beyond
         time.sleep(0.5)
         assert held(cache) == {"0.tar", "1.tar", "2.tar", "3.tar"}
         cache.fetch(f"{server.url}/0.tar")  # one is used: one more
-        wait_for(lambda: "4.tar" in held(cache))
+        wait_until(lambda: "4.tar" in held(cache), "the fifth file")
         time.sleep(0.5)
         assert len(server.requests) == 5
 
@@ -504,7 +491,7 @@ def test_what_is_in_use_is_not_given_up_for_later_files(server, tmp_path, monkey
         assert held(cache) == {"5.tar", "6.tar", "7.tar"}
         path = cache.fetch(f"{server.url}/6.tar")
         os.utime(path, (time.time() - 2 * caching.IN_USE_S,) * 2)  # not used for long
-        wait_for(lambda: held(cache) == {"0.tar", "5.tar", "7.tar"})
+        wait_until(lambda: held(cache) == {"0.tar", "5.tar", "7.tar"}, "these three files")
 
 
 def test_a_file_that_was_fetched_ahead_goes_last(server, tmp_path):
@@ -531,6 +518,6 @@ def test_a_closed_prefetch_ends_soon(server, tmp_path):
     cache = Cache(tmp_path / "cache", 2 * SIZE)
     began = time.monotonic()
     with Prefetch(files_of(server, cache, *range(8))) as ahead:
-        wait_for(lambda: held(cache))
+        wait_until(lambda: held(cache), "a whole file")
     assert time.monotonic() - began < 5
     assert not any(thread.is_alive() for thread in ahead._threads)

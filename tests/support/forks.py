@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +14,8 @@ from typing import Any
 
 import torch
 
+from support.background import wait_until
 from support.builders import with_checkout
-
-PATIENCE_S = 120  # for what must happen; none of it takes a tenth of that on an idle machine
-POLL_S = 0.002  # shorter than a file takes to be published by runs that are slowed down
 
 
 def serve(runs: dict[str, Callable[..., None]]) -> None:
@@ -163,10 +160,3 @@ def is_helper(pid: int) -> bool:
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def wait_until(condition: Callable[[], Any], what: str) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, f"waited {PATIENCE_S} s in vain: {what}"
-        time.sleep(POLL_S)

@@ -2,10 +2,10 @@
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 
 import pytest
+from support.background import in_background
 
 from trainer.parallel import SIGNALS, stop_request
 
@@ -62,12 +62,11 @@ def test_afterwards_signals_do_what_they_did_before():
 def test_another_thread_than_the_main_one_leaves_signals_alone():
     found: list[object] = []
 
-    def elsewhere() -> None:
+    def elsewhere(_: object) -> None:
         with stop_request() as told:
             found.append((bool(told), signal.getsignal(signal.SIGINT)))
 
     handler = signal.getsignal(signal.SIGINT)
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
+    with in_background(elsewhere):
+        pass
     assert found == [(False, handler)]
