@@ -39,6 +39,8 @@ from trainer.console import ToStderr, say_counts, shown_progress
 
 log = logging.getLogger("deit_cli")
 
+OF_LABELS = "that of --labels, or deit without --labels"  # the recipe of `train`
+
 
 def main() -> None:
     """Run the command line; every error is one line on stderr and an exit code."""
@@ -47,7 +49,7 @@ def main() -> None:
 
 @click.group(cls=program.Group, context_settings=program.CONTEXT)
 @click.version_option(package_name="deit-cli")
-@click.option("-v", "--verbose", is_flag=True, help="Show all messages, and the traceback of an unforeseen error.")
+@click.option("-v", "--verbose", is_flag=True, help="Show all messages, and the traceback of an unexpected error.")
 def commands(verbose: bool) -> None:
     """Distil a CNN into a vision transformer: run the teacher once, train DeiT students from its stored labels."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStderr(every=verbose)])
@@ -59,16 +61,21 @@ def commands(verbose: bool) -> None:
 @config_option(PrecomputeConfig, TeacherConfig)
 @options_of(TeacherConfig)
 @options_of(PrecomputeConfig)
-@recipe_options
-@plain_option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.", group="Run")
+@recipe_options("deit")
+@plain_option("--dry-run", is_flag=True, help="Print what would be done, without doing it.", group="Run")
 @LOG_JSON
 def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
-    """Run the teacher once: render numbered views, and store its answers.
+    """Render numbered views, run the teacher, store its answers.
+
+    A view is one augmented version of an image. Its number and the recipe decide every random choice, so that `train` can
+    render the same pixels again.
 
     \b
     Examples:
       deit-cli precompute --data imagenet/train --teacher regnety_160 --out shards --views 0:300
-      torchrun --nproc-per-node 8 --no-python deit-cli precompute --data imagenet/train --out shards
+      deit-cli precompute --data imagenet/train --recipe deit-384 --set reprob=0 --teacher regnety_160 --out shards-384
+      deit-cli precompute --data photos --teacher resnet50 --teacher-checkpoint resnet50.safetensors --out labels
+      torchrun --nproc-per-node 8 --no-python deit-cli precompute --data imagenet/train --teacher regnety_160 --out shards
     """
     config, teacher = split_values(values, PrecomputeConfig, TeacherConfig)
     recipe = chosen_recipe(values)
@@ -89,15 +96,18 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
 @commands.command(continues=f"{CONTINUES}, with --resume if a checkpoint was written")
 @config_option(TrainConfig)
 @options_of(TrainConfig)
-@recipe_options
+@recipe_options(OF_LABELS)
 @LOG_JSON
 def train(log_json: Path | None, **values: Any) -> None:
-    """Train a student from stored labels; the teacher is never loaded.
+    """Train a student from stored labels, without the teacher.
+
+    Each epoch renders one view of every image again, exactly as the teacher saw it.
 
     \b
     Examples:
       deit-cli train --labels shards --model deit-s --eval-data imagenet/val --output runs/deit-s
-      deit-cli train -c configs/deit-s-distilled.yaml --output runs/deit-s
+      deit-cli train --labels shards -c configs/deit-s-distilled.yaml --output runs/deit-s
+      deit-cli train --labels shards --model deit-s --output runs/deit-s --resume
       deit-cli train --distillation-type none --data imagenet/train --model resnet50 --output runs/teacher
     """
     (config,) = split_values(values, TrainConfig)
@@ -121,9 +131,9 @@ def train(log_json: Path | None, **values: Any) -> None:
 @options_of(EvaluateConfig)
 @AS_JSON
 def evaluate(as_json: bool, **values: Any) -> None:
-    """Measure how accurate a student is, and how often it agrees with the teacher.
+    """Measure a student's accuracy and agreement with the teacher.
 
-    Class head, distillation head and the fusions of both are measured, each by itself.
+    The class head, the distillation head and each fusion of both heads have their own line.
 
     \b
     Example:
@@ -140,15 +150,15 @@ def evaluate(as_json: bool, **values: Any) -> None:
 @config_option(PrecomputeConfig, TeacherConfig)
 @options_of(TeacherConfig)
 @options_of(PrecomputeConfig, where=attrgetter("timed"))
-@recipe_options
+@recipe_options("deit")
 @options_of(EstimateConfig)
 @AS_JSON
 def estimate(as_json: bool, **values: Any) -> None:
-    """Estimate what labelling costs on this machine, and for how many students it pays off.
+    """Estimate the cost of labelling, and when it pays off.
 
-    Teacher and rendering are timed on the first images, in seven parts of about --seconds each; on a GPU the student is
-    timed, too. A slow teacher labels only a few views, so that this takes a minute at most on a free machine. Nothing is
-    written.
+    The result is the time and disk space that labelling takes on this machine, and the number of students for which it saves
+    time. The first images are labelled as a test, in seven measurements of about --seconds each; on a GPU a student is timed as
+    well. This takes at most a minute on an idle machine, and writes nothing.
 
     \b
     Example:
@@ -165,21 +175,21 @@ def estimate(as_json: bool, **values: Any) -> None:
 
 @commands.group()
 def bench() -> None:
-    """Measure where the time goes on this machine."""
+    """Time the parts of labelling and training."""
 
 
 @bench.command()
 @config_option(PrecomputeConfig, TeacherConfig)
 @options_of(TeacherConfig)
 @options_of(PrecomputeConfig, where=attrgetter("timed"))
-@recipe_options
+@recipe_options("deit")
 @options_of(BenchConfig)
 @AS_JSON
 def stage1(as_json: bool, **values: Any) -> None:
-    """Time each part of precompute alone, then all of them together.
+    """Time `precompute`: each part, then all of them together.
 
-    The seven parts take about --seconds each. Then all of them run together for five times as long, into a temporary
-    folder. A slow teacher gets fewer images at a time, so that this does not take much longer.
+    There are seven measurements of about --seconds each, then one of all parts together, five times as long. It writes to a
+    temporary folder.
 
     \b
     Example:
@@ -196,15 +206,14 @@ def stage1(as_json: bool, **values: Any) -> None:
 @bench.command()
 @config_option(TrainConfig)
 @options_of(TrainConfig, where=attrgetter("timed"))
-@recipe_options
+@recipe_options(OF_LABELS)
 @options_of(TimingConfig)
 @AS_JSON
 def stage2(as_json: bool, **values: Any) -> None:
-    """Time the student alone, the loader processes alone, and training with both.
+    """Time `train`: student, loader processes, then both together.
 
-    The student, the stream of batches and each part of it take about --seconds each, without warm-up. Then the training
-    loop runs for five times as long, into a temporary folder. An update of a large batch may take longer than that on a
-    CPU: pass a smaller --batch-size there.
+    Each measurement takes about --seconds, and the last, of the whole training loop, five times as long. It writes to a
+    temporary folder. On a CPU one update with a large batch may take longer than that: pass a smaller --batch-size.
 
     \b
     Example:
@@ -220,14 +229,19 @@ def stage2(as_json: bool, **values: Any) -> None:
 
 @commands.group()
 def labels() -> None:
-    """Inspect, extend and share label sets."""
+    """Inspect, verify, extend and share label sets."""
 
 
 LABELS = click.argument("folder")  # or a URL
 EXPECT_MANIFEST = plain_option(
     "--expect-manifest",
     metavar="sha256:HEX",
-    help="Pin of the manifest, as `labels info` prints it; any other manifest is refused.",
+    help="Expected hash of the manifest, as `labels info` prints it; any other manifest is refused.",
+    group="Data",
+)
+IMAGES = plain_option(
+    "--data",
+    help="Images: path or URL; by default those in the label set, or else the location stored in it.",
     group="Data",
 )
 WORKERS = plain_option(
@@ -235,7 +249,7 @@ WORKERS = plain_option(
     "--workers",
     type=click.IntRange(1, 256),
     default=8,
-    help="Number of files that are moved at the same time.",
+    help="Number of files that are transferred at the same time.",
     group="Run",
 )
 
@@ -245,7 +259,10 @@ WORKERS = plain_option(
 @EXPECT_MANIFEST
 @AS_JSON
 def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
-    """Show what a label set holds: teacher, recipe, views, K, agreement, entropy, kept mass.
+    """Describe a label set: teacher, recipe, views, statistics.
+
+    The statistics of the labels are the teacher's agreement with the class labels, the entropy of its probabilities, and the share of
+    probability that the stored top-k classes hold.
 
     \b
     Example:
@@ -265,16 +282,16 @@ def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
     "--teacher-model",
     "teacher",
     multiple=True,
-    help="Teacher that labels random views again, to compare its answers with the stored ones.",
+    help="Teacher that labels random views again; its answers are compared with the stored ones.",
     group="Teacher",
 )
 @options_of(TeacherConfig, where=lambda setting: setting.name not in ("teacher", "compile"))
 @options_of(VerifyConfig)
 @AS_JSON
 def verify(folder: str, as_json: bool, **values: Any) -> None:
-    """Check every file, row, probe and image of a label set, and say how to repair what is wrong.
+    """Check every file and label, and say how to repair them.
 
-    Files behind a URL are read anew, not from the cache. With --teacher, the teacher labels a random sample of views again.
+    Files behind a URL are downloaded again, without the cache. With --teacher, random views are labelled again.
 
     \b
     Examples:
@@ -299,22 +316,23 @@ def verify(folder: str, as_json: bool, **values: Any) -> None:
 @plain_option(
     "--private-key",
     type=click.Path(path_type=Path),
-    help="PEM file of an elliptic-curve key; without one, Sigstore signs.",
-    group="Data",
+    help="PEM file of an elliptic-curve private key; by default the set is signed with Sigstore.",
+    group="Signature",
 )
 @plain_option(
     "--identity-token",
-    help="Token that tells Sigstore who signs; by default that of the CI job, or a browser asks.",
-    group="Data",
+    help="OpenID Connect token for Sigstore; by default that of the CI job, else a browser window asks you to sign in.",
+    group="Signature",
 )
 def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> None:
-    """Sign the manifest of a label set, which holds the hash of every other file.
+    """Sign a label set.
 
-    The signature is written to manifest.json.sig, beside the manifest.
+    The signature is of the manifest, which holds the hash of every other file. It is written to manifest.json.sig.
 
     \b
-    Example:
+    Examples:
       deit-cli labels sign shards --private-key team.pem
+      deit-cli labels sign shards
     """
     from pipeline.sharing.signing import sign as sign_set
 
@@ -323,16 +341,16 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
 
 @labels.command()
 @LABELS
-@plain_option("--data", help="Images; by default where the label set found them.", group="Data")
+@IMAGES
 @plain_option(
     "--out", type=click.Path(path_type=Path), default=Path("labels.png"), help="PNG file to write.", group="Data"
 )
-@plain_option(
-    "--samples", type=click.IntRange(1, 64), default=4, help="Number of samples, each in its own line.", group="Data"
-)
-@plain_option("--views", type=click.IntRange(1, 64), default=6, help="Number of views of each sample.", group="Data")
+@plain_option("--samples", type=click.IntRange(1, 64), default=4, help="Number of images, one per row.", group="Data")
+@plain_option("--views", type=click.IntRange(1, 64), default=6, help="Number of views of each image.", group="Data")
 def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> None:
-    """Draw a contact sheet: mixed views as the teacher saw them, class labels, and the teacher's top five.
+    """Draw views as the teacher saw them, with its answers.
+
+    Each view has the class label and the teacher's five most probable classes beside it.
 
     \b
     Example:
@@ -351,10 +369,10 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
 @click.argument("url", metavar="URL|FOLDER")
 @WORKERS
 def push(folder: str, url: str, workers: int) -> None:
-    """Send a sealed label set to a bucket or another folder.
+    """Copy a label set to a bucket or another folder.
 
-    Only missing files are sent, each is checked by its hash, and the same command continues an interrupted transfer. Views
-    and source shards of the same label set that are there already stay; the new ones are added to them.
+    Only missing files are sent, and the hash of each is checked. The same command continues an interrupted transfer. If the
+    destination holds other views of the same label set, the new ones are added to them.
 
     \b
     Example:
@@ -372,22 +390,22 @@ def push(folder: str, url: str, workers: int) -> None:
 @click.argument("url", metavar="URL|FOLDER")
 @LABELS
 @plain_option(
-    "--views", type=ViewsType(), help="View numbers START:STOP, in whole blocks; by default all.", group="Data"
+    "--views", type=ViewsType(), help="Views to copy, START:STOP, in whole label files; by default all.", group="Data"
 )
 @plain_option(
     "--shards",
     multiple=True,
     metavar="NAME",
-    help="Name or pattern of the source shards; by default all. Repeat the option for several.",
+    help="Source shards (tars, Parquet files or folder parts) to copy: a name or a pattern; by default all. Repeat the option for several.",
     group="Data",
 )
 @EXPECT_MANIFEST
 @WORKERS
 def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str, ...], **values: Any) -> None:
-    """Bring a label set, or a part of it, into a folder.
+    """Copy a label set, or a part of it, into a local folder.
 
-    Only missing files are fetched, each is checked by its hash, and the same command continues an interrupted transfer, even
-    in the middle of a file. A part is a label set of its own; more views or source shards may be added to it later.
+    Only missing files are fetched, and the hash of each is checked. The same command continues an interrupted transfer, even
+    in the middle of a file. A part can be used as a label set; another `labels pull` can add to it later.
 
     \b
     Examples:
@@ -410,11 +428,11 @@ def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("sets", nargs=-1, required=True, metavar="SET...")
 def merge(out: Path, sets: tuple[str, ...]) -> None:
-    """Merge views or source shards that several machines made into one label set.
+    """Merge parts that several machines made into one label set.
 
-    All sets must have the same identity. They may be sealed, parts, or folders of ranks and stopped runs, which are not
-    sealed. What is complete is sealed in OUT, to which the same command can add later. Nothing is overwritten, and the same
-    command continues where it was killed.
+    The parts must have the same images, recipe and teacher. They may hold different views or source shards, and may come from
+    runs that were stopped. OUT gets all complete label files; parts can be added later. Nothing is overwritten, and the same
+    command continues an interrupted merge.
 
     \b
     Example:
@@ -430,25 +448,23 @@ def merge(out: Path, sets: tuple[str, ...]) -> None:
 
 @labels.command(continues=CONTINUES)
 @LABELS
-@plain_option(
-    "--views", type=ViewsType(), required=True, help="View numbers START:STOP to add to the set.", group="Data"
-)
-@plain_option("--data", help="Images; by default the set's own, or else where it found them.", group="Data")
+@plain_option("--views", type=ViewsType(), required=True, help="Views to add, START:STOP.", group="Data")
+@IMAGES
 @plain_option(
     "--teacher",
     "--teacher-model",
     "teacher",
     multiple=True,
-    help="Teacher; by default the set's, by its resolved name. Pass the file or module of one without a public name.",
+    help="Teacher; by default the one of the label set. A teacher from a file or a Python module must be passed again.",
     group="Teacher",
 )
 @options_of(TeacherConfig, where=lambda setting: setting.name != "teacher")
 @options_of(PrecomputeConfig, where=lambda setting: not setting.planned)
 @LOG_JSON
 def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path | None, **values: Any) -> None:
-    """Label more views of a label set.
+    """Label more views of the images of a label set.
 
-    Recipe, teacher, K and precision are those of its plan; another teacher is refused.
+    Recipe, teacher, top-k and precision stay those of the label set; another teacher is refused.
 
     \b
     Example:
@@ -473,16 +489,16 @@ def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path
 @plain_option(
     "--num-classes",
     default=1000,
-    help="Number of the teacher's classes; every stored class is checked against it.",
+    help="Number of the teacher's classes; a label of any other class is an error.",
     group="Data",
 )
 @plain_option(
-    "--topk", type=int, help="Number of classes to keep for each view; by default all that are stored.", group="Data"
+    "--topk", type=int, help="Number of classes to keep for each view; by default all stored classes.", group="Data"
 )
 def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) -> None:
-    """Import published labels (FORMAT: fkd, tinyvit) into Parquet tables, and say what is lost.
+    """Convert published labels of FKD or TinyViT to Parquet.
 
-    The tables can be read and compared. They are not a label set, because their views cannot be replayed.
+    FORMAT is fkd or tinyvit. The command reports what the tables cannot hold. The tables can be read and compared. `train` cannot use them, because their views cannot be rendered again exactly.
 
     \b
     Examples:
@@ -501,17 +517,19 @@ def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) 
 @plain_option(
     "--out",
     metavar="FOLDER|URL",
-    help="Place to write to as a test: up to 256 MB (8 MB to a URL), which are deleted again.",
+    help="Folder or URL for a write test of up to 256 MB (8 MB to a URL), which are deleted afterwards.",
     group="Data",
 )
-@plain_option("--labels", metavar="FOLDER|URL", help="Label set whose replay probes are rendered again.", group="Data")
-@plain_option("--data", help="Images of --labels; by default where the label set found them.", group="Data")
+@plain_option(
+    "--labels", metavar="FOLDER|URL", help="Label set to test: its replay probes are rendered again.", group="Data"
+)
+@plain_option("--data", help="Images of --labels; by default the location stored in the label set.", group="Data")
 @AS_JSON
 @click.pass_context
 def doctor(context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool) -> None:
-    """Check this machine before a long run: packages, GPUs, decoders, memory, limits, names.
+    """Check this machine before a long run.
 
-    The exit code is 1 if something is wrong; warnings alone leave it at 0.
+    It looks at packages, GPUs, image decoders, memory, limits, and modules with clashing names. The exit code is 1 if there is a problem; warnings alone do not change it.
 
     \b
     Examples:
@@ -531,15 +549,20 @@ def doctor(context: click.Context, out: str | None, labels: str | None, data: st
 @labels.command()
 @LABELS
 @plain_option(
-    "--license", "identifier", help="Identifier of the licence on the Hub, such as cc-by-4.0, or `other`.", group="Data"
+    "--license",
+    "identifier",
+    help="Licence, by its identifier on the Hub, such as cc-by-4.0; `other` for any without one.",
+    group="Licence",
 )
-@plain_option("--license-name", "name", help="Name of a licence without identifier.", group="Data")
-@plain_option("--license-link", "link", help="Link to the text of a licence without identifier.", group="Data")
+@plain_option("--license-name", "name", help="Name of the licence, for --license other.", group="Licence")
+@plain_option("--license-link", "link", help="Link to the text of the licence, for --license other.", group="Licence")
 @plain_option(
-    "--replace", is_flag=True, help="Replace README.md even if somebody has written or changed it.", group="Run"
+    "--replace", is_flag=True, help="Replace README.md even if it was written or changed by hand.", group="Run"
 )
 def card(folder: str, identifier: str | None, name: str | None, link: str | None, replace: bool) -> None:
-    """Write the dataset card, README.md: what the set holds, under which licence, how to load it.
+    """Write the dataset card (README.md) of a label set.
+
+    It says what the set contains, its licence, and how to load it.
 
     \b
     Example:
@@ -561,10 +584,12 @@ def card(folder: str, identifier: str | None, name: str | None, link: str | None
 @labels.command(continues=CONTINUES)
 @LABELS
 @click.argument("out", type=click.Path(path_type=Path))
-@plain_option("--data", help="Images; by default the set's own, or else where it found them.", group="Data")
+@IMAGES
 @options_of(ExportConfig)
 def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
-    """Write images with the teacher's hard labels beside them, which timm and `datasets` read as they are.
+    """Write images and hard labels as tars for other programs.
+
+    timm and Hugging Face's `datasets` can read them. The label of each image is the teacher's most probable class.
 
     \b
     Example:
@@ -592,11 +617,13 @@ def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
     "--seed",
     type=click.IntRange(0),
     default=0,
-    help="Random seed of the weights, the order and stochastic depth.",
+    help="Random seed of the weights, the order of the data and stochastic depth.",
     group="Run",
 )
 def demo(out: Path, seed: int) -> None:
-    """Run the whole main job on scikit-learn's digits: about a minute on two cores, no download.
+    """Run both stages on scikit-learn's digits (one minute).
+
+    It needs no download. The last table compares students with and without the teacher.
 
     \b
     Example:

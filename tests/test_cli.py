@@ -66,7 +66,7 @@ def flags_in_help(shown: str) -> list[tuple[str, str]]:
     """Return heading and name of every option in the first column of a help text."""
     found, heading = [], ""
     for line in shown.splitlines():
-        if re.fullmatch(r"\w+:", line):
+        if re.fullmatch(r"[A-Z][\w ]*:", line):
             heading = line[:-1]
         elif heading and line.startswith("  -"):
             names = line[2:].split("  ")[0]

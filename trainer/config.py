@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 from pipeline.errors import UsageError
 from pipeline.labels.format import parse_pin
-from pipeline.settings.fields import check_settings, option, settings_of
+from pipeline.settings.fields import (
+    check_settings,
+    data_option,
+    distillation_option,
+    evaluation_option,
+    logging_option,
+    optimisation_option,
+    run_option,
+    settings_of,
+    student_option,
+)
 from pipeline.storage.urls import working_folder
 from pipeline.text import parse_bytes
 
@@ -31,276 +41,264 @@ class TrainConfig:
     (The batch may be divided differently if the number of views in an update, over all ranks and passes, stays the same.)
     """
 
-    labels: str | None = option(
+    labels: str | None = data_option(
         None,
-        "Label set that `precompute` made: folder or URL; --distillation-type none works without one.",
-        group="Data",
+        "Label set that `precompute` made: folder or URL. Required, except with --distillation-type none.",
         free=True,
     )
-    expect_manifest: str | None = option(
+    expect_manifest: str | None = data_option(
         None,
-        "Pin of the manifest, sha256:HEX, as `labels info` prints it: --labels with any other manifest are refused.",
-        group="Data",
+        "Expected hash of the label set's manifest, sha256:HEX, as `labels info` prints it; a label set with any"
+        " other manifest is refused.",
         free=True,
     )
-    data: str | None = option(
-        None, "Images: path or URL; by default where the label set found them.", "--data-path", group="Data", free=True
-    )
-    cache_dir: Path | None = option(
-        None, "Folder for copies of files behind URLs; by default ~/.cache/deit-cli.", group="Data", free=True
-    )
-    cache_size: str = option(
-        "100GB",
-        "Maximum size of --cache-dir; the least recently used files are deleted first.",
-        group="Data",
+    data: str | None = data_option(
+        None,
+        "Images: path or URL; by default those in the label set, or else the location stored in it.",
+        "--data-path",
         free=True,
     )
-    output: str = option(
-        "runs/student", "Folder or URL of the run.", "--output-dir", group="Run", free=True, timed=False
+    cache_dir: Path | None = data_option(
+        None, "Folder for local copies of files from URLs; by default ~/.cache/deit-cli.", free=True
     )
-    model: str = option(
-        "deit_tiny_distilled_patch16_224", "Student: name of a timm model, or deit-ti, deit-s, deit-b.", group="Student"
+    cache_size: str = data_option(
+        "100GB", "Maximum size of --cache-dir; the least recently used files are deleted first.", free=True
     )
-    img_size: int | None = option(
+    output: str = data_option(
+        "runs/student",
+        "Folder or URL for checkpoints, metrics and the trained student.",
+        "--output-dir",
+        free=True,
+        timed=False,
+    )
+    model: str = student_option(
+        "deit_tiny_distilled_patch16_224", "Student: name of a timm model, or deit-ti, deit-s or deit-b."
+    )
+    img_size: int | None = student_option(
         None,
-        "Size of the images in pixels; by default that of the views.",
+        "Size of the student's input images in pixels; it must be the size of the views, which is the default.",
         "--input-size",
-        group="Student",
         low=1,
         high=4096,
     )
-    patch_size: int | None = option(
-        None, "Size of a patch in pixels; by default the model's.", group="Student", low=1, high=4096
+    patch_size: int | None = student_option(
+        None, "Size of a patch in pixels; by default that of the model.", low=1, high=4096
     )
-    embed_dim: int | None = option(
-        None, "Width D of the student; by default the model's.", group="Student", low=1, high=65536
+    embed_dim: int | None = student_option(
+        None, "Embedding dimension of the student; by default that of the model.", low=1, high=65536
     )
-    depth: int | None = option(
-        None, "Number of transformer blocks; by default the model's.", group="Student", low=1, high=1000
+    depth: int | None = student_option(
+        None, "Number of transformer blocks; by default that of the model.", low=1, high=1000
     )
-    num_heads: int | None = option(
-        None, "Number of attention heads; by default the model's.", group="Student", low=1, high=1000
+    num_heads: int | None = student_option(
+        None, "Number of attention heads; by default that of the model.", low=1, high=1000
     )
-    init: str | None = option(
+    init: str | None = student_option(
         None,
-        "Start from these weights, path or URL: a folder that a run exported, or a file (ours, timm's or DeiT's). Positions"
-        " are interpolated to another image size; heads for other classes start anew.",
+        "Initial weights, path or URL: a folder that `train` exported, or a file of weights (from deit-cli, timm or"
+        " DeiT). Position embeddings are interpolated to the image size; heads for other classes get random weights.",
         "--initial-checkpoint",
-        group="Student",
         free=True,
     )
-    pretrained: bool = option(False, "Start from the weights that timm publishes.", group="Student")
-    linear_probe: bool = option(
-        False, "Train the heads alone, on the features of --init or --pretrained; all else is frozen.", group="Student"
-    )
+    pretrained: bool = student_option(False, "Start from the weights that timm publishes.")
+    linear_probe: bool = student_option(False, "Train only the heads, on frozen features of --init or --pretrained.")
 
-    distillation_type: DistillationType = option(
+    distillation_type: DistillationType = distillation_option(
         "hard",
-        "Target of the distillation: the teacher's most probable class (hard), its probabilities (soft), or none.",
-        group="Distillation",
+        "Target of distillation: the teacher's most probable class (hard), its probabilities (soft), or none, which"
+        " trains on class labels alone.",
     )
-    distillation_alpha: float = option(
-        0.5, "Weight of the distillation loss, 0..1.", group="Distillation", low=0, high=1, timed=False
+    distillation_alpha: float = distillation_option(
+        0.5, "Weight A of the distillation loss, 0 to 1; that of the class loss is 1 - A.", low=0, high=1, timed=False
     )
-    distillation_tau: float = option(
-        1.0, "Temperature of soft distillation.", group="Distillation", low=0.01, high=1000, timed=False
+    distillation_tau: float = distillation_option(
+        1.0, "Temperature of soft distillation.", low=0.01, high=1000, timed=False
     )
-    tail: Tail = option(
+    tail: Tail = distillation_option(
         "spread",
-        "Treatment of the probability beyond the top-k: spread it over all other classes, or leave it out.",
-        group="Distillation",
+        "Treatment of the probability outside the stored top-k, for soft distillation: spread it evenly over all"
+        " other classes (spread), or scale the top-k to a sum of 1 (renormalise).",
     )
-    soft_reduction: Reduction = option(
-        "batchmean", "Divisor of the soft loss: B, or B*C as in DeiT's code.", group="Distillation"
+    soft_reduction: Reduction = distillation_option(
+        "batchmean",
+        "Divisor of the summed KL divergence in the soft loss: the number of images (batchmean), or that times the"
+        " number of classes, as in DeiT's code (deit).",
     )
-    smoothing: float = option(
-        0.1, "Label smoothing of the class labels.", group="Distillation", low=0, high=0.999, timed=False
-    )
+    smoothing: float = distillation_option(0.1, "Label smoothing of the class labels.", low=0, high=0.999, timed=False)
 
-    epochs: int = option(300, "Number of passes over the source.", group="Optimisation", low=1, high=10**6, timed=False)
-    batch_size: int = option(
-        256, "Number of views in one forward pass of a rank.", "-b", group="Optimisation", low=1, high=10**6, free=True
+    epochs: int = optimisation_option(
+        300, "Number of epochs; each is one pass over all images.", low=1, high=10**6, timed=False
     )
-    grad_accum_steps: int = option(
-        1, "Number of forward passes of a rank for one update.", group="Optimisation", low=1, high=10**6, free=True
+    batch_size: int = optimisation_option(
+        256, "Number of views in one forward pass of each rank.", "-b", low=1, high=10**6, free=True
     )
-    lr: float | None = option(
+    grad_accum_steps: int = optimisation_option(
+        1, "Number of forward passes of each rank for one update of the weights.", low=1, high=10**6, free=True
+    )
+    lr: float | None = optimisation_option(
         None,
-        "Highest learning rate; by default --lr-base * batch / 512, for the batch of all ranks and passes together.",
-        group="Optimisation",
+        "Maximum learning rate; by default --lr-base * batch / 512, where batch is the total over all ranks and"
+        " forward passes of an update.",
         low=0,
         high=1000,
         timed=False,
     )
-    lr_base: float = option(
-        5e-4, "Learning rate for a batch of 512 views.", group="Optimisation", low=0, high=1000, timed=False
+    lr_base: float = optimisation_option(
+        5e-4, "Learning rate for a total batch of 512 views, if --lr is not passed.", low=0, high=1000, timed=False
     )
-    warmup_epochs: float | None = option(
+    warmup_epochs: float | None = optimisation_option(
         None,
-        "Number of epochs of linear warm-up; by default 5, or a tenth of --epochs where that is less.",
-        group="Optimisation",
+        "Number of epochs of linear warm-up; by default 5, or a tenth of --epochs if that is less.",
         low=0,
         high=10**6,
         timed=False,
     )
-    warmup_lr: float = option(
-        1e-6, "Learning rate at the start of the warm-up.", group="Optimisation", low=0, high=1000, timed=False
+    warmup_lr: float = optimisation_option(
+        1e-6, "Learning rate at the start of the warm-up.", low=0, high=1000, timed=False
     )
-    min_lr: float = option(
-        1e-5, "Learning rate at the end of the cosine.", group="Optimisation", low=0, high=1000, timed=False
+    min_lr: float = optimisation_option(
+        1e-5, "Learning rate at the end of the cosine schedule.", low=0, high=1000, timed=False
     )
-    weight_decay: float = option(
+    weight_decay: float = optimisation_option(
         0.05,
-        "Weight decay of AdamW; biases, norms, tokens and positions have none.",
-        group="Optimisation",
+        "Weight decay of AdamW; biases, norms, tokens and position embeddings have none.",
         low=0,
         high=1000,
         timed=False,
     )
-    drop_path: float = option(0.1, "Stochastic depth rate of the last block.", group="Optimisation", low=0, high=0.999)
-    clip_grad: float | None = option(
-        None, "Largest norm of the gradient; by default it is not limited.", group="Optimisation", low=1e-6, high=1e9
+    drop_path: float = optimisation_option(
+        0.1,
+        "Stochastic depth rate of the last block; that of earlier blocks is proportionally smaller.",
+        low=0,
+        high=0.999,
     )
-    repeated_aug: int | None = option(
+    clip_grad: float | None = optimisation_option(
+        None, "Maximum norm of the gradient; by default the gradient is not clipped.", low=1e-6, high=1e9
+    )
+    repeated_aug: int | None = optimisation_option(
         None,
-        "Number of views of each image in a batch; by default 3 if there are enough views, else 1.",
-        group="Optimisation",
+        "Number of views of each image in one batch; by default 3 if the views can be divided into groups of 3, else 1.",
         low=1,
         high=1000,
     )
-    views: tuple[int, int] | None = option(
-        None, "View numbers START:STOP to train on; by default all that are labelled.", group="Data", free=True
+    views: tuple[int, int] | None = data_option(
+        None, "Views to train on: the numbers START to STOP-1; by default all views of the label set.", free=True
     )
-    view_policy: ViewPolicy = option(
+    view_policy: ViewPolicy = data_option(
         "cycle",
-        "Order of the views over the epochs: in turn and again from the first (cycle), in a new random order each time"
-        " (random), or each of them at most once (once).",
-        group="Data",
+        "Order in which epochs use the views: in turn, again and again (cycle); in a new random order each time"
+        " through (random); or in turn and each only once, which needs a view for every epoch (once).",
         timed=False,
     )
-    shuffle_window: int = option(
-        64, "Number of source shards that are shuffled together.", group="Data", low=1, high=10**9
+    shuffle_window: int = data_option(
+        64,
+        "Number of source shards (a tar, a Parquet file, or a part of a folder) whose images are shuffled together.",
+        low=1,
+        high=10**9,
     )
-    model_ema: bool = option(
-        True, "Keep an exponential moving average of the weights, which is evaluated as well.", group="Optimisation"
+    model_ema: bool = optimisation_option(
+        True, "Keep an exponential moving average (EMA) of the weights, and evaluate it as well."
     )
-    model_ema_decay: float = option(
-        0.99996, "Decay of the moving average in each update.", group="Optimisation", low=0, high=1, timed=False
+    model_ema_decay: float = optimisation_option(
+        0.99996, "Decay of the EMA in each update.", low=0, high=1, timed=False
     )
-    model_ema_warmup: bool = option(
-        False, "Start the moving average with a smaller decay, for short runs.", group="Optimisation", timed=False
+    model_ema_warmup: bool = optimisation_option(
+        False, "Start the EMA with a smaller decay, for short runs.", timed=False
     )
-    seed: int = option(
+    seed: int = run_option(
         0,
-        "Random seed of the initial weights, the order and stochastic depth.",
-        group="Optimisation",
+        "Random seed of the initial weights, the order of the data and stochastic depth.",
         low=0,
         high=2**63 - 1,
         timed=False,
     )
 
-    eval_data: str | None = option(
-        None,
-        "Labelled images to evaluate on; by default the run is not evaluated.",
-        group="Data",
-        free=True,
-        timed=False,
+    eval_data: str | None = evaluation_option(
+        None, "Labelled images for evaluation; by default the student is not evaluated.", free=True, timed=False
     )
-    crop_pct: float | None = option(
+    crop_pct: float | None = evaluation_option(
         None,
-        "Centre crop in evaluation, as a share of the shorter side; by default the model's.",
-        group="Data",
+        "Size of the centre crop as a fraction of the shorter side, such as 0.9; by default that of the model.",
         low=0.01,
         high=1,
         timed=False,
     )
-    eval_interval: int = option(
-        1, "Number of epochs between evaluations.", group="Run", low=1, high=10**6, free=True, timed=False
+    eval_interval: int = evaluation_option(
+        1, "Number of epochs between two evaluations.", low=1, high=10**6, free=True, timed=False
     )
-    resume: Resume = option(
+    resume: Resume = run_option(
         "never",
-        "Continue the run in --output, or start it where there is none (auto); --resume without a value means auto.",
-        group="Run",
+        "Continue the run in --output, or start it if there is none (auto); an existing run is refused otherwise"
+        " (never). --resume without a value means auto.",
         bare="auto",
         free=True,
         timed=False,
     )
-    checkpoint_interval: int = option(
+    checkpoint_interval: int = run_option(
         1,
-        "Number of epochs between checkpoints; the last epoch always has one.",
-        group="Run",
+        "Number of epochs between two checkpoints; the last epoch always has one.",
         low=1,
         high=10**6,
         free=True,
         timed=False,
     )
-    recovery_interval: int = option(
+    recovery_interval: int = run_option(
         0,
-        "Number of updates between further checkpoints within an epoch; 0 makes none.",
-        group="Run",
+        "Number of updates between two additional checkpoints within an epoch; 0 means none.",
         low=0,
         high=10**9,
         free=True,
         timed=False,
     )
-    log_interval: int = option(
+    log_interval: int = logging_option(
         50,
-        "Number of updates between two lines of metrics.jsonl; stderr has a bar on a terminal, else a line each minute.",
-        group="Logging",
+        "Number of updates between two lines of metrics.jsonl; the progress on stderr does not depend on it.",
         low=1,
         high=10**9,
         free=True,
         timed=False,
     )
-    log_tensorboard: bool = option(
-        False,
-        "Write event files for TensorBoard to tensorboard/ in the folder of the run.",
-        group="Logging",
-        free=True,
-        timed=False,
+    log_tensorboard: bool = logging_option(
+        False, "Write event files for TensorBoard to tensorboard/ in the folder of the run.", free=True, timed=False
     )
-    log_wandb: bool = option(
+    log_wandb: bool = logging_option(
         False,
         "Record the run with Weights & Biases as well; WANDB_MODE=offline needs no network.",
-        group="Logging",
         free=True,
         timed=False,
     )
-    wandb_project: str | None = option(
+    wandb_project: str | None = logging_option(
         None,
-        "Project in Weights & Biases; by default WANDB_PROJECT, or else W&B's own default.",
-        group="Logging",
+        "Project in Weights & Biases; by default that of WANDB_PROJECT, else W&B's own default.",
         free=True,
         timed=False,
     )
-    workers: int | None = option(
+    workers: int | None = run_option(
         None,
-        "Number of loader processes; by default it depends on the number of cores.",
+        "Number of loader processes of each rank, which render the views; by default it depends on the number of"
+        " cores.",
         "-j",
         "--num-workers",
-        group="Run",
         low=0,
         high=1024,
         free=True,
     )
-    device: str = option(
-        "auto", "Device: cpu, cuda or cuda:1; auto is the GPU of the rank where there is one.", group="Run", free=True
+    device: str = run_option(
+        "auto", "Device: cpu, cuda or cuda:1; auto means the GPU of each rank, or the CPU if there is none.", free=True
     )
-    compile: bool = option(
+    compile: bool = run_option(
         False,
-        "Compile the student with torch.compile, which makes it faster after a minute.",
+        "Compile the student with torch.compile: faster, after about a minute of compilation.",
         "--torchcompile",
-        group="Run",
         free=True,
     )
-    amp_dtype: AmpDtype = option(
-        "auto", "Number format of the forward pass; auto is bfloat16 on CUDA, else float32.", group="Run"
+    amp_dtype: AmpDtype = run_option(
+        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
     )
-    deterministic: bool = option(
+    deterministic: bool = run_option(
         False,
-        "Use deterministic algorithms only, which may be slower: a resumed run on a GPU then equals an uninterrupted one to"
-        " the bit.",
-        group="Run",
+        "Use only deterministic algorithms, which may be slower: a resumed run on a GPU is then bit-identical to an"
+        " uninterrupted one.",
         free=True,
     )
 
@@ -352,45 +350,45 @@ class TrainConfig:
 class EvaluateConfig:
     """Settings of an evaluation: the student and the data."""
 
-    checkpoint: str | None = option(
-        None, "Student: folder that a run exported (last, best), or a file of weights; path or URL.", group="Student"
+    checkpoint: str | None = student_option(
+        None, "Student: folder that `train` exported (RUN/last, RUN/best), or a file of weights; path or URL."
     )
-    model: str | None = option(None, "Name of the timm model, for a file of weights or --pretrained.", group="Student")
-    pretrained: bool = option(False, "Take the weights that timm publishes.", group="Student")
-    num_classes: int | None = option(
-        None, "Number of classes in a file of weights; by default that of --data or --labels.", group="Student", low=1
+    model: str | None = student_option(None, "Name of the timm model, for a file of weights or --pretrained.")
+    pretrained: bool = student_option(False, "Evaluate the weights that timm publishes.")
+    num_classes: int | None = student_option(
+        None, "Number of classes in the file of weights; by default that of --data or --labels.", low=1
     )
-    data: str | None = option(
-        None, "Labelled images to measure accuracy on: a folder, tars or Parquet; path or URL.", group="Data"
+    data: str | None = data_option(None, "Labelled images for the accuracy: a folder, tars or Parquet; path or URL.")
+    labels: str | None = data_option(
+        None, "Label set for the agreement with the teacher, which is measured on its first view; folder or URL."
     )
-    labels: str | None = option(
-        None, "Label set, folder or URL, on whose first view agreement with the teacher is measured.", group="Data"
+    labels_data: str | None = data_option(
+        None, "Images of the label set; by default those in it, or else the location stored in it."
     )
-    labels_data: str | None = option(None, "Images of the label set; by default where it found them.", group="Data")
-    expect_manifest: str | None = option(
+    expect_manifest: str | None = data_option(
         None,
-        "Pin of the manifest, sha256:HEX, as `labels info` prints it: --labels with any other manifest are refused.",
-        group="Data",
+        "Expected hash of the label set's manifest, sha256:HEX, as `labels info` prints it; a label set with any"
+        " other manifest is refused.",
     )
-    agreement_samples: int = option(
-        10_000, "Largest number of views on which agreement is measured.", group="Data", low=2
+    agreement_samples: int = data_option(10_000, "Maximum number of views for the agreement.", low=2)
+    crop_pct: float | None = data_option(
+        None,
+        "Size of the centre crop as a fraction of the shorter side, such as 0.9; by default that of the model.",
+        low=0.01,
+        high=1,
     )
-    crop_pct: float | None = option(
-        None, "Centre crop, as a share of the shorter side; by default the model's.", group="Data", low=0.01, high=1
-    )
-    batch_size: int = option(256, "Number of images in one forward pass.", "-b", group="Run", low=1)
-    workers: int | None = option(
+    batch_size: int = run_option(256, "Number of images in one forward pass.", "-b", low=1)
+    workers: int | None = run_option(
         None,
         "Number of loader processes; by default it depends on the number of cores.",
         "-j",
         "--num-workers",
-        group="Run",
         low=0,
         high=1024,
     )
-    device: str = option("auto", "Device: cpu, cuda or cuda:1; auto is CUDA where there is one.", group="Run")
-    amp_dtype: AmpDtype = option(
-        "auto", "Number format of the forward pass; auto is bfloat16 on CUDA, else float32.", group="Run"
+    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
+    amp_dtype: AmpDtype = run_option(
+        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,16 @@ from typing import Literal
 
 from pipeline.errors import UsageError
 from pipeline.labels.format import Precision, parse_pin
-from pipeline.settings.fields import REQUIRED, check_settings, option
+from pipeline.settings.fields import (
+    REQUIRED,
+    check_settings,
+    data_option,
+    run_option,
+    signature_option,
+    stored_option,
+    student_option,
+    teacher_option,
+)
 from pipeline.storage.urls import working_folder
 
 MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of views
@@ -24,37 +33,33 @@ MAX_SHORTER = 4096
 class TeacherConfig:
     """The teacher networks and how they run."""
 
-    teacher: tuple[str, ...] = option(
+    teacher: tuple[str, ...] = teacher_option(
         ("regnety_160",),
-        "Teacher: name of a timm model, hf-hub:NAME, folder that `train` exported, or module:function. Repeat the option to"
-        " average the probabilities of several teachers.",
+        "Teacher: name of a timm model, hf-hub:NAME, folder that `train` exported, or module:function (a Python"
+        " function that returns the network). Repeat the option to average the probabilities of several teachers.",
         "--teacher-model",
-        group="Teacher",
     )
-    teacher_checkpoint: tuple[Path, ...] = option(
+    teacher_checkpoint: tuple[Path, ...] = teacher_option(
         (),
-        "Weights of the teacher: a safetensors file or a state dict. Pass it once for each --teacher, or not at all.",
+        "File with the weights of the teacher: safetensors, or a PyTorch state dict. Pass it once for each"
+        " --teacher, or not at all.",
         "--teacher-path",
-        group="Teacher",
     )
-    pretrained: bool = option(
-        True, "Load published weights; --no-pretrained draws random ones for a trial.", group="Teacher"
-    )
-    teacher_img_size: int | None = option(
+    pretrained: bool = teacher_option(True, "Load published weights; --no-pretrained uses random weights, for a trial.")
+    teacher_img_size: int | None = teacher_option(
         None,
-        "Size in pixels of the images that the teacher sees; by default that of its configuration.",
-        group="Teacher",
+        "Size in pixels to which views are resized for the teacher; by default the size that its configuration names.",
         low=1,
         high=4096,
     )
-    device: str = option(
-        "auto", "Device: cpu, cuda or cuda:1; auto is every visible GPU, or the CPU where there is none.", group="Run"
+    device: str = run_option(
+        "auto", "Device: cpu, cuda or cuda:1; auto means every visible GPU, or the CPU if there is none."
     )
-    dtype: Dtype = option(
-        "auto", "Number format of the teacher's forward pass; auto is bfloat16 on CUDA, else float32.", group="Run"
+    dtype: Dtype = run_option(
+        "auto", "Number format of the teacher's forward pass; auto means bfloat16 on CUDA, else float32."
     )
-    compile: bool = option(
-        False, "Compile the teacher with torch.compile, which makes it faster on a GPU after a minute.", group="Run"
+    compile: bool = run_option(
+        False, "Compile the teacher with torch.compile: faster on a GPU, after about a minute of compilation."
     )
 
     def __post_init__(self) -> None:
@@ -72,110 +77,102 @@ class TeacherConfig:
 class PrecomputeConfig:
     """Settings of `precompute`: the data to label, and how."""
 
-    data: str = option(
+    data: str = data_option(
         REQUIRED,
-        "Images: a folder with files class/name.jpg, tars (train-{000..127}.tar), or image Parquet.",
-        group="Data",
+        "Images: a folder with files class/name.jpg, tars (train-{000..127}.tar), or Parquet files with images; path"
+        " or URL.",
         planned=True,
     )
-    out: str = option(
+    out: str = data_option(
         REQUIRED,
-        "Folder or URL of the label set; run the same command again to continue it.",
-        group="Data",
+        "Label set to write: folder or URL. Run the same command again to continue it.",
         timed=False,
         planned=True,
     )
-    views: tuple[int, int] = option(
+    views: tuple[int, int] = data_option(
         (0, 30),
-        "View numbers START:STOP, or a number of views from 0; each epoch of training needs one view.",
-        group="Data",
+        "Views to label: START:STOP means the numbers START to STOP-1, N means 0:N. An epoch of training uses one"
+        " view of each image; if there are more epochs than views, views are used again.",
         planned=True,
     )
-    topk: int | None = option(
+    topk: int | None = stored_option(
         None,
-        "Number of most probable classes to store for each view; by default 10, or all where there are fewer. 0 stores the"
-        " hard label alone.",
-        group="Distillation",
+        "Number of classes (K) to store for each view, the most probable first; by default 10, or all classes if"
+        " there are fewer. 0 stores only the most probable class (the hard label).",
         low=0,
         high=2**31,
         planned=True,
     )
-    precision: Precision = option(
+    precision: Precision = stored_option(
         "float16",
-        "Number format of the stored probabilities: float32; float16 (at most 0.05 % off, 33 bytes a label at K = 10); log8"
-        " (5 %, 19 bytes, 1.7e-4 nats of KL divergence).",
-        group="Distillation",
+        "Number format of the stored probabilities: float16 (error at most 0.05 %, 33 bytes a label for K = 10),"
+        " float32, or log8 (error at most 5 %, 19 bytes, 1.7e-4 nats of KL divergence).",
         planned=True,
     )
-    views_per_shard: int = option(
+    views_per_shard: int = stored_option(
         30,
-        "Number of views in one file, the unit of work; a crash loses the files that were being made.",
-        group="Run",
+        "Number of views of each image in one label file. After a crash, only unfinished files are made again.",
         low=1,
         high=MAX_VIEW,
         planned=True,
     )
-    batch_size: int | Literal["auto"] = option(
+    batch_size: int | Literal["auto"] = run_option(
         "auto",
-        "Largest number of views in one forward pass on a GPU; auto is a mix block. It is halved when they do not fit into"
-        " memory. A CPU always takes 32.",
+        "Maximum number of views in one forward pass on a GPU; auto means the recipe's mix_block, by default 256. It is halved"
+        " if the GPU runs out of memory. On a CPU it is always 32.",
         "-b",
-        group="Run",
         low=2,
         high=10**6,
     )
-    workers: int | None = option(
+    workers: int | None = run_option(
         None,
-        "Number of loader processes for each teacher process; by default it depends on the number of cores.",
+        "Number of loader processes, which render the views, for each teacher process; by default one less than its"
+        " CPU cores, or half of them if the teacher runs on the CPU.",
         "-j",
         "--num-workers",
-        group="Run",
         low=0,
         high=1024,
     )
-    engine: Engine = option(
+    engine: Engine = run_option(
         "local",
-        "Engine that runs the label shards: processes on this machine, or a Ray cluster.",
-        group="Run",
+        "Engine that makes the label files: processes of this machine (local), or a Ray cluster (ray).",
         timed=False,
     )
-    processes: int | None = option(
+    processes: int | None = run_option(
         None,
-        "Number of teacher processes; by default one for each GPU, or without a GPU one that uses all cores.",
-        group="Run",
+        "Number of teacher processes; by default one for each GPU, or a single one on the CPU, which uses all cores.",
         low=1,
         high=1024,
     )
-    address: str = option(
-        "auto", "Address of the Ray cluster, for --engine ray; auto lets Ray find it.", group="Run", timed=False
+    address: str = run_option(
+        "auto", "Address of the Ray cluster, HOST:PORT, for --engine ray; auto means that Ray finds it.", timed=False
     )
-    on_bad_image: BadImagePolicy = option(
+    on_bad_image: BadImagePolicy = data_option(
         "fail",
-        "Reaction to an image that cannot be decoded: stop the run (fail), or leave the image out (skip).",
-        group="Data",
+        "Policy for an image that cannot be decoded: stop with an error (fail), or leave it out of the label set"
+        " (skip).",
         timed=False,
     )
-    include_images: str | None = option(
+    include_images: str | None = data_option(
         None,
-        "Pack the images into the label set, which makes it self-contained: as they are, or shrunk to a shorter side of this"
-        " many pixels, which is then what teacher and students see.",
-        group="Data",
+        "Store the images in the label set, so that training needs nothing else. Without a value the original files"
+        " are stored; with a number N, images are shrunk to a shorter side of N pixels, and teacher and students see"
+        " those.",
         bare=ORIGINAL,
         timed=False,
         planned=True,
     )
-    min_teacher_accuracy: float = option(
+    min_teacher_accuracy: float = teacher_option(
         0.0,
-        "Lowest top-1 accuracy of the teacher on centre crops, in percent; a teacher below it is refused.",
-        group="Teacher",
+        "Minimum top-1 accuracy of the teacher on centre crops, in percent; a less accurate teacher is refused.",
         low=0,
         high=100,
         timed=False,
     )
-    accuracy_samples: int = option(
+    accuracy_samples: int = teacher_option(
         256,
-        "Number of labelled images on which the teacher's accuracy is measured before it labels; 0 leaves this out.",
-        group="Teacher",
+        "Number of labelled images on which the teacher's accuracy is measured before it labels; 0 skips the"
+        " measurement.",
         low=0,
         high=10**7,
         timed=False,
@@ -213,7 +210,7 @@ class PrecomputeConfig:
 class TimingConfig:
     """Measuring times of `estimate` and `bench`."""
 
-    seconds: float = option(2.0, "Seconds to spend on each measurement, approximately.", group="Run", low=0.1, high=600)
+    seconds: float = run_option(2.0, "Approximate number of seconds for each measurement.", low=0.1, high=600)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -223,18 +220,16 @@ class TimingConfig:
 class EstimateConfig(TimingConfig):
     """The planned training, and how long to measure."""
 
-    images: int | None = option(
+    images: int | None = data_option(
         None,
-        "Number of images in the whole set, where --data is a part of it; by default the images of --data.",
-        group="Data",
+        "Number of images in the whole data set, if --data holds only a part of it; by default the number of images"
+        " in --data.",
         low=1,
     )
-    students: int = option(1, "Number of students that will learn from the labels.", group="Student", low=1)
-    epochs: int = option(300, "Number of epochs for which each student is trained.", group="Student", low=1)
-    model: str = option(
-        "deit_small_distilled_patch16_224",
-        "Student: name of a timm model, or deit-ti, deit-s, deit-b.",
-        group="Student",
+    students: int = student_option(1, "Number of students that are trained from the labels.", low=1)
+    epochs: int = student_option(300, "Number of epochs for which each student is trained.", low=1)
+    model: str = student_option(
+        "deit_small_distilled_patch16_224", "Student: name of a timm model, or deit-ti, deit-s or deit-b."
     )
 
 
@@ -242,45 +237,39 @@ class EstimateConfig(TimingConfig):
 class BenchConfig(TimingConfig):
     """The labelling that `bench stage1` runs, and how long it measures."""
 
-    images: int = option(512, "Largest number of images for the run of all parts together.", group="Data", low=2)
+    images: int = data_option(512, "Maximum number of images in the last measurement, of all parts together.", low=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
     """Optional checks of a label set, in addition to its files and rows."""
 
-    data: str | None = option(
+    data: str | None = data_option(
         None,
-        "Copy of the images, all of which are compared with the labelled ones; without it only those of the probes are read.",
-        group="Data",
+        "Images, path or URL, all of which are compared with the labelled ones. By default only the images of the"
+        " replay probes are read, from the label set or the location stored in it.",
     )
-    probes: bool = option(True, "Render the replay probes again, which needs the images.", group="Data")
-    expect_manifest: str | None = option(
+    probes: bool = data_option(
+        True,
+        "Render the replay probes again (a few views whose hashes the label set stores), which needs their images.",
+    )
+    expect_manifest: str | None = data_option(
+        None, "Expected hash of the manifest, sha256:HEX, as `labels info` prints it; any other manifest is a problem."
+    )
+    public_key: Path | None = signature_option(
+        None, "PEM file of a public key; the manifest must be signed by its owner."
+    )
+    identity: str | None = signature_option(
+        None, "Sigstore identity by which the manifest must be signed: an e-mail address, or the URL of a CI workflow."
+    )
+    identity_provider: str | None = signature_option(
+        None, "URL of the provider that issued --identity, such as https://accounts.google.com."
+    )
+    relabel: int = teacher_option(256, "Number of random views that --teacher labels again.", low=1, high=10**7)
+    relabel_seed: int = teacher_option(0, "Random seed that selects the views for --relabel.", low=0, high=2**63 - 1)
+    threads: int | None = run_option(
         None,
-        "Pin of the manifest, sha256:HEX, as `labels info` prints it: a manifest with other bytes is a problem.",
-        group="Data",
-    )
-    public_key: Path | None = option(
-        None, "PEM file of the public key whose owner must have signed the manifest.", group="Data"
-    )
-    identity: str | None = option(
-        None,
-        "Sigstore identity that must have signed the manifest: a mail address, or the URL of a CI workflow.",
-        group="Data",
-    )
-    identity_provider: str | None = option(
-        None, "Provider that vouches for --identity, such as https://accounts.google.com.", group="Data"
-    )
-    relabel: int = option(
-        256, "Number of random views that --teacher labels again.", group="Teacher", low=1, high=10**7
-    )
-    relabel_seed: int = option(
-        0, "Random seed for choosing the views of --relabel.", group="Teacher", low=0, high=2**63 - 1
-    )
-    threads: int | None = option(
-        None,
-        "Number of files read at the same time; by default one for each core, or eight for a URL.",
-        group="Run",
+        "Number of files that are read at the same time; by default one for each core, or eight for a URL.",
         low=1,
         high=256,
     )
@@ -299,29 +288,20 @@ class VerifyConfig:
 class ExportConfig:
     """Settings for the export of a label set."""
 
-    views: tuple[int, int] | None = option(
-        None, "View numbers START:STOP to export; by default the first view alone.", group="Data"
-    )
-    pixels: Pixels = option(
+    views: tuple[int, int] | None = data_option(None, "Views to export, START:STOP; by default only the first view.")
+    pixels: Pixels = data_option(
         "views",
-        "Pixels to export: the views as the teacher saw them, or the original files, which the teacher saw only where the"
-        " recipe changes nothing.",
-        group="Data",
+        "Images to export: the views that the teacher saw (views), or the original files (originals), which differ"
+        " from them unless the recipe is `none`.",
     )
-    encoding: Encoding = option(
+    encoding: Encoding = data_option(
         "png",
-        "Encoding of the views: png is lossless but for the rounding of mixup, jpeg (quality 95, 4:4:4) is smaller.",
-        group="Data",
+        "Image format of the exported views: png is lossless (mixed views are rounded to whole levels), jpeg"
+        " (quality 95, 4:4:4) is smaller.",
     )
-    format: Literal["webdataset"] = option("webdataset", "Format of the export.", group="Data")
-    workers: int | None = option(
-        None,
-        "Number of loader processes; by default one for each core.",
-        "-j",
-        "--num-workers",
-        group="Run",
-        low=0,
-        high=1024,
+    format: Literal["webdataset"] = data_option("webdataset", "Format of the export.")
+    workers: int | None = run_option(
+        None, "Number of loader processes; by default one for each core.", "-j", "--num-workers", low=0, high=1024
     )
 
     def __post_init__(self) -> None:

@@ -10,12 +10,26 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UsageError
 
-Group = Literal["Data", "Teacher", "Student", "Distillation", "Optimisation", "Run", "Logging"]
+Group = Literal[
+    "Data",
+    "Teacher",
+    "Stored labels",
+    "Student",
+    "Distillation",
+    "Optimisation",
+    "Evaluation",
+    "Signature",
+    "Licence",
+    "Run",
+    "Logging",
+    "Output",
+]
 GROUPS: tuple[Group, ...] = typing.get_args(Group)  # in the order in which --help shows them
 Views = tuple[int, int]  # start and stop
 REQUIRED: Any = MISSING
@@ -52,6 +66,18 @@ def option(
     """
     known = {"low": low, "high": high, "bare": bare, "free": free, "timed": timed, "planned": planned}
     return dataclasses.field(default=default, metadata={"help": text, "flags": flags, "group": group} | known)
+
+
+data_option = partial(option, group="Data")
+teacher_option = partial(option, group="Teacher")
+stored_option = partial(option, group="Stored labels")
+student_option = partial(option, group="Student")
+distillation_option = partial(option, group="Distillation")
+optimisation_option = partial(option, group="Optimisation")
+evaluation_option = partial(option, group="Evaluation")
+signature_option = partial(option, group="Signature")
+run_option = partial(option, group="Run")
+logging_option = partial(option, group="Logging")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
         type=_type_of(setting),
         help=setting.help,
         group=setting.group,
-        show_default=not (default in (REQUIRED, None, ()) or default is False),
+        show_default=default not in (REQUIRED, None, ()),
         multiple=setting.repeats,
         **known,
     )
@@ -98,31 +98,31 @@ def _type_of(setting: Setting) -> Any:
     return {Path: click.Path(path_type=Path), Views: ViewsType(), bool: None}.get(setting.kind, setting.kind)
 
 
-def recipe_options(command: Any) -> Any:
-    """Add --recipe and --set to a command, and return it."""
-    command = plain_option(
+def recipe_options(default: str) -> Callable[[Any], Any]:
+    """Return a decorator that adds --recipe, whose default is described by `default`, and --set."""
+    recipe = plain_option(
+        "--recipe",
+        help=f"Recipe of the views: deit, deit-384, crop-flip, none, or a YAML file; by default {default}.",
+        group="Data",
+    )
+    override = plain_option(
         "--set",
         "overrides",
         multiple=True,
         metavar="FIELD=VALUE",
-        help="Change a field of the recipe, such as img_size=32. Repeat the option for several fields.",
+        help="Change one field of the recipe, such as img_size=32. Repeat the option for several fields.",
         group="Data",
-    )(command)
-    return plain_option(
-        "--recipe",
-        show_default="deit",
-        help="Recipe of the views: deit, deit-384, crop-flip, none, or a YAML file.",
-        group="Data",
-    )(command)
+    )
+    return lambda command: recipe(override(command))
 
 
 LOG_JSON = plain_option(
     "--log-json",
     type=click.Path(path_type=Path),
-    help="Append messages and progress to this file, one JSON object in each line.",
+    help="File to which messages and progress are appended, one JSON object per line.",
     group="Logging",
 )
-AS_JSON = plain_option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.", group="Logging")
+AS_JSON = plain_option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.", group="Output")
 
 
 RECIPE_FIELDS = "deit_cli.recipe_fields"  # key in the command's context for the settings under `set` in a file
@@ -149,7 +149,7 @@ def config_option(*kinds: type) -> Callable[[Any], Any]:
         is_eager=True,
         expose_value=False,
         callback=read,
-        help="Read options from this YAML file of `name: value` lines; options that are passed here override it.",
+        help="YAML file with options, one `name: value` per line; options on the command line override it.",
         group="Run",
     )
 

@@ -183,7 +183,7 @@ def test_recipe_fields_of_the_file_and_of_the_command_line_add_up(tmp_path):
 
     @cli.commands.command("show-recipe")
     @options.config_option(TrainConfig)
-    @options.recipe_options
+    @options.recipe_options("deit")
     def show(**values):
         click.echo(json.dumps(options.chosen_recipe(values).model_dump(mode="json")))
 
