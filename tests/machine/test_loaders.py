@@ -212,6 +212,7 @@ def gone_soon(pids: list[int]) -> bool:
     return not any(map(is_alive, pids))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are read from /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_every_process_of_a_job_leaves_the_decision_to_the_parent(script, number):
@@ -223,6 +224,7 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_decision_to_the_parent(sc
     assert gone_soon(pids)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_loaders_server_starts_does_not_reach_it():
     """It takes seconds to import torch, and would end in a traceback on the user's terminal."""
     code = """
@@ -244,6 +246,7 @@ if __name__ == "__main__":
     assert (done.stdout, done.stderr) == ("[False, False]\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are read from /proc")
 def test_loaders_end_with_a_killed_parent(script):
     process, pids = started(script, "stay")

@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from support.background import PATIENCE_S, in_background
 from support.label_sets import files_of, make_label_set, problems_in, read_everything, seal_again, write_source
 from support.nginx_server import nginx_server
-from support.s3_server import BUCKET, Proxy, client, credentials, proxy, s3_server
+from support.s3_server import BUCKET, S3, Proxy, client, credentials, proxy, s3_server
 from support.training import TINY, assert_same_state
 
 import cli
@@ -50,9 +50,8 @@ from trainer.loop import train
 
 BLOCK = 16 << 20  # of one request to a store
 LARGE = "labels/views-00000-00001/train-0.parquet"
-STORE = pytest.param("s3", marks=pytest.mark.slow)
-SERVERS = ("folder", "nginx", STORE)
-REMOTE = ("nginx", STORE)
+SERVERS = ("folder", "nginx", S3)
+REMOTE = ("nginx", S3)
 
 
 class Spot:
@@ -145,7 +144,7 @@ def far(request, tmp_path, monkeypatch, quick) -> Iterator[Spot]:
         yield made
 
 
-@pytest.fixture(params=[STORE])
+@pytest.fixture(params=[S3])
 def bucket(request, tmp_path, monkeypatch, quick) -> Iterator[Spot]:
     with a_spot(request, tmp_path, monkeypatch) as made:
         yield made

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.builders import before_update, interrupt, make_labels, named_files, small_recipe, small_teacher, write_tars
 from support.label_sets import problems_in
-from support.s3_server import BUCKET, credentials, s3_server
+from support.s3_server import BUCKET, S3, credentials, s3_server
 from support.training import TINY, state_of
 
 from pipeline.errors import LabelSetMismatch, RemoteFileMissing, UsageError
@@ -62,7 +62,7 @@ def bucket(request, monkeypatch):
     system.store.clear()
 
 
-EVERYWHERE = pytest.mark.parametrize("bucket", ["memory", "s3"], indirect=True)
+EVERYWHERE = pytest.mark.parametrize("bucket", ["memory", S3], indirect=True)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support.s3_server import BUCKET, client, credentials, proxy, s3_server
+from support.s3_server import BUCKET, S3, client, credentials, proxy, s3_server
 
 from pipeline.errors import RemoteFileMissing, RemoteFileRefused, StorageError
 from pipeline.storage import remote, stores
@@ -29,7 +29,7 @@ def between(store, monkeypatch):
         yield running
 
 
-@pytest.fixture(params=["memory", "s3"])
+@pytest.fixture(params=["memory", S3])
 def place(request, monkeypatch):
     """An empty folder in a store: one in this process, and a real one."""
     name = f"{request.node.name.replace('[', '-').replace(']', '')}"
@@ -74,6 +74,7 @@ def test_holds_compares_content(place, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_of_eight_writers_of_one_name_one_wins(between, store):
     url = f"s3://{BUCKET}/race"
     for turn in range(3):
@@ -103,7 +104,8 @@ def test_no_writer_loses_what_another_added(place):
 
 
 @pytest.mark.parametrize("fault", ["reset", "lost", "cut-request", 503, 500, 429])
-@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.slow
 def test_a_failed_upload_is_tried_again(between, store, tmp_path, monkeypatch, fault, large):
     """Faults 15 to 17: refused, cut in the middle, or stored and the answer lost."""
     monkeypatch.setattr(stores, "PART_BYTES", 5 << 20)
@@ -117,6 +119,7 @@ def test_a_failed_upload_is_tried_again(between, store, tmp_path, monkeypatch, f
     assert not between.faults[f"PUT {fault}-{large}"]
 
 
+@pytest.mark.slow
 def test_an_upload_whose_answer_was_lost_is_not_sent_again(between, store, monkeypatch):
     """Fault 17: also where the next try would say that the name is taken."""
     for name, replace in (("new", False), ("swapped", True)):
@@ -125,6 +128,7 @@ def test_an_upload_whose_answer_was_lost_is_not_sent_again(between, store, monke
         assert stored(store, f"s3://{BUCKET}/lost/{name}") == b"labels"
 
 
+@pytest.mark.slow
 def test_a_swap_whose_answer_was_lost_is_known_as_done(between, store):
     url, seen = f"s3://{BUCKET}/lost/manifest", []
     put_bytes(b"a", url)
@@ -134,6 +138,7 @@ def test_a_swap_whose_answer_was_lost_is_known_as_done(between, store):
     assert seen == [b"a", b"ab"]
 
 
+@pytest.mark.slow
 def test_a_store_that_never_answers_is_named(between, tmp_path):
     between.faults["PUT never"] += [503] * 100
     with pytest.raises(
@@ -143,6 +148,7 @@ def test_a_store_that_never_answers_is_named(between, tmp_path):
     assert info_of(f"s3://{BUCKET}/never") is None
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_read_leaves_nothing(between, tmp_path, monkeypatch):
     """Fault 16: an open remote file would be closed, and so stored as far as it came."""
     with pytest.raises(StorageError, match="nothing: no such file"):
@@ -162,6 +168,7 @@ def test_a_file_that_cannot_be_read_leaves_nothing(between, tmp_path, monkeypatc
         put_file(path, f"s3://{BUCKET}/cut")
 
 
+@pytest.mark.slow
 def test_large_files_go_up_in_parts(between, store, tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "PART_BYTES", 5 << 20)
     (tmp_path / "a").write_bytes(bytes(range(256)) * (11 << 12))
@@ -177,6 +184,7 @@ def test_large_files_go_up_in_parts(between, store, tmp_path, monkeypatch):
     assert stored(store, url) == bytes(range(256)) * (11 << 12)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_named(between, monkeypatch):
     with pytest.raises(RemoteFileMissing, match="s3://no-such-bucket/a: there is no such bucket or repository"):
         put_bytes(b"a", "s3://no-such-bucket/a")

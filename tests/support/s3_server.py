@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 KEY, SECRET, BUCKET = "deit-tests", "deit-tests-secret", "labels"
+S3 = pytest.param("s3", marks=pytest.mark.slow)  # a test with the store, which takes seconds to start
 PORTS = ("master", "volume", "filer", "s3")
 
 

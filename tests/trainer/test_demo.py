@@ -77,6 +77,7 @@ def test_a_stopped_demo_says_how_to_start_again(tmp_path, monkeypatch):
     assert caught.value.exit_code == 130
 
 
+@pytest.mark.slow
 def test_the_table_comes_after_the_last_line_of_progress(tmp_path):
     script = """
 import cli, trainer.demo

@@ -164,6 +164,7 @@ def test_a_student_without_token_learns_from_the_labels_too(label_set, tmp_path)
     assert "distill_loss" in read_metrics(tmp_path / "run")[0]
 
 
+@pytest.mark.slow
 def test_stage_2_runs_with_the_teachers_modules_unimportable(label_set, tmp_path):
     script = f"""
 import sys
