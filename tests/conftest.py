@@ -5,12 +5,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; worker processes inherit it
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
 from support.label_sets import make_label_set, write_source
+from support.s3_server import s3_server
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,6 +31,13 @@ def images(tmp_path_factory) -> Path:
 def made(images, tmp_path_factory) -> Path:
     """A label set of these, of two shards and two blocks of two views; tests that change it take `copied`."""
     return make_label_set(images, tmp_path_factory.mktemp("made") / "set").folder
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory) -> Iterator[str]:
+    """URL of an S3 store with an empty bucket; each test writes to keys of its own."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from support.background import wait_until
 from support.builders import files_of, make_labels, with_checkout, write_tars
 from support.label_sets import seal_again
-from support.s3_server import BUCKET, credentials, s3_server
+from support.s3_server import BUCKET, credentials
 
 from pipeline.doctor import machine, owners, packages, places, probing
 from pipeline.doctor.buckets import examine_bucket
@@ -555,15 +555,14 @@ def test_a_store_that_overwrites_is_warned_of(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_real_store_is_looked_at_and_its_refusals_are_named(tmp_path, monkeypatch):
-    with s3_server(tmp_path) as url:
-        credentials(monkeypatch, url)
-        section = examine_bucket(f"s3://{BUCKET}/shards")
-        assert told(section) == []
-        assert value(section, "creating only") == "yes"
-        assert names_in(f"s3://{BUCKET}/shards") == []
-        (problem,) = told(examine_bucket("s3://no-such-bucket/shards"))
-        assert "there is no such bucket" in problem
+def test_a_real_store_is_looked_at_and_its_refusals_are_named(store, monkeypatch):
+    credentials(monkeypatch, store)
+    section = examine_bucket(f"s3://{BUCKET}/doctor")
+    assert told(section) == []
+    assert value(section, "creating only") == "yes"
+    assert names_in(f"s3://{BUCKET}/doctor") == []
+    (problem,) = told(examine_bucket("s3://no-such-bucket/shards"))
+    assert "there is no such bucket" in problem
 
 
 @pytest.mark.parametrize(

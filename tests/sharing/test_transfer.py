@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from support.background import PATIENCE_S, in_background
 from support.label_sets import files_of, make_label_set, problems_in, read_everything, seal_again, write_source
 from support.nginx_server import nginx_server
-from support.s3_server import BUCKET, S3, Proxy, client, credentials, proxy, s3_server
+from support.s3_server import BUCKET, S3, Proxy, client, credentials, proxy
 from support.training import TINY, assert_same_state
 
 import cli
@@ -50,8 +50,9 @@ from trainer.loop import train
 
 BLOCK = 16 << 20  # of one request to a store
 LARGE = "labels/views-00000-00001/train-0.parquet"
-SERVERS = ("folder", "nginx", S3)
-REMOTE = ("nginx", S3)
+NGINX = pytest.param("nginx", marks=pytest.mark.slow)
+SERVERS = ("folder", NGINX, S3)
+REMOTE = (NGINX, S3)
 
 
 class Spot:
@@ -119,12 +120,6 @@ def large(made, tmp_path_factory) -> Path:
         file.write(os.urandom(40_000_000))
     seal_again(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3")) as url:
-        yield url
 
 
 @pytest.fixture

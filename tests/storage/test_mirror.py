@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.builders import before_update, interrupt, make_labels, named_files, small_recipe, small_teacher, write_tars
 from support.label_sets import problems_in
-from support.s3_server import BUCKET, S3, credentials, s3_server
+from support.s3_server import BUCKET, S3, credentials
 from support.training import TINY, state_of
 
 from pipeline.errors import LabelSetMismatch, RemoteFileMissing, UsageError
@@ -40,12 +40,6 @@ def whole(data, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole") / "set"
     make_labels(folder, data, **SETTINGS)
     return named_files(folder)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3")) as url:
-        yield url
 
 
 @pytest.fixture

@@ -5,19 +5,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support.s3_server import BUCKET, S3, client, credentials, proxy, s3_server
+from support.s3_server import BUCKET, S3, client, credentials, proxy
 
 from pipeline.errors import RemoteFileMissing, RemoteFileRefused, StorageError
 from pipeline.storage import remote, stores
 from pipeline.storage.remote import info_of
 from pipeline.storage.stores import S3Store
 from pipeline.storage.uploads import holds, put_bytes, put_file, update_url
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3")) as url:
-        yield url
 
 
 @pytest.fixture
