@@ -39,7 +39,8 @@ from trainer.console import ToStderr, say_counts, shown_progress
 
 log = logging.getLogger("deit_cli")
 
-OF_LABELS = "that of --labels, or deit without --labels"  # the recipe of `train`
+OF_LABELS = "deit. With --labels it is that of the label set, and no other"  # the recipe of `train`
+BENCHED_VIEWS = "Views to render, START:STOP: as many as fit into the measured time, beginning with START."
 
 
 def main() -> None:
@@ -49,9 +50,21 @@ def main() -> None:
 
 @click.group(cls=program.Group, context_settings=program.CONTEXT)
 @click.version_option(package_name="deit-cli")
-@click.option("-v", "--verbose", is_flag=True, help="Show all messages, and the traceback of an unexpected error.")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Show all messages, and the traceback of an unexpected error. Pass it before the command.",
+)
 def commands(verbose: bool) -> None:
-    """Distil a CNN into a vision transformer: run the teacher once, train DeiT students from its stored labels."""
+    """Distil a CNN into a vision transformer: run the teacher once, train DeiT students from its stored labels.
+
+    \b
+    Examples:
+      deit-cli precompute --data imagenet/train --teacher regnety_160 --out shards --views 0:300
+      deit-cli train --labels shards --model deit-s --eval-data imagenet/val --output runs/deit-s
+      deit-cli evaluate --checkpoint runs/deit-s/best --data imagenet/val
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStderr(every=verbose)])
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     click.get_current_context().call_on_close(say_counts)
@@ -68,14 +81,14 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
     """Render numbered views, run the teacher, store its answers.
 
     A view is one augmented version of an image. Its number and the recipe decide every random choice, so that `train` can
-    render the same pixels again.
+    render the same pixels again. One command uses all GPUs of a machine; torchrun or Slurm start it on several machines.
 
     \b
     Examples:
       deit-cli precompute --data imagenet/train --teacher regnety_160 --out shards --views 0:300
       deit-cli precompute --data imagenet/train --recipe deit-384 --set reprob=0 --teacher regnety_160 --out shards-384
       deit-cli precompute --data photos --teacher resnet50 --teacher-checkpoint resnet50.safetensors --out labels
-      torchrun --nproc-per-node 8 --no-python deit-cli precompute --data imagenet/train --teacher regnety_160 --out shards
+      torchrun --nnodes 4 --nproc-per-node 8 --no-python deit-cli precompute --data s3://bucket/train --out s3://bucket/shards
     """
     config, teacher = split_values(values, PrecomputeConfig, TeacherConfig)
     recipe = chosen_recipe(values)
@@ -101,13 +114,15 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
 def train(log_json: Path | None, **values: Any) -> None:
     """Train a student from stored labels, without the teacher.
 
-    Each epoch renders one view of every image again, exactly as the teacher saw it.
+    The stored views are rendered again, exactly as the teacher saw them. torchrun starts it on several GPUs.
 
     \b
     Examples:
       deit-cli train --labels shards --model deit-s --eval-data imagenet/val --output runs/deit-s
-      deit-cli train --labels shards -c configs/deit-s-distilled.yaml --output runs/deit-s
+      deit-cli train --labels shards --model deit-s --distillation-type soft --distillation-tau 3 --output runs/soft
+      deit-cli train -c runs/deit-s/config.yaml --output runs/again
       deit-cli train --labels shards --model deit-s --output runs/deit-s --resume
+      torchrun --nproc-per-node 8 --no-python deit-cli train --labels shards --model deit-b --output runs/deit-b
       deit-cli train --distillation-type none --data imagenet/train --model resnet50 --output runs/teacher
     """
     (config,) = split_values(values, TrainConfig)
@@ -133,11 +148,13 @@ def train(log_json: Path | None, **values: Any) -> None:
 def evaluate(as_json: bool, **values: Any) -> None:
     """Measure a student's accuracy and agreement with the teacher.
 
-    The class head, the distillation head and each fusion of both heads have their own line.
+    The class head, the distillation head and each fusion of both heads have their own line. Pass --data, --labels or both,
+    and --checkpoint, or --model with --pretrained.
 
     \b
-    Example:
+    Examples:
       deit-cli evaluate --checkpoint runs/deit-s/best --data imagenet/val --labels shards
+      deit-cli evaluate --model deit_small_distilled_patch16_224 --pretrained --data imagenet/val
     """
     config = EvaluateConfig(**values)
     from trainer.evaluate import evaluate_checkpoint, score_table
@@ -147,7 +164,7 @@ def evaluate(as_json: bool, **values: Any) -> None:
 
 
 @commands.command()
-@config_option(PrecomputeConfig, TeacherConfig)
+@config_option(PrecomputeConfig, TeacherConfig, EstimateConfig)
 @options_of(TeacherConfig)
 @options_of(PrecomputeConfig, where=attrgetter("timed"))
 @recipe_options("deit")
@@ -179,9 +196,9 @@ def bench() -> None:
 
 
 @bench.command()
-@config_option(PrecomputeConfig, TeacherConfig)
+@config_option(PrecomputeConfig, TeacherConfig, BenchConfig)
 @options_of(TeacherConfig)
-@options_of(PrecomputeConfig, where=attrgetter("timed"))
+@options_of(PrecomputeConfig, where=attrgetter("timed"), helps={"views": BENCHED_VIEWS})
 @recipe_options("deit")
 @options_of(BenchConfig)
 @AS_JSON
@@ -204,7 +221,7 @@ def stage1(as_json: bool, **values: Any) -> None:
 
 
 @bench.command()
-@config_option(TrainConfig)
+@config_option(TrainConfig, TimingConfig)
 @options_of(TrainConfig, where=attrgetter("timed"))
 @recipe_options(OF_LABELS)
 @options_of(TimingConfig)
@@ -232,16 +249,19 @@ def labels() -> None:
     """Inspect, verify, extend and share label sets."""
 
 
-LABELS = click.argument("folder")  # or a URL
+LABELS = click.argument("folder", metavar="FOLDER|URL")
+HERE = click.argument("folder", metavar="FOLDER")
 EXPECT_MANIFEST = plain_option(
     "--expect-manifest",
     metavar="sha256:HEX",
-    help="Expected hash of the manifest, as `labels info` prints it; any other manifest is refused.",
+    help="Expected hash of the manifest, which `labels info` prints; any other manifest is refused.",
     group="Data",
 )
+EXTENDED_SIZE = "Size in pixels to which views are resized for the teacher; by default that of the label set."
 IMAGES = plain_option(
     "--data",
-    help="Images: path or URL; by default those in the label set, or else the location stored in it.",
+    metavar="PATH|URL",
+    help="Images: path or URL; by default those in the label set, or else the local path stored in it.",
     group="Data",
 )
 WORKERS = plain_option(
@@ -291,7 +311,7 @@ def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
 def verify(folder: str, as_json: bool, **values: Any) -> None:
     """Check every file and label, and say how to repair them.
 
-    Files behind a URL are downloaded again, without the cache. With --teacher, random views are labelled again.
+    The exit code is 1 if there is a problem. Files behind a URL are downloaded again, without the cache. With --teacher, random views are labelled again.
 
     \b
     Examples:
@@ -316,7 +336,7 @@ def verify(folder: str, as_json: bool, **values: Any) -> None:
 @plain_option(
     "--private-key",
     type=click.Path(path_type=Path),
-    help="PEM file of an elliptic-curve private key; by default the set is signed with Sigstore.",
+    help="PEM file of an elliptic-curve private key; by default the set is signed with Sigstore, which needs deit-cli[sign].",
     group="Signature",
 )
 @plain_option(
@@ -333,6 +353,7 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
     Examples:
       deit-cli labels sign shards --private-key team.pem
       deit-cli labels sign shards
+      deit-cli labels verify shards --public-key team.pub
     """
     from pipeline.sharing.signing import sign as sign_set
 
@@ -343,7 +364,7 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
 @LABELS
 @IMAGES
 @plain_option(
-    "--out", type=click.Path(path_type=Path), default=Path("labels.png"), help="PNG file to write.", group="Data"
+    "--out", type=click.Path(path_type=Path), default=Path("labels.png"), help="PNG file to write.", group="Output"
 )
 @plain_option("--samples", type=click.IntRange(1, 64), default=4, help="Number of images, one per row.", group="Data")
 @plain_option("--views", type=click.IntRange(1, 64), default=6, help="Number of views of each image.", group="Data")
@@ -365,8 +386,8 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
 
 
 @labels.command(continues=CONTINUES)
-@LABELS
-@click.argument("url", metavar="URL|FOLDER")
+@HERE
+@click.argument("url", metavar="FOLDER|URL")
 @WORKERS
 def push(folder: str, url: str, workers: int) -> None:
     """Copy a label set to a bucket or another folder.
@@ -387,10 +408,13 @@ def push(folder: str, url: str, workers: int) -> None:
 
 
 @labels.command(continues=CONTINUES)
-@click.argument("url", metavar="URL|FOLDER")
-@LABELS
+@click.argument("url", metavar="FOLDER|URL")
+@HERE
 @plain_option(
-    "--views", type=ViewsType(), help="Views to copy, START:STOP, in whole label files; by default all.", group="Data"
+    "--views",
+    type=ViewsType(),
+    help="Views to copy, START:STOP; label files are copied whole, so there may be more. By default all.",
+    group="Data",
 )
 @plain_option(
     "--shards",
@@ -426,9 +450,9 @@ def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str
 
 @labels.command(continues=CONTINUES)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.argument("sets", nargs=-1, required=True, metavar="SET...")
+@click.argument("sets", nargs=-1, required=True, metavar="FOLDER|URL...")
 def merge(out: Path, sets: tuple[str, ...]) -> None:
-    """Merge parts that several machines made into one label set.
+    """Merge the parts of several machines into one label set.
 
     The parts must have the same images, recipe and teacher. They may hold different views or source shards, and may come from
     runs that were stopped. OUT gets all complete label files; parts can be added later. Nothing is overwritten, and the same
@@ -448,17 +472,23 @@ def merge(out: Path, sets: tuple[str, ...]) -> None:
 
 @labels.command(continues=CONTINUES)
 @LABELS
-@plain_option("--views", type=ViewsType(), required=True, help="Views to add, START:STOP.", group="Data")
+@plain_option(
+    "--views",
+    type=ViewsType(),
+    required=True,
+    help="Views to add, START:STOP; they must adjoin those of the label set.",
+    group="Data",
+)
 @IMAGES
 @plain_option(
     "--teacher",
     "--teacher-model",
     "teacher",
     multiple=True,
-    help="Teacher; by default the one of the label set. A teacher from a file or a Python module must be passed again.",
+    help="Teacher; by default the one of the label set. A teacher from a folder, a file or a Python function must be passed again.",
     group="Teacher",
 )
-@options_of(TeacherConfig, where=lambda setting: setting.name != "teacher")
+@options_of(TeacherConfig, where=lambda setting: setting.name != "teacher", helps={"teacher_img_size": EXTENDED_SIZE})
 @options_of(PrecomputeConfig, where=lambda setting: not setting.planned)
 @LOG_JSON
 def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path | None, **values: Any) -> None:
@@ -489,7 +519,7 @@ def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path
 @plain_option(
     "--num-classes",
     default=1000,
-    help="Number of the teacher's classes; a label of any other class is an error.",
+    help="Number of the teacher's classes; a class number that is not below it is an error.",
     group="Data",
 )
 @plain_option(
@@ -517,19 +547,26 @@ def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) 
 @plain_option(
     "--out",
     metavar="FOLDER|URL",
-    help="Folder or URL for a write test of up to 256 MB (8 MB to a URL), which are deleted afterwards.",
+    help="Folder or URL in which writing is tested with up to 256 MB (8 MB for a URL), which are then deleted.",
     group="Data",
 )
 @plain_option(
-    "--labels", metavar="FOLDER|URL", help="Label set to test: its replay probes are rendered again.", group="Data"
+    "--labels",
+    metavar="FOLDER|URL",
+    help="Label set to test: a few views are rendered again and compared with the stored hashes.",
+    group="Data",
 )
-@plain_option("--data", help="Images of --labels; by default the location stored in the label set.", group="Data")
+@plain_option(
+    "--data",
+    help="Images of --labels: path or URL; by default those in the label set, or else the local path stored in it.",
+    group="Data",
+)
 @AS_JSON
 @click.pass_context
 def doctor(context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool) -> None:
     """Check this machine before a long run.
 
-    It looks at packages, GPUs, image decoders, memory, limits, and modules with clashing names. The exit code is 1 if there is a problem; warnings alone do not change it.
+    It looks at packages, GPUs, image decoders, memory, the limit of open files, and modules whose names clash with ours. The exit code is 1 if there is a problem; warnings alone do not change it.
 
     \b
     Examples:
@@ -547,11 +584,11 @@ def doctor(context: click.Context, out: str | None, labels: str | None, data: st
 
 
 @labels.command()
-@LABELS
+@HERE
 @plain_option(
     "--license",
     "identifier",
-    help="Licence, by its identifier on the Hub, such as cc-by-4.0; `other` for any without one.",
+    help="Licence, by its identifier on the Hub, such as cc-by-4.0; `other` for any without one. By default that of the present card.",
     group="Licence",
 )
 @plain_option("--license-name", "name", help="Name of the licence, for --license other.", group="Licence")
@@ -611,7 +648,7 @@ def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
     type=click.Path(path_type=Path),
     default=Path("deit-demo"),
     help="Folder for everything that the demo makes.",
-    group="Data",
+    group="Output",
 )
 @plain_option(
     "--seed",
@@ -621,9 +658,9 @@ def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
     group="Run",
 )
 def demo(out: Path, seed: int) -> None:
-    """Run both stages on scikit-learn's digits (one minute).
+    """Run precompute and train on scikit-learn's digits.
 
-    It needs no download. The last table compares students with and without the teacher.
+    It takes about a minute and needs no download, only the extra deit-cli[demo]. The last table compares students with and without the teacher.
 
     \b
     Example:

@@ -18,9 +18,11 @@ from pipeline.settings.fields import (
     evaluation_option,
     logging_option,
     optimisation_option,
+    output_option,
     run_option,
     settings_of,
     student_option,
+    views_option,
 )
 from pipeline.storage.urls import working_folder
 from pipeline.text import parse_bytes
@@ -45,34 +47,45 @@ class TrainConfig:
         None,
         "Label set that `precompute` made: folder or URL. Required, except with --distillation-type none.",
         free=True,
+        metavar="FOLDER|URL",
     )
     expect_manifest: str | None = data_option(
         None,
-        "Expected hash of the label set's manifest, sha256:HEX, as `labels info` prints it; a label set with any"
-        " other manifest is refused.",
+        "Expected hash of the label set's manifest, as `labels info` prints it; a label set with any other manifest"
+        " is refused.",
         free=True,
+        metavar="sha256:HEX",
     )
     data: str | None = data_option(
         None,
-        "Images: path or URL; by default those in the label set, or else the location stored in it.",
+        "Images: path or URL; by default those in the label set, or else the local path stored in it. Required"
+        " without --labels.",
         "--data-path",
         free=True,
+        metavar="PATH|URL",
     )
     cache_dir: Path | None = data_option(
         None, "Folder for local copies of files from URLs; by default ~/.cache/deit-cli.", free=True
     )
     cache_size: str = data_option(
-        "100GB", "Maximum size of --cache-dir; the least recently used files are deleted first.", free=True
+        "100GB",
+        "Maximum size of --cache-dir, such as 500MB or 100GB; the least recently used files are deleted first.",
+        free=True,
+        metavar="SIZE",
     )
-    output: str = data_option(
+    output: str = output_option(
         "runs/student",
-        "Folder or URL for checkpoints, metrics and the trained student.",
+        "Folder or URL for checkpoints, metrics, and the exported students (last/, last-ema/, best/).",
         "--output-dir",
         free=True,
         timed=False,
+        metavar="FOLDER|URL",
     )
     model: str = student_option(
-        "deit_tiny_distilled_patch16_224", "Student: name of a timm model, or deit-ti, deit-s or deit-b."
+        "deit_tiny_distilled_patch16_224",
+        "Student: name of a timm model, or deit-ti, deit-s or deit-b, which mean DeiT's models with a distillation"
+        " token.",
+        metavar="NAME",
     )
     img_size: int | None = student_option(
         None,
@@ -96,9 +109,11 @@ class TrainConfig:
     init: str | None = student_option(
         None,
         "Initial weights, path or URL: a folder that `train` exported, or a file of weights (from deit-cli, timm or"
-        " DeiT). Position embeddings are interpolated to the image size; heads for other classes get random weights.",
+        " DeiT). Position embeddings are interpolated to the image size; heads get random weights if the classes"
+        " differ in number, names or order.",
         "--initial-checkpoint",
         free=True,
+        metavar="PATH|URL",
     )
     pretrained: bool = student_option(False, "Start from the weights that timm publishes.")
     linear_probe: bool = student_option(False, "Train only the heads, on frozen features of --init or --pretrained.")
@@ -121,16 +136,21 @@ class TrainConfig:
     )
     soft_reduction: Reduction = distillation_option(
         "batchmean",
-        "Divisor of the summed KL divergence in the soft loss: the number of images (batchmean), or that times the"
-        " number of classes, as in DeiT's code (deit).",
+        "Divisor of the soft loss: number of images (batchmean), or number of images times number of classes, as in"
+        " DeiT's code (deit).",
     )
-    smoothing: float = distillation_option(0.1, "Label smoothing of the class labels.", low=0, high=0.999, timed=False)
+    smoothing: float = optimisation_option(0.1, "Label smoothing of the class labels.", low=0, high=0.999, timed=False)
 
     epochs: int = optimisation_option(
-        300, "Number of epochs; each is one pass over all images.", low=1, high=10**6, timed=False
+        300, "Number of epochs; each trains on as many views as there are images.", low=1, high=10**6, timed=False
     )
     batch_size: int = optimisation_option(
-        256, "Number of views in one forward pass of each rank.", "-b", low=1, high=10**6, free=True
+        256,
+        "Number of views in one forward pass of each rank (one rank is one training process).",
+        "-b",
+        low=1,
+        high=10**6,
+        free=True,
     )
     grad_accum_steps: int = optimisation_option(
         1, "Number of forward passes of each rank for one update of the weights.", low=1, high=10**6, free=True
@@ -175,24 +195,26 @@ class TrainConfig:
     clip_grad: float | None = optimisation_option(
         None, "Maximum norm of the gradient; by default the gradient is not clipped.", low=1e-6, high=1e9
     )
-    repeated_aug: int | None = optimisation_option(
+    repeated_aug: int | None = views_option(
         None,
-        "Number of views of each image in one batch; by default 3 if the views can be divided into groups of 3, else 1.",
+        "Number R of views of each image in one batch; an epoch then takes R views of one in R images. By default 3"
+        " if recipe, views and number of images allow it, else 1.",
         low=1,
         high=1000,
     )
-    views: tuple[int, int] | None = data_option(
+    views: tuple[int, int] | None = views_option(
         None, "Views to train on: the numbers START to STOP-1; by default all views of the label set.", free=True
     )
-    view_policy: ViewPolicy = data_option(
+    view_policy: ViewPolicy = views_option(
         "cycle",
-        "Order in which epochs use the views: in turn, again and again (cycle); in a new random order each time"
-        " through (random); or in turn and each only once, which needs a view for every epoch (once).",
+        "Order of the views over the epochs: in turn, then again from the first (cycle); in a new random order each"
+        " round (random); or in turn without repetition, which needs at least as many views as epochs (once).",
         timed=False,
     )
-    shuffle_window: int = data_option(
+    shuffle_window: int = views_option(
         64,
-        "Number of source shards (a tar, a Parquet file, or a part of a folder) whose images are shuffled together.",
+        "Number of source shards (a tar, 4,096 rows of a Parquet file, or 1,024 images of a folder) whose images are"
+        " shuffled together.",
         low=1,
         high=10**9,
     )
@@ -214,7 +236,12 @@ class TrainConfig:
     )
 
     eval_data: str | None = evaluation_option(
-        None, "Labelled images for evaluation; by default the student is not evaluated.", free=True, timed=False
+        None,
+        "Images with class labels for evaluation; by default the student is not evaluated. The best student is"
+        " exported to best/.",
+        free=True,
+        timed=False,
+        metavar="PATH|URL",
     )
     crop_pct: float | None = evaluation_option(
         None,
@@ -228,7 +255,7 @@ class TrainConfig:
     )
     resume: Resume = run_option(
         "never",
-        "Continue the run in --output, or start it if there is none (auto); an existing run is refused otherwise"
+        "Continue the run in --output, or start it if there is none (auto), or refuse to start if there is one"
         " (never). --resume without a value means auto.",
         bare="auto",
         free=True,
@@ -244,7 +271,7 @@ class TrainConfig:
     )
     recovery_interval: int = run_option(
         0,
-        "Number of updates between two additional checkpoints within an epoch; 0 means none.",
+        "Number of updates between checkpoints within an epoch; 0 means none.",
         low=0,
         high=10**9,
         free=True,
@@ -275,8 +302,8 @@ class TrainConfig:
     )
     workers: int | None = run_option(
         None,
-        "Number of loader processes of each rank, which render the views; by default it depends on the number of"
-        " cores.",
+        "Number of loader processes of each rank, which render the views; by default one less than its CPU cores, or"
+        " half of them if it trains on the CPU.",
         "-j",
         "--num-workers",
         low=0,
@@ -284,7 +311,7 @@ class TrainConfig:
         free=True,
     )
     device: str = run_option(
-        "auto", "Device: cpu, cuda or cuda:1; auto means the GPU of each rank, or the CPU if there is none.", free=True
+        "auto", "Device: cpu, cuda or cuda:1; auto means one GPU for each rank, or the CPU if there is none.", free=True
     )
     compile: bool = run_option(
         False,
@@ -351,27 +378,41 @@ class EvaluateConfig:
     """Settings of an evaluation: the student and the data."""
 
     checkpoint: str | None = student_option(
-        None, "Student: folder that `train` exported (RUN/last, RUN/best), or a file of weights; path or URL."
+        None,
+        "Student: folder that `train` exported (RUN/last, RUN/best), or a file of weights; path or URL.",
+        metavar="PATH|URL",
     )
-    model: str | None = student_option(None, "Name of the timm model, for a file of weights or --pretrained.")
+    model: str | None = student_option(
+        None, "Name of the timm model, for a file of weights or --pretrained.", metavar="NAME"
+    )
     pretrained: bool = student_option(False, "Evaluate the weights that timm publishes.")
     num_classes: int | None = student_option(
         None, "Number of classes in the file of weights; by default that of --data or --labels.", low=1
     )
-    data: str | None = data_option(None, "Labelled images for the accuracy: a folder, tars or Parquet; path or URL.")
+    data: str | None = data_option(
+        None,
+        "Images with class labels, on which the accuracy is measured (--eval-data of `train`): a folder, tars or"
+        " Parquet; path or URL.",
+        metavar="PATH|URL",
+    )
     labels: str | None = data_option(
-        None, "Label set for the agreement with the teacher, which is measured on its first view; folder or URL."
+        None,
+        "Label set for the agreement with the teacher, which is measured on its first view; folder or URL.",
+        metavar="FOLDER|URL",
     )
     labels_data: str | None = data_option(
-        None, "Images of the label set; by default those in it, or else the location stored in it."
+        None,
+        "Images of the label set: path or URL; by default those in it, or else the local path stored in it.",
+        metavar="PATH|URL",
     )
     expect_manifest: str | None = data_option(
         None,
-        "Expected hash of the label set's manifest, sha256:HEX, as `labels info` prints it; a label set with any"
-        " other manifest is refused.",
+        "Expected hash of the label set's manifest, as `labels info` prints it; a label set with any other manifest"
+        " is refused.",
+        metavar="sha256:HEX",
     )
     agreement_samples: int = data_option(10_000, "Maximum number of views for the agreement.", low=2)
-    crop_pct: float | None = data_option(
+    crop_pct: float | None = evaluation_option(
         None,
         "Size of the centre crop as a fraction of the shorter side, such as 0.9; by default that of the model.",
         low=0.01,
@@ -380,7 +421,8 @@ class EvaluateConfig:
     batch_size: int = run_option(256, "Number of images in one forward pass.", "-b", low=1)
     workers: int | None = run_option(
         None,
-        "Number of loader processes; by default it depends on the number of cores.",
+        "Number of loader processes; by default one less than the number of CPU cores, or half of them if the"
+        " student runs on the CPU.",
         "-j",
         "--num-workers",
         low=0,

@@ -11,11 +11,14 @@ from pipeline.settings.fields import (
     REQUIRED,
     check_settings,
     data_option,
+    measurement_option,
+    output_option,
     run_option,
     signature_option,
     stored_option,
     student_option,
     teacher_option,
+    views_option,
 )
 from pipeline.storage.urls import working_folder
 
@@ -35,14 +38,16 @@ class TeacherConfig:
 
     teacher: tuple[str, ...] = teacher_option(
         ("regnety_160",),
-        "Teacher: name of a timm model, hf-hub:NAME, folder that `train` exported, or module:function (a Python"
-        " function that returns the network). Repeat the option to average the probabilities of several teachers.",
+        "Teacher: name of a timm model (regnety_160 means DeiT's teacher, regnety_160.deit_in1k), hf-hub:NAME,"
+        " folder that `train` exported, or module:function (a Python function that returns the network). Its classes"
+        " must be those of --data. Repeat the option to average the probabilities of several teachers.",
         "--teacher-model",
+        metavar="NAME",
     )
     teacher_checkpoint: tuple[Path, ...] = teacher_option(
         (),
         "File with the weights of the teacher: safetensors, or a PyTorch state dict. Pass it once for each"
-        " --teacher, or not at all.",
+        " --teacher, in the same order, or not at all.",
         "--teacher-path",
     )
     pretrained: bool = teacher_option(True, "Load published weights; --no-pretrained uses random weights, for a trial.")
@@ -79,20 +84,23 @@ class PrecomputeConfig:
 
     data: str = data_option(
         REQUIRED,
-        "Images: a folder with files class/name.jpg, tars (train-{000..127}.tar), or Parquet files with images; path"
-        " or URL.",
+        "Images: a folder with files class/name.jpg, tars with images and labels (train-{000..127}.tar), or Parquet"
+        " files with an image and a label column. A path, or the http://, s3://, gs:// or hf:// URL of tars or"
+        " Parquet files.",
         planned=True,
+        metavar="PATH|URL",
     )
-    out: str = data_option(
+    out: str = output_option(
         REQUIRED,
-        "Label set to write: folder or URL. Run the same command again to continue it.",
+        "Label set to write: folder, or s3://, gs:// or hf:// URL. Run the same command again to continue it.",
         timed=False,
         planned=True,
+        metavar="FOLDER|URL",
     )
-    views: tuple[int, int] = data_option(
+    views: tuple[int, int] = views_option(
         (0, 30),
-        "Views to label: START:STOP means the numbers START to STOP-1, N means 0:N. An epoch of training uses one"
-        " view of each image; if there are more epochs than views, views are used again.",
+        "Views to label: START:STOP means the numbers START to STOP-1, N means 0:N. N views last for N epochs of"
+        " training, after which they are used again.",
         planned=True,
     )
     topk: int | None = stored_option(
@@ -105,8 +113,8 @@ class PrecomputeConfig:
     )
     precision: Precision = stored_option(
         "float16",
-        "Number format of the stored probabilities: float16 (error at most 0.05 %, 33 bytes a label for K = 10),"
-        " float32, or log8 (error at most 5 %, 19 bytes, 1.7e-4 nats of KL divergence).",
+        "Number format of the stored probabilities: float16 (relative error at most 0.05 %, about 33 bytes a label"
+        " on disk for K = 10), float32 (larger), or log8 (relative error at most 5 %, about 19 bytes).",
         planned=True,
     )
     views_per_shard: int = stored_option(
@@ -118,8 +126,8 @@ class PrecomputeConfig:
     )
     batch_size: int | Literal["auto"] = run_option(
         "auto",
-        "Maximum number of views in one forward pass on a GPU; auto means the recipe's mix_block, by default 256. It is halved"
-        " if the GPU runs out of memory. On a CPU it is always 32.",
+        "Maximum number of views in one forward pass on a GPU, halved if memory runs out; auto means 256, or the"
+        " recipe's mix_block (the number of images among which partners for mixup are drawn). A CPU always takes 32.",
         "-b",
         low=2,
         high=10**6,
@@ -135,7 +143,8 @@ class PrecomputeConfig:
     )
     engine: Engine = run_option(
         "local",
-        "Engine that makes the label files: processes of this machine (local), or a Ray cluster (ray).",
+        "Engine that makes the label files: processes of this machine (local), or a Ray cluster (ray), which needs"
+        " deit-cli[ray].",
         timed=False,
     )
     processes: int | None = run_option(
@@ -145,7 +154,11 @@ class PrecomputeConfig:
         high=1024,
     )
     address: str = run_option(
-        "auto", "Address of the Ray cluster, HOST:PORT, for --engine ray; auto means that Ray finds it.", timed=False
+        "auto",
+        "Address of the Ray cluster, HOST:PORT, for --engine ray; auto means that Ray finds it, local starts Ray on"
+        " this machine.",
+        timed=False,
+        metavar="HOST:PORT",
     )
     on_bad_image: BadImagePolicy = data_option(
         "fail",
@@ -155,12 +168,12 @@ class PrecomputeConfig:
     )
     include_images: str | None = data_option(
         None,
-        "Store the images in the label set, so that training needs nothing else. Without a value the original files"
-        " are stored; with a number N, images are shrunk to a shorter side of N pixels, and teacher and students see"
-        " those.",
+        "Store the images in the label set, so that training needs nothing else: the original files, or with a"
+        " number N JPEGs shrunk to a shorter side of N pixels, which teacher and students then see.",
         bare=ORIGINAL,
         timed=False,
         planned=True,
+        metavar="[N]",
     )
     min_teacher_accuracy: float = teacher_option(
         0.0,
@@ -171,7 +184,7 @@ class PrecomputeConfig:
     )
     accuracy_samples: int = teacher_option(
         256,
-        "Number of labelled images on which the teacher's accuracy is measured before it labels; 0 skips the"
+        "Number of images with a class label on which the teacher's accuracy is measured first; 0 skips the"
         " measurement.",
         low=0,
         high=10**7,
@@ -210,7 +223,7 @@ class PrecomputeConfig:
 class TimingConfig:
     """Measuring times of `estimate` and `bench`."""
 
-    seconds: float = run_option(2.0, "Approximate number of seconds for each measurement.", low=0.1, high=600)
+    seconds: float = measurement_option(2.0, "Approximate number of seconds for each measurement.", low=0.1, high=600)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -220,7 +233,7 @@ class TimingConfig:
 class EstimateConfig(TimingConfig):
     """The planned training, and how long to measure."""
 
-    images: int | None = data_option(
+    images: int | None = measurement_option(
         None,
         "Number of images in the whole data set, if --data holds only a part of it; by default the number of images"
         " in --data.",
@@ -229,7 +242,10 @@ class EstimateConfig(TimingConfig):
     students: int = student_option(1, "Number of students that are trained from the labels.", low=1)
     epochs: int = student_option(300, "Number of epochs for which each student is trained.", low=1)
     model: str = student_option(
-        "deit_small_distilled_patch16_224", "Student: name of a timm model, or deit-ti, deit-s or deit-b."
+        "deit_small_distilled_patch16_224",
+        "Student: name of a timm model, or deit-ti, deit-s or deit-b, which mean DeiT's models with a distillation"
+        " token.",
+        metavar="NAME",
     )
 
 
@@ -237,7 +253,9 @@ class EstimateConfig(TimingConfig):
 class BenchConfig(TimingConfig):
     """The labelling that `bench stage1` runs, and how long it measures."""
 
-    images: int = data_option(512, "Maximum number of images in the last measurement, of all parts together.", low=2)
+    images: int = measurement_option(
+        512, "Maximum number of images in the last measurement, of all parts together.", low=2
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,15 +264,18 @@ class VerifyConfig:
 
     data: str | None = data_option(
         None,
-        "Images, path or URL, all of which are compared with the labelled ones. By default only the images of the"
-        " replay probes are read, from the label set or the location stored in it.",
+        "Images, path or URL: all of them are compared with those that were labelled. By default only the images of"
+        " the replay probes are read, from the label set or the local path stored in it.",
+        metavar="PATH|URL",
     )
     probes: bool = data_option(
         True,
         "Render the replay probes again (a few views whose hashes the label set stores), which needs their images.",
     )
     expect_manifest: str | None = data_option(
-        None, "Expected hash of the manifest, sha256:HEX, as `labels info` prints it; any other manifest is a problem."
+        None,
+        "Expected hash of the manifest, as `labels info` prints it; any other manifest is a problem.",
+        metavar="sha256:HEX",
     )
     public_key: Path | None = signature_option(
         None, "PEM file of a public key; the manifest must be signed by its owner."
@@ -288,18 +309,18 @@ class VerifyConfig:
 class ExportConfig:
     """Settings for the export of a label set."""
 
-    views: tuple[int, int] | None = data_option(None, "Views to export, START:STOP; by default only the first view.")
-    pixels: Pixels = data_option(
+    views: tuple[int, int] | None = views_option(None, "Views to export, START:STOP; by default only the first view.")
+    pixels: Pixels = output_option(
         "views",
-        "Images to export: the views that the teacher saw (views), or the original files (originals), which differ"
-        " from them unless the recipe is `none`.",
+        "Images to export: the views that the teacher saw (views), or the original files with the labels of one view"
+        " (originals).",
     )
-    encoding: Encoding = data_option(
+    encoding: Encoding = output_option(
         "png",
-        "Image format of the exported views: png is lossless (mixed views are rounded to whole levels), jpeg"
-        " (quality 95, 4:4:4) is smaller.",
+        "Image format of the exported views: png is lossless (mixed views are rounded to 8 bits), jpeg (quality 95,"
+        " 4:4:4) is smaller.",
     )
-    format: Literal["webdataset"] = data_option("webdataset", "Format of the export.")
+    format: Literal["webdataset"] = output_option("webdataset", "Format of the export.")
     workers: int | None = run_option(
         None, "Number of loader processes; by default one for each core.", "-j", "--num-workers", low=0, high=1024
     )

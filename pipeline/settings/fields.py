@@ -18,17 +18,19 @@ from pipeline.errors import UsageError
 
 Group = Literal[
     "Data",
+    "Output",
+    "Views",
     "Teacher",
     "Stored labels",
     "Student",
     "Distillation",
     "Optimisation",
     "Evaluation",
+    "Measurement",
     "Signature",
     "Licence",
     "Run",
     "Logging",
-    "Output",
 ]
 GROUPS: tuple[Group, ...] = typing.get_args(Group)  # in the order in which --help shows them
 Views = tuple[int, int]  # start and stop
@@ -43,6 +45,7 @@ def option(
     low: float | None = None,
     high: float | None = None,
     bare: str | None = None,
+    metavar: str | None = None,
     free: bool = False,
     timed: bool = True,
     planned: bool = False,
@@ -60,21 +63,25 @@ def option(
         low: smallest value; None: any.
         high: largest value; None: any. It needs a `low`.
         bare: value of the option when it is passed without a value; None: a value is required.
+        metavar: the value in `--help`, such as FOLDER|URL; None: the name of its type.
         free: whether a resumed run may change it.
         timed: whether `estimate` and `bench` have this option, too: it changes the speed of the work.
         planned: whether the plan of a label set fixes it, so that `labels extend` does not have this option.
     """
-    known = {"low": low, "high": high, "bare": bare, "free": free, "timed": timed, "planned": planned}
-    return dataclasses.field(default=default, metadata={"help": text, "flags": flags, "group": group} | known)
+    known = {"help": text, "flags": flags, "group": group, "low": low, "high": high, "bare": bare, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=known | {"free": free, "timed": timed, "planned": planned})
 
 
 data_option = partial(option, group="Data")
+output_option = partial(option, group="Output")
+views_option = partial(option, group="Views")
 teacher_option = partial(option, group="Teacher")
 stored_option = partial(option, group="Stored labels")
 student_option = partial(option, group="Student")
 distillation_option = partial(option, group="Distillation")
 optimisation_option = partial(option, group="Optimisation")
 evaluation_option = partial(option, group="Evaluation")
+measurement_option = partial(option, group="Measurement")
 signature_option = partial(option, group="Signature")
 run_option = partial(option, group="Run")
 logging_option = partial(option, group="Logging")
@@ -100,6 +107,7 @@ class Setting:
     low: float | None
     high: float | None
     bare: str | None
+    metavar: str | None
     free: bool
     timed: bool
     planned: bool

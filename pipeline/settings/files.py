@@ -21,8 +21,8 @@ from pipeline.views.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 class _RecipeSettings:
     """Settings of a file that belong to no config: --recipe and --set."""
 
-    recipe: str | None = option(None, "", group="Data")
-    set: dict = option(None, "", group="Data")
+    recipe: str | None = option(None, "", group="Views")
+    set: dict = option(None, "", group="Views")
 
 
 def read_settings(path: Path, *kinds: type, recipe: bool = True) -> dict[str, Any]:

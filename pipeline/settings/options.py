@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -62,11 +63,17 @@ class GroupedOption(click.Option):
 plain_option = partial(click.option, cls=GroupedOption)  # for a single command; options_of makes those of configs
 
 
-def options_of(config: type, *, where: Callable[[Setting], bool] = lambda _: True) -> Callable[[Any], Any]:
-    """Return a decorator that adds an option for every setting of a config for which `where` is true."""
+def options_of(
+    config: type, *, where: Callable[[Setting], bool] = lambda _: True, helps: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Any], Any]:
+    """Return a decorator that adds an option for every setting of a config for which `where` is true.
+
+    `helps` has the help texts of options that mean something else in this command: name of the setting -> text.
+    """
 
     def decorate(command: Any) -> Any:
         for setting in reversed(settings_of(config)):
+            setting = dataclasses.replace(setting, help=helps.get(setting.name, setting.help))
             command = _option(setting)(command) if where(setting) else command
         return command
 
@@ -84,6 +91,7 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
         setting.name,
         type=_type_of(setting),
         help=setting.help,
+        metavar=setting.metavar,
         group=setting.group,
         show_default=default not in (REQUIRED, None, ()),
         multiple=setting.repeats,
@@ -100,18 +108,19 @@ def _type_of(setting: Setting) -> Any:
 
 def recipe_options(default: str) -> Callable[[Any], Any]:
     """Return a decorator that adds --recipe, whose default is described by `default`, and --set."""
+    presets = "deit (224 pixels), deit-384 (384 pixels), crop-flip (random crop and flip), none (centre crop)"
     recipe = plain_option(
         "--recipe",
-        help=f"Recipe of the views: deit, deit-384, crop-flip, none, or a YAML file; by default {default}.",
-        group="Data",
+        help=f"Recipe, the settings of augmentation: {presets}, or a YAML file; by default {default}.",
+        group="Views",
     )
     override = plain_option(
         "--set",
         "overrides",
         multiple=True,
         metavar="FIELD=VALUE",
-        help="Change one field of the recipe, such as img_size=32. Repeat the option for several fields.",
-        group="Data",
+        help="Change one field of the recipe, such as img_size=32; an unknown field lists all. Repeat the option for several.",
+        group="Views",
     )
     return lambda command: recipe(override(command))
 
@@ -149,7 +158,7 @@ def config_option(*kinds: type) -> Callable[[Any], Any]:
         is_eager=True,
         expose_value=False,
         callback=read,
-        help="YAML file with options, one `name: value` per line; options on the command line override it.",
+        help="YAML file with options, one per line, such as `batch_size: 256`, and recipe fields below `set:`. Options on the command line override it.",
         group="Run",
     )
 
