@@ -72,7 +72,7 @@ def check_replay(label_set: LabelSet, source: Source) -> float:
     """
     check_source(label_set, source)
     if not label_set.manifest.probes:
-        raise LabelSetCorrupt(f"{label_set.place} has no replay probes: nothing shows that its labels fit these pixels")
+        raise LabelSetCorrupt(f"{label_set.place} has no replay probes, so its labels cannot be checked against pixels")
     return compare_probes(label_set.manifest.probes, label_set.recipe, source, label_set.samples)
 
 

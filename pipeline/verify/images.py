@@ -1,4 +1,4 @@
-"""Checks of images, and of the pixels rendered from them, against a label set; every difference is reported."""
+"""Checks of images, and of the pixels rendered from them, against a label set."""
 
 import copy
 import threading
@@ -17,17 +17,17 @@ from pipeline.verify.report import Problem, Report
 
 OTHER_DATA = "Pass the --data that was labelled, or repair this copy"
 OTHER_IMAGES = (
-    "Its labels belong to other images than those in it: fetch the damaged files again, or ask the people who made it"
+    "The labels belong to other images than the label set contains: fetch the damaged files again, or ask its authors"
 )
 
 
 def check_images(
     report: Report, label_set: LabelSet, config: VerifyConfig, *, threads: int, progress: Progress
 ) -> Source | None:
-    """Compare images and probes as requested and possible; return the images if they are the labelled ones.
+    """Compare images and replay probes with the label set, and return the images; None after a `source` problem.
 
-    If the set has no images of its own and `config.data` is not given, only keys, class labels and the images of the
-    probes are compared.
+    If the set contains no images and `config.data` is None, only keys, class labels and the images of the probes are
+    compared.
     """
     own = config.data is None and label_set.has_images
     location = label_set.place if own else config.data or label_set.plan.source.location
@@ -115,7 +115,7 @@ def _check_probes(report: Report, label_set: LabelSet, source: Source) -> None:
 
     probes = label_set.manifest.probes
     if not probes:
-        text = f"{label_set.place} has no replay probes: nothing shows that its labels fit these pixels"
+        text = f"{label_set.place} has no replay probes, so its labels cannot be checked against pixels"
         report.problems.append(Problem(MANIFEST_NAME, "probe", text, DAMAGED_MANIFEST))
     try:
         report.pixels = compare_probes(probes, label_set.recipe, source, label_set.samples)

@@ -1,8 +1,9 @@
 """Label a few views again, to check that the stored answers come from this teacher and these pixels.
 
 Hashes show that a file has not changed; this check shows that its content is right. Answers of another device or dtype
-differ in the last bits, and the argmax flips if two classes are almost equally probable. The margin distinguishes such a flip
-from a wrong label: the margin, the distance between the two classes, is the change of probability that the flip needs.
+differ in the last bits, and the argmax flips if two classes are almost equally probable. The margin, the
+difference between the two largest probabilities, distinguishes such a flip from a wrong label: rounding
+explains only flips with a margin up to `ROUNDING`.
 """
 
 from collections.abc import Iterator
@@ -26,15 +27,15 @@ from pipeline.views.mixing import mix_batch
 from pipeline.views.pairs import Mix
 
 PAIRS_AT_ONCE = 16
-# Change of a probability that rounding explains: 1.7 to 2 times the largest of 2,048 views of EfficientNet-Lite0 on an H200
-# against float32 (benchmarks/results/gpu-h200.json): 0.012 in float32, where convolutions on a GPU keep 10 bits (TF32), 0.025 in
+# Maximum change of a probability that rounding explains: 1.7 to 2 times the maximum over 2,048 views of EfficientNet-Lite0 on an
+# H200 against float32 (benchmarks/results/gpu-h200.json): 0.012 in float32 (convolutions on a GPU keep 10 bits, TF32), 0.025 in
 # float16, 0.17 in bfloat16. On a CPU, 99 % of views are within 0.07 in bfloat16; the tail is long.
 ROUNDING = {"float32 on a CPU": 1e-3, "float32": 0.02, "float16": 0.05, "bfloat16": 0.3}
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A pair of samples of one view that the teacher labels again; both are mixed in the same way."""
+    """One view of two partner samples, or of one sample without a partner, that the teacher labels again."""
 
     shard: str
     view: int
@@ -54,7 +55,7 @@ def relabel(
     """Label at least `views` random views again, and compare them with the stored labels.
 
     Args:
-        label_set: label set without problems.
+        label_set: label set to check.
         source: images of the label set.
         teacher: teacher that labelled the set.
         views: number of views to compare; partners that were mixed with each other are compared together.
@@ -63,7 +64,7 @@ def relabel(
 
     Raises:
         TeacherError: `teacher` is not the teacher of the set.
-        LabelSetError: an image or a file differs from what the set says.
+        LabelSetError: an image or a file does not match the label set.
     """
     _check_teacher(label_set, teacher)
     samples = {name: label_set.samples(name) for name in label_set.shards}
@@ -79,7 +80,7 @@ def relabel(
 
 
 def rounding_of(label_set: LabelSet, teacher: Teacher) -> float:
-    """Return the largest change of a probability by rounding between the labelling machines and this one."""
+    """Return the maximum change of a probability that rounding explains, on the labelling machines and this one."""
     then = [(each.get("dtype", "").partition(" ")[0], each.get("device")) for each in label_set.manifest.environments]
     now = str(teacher.dtype).removeprefix("torch."), teacher.device.type
     names = ["float32 on a CPU" if each == ("float32", "cpu") else each[0] for each in (*then, now)]
@@ -98,7 +99,7 @@ def _check_teacher(label_set: LabelSet, teacher: Teacher) -> None:
 
 
 def _choose(label_set: LabelSet, samples: dict[str, SampleRows], views: int, seed: int) -> list[_Pair]:
-    """Draw pairs until there are enough views, at most all; every labelled view is equally likely."""
+    """Draw pairs until they have `views` views, or all; every labelled view is equally likely."""
     usable = {name: table.usable for name, table in samples.items()}
     ends = np.cumsum([len(rows) for rows in usable.values()])
     total = int(ends[-1]) if len(ends) else 0
@@ -128,7 +129,7 @@ def _compare(
     pairs: list[_Pair],
     compared: "_Compared",
 ) -> None:
-    """Render the views of some pairs, run the teacher, and add the differences of its answers."""
+    """Render the views of some pairs, run the teacher, and add its answers to `compared`."""
     images, places = [], []
     for pair in pairs:
         at = len(images)

@@ -40,7 +40,7 @@ class Flip:
     """A view for which the teacher now gives another class than the stored one.
 
     Attributes:
-        margin: the larger of the distances between the two most probable classes, then and now, 0..1.
+        margin: difference between the two largest probabilities, 0..1; the maximum of the stored and the new one.
     """
 
     shard: str
@@ -53,7 +53,7 @@ class Flip:
     def __str__(self) -> str:
         return (
             f"view {self.view} of {self.key!r} of {self.shard}: class {self.stored} is stored, the teacher says"
-            f" {self.now} by a margin of {self.margin:.2g}"
+            f" {self.now} with a margin of {self.margin:.2g}"
         )
 
 
@@ -65,11 +65,11 @@ class Relabelled:
         views: number of views that were compared.
         agreeing: number of views whose hard label is the same.
         mean_kl: mean KL(stored || new) in nats over the kept classes and the rest; None with K = 0.
-        max_kl: largest KL divergence of a view, as for `mean_kl`.
-        max_difference: largest change of a kept probability; None with K = 0.
-        flips: views whose hard label changed, the largest margin first.
-        rounding: largest change of a probability that rounding on the old and new devices and dtypes explains.
-        stored_rounding: largest change of a probability that the precision of the stored values explains.
+        max_kl: maximum KL divergence of a view, in nats; None with K = 0.
+        max_difference: maximum change of a kept probability; None with K = 0.
+        flips: views whose hard label changed, in descending order of margin.
+        rounding: maximum change of a probability that rounding on the old and new devices and dtypes explains.
+        stored_rounding: maximum change of a probability that the precision of the stored values explains.
     """
 
     views: int
@@ -86,22 +86,28 @@ class Relabelled:
         wrong = [flip for flip in self.flips if flip.margin > self.rounding]
         lines = [str(flip) for flip in wrong[:10]]
         if len(wrong) > 10:
-            lines.append(f"and {len(wrong) - 10:,} more views of another class")
+            lines.append(f"and {len(wrong) - 10:,} more views with another class")
         limit = self.rounding + self.stored_rounding
         if self.max_difference is not None and self.max_difference > limit:
-            lines.append(f"a stored probability differs by {self.max_difference:.3g}, rounding explains {limit:.3g}")
+            lines.append(
+                f"a stored probability differs by {self.max_difference:.3g}, rounding explains at most {limit:.3g}"
+            )
         return lines
 
     def describe(self) -> str:
         """Return the comparison as one readable line."""
         text = f"{self.views:,} views labelled again: {100 * self.agreeing / self.views:.2f} % of hard labels agree"
         if self.mean_kl is not None:
-            text += f", KL {self.mean_kl:.2g} nats (worst {self.max_kl:.2g}), probabilities within {self.max_difference:.2g}"
+            text += f", KL {self.mean_kl:.2g} nats (maximum {self.max_kl:.2g}), probabilities within {self.max_difference:.2g}"
         near = self.near_flips()
-        return text + (f"; {count(len(near), 'flip')} at a margin up to {near[0].margin:.2g}: rounding" if near else "")
+        return text + (
+            f"; {count(len(near), 'flip')} with a margin up to {near[0].margin:.2g}, explained by rounding"
+            if near
+            else ""
+        )
 
     def near_flips(self) -> list[Flip]:
-        """Return the flips that rounding explains, the largest margin first."""
+        """Return the flips that rounding explains, in descending order of margin."""
         return [flip for flip in self.flips if flip.margin <= self.rounding]
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,9 +128,9 @@ class Report:
         problems: all problems that were found.
         notes: useful information that is not a problem.
         source: images; None if they were not opened.
-        pixels: largest mean difference of a replay probe, in levels of 255; None if none was rendered.
+        pixels: maximum mean pixel difference of a replay probe, in levels of 255; None if none was rendered.
         images: number of images that were compared; None if none were.
-        differences: how these images differ from those that were labelled.
+        differences: differences between these images and the labelled images.
         signed_by: key or identity that signed the manifest; None if signatures were not checked.
         relabelled: comparison with new answers of the teacher; None if it was not requested.
     """
@@ -187,10 +193,10 @@ def verify_lines(report: Report) -> str:
     bad = {problem.rule for problem in report.problems}
     if not bad & {"plan", "manifest", "sealed", "present", "length", "sha256", "content"}:
         lines.append(
-            f"{count(report.files, 'file')}: lengths, hashes, schemas and rows are as promised ({byte_size(report.bytes)})"
+            f"{count(report.files, 'file')}: lengths, hashes, schemas and rows match the manifest ({byte_size(report.bytes)})"
         )
     else:
-        lines.append(f"{count(report.files, 'file')} looked at ({byte_size(report.bytes)})")
+        lines.append(f"{count(report.files, 'file')} checked ({byte_size(report.bytes)})")
     if report.manifest_sha256:
         lines.append(
             f"manifest {pin_of(report.manifest_sha256)}{f', signed by {report.signed_by}' if report.signed_by else ''}"
@@ -201,7 +207,7 @@ def verify_lines(report: Report) -> str:
         lines.append(f"{count(probes, 'replay probe')} rendered again: {exact}")
     if report.images is not None and not bad & {"source", "images"}:
         lines.append(
-            f"{count(report.images, 'image')} compared: keys, class labels and bytes are those that were labelled"
+            f"{count(report.images, 'image')} compared: keys, class labels and bytes are those of the labelled images"
         )
     if report.relabelled:
         lines.append(report.relabelled.describe())

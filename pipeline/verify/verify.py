@@ -177,7 +177,7 @@ def _open_each(report: Report, place: Place, error: DeitCliError) -> tuple[Plan 
             else:
                 report.manifest_sha256 = hashlib.sha256(content).hexdigest()
                 manifest = parse_manifest(content, place / name, plan_sha256=None)
-    if len(report.problems) == before:  # each is valid, but the manifest is of another plan
+    if len(report.problems) == before:  # each is valid, but the manifest belongs to another plan
         report.problems.append(Problem(PLAN_NAME, "plan", error.what, error.fix or DAMAGED_PLAN))
         return None, manifest
     return plan, manifest
@@ -199,7 +199,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Looked:
-    """The result for one file: its size, its problems, and for a samples file the usable rows, int64 [N]."""
+    """The result for one file: its size, its problem if any, and for a samples file the usable rows, int64 [N]."""
 
     bytes: int
     problem: Problem | None
@@ -233,7 +233,7 @@ def _check_files(
     threads: int,
     progress: Progress,
 ) -> None:
-    """Check every file: samples first, because they say which rows a label shard must have."""
+    """Check every file: samples first, because they define the rows of the label shards."""
     count_one = ProgressCounter("verify", len(tasks), progress, unit="files")
     usable: dict[str, NDArray[np.int64] | None] = {}
     found: dict[_Task, Problem] = {}
@@ -283,7 +283,9 @@ def _read(place: Place, task: _Task, *, keep: bool) -> tuple[bytes, Received]:
     if (path := file.path) is not None:
         with refusals_named(path):
             if path.exists() and (not path.is_file() or (keep and path.stat().st_size > MAX_FILE_BYTES)):
-                raise StorageError(f"{path}: a table of a label set is a plain file of at most {MAX_FILE_BYTES} bytes")
+                raise StorageError(
+                    f"{path}: a table of a label set must be a plain file of at most {MAX_FILE_BYTES} bytes"
+                )
     with fits_in_memory(file):
         received = file.copy_to(buffer)
         return buffer.getvalue() if keep else b"", received
@@ -337,12 +339,12 @@ def _note_others(report: Report, folder: Path, tasks: Sequence[_Task]) -> None:
         one = len(others) == 1
         are, they, them = ("is", "It", "it") if one else ("are", "They", "them")
         report.notes.append(
-            f"{count(len(others), 'file')} {are} not in the manifest, so no reader looks at {them}: {_first(others)}."
-            f" {they} may be of a run that has not sealed {them} yet; else delete {them}"
+            f"{count(len(others), 'file')} {are} not in the manifest, so no reader uses {them}: {_first(others)}."
+            f" {they} may belong to a run that has not sealed {them} yet; otherwise delete {them}"
         )
     if temporary:
         report.notes.append(
-            f"{count(len(temporary), 'temporary file')} of writers that work here or were killed: {_first(temporary)}"
+            f"{count(len(temporary), 'temporary file')} of running or killed writers: {_first(temporary)}"
         )
 
 

@@ -288,7 +288,7 @@ def test_a_probe_that_cannot_be_is_refused_by_name(copied, images, values, error
 
 def test_a_set_without_probes_proves_nothing_and_is_refused(copied, images):
     seal_again(copied, lambda manifest: manifest.update(probes=[]))
-    with pytest.raises(LabelSetCorrupt, match="has no replay probes: nothing shows that its labels fit these pixels"):
+    with pytest.raises(LabelSetCorrupt, match="has no replay probes, so its labels cannot be checked against pixels"):
         check_replay(LabelSet.open(copied), open_source(images))
 
 

@@ -359,7 +359,7 @@ def test_the_command_line_looks_into_a_remote_set(server, monkeypatch, tmp_path)
     assert json.loads(info.stdout)["views"] == [0, 4]
     verify = ["labels", "verify", f"{server.url}/set", "--data", f"{server.url}/{TARS}"]
     result = runner.invoke(cli.commands, verify, catch_exceptions=False)
-    assert "6 files: lengths, hashes, schemas and rows are as promised" in result.stdout
+    assert "6 files: lengths, hashes, schemas and rows match the manifest" in result.stdout
     assert "every pixel equal" in result.stdout
     assert (tmp_path / "deit-cli").is_dir()
 

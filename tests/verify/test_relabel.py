@@ -92,7 +92,7 @@ def test_forged_classes_are_found_with_key_and_margin(copied, data):
     assert "is stored, the teacher says" in problems[0]
     assert "of train-000000: class" in problems[0]
     assert result.flips[0].margin == max(flip.margin for flip in result.flips) > result.rounding
-    assert any("more views of another class" in line for line in problems)
+    assert any("more views with another class" in line for line in problems)
 
 
 def test_forged_probabilities_are_found_though_the_classes_agree(copied, data):
@@ -108,7 +108,7 @@ def test_a_flip_at_a_tiny_margin_is_reported_and_no_problem():
     one = Relabelled(100, 99, 1e-6, 1e-5, 4e-4, (near,), rounding=1e-3, stored_rounding=1e-3)
     assert one.problems() == []
     assert one.near_flips() == [near]
-    assert "; 1 flip at a margin up to 0.0004: rounding" in one.describe()
+    assert "; 1 flip with a margin up to 0.0004, explained by rounding" in one.describe()
     both = dataclasses.replace(one, flips=(far, near), agreeing=98)
     assert both.problems() == [str(far)]
 

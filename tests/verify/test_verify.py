@@ -105,9 +105,9 @@ def test_files_that_no_manifest_lists_are_noted_and_no_problem(copied):
     report = verify(str(copied), NO_PROBES)
     assert report.problems == []
     assert report.notes == [
-        "1 file is not in the manifest, so no reader looks at it: labels/views-00004-00005/train-0.parquet. It may be of a run"
-        " that has not sealed it yet; else delete it",
-        "1 temporary file of writers that work here or were killed: samples/.tmp-host-1-0123456789abcdef",
+        "1 file is not in the manifest, so no reader uses it: labels/views-00004-00005/train-0.parquet. It may belong to a run"
+        " that has not sealed it yet; otherwise delete it",
+        "1 temporary file of running or killed writers: samples/.tmp-host-1-0123456789abcdef",
     ]
 
 
@@ -288,7 +288,7 @@ def test_another_copy_of_the_images_is_compared_by_name(made, tmp_path, change, 
 def test_an_equal_copy_is_said_to_be_one(made, tmp_path):
     code, stdout, _ = run(str(made), "--data", str(copy_of(tmp_path / "copy", "nothing")))
     assert code == 0
-    assert "9 images compared: keys, class labels and bytes are those that were labelled" in stdout
+    assert "9 images compared: keys, class labels and bytes are those of the labelled images" in stdout
 
 
 def test_one_changed_image_is_refused_in_training_with_the_way_to_find_all(made, tmp_path):
