@@ -20,7 +20,7 @@ def examine_bucket(url: str) -> Section:
         place = open_place(url)
         place.refuse_unwritable()
         if place.takes_one_at_a_time:
-            section.row("writing", "not tried: each file would be a commit of its own")
+            section.row("writing", "not tried, because each file would be a commit")
         else:
             _try_writing(section, place)
     except StorageError as error:
@@ -52,8 +52,8 @@ def _try_writing(section: Section, place: Place) -> None:
     section.row("creating only", "yes" if kept and not second else "no", kept and not second)
     if second or not kept:
         section.warning(
-            f"{place} gives a name a second time when it is asked not to (S3: If-None-Match), so that of two writers the last wins",
-            "Let one machine at a time write there, or use a store that knows conditional writes",
+            f"{place} ignores conditional writes (S3: If-None-Match), so the last of two writers of a file wins",
+            "Write there from one machine at a time, or use a store that supports conditional writes",
         )
 
 
@@ -62,4 +62,4 @@ def _delete(section: Section, url: str) -> None:
     try:
         remove_url(url)
     except Exception as error:  # each store has its own exceptions, and the test is over
-        section.warning(f"{url} could not be deleted again: {str(error)[:200]}", "Delete it, should it be there")
+        section.warning(f"{url} could not be deleted: {str(error)[:200]}", "Delete it if it exists")

@@ -30,7 +30,7 @@ def examine(*, out: str | None = None, labels: str | None = None, data: str | No
 
     Args:
         out: folder or URL to write to, or None.
-        labels: label set whose replay probes to render again, folder or URL, or None.
+        labels: folder or URL of the label set whose replay probes are rendered again, or None.
         data: images of the label set; None: their location at labelling.
     """
     sections = [
@@ -45,13 +45,13 @@ def examine(*, out: str | None = None, labels: str | None = None, data: str | No
 
 
 def _looked(title: str, look: Callable[[], list[Section]]) -> list[Section]:
-    """Return the sections of an examination; if it fails, that is a finding, and the other examinations go on."""
+    """Return the sections of an examination; if it fails, a section that reports the failure."""
     try:
         return look()
     except Exception as error:  # a broken machine may raise anything, and the rest of the report is still needed
         log.debug("%s", traceback.format_exc())
         section = Section(title)
-        section.problem(f"this could not be looked at: {first_line(error)}", "deit-cli -v doctor says where")
+        section.problem(f"this check failed: {first_line(error)}", "Run deit-cli -v doctor to see where")
         return [section]
 
 
@@ -59,7 +59,7 @@ def _examine_place(out: str) -> list[Section]:
     """Check a folder; for a URL, the bucket and its local working folder; return the findings."""
     if (folder := local_path(out)) is not None:
         return [examine_folder(folder)]
-    from pipeline.doctor.buckets import examine_bucket  # here, so that the rest runs without these packages
+    from pipeline.doctor.buckets import examine_bucket  # imported here, so that other checks run without these packages
 
     return [examine_bucket(out), examine_folder(working_folder(out))]
 
@@ -70,7 +70,7 @@ def _examine_apart(labels: str, data: str | None) -> Section:
     (trial,) = try_all([f"{__name__}:tell_labels {arguments}"], timeout_s=LABELS_TIMEOUT_S)
     section = Section(f"labels {labels}")
     if trial.result is None:
-        section.problem(f"the label set could not be looked at: {trial.error}", "Repair the packages named above")
+        section.problem(f"the label set could not be checked: {trial.error}", "Repair the packages named above")
         return section
     section.rows += [Row(**row) for row in trial.result["rows"]]
     section.findings += [Finding(**finding) for finding in trial.result["findings"]]
@@ -103,25 +103,25 @@ def examine_labels(labels: str, data: str | None) -> Section:
         difference = check_replay(label_set, source)
     except DeitCliError as error:
         section.row("replay", "no")
-        fix = error.fix or "deit-cli labels verify says more; --data names another copy of the images"
+        fix = error.fix or "Run deit-cli labels verify for details, or pass --data with another copy of the images"
         section.problem(error.what, fix)
         return section
     probes = len(label_set.manifest.probes)
     section.row(
         "replay",
-        f"{probes} probes: {'every pixel equal' if not difference else f'up to {difference:.3f} of 255 away'}",
+        f"{probes} probes: {'every pixel equal' if not difference else f'differences up to {difference:.3f} of 255'}",
         {"probes": probes, "difference": difference},
     )
     if difference:
         section.warning(
-            f"views are rendered up to {difference:.3f} of 255 away from what the teacher saw: rounding, which training accepts",
-            "For equal pixels install the versions that made the labels",
+            f"rendered pixels differ by up to {difference:.3f} of 255 from those that the teacher saw: rounding, which training accepts",
+            "To get equal pixels, install the package versions that made the labels",
         )
     return section
 
 
 def compare_environments(recorded: Iterable[dict[str, str]]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return for each recorded package the versions that made the labels and the one here: name, text, value."""
+    """Return a row for each recorded package: its name, its versions at labelling and here as text, and as values."""
     then: dict[str, list[str]] = {}
     for environment in recorded:
         for name, version in sorted(environment.items()):
@@ -132,8 +132,12 @@ def compare_environments(recorded: Iterable[dict[str, str]]) -> list[tuple[str, 
         try:
             now = metadata.version(name)
         except metadata.PackageNotFoundError:
-            now = None  # device and dtype are not packages
+            now = None  # device and dtype are recorded, too, and are not packages
         made = ", ".join(versions)
-        text = f"{made} then and here" if versions == [now] else f"{made} then" + (f", {now} here" if now else "")
+        text = (
+            f"{made} at labelling and here"
+            if versions == [now]
+            else f"{made} at labelling" + (f", {now} here" if now else "")
+        )
         rows.append((name, text, {"then": versions, "here": now}))
     return rows

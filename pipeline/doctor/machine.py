@@ -16,7 +16,7 @@ from pipeline.text import byte_size, count
 LEAST_MEMORY = 2 * 10**9  # `precompute` with one loader took up to 1.7 GB
 SHARED_MEMORY = Path("/dev/shm")
 SLOT_BYTES = 256 * 224 * 224 * 3  # a batch of the default size at 224 pixels
-SLOTS_PER_LOADER, MORE_SLOTS = 2, 3  # what a `SlotStream` takes: two for each process, and those that training holds
+SLOTS_PER_LOADER, MORE_SLOTS = 2, 3  # slots of a `SlotStream`: two per loader process, and those that training holds
 FEW_FILES = 1024
 EARLIEST = 1_735_689_600.0  # 2025-01-01: an earlier time means that the clock was never set
 CGROUP, MY_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -54,11 +54,11 @@ def _cores(section: Section) -> int:
     everywhere = os.cpu_count() or 1
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everywhere
     quota = cpu_quota()
-    limit = "" if quota is None else f", of which the container gives the time of {quota:.3g}"
+    limit = "" if quota is None else f", limited to {quota:.3g} by the container"
     section.row("cores", f"{ours} usable of {everywhere}{limit}", {"usable": ours, "all": everywhere, "quota": quota})
     if quota is not None and quota + 0.5 < ours:
         section.warning(
-            f"{ours} cores are visible, but the container gets the time of {quota:.3g}: processes planned for {ours} will wait for each other",
+            f"{ours} cores are visible, but the container is limited to {quota:.3g}: processes for {ours} cores will wait for each other",
             f"Pass --workers {max(1, int(quota) - 1)} and set OMP_NUM_THREADS={max(1, int(quota))}",
         )
     return ours
@@ -117,14 +117,14 @@ def _memory(section: Section) -> None:
     section.row("memory", text, {"available": free, "total": total, "limit": limit})
     if free < LEAST_MEMORY:
         section.warning(
-            f"{byte_size(free)} of memory are left, precompute with one loader process takes up to 1.7 GB",
+            f"{byte_size(free)} of memory is available, precompute with one loader process uses up to 1.7 GB",
             "End other programs, or pass --workers 0 and a smaller --batch-size",
         )
 
 
 def _shared_memory(section: Section, cores: int) -> None:
     if not SHARED_MEMORY.is_dir():
-        section.row("shared memory", f"no {SHARED_MEMORY}: it has no limit of its own")
+        section.row("shared memory", f"no {SHARED_MEMORY}, so no separate limit")
         return
     usage = shutil.disk_usage(SHARED_MEMORY)
     section.row(
@@ -136,22 +136,22 @@ def _shared_memory(section: Section, cores: int) -> None:
     way_out = f"Enlarge it (docker run --shm-size {max(1, round(1.2 * all_ / 1e9))}g), or pass fewer --workers or a smaller --batch-size"
     if usage.free < one:
         section.problem(
-            f"a loader process needs {byte_size(one)} of shared memory at the default batch size of 256, there are {byte_size(usage.free)}",
+            f"a loader process needs {byte_size(one)} of shared memory at the default batch size of 256, {byte_size(usage.free)} is free",
             way_out,
         )
     elif usage.free < all_:
         section.warning(
-            f"loader processes for {count(cores, 'core')} take {byte_size(all_)} of shared memory at the default batch size of 256, there are {byte_size(usage.free)}",
+            f"loader processes for {count(cores, 'core')} need {byte_size(all_)} of shared memory at the default batch size of 256, {byte_size(usage.free)} is free",
             way_out,
         )
 
 
 def _open_files(section: Section) -> None:
     soft, hard = (_files(limit) for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
-    section.row("open files", f"at most {soft}, which may be raised to {hard}", {"soft": soft, "hard": hard})
+    section.row("open files", f"at most {soft}, can be raised to {hard}", {"soft": soft, "hard": hard})
     if isinstance(soft, int) and soft < FEW_FILES:
         section.warning(
-            f"a process may open {soft} files; tars, connections and batches in shared memory take one each",
+            f"a process may open only {soft} files; each tar, connection and batch in shared memory needs one",
             f"Raise it before the command: ulimit -n {min(4096, hard) if isinstance(hard, int) else 4096}",
         )
 

@@ -1,7 +1,7 @@
 """Checks of the import names `pipeline`, `trainer` and `cli`: their locations and the distributions that own them.
 
 These are common names. Another distribution may install the same names, and a folder with such a name hides ours from
-programs that are started in the folder that contains it.
+programs that are started in its parent folder.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ print(json.dumps(found))
 
 
 def examine_names(folder: Path) -> Section:
-    """Return where our names resolve for a new interpreter in a folder, and for one that ignores the folder.
+    """Return findings on the locations of our names for a new interpreter in a folder, and for one that ignores the folder.
 
     Args:
         folder: folder in which programs are started: the working directory.
@@ -47,19 +47,19 @@ def examine_names(folder: Path) -> Section:
         section.row(name, f"{found or 'nowhere'}  ({_owned_by(several)})", {"path": found, "owners": several})
         if len(several) > 1:
             section.problem(
-                f"{' and '.join(several)} both own the name {name}: what was installed last has overwritten the other",
-                f"Give {DISTRIBUTION} an environment of its own (python -m venv .venv), or uninstall the other and run"
+                f"{' and '.join(several)} both own the name {name}: the one installed last has overwritten the other",
+                f"Install {DISTRIBUTION} in a separate environment (python -m venv .venv), or uninstall the other and run"
                 f" pip install --force-reinstall {DISTRIBUTION}",
             )
     if nowhere := [name for name in OURS if not here[name] and not elsewhere[name]]:
         section.problem(
-            f"a fresh interpreter cannot import {', '.join(nowhere)}", f"pip install --force-reinstall {DISTRIBUTION}"
+            f"a new interpreter cannot import {', '.join(nowhere)}", f"pip install --force-reinstall {DISTRIBUTION}"
         )
     for name in OURS:
         found = elsewhere[name] or here[name]
         if found and not found.endswith(".py"):
             section.problem(
-                f"{name} is the folder {found}, which has no __init__.py: it is not ours, or what is left of ours",
+                f"{name} is the folder {found}, which has no __init__.py: it belongs to another project or an old installation",
                 f"Delete or rename it, then pip install --force-reinstall {DISTRIBUTION}",
             )
     if shadowed := [name for name in OURS if elsewhere[name] and here[name] != elsewhere[name]]:
@@ -67,12 +67,12 @@ def examine_names(folder: Path) -> Section:
         # A checkout does no harm as long as its code is the installed code.
         same = all(_code(here[name]) == _code(elsewhere[name]) for name in shadowed)
         (section.warning if same else section.problem)(
-            f"programs started in {folder} take {', '.join(shadowed)} from there, and not from {theirs}",
+            f"programs started in {folder} import {', '.join(shadowed)} from there, not from {theirs}",
             ("The files are equal today. " if same else "")
-            + "Start them in another folder, rename what is there, or set PYTHONSAFEPATH=1",
+            + "Start programs in another folder, rename these files, or set PYTHONSAFEPATH=1",
         )
     if alone := [name for name in OURS if here[name] and not elsewhere[name]]:
-        section.warning(f"{', '.join(alone)} can be imported in {folder} alone", "pip install -e .")
+        section.warning(f"{', '.join(alone)} can be imported only in {folder}", "pip install -e .")
     _places(section, [path for path in elsewhere.values() if path])
     return section
 
@@ -100,13 +100,13 @@ def _places(section: Section, paths: Sequence[str]) -> None:
     roots, homes = {_root(path) for path in paths}, _homes()
     if len(roots) > 1:
         section.problem(
-            f"{', '.join(OURS)} come from {len(roots)} places: {', '.join(map(str, sorted(roots)))}",
-            f"Another project has these names too: give {DISTRIBUTION} an environment of its own (python -m venv .venv)",
+            f"{', '.join(OURS)} come from {len(roots)} folders: {', '.join(map(str, sorted(roots)))}",
+            f"Another project has these names, too: install {DISTRIBUTION} in a separate environment (python -m venv .venv)",
         )
     elif roots and homes and not roots & set(homes):
         section.warning(
-            f"programs take them from {min(roots)}, while {DISTRIBUTION} is installed from {homes[0]}",
-            f"Unset PYTHONPATH if it names {min(roots)}, or pip install -e it; what an older installation left there can be deleted",
+            f"programs import these names from {min(roots)}, but {DISTRIBUTION} is installed from {homes[0]}",
+            f"Unset PYTHONPATH if it names {min(roots)}, or pip install -e it; files of an older installation there can be deleted",
         )
 
 

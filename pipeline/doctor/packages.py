@@ -19,7 +19,7 @@ from pipeline.text import byte_size, count
 
 DRIVER = Path("/proc/driver/nvidia/version")
 NEVER_ASKED = frozenset({"test"})  # extras for developers of the project
-_NOT_TRIED = ("sklearn", "wandb")  # slow imports; without them everything except the demo's digits and W&B works
+_NOT_TRIED = ("sklearn", "wandb")  # slow imports; only the demo's digits and W&B need them
 GPUS, DECODERS = "pipeline.doctor.probing:see_gpus", "pipeline.doctor.probing:compare_decoders"
 _SLOW = (
     "torch",
@@ -113,7 +113,7 @@ def _declared(section: Section, parse: Any) -> tuple[list[Any], dict[str, list[A
     try:
         of_ours = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
-        section.problem(f"{DISTRIBUTION} is not installed, so what it needs is not known", "pip install .")
+        section.problem(f"{DISTRIBUTION} is not installed, so its requirements are unknown", "pip install .")
         return [], {}
     everything = [parse(line) for line in of_ours.requires or []]
     base = _of_this_machine(everything)
@@ -156,7 +156,7 @@ def _packages(section: Section, required: Sequence[Package], trials: Mapping[str
         several = owners_of(package.module, installed)
         if package.version and len(several) > 1:
             section.warning(
-                f"{' and '.join(several)} both own {package.module}: what was installed last has overwritten the other",
+                f"{' and '.join(several)} both own {package.module}: the one installed last has overwritten the other",
                 f"pip uninstall {' '.join(several)}, then pip install '{package.asked}'",
             )
 
@@ -168,7 +168,7 @@ def _package(section: Section, package: Package, trial: Trial | None) -> None:
     elif trial and trial.error:
         section.row(package.name, f"{package.version}, but it cannot be imported", package.version)
         section.problem(
-            f"{package.name} {package.version} is installed and cannot be imported: {trial.error}",
+            f"{package.name} {package.version} is installed but cannot be imported: {trial.error}",
             f"pip install --force-reinstall '{package.asked}'",
         )
     else:
@@ -181,7 +181,7 @@ def _package(section: Section, package: Package, trial: Trial | None) -> None:
 
 
 def _conflicts(section: Section, packages: Sequence[Package]) -> None:
-    """Warn if a required package needs another version of one of its own dependencies than the installed one."""
+    """Warn if the installed version of a dependency does not meet the requirement of an installed package."""
     for package in {package.name: package for package in packages if package.version}.values():
         for line in metadata.requires(package.name) or []:
             wanted: Any = importlib.import_module("packaging.requirements").Requirement(line)
@@ -190,7 +190,7 @@ def _conflicts(section: Section, packages: Sequence[Package]) -> None:
             found = _version(wanted.name)
             if found is None or not wanted.specifier.contains(found, prereleases=True):
                 section.warning(
-                    f"{package.name} {package.version} asks for {wanted.name}{wanted.specifier}, {f'{found} is installed' if found else 'which is missing'}",
+                    f"{package.name} {package.version} requires {wanted.name}{wanted.specifier}, {f'{found} is installed' if found else 'which is missing'}",
                     f"pip install --upgrade '{package.asked}'",
                 )
 
@@ -211,11 +211,11 @@ def _extras(section: Section, optional: Mapping[str, Sequence[Package]], trials:
             trial = trials.get(package.module)
             if trial and trial.error:
                 section.warning(
-                    f"{package.name} {package.version} of the extra {extra} is installed and cannot be imported: {trial.error}",
+                    f"{package.name} {package.version} of the extra {extra} is installed but cannot be imported: {trial.error}",
                     f"pip install --force-reinstall '{package.asked}', if you need it",
                 )
             elif not package.fits:
-                section.warning(f"the extra {extra} asks for {package.asked}, {package.version} is installed", way_in)
+                section.warning(f"the extra {extra} requires {package.asked}, {package.version} is installed", way_in)
 
 
 def _devices(trial: Trial | None) -> Section:
@@ -232,16 +232,16 @@ def _devices(trial: Trial | None) -> Section:
             "CUDA", f"torch is built for {found['built_for']}, driver {driver or 'unknown'}", found["built_for"]
         )
         return section
-    section.row("CUDA", f"no GPU; torch is built for {found['built_for'] or 'CPUs alone'}", found["built_for"])
+    section.row("CUDA", f"no GPU; torch is built for {found['built_for'] or 'CPUs only'}", found["built_for"])
     if driver and not found["built_for"]:
         section.problem(
-            f"there is an NVIDIA driver ({driver}), and this torch is built for CPUs alone",
+            f"an NVIDIA driver ({driver}) is installed, but this torch is built for CPUs only",
             "Install a torch that is built for CUDA: https://pytorch.org/get-started/locally",
         )
     elif driver:
         section.problem(
-            f"there is an NVIDIA driver ({driver}), and torch built for CUDA {found['built_for']} sees no GPU",
-            "Does nvidia-smi see one? Look at CUDA_VISIBLE_DEVICES; update the driver, or install a torch for an older CUDA",
+            f"an NVIDIA driver ({driver}) is installed, but torch for CUDA {found['built_for']} sees no GPU",
+            "Check nvidia-smi and CUDA_VISIBLE_DEVICES; update the driver, or install a torch for an older CUDA",
         )
     return section
 
@@ -270,14 +270,14 @@ def _decoders(trial: Trial) -> Section:
     )
     section.row("region of a JPEG", region, found["region"])
     if "WEBP" not in found["formats"]:
-        section.warning("Pillow reads no WebP here", "pip install --force-reinstall Pillow, if your images are WebP")
+        section.warning("Pillow cannot read WebP", "pip install --force-reinstall Pillow, if your images are WebP")
     wrong = {name: far for name, far in found["differences"].items() if far != 0}
     agreed = count(len(found["differences"]), "decoder")
     section.row("self-test", "differs" if wrong else f"{agreed} give the same pixels", found["differences"])
     for name, far in wrong.items():
-        how = "did not decode" if far is None else f"differs by up to {far} of 255"
+        how = "failed" if far is None else f"differs by up to {far} of 255 from Pillow's pixels"
         section.problem(
-            f"decoding {name} in the self-test {how} from Pillow's pixels: labels made elsewhere may not fit",
+            f"decoding {name} in the self-test {how}: labels made elsewhere may not fit",
             "pip install --force-reinstall simplejpeg Pillow" + (" turbojpeg" if name == "region" else ""),
         )
     return section

@@ -32,7 +32,7 @@ def examine_folder(asked: Path) -> Section:
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if folder != asked.absolute():
-        section.row("looked at", f"{folder}, which would hold it")
+        section.row("looked at", f"{folder}, its nearest existing parent")
     if not folder.is_dir():
         section.problem(f"{folder} is not a folder", "Choose a folder")
         return section
@@ -45,7 +45,7 @@ def examine_folder(asked: Path) -> Section:
             f"{folder} cannot be written: {error.strerror or error}",
             "Free some space"
             if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "Choose a folder that can be written, or have its rights changed",
+            else "Choose a folder that can be written, or change its permissions",
         )
         return section
     section.row("writable", "yes")
@@ -55,7 +55,7 @@ def examine_folder(asked: Path) -> Section:
             look(section, folder)
         except (OSError, StorageError) as error:
             section.problem(
-                f"{look.__name__.strip('_')} could not be tried in {folder}: {error}", "Look at the file system"
+                f"{look.__name__.strip('_')} could not be tested in {folder}: {error}", "Check the file system"
             )
     if folder == asked.absolute():
         _left_over(section, folder)
@@ -81,21 +81,22 @@ def _file_system(section: Section, folder: Path) -> None:
         {"kind": kind, "free": usage.free, "total": usage.total},
     )
     if kind in _IN_MEMORY:
-        section.warning(f"{folder} lies in memory ({kind}): it is gone after a restart", "Choose a folder on a disk")
+        section.warning(f"{folder} is in memory ({kind}): a restart deletes it", "Choose a folder on a disk")
     if usage.free < LITTLE_ROOM:
         section.warning(
             f"{folder} has {byte_size(usage.free)} left",
-            "Free some space, or choose another folder; deit-cli estimate says how much labels take",
+            "Free some space, or choose another folder; deit-cli estimate prints the size of the labels",
         )
     if stat.f_files and stat.f_favail < 1000:
         section.warning(
-            f"the file system has room for {stat.f_favail} more files", "Delete small files, or choose another one"
+            f"the file system has room for {stat.f_favail} more files",
+            "Delete small files, or choose another file system",
         )
     longest = os.pathconf(folder, "PC_NAME_MAX")
     if 0 < longest < LONGEST_NAME:
         section.warning(
-            f"a file name may have {longest} bytes here, that of a source shard may need {LONGEST_NAME}",
-            "Choose another folder, or short names of source shards",
+            f"a file name may have {longest} bytes here, the name of a source shard may need {LONGEST_NAME}",
+            "Choose another folder, or shorter names for the source shards",
         )
 
 
@@ -132,13 +133,13 @@ def _speed(section: Section, folder: Path) -> None:
     )
     if written >= BLOCK_BYTES and pace < SLOW_BYTES_PER_S:
         section.warning(
-            f"{folder} takes {byte_size(pace)} a second",
+            f"writing to {folder} is slow: {byte_size(pace)}/s",
             "Write to a local disk and push the label set when it is complete",
         )
 
 
 def _publishing(section: Section, folder: Path) -> None:
-    """Measure the time per label shard in addition to its bytes: create, fsync, link, fsync of the folder."""
+    """Measure the time to publish a file, apart from writing its bytes: create, fsync, link, fsync of the folder."""
     names = [folder / temporary_name() for _ in range(PUBLISHED)]
     began = time.monotonic()
     try:
@@ -167,8 +168,8 @@ def _links(section: Section, folder: Path) -> None:
     section.row("hard links", "yes" if linked else "no", linked)
     if not linked:
         section.warning(
-            f"{folder} has no hard links, so that of two writers of one file at the same moment the last wins",
-            "Let one process at a time write there, or choose a folder on another file system",
+            f"{folder} does not support hard links, so the last of two simultaneous writers of a file wins",
+            "Write there from one process at a time, or choose a folder on another file system",
         )
 
 
@@ -184,8 +185,8 @@ def _locks(section: Section, folder: Path) -> None:
     section.row("file locks", "yes" if refused else "not kept" if held else "no", refused)
     if not refused:
         section.warning(
-            f"file locks {'are not kept' if held else 'are refused'} in {folder}: two runs in one folder, or two downloads of one file, would not see each other",
-            "Start one run in a folder; keep --cache-dir on a local disk (NFS: mount it with locks)",
+            f"file locks {'are not kept' if held else 'are refused'} in {folder}: two runs in one folder, or two downloads of one file, would not notice each other",
+            "Start only one run per folder; keep --cache-dir on a local disk (NFS: mount it with locks)",
         )
 
 
@@ -200,7 +201,7 @@ def _swapping(section: Section, folder: Path) -> None:
     section.row("swapping files", "yes" if swapped and kept else "no", swapped and kept)
     if not (swapped and kept):
         section.problem(
-            f"a file cannot be swapped for another in {folder} while it is read",
+            f"a file in {folder} cannot be replaced while it is read",
             "Choose a folder on another file system",
         )
 
@@ -216,8 +217,8 @@ def _spelling(section: Section, folder: Path) -> None:
     section.row("upper and lower case", "are one" if one else "differ", not one)
     if one:
         section.warning(
-            f"names that differ by upper and lower case alone are one file in {folder}",
-            "Give source shards names that differ otherwise",
+            f"names that differ only in upper and lower case are the same file in {folder}",
+            "Choose names for source shards that differ in more than case",
         )
 
 
@@ -256,7 +257,7 @@ def _left_over(section: Section, folder: Path) -> None:
         with contextlib.suppress(OSError):
             size += path.stat().st_size
     dead = sum(1 for _ in dead_temporaries(left))
-    text = f"{count(len(left), 'file')}, {byte_size(size)}; {dead} of writers that are dead" if left else "none"
+    text = f"{count(len(left), 'file')}, {byte_size(size)}; {dead} of killed writers" if left else "none"
     section.row(
         "temporary files",
         text + (f" (of the first {seen:,} files)" if seen > MOST_ENTRIES else ""),
@@ -264,6 +265,6 @@ def _left_over(section: Section, folder: Path) -> None:
     )
     if dead:
         section.warning(
-            f"{count(dead, 'temporary file')} of killed writers {'lies' if dead == 1 else 'lie'} below {folder}",
-            "The next precompute or train into the folder that holds them sweeps them; or delete them",
+            f"{count(dead, 'temporary file')} of killed writers {'is' if dead == 1 else 'are'} in {folder}",
+            "Delete them, or run precompute or train in the folder of these files again",
         )

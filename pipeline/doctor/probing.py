@@ -1,7 +1,7 @@
 """Trials in a separate process: imports of packages, the GPUs that torch sees, and comparison of decoders.
 
 A broken package may raise anything, print anything, or end the interpreter. So the process prints a marked JSON line before
-and after each trial, and the reader knows during which trial the process ended.
+and after each trial, which shows the reader during which trial the process ended.
 """
 
 import contextlib
@@ -142,7 +142,7 @@ def _call(name: str) -> Any:
 
 
 def see_gpus() -> dict[str, Any]:
-    """Return torch's information on GPUs."""
+    """Return the GPUs that torch sees, and the CUDA versions of torch and of the driver."""
     torch: Any = importlib.import_module("torch")
     found: dict[str, Any] = {"built_for": torch.version.cuda or torch.version.hip, "devices": []}
     with contextlib.suppress(Exception):  # torch may remove this name; only the text depends on it
@@ -166,7 +166,7 @@ def compare_decoders() -> dict[str, Any]:
 
     Returns:
         `versions`, `formats` that Pillow reads, `region` (path of the library or None), and `differences`: for each
-        decoder the largest difference of a pixel from Pillow's, 0 if all are equal; None if it did not decode.
+        decoder the maximum difference of a pixel from Pillow's, 0 if all are equal; None if it did not decode.
     """
     import io
 

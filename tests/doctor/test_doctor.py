@@ -106,8 +106,8 @@ def test_a_folder_of_our_name_in_the_working_directory_is_named_with_a_way_out(n
     (tmp_path / "cli.py").write_text("")
     section = names()
     assert told(section) == [
-        f"programs started in {tmp_path} take pipeline, cli from there, and not from {ROOT}."
-        " Start them in another folder, rename what is there, or set PYTHONSAFEPATH=1"
+        f"programs started in {tmp_path} import pipeline, cli from there, not from {ROOT}."
+        " Start programs in another folder, rename these files, or set PYTHONSAFEPATH=1"
     ]
     assert value(section, "pipeline").startswith(str(ROOT / "pipeline"))
 
@@ -120,7 +120,7 @@ def test_a_checkout_that_is_what_was_installed_is_a_warning(names, tmp_path):
     section = names()
     assert told(section) == []
     (warning,) = told(section, warnings=True)
-    assert "take pipeline, trainer, cli from there" in warning
+    assert "import pipeline, trainer, cli from there" in warning
     assert "The files are equal today" in warning
     (tmp_path / "trainer/loop.py").write_text("changed = True")
     assert len(told(names())) == 1
@@ -147,7 +147,7 @@ def test_a_folder_that_hides_an_installed_module_is_a_problem(names, tmp_path, m
     monkeypatch.setenv("PYTHONPATH", str(site))
     monkeypatch.setattr(owners.sys, "executable", bare_python(tmp_path))
     assert (
-        f"pipeline is the folder {site}/pipeline, which has no __init__.py: it is not ours, or what is left of ours."
+        f"pipeline is the folder {site}/pipeline, which has no __init__.py: it belongs to another project or an old installation."
         " Delete or rename it, then pip install --force-reinstall deit-cli" in told(names())
     )
 
@@ -164,7 +164,7 @@ def test_names_from_two_places_are_a_problem(names, tmp_path, monkeypatch):
     shadow(other, "trainer")
     monkeypatch.setenv("PYTHONPATH", f"{other}{os.pathsep}{ROOT}")
     assert told(names())[0].startswith(
-        f"pipeline, trainer, cli come from 2 places: {', '.join(sorted([str(ROOT), str(other)]))}"
+        f"pipeline, trainer, cli come from 2 folders: {', '.join(sorted([str(ROOT), str(other)]))}"
     )
 
 
@@ -180,7 +180,7 @@ def test_two_distributions_that_own_one_name_are_a_problem(names, tmp_path, monk
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     section = names()
     (problem,) = told(section)
-    assert problem.startswith("data-pipeline and deit-cli both own the name pipeline: what was installed last")
+    assert problem.startswith("data-pipeline and deit-cli both own the name pipeline: the one installed last")
     assert "python -m venv" in problem
     assert "(data-pipeline 2.0 and deit-cli 0.1.0)" in value(section, "pipeline")
 
@@ -188,7 +188,7 @@ def test_two_distributions_that_own_one_name_are_a_problem(names, tmp_path, monk
 def test_nothing_to_import_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(owners, "OURS", ("no_such_name",))
     assert told(owners.examine_names(tmp_path)) == [
-        "a fresh interpreter cannot import no_such_name. pip install --force-reinstall deit-cli"
+        "a new interpreter cannot import no_such_name. pip install --force-reinstall deit-cli"
     ]
 
 
@@ -227,7 +227,7 @@ def test_packages_are_missing_old_broken_or_good():
     assert told(section) == [
         "gone is missing. pip install 'gone>=1'",
         "old-one must be >=2, it is 1.9. pip install 'old-one>=2'",
-        "Pillow 12.0 is installed and cannot be imported: no _imaging. pip install --force-reinstall 'Pillow>=11'",
+        "Pillow 12.0 is installed but cannot be imported: no _imaging. pip install --force-reinstall 'Pillow>=11'",
     ]
     assert value(section, "good") == "1.2"
     assert value(section, "gone") == "missing"
@@ -247,8 +247,8 @@ def test_a_package_that_asks_for_another_version_is_a_warning(tmp_path, monkeypa
     section = Section("packages")
     packages._conflicts(section, [packages.Package("one", "one>=1", "1.0", True)])
     assert told(section, warnings=True) == [
-        "one 1.0 asks for two>=3, 2.0 is installed. pip install --upgrade 'one>=1'",
-        "one 1.0 asks for three, which is missing. pip install --upgrade 'one>=1'",
+        "one 1.0 requires two>=3, 2.0 is installed. pip install --upgrade 'one>=1'",
+        "one 1.0 requires three, which is missing. pip install --upgrade 'one>=1'",
     ]
 
 
@@ -265,10 +265,10 @@ def test_extras_say_how_they_are_installed():
     assert value(section, "s3") == "not installed: pip install 'deit-cli[s3]'"
     assert value(section, "region") == "not for this machine"
     assert [each.split(".")[0] for each in told(section, warnings=True)] == [
-        "the extra hub asks for huggingface_hub>=0",
+        "the extra hub requires huggingface_hub>=0",
         "ray 2",
     ]
-    assert "of the extra ray is installed and cannot be imported: boom" in told(section, warnings=True)[1]
+    assert "of the extra ray is installed but cannot be imported: boom" in told(section, warnings=True)[1]
 
 
 def test_what_is_asked_for_is_what_pyproject_says_and_every_extra_is_there():
@@ -309,14 +309,14 @@ def test_a_project_that_is_not_installed_is_a_problem(monkeypatch, tmp_path):
     monkeypatch.setattr(packages, "DISTRIBUTION", "no-such-distribution")
     section = Section("packages")
     assert packages._asked_for(section) == ([], {})
-    assert told(section) == ["no-such-distribution is not installed, so what it needs is not known. pip install ."]
+    assert told(section) == ["no-such-distribution is not installed, so its requirements are unknown. pip install ."]
 
 
 GPUS = [
     # what torch says, driver file, problem
     ({"built_for": "13.0", "devices": []}, None, None),
-    ({"built_for": None, "devices": []}, "NVRM version: NVIDIA UNIX Module  580.82.07  x", "and this torch is built for CPUs alone"),
-    ({"built_for": "13.0", "devices": []}, "NVRM version: NVIDIA UNIX Module  470.1  x", "(470.1), and torch built for CUDA 13.0 sees no GPU"),
+    ({"built_for": None, "devices": []}, "NVRM version: NVIDIA UNIX Module  580.82.07  x", "but this torch is built for CPUs only"),
+    ({"built_for": "13.0", "devices": []}, "NVRM version: NVIDIA UNIX Module  470.1  x", "(470.1) is installed, but torch for CUDA 13.0 sees no GPU"),
     ({"built_for": "13.0", "devices": [{"name": "H100", "memory": 85e9, "capability": "9.0", "bf16": True}]}, "Module  580.82.07  x", None),
 ]  # fmt: skip
 
@@ -372,7 +372,7 @@ def test_a_low_limit_of_open_files_is_a_warning_with_the_way_out():
     script = "from pipeline.doctor.machine import examine_machine as e; print(*[f for f in e().findings], sep='\\n')"
     command = f'ulimit -Sn 200 && "{sys.executable}" -c "{script}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
-    (line,) = [line for line in done.stdout.splitlines() if "open 200 files" in line]
+    (line,) = [line for line in done.stdout.splitlines() if "open only 200 files" in line]
     assert line.startswith("warning: ")
     assert "ulimit -n " in line
 
@@ -380,7 +380,7 @@ def test_a_low_limit_of_open_files_is_a_warning_with_the_way_out():
 def test_little_shared_memory_is_a_problem(small_disk, monkeypatch):
     monkeypatch.setattr(machine, "SHARED_MEMORY", small_disk)
     (problem,) = [each for each in told(examine_machine()) if "shared memory" in each]
-    assert "there are 1.0 MB" in problem
+    assert "1.0 MB is free" in problem
     assert "--shm-size" in problem
 
 
@@ -405,7 +405,7 @@ def test_the_limits_of_a_container_are_found(mine, files, cores, limit, tmp_path
     assert (machine.cpu_quota(), machine.memory_limit()) == (cores, limit)
     warnings = " ".join(told(examine_machine(), warnings=True))
     assert ("OMP_NUM_THREADS=1" in warnings) == (cores is not None and cores + 0.5 < len(os.sched_getaffinity(0)))
-    assert ("of memory are left" in warnings) == (limit == 9000)
+    assert ("of memory is available" in warnings) == (limit == 9000)
 
 
 # --- folders -------------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def test_a_sound_folder_has_no_problem_and_keeps_its_files(tmp_path):
 
 def test_a_folder_that_does_not_exist_is_not_made(tmp_path):
     section = examine_folder(tmp_path / "a" / "b")
-    assert value(section, "looked at") == f"{tmp_path}, which would hold it"
+    assert value(section, "looked at") == f"{tmp_path}, its nearest existing parent"
     assert told(section) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -454,7 +454,7 @@ def test_a_small_disk_in_memory_is_warned_of_and_not_filled(small_disk):
     section = examine_folder(small_disk)
     assert told(section) == []
     warnings = told(section, warnings=True)
-    assert any("it is gone after a restart" in each for each in warnings)
+    assert any("a restart deletes it" in each for each in warnings)
     assert any("has 1.0 MB left" in each for each in warnings)
     assert list(small_disk.iterdir()) == []
 
@@ -477,7 +477,7 @@ def test_no_hard_links_and_no_locks_are_warnings(tmp_path, monkeypatch):
     assert told(section) == []
     assert (value(section, "hard links"), value(section, "file locks")) == ("no", "no")
     assert [each.split(",")[0] for each in told(section, warnings=True)] == [
-        f"{tmp_path} has no hard links",
+        f"{tmp_path} does not support hard links",
         f"file locks are refused in {tmp_path}: two runs in one folder",
     ]
     assert files_of(tmp_path) == {}
@@ -506,9 +506,9 @@ def test_what_killed_writers_left_behind_is_counted(tmp_path):
     assert done.returncode == -signal.SIGKILL
     (tmp_path / ".tmp-elsewhere-1-0123456789abcdef").write_bytes(bytes(7))
     section = examine_folder(tmp_path)
-    assert value(section, "temporary files") == "2 files, 12 B; 1 of writers that are dead"
+    assert value(section, "temporary files") == "2 files, 12 B; 1 of killed writers"
     (warning,) = told(section, warnings=True)
-    assert warning.startswith(f"1 temporary file of killed writers lies below {tmp_path}")
+    assert warning.startswith(f"1 temporary file of killed writers is in {tmp_path}")
     assert storage.sweep_temporaries(tmp_path) == 1
 
 
@@ -550,7 +550,7 @@ def test_a_store_that_overwrites_is_warned_of(monkeypatch):
     monkeypatch.setattr(type(system), "pipe_file", lambda self, path, data, mode="x", **_: real(self, path, data))
     section = examine_bucket("memory://doctor-careless")
     assert told(section) == []
-    assert "gives a name a second time" in told(section, warnings=True)[0]
+    assert "ignores conditional writes" in told(section, warnings=True)[0]
     assert names_in("memory://doctor-careless") == []
 
 
@@ -594,8 +594,8 @@ def test_a_label_set_that_replays_is_compared_with_what_is_installed_here(labels
     section = examine_labels(str(labels), None)
     assert told(section) == []
     assert value(section, "replay").endswith("every pixel equal")
-    assert value(section, "numpy").endswith(" then and here")
-    assert value(section, "device") == "cpu then"
+    assert value(section, "numpy").endswith(" at labelling and here")
+    assert value(section, "device") == "cpu at labelling"
 
 
 def change_probes(manifest: dict, shift: int) -> None:
@@ -659,8 +659,8 @@ def test_a_folder_without_a_label_set_is_a_problem(tmp_path):
 def test_versions_then_and_here():
     recorded = [{"numpy": "1.0", "device": "cpu"}, {"numpy": "1.1", "device": "cpu"}]
     rows = {name: text for name, text, _ in compare_environments(recorded)}
-    assert rows["device"] == "cpu then"
-    assert rows["numpy"].startswith("1.0, 1.1 then, ")
+    assert rows["device"] == "cpu at labelling"
+    assert rows["numpy"].startswith("1.0, 1.1 at labelling, ")
     assert rows["numpy"].endswith(" here")
 
 
@@ -712,11 +712,11 @@ def test_the_command_survives_broken_packages_and_a_hidden_name(tmp_path):
         (site / f"{name}.py").write_text(code)
     _, output = doctor("--labels", str(ROOT / "tests/golden/v1/shards"), cwd=here, code=1, site=(site,))
     problems = [line for line in output.splitlines() if "! PROBLEM: " in line]
-    assert any("take pipeline from there" in line for line in problems)
+    assert any("import pipeline from there" in line for line in problems)
     assert any("timm" in line and "cannot be imported: no timm today" in line for line in problems)
     assert any("simplejpeg" in line and "it ended the interpreter with exit code 9" in line for line in problems)
     assert any("no image can be decoded" in line for line in problems)
-    assert any("the label set could not be looked at: it ended the interpreter" in line for line in problems)
+    assert any("the label set could not be checked: it ended the interpreter" in line for line in problems)
     assert output.splitlines()[-1].startswith(f"{len(problems)} problems, ")
 
 
