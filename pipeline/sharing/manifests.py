@@ -1,7 +1,4 @@
-"""Manifests of subsets and unions of label sets, which are label sets, too.
-
-A part has all its views for all its source shards, like every label set.
-"""
+"""Manifests of subsets and unions of label sets. Both are label sets, too: they have all their views of all their source shards."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -33,23 +30,23 @@ def subset_manifest(
     shards: Sequence[str] | None,
     probes_of: Callable[[FileEntry], Iterable[Probe]],
 ) -> Manifest:
-    """Return the sealed manifest of a part of a sealed set.
+    """Return the sealed manifest of a subset of a sealed set.
 
     Args:
         manifest: manifest of the set.
         plan: plan of the set, and of the subset.
-        views: start and stop of the wanted views; whole blocks are taken, so there may be more. None: all.
+        views: start and stop of the wanted views; the subset has whole blocks, so it may have more. None: all.
         shards: names of source shards, or shell patterns (`train-00*`). None: all shards of the set.
         probes_of: function that reads the probes in a label shard's footer. It is called for a few files, and only if the
             manifest has no probes of the subset.
 
     Raises:
-        LabelSetIncomplete: the set is not sealed, or the part has no usable image.
+        LabelSetIncomplete: the set is not sealed, or the subset has no usable image.
         UsageError: the set does not hold these views, or a name or pattern matches no source shard of the set.
     """
     if not manifest.sealed:
         raise LabelSetIncomplete(
-            "only a sealed label set has subsets: run its deit-cli precompute again to complete it"
+            "only a sealed label set has subsets: run deit-cli precompute again to complete the set"
         )
     held = [record.name for record in shards_of(manifest, plan, "manifest")]
     names = held if shards is None else choose_shards(held, shards)
@@ -69,7 +66,7 @@ def subset_manifest(
 
 
 def choose_blocks(blocks: Iterable[range], views: tuple[int, int]) -> list[range]:
-    """Return the blocks that hold the views start..stop - 1, in order; their ends may lie beyond these.
+    """Return the blocks that hold the views start..stop - 1, in order; the first and last may hold further views.
 
     Raises:
         UsageError: some of these views are in no block.
@@ -79,7 +76,7 @@ def choose_blocks(blocks: Iterable[range], views: tuple[int, int]) -> list[range
     chosen = [block for block in blocks if block.start < stop and start < block.stop]
     gap = any(a.stop != b.start for a, b in itertools.pairwise(chosen))
     if not chosen or gap or start < chosen[0].start or stop > chosen[-1].stop or start >= stop:
-        raise UsageError(f"--views {start}:{stop} must lie within the views of the label set, {_runs(blocks)}")
+        raise UsageError(f"--views {start}:{stop} must be within the views of the label set, {_runs(blocks)}")
     return chosen
 
 
@@ -91,9 +88,7 @@ def choose_shards(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise UsageError(
-                f"--shards {pattern!r} is none of the {len(names)} source shards that are there: {_few(names)}"
-            )
+            raise UsageError(f"--shards {pattern!r} matches none of the {len(names)} source shards: {_few(names)}")
     if not patterns:
         raise UsageError(f"--shards must name at least one of {len(names)} source shards: {_few(names)}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
@@ -115,7 +110,7 @@ def _probe_is_in(probe: Probe, names: set[str], blocks: set[range]) -> bool:
 def _probes_from_files(
     files: Sequence[FileEntry], probes_of: Callable[[FileEntry], Iterable[Probe]]
 ) -> tuple[Probe, ...]:
-    """Return probes of a few evenly spaced label shards, or of all if these have none (all their images are bad)."""
+    """Return probes of a few evenly spaced label shards, or of all label shards if these have no probes (all images bad)."""
     labels = [entry for entry in files if entry.kind == "labels" and entry.rows]
     few = labels[:: max(1, -(-len(labels) // MANIFEST_PROBES))]
     for entries in (few, labels):
@@ -136,7 +131,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def contains(large: Manifest, small: Manifest) -> bool:
-    """Return whether one sealed set has everything that another has."""
+    """Return whether one set is sealed and has all files and views of another."""
     return large.sealed and set(large.files) >= set(small.files) and set(large.blocks) >= set(small.blocks)
 
 
@@ -151,7 +146,7 @@ def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]
 
     Raises:
         LabelSetIncomplete: `there` is not sealed, or together they leave a gap.
-        LabelSetMismatch: the label sets differ, divide views into other blocks, or have different bytes for one file.
+        LabelSetMismatch: the label sets differ, divide views into other blocks, or have different bytes in one file.
     """
     if ours.labelset_id != there.labelset_id:
         raise LabelSetMismatch(
@@ -160,8 +155,8 @@ def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]
         )
     if not there.sealed:
         raise LabelSetIncomplete(
-            f"{names[1]} is not sealed: a deit-cli precompute is, or was, at work there",
-            fix="Run it again to complete it, or choose another address",
+            f"{names[1]} is not sealed: deit-cli precompute is running there, or was stopped",
+            fix="Run deit-cli precompute there again to complete the set, or choose another address",
         )
     ours = ours.model_copy(update={"plan_sha256": there.plan_sha256, "content_sha256": None})
     _check_files(ours, there, names)
@@ -194,8 +189,8 @@ def _check_files(ours: Manifest, there: Manifest, names: tuple[str, str]) -> Non
         if b.start < a.stop:
             cut = f"{a.start}:{a.stop} and {b.start}:{b.stop}"
             raise LabelSetMismatch(
-                f"{names[0]} and {names[1]} cut the same views into other blocks: {cut}",
-                fix="Choose another address, or make them with one --views-per-shard",
+                f"{names[0]} and {names[1]} divide the same views into different blocks: {cut}",
+                fix="Choose another address, or make both with the same --views-per-shard",
             )
     known = {entry.path: entry for entry in there.files}
     for entry in ours.files:
@@ -214,7 +209,7 @@ def _check_whole(
         if a.stop != b.start:
             raise LabelSetIncomplete(
                 f"{names[0]} and {names[1]} together lack views {a.stop}:{b.start}",
-                fix="Bring those first",
+                fix="Transfer those first",
             )
     files = list(files)
     with_images = {entry.shard for entry in files if entry.kind == "images"}
@@ -228,6 +223,6 @@ def _check_whole(
         if (shard, block.start, block.stop) not in found:
             raise LabelSetIncomplete(
                 f"{names[0]} and {names[1]} together lack views {block.start}:{block.stop} of source shard {shard!r}: a"
-                " label set has all its views of all its source shards",
-                fix="Bring those first, or choose another address",
+                " label set must have all its views of all its source shards",
+                fix="Transfer those first, or choose another address",
             )

@@ -1,9 +1,9 @@
-"""Merge views or source shards of one identity from several machines into one label set, sealed or unsealed.
+"""Merge label sets of one identity, made on several machines, into one label set, sealed or unsealed.
 
 Files are copied unchanged, and never replaced, so the same command continues a merge that was killed.
 A file of a sealed set is checked against its manifest. In an unsealed folder (a rank of a job, a run that was
-stopped) it is checked against its own footer, which has the hash of its rows. Such a footer has no hash itself: if its
-replay probes are wrong, this shows when they are rendered, in verification or training.
+stopped) it is checked against its own footer, which has the hash of its rows. The footer itself has no hash: wrong
+replay probes in it are found only when they are rendered, in verification or training.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class Merged:
     Attributes:
         files: number of label shards, samples files and tars that were copied.
         found: number of files that were already there.
-        label_set: the result; None if label shards are missing, so that it was not sealed.
+        label_set: the sealed result; None if label shards are missing.
         missing: source shard and views of each missing label shard; empty for a sealed result.
     """
 
@@ -135,7 +135,7 @@ class _Input(ABC):
 
     @abstractmethod
     def read(self, file: _File) -> Contents | None:
-        """Return a complete, checked table; None for a tar of images, which is checked while it is copied."""
+        """Return a table after checking it; None for a tar of images, which is checked while it is copied."""
 
     def copy_images(self, file: _File, target: BinaryIO) -> None:
         """Copy a tar of images, and check it against the manifest."""
@@ -172,9 +172,7 @@ class _SealedSet(_Input):
 
         tar = self._label_set.file_of(file.entry)
         if tar.use(copy) != file.entry.sha256:
-            raise LabelSetCorrupt(
-                f"{tar} has not the SHA-256 that its manifest says: it is damaged", fix=damaged_file()
-            )
+            raise LabelSetCorrupt(f"{tar} does not have the SHA-256 in its manifest: it is damaged", fix=damaged_file())
 
 
 class _UnsealedFolder(_Input):
@@ -228,9 +226,11 @@ def _refuse_same(out: Path, locations: Sequence[str]) -> None:
             continue
         given, result = path.resolve(), out.resolve()
         if given == result:
-            raise UsageError(f"{location} is both the result and a part: a label set that is there grows by itself")
+            raise UsageError(
+                f"{location} is both the result and an input: leave it out, the files in the result are kept"
+            )
         if result.is_relative_to(given) or given.is_relative_to(result):
-            raise UsageError(f"{out} and {location} lie one in the other: choose a result apart from its parts")
+            raise UsageError(f"one of {out} and {location} contains the other: choose a result outside its inputs")
 
 
 def _open(location: str) -> _Input:
@@ -245,7 +245,7 @@ def _open(location: str) -> _Input:
 
 
 def _claim(out: Path, inputs: Sequence[_Input]) -> Plan:
-    """Check that all sets have one identity, write the first one's plan to `out` if it has none, and return the plan."""
+    """Check that all sets have one identity, write the plan to `out` if it has none, and return the plan."""
     known = out / PLAN_NAME
     if known.is_file():
         plan, where = read_plan(out), str(out)
@@ -274,7 +274,7 @@ def _check_same(plan: Plan, where: str, given: _Input) -> None:
 
 
 def _check_found(out: Path, plan: Plan) -> None:
-    """Check the existing files of the result, because its manifest will promise them, too.
+    """Check the existing files of the result, because its manifest will list them, too.
 
     Raises:
         LabelSetCorrupt: a file differs from the manifest or, in an unsealed folder, from its own footer.
@@ -309,7 +309,7 @@ def _add(path: Path, given: _Input, file: _File) -> bool:
             check_replaceable(path, other)
         finally:
             other.unlink(missing_ok=True)
-        log.info("%s: %s has other bytes for the same rows; the file that is there stays", path, given.name)
+        log.info("%s: %s has other bytes for the same rows; the existing file is kept", path, given.name)
     return False
 
 
@@ -335,7 +335,7 @@ def _has_images(out: Path, shards: Sequence[str]) -> bool:
     sealed = sealed_manifest(out)
     if absent and sealed and any(entry.kind == "images" for entry in sealed.files):
         raise LabelSetMismatch(
-            f"{out} has its images in it, and those of {absent[0]!r} are not there: merge sets that all have theirs, or"
+            f"{out} contains images, but those of {absent[0]!r} are missing: merge only sets with images, or"
             " choose another folder"
         )
     if absent and len(absent) < len(shards):
@@ -347,14 +347,14 @@ def _refuse_overlap(out: Path, blocks: Sequence[range]) -> None:
     for a, b in itertools.pairwise(blocks):
         if b.start < a.stop:
             raise LabelSetMismatch(
-                f"{out}: these sets cut the same views into other blocks, {a.start}:{a.stop} and {b.start}:{b.stop}",
-                fix="Merge those that were made with one --views-per-shard",
+                f"{out}: these sets divide the same views into different blocks, {a.start}:{a.stop} and {b.start}:{b.stop}",
+                fix="Merge only sets that were made with the same --views-per-shard",
             )
 
 
 def merged_lines(out: Path, merged: Merged) -> str:
     """Return the result of a merge as readable text."""
-    files = f"{count(merged.files, 'file')} taken over, {merged.found:,} were there"
+    files = f"{count(merged.files, 'file')} copied, {merged.found:,} existed already"
     if merged.label_set is not None:
         held, views = merged.label_set, merged.label_set.views
         names = held.plan.source.shards
@@ -364,7 +364,7 @@ def merged_lines(out: Path, merged: Merged) -> str:
     more = f" and {len(merged.missing) - 3:,} more" if len(merged.missing) > 3 else ""
     views = _span([*label_blocks(out), *(views for _, views in merged.missing)])
     return (
-        f"{out}: {files}; not sealed, it lacks {some}{more}. Merge the sets that have them, or make them:"
+        f"{out}: {files}; not sealed, it lacks {some}{more}. Merge the sets that have them, or compute them:"
         f" deit-cli labels extend {out} --views {views.start}:{views.stop}"
     )
 

@@ -1,8 +1,8 @@
 """Signatures of the manifest of a label set, made with OpenSSF's model-signing.
 
 The manifest holds the hash of every other file, so a signature over `manifest.json` covers the whole set. It is stored beside
-it as `manifest.json.sig`, a Sigstore bundle over the folder with this one file in it, which `model_signing verify` checks
-too (with `--ignore_unsigned_files`). Keys work offline; identities (Sigstore) need the network, for signing and for checking.
+it as `manifest.json.sig`, a Sigstore bundle for a folder with only this file. `model_signing verify` checks it, too
+(with `--ignore_unsigned_files`). Keys work offline; identities (Sigstore) need the network, for signing and for checking.
 """
 
 import base64
@@ -25,9 +25,7 @@ from pipeline.storage.place import File, Place
 MAX_SIGNATURE_BYTES = 1 << 20  # the bundle of an identity, with certificate and log entry, has about 10 kB
 _SIGN_AGAIN = "Sign it again with deit-cli labels sign, or fetch manifest and signature again"
 
-_OTHER_SIGNER = (
-    "Ask whoever published the set for the key or identity it is signed with; do not use it until they agree"
-)
+_OTHER_SIGNER = "Ask the publisher of the set for its key or identity; do not use the set until the signature matches"
 
 
 def sign(folder: Path, *, private_key: Path | None = None, identity_token: str | None = None) -> Path:
@@ -35,8 +33,8 @@ def sign(folder: Path, *, private_key: Path | None = None, identity_token: str |
 
     Args:
         folder: local folder of the set.
-        private_key: PEM file of an elliptic curve key (P-256, P-384 or P-521); None signs with a Sigstore identity: that of
-            the machine (such as a CI job), or one chosen in a browser.
+        private_key: PEM file of an elliptic curve key (P-256, P-384 or P-521). None: sign with a Sigstore identity, either
+            the identity of the machine (such as a CI job) or one chosen in a browser.
         identity_token: Sigstore token, for machines without a browser.
 
     Raises:
@@ -67,17 +65,17 @@ def check_signature(
     identity: str | None = None,
     identity_provider: str | None = None,
 ) -> str:
-    """Check the signature of a manifest, and return the signer as readable text.
+    """Check the signature of a manifest, and return the signer (key or identity) as text.
 
     Args:
         place: place of the label set.
-        manifest_sha256: hash of the verified manifest, which must be the signed one.
-        public_key: PEM file; None checks an identity.
+        manifest_sha256: hash of the manifest that was verified; the signature must be for this manifest.
+        public_key: PEM file; None: check an identity.
         identity: required signer, such as a mail address or the URL of a CI workflow.
         identity_provider: URL of the provider that confirms the identity, such as `https://accounts.google.com`.
 
     Raises:
-        SignatureError: the signature is missing, damaged, of another key or identity, or of another manifest.
+        SignatureError: the signature is missing, damaged, by another key or identity, or for another manifest.
     """
     name = place / SIGNATURE_NAME
     bundle = _read(name, MAX_SIGNATURE_BYTES)
@@ -87,7 +85,7 @@ def check_signature(
     for sha256, what in ((found, "the manifest has"), (manifest_sha256, "the manifest that was verified has")):
         if signed != sha256:
             raise SignatureError(
-                f"{name} is of another manifest: it signs {pin_of(signed)}, {what} {pin_of(sha256)}. {_SIGN_AGAIN}"
+                f"{name} is for another manifest: it signs {pin_of(signed)}, {what} {pin_of(sha256)}. {_SIGN_AGAIN}"
             )
     config = _library("verifying").Config().set_hashing_config(_hashing())
     with _only(manifest) as (view, signature):
@@ -105,7 +103,7 @@ def check_signature(
 
 
 def _read(file: File, max_bytes: int) -> bytes:
-    way_out = f"{_SIGN_AGAIN}, or leave --public-key and --identity out"
+    way_out = f"{_SIGN_AGAIN}, or omit --public-key and --identity"
     try:
         data = file.read(max_bytes=max_bytes)
     except StorageError as error:
@@ -126,7 +124,7 @@ def _signed_sha256(bundle: bytes, name: object) -> str:
         (resource,) = predicate["resources"]
         if (resource["name"], resource["algorithm"]) != (MANIFEST_NAME, "sha256"):
             raise ValueError(
-                f"it is over {resource['name']!r} by {resource['algorithm']!r}, not {MANIFEST_NAME} by sha256"
+                f"it signs {resource['name']!r} with {resource['algorithm']!r}, not {MANIFEST_NAME} with sha256"
             )
         return str(resource["digest"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Push and pull of label sets: only missing files are transferred, and every file is checked by its hash.
+"""Push and pull label sets: only missing files are transferred, and every file is checked by its hash.
 
 Both do the same between two places: first the plan (it claims the address), then the files, several at a time, and the
 manifest last. So every reader refuses an interrupted copy, and the same command continues it. A file
@@ -65,7 +65,7 @@ def push(folder: Path, location: str, *, workers: int = WORKERS, progress: Progr
         progress: function called with the number of files at the destination.
 
     Raises:
-        LabelSetMismatch: another label set is there, or another file under the name of one of these.
+        LabelSetMismatch: the destination has another label set, or a file with the same name and other content.
         LabelSetIncomplete: one of the two sets is not sealed, or together they leave a gap.
         LabelSetCorrupt: a file of the folder is missing, or has another length.
         StorageError: a file of the folder is damaged, or the destination cannot be written.
@@ -94,14 +94,14 @@ def pull(
         folder: local folder to write to.
         views: start and stop of the wanted views; whole blocks are fetched. None: all.
         shards: names of source shards, or patterns. None: all.
-        expect_manifest: pin, `sha256:` and the hash that the manifest there must have; None: any.
+        expect_manifest: pin of the manifest at the source, `sha256:` and its hash; None: any manifest.
         workers: number of files that are fetched at a time.
         progress: function called with the number of local files.
 
     Raises:
-        LabelSetMismatch: another label set is here, or another file under the name of one of these.
+        LabelSetMismatch: the folder has another label set, or a file with the same name and other content.
         LabelSetIncomplete: one of the two sets is not sealed, or together they leave a gap.
-        LabelSetCorrupt: the hash of a file, at the source or here, is not the promised one.
+        LabelSetCorrupt: a file, at the source or in the folder, does not have the hash in the manifest.
         StorageError: a file could not be received or written.
     """
     there, here = open_place(location), Place(folder)
@@ -133,7 +133,7 @@ def _check_content(target: File, right: bool | None) -> None:
     if not right:
         size, sha256 = target.promise.bytes, short(str(target.promise.sha256))
         raise LabelSetMismatch(
-            f"{target} is there with other content than the manifest says ({size} bytes,"
+            f"{target} exists with other content than the manifest says ({size} bytes,"
             f" SHA-256 {sha256}…), and is not overwritten",
             fix="Delete it there, or choose another destination",
         )
@@ -143,7 +143,7 @@ def moved_line(destination: str, moved: Moved, verb: str) -> str:
     """Return one line on what was moved, and what is at the destination now."""
     blocks = moved.manifest.blocks
     found = (
-        f"; {count(moved.found_files, 'file')}, {byte_size(moved.found_bytes)}, there before"
+        f"; {count(moved.found_files, 'file')}, {byte_size(moved.found_bytes)}, already there"
         if moved.found_files
         else ""
     )
@@ -242,11 +242,11 @@ def _carry(source: Place, target: Place, *, signed: bool) -> None:
     if classes is not None:
         (target / CLASSES_NAME).put(classes)
     if card is not None and not (target / CARD_NAME).put(card):
-        log.info("%s is another one, and stays", target / CARD_NAME)
+        log.info("%s exists with other content, and is kept", target / CARD_NAME)
     if signature is not None and signed:
         (target / SIGNATURE_NAME).put(signature, replace=True)
     elif not signed and (signature or _read_optional(target / SIGNATURE_NAME)) is not None:
-        log.warning("%s: no signature covers the manifest that is there now: sign it", target)
+        log.warning("%s: no signature covers its current manifest: sign it", target)
 
 
 def _read_optional(file: File) -> bytes | None:

@@ -172,7 +172,7 @@ def test_whole_blocks_come_for_the_views_that_are_asked(views, blocks):
 
 @pytest.mark.parametrize("views", [(0, 7), (6, 8), (3, 3), (4, 2)], ids=str)
 def test_views_that_are_not_there_are_refused_with_those_that_are(views):
-    with pytest.raises(UsageError, match=rf"--views {views[0]}:{views[1]} must lie within .* in blocks 0:2, 2:4, 4:6"):
+    with pytest.raises(UsageError, match=rf"--views {views[0]}:{views[1]} must be within .* in blocks 0:2, 2:4, 4:6"):
         choose_blocks([range(2), range(2, 4), range(4, 6)], views)
 
 
@@ -192,7 +192,7 @@ def test_source_shards_are_chosen_by_name_or_pattern(patterns, chosen):
 
 def test_a_name_of_no_source_shard_is_refused_with_those_that_are():
     with pytest.raises(
-        UsageError, match=r"--shards 'train-7' is none of the 3 source shards .*: train-0, train-1, train-2"
+        UsageError, match=r"--shards 'train-7' matches none of the 3 source shards.*: train-0, train-1, train-2"
     ):
         choose_shards(NAMES, ["train-0", "train-7"])
     with pytest.raises(UsageError, match=r"--shards must name at least one of 3 source shards"):
@@ -207,7 +207,7 @@ def test_a_name_of_no_source_shard_is_refused_with_those_that_are():
     [
         (["train-2", "train-0"], "must be source shards of the plan, .* they are not in that order"),
         (["train-0", "train-0"], "must be source shards of the plan, each once"),
-        (["train-0", "train-9"], "'train-9' is none of them"),
+        (["train-0", "train-9"], "'train-9' is not one of them"),
         ([*NAMES], "names all 3 source shards: it must be absent"),
         ([], "shards: .*at least 1"),
         (None, "must be a list of names, or absent"),
@@ -282,7 +282,7 @@ def test_info_counts_what_is_here(subset):
 
 def test_verify_and_show_take_a_subset(images, subset, tmp_path):
     verified = CliRunner().invoke(commands, ["labels", "verify", str(subset.folder)], catch_exceptions=False)
-    assert "6 files: lengths, hashes, schemas and rows are as promised" in verified.output
+    assert "6 files: lengths, hashes, schemas and rows match the manifest" in verified.output
     contact_sheet(subset, open_source(images), tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 

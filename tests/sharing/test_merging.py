@@ -155,7 +155,7 @@ def test_other_images_under_the_same_keys_are_not_merged(whole, tmp_path):
     ("changes", "text"),
     [
         ({"topk": 1}, "has topk 2, .*b has topk 1|has topk 2"),
-        ({"views": (0, 4), "views_per_shard": 4}, r"cut the same views into other blocks, 0:2 and 0:4"),
+        ({"views": (0, 4), "views_per_shard": 4}, r"divide the same views into different blocks, 0:2 and 0:4"),
     ],
 )
 def test_sets_of_another_identity_or_cut_are_refused_before_anything_is_written(data, whole, tmp_path, changes, text):
@@ -243,10 +243,10 @@ def test_labels_without_samples_are_not_taken(whole, tmp_path):
 
 
 def test_misuse_is_refused(whole, tmp_path):
-    with pytest.raises(UsageError, match="is both the result and a part"):
+    with pytest.raises(UsageError, match="is both the result and an input"):
         merge(whole, [str(whole)])
     for out in (whole / "inner", whole.parent):
-        with pytest.raises(UsageError, match="lie one in the other: choose a result apart"):
+        with pytest.raises(UsageError, match="contains the other: choose a result outside"):
             merge(out, [str(whole)])
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file is a file: the first folder is the result"):
@@ -275,9 +275,7 @@ def test_images_that_some_parts_lack_are_left_out_or_refused(data, tmp_path, cap
     assert merged.label_set is not None
     assert not merged.label_set.has_images
     assert "the images of train-000001 are in none of these sets, so the result has no images" in caplog.text
-    with pytest.raises(
-        LabelSetMismatch, match="those of 'train-000001' are not there: merge sets that all have theirs"
-    ):
+    with pytest.raises(LabelSetMismatch, match="those of 'train-000001' are missing: merge only sets with images"):
         merge(tmp_path / "b", [str(tmp_path / "c")])
 
 
@@ -325,7 +323,7 @@ def test_the_command_says_what_it_did(data, whole, tmp_path):
         cli.commands, ["labels", "merge", str(tmp_path / "set"), str(tmp_path / "a"), str(whole)]
     )
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'set'}: 9 files taken over, 6 were there; views 0:4, sealed" in result.output
+    assert f"{tmp_path / 'set'}: 9 files copied, 6 existed already; views 0:4, sealed" in result.output
     same_files(tmp_path / "set", whole)
 
 

@@ -67,7 +67,7 @@ def test_the_library_s_own_command_agrees(made, keys):
 def test_another_key_is_refused_by_name(made, keys):
     (problem,) = problems(made, keys["other"][1])
     assert problem.startswith(f"signature: {made / SIGNATURE} was not made by the key {keys['other'][1]}: ")
-    assert problem.endswith("do not use it until they agree")
+    assert problem.endswith("do not use the set until the signature matches")
 
 
 def test_a_flipped_byte_of_the_manifest_is_found_by_hash_and_by_signature(copied, keys):
@@ -76,7 +76,7 @@ def test_a_flipped_byte_of_the_manifest_is_found_by_hash_and_by_signature(copied
     (copied / "manifest.json").write_bytes(bytes(data))
     found = problems(copied, keys["team"][1])
     assert [problem.partition(":")[0] for problem in found] == ["manifest", "signature"]
-    assert f"{SIGNATURE} is of another manifest: it signs sha256:" in found[1]
+    assert f"{SIGNATURE} is for another manifest: it signs sha256:" in found[1]
 
 
 def test_a_manifest_that_was_sealed_again_is_found_by_the_signature_alone(copied, keys):
@@ -84,7 +84,7 @@ def test_a_manifest_that_was_sealed_again_is_found_by_the_signature_alone(copied
     seal_again(copied, lambda manifest: manifest["environments"][0].update(device="abacus"))
     assert verify(str(copied), VerifyConfig(probes=False)).problems == []
     (problem,) = problems(copied, keys["team"][1])
-    assert "is of another manifest" in problem
+    assert "is for another manifest" in problem
 
 
 DAMAGED = [
@@ -135,7 +135,7 @@ def test_a_signature_by_the_same_key_over_something_else_does_not_pass(copied, k
     config = signing.Config().use_elliptic_key_signer(private_key=keys["team"][0])
     config.sign(tmp_path / "model", copied / SIGNATURE)
     (problem,) = problems(copied, keys["team"][1])
-    assert "it is over 'weights.bin' by 'sha256', not manifest.json by sha256" in problem
+    assert "it signs 'weights.bin' with 'sha256', not manifest.json with sha256" in problem
 
 
 def test_a_statement_that_was_written_anew_is_not_believed(copied, keys):

@@ -266,7 +266,7 @@ def test_parts_that_leave_a_hole_are_refused_before_anything_moves(spot, made, t
     with pytest.raises(LabelSetIncomplete, match="together lack views 2:4 of source shard 'train-0'"):
         pull(spot.url, tmp_path / "here", views=(2, 4), shards=["train-1"])
     assert content(tmp_path / "here") == before
-    with pytest.raises(UsageError, match=r"--views 4:5 must lie within the views of the label set, in blocks 0:2, 2:4"):
+    with pytest.raises(UsageError, match=r"--views 4:5 must be within the views of the label set, in blocks 0:2, 2:4"):
         pull(spot.url, tmp_path / "more", views=(4, 5))
 
 
@@ -283,7 +283,7 @@ def test_card_and_signature_come_along(spot, made, tmp_path, caplog):
     assert (spot.files.read("README.md"), spot.files.read("manifest.json.sig")) == (b"edited there", b"signed anew")
     assert "no signature" not in caplog.text
     push(made / "late", spot.target)  # the manifest is another one now
-    assert f"{spot.target}: no signature covers the manifest that is there now: sign it" in caplog.text
+    assert f"{spot.target}: no signature covers its current manifest: sign it" in caplog.text
 
 
 # Two writers.
@@ -318,7 +318,7 @@ def test_views_with_a_gap_are_refused_before_anything_moves(spot, made):
     push(made / "early", spot.target)
     before = spot.files.content()
     with pytest.raises(
-        LabelSetIncomplete, match=f"{made}/later and {spot.target} together lack views 2:4. Bring those"
+        LabelSetIncomplete, match=f"{made}/later and {spot.target} together lack views 2:4. Transfer those"
     ):
         push(made / "later", spot.target)
     assert spot.files.content() == before
@@ -346,7 +346,7 @@ def test_another_file_under_a_name_is_never_overwritten(spot, made, tmp_path, lo
     data = (made / "set" / LARGE).read_bytes()
     other = data + b"more" if longer else bytes([data[0] ^ 1]) + data[1:]
     spot.files.write(LARGE, other)
-    with pytest.raises(LabelSetMismatch, match=rf"{LARGE} is there with other content .*, and is not overwritten"):
+    with pytest.raises(LabelSetMismatch, match=rf"{LARGE} exists with other content .*, and is not overwritten"):
         push(made / "set", spot.target)
     assert spot.files.read(LARGE) == other
     assert "manifest.json" not in spot.files.names()
@@ -355,7 +355,7 @@ def test_another_file_under_a_name_is_never_overwritten(spot, made, tmp_path, lo
     path = tmp_path / "here" / LARGE
     path.parent.mkdir(parents=True)
     path.write_bytes(other)
-    with pytest.raises(LabelSetMismatch, match=f"{path} is there with other content"):
+    with pytest.raises(LabelSetMismatch, match=f"{path} exists with other content"):
         pull(spot.url, tmp_path / "here")
     assert path.read_bytes() == other
     assert not (tmp_path / "here/manifest.json").exists()
@@ -414,7 +414,7 @@ def test_a_set_that_is_being_made_is_no_place_to_push_to(spot, made):
     opened["content_sha256"] = sha256_json({k: v for k, v in opened.items() if k != "content_sha256"})
     spot.files.write("manifest.json", pretty_json(opened))
     with pytest.raises(
-        LabelSetIncomplete, match=f"{spot.target} is not sealed: a deit-cli precompute is, or was, at work"
+        LabelSetIncomplete, match=f"{spot.target} is not sealed: deit-cli precompute is running there, or was stopped"
     ):
         push(made / "set", spot.target)
     assert spot.files.names() == ["manifest.json", "plan.json"]
@@ -456,7 +456,7 @@ def test_nothing_is_decided_by_dates(spot, made, tmp_path, years):
     stat = (tmp_path / "here" / LARGE).stat()
     (tmp_path / "here" / LARGE).write_bytes(bytes(stat.st_size))
     os.utime(tmp_path / "here" / LARGE, (when, when))
-    with pytest.raises(LabelSetMismatch, match="is there with other content"):
+    with pytest.raises(LabelSetMismatch, match="exists with other content"):
         pull(spot.url, tmp_path / "here")
 
 
