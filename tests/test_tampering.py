@@ -159,7 +159,7 @@ def test_no_overwritten_run_of_bytes_changes_a_label_unnoticed(copied):
 def test_json_that_says_the_same_in_other_bytes_is_refused(copied, name):
     """A checkout that turned line ends, say. Of the plan the manifest knows the bytes, of itself it has one text."""
     data = (copied / name).read_bytes()
-    text = "belongs to another plan.json" if name == "plan.json" else "says what it said, in other bytes"
+    text = "belongs to another plan.json" if name == "plan.json" else "its content is the same, in other bytes"
     spaced = json.dumps(json.loads(data), indent=7, ensure_ascii=True).encode()
     for other in (data.replace(b"\n", b"\r\n"), data + b"\n", data[:-1], b" " + data, spaced):
         (copied / name).write_bytes(other)
@@ -352,7 +352,7 @@ def flip_page(path: Path) -> None:
 def test_a_label_shard_of_another_set_is_not_continued_from(copied, images, tmp_path):
     other = make_label_set(images, tmp_path / "other", teacher=colour_teacher(2.0))
     shutil.copy(other.folder / FIRST, copied / FIRST)
-    with pytest.raises(LabelSetError, match=f"{FIRST} says it is 'train-0' of label set"):
+    with pytest.raises(LabelSetError, match=f"{FIRST} belongs to 'train-0' of label set"):
         make_label_set(images, opened_again(copied))
 
 

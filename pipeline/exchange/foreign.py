@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_TALLEST_SUM = 1.01  # as for label sets: rounding to float16 may add so much
+_TALLEST_SUM = 1.01  # as for label sets: rounding to float16 may increase the sum to this
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ForeignRows:
 
 
 def check_answers(index: NDArray[Any], prob: NDArray[np.floating], num_classes: int) -> tuple[int, str] | None:
-    """Return the first row that no teacher can have answered, and why; None if all rows are valid.
+    """Return the first row that cannot be a teacher's answer, and the reason; None if all rows are valid.
 
     Args:
         index: int [N, K], K >= 1.
@@ -54,10 +54,10 @@ def check_answers(index: NDArray[Any], prob: NDArray[np.floating], num_classes: 
     problems = [
         (~np.isfinite(wide).all(1), "a probability is NaN or infinite"),
         (((index < 0) | (index >= num_classes)).any(1), f"a class is not in 0..{num_classes - 1}"),
-        ((ordered[:, 1:] == ordered[:, :-1]).any(1), "a class stands twice"),
+        ((ordered[:, 1:] == ordered[:, :-1]).any(1), "a class occurs twice"),
         (((wide < 0) | (wide > 1.001)).any(1), "a probability is not in 0..1"),
-        ((wide[:, 1:] > wide[:, :-1]).any(1), "probabilities do not fall"),
-        (wide.sum(1) > _TALLEST_SUM, "probabilities add to more than 1"),
+        ((wide[:, 1:] > wide[:, :-1]).any(1), "probabilities are not in descending order"),
+        (wide.sum(1) > _TALLEST_SUM, "probabilities add up to more than 1"),
     ]
     with np.errstate(invalid="ignore"):
         for found, why in problems:

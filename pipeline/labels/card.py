@@ -41,7 +41,7 @@ class Licence:
     """The licence in the header that the Hub reads.
 
     Attributes:
-        license: the Hub's identifier, such as `cc-by-4.0`; `other` where it has none.
+        license: the Hub's identifier, such as `cc-by-4.0`; `other` if it has none.
         license_name: name of a licence without identifier, or None.
         license_link: address of its text, or None.
     """
@@ -61,22 +61,22 @@ class Licence:
         """The licence as a line of the card."""
         if self.license_name == NOT_STATED:
             return (
-                "not stated. It depends on those of the teacher's weights and of the images:"
-                " `deit-cli labels card FOLDER --license cc-by-4.0`, say, writes it here"
+                "not stated. It depends on the licences of the teacher's weights and of the images;"
+                " `deit-cli labels card FOLDER --license cc-by-4.0`, for example, writes it here"
             )
         link = "" if self.license_link is None else f", {code_span(self.license_link)}"
         return f"{code_span(self.license_name or self.license)}{link}"
 
 
 def refresh_card(label_set: LabelSet) -> None:
-    """Write the card of a set that was just sealed, unless another file has its name.
+    """Write the card of a set that was just sealed, unless its README.md was changed or is not our card.
 
     The set is complete without a card: if the card cannot be written, this is only logged.
     """
     try:
         if not write_card(label_set):
             log.info(
-                "%s/%s is not as deit-cli wrote it, so it stays as it is: deit-cli labels card %s --replace",
+                "%s/%s is not an unchanged card of deit-cli, so it is kept. To replace it: deit-cli labels card %s --replace",
                 *(label_set.place, CARD_NAME, label_set.place),
             )
     except DeitCliError as error:
@@ -99,7 +99,7 @@ def write_card(label_set: LabelSet, licence: Licence | None = None, *, replace: 
         StorageError: the operating system refused to write.
     """
     if label_set.place.path is None:
-        raise UsageError(f"{label_set.place}: a card is written into a folder; write it there and push it")
+        raise UsageError(f"{label_set.place} is not a local folder: write the card into a local folder, and push it")
     path = label_set.folder / CARD_NAME
     there = _read(path)
     ours = there is not None and is_untouched(there)
@@ -193,8 +193,8 @@ def _about(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) ->
     return [
         f"# Labels of {code_span(summary['teacher_name'])}",
         "",
-        "What a frozen teacher answered for numbered, reproducible views of images, as Parquet that any reader takes."
-        " A view is a pure function of recipe, sample key and number, so training renders the very pixels that the"
+        "The answers of a frozen teacher for numbered, reproducible views of images, as Parquet files for any reader."
+        " A view is a pure function of recipe, sample key and number, so training renders exactly the pixels that the"
         " teacher saw. Written by deit-cli; its `docs/format-v1.md` specifies every field.",
         "",
         f"- **Licence**: {licence.text}",
@@ -212,8 +212,8 @@ def _about(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) ->
         f"- **Stored**: K = {summary['topk']} most probable classes, probabilities as {summary['precision']};"
         f" {byte_size(summary['label_bytes'])} of labels, {per_view:.1f} bytes each",
         *(
-            [f"- **Agreement**: in {agreement:.1f} % of the views looked at (the first {summary['labels_looked_at']:,}), the"
-             " hard label is the class label of the image that makes up the larger part"]
+            [f"- **Agreement**: in {agreement:.1f} % of the first {summary['labels_looked_at']:,} labels, the"
+             " hard label is the class label of the image with the larger part of the view"]
             if agreement is not None
             else []
         ),
@@ -224,10 +224,10 @@ def _about(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) ->
 
 def _images(summary: Mapping[str, Any], label_set: LabelSet) -> str:
     if not label_set.has_images:
-        return "they are not in this set: who trains needs a copy of them"
+        return "they are not in this set: training needs a copy of them"
     made = {each["images"] for each in summary["environments"] if "images" in each}
     how = f" ({', '.join(map(code_span, sorted(made)))})" if made else " (the original files)"
-    return f"they are in this set, `images/*.tar`{how}: who shares the set publishes them"
+    return f"they are in this set, `images/*.tar`{how}: sharing the set publishes them"
 
 
 def _loading(label_set: LabelSet) -> list[str]:
@@ -244,7 +244,7 @@ def _loading(label_set: LabelSet) -> list[str]:
     return [
         "## How to load it",
         "",
-        "In the folder of the set. `row` joins labels and samples of one source shard, which are files of one name;"
+        "Run these in the folder of the set. `row` joins labels and samples of one source shard, whose files have the same name;"
         " row group i of a labels file is its i-th view. These readers do not check hashes; deit-cli does.",
         *_block(
             "pyarrow",

@@ -40,7 +40,7 @@ from pipeline.storage.place import File, Place
 from pipeline.storage.remote import Promise
 from pipeline.text import check_name
 
-RECENT_BYTES = 16 << 20  # verified files kept in memory; the last file is kept whatever its size
+RECENT_BYTES = 16 << 20  # verified files kept in memory; the last file is kept even if it is larger
 USABLE_BYTES = 16 << 20  # usable rows kept in memory; ImageNet's take 5 MB
 
 
@@ -170,7 +170,7 @@ class CheckedFiles:
         opened = self._manifest.content_sha256
         if found == opened:
             return ""
-        return f" (the manifest has changed since it was opened: its content was {short(str(opened))}…, now it is {short(str(found))}…)"
+        return f" (the manifest has changed since it was opened: its content_sha256 was {short(str(opened))}…, now it is {short(str(found))}…)"
 
 
 class ViewsInOrder:
@@ -224,7 +224,7 @@ def fits_in_memory(file: object) -> Iterator[None]:
 
 
 def check_length(file: File, entry: FileEntry, place: Place) -> None:
-    """Raise LabelSetCorrupt unless a file of a local set exists, lies inside the set, and has the promised length.
+    """Raise LabelSetCorrupt unless a file of a local set exists, is inside the set, and has the promised length.
 
     The length of a remote file is checked when it is read.
     """
@@ -251,7 +251,9 @@ def check_num_samples(file: object, samples: SampleRows, entry: FileEntry) -> No
 def check_num_rows(file: object, footer: LabelsFooter, entry: FileEntry) -> None:
     """Raise LabelSetCorrupt unless a label shard has as many rows as the manifest says."""
     if footer.rows_per_view * len(entry.views) != entry.rows:
-        raise LabelSetCorrupt(f"{file} has {footer.rows_per_view} rows a view, the manifest says {entry.rows} in all")
+        raise LabelSetCorrupt(
+            f"{file} has {footer.rows_per_view} rows per view, the manifest says {entry.rows} in total"
+        )
 
 
 def check_rows(file: object, view: int, rows: LabelRows, usable: NDArray[np.integer[Any]], *, block: range) -> None:
@@ -261,7 +263,7 @@ def check_rows(file: object, view: int, rows: LabelRows, usable: NDArray[np.inte
         file: the label shard, for the error.
         view: view number.
         rows: its labels.
-        usable: rows of the usable samples, integer [N], rising.
+        usable: rows of the usable samples, integer [N], ascending.
         block: views of the label shard, for the error.
     """
     if not np.array_equal(rows.row, usable):
@@ -274,7 +276,7 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
     """Read a samples file of this label set, and return its samples.
 
     Raises:
-        LabelSetMismatch: the file is of another label set or source shard, or its keys or class labels are not the plan's.
+        LabelSetMismatch: the file belongs to another label set or source shard, or its keys or class labels do not fit the plan.
         LabelSetCorrupt: a key or class label is impossible for a source.
     """
     footer = read_samples_footer(file)
@@ -282,9 +284,7 @@ def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> S
     _check_identity(file, expected, (footer.labelset_id, footer.source_id, footer.shard))
     samples = read_samples(file)
     if keys_sha256(samples.key, samples.class_label) != record.keys_sha256 or len(samples) != record.num_samples:
-        raise LabelSetMismatch(
-            f"{file}: its keys and class labels are not those that the plan names for {record.name!r}"
-        )
+        raise LabelSetMismatch(f"{file}: its keys and class labels do not match the plan for {record.name!r}")
     _check_sample_values(samples, plan.teacher.num_classes, file)
     return samples
 
@@ -293,7 +293,7 @@ def _check_sample_values(samples: SampleRows, num_classes: int, file: Path | Con
     """Refuse keys and labels that no source can have: they would reach terminals, paths of other tools, or a loss."""
     if len(set(samples.key)) != len(samples):
         key = next(key for key, count in Counter(samples.key).items() if count > 1)
-        raise LabelSetCorrupt(f"{file}: the key {key!r} is there twice")
+        raise LabelSetCorrupt(f"{file}: the key {key!r} occurs twice")
     try:
         for key in samples.key:
             check_name(key, "sample key")
@@ -305,7 +305,7 @@ def _check_sample_values(samples: SampleRows, num_classes: int, file: Path | Con
 
 
 def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: range) -> LabelsFooter:
-    """Return the footer of a label shard, and refuse a footer that does not match the file's place in the set."""
+    """Return the footer of a label shard; raise LabelSetError if it does not match the plan and the file's path."""
     footer = read_labels_footer(file)
     expected_ids = (plan.labelset_id, plan.recipe_id, plan.teacher_id, plan.source_id, shard)
     _check_identity(
@@ -315,11 +315,13 @@ def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: 
     expected = (views.start, views.stop, plan.teacher.num_classes, plan.topk, plan.precision)
     if found != expected:
         raise LabelSetMismatch(
-            f"{file} says (views, classes, K, precision) {found}, its place in the set says {expected}"
+            f"{file} says (views, classes, K, precision) {found}, its path and the plan say {expected}"
         )
     samples = plan.shard(shard).num_samples
     if footer.rows_per_view > samples:
-        raise LabelSetCorrupt(f"{file} says {footer.rows_per_view} rows a view, its source shard has {samples} samples")
+        raise LabelSetCorrupt(
+            f"{file} says {footer.rows_per_view} rows per view, its source shard has {samples} samples"
+        )
     read_probes(footer.probes, file)
     return footer
 
@@ -328,7 +330,7 @@ def _check_identity(file: Path | Contents, expected: tuple[str, ...], found: tup
     """Compare label set id, further ids, and the name of the source shard, which comes last."""
     if expected != found:
         raise LabelSetMismatch(
-            f"{file} says it is {found[-1]!r} of label set {short(found[0])}, not {expected[-1]!r} of {short(expected[0])}"
+            f"{file} belongs to {found[-1]!r} of label set {short(found[0])}, not to {expected[-1]!r} of {short(expected[0])}"
             + (
                 ""
                 if (expected[0], expected[-1]) != (found[0], found[-1])

@@ -40,14 +40,14 @@ def check_source(label_set: LabelSet, source: Source) -> None:
     ]
     other = "" if found is None or label_set.manifest.shards is not None else f" (id {short(found.id)})"
     raise LabelSetMismatch(
-        f"{label_set.place} labels source {short(label_set.plan.source_id)}, {source.location}{other} is"
+        f"{label_set.place} was made from source {short(label_set.plan.source_id)}, {source.location}{other} is"
         f" another: {'; '.join(filter(None, differences))}",
         fix="Pass the --data that was labelled",
     )
 
 
 def _compare_keys(label_set: LabelSet, source: Source, found: SourceRecord) -> list[str]:
-    """Return which samples of a local source differ, reading only the samples files of source shards that differ."""
+    """Return the differing samples of a local source as text; only the samples files of differing source shards are read."""
     comparison = Comparison()
     labelled, others = ({record.name: record for record in records} for records in (label_set.records, found.shards))
     for name in dict.fromkeys((*labelled, *others)):
@@ -73,9 +73,9 @@ def labelled_part(label_set: LabelSet, source: Source) -> Source:
     found = {shard.name for shard in source.shards}
     if lacking := [name for name in label_set.shards if name not in found]:
         raise LabelSetMismatch(
-            f"{label_set.place} labels {len(label_set.shards)} source shards, and {source.location} lacks"
+            f"{label_set.place} has {len(label_set.shards)} source shards, and {source.location} lacks"
             f" {len(lacking)} of them, such as {lacking[0]!r}",
-            fix="Pass the --data that was labelled, or the part of it that has these",
+            fix="Pass the --data that was labelled, or a part of it with these source shards",
         )
     return source.only(label_set.shards)
 
@@ -89,13 +89,13 @@ def record_of(source: Source) -> SourceRecord:
         return SourceRecord.model_validate_json(canonical_json(record))
     except (ValidationError, UnicodeEncodeError) as error:
         raise SourceError(
-            f"{source.location!r} cannot be named in a label set: {' '.join(str(error).split())[:200]}"
+            f"{source.location!r} cannot be recorded in a label set: {' '.join(str(error).split())[:200]}"
         ) from error
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The samples of one source shard in order, as sequences of one length.
+    """The samples of one source shard in order, as sequences of equal length.
 
     Attributes:
         keys: sample keys.
@@ -179,7 +179,7 @@ class Comparison:
         for key, places in self._labelled.items():
             copies = self._in_copy.pop(key, [])
             for labelled, copy in zip(places, copies, strict=False):
-                self._found.moved.append(f"{_named(key, labelled.shard)} (now of {copy.shard})")
+                self._found.moved.append(f"{_named(key, labelled.shard)} (now in {copy.shard})")
                 self._compare(key, labelled, copy)
             self._found.missing += [_named(key, place.shard) for place in places[len(copies) :]]
             self._found.new += [_named(key, place.shard) for place in copies[len(places) :]]
@@ -197,7 +197,7 @@ class Comparison:
 
 
 def compare_names(what: str, labelled: Sequence[str] | None, copy: Sequence[str] | None, limit: int = 3) -> str:
-    """Return how names of shards or classes differ, order included; an empty text if they are equal.
+    """Return the differences of names and their order as text; empty if they are equal.
 
     Args:
         what: `shard` or `class`.
@@ -210,7 +210,7 @@ def compare_names(what: str, labelled: Sequence[str] | None, copy: Sequence[str]
         return ""
     if labelled is None or copy is None:
         here, there = ("no names", "names") if labelled is None else ("names", "no names")
-        return f"the labelled {plural} have {here}, those of the copy {there}"
+        return f"the labelled {plural} have {here}, those of the copy have {there}"
     missing, new = (_first([repr(n) for n in a if n not in b], limit) for a, b in _both_ways(labelled, copy))
     if missing or new:
         lacks, has = f"lacks the {what} {missing}" if missing else "", f"has the new {what} {new}" if new else ""
@@ -222,9 +222,9 @@ def compare_names(what: str, labelled: Sequence[str] | None, copy: Sequence[str]
 
 
 def _longest_rise(places: Sequence[int]) -> set[int]:
-    """Return the members of a longest rising subsequence: the samples that need not move for the rest to be in order.
+    """Return the members of a longest rising subsequence: the samples that kept their order.
 
-    Without it, one sample that moved to the end would count as all samples moved. Fredman, Discrete Mathematics 11 (1975).
+    Otherwise, moving one sample to the end would count as moving all samples. Fredman, Discrete Mathematics 11 (1975).
     """
     ends: list[int] = []  # the smallest last member of a rise of each length
     lengths = []

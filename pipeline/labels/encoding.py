@@ -19,7 +19,7 @@ LOG8_ZERO = 255  # code: this probability and those after it are 0
 _FAR = 1100  # steps: exp(-110) is 0 in float32
 _FALLEN = np.where(np.arange(_FAR + 1) == _FAR, 0.0, np.exp(-LOG8_STEP * np.arange(_FAR + 1)))
 
-COMPARED_TOPK = 64  # up to this K every rank is compared with every other; sorting is faster above
+COMPARED_TOPK = 64  # up to this K, every rank is compared with every other; above, sorting is faster
 SUM_TOLERANCE = 0.01  # float16 changes each probability, and so their sum, by at most 0.0005 of its value
 
 Columns = Mapping[str, NDArray[Any]] | NDArray[np.void]  # arrays by name, or a structured array with these fields
@@ -30,8 +30,8 @@ class LabelRows:
     """The teacher's answers for one view of one source shard.
 
     Attributes:
-        row: uint32 [N], rising: the samples' rows in the samples file.
-        hard: uint16 [N], argmax class (uint32 where C > 65536).
+        row: uint32 [N], ascending: the samples' rows in the samples file.
+        hard: uint16 [N], argmax class (uint32 if C > 65536).
         topk_index: [N, K] in the type of `hard`, most probable first; K may be 0.
         topk_prob: float16 or float32 [N, K], probabilities at temperature 1.
         tail_mass: [N] in the type of `topk_prob`, 1 minus the kept probability.
@@ -68,7 +68,7 @@ class Codec:
         num_classes: C.
         topk: K.
         prob_dtype: type of probabilities when they are read.
-        rounding: largest change of a probability when it is stored, with some margin.
+        rounding: maximum change of a probability when it is stored, with some margin.
     """
 
     num_classes: int
@@ -203,7 +203,7 @@ CODECS: dict[Precision, tuple[type[Codec], type[np.floating], float]] = {
 
 
 def codec_of(precision: Precision, num_classes: int, topk: int) -> Codec:
-    """Return the codec of a precision for C classes, of which K are kept."""
+    """Return the codec of a precision for C classes and K kept classes."""
     kind, prob, rounding = CODECS[precision]
     return (kind if topk else HardOnly)(num_classes, topk, np.dtype(prob), rounding)
 
@@ -219,7 +219,7 @@ def tail_of(prob: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def to_codes(prob: NDArray[np.float32], tail: NDArray[np.float64], num_classes: int) -> NDArray[np.uint8]:
-    """Return the `log8` codes of probabilities in falling order.
+    """Return the `log8` codes of probabilities in descending order.
 
     Args:
         prob: float32 [N, K], K >= 1.
@@ -263,10 +263,10 @@ def from_codes(codes: NDArray[np.uint8], num_classes: int) -> tuple[NDArray[np.f
 
 
 def find_problem(rows: LabelRows, num_classes: int, views: int = 1) -> str | None:
-    """Return the first reason why no teacher can have answered these values, or None.
+    """Return the first reason why these values cannot be a teacher's answers, or None.
 
     It runs on all data that is read, so for speed it compares bit patterns: floats of 0 and above order like their bit
-    patterns, and all others (negative ones, NaN, infinity) lie above the pattern of 1.
+    patterns, and all others (negative ones, NaN, infinity) are above the pattern of 1.
 
     Args:
         rows: rows of one view, or of several views in sequence.
@@ -277,17 +277,17 @@ def find_problem(rows: LabelRows, num_classes: int, views: int = 1) -> str | Non
         return None
     row = rows.row.reshape(views, -1)
     if (row[:, 1:] <= row[:, :-1]).any():
-        return "rows do not rise"
+        return "rows are not in ascending order"
     topk = rows.topk_index.shape[1]
     if not topk:
         return f"a class is not below {num_classes}" if rows.hard.max() >= num_classes else None
     if _has_twice(rows.topk_index):
-        return "a class stands twice in top-k"
+        return "a class occurs twice in top-k"
     if max(rows.hard.max(), rows.topk_index.max()) >= num_classes:
         return f"a class is not below {num_classes}"
     if rows.topk_code is None and (problem := _find_in_floats(rows)):
         return problem
-    return "`hard` is not the first of top-k" if (rows.topk_index[:, 0] != rows.hard).any() else None
+    return "`hard` is not the first class of top-k" if (rows.topk_index[:, 0] != rows.hard).any() else None
 
 
 def _find_in_floats(rows: LabelRows) -> str | None:
@@ -299,9 +299,9 @@ def _find_in_floats(rows: LabelRows) -> str | None:
     rises = prob[1:] > prob[:-1]
     rises[topk - 1 :: topk] = False  # from the last value of a row to the first of the next
     if rises.any():
-        return "probabilities do not fall"
+        return "probabilities are not in descending order"
     if (np.abs(np.einsum("nk->n", _float32(rows.topk_prob)) + rows.tail_mass - 1) > SUM_TOLERANCE).any():
-        return "probabilities do not add to 1"
+        return "probabilities do not add up to 1"
     return None
 
 

@@ -27,18 +27,18 @@ PIN = re.compile("sha256:[0-9a-fA-F]{64}")
 # Repairs of a damaged label set. The maker of a set can compute a lost file again; a person who received the set can fetch
 # it again. An error cannot know who reads it, so it names both repairs.
 PULL = "fetch it again with deit-cli labels pull"
-DAMAGED_FILE = "Fetch it again with deit-cli labels pull; where the set was made, delete it and run the same deit-cli precompute again"
-MISSING_FILE = "Fetch it with deit-cli labels pull; where the set was made, run the same deit-cli precompute again"
-INCOMPLETE_SET = "Where the set is made, run the same deit-cli precompute again to complete it; else fetch it with deit-cli labels pull"
+DAMAGED_FILE = "Fetch it again with deit-cli labels pull; if you made the set, delete it and run the same deit-cli precompute again"
+MISSING_FILE = "Fetch it with deit-cli labels pull; if you made the set, run the same deit-cli precompute again"
+INCOMPLETE_SET = "If you are making the set, run the same deit-cli precompute again to complete it; otherwise fetch it with deit-cli labels pull"
 DAMAGED_PLAN = (
-    "Fetch it again with deit-cli labels pull, or put a copy back; where the set was made, the same deit-cli precompute"
-    " with an empty --out makes it again"
+    "Fetch it again with deit-cli labels pull, or restore a copy of it; if you made the set, run the same deit-cli precompute"
+    " with an empty --out to make it again"
 )
 DAMAGED_MANIFEST = (
-    "Fetch it again with deit-cli labels pull; where the set was made, delete it and run the same deit-cli precompute"
-    " again with --views of all that it held: every file is looked at, and the set sealed anew"
+    "Fetch it again with deit-cli labels pull; if you made the set, delete it and run the same deit-cli precompute"
+    " again with --views for all views of the set: it checks every file and seals the set again"
 )
-REMOTE_FILE = "Whoever publishes the set repairs it with deit-cli labels push"
+REMOTE_FILE = "Ask the publisher of the set to repair it with deit-cli labels push"
 
 
 def parse_pin(text: str) -> str:
@@ -65,10 +65,10 @@ def check_pin(pin: str | None, sha256: str, name: object) -> None:
     """
     if pin is not None and parse_pin(pin) != sha256:
         raise LabelSetMismatch(
-            f"{name} is not the pinned one: --expect-manifest says {pin_of(parse_pin(pin))}, it has {pin_of(sha256)}",
+            f"{name} is not the pinned manifest: --expect-manifest says {pin_of(parse_pin(pin))}, it has {pin_of(sha256)}",
             fix=(
-                f"The label set was changed, extended or replaced: {PULL} from where the pinned one lies,"
-                " or, where you know why it changed, pass the new pin"
+                f"The label set was changed, extended or replaced: {PULL} from a location that has the pinned one,"
+                " or, if you know why it changed, pass the new pin"
             ),
         )
 

@@ -68,7 +68,8 @@ class LabelSet:
         if self.manifest.labelset_id != self.plan.labelset_id:
             of_plan, of_manifest = short(self.plan.labelset_id), short(self.manifest.labelset_id)
             raise LabelSetMismatch(
-                f"{place}: {PLAN_NAME} is of label set {of_plan}, {MANIFEST_NAME} of {of_manifest}", fix=DAMAGED_PLAN
+                f"{place}: {PLAN_NAME} belongs to label set {of_plan}, {MANIFEST_NAME} to {of_manifest}",
+                fix=DAMAGED_PLAN,
             )
         self.records: tuple[ShardRecord, ...] = shards_of(self.manifest, self.plan, place / MANIFEST_NAME)
         self._entries = {(e.kind, e.shard, e.view_start): e for e in self.manifest.files}
@@ -92,7 +93,7 @@ class LabelSet:
         Raises:
             LabelSetIncomplete: the set is not sealed.
             LabelSetCorrupt: a file is missing or has another length.
-            LabelSetMismatch: the format version is another one, parts do not belong together, or the manifest is not the pinned one.
+            LabelSetMismatch: the format version differs, plan and manifest do not match, or the manifest is not the pinned one.
         """
         label_set = cls(open_place(location, cache), expect_manifest=expect_manifest)
         label_set.check_complete()
@@ -131,7 +132,7 @@ class LabelSet:
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """Names of the source shards in the set, in order: all source shards of the plan, or some."""
+        """Names of the source shards in the set, in order: all source shards of the plan, or a subset."""
         return tuple(record.name for record in self.records)
 
     @property
@@ -166,7 +167,7 @@ class LabelSet:
         return self._files.read(entry)
 
     def file_of(self, entry: FileEntry) -> File:
-        """Return the location of a file, with its length and hash from the manifest."""
+        """Return a file of the set, with its length and hash from the manifest."""
         return self._files.file(entry)
 
     def remote_files(self, shard: str, view: int | None = None) -> tuple[RemoteFile, ...]:
@@ -179,14 +180,14 @@ class LabelSet:
 
     @property
     def has_images(self) -> bool:
-        """Return whether the set is self-contained, with the images that were labelled."""
+        """Return whether the set is self-contained: it has the labelled images."""
         return any(entry.kind == "images" for entry in self.manifest.files)
 
     def open_source(self, data: str | None = None, *, cache: Cache | None = None) -> Source:
-        """Open the images and return them: those at `data`, else the set's own, else those at the location in the plan.
+        """Open the images of the set, and return them.
 
         Args:
-            data: source to use instead of the others; None: no such source.
+            data: source to use; None: the set's own images if it has any, else those at the location in the plan.
             cache: cache for a remote `data`; None: the default cache.
         """
         if data is None and self.has_images:
@@ -197,13 +198,13 @@ class LabelSet:
         """Return the location of the images in the plan.
 
         Raises:
-            UsageError: the set is behind a URL, so a stranger may have written the location.
+            UsageError: the location is a URL, which may be a stranger's.
         """
         location = self.plan.source.location
         if local_path(location) is None:
             raise UsageError(
-                f"{self.place} was labelled from {location}. A label set may be a stranger's, so its URLs are not opened"
-                f" unasked: pass --data {location}, or a copy of it"
+                f"{self.place} was labelled from {location}. A label set may be a stranger's, so its URLs are opened"
+                f" only on request: pass --data {location}, or a copy of it"
             )
         return location
 

@@ -56,7 +56,7 @@ _TEACHER_TAGS = ("one", "several")
 
 
 class TeacherIdentity(Record):
-    """Everything that decides what a teacher answers.
+    """The properties of a teacher that determine its answers.
 
     Attributes:
         name: resolved name, such as `regnety_160.deit_in1k`.
@@ -65,7 +65,7 @@ class TeacherIdentity(Record):
         mean: mean for normalisation, on the range 0..1, per channel.
         std: standard deviation for normalisation, on the range 0..1, per channel.
         num_classes: C.
-        class_names: names in the order of its outputs, if it knows them.
+        class_names: names of its classes in the order of its outputs; None if it does not know them.
     """
 
     name: Annotated[Text, Field(min_length=1, max_length=500)]
@@ -106,7 +106,7 @@ class EnsembleIdentity(Record):
     def _classes_agree(self) -> Self:
         if len({member.num_classes for member in self.members}) > 1:
             counts = ", ".join(f"{member.name} {member.num_classes}" for member in self.members)
-            raise ValueError(f"teachers must have one number of classes, got {counts}")
+            raise ValueError(f"teachers must have the same number of classes, got {counts}")
         return self
 
     @property
@@ -207,7 +207,7 @@ class Plan(Record):
                 raise ValueError(f"{name} is {short(getattr(self, name))}, but its parts hash to {short(value)}")
         names = [shard.name for shard in self.source.shards]
         if len(set(names)) != len(names):
-            raise ValueError("two source shards have one name")
+            raise ValueError("two source shards have the same name")
         return self
 
     @property
@@ -220,7 +220,7 @@ class Plan(Record):
         for record in self.source.shards:
             if record.name == name:
                 return record
-        raise LabelSetMismatch(f"the plan names no source shard {name!r}")
+        raise LabelSetMismatch(f"the plan has no source shard {name!r}")
 
     def check_same(self, other: "Plan", *, folder: str | Path) -> None:
         """Raise LabelSetMismatch with the first part that differs, unless `other` is the same label set."""
@@ -284,7 +284,7 @@ class Probe(Record):
         row: row of the sample.
         view: view number.
         pixels_sha256: SHA-256 over uint8 [H, W, 3].
-        sample: base64 of 768 of these bytes, evenly spaced, to measure a difference by.
+        sample: base64 of 768 of these bytes, evenly spaced, for measuring differences.
         partner: row of the partner, or None.
         lam: weight of the sample's own view.
         box: top, left, height, width of CutMix's box, or None.
@@ -310,9 +310,9 @@ class Manifest(Record):
         shards: names of the source shards in the set, in the plan's order, if it is a subset; else None.
         view_blocks: start and stop of each block of views, as they are stored; see `blocks`.
         files: complete files; empty before sealing.
-        probes: replay probes from among the files' footers.
+        probes: some of the replay probes in the footers of the label shards.
         environments: library versions, device and dtype that made the labels, without duplicates.
-        content_sha256: SHA-256 of the canonical JSON of all other fields, so that every flipped bit is detected.
+        content_sha256: SHA-256 of the canonical JSON of all other fields, which detects every flipped bit.
     """
 
     format: Literal["deit-cli-labels"] = FORMAT
@@ -329,7 +329,7 @@ class Manifest(Record):
 
     @property
     def blocks(self) -> list[range]:
-        """The blocks of views, in rising order."""
+        """The blocks of views, in ascending order."""
         return in_order(range(*block) for block in self.view_blocks)
 
     def to_json(self) -> dict[str, Any]:
@@ -362,7 +362,7 @@ def shards_of(manifest: Manifest, plan: Plan, name: object) -> tuple[ShardRecord
     """Return the plan's record of every source shard in a set, in order; `name` is for errors.
 
     Raises:
-        LabelSetCorrupt: the manifest's names are not the plan's, are not in its order, or are a full list instead of None.
+        LabelSetCorrupt: the manifest names shards that are not in the plan, in another order, or all of them (instead of None).
     """
     if manifest.shards is None:
         return plan.source.shards
@@ -370,13 +370,13 @@ def shards_of(manifest: Manifest, plan: Plan, name: object) -> tuple[ShardRecord
     records = tuple(record for record in plan.source.shards if record.name in named)
     if tuple(record.name for record in records) != manifest.shards:
         known = {record.name for record in plan.source.shards}
-        unknown = next((f"{shard!r} is none of them" for shard in manifest.shards if shard not in known), None)
+        unknown = next((f"{shard!r} is not one of them" for shard in manifest.shards if shard not in known), None)
         raise LabelSetCorrupt(
-            f"{name}: shards must be source shards of the plan, each once and in its order:"
+            f"{name}: shards must be source shards of the plan, each once and in the plan's order:"
             f" {unknown or 'they are not in that order'}"
         )
     if len(records) == len(plan.source.shards):
-        raise LabelSetCorrupt(f"{name}: shards names all {len(records)} source shards: it must be absent then")
+        raise LabelSetCorrupt(f"{name}: shards names all {len(records)} source shards: it must be absent in this case")
     return records
 
 
@@ -396,7 +396,7 @@ def labels_path(shard: str, views: range) -> PurePosixPath:
 
 
 def in_order(blocks: Iterable[range]) -> list[range]:
-    """Return blocks of views in rising order, each once."""
+    """Return blocks of views in ascending order, each once."""
     return sorted(set(blocks), key=lambda block: (block.start, block.stop))
 
 
@@ -425,7 +425,7 @@ def parse_plan(data: bytes, name: object) -> Plan:
     values = _load_json(data, name)
     plan = _load_record(values, Plan, name)
     if canonical_json(plan.recipe.model_dump(mode="json")) != canonical_json(values["recipe"]):
-        raise LabelSetCorrupt(f"{name}: the recipe must be complete: every field, as it is hashed", fix=DAMAGED_PLAN)
+        raise LabelSetCorrupt(f"{name}: the recipe must be complete: its hash covers every field", fix=DAMAGED_PLAN)
     return plan
 
 
@@ -451,7 +451,7 @@ def parse_manifest(data: bytes, name: object, *, plan_sha256: str | None) -> Man
     # The hash covers the JSON's meaning. White space or extra digits of a number keep the meaning, but are damage too.
     if data != pretty_json(values):
         raise LabelSetCorrupt(
-            f"{name}: it says what it said, in other bytes (white space, or how a number is written): it was changed",
+            f"{name}: its content is the same, in other bytes (white space, or the form of a number): it was changed",
             fix=DAMAGED_MANIFEST,
         )
     if plan_sha256 is not None and plan_sha256 != manifest.plan_sha256:
@@ -464,7 +464,7 @@ def parse_manifest(data: bytes, name: object, *, plan_sha256: str | None) -> Man
 
 
 def refuse_import(data: bytes, folder: object) -> LabelSetMismatch:
-    """Return the error that a folder of imported labels is not a label set; `data` are the bytes of its import.json."""
+    """Return the error for a folder of imported labels, which is not a label set; `data` are the bytes of its import.json."""
     try:
         values = parse_json(data)
         if not is_version(values, IMPORT_FORMAT, VERSION):
@@ -479,7 +479,7 @@ def refuse_import(data: bytes, folder: object) -> LabelSetMismatch:
     return LabelSetMismatch(
         f"{folder} is an import of {made_by}'s labels, not a label set: its views cannot be replayed, because"
         f" {record.lost[0]}",
-        fix=f"Read labels/*.parquet; {IMPORT_NAME} says what they are good for. To train, make labels with: deit-cli precompute",
+        fix=f"Read labels/*.parquet; {IMPORT_NAME} says what they can be used for. To train, make labels with: deit-cli precompute",
     )
 
 

@@ -1,11 +1,12 @@
-"""Checks of a Parquet file before pyarrow reads it: it must run no code, and need no more memory than a table of the set.
+"""Checks of a Parquet file before pyarrow reads it: it must run no code, and need no more memory than a table of a label set.
 
 pyarrow runs the deserialiser of a registered extension type as soon as a file is opened. It allocates the memory that a page
 header asks for at once (a page of some kB may claim 2 GiB unpacked, and zstd can really unpack to that). It ends the process if
 statistics contradict each other. So the bytes are checked first. No library does this: pyarrow exposes no page headers and no
 memory pool with a limit.
 
-The footer does not limit the size of a page, so the page headers (Thrift, compact protocol) are read where pyarrow reads them.
+The footer does not limit the size of a page, so the page headers (Thrift, compact protocol) are read at the same positions
+as by pyarrow.
 """
 
 import base64
@@ -60,13 +61,13 @@ def refuse_extension_types(data: bytes, name: str) -> None:
 
 
 def check_pages(data: bytes, groups: list[list[Chunk]], group: int, name: str) -> None:
-    """Raise LabelSetCorrupt for a row group with a page whose unpacked size is larger than any writer makes."""
+    """Raise LabelSetCorrupt if a page of a row group unpacks to more than MAX_PAGE_BYTES."""
     if group >= len(groups):
         raise LabelSetCorrupt(f"{name}: damaged Parquet: its footer lists {len(groups)} row groups", fix=DAMAGED_FILE)
     largest = guarded(name, lambda: largest_page(data, groups[group]))
     if largest > MAX_PAGE_BYTES:
         raise LabelSetCorrupt(
-            f"{name}: a page in it unpacks to {largest} bytes, at most {MAX_PAGE_BYTES} are read", fix=DAMAGED_FILE
+            f"{name}: a page in it unpacks to {largest} bytes, the maximum is {MAX_PAGE_BYTES}", fix=DAMAGED_FILE
         )
 
 
@@ -98,7 +99,7 @@ def column_chunks(data: bytes) -> list[list[Chunk]]:
         groups = _Reader(data, start, stop).struct()[_ROW_GROUPS]
         return [[_chunk_of(column[_META]) for column in group[_COLUMNS]] for group in groups]
     except (KeyError, TypeError) as error:
-        raise ValueError("the footer does not say where its columns lie") from error
+        raise ValueError("the footer lacks the location of a column") from error
 
 
 def _chunk_of(meta: dict[int, Any]) -> Chunk:
@@ -107,12 +108,12 @@ def _chunk_of(meta: dict[int, Any]) -> Chunk:
 
 
 def largest_page(data: bytes, chunks: Iterable[Chunk]) -> int:
-    """Return the unpacked size of the largest page in bytes; raise ValueError for unreadable headers."""
+    """Return the maximum unpacked size of a page in bytes; raise ValueError for unreadable headers."""
     largest = 0
     for chunk in chunks:
         at, stop = chunk.start, chunk.start + chunk.size
         if not 0 <= at <= stop <= len(data):
-            raise ValueError("a column lies outside of the file")
+            raise ValueError("a column is outside of the file")
         if (sizes := _begins_plainly(data, at, stop)) and 0 <= stop - at - sizes[1] <= _HEADER_BYTES:
             largest = max(largest, sizes[0])  # nearly always a single page: ten times as fast
             continue

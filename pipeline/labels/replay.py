@@ -1,6 +1,6 @@
 """Replay probes: proof that this machine renders the pixels that the teacher saw.
 
-A probe holds the hash of one view's pixels, a few of the pixels to measure a difference by, and the drawn mix. They
+A probe holds the hash of one view's pixels, some pixels for measuring differences, and the drawn mix. They
 are taken from the same batches that the teacher answered for, and rendered again before any training on the labels.
 """
 
@@ -27,7 +27,7 @@ from pipeline.views.view import render_view
 log = logging.getLogger("deit_cli.replay")
 
 SAMPLED_BYTES = 768
-# Mean difference, in levels of 255, up to which only rounding differs (another SIMD path of a library, say). One level of
+# Maximum mean difference, in levels of 255, that rounding explains (for example another SIMD path of a library). One level of
 # brightness is 1.0, and another crop, decoder or resize gives more.
 TOLERANCE = 0.25
 
@@ -49,22 +49,24 @@ def make_probe(pixels: NDArray[np.uint8], *, shard: str, row: int, view: int, pa
 def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) -> None:
     """Raise LabelSetMismatch unless this is the image, by key and bytes, of row `row` of `samples`."""
     if sample.key != samples.key[row]:
-        raise LabelSetMismatch(f"{shard}: the label is of {samples.key[row]!r}, the source has {sample.key!r} there")
+        raise LabelSetMismatch(
+            f"{shard}: the label belongs to {samples.key[row]!r}, the source has {sample.key!r} in this row"
+        )
     found = xxhash.xxh3_128_digest(sample.image)
     if found != samples.image_xxh3[row]:
         raise LabelSetMismatch(
             f"image {sample.key!r} of {shard} has other bytes than the one that was labelled"
-            f" ({len(sample.image)} bytes of XXH3 {found.hex()[:8]}…, then {samples.image_bytes[row]} of"
-            f" {samples.image_xxh3[row].hex()[:8]}…)",
-            fix=("Pass the --data that was labelled; deit-cli labels verify with --data finds all that differ"),
+            f" ({len(sample.image)} bytes with XXH3 {found.hex()[:8]}…, labelled: {samples.image_bytes[row]} bytes"
+            f" with {samples.image_xxh3[row].hex()[:8]}…)",
+            fix=("Pass the --data that was labelled; deit-cli labels verify --data lists all differences"),
         )
 
 
 def check_replay(label_set: LabelSet, source: Source) -> float:
-    """Render every probe of the manifest again, compare, and return the largest difference.
+    """Render every probe of the manifest again, and return the maximum difference.
 
     Returns:
-        the largest mean difference over the probes, in levels of 255; 0.0 if every pixel is equal.
+        the maximum mean difference over the probes, in levels of 255; 0.0 if every pixel is equal.
 
     Raises:
         ReplayError: pixels or mixes differ by more than rounding.
@@ -77,7 +79,7 @@ def check_replay(label_set: LabelSet, source: Source) -> float:
 
 
 def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samples_of) -> float:
-    """Render probes again, and return the largest difference; `samples_of(shard)` gives the samples of a source shard."""
+    """Render probes again, and return the maximum difference; `samples_of(shard)` gives the samples of a source shard."""
     worst = 0.0
     for probe in probes:
         samples = samples_of(probe.shard)
@@ -107,7 +109,7 @@ def _check_mix(probe: Probe, recipe: Recipe, samples: SampleRows) -> None:
             f"view {probe.view} of row {probe.row} of {probe.shard} was mixed as (partner {probe.partner},"
             f" {probe.lam}, {probe.box}), this version mixes it as (partner {partner}, {mix.lam},"
             f" {mix.box})",
-            fix="Train with the deit-cli that labelled it",
+            fix="Train with the deit-cli version that labelled it",
         )
 
 
@@ -142,7 +144,7 @@ def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
         raise ReplayError(
             f"view {probe.view} of {sample.key!r} differs from the labelled pixels by {difference:.2f} of"
             f" 255 on average (at most {TOLERANCE} is rounding): the labels do not fit",
-            fix="Compare the versions in `deit-cli labels info`",
+            fix="Compare the installed versions with those in `deit-cli labels info`",
         )
     return max(difference, 1e-3)  # the hash differs, so some pixel differs, even if no sampled one
 

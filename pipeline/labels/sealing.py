@@ -1,4 +1,4 @@
-"""Plan first, manifest last: how a label set is claimed, when it is complete, and how complete files are committed."""
+"""Claim, check and seal a label set: the plan is written first, and the manifest last, as the commit."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[],
         out: folder of the label set.
         plan: plan of the label set.
         blocks: blocks of views.
-        offer: called after the plan is written; if `out` stands for a URL, it may download the plan of another machine.
+        offer: called after the plan is written; if `out` is the working folder of a URL, it may download another machine's plan.
     """
     _refuse_links(out, blocks)
     publish_file(out / PLAN_NAME, pretty_json(plan.model_dump(mode="json")))
@@ -78,7 +78,7 @@ def seal(
     """List every complete file with its hash, and replace the manifest: the commit.
 
     Args:
-        out: folder of the set; it may hold a sealed set, whose blocks of views are listed too.
+        out: folder of the set; if it has a sealed manifest, the blocks of views in it are listed, too.
         plan: plan of the label set.
         blocks: blocks of views, all complete.
         shards: names of the source shards in the set, in the plan's order; None: all.
@@ -86,7 +86,7 @@ def seal(
     """
     known = set(blocks)
     manifest = None
-    # Hashing takes minutes, in which another run may seal other views: it is looked again, so that they are not lost.
+    # Hashing takes minutes. Another run may seal other views meanwhile; they are included, so that they are not lost.
     while manifest is None or not known.issuperset(_sealed_blocks(out)):
         known |= _sealed_blocks(out)
         manifest = _list_files(out, plan, in_order(known), shards, images)
@@ -149,7 +149,7 @@ def _list_files(
         if following.start < block.stop:
             raise LabelSetMismatch(
                 f"{out}: another run has meanwhile sealed views {block.start}:{block.stop} in blocks of another size",
-                fix="Run the same command again: it takes those",
+                fix="Run the same command again: it uses those",
             )
     shards = dict.fromkeys(chosen or (shard.name for shard in plan.source.shards))
     files = [_samples_entry(out, record) for record in plan.source.shards if record.name in shards]
@@ -193,10 +193,10 @@ def check_untouched(out: Path, blocks: Sequence[range]) -> None:
         path, views = out / entry.path, (entry.view_start, entry.view_stop)
         if entry.kind == "images":  # its sealed entry stays, so a new manifest makes no new promise about its bytes
             if path.is_file() and path.stat().st_size != entry.bytes:
-                raise LabelSetCorrupt(f"{path} is not as it was sealed: delete it and run again")
+                raise LabelSetCorrupt(f"{path} was changed after it was sealed: delete it and run again")
             continue
         if path.is_file() and sha256_file(path) != entry.sha256:
-            raise LabelSetCorrupt(f"{path} is not as it was sealed", fix=damaged_file(entry.views))
+            raise LabelSetCorrupt(f"{path} was changed after it was sealed", fix=damaged_file(entry.views))
         if not path.is_file() and entry.kind == "labels" and views not in looked_at:
             raise LabelSetCorrupt(
                 f"{path} is missing: run with --views {views[0]}:{views[1]} first, which makes it again, or {PULL}"
@@ -210,12 +210,12 @@ def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> 
         if old.kind == "samples" and old.path not in found:
             raise LabelSetMismatch(
                 f"{out}: another run has meanwhile sealed further source shards, such as {old.shard!r}",
-                fix="Run the same command again: it takes those",
+                fix="Run the same command again: it uses those",
             )
         if old.kind == "samples" and found[old.path] != old:
             raise LabelSetMismatch(
-                f"{out / old.path} was made again, and is not the one that was sealed: the images are others"
-                " than those that were labelled, or another pyarrow wrote it",
+                f"{out / old.path} was made again, and differs from the sealed file: the images are not"
+                " those that were labelled, or another pyarrow wrote it",
                 fix="Choose another --out",
             )
 
@@ -254,7 +254,7 @@ def sealed_manifest(out: Path) -> Manifest | None:
 
 
 def check_replaceable(ours: Path, other: Path) -> None:
-    """Check a file of another machine before it replaces ours: it must be whole, and of the same label set and images.
+    """Check a file of another machine before it replaces ours: it must be complete, with the same label set and images.
 
     Raises:
         LabelSetMismatch: the file is of another label set, or had other images under the same keys.
@@ -270,7 +270,7 @@ def check_replaceable(ours: Path, other: Path) -> None:
             )
     elif ours.parent.name == IMAGES_FOLDER:
         raise LabelSetMismatch(
-            f"{ours}: another machine has packed other images, or with another Pillow",
+            f"{ours}: another machine has packed other images, or has used another Pillow",
             fix="All machines need the same --data and the same versions",
         )
     else:

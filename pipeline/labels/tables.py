@@ -2,7 +2,7 @@
 
 There are two kinds of file. A samples file lists the samples of one source shard, in order. A label shard holds the teacher's
 answers for one source shard and one block of views: row group i is view `view_start + i`. Positions join the two:
-`row` of a label is the row of its sample. Each footer identifies its file, so a file without its set can be understood.
+`row` of a label is the row of its sample. Each footer identifies its file, so a file can be understood without its set.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ _WRITE: dict[str, Any] = {
     "use_dictionary": False,
     "write_page_checksum": True,
 }
-# The teacher takes a hundred times the 10 us for a view; each byte is published, stored and read many times.
+# This takes 10 us for a view, a hundredth of the teacher's time; each byte is published, stored and read many times.
 _WRITE_LABELS: dict[str, Any] = _WRITE | {"compression_level": 15}
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -94,7 +94,7 @@ class SampleRows:
 
     @property
     def usable(self) -> NDArray[np.int64]:
-        """Rows whose image is good, int64, rising."""
+        """Rows whose image is good, int64, ascending."""
         return np.flatnonzero([reason is None for reason in self.bad])
 
     def take(self, rows: NDArray[np.int64]) -> "SampleRows":
@@ -119,7 +119,7 @@ class SamplesFooter(Record):
 
 
 class LabelsFooter(Record):
-    """The content of a label shard's footer. `content_xxh3` covers every value in the file, `probes` the pixels behind it."""
+    """The content of a label shard's footer. `content_xxh3` covers every value in the file, `probes` some rendered pixels."""
 
     format: Literal["deit-cli-labels"] = FORMAT
     version: Literal[1] = VERSION
@@ -278,7 +278,7 @@ def read_samples(file: Path | Contents) -> SampleRows:
     if parquet.metadata.num_rows != footer.rows:
         raise LabelSetCorrupt(f"{name} has {parquet.metadata.num_rows} rows, its footer says {footer.rows}")
     if footer.rows > MAX_SHARD_SAMPLES:
-        raise LabelSetCorrupt(f"{name} has {footer.rows} rows, at most {MAX_SHARD_SAMPLES} are read")
+        raise LabelSetCorrupt(f"{name} has {footer.rows} rows, the maximum is {MAX_SHARD_SAMPLES}")
     for group in range(parquet.metadata.num_row_groups):
         check_pages(contents.data, contents.chunks, group, name)
     columns = guarded(name, lambda: bounded_rows(parquet, SAMPLES_SCHEMA, name)).to_pydict()
@@ -367,10 +367,10 @@ def _check_layout(file: pq.ParquetFile, path: str, footer: LabelsFooter) -> None
     _check_schema(file, labels_schema(footer.codec), path)
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     if len(groups) != footer.view_stop - footer.view_start or set(groups) - {footer.rows_per_view}:
-        raise LabelSetCorrupt(f"{path}: row groups {groups[:4]}… are not {footer.rows_per_view} rows for each view")
+        raise LabelSetCorrupt(f"{path}: row groups have {groups[:4]}… rows, not {footer.rows_per_view} for each view")
     size = footer.rows_per_view * footer.codec.memory_bytes
     if size > MAX_VIEW_BYTES:
-        raise LabelSetCorrupt(f"{path}: one view takes {size} bytes of memory, at most {MAX_VIEW_BYTES} are read")
+        raise LabelSetCorrupt(f"{path}: one view takes {size} bytes of memory, the maximum is {MAX_VIEW_BYTES}")
 
 
 def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
@@ -378,7 +378,7 @@ def _check_schema(file: pq.ParquetFile, expected: pa.Schema, path: str) -> None:
     marked = any(b"ARROW:extension:name" in (field.metadata or {}) for field in found)
     if marked or not found.equals(expected):
         raise LabelSetCorrupt(
-            f"{path}: its columns are {found.names}, format v{VERSION} has {expected.names} in exact types"
+            f"{path}: its columns are {found.names}, format v{VERSION} requires {expected.names} with exact types"
         )
 
 
@@ -405,7 +405,7 @@ def _read_row_groups(file: Contents, footer: LabelsFooter, views: range) -> Labe
         raise LabelSetCorrupt(f"{file}: view {views[0]}: {problem}")
     numbers = _values(table["view"]).reshape(len(views), -1)
     if (numbers != np.array(views)[:, None]).any():
-        raise LabelSetCorrupt(f"{file}: row group {groups[0]} must hold view {views[0]} alone")
+        raise LabelSetCorrupt(f"{file}: row group {groups[0]} must hold only view {views[0]}")
     return rows
 
 

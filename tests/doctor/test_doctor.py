@@ -647,7 +647,7 @@ def test_a_url_in_a_strangers_plan_is_not_opened(labels, data, monkeypatch):
     (labels / "plan.json").write_text(plan.replace(data, "http://169.254.169.254/latest"))
     seal_again(labels)
     (problem,) = told(examine_labels(str(labels), None))
-    assert "URLs are not opened unasked: pass --data http://169.254.169.254/latest" in problem
+    assert "URLs are opened only on request: pass --data http://169.254.169.254/latest" in problem
     assert opened == []
 
 

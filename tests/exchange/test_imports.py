@@ -244,11 +244,11 @@ def bad_states() -> dict[str, tuple[Any, str]]:
         "NaN": (state(labels=((3, 1, 2), np.nan)), "crop 3: a probability is NaN or infinite"),
         "infinity": (state(labels=((3, 1, 0), np.inf)), "crop 3: a probability is NaN or infinite"),
         "negative": (state(labels=((1, 1, 4), -0.1)), "crop 1: a probability is not in 0..1"),
-        "unsorted": (state(labels=((0, 1), [0.1, 0.2, 0.1, 0, 0])), "crop 0: probabilities do not fall"),
-        "too much": (state(labels=((0, 1), [0.9, 0.8, 0.1, 0, 0])), "crop 0: probabilities add to more than 1"),
+        "unsorted": (state(labels=((0, 1), [0.1, 0.2, 0.1, 0, 0])), "crop 0: probabilities are not in descending order"),
+        "too much": (state(labels=((0, 1), [0.9, 0.8, 0.1, 0, 0])), "crop 0: probabilities add up to more than 1"),
         "past C": (state(labels=((5, 0, 1), CLASSES)), f"crop 5: a class is not in 0..{CLASSES - 1}"),
         "below 0": (state(labels=((5, 0, 1), -1)), "crop 5: a class is not in 0..39"),
-        "twice": (state(labels=((5, 0), [1, 2, 3, 4, 1])), "crop 5: a class stands twice"),
+        "twice": (state(labels=((5, 0), [1, 2, 3, 4, 1])), "crop 5: a class occurs twice"),
         "half a class": (state(labels=((5, 0, 1), 1.5)), "classes must be whole numbers"),
         "NaN class": (state(labels=((5, 0, 1), np.nan)), "classes must be whole numbers"),
         "a box outside": (state(coords=(4, [0.5, 0.5, 0.6, 0.5])), "crop 4 must lie in the image"),
@@ -434,7 +434,7 @@ def damaged_tinyvit() -> dict[str, tuple[Any, str]]:
         "past C": (put(4, struct.pack("<h", CLASSES)), "record 5 at byte 220: a class is not in 0..39"),
         "negative": (put(4, struct.pack("<h", -1)), "record 5 at byte 220: a class is not in 0..39"),
         "above 1": (put(4 + 20, half(1.5).tobytes()), "record 5 at byte 220: a probability is not in 0..1"),
-        "unsorted": (put(4 + 38, half(0.9).tobytes()), "record 5 at byte 220: probabilities do not fall"),
+        "unsorted": (put(4 + 38, half(0.9).tobytes()), "record 5 at byte 220: probabilities are not in descending order"),
         "seed": (put(0, struct.pack("<i", -5)), "record 5 at byte 220: a seed is in 0..2147483647, this one is -5"),
         "a key twice": (keys(lambda old: old.replace(b"n0001_6", b"n0001_2")), "line 7: the key 'n0001_2' stands twice"),
         "an empty key": (keys(lambda old: old.replace(b"n0001_6", b"")), "line 7 is not a key: line 7 must have 1 to 1024 bytes, got 0"),
@@ -483,7 +483,7 @@ def test_an_import_is_no_label_set_and_says_why_and_for_what_it_is_good(kind, wr
     assert str(caught.value).startswith(
         f"{tmp_path}/out is an import of {who}'s labels, not a label set: its views cannot be replayed, because "
     )
-    assert "import.json says what they are good for. To train, make labels with: deit-cli precompute" in str(
+    assert "import.json says what they can be used for. To train, make labels with: deit-cli precompute" in str(
         caught.value
     )
 

@@ -367,7 +367,8 @@ def test_another_copy_of_the_images_is_refused_before_step_one_with_the_keys(mad
     """Labels are of one source: others with another key, or another class label, are refused when the set is opened."""
     other = write_tars(tmp_path / "other", (24, 15))
     with pytest.raises(
-        LabelSetMismatch, match=r"labels source .* is another: .* is missing|labels source .* with another class label"
+        LabelSetMismatch,
+        match=r"was made from source .* is another: .* is missing|was made from source .* with another class label",
     ):
         train(config(made.folder, tmp_path / "run", data=other))
     assert not (tmp_path / "run").exists()

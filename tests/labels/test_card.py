@@ -111,7 +111,7 @@ def test_a_set_without_images_says_that_training_needs_them(tmp_path):
     make_label_set(tmp_path / "data", tmp_path / "set")
     card = (tmp_path / "set/README.md").read_text()
     assert "--data IMAGES" in blocks(card)["deit-cli"]
-    assert "who trains needs a copy of them" in card
+    assert "training needs a copy of them" in card
     assert str(tmp_path) not in card  # where the images lay is nobody's business
 
 
@@ -203,11 +203,11 @@ def test_a_card_follows_the_set_until_somebody_changes_it(tmp_path, caplog):
     assert is_untouched(path.read_text())
     make_labels(tmp_path / "set", data, views=(2, 4))
     assert "**Views** 0..3" in path.read_text()
-    mine = path.read_text().replace("What a frozen", "MINE. What a frozen")
+    mine = path.read_text().replace("The answers of a frozen", "MINE. The answers of a frozen")
     path.write_text(mine)
     make_labels(tmp_path / "set", data, views=(4, 6))
     assert path.read_text() == mine
-    assert "README.md is not as deit-cli wrote it, so it stays as it is" in caplog.text
+    assert "README.md is not an unchanged card of deit-cli, so it is kept" in caplog.text
     exit_code, said = invoke("labels", "card", str(tmp_path / "set"))
     assert (exit_code, "pass --replace" in said) == (2, True)
     assert path.read_text() == mine

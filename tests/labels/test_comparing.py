@@ -52,7 +52,7 @@ def test_images_are_compared_by_key_wherever_they_lie():
     found = differences(mine, theirs)
     assert found.changed == ["'e' of t"]
     assert found.missing == found.new == []
-    assert found.moved == ["'a' of s", "'c' of s (now of t)", "'d' of t (now of s)"]
+    assert found.moved == ["'a' of s", "'c' of s (now in t)", "'d' of t (now in s)"]
 
 
 def test_images_that_nobody_read_are_not_compared():
@@ -78,9 +78,9 @@ NAMES = [
     # labelled, the copy, what is said
     (("a", "b"), ["a", "b"], ""),
     (None, None, ""),
-    ((), None, "the labelled classes have names, those of the copy no names"),
-    (("a", "b"), None, "the labelled classes have names, those of the copy no names"),
-    (None, ("a",), "the labelled classes have no names, those of the copy names"),
+    ((), None, "the labelled classes have names, those of the copy have no names"),
+    (("a", "b"), None, "the labelled classes have names, those of the copy have no names"),
+    (None, ("a",), "the labelled classes have no names, those of the copy have names"),
     (("a", "b"), ("b", "a"), "the classes are in another order: number 0 is 'b', labelled as 'a'"),
     (("a", "b", "c"), ("a", "c"), "the copy lacks the class 'b'"),
     (("a",), ("a", "c"), "the copy has the new class 'c'"),

@@ -194,13 +194,17 @@ def slow_problem(rows: LabelRows, num_classes: int) -> str | None:
     row, index, hard = rows.row.tolist(), rows.topk_index.tolist(), rows.hard.tolist()
     prob, tail = rows.topk_prob.astype(float).tolist(), rows.tail_mass.astype(float).tolist()
     rules = {
-        "rows do not rise": all(a < b for a, b in pairwise(row)),
-        "a class stands twice in top-k": all(len(set(each)) == len(each) for each in index),
+        "rows are not in ascending order": all(a < b for a, b in pairwise(row)),
+        "a class occurs twice in top-k": all(len(set(each)) == len(each) for each in index),
         f"a class is not below {num_classes}": all(c < num_classes for c in (*hard, *chain(*index))),
         "a probability is outside 0..1": all(0 <= p <= 1 and math.copysign(1, p) > 0 for p in (*chain(*prob), *tail)),
-        "probabilities do not fall": all(not a < b for each in prob for a, b in pairwise(each)),
-        "probabilities do not add to 1": all(not abs(sum(p) + t - 1) > 0.01 for p, t in zip(prob, tail, strict=False)),
-        "`hard` is not the first of top-k": all(h == each[0] for h, each in zip(hard, index, strict=True) if each),
+        "probabilities are not in descending order": all(not a < b for each in prob for a, b in pairwise(each)),
+        "probabilities do not add up to 1": all(
+            not abs(sum(p) + t - 1) > 0.01 for p, t in zip(prob, tail, strict=False)
+        ),
+        "`hard` is not the first class of top-k": all(
+            h == each[0] for h, each in zip(hard, index, strict=True) if each
+        ),
     }
     return next((problem for problem, holds in rules.items() if not holds), None)
 
@@ -242,7 +246,7 @@ def test_a_class_that_stands_twice_is_found_at_any_two_ranks(topk):
         index[1, second] = index[1, first]
         hard = index[:, 0]
         found = dataclasses.replace(rows, topk_index=index, hard=hard)
-        assert find_problem(found, 200) == "a class stands twice in top-k", (first, second)
+        assert find_problem(found, 200) == "a class occurs twice in top-k", (first, second)
 
 
 @pytest.mark.parametrize("views", [1, 2, 5])
@@ -254,7 +258,7 @@ def test_several_views_are_checked_as_each_of_them(views):
     assert find_problem(whole, 9, views) is None
     last = whole.row.copy()
     last[-1] = last[-2]
-    assert find_problem(dataclasses.replace(whole, row=last), 9, views) == "rows do not rise"
+    assert find_problem(dataclasses.replace(whole, row=last), 9, views) == "rows are not in ascending order"
 
 
 @pytest.mark.parametrize("precision", ["float16", "float32", "log8"])

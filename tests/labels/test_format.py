@@ -89,7 +89,7 @@ def test_the_pinned_set_opens_and_another_is_refused_with_both(made):
         LabelSet.open(made, expect_manifest=OTHER)
     text = str(caught.value)
     assert text.startswith(
-        f"{made / 'manifest.json'} is not the pinned one: --expect-manifest says {OTHER}, it has {pin_of(made)}."
+        f"{made / 'manifest.json'} is not the pinned manifest: --expect-manifest says {OTHER}, it has {pin_of(made)}."
     )
     assert "deit-cli labels pull" in text
 
@@ -98,14 +98,14 @@ def test_the_pin_is_of_the_bytes_that_are_parsed_from_a_url_too(made, tmp_path):
     cache = Cache(tmp_path / "cache", 10**9)
     with web_server(Path(shutil.copytree(made, tmp_path / "web"))) as server:
         assert LabelSet.open(server.url, cache=cache, expect_manifest=pin_of(made)).manifest_sha256 == pin_of(made)[7:]
-        with pytest.raises(LabelSetMismatch, match=rf"{server.url}/manifest\.json is not the pinned one"):
+        with pytest.raises(LabelSetMismatch, match=rf"{server.url}/manifest\.json is not the pinned manifest"):
             LabelSet.open(server.url, cache=cache, expect_manifest=OTHER)
 
 
 def test_the_pin_is_held_before_the_manifest_is_parsed(copied):
     pin = pin_of(copied)
     (copied / "manifest.json").write_bytes(b"{")
-    with pytest.raises(LabelSetMismatch, match="is not the pinned one"):
+    with pytest.raises(LabelSetMismatch, match="is not the pinned manifest"):
         LabelSet.open(copied, expect_manifest=pin)
 
 
@@ -123,7 +123,7 @@ def test_evaluate_takes_a_pin(made, tmp_path):
 
 
 def test_training_refuses_another_manifest_before_anything_is_written(made, tmp_path):
-    with pytest.raises(LabelSetMismatch, match="is not the pinned one"):
+    with pytest.raises(LabelSetMismatch, match="is not the pinned manifest"):
         train(settings(made, tmp_path / "run", expect_manifest=OTHER))
     assert not (tmp_path / "run").exists()
 

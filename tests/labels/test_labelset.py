@@ -283,7 +283,7 @@ def test_two_shards_that_were_exchanged_are_refused_whatever_the_manifest_says(c
     swap(copied / FIRST, copied / SECOND)
     seal_again(copied)
     opened = LabelSet.open(copied)
-    with pytest.raises(LabelSetMismatch, match=f"{FIRST} says it is 'train-1' of label set .*, not 'train-0'"):
+    with pytest.raises(LabelSetMismatch, match=f"{FIRST} belongs to 'train-1' of label set .*, not to 'train-0'"):
         opened.read("train-0", 0)
     assert len(problems_in(opened)) == 2
 
@@ -291,7 +291,7 @@ def test_two_shards_that_were_exchanged_are_refused_whatever_the_manifest_says(c
 def test_two_samples_files_that_were_exchanged_are_refused_whatever_the_manifest_says(copied):
     swap(copied / SAMPLES, copied / "samples/train-1.parquet")
     seal_again(copied)
-    with pytest.raises(LabelSetMismatch, match=f"{SAMPLES} says it is 'train-1' of label set"):
+    with pytest.raises(LabelSetMismatch, match=f"{SAMPLES} belongs to 'train-1' of label set"):
         LabelSet.open(copied).samples("train-0")
 
 
@@ -300,7 +300,7 @@ def test_two_blocks_that_were_exchanged_are_not_read_as_each_other(copied):
     seal_again(copied)
     opened = LabelSet.open(copied)
     with pytest.raises(
-        LabelSetMismatch, match=rf"{FIRST} says \(views, .*\) \(2, 4, .*, its place in the set says \(0, 2, "
+        LabelSetMismatch, match=rf"{FIRST} says \(views, .*\) \(2, 4, .*, its path and the plan say \(0, 2, "
     ):
         opened.read("train-0", 0)
     assert len(problems_in(opened)) == 2
@@ -311,7 +311,9 @@ def test_a_shard_of_another_set_is_refused_whatever_the_manifest_says(copied, im
     shutil.copy(other.folder / FIRST, copied / FIRST)
     seal_again(copied)
     mine, theirs = LabelSet.open(copied).plan.labelset_id[:12], other.plan.labelset_id[:12]
-    with pytest.raises(LabelSetMismatch, match=f"says it is 'train-0' of label set {theirs}, not 'train-0' of {mine}"):
+    with pytest.raises(
+        LabelSetMismatch, match=f"belongs to 'train-0' of label set {theirs}, not to 'train-0' of {mine}"
+    ):
         LabelSet.open(copied).read("train-0", 0)
 
 
@@ -323,7 +325,7 @@ def test_the_plan_of_another_set_is_refused(copied, images, tmp_path):
     ):
         LabelSet.open(copied)
     seal_again(copied)
-    with pytest.raises(LabelSetMismatch, match=r"plan\.json is of label set \w{12}, manifest\.json of \w{12}"):
+    with pytest.raises(LabelSetMismatch, match=r"plan\.json belongs to label set \w{12}, manifest\.json to \w{12}"):
         LabelSet.open(copied)
 
 
@@ -421,7 +423,7 @@ def last_row_moved(rows: LabelRows) -> LabelRows:
 
 ROWS = [
     # what the rows become, how many the manifest names, what verify says
-    (first_three, 10, "has 3 rows a view, the manifest says 10 in all"),
+    (first_three, 10, "has 3 rows per view, the manifest says 10 in total"),
     (first_three, 6, "view 0 does not have the usable rows of its samples file"),
     (last_row_moved, 10, "view 0 does not have the usable rows of its samples file"),
 ]
@@ -482,7 +484,7 @@ def test_a_wrong_number_of_rows_in_the_manifest_is_refused(copied):
 
 def test_a_wrong_number_of_rows_of_one_label_shard_is_refused_when_it_is_read(copied):
     seal_again(copied, lambda m: entries(m, kind="labels", shard="train-0")[0].update(rows=9))
-    with pytest.raises(LabelSetCorrupt, match=f"{FIRST} has 5 rows a view, the manifest says 9 in all"):
+    with pytest.raises(LabelSetCorrupt, match=f"{FIRST} has 5 rows per view, the manifest says 9 in total"):
         LabelSet.open(copied).read("train-0", 0)
 
 
@@ -526,7 +528,7 @@ def test_another_source_is_refused_with_the_names_of_what_differs(made, tmp_path
     source = open_source(other_source(tmp_path / "other", change))
     with pytest.raises(LabelSetMismatch) as caught:
         check_source(LabelSet.open(made), source)
-    assert f"{made} labels source" in str(caught.value)
+    assert f"{made} was made from source" in str(caught.value)
     assert f"is another: {names}" in str(caught.value)
     assert str(caught.value).endswith("Pass the --data that was labelled")
 
@@ -537,7 +539,7 @@ def test_the_same_source_elsewhere_is_accepted(made, tmp_path):
 
 def test_a_shard_name_that_the_format_cannot_hold_is_an_error_of_ours(tmp_path):
     write_tar(tmp_path / ("a" * 210 + ".tar"), [("k.png", coloured_png(0)), ("k.cls", b"0")])
-    with pytest.raises(SourceError, match=r"cannot be named in a label set: .*at most 200"):
+    with pytest.raises(SourceError, match=r"cannot be recorded in a label set: .*at most 200"):
         record_of(open_source(tmp_path))
 
 
@@ -545,7 +547,7 @@ def test_a_location_that_is_not_utf8_is_an_error_of_ours(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     folder.mkdir()
     (folder / "a.png").write_bytes(coloured_png(0))
-    with pytest.raises(SourceError, match="cannot be named in a label set"):
+    with pytest.raises(SourceError, match="cannot be recorded in a label set"):
         record_of(open_source(folder))
 
 
@@ -660,6 +662,6 @@ def test_a_url_in_a_plan_is_not_opened_unasked(copied):
     source = label_set.plan.source.model_copy(update={"location": "http://169.254.169.254/latest"})
     label_set.plan = label_set.plan.model_copy(update={"source": source})
     with pytest.raises(
-        UsageError, match=r"its URLs are not opened unasked: pass --data http://169\.254\.169\.254/latest"
+        UsageError, match=r"its URLs are opened only on request: pass --data http://169\.254\.169\.254/latest"
     ):
         label_set.open_source()

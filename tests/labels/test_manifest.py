@@ -134,8 +134,8 @@ PLAN_REFUSED = [
     (put("recipe", "colour_jitter", value=0.4), "a recipe has no field colour_jitter"),
     (drop("topk"), "topk: Field required"),
     (put("teacher", "num_classes", value=4), "teacher: Value error, 3 class names for 4 classes"),
-    (drop("recipe", "seed"), "the recipe must be complete: every field, as it is hashed"),
-    (put("recipe", "cutmix", value=1), "the recipe must be complete: every field, as it is hashed"),
+    (drop("recipe", "seed"), "the recipe must be complete: its hash covers every field"),
+    (put("recipe", "cutmix", value=1), "the recipe must be complete: its hash covers every field"),
     (drop("teacher", "std"), "teacher.std: Field required"),
     (put("topk", value="2"), "topk: Input should be a valid integer"),
     (put("topk", value=2.0), "topk: Input should be a valid integer"),
@@ -413,7 +413,7 @@ def test_a_part_that_was_changed_without_its_id_is_refused(tmp_path, change, nam
 
 def test_two_source_shards_of_one_name_are_refused(tmp_path):
     twice = SOURCE.model_copy(update={"shards": (SOURCE.shards[0], SOURCE.shards[0])})
-    with pytest.raises(ValueError, match="two source shards have one name"):
+    with pytest.raises(ValueError, match="two source shards have the same name"):
         make_plan(source=twice)
 
 

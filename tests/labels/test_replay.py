@@ -208,7 +208,7 @@ def source_with(folder: Path, key: str, image: bytes) -> Path:
 
 def test_another_image_under_the_same_key_is_refused(made, tmp_path):
     other = source_with(tmp_path / "other", "n000", coloured_png(99))
-    with pytest.raises(LabelSetMismatch, match=r"image 'n000' of train-0 has other bytes than the one that was labelled \(512 bytes of XXH3 \w{8}…, then 512 of \w{8}…\)"):  # fmt: skip
+    with pytest.raises(LabelSetMismatch, match=r"image 'n000' of train-0 has other bytes than the one that was labelled \(512 bytes with XXH3 \w{8}…, labelled: 512 bytes with \w{8}…\)"):  # fmt: skip
         check_replay(LabelSet.open(made), open_source(other))
 
 
@@ -231,7 +231,9 @@ def test_another_key_is_refused(made, tmp_path):
 def test_a_sample_is_known_by_key_and_bytes(made, images):
     samples, shard = LabelSet.open(made).samples("train-0"), open_source(images).shard("train-0")
     check_image(shard[1], samples, 1, shard="train-0")
-    with pytest.raises(LabelSetMismatch, match="train-0: the label is of 'n000', the source has 'n001' there"):
+    with pytest.raises(
+        LabelSetMismatch, match="train-0: the label belongs to 'n000', the source has 'n001' in this row"
+    ):
         check_image(shard[1], samples, 0, shard="train-0")
 
 

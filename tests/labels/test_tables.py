@@ -205,8 +205,8 @@ def changed(rows: LabelRows, name: str, at: Any, value: Any) -> LabelRows:
 
 HOSTILE = [
     # column, place, value, what the error says
-    ("row", 1, 0, "rows do not rise"),
-    ("row", 4, 1, "rows do not rise"),
+    ("row", 1, 0, "rows are not in ascending order"),
+    ("row", 4, 1, "rows are not in ascending order"),
     ("hard", 0, 10, "a class is not below 10"),
     ("hard", 0, 65_535, "a class is not below 10"),
     ("topk_index", (2, 2), 10, "a class is not below 10"),
@@ -216,11 +216,11 @@ HOSTILE = [
     ("topk_prob", (3, 1), np.inf, "a probability is outside 0..1"),
     ("tail_mass", 2, np.nan, "a probability is outside 0..1"),
     ("tail_mass", 2, -1, "a probability is outside 0..1"),
-    ("topk_prob", (0, slice(None)), [0.1, 0.2, 0.3], "probabilities do not fall"),
-    ("topk_prob", (0, slice(None)), [0.1, 0.1, 0.1], "probabilities do not add to 1"),
-    ("tail_mass", 1, 1.0, "probabilities do not add to 1"),
-    ("topk_index", (4, 0), 9, "`hard` is not the first of top-k"),
-    ("hard", 4, 9, "`hard` is not the first of top-k"),
+    ("topk_prob", (0, slice(None)), [0.1, 0.2, 0.3], "probabilities are not in descending order"),
+    ("topk_prob", (0, slice(None)), [0.1, 0.1, 0.1], "probabilities do not add up to 1"),
+    ("tail_mass", 1, 1.0, "probabilities do not add up to 1"),
+    ("topk_index", (4, 0), 9, "`hard` is not the first class of top-k"),
+    ("hard", 4, 9, "`hard` is not the first class of top-k"),
 ]
 
 
@@ -296,24 +296,24 @@ def tagged(table: pa.Table) -> pa.Table:
 
 SHAPE_ERRORS = [
     # name, keyword arguments of `bent`, text of the LabelSetCorrupt
-    ("missing column", {"table": lambda t: t.drop_columns(["tail_mass"])}, "format v1 has"),
-    ("further column", {"table": lambda t: t.append_column("x", t["row"])}, "format v1 has"),
-    ("other order", {"table": lambda t: t.select(["row", "view", *t.column_names[2:]])}, "format v1 has"),
-    ("other name", {"table": lambda t: t.rename_columns(["v", *t.column_names[1:]])}, "format v1 has"),
-    ("wider class", {"table": cast("hard", pa.uint32())}, "in exact types"),
-    ("signed class", {"table": cast("hard", pa.int16())}, "in exact types"),
-    ("wider tail", {"table": cast("tail_mass", pa.float32())}, "in exact types"),
-    ("nullable", {"table": nullable}, "in exact types"),
-    ("other K", {"footer": {"topk": 2}}, "in exact types"),
-    ("other precision", {"footer": {"precision": "float32"}}, "in exact types"),
-    ("more classes", {"footer": {"num_classes": 70_000}}, "in exact types"),
+    ("missing column", {"table": lambda t: t.drop_columns(["tail_mass"])}, "format v1 requires"),
+    ("further column", {"table": lambda t: t.append_column("x", t["row"])}, "format v1 requires"),
+    ("other order", {"table": lambda t: t.select(["row", "view", *t.column_names[2:]])}, "format v1 requires"),
+    ("other name", {"table": lambda t: t.rename_columns(["v", *t.column_names[1:]])}, "format v1 requires"),
+    ("wider class", {"table": cast("hard", pa.uint32())}, "with exact types"),
+    ("signed class", {"table": cast("hard", pa.int16())}, "with exact types"),
+    ("wider tail", {"table": cast("tail_mass", pa.float32())}, "with exact types"),
+    ("nullable", {"table": nullable}, "with exact types"),
+    ("other K", {"footer": {"topk": 2}}, "with exact types"),
+    ("other precision", {"footer": {"precision": "float32"}}, "with exact types"),
+    ("more classes", {"footer": {"num_classes": 70_000}}, "with exact types"),
     ("fewer classes", {"footer": {"num_classes": 7}}, "a class is not below 7"),
-    ("uneven groups", {"groups": (4, 6)}, "are not 5 rows for each view"),
-    ("one group", {"groups": (10,)}, "are not 5 rows for each view"),
-    ("three groups", {"groups": (5, 4, 1)}, "are not 5 rows for each view"),
-    ("more views promised", {"footer": {"view_stop": 3}}, "are not 5 rows for each view"),
-    ("other views", {"footer": {"view_start": 1, "view_stop": 3}}, "must hold view 1 alone"),
-    ("one view of two", {"table": lambda t: t.slice(5)}, "are not 5 rows for each view"),
+    ("uneven groups", {"groups": (4, 6)}, "not 5 for each view"),
+    ("one group", {"groups": (10,)}, "not 5 for each view"),
+    ("three groups", {"groups": (5, 4, 1)}, "not 5 for each view"),
+    ("more views promised", {"footer": {"view_stop": 3}}, "not 5 for each view"),
+    ("other views", {"footer": {"view_start": 1, "view_stop": 3}}, "must hold only view 1"),
+    ("one view of two", {"table": lambda t: t.slice(5)}, "not 5 for each view"),
     ("field missing", {"raw": b'{"format": "deit-cli-labels", "version": 1}'}, "does not have the fields of a labels"),
     ("field too many", {"footer": {"exec": "import os"}}, "does not have the fields of a labels"),
     ("other kind", {"footer": {"kind": "samples"}}, "does not have the fields of a labels"),
@@ -402,7 +402,7 @@ def test_a_footer_value_of_another_type_is_refused_by_name(tmp_path, field, valu
 @pytest.mark.usefixtures("one_more_gibibyte")
 def test_a_footer_that_claims_too_much_is_refused_without_allocating_it(tmp_path, claim):
     path = bent(tmp_path / "a.parquet", footer=claim)
-    with pytest.raises(LabelSetCorrupt, match=r"are not \d+ rows for each view|Input should be less than"):
+    with pytest.raises(LabelSetCorrupt, match=r"rows, not \d+ for each view|Input should be less than"):
         read_all_views(path)
 
 
@@ -602,7 +602,7 @@ def test_samples_of_another_schema_are_refused(tmp_path, change):
     path = write_samples_file(tmp_path / "a.parquet", rows, footer)
     table = pq.read_table(path)
     pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
-    with pytest.raises(LabelSetCorrupt, match="in exact types"):
+    with pytest.raises(LabelSetCorrupt, match="with exact types"):
         read_samples(path)
 
 

@@ -161,7 +161,7 @@ TRIALS: dict[str, list[Trial]] = {
     "train": [
         Trial("-c {folder}/train.yaml", seen=saved("weight_decay", 0.25)),
         Trial("--expect-manifest {manifest}", seen=lambda got: saved("expect_manifest", got.settings["expect_manifest"])(got)),
-        Trial(f"--expect-manifest sha256:{'0' * 64}", "is not the pinned one"),
+        Trial(f"--expect-manifest sha256:{'0' * 64}", "is not the pinned manifest"),
         Trial("--data {copy}"),
         Trial("--cache-dir cache --cache-size 1GB"),
         Trial("--cache-size much", "--cache-size"),

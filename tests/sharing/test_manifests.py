@@ -244,9 +244,7 @@ def test_the_whole_source_or_the_shards_that_are_here_will_do(images, subset, tm
 
 def test_a_source_that_lacks_a_shard_is_refused(images, subset, tmp_path):
     part = only_tars(images, tmp_path / "part", "train-0", "train-1")
-    with pytest.raises(
-        LabelSetMismatch, match=r"labels 2 source shards, and .*part lacks 1 of them, such as 'train-2'"
-    ):
+    with pytest.raises(LabelSetMismatch, match=r"has 2 source shards, and .*part lacks 1 of them, such as 'train-2'"):
         check_source(subset, open_source(part))
 
 

@@ -190,7 +190,7 @@ def test_a_set_that_changed_since_it_was_sealed_does_not_grow(data, whole, tmp_p
     label(tmp_path / "set", data, views=(0, 2))
     flip(tmp_path / "set/labels/views-00000-00001/train-000001.parquet", 200)
     before = named_files(tmp_path / "set")
-    with pytest.raises(LabelSetCorrupt, match=r"train-000001.parquet is not as it was sealed"):
+    with pytest.raises(LabelSetCorrupt, match=r"train-000001.parquet was changed after it was sealed"):
         merge(tmp_path / "set", [str(whole)])
     assert named_files(tmp_path / "set") == before
 
@@ -391,7 +391,7 @@ def test_a_teacher_whose_name_does_not_say_where_its_weights_are_must_be_passed_
     make_labels(tmp_path / "set", data, teacher=teacher, **(SETTINGS | {"views": (0, 2), "on_bad_image": "skip"}))
     result = extend(tmp_path / "set")
     assert isinstance(result.exception, UsageError)
-    assert "teacher test_resnet came from a folder or a file: pass that again with --teacher FOLDER" in str(
+    assert "teacher test_resnet came from a folder or a file: pass it again with --teacher FOLDER" in str(
         result.exception
     )
     assert extend(tmp_path / "set", "--no-pretrained").exit_code == 0  # it was a trial

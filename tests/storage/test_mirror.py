@@ -208,7 +208,7 @@ def test_machines_that_pack_images_differently_are_stopped(data, bucket, monkeyp
     """The other machine's tar appears in the bucket after this one has looked, and has other bytes."""
     list_nothing_at_first(monkeypatch)
     fsspec.filesystem("memory").pipe("/bucket/set/images/train-000000.tar", b"another Pillow's")
-    with pytest.raises(LabelSetMismatch, match=r"another machine has packed other images, or with another Pillow"):
+    with pytest.raises(LabelSetMismatch, match=r"another machine has packed other images, or has used another Pillow"):
         label(f"{bucket}/set", data, include_images="20")
 
 

@@ -235,7 +235,7 @@ def test_other_remote_shards_are_refused(server, cache):
     labels = LabelSet.open(f"{server.url}/set", cache=cache)
     for name, difference in (
         ("images/train-0.tar", "the copy lacks the shard 'train-1'"),
-        ("parquet/part-0.parquet", "the labelled classes have names, those of the copy no names"),
+        ("parquet/part-0.parquet", "the labelled classes have names, those of the copy have no names"),
     ):
         with pytest.raises(LabelSetMismatch, match=rf"is another: {difference}.*Pass the --data"):
             check_source(labels, open_source(f"{server.url}/{name}", cache=cache))
@@ -294,12 +294,12 @@ def test_a_label_shard_that_is_replaced_in_the_middle_of_a_run_is_refused(server
     shutil.rmtree(cache.folder)
     with pytest.raises(
         LabelSetCorrupt,
-        match=rf"{server.url}/{FIRST} has .* are promised: it was cut, changed or replaced\. Whoever publishes the set",
+        match=rf"{server.url}/{FIRST} has .* are promised: it was cut, changed or replaced\. Ask the publisher of the set",
     ):
         pickle.loads(pickle.dumps(opened)).read("train-0", 0)
     seal_again(server.folder / "set")
     with pytest.raises(
-        LabelSetCorrupt, match=r"the manifest has changed since it was opened: its content was \w{12}…, now"
+        LabelSetCorrupt, match=r"the manifest has changed since it was opened: its content_sha256 was \w{12}…, now"
     ):
         pickle.loads(pickle.dumps(opened)).read("train-0", 0)
 
@@ -406,7 +406,7 @@ def test_another_image_in_a_remote_tar_stops_the_batch(trained, cache, tmp_path)
                 errors.append(error)
     texts = " ".join(map(str, errors))
     assert "source shard train-000000 has 8 samples, there is no sample" in texts
-    assert re.search("train-000001: the label is of 'img-00..', the source has 'img-00..' there", texts)
+    assert re.search("train-000001: the label belongs to 'img-00..', the source has 'img-00..' in this row", texts)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

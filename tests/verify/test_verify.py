@@ -34,7 +34,7 @@ SAMPLES = "samples/train-0.parquet"
 FIRST = "labels/views-00000-00001/train-0.parquet"
 LATER = "labels/views-00002-00003/train-0.parquet"
 SECOND = "labels/views-00000-00001/train-1.parquet"
-PULL = "Fetch it again with deit-cli labels pull; where the set was made, delete it and run the same deit-cli precompute again"
+PULL = "Fetch it again with deit-cli labels pull; if you made the set, delete it and run the same deit-cli precompute again"
 NO_PROBES = VerifyConfig(probes=False)
 
 
@@ -133,7 +133,7 @@ def test_with_a_damaged_manifest_files_are_held_against_the_plan(copied):
     assert report.notes == []  # nobody can say which files are none of the set
     text = str(report.problems[0])
     assert text.startswith(f"{copied / 'manifest.json'}: ")
-    assert text.endswith("with --views of all that it held: every file is looked at, and the set sealed anew")
+    assert text.endswith("with --views for all views of the set: it checks every file and seals the set again")
 
 
 def test_with_a_damaged_plan_files_are_held_against_the_manifest(copied):
@@ -141,7 +141,7 @@ def test_with_a_damaged_plan_files_are_held_against_the_manifest(copied):
     flip(copied / FIRST)
     report = verify(str(copied), NO_PROBES)
     assert found(report) == [("plan.json", "plan"), (FIRST, "sha256")]
-    assert str(report.problems[0]).endswith("the same deit-cli precompute with an empty --out makes it again")
+    assert str(report.problems[0]).endswith("the same deit-cli precompute with an empty --out to make it again")
 
 
 @pytest.mark.parametrize(("name", "rule"), [("plan.json", "plan"), ("manifest.json", "manifest")])
@@ -300,7 +300,7 @@ def test_one_changed_image_is_refused_in_training_with_the_way_to_find_all(made,
     label_set = LabelSet.open(made)
     check_source(label_set, source)  # all keys are the same
     with pytest.raises(
-        LabelSetMismatch, match=r"image 'n003' of train-0 has other bytes.*labels verify with --data finds all"
+        LabelSetMismatch, match=r"image 'n003' of train-0 has other bytes.*labels verify --data lists all"
     ):
         check_image(source.shard("train-0")[3], label_set.samples("train-0"), 3, shard="train-0")
 
