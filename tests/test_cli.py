@@ -181,10 +181,10 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
         (["precompute", "--data", data, *trial, "--teacher-checkpoint", "a", "--teacher-checkpoint", "b"], 2, "once for each of the 1 --teacher"),
         (["precompute", "--data", data, *trial, "--teacher", "support.builders:seven_classes"], 1, "classes"),
         (["precompute", "--data", data, *trial, "--min-teacher-accuracy", "101"], 2, "--min-teacher-accuracy must be in 0..100, got 101"),
-        (["precompute", "--data", data, *trial, "--out", str(tmp / "new"), "--min-teacher-accuracy", "99"], 1, "--min-teacher-accuracy asks for 99 %"),
+        (["precompute", "--data", data, *trial, "--out", str(tmp / "new"), "--min-teacher-accuracy", "99"], 1, "--min-teacher-accuracy requires 99 %"),
         (["precompute", "--data", data, *trial, "--min-teacher-accuracy", "50", "--accuracy-samples", "0"], 2, "needs --accuracy-samples above 0, got 0"),
         (["precompute", "--data", data, *trial, "--address", "head:6379"], 2, "pass --engine ray as well"),
-        (["precompute", "--data", data, *trial, "--out", f"{data}/classes.txt/set"], 2, "classes.txt is a file: choose a folder in a folder"),
+        (["precompute", "--data", data, *trial, "--out", f"{data}/classes.txt/set"], 2, "classes.txt is a file: choose a path inside a folder"),
         (["precompute", "--data", data, *trial, "--log-json", str(tmp)], 2, "Is a directory"),
         (["labels", "show", labels, "--out", "/proc/labels.png"], 1, "/proc"),
         (["estimate", "--data", data, "--students", "0"], 2, "--students must be at least 1, got 0"),
@@ -334,8 +334,8 @@ def test_two_ranks_one_after_the_other_make_one_set(data, tmp_path):
     asked = ["precompute", "--data", data, *TRIAL, "--views", "4", "--views-per-shard", "2"]
     stdout, stderr = run(*asked, "--out", out, RANK="0", WORLD_SIZE="2")
     assert "rank 0 of 2: 2 of 4 label shards" in stderr
-    assert "2 of 4 label shards are still to come from other ranks" in stderr
-    assert "the rank that ends last seals the set" in stdout
+    assert "2 of 4 label shards are still missing from other ranks" in stderr
+    assert "the rank that finishes last seals the set" in stdout
     run("train", "--labels", out, "--output", str(tmp_path / "run"), code=1)  # not sealed yet
     stdout, stderr = run(*asked, "--out", out, RANK="1", WORLD_SIZE="2")
     assert "rank 1 of 2: 2 of 4 label shards" in stderr

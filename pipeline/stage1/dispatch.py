@@ -1,4 +1,4 @@
-"""Dispatch label shards to workers: fast workers get more shards, and the shards of a lost worker go to another one."""
+"""Dispatch label shards to workers: fast workers get more shards, and other workers get the shards of a lost worker."""
 
 import logging
 from collections import deque
@@ -8,7 +8,7 @@ from pipeline.errors import WorkerError
 from pipeline.repeats import warn_counted
 from pipeline.stage1.loop import LabelTask
 
-TRIES = 3  # a label shard that has cost so many workers is set aside, and the others are finished
+TRIES = 3  # a label shard over which so many workers were lost is set aside, and the others are finished
 
 
 @dataclass
@@ -18,9 +18,9 @@ class Dispatcher:
     Attributes:
         waiting: tasks that no worker has; tasks of lost workers come last.
         taken: maps each worker to its tasks.
-        losses: number of workers that each task has cost.
-        set_aside: tasks that cost too many workers.
-        gone: workers that were given up. If such a worker wakes up, it gets no more tasks; a file that it finishes is still valid.
+        losses: number of workers that were lost over each task.
+        set_aside: tasks over which TRIES workers were lost.
+        gone: lost workers. If such a worker continues after all, it gets no more tasks; a file that it finishes is still valid.
     """
 
     waiting: deque[LabelTask]
@@ -32,7 +32,7 @@ class Dispatcher:
     def take(self, worker: str) -> LabelTask | None:
         """Return the next task for a worker, or None if the worker should end.
 
-        A task that has cost a worker is given to a worker that has no other task, so that only the faulty task is set aside.
+        A task over which a worker was lost is given to a worker without other tasks, so that only the faulty task is set aside.
         """
         mine = self.taken.setdefault(worker, [])
         suspect = bool(self.waiting) and self.waiting[0] in self.losses
@@ -73,7 +73,7 @@ class Dispatcher:
                 fix=(
                     "Everything else is complete."
                     f" {f'The last worker died of {cause}' if cause else 'Look for an image that needs much memory'};"
-                    " the same command tries again"
+                    " run the same command to try again"
                 ),
             )
 
@@ -109,6 +109,6 @@ class WorkersLost:
         if self._died_before_first_task >= TRIES:
             known = f"; the last one died of {cause}" if cause else ""
             raise WorkerError(
-                f"{TRIES} {self._workers} died before they took any work{known}",
-                fix=None if cause else "Killed for memory? Use fewer --processes",
+                f"{TRIES} {self._workers} died before their first task{known}",
+                fix=None if cause else "They may have run out of memory: use fewer --processes",
             )

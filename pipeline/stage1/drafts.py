@@ -18,7 +18,7 @@ from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.drafts")
 
-SUSPICIOUS = 256  # warn if a label shard with at least so many labels has only one class
+SUSPICIOUS = 256  # minimum number of labels in a label shard for a warning if all have one class
 
 
 class LabelDraft:
@@ -96,7 +96,7 @@ def publish_draft(out: Path, plan: Plan, draft: LabelDraft, environment: dict[st
 
 
 def _warn_of_one_class(draft: LabelDraft, views: list[LabelRows]) -> None:
-    """Warn if all views have the same class: the teacher is then broken, although its answers are finite."""
+    """Warn if all views have the same class: the teacher is probably broken, although its answers are finite."""
     if len(draft) < SUSPICIOUS:
         return
     first = views[0].hard[0]
@@ -104,6 +104,6 @@ def _warn_of_one_class(draft: LabelDraft, views: list[LabelRows]) -> None:
         warn_counted(
             log,
             "label shards in which the teacher gave one class to all views",
-            "%s, views %d:%d: the teacher gave class %d to all of %d views. Is it trained, and its input normalised?",
+            "%s, views %d:%d: the teacher gave class %d to all of %d views. Check its weights and its normalisation",
             *(draft.shard, draft.views.start, draft.views.stop, int(first), len(draft)),
         )

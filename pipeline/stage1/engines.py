@@ -1,4 +1,4 @@
-"""The local engine: label shards in this process, or in one process for each device. Each process takes shards as it needs them."""
+"""The local engine: it labels in this process, or in one process for each device. Each process takes shards as it needs them."""
 
 import contextlib
 import logging
@@ -131,7 +131,7 @@ class TeacherProcesses:
         self._replace(worker)
 
     def _replace(self, worker: _TeacherProcess) -> None:
-        """Start another process on the device of a process that has ended, if there are tasks that no worker has."""
+        """Start another process on the device of a process that has ended, if tasks are waiting."""
         if self._dispatcher.waiting:
             self.start(worker.device)
 
@@ -201,19 +201,19 @@ def load_same(job: Job, config: TeacherConfig, num_classes: int | None, device: 
     """Load the teacher of the plan on a device, and return it.
 
     Raises:
-        TeacherError: the teacher that now has this name is another one.
+        TeacherError: the loaded teacher differs from the plan's teacher.
     """
     teacher = load_teacher(config, num_classes=num_classes, device=device)
     if teacher.identity != job.plan.teacher:
         raise TeacherError(
-            f"teacher {teacher.identity.name} on {device} is not the one that this run began with: did its weights change?"
+            f"teacher {teacher.identity.name} on {device} is not the teacher that this run began with: its weights may have changed"
         )
     limit(teacher, job.config, job.cores)
     return teacher
 
 
 def limit(teacher: Teacher, config: PrecomputeConfig, cores: int) -> None:
-    """Apply --batch-size (auto: one mix block, halved when memory is too small), and limit its threads."""
+    """Apply --batch-size (auto: one mix block, halved if memory is too small), and limit the teacher's threads."""
     if config.batch_size != "auto":
         teacher.limit_batch(config.batch_size)
     asked = os.environ.get("OMP_NUM_THREADS", "")
@@ -221,7 +221,7 @@ def limit(teacher: Teacher, config: PrecomputeConfig, cores: int) -> None:
 
 
 def load_here(config: PrecomputeConfig, asked: TeacherConfig) -> tuple[Teacher, Source]:
-    """Open the source, load its teacher onto this process's device, log both, and return them."""
+    """Open the source, load the teacher onto this process's device, log both, and return them."""
     source = open_source(config.data)
     log.info("source %s", source.describe())
     rank = rank_from(os.environ)

@@ -30,7 +30,7 @@ class Reading:
 
     Attributes:
         source: the images.
-        shards: names of the source shards to read, in the order of their use.
+        shards: names of the source shards to read, in the order in which they are used.
         on_bad_image: `fail` stops at an image that cannot be decoded, `skip` leaves it out.
         workers: loader processes.
         progress: receives the number of source shards that are read.
@@ -43,7 +43,7 @@ class Reading:
     progress: Progress
 
     def each(self, phase: str, work: Callable[[str, Note], Made], shards: Sequence[str]) -> Iterator[tuple[str, Made]]:
-        """Yield each of these source shards with the result of `work(name, note)`, and report the number that are done."""
+        """Yield each source shard with the result of `work(name, note)`, and report progress."""
         began = time.monotonic()
         made = in_processes(work, shards, workers=min(self.workers, len(shards)))
         for done, result in enumerate(zip(shards, made, strict=True), start=1):
@@ -67,7 +67,7 @@ def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRo
     bad = sum(len(samples) - len(samples.usable) for samples in tables.values())
     if bad:
         log.warning(
-            "%d of %d images cannot be decoded and are left out; `deit-cli labels info` names them",
+            "%d of %d images cannot be decoded and are left out; `deit-cli labels info` lists them",
             bad,
             sum(map(len, tables.values())),
         )
@@ -96,7 +96,7 @@ def scan_shard(source: Source, on_bad_image: BadImagePolicy, name: str, note: No
             if on_bad_image == "fail":
                 raise SourceError(
                     f"{error}",
-                    fix="Mend the image, or leave such images out with --on-bad-image skip",
+                    fix="Repair the image, or pass --on-bad-image skip to leave such images out",
                 ) from error
             shapes.append((0, 0))
             bad.append(error.reason)

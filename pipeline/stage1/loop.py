@@ -25,13 +25,13 @@ from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.labelling")
 
-AHEAD = 2  # batches that wait on the device while the host handles an earlier answer
-UNWRITTEN = 2  # complete label shards that wait for the writer
+AHEAD = 2  # number of batches queued on the device while the host handles an earlier answer
+UNWRITTEN = 2  # maximum number of complete label shards that wait for the writer
 
 
 @dataclass(frozen=True)
 class LabelTask:
-    """One label shard: the views of one block of one source shard. It is the unit of work, and is made again as a whole."""
+    """One label shard: one source shard and one block of views. It is the unit of work; if it fails, all of it is computed again."""
 
     shard: str
     views: range
@@ -79,7 +79,7 @@ def label_shards(
         job: the label set and its source.
         teacher: teacher on the device of this process.
         tasks: tasks to label, taken one by one shortly before they are needed.
-        report: called with the work done since the last call; with an empty record when the first views are ready.
+        report: called with the work done since the last call; also called, without work, when the first views are ready.
         finished: called with each task whose file is complete under its final name.
     """
     in_progress = ShardsInProgress(job, teacher, report, finished)
@@ -129,7 +129,7 @@ class ShardsInProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait until the writer has finished the file that it has begun, even when this process is told to stop."""
+        """Wait until the writer has finished its current file, even if this process is told to stop."""
         try:
             if kind is None:
                 self._report_written(0)
@@ -171,7 +171,7 @@ class ShardsInProgress:
         self._report_written(UNWRITTEN)
 
     def _report_written(self, most: int) -> None:
-        """Wait until at most `most` files are still to be written, and report the written ones."""
+        """Wait until at most `most` files remain to be written, and report the written ones."""
         while len(self._writes) > most or (self._writes and self._writes[0][1].done()):
             task, future = self._writes.popleft()
             self._report(WorkDone(bytes=future.result()))
@@ -179,7 +179,7 @@ class ShardsInProgress:
 
 
 def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
-    """Return whether a label shard exists, is whole, and has the pixels that this machine renders.
+    """Return whether a label shard exists; raise if it is damaged, or does not fit the pixels rendered on this machine.
 
     Raises:
         LabelSetError: the file is damaged, or belongs to another label set or other pixels.
@@ -211,7 +211,7 @@ def _answer(pending: PendingAnswer, batch: ViewBatch, job: Job) -> Answer:
         rows = [int(batch.rows[position]) for position in error.positions]
         names = ", ".join(repr(keys[row]) for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         raise NonFiniteTeacherError(
-            f"{error.what} for view {batch.view} of {names} in {batch.shard}: nothing of it was stored."
+            f"{error.what} for view {batch.view} of {names} in {batch.shard}: these labels were not stored."
             " Check the teacher's weights and normalisation",
             error.positions,
         ) from error

@@ -1,7 +1,7 @@
-"""Self-contained sets: pack the images of a source into tars of the label set, which are then labelled.
+"""Self-contained sets: pack the images of a source into tars of the label set, before the packed images are labelled.
 
 A tar has the keys, class labels and order of its source shard, so that plan and ids are the same with and without packing.
-The comment of a tar says how its images were made. Like every file of a set, a tar is written whole or not at all.
+The comment of a tar says how its images were made. Like every file of a set, a tar is published only when complete.
 """
 
 import logging
@@ -64,14 +64,14 @@ class Packing:
 
     @property
     def option(self) -> str:
-        """The command-line option that asks for this packing."""
+        """The command-line option for this packing."""
         return f"--include-images {self.shorter or ORIGINAL}"
 
 
 def plan_packing(out: Path, include_images: str | None) -> Packing | None:
-    """Return how the images of a set are packed, or None if it has no images and none are asked for.
+    """Return how the images of a set are packed; None if it has no images and none are requested.
 
-    A set with images keeps them: more views are made of the same images.
+    A set with images keeps them: new views are made from the same images.
 
     Args:
         out: folder of the set, existing or new.
@@ -79,7 +79,7 @@ def plan_packing(out: Path, include_images: str | None) -> Packing | None:
 
     Raises:
         LabelSetMismatch: the images of the set are packed in another way.
-        UsageError: the set was begun with images, and now none are asked for.
+        UsageError: the set was begun with images, and now none are requested.
     """
     found = _packed_as(out)
     asked = Packing(None if include_images == ORIGINAL else int(include_images)) if include_images else None
@@ -108,7 +108,7 @@ def _packed_as(out: Path) -> Packing | None:
     shorter = text.removeprefix("shorter side at most ").partition(" ")[0]
     packing = Packing(int(shorter) if shorter.isdecimal() else 0)
     if packing.text != text:
-        raise LabelSetError(f"{first} is not a tar that --include-images wrote: move it away, or choose another --out")
+        raise LabelSetError(f"{first} was not written by --include-images: move it away, or choose another --out")
     return packing
 
 
@@ -131,7 +131,7 @@ def packed_source(out: Path, source: Source) -> Source:
 def pack_images(out: Path, plan: Plan, packing: Packing, reading: Reading) -> Source:
     """Pack the images of these source shards that are not packed yet; return the packed images as a source.
 
-    With `on_bad_image` `skip`, the bytes of an image that cannot be decoded are packed as they are.
+    If `on_bad_image` is `skip`, an image that cannot be decoded is packed unchanged.
 
     Raises:
         SourceError: an image cannot be decoded and `on_bad_image` is `fail`.
@@ -186,8 +186,8 @@ class _Packer:
             image = _packed_image(sample, self.packing, self.on_bad_image)
             if samples is not None and xxhash.xxh3_128_digest(image) != samples.image_xxh3[row]:
                 raise LabelSetMismatch(
-                    f"image {sample.key!r} of {shard.name} would be packed with other bytes than those that are labelled:"
-                    " pass the --data that was labelled, and how its images were packed, or choose another --out"
+                    f"image {sample.key!r} of {shard.name} would be packed with other bytes than the labelled image:"
+                    " pass the --data and --include-images of the labelled images, or choose another --out"
                 )
             yield sample.key + member_extension(image), image
             if sample.class_label is not None:
@@ -199,12 +199,12 @@ def _packed_image(sample: Sample, packing: Packing, on_bad_image: BadImagePolicy
         if packing.shorter is not None:
             return shrink(sample.image, packing.shorter, key=sample.key)
         if on_bad_image == "fail":
-            decode(sample.image, key=sample.key)  # a bad image in a tar could not be repaired later
+            decode(sample.image, key=sample.key)  # an image in a tar cannot be repaired later
     except BadImageError as error:
         if on_bad_image == "fail":
             raise SourceError(
                 f"{error}",
-                fix="Mend the image, or leave such images out with --on-bad-image skip",
+                fix="Repair the image, or pass --on-bad-image skip to leave such images out",
             ) from error
     return sample.image
 
@@ -215,6 +215,6 @@ def _check_as_sealed(out: Path, path: Path, name: str) -> None:
     for entry in sealed.files if sealed else ():
         if entry.kind == "images" and entry.shard == name and sha256_file(path) != entry.sha256:
             raise LabelSetMismatch(
-                f"{path} was packed again, and is not the one that was sealed: another Pillow or Python made it",
+                f"{path} was packed again, and differs from the sealed file: another Pillow or Python made it",
                 fix="Choose another --out",
             )

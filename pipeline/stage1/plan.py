@@ -1,4 +1,4 @@
-"""The plan of stage 1: which label set a run makes, which blocks of views are missing, and how a set is extended."""
+"""Plan stage 1: the label set that a run makes, its missing blocks of views, and the settings of an extension."""
 
 import itertools
 import logging
@@ -35,7 +35,7 @@ class Work:
     Attributes:
         plan: plan of the label set.
         source: images to label; if the folder holds a subset, only its source shards.
-        blocks: requested blocks of views, in rising order. They include sealed and begun blocks: missing files of these blocks
+        blocks: requested blocks of views, in ascending order. They include sealed and begun blocks: missing files of these blocks
             are made again.
         views_to_label: number of views that no sealed block holds yet.
         packing: how the images are packed into the set; None: no packing.
@@ -87,7 +87,7 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     Raises:
         TeacherError: the teacher's classes are not the source's classes.
         LabelSetMismatch: the folder holds another label set.
-        UsageError: K, the views or the folder do not allow this run.
+        UsageError: K or the views are out of range, or the folder cannot be used.
     """
     source, record = _held_part(config.folder, source)
     labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
@@ -125,7 +125,7 @@ def _plan_in(config: PrecomputeConfig, asked: Plan) -> Plan:
     present = [path.name for path in out.iterdir()] if out.is_dir() else []
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
-        raise UsageError(f"--out {config.out}: {above} is a file: choose a folder in a folder")
+        raise UsageError(f"--out {config.out}: {above} is a file: choose a path inside a folder")
     if (out / PLAN_NAME).is_file():
         held = read_plan(out)
         held.check_same(asked, folder=config.out)
@@ -163,13 +163,13 @@ def _begun(out: Path, sealed: list[range], views: tuple[int, int]) -> list[range
 
 
 def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int]) -> None:
-    """Raise UsageError unless the new views begin or end next to the sealed views: a sealed set has no gap."""
+    """Raise UsageError if the new views would leave a gap to the sealed views."""
     known = sorted({view for block in sealed for view in block} | set(asked))
     if known[-1] - known[0] + 1 != len(known):
         held = f"{sealed[0].start}:{sealed[-1].stop}"
         raise UsageError(
             f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}",
-            fix="Append to those",
+            fix="Choose views next to these",
         )
 
 
@@ -196,10 +196,10 @@ def choose_topk(asked: int | None, num_classes: int) -> int:
 def extension(
     location: str, values: dict[str, Any], *, data: str | None, views: tuple[int, int]
 ) -> tuple[PrecomputeConfig, TeacherConfig, Recipe]:
-    """Return the settings with which precompute adds views to a label set.
+    """Return the settings for `precompute` to add views to a label set.
 
     Recipe, K, precision and source are those of the plan. A block is as long as the longest block of the set. The teacher is
-    that of the plan, unless another name is passed. `precompute` checks that it is the same teacher before it writes anything.
+    the one of the plan, unless another name is passed. `precompute` checks that it is the same teacher before it writes anything.
 
     Args:
         location: folder or URL of the set, which need not be sealed yet.
@@ -240,16 +240,16 @@ def _teacher_of(plan: Plan, asked: dict[str, Any]) -> TeacherConfig:
     members = plan.teacher.members
     if not asked.get("teacher"):
         asked["teacher"] = tuple(member.name for member in members)
-        # Every published network of timm has a tag in its name; an architecture alone does not say where its weights are.
+        # Every published network of timm has a tag in its name; an architecture alone does not identify its weights.
         unknown = next((name for name in asked["teacher"] if not re.search("[.:]", name)), None)
         if unknown and asked.get("pretrained", True):
             raise UsageError(
-                f"the weights of this set's teacher {unknown} came from a folder or a file: pass that again with --teacher"
+                f"the weights of this set's teacher {unknown} came from a folder or a file: pass it again with --teacher"
                 f" FOLDER, or with --teacher {unknown} --teacher-checkpoint FILE"
             )
     sizes = {member.img_size for member in members}
     if asked.get("teacher_img_size") is None and len(sizes) == 1:
         (asked["teacher_img_size"],) = sizes
     if len(sizes) > 1 and asked.get("teacher_img_size") is not None:
-        raise UsageError(f"the teachers of this set see {sorted(sizes)} pixels each: leave --teacher-img-size out")
+        raise UsageError(f"the teachers of this set have image sizes {sorted(sizes)}: omit --teacher-img-size")
     return TeacherConfig(**asked)

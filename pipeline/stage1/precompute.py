@@ -40,7 +40,7 @@ log = logging.getLogger("deit_cli.precompute")
 
 
 def look_ahead(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source) -> Work:
-    """Return the work that a run would do; --out may be a URL."""
+    """Return the work of a run without doing it; --out may be a URL."""
     with mirrored(config):
         return plan_work(config, recipe, teacher, source)
 
@@ -50,10 +50,10 @@ def precompute(
 ) -> LabelSet | None:
     """Make, continue or extend a label set.
 
-    Every file is published whole under its final name; a run that was killed continues where it stopped.
+    Every file is published only when complete; a run that was killed continues where it stopped.
 
     Returns:
-        the sealed label set; None if other ranks still have label shards to make.
+        the sealed label set; None if label shards of other ranks are missing.
     """
     with mirrored(config) as mirror:
         work = plan_work(config, recipe, teacher, source)
@@ -69,7 +69,9 @@ def precompute(
             mirror.bring()  # files that other machines have made
         if missing := sum(not path.is_file() for path in paths_of(config.folder, tasks)):
             log.info(
-                "%d of %d label shards are still to come from other ranks; the last one seals", missing, len(tasks)
+                "%d of %d label shards are still missing from other ranks; the rank that finishes last seals the set",
+                missing,
+                len(tasks),
             )
             return None
         return _finish(config, work, mirror)
@@ -97,7 +99,7 @@ def _prepare(config: PrecomputeConfig, teacher: Teacher) -> Resources:
     cores = 1 if config.engine == "ray" else plan_cores(devices, rank)  # a Ray actor has one core
     limit(teacher, config, cores)
     if config.engine == "ray":
-        connect_ray(config.address)  # fail here, before hours of indexing
+        connect_ray(config.address)  # fail before hours of indexing
     return Resources(devices, cores, plan_loaders(config.workers, cores, devices[0]))
 
 
@@ -207,20 +209,20 @@ def _check_accuracy(config: PrecomputeConfig, teacher: Teacher, source: Source) 
     log.info("teacher %s: top-1 %.1f %% on centre crops of %d labelled images", teacher.identity.name, top1, count)
     if top1 < config.min_teacher_accuracy:
         raise TeacherError(
-            f"teacher {teacher.identity.name} has top-1 {top1:.1f} % on {count} images, --min-teacher-accuracy asks for"
+            f"teacher {teacher.identity.name} has top-1 {top1:.1f} % on {count} images, --min-teacher-accuracy requires"
             f" {config.min_teacher_accuracy:g} %: check its classes, their order and its normalisation"
         )
 
 
 def _warn_of_sorted_classes(recipe: Recipe, samples: dict[str, SampleRows]) -> None:
-    """Warn if neighbours have the same class: partners come from one mix block, so mixup would mix only one class."""
+    """Warn if most neighbours have the same class: partners come from one mix block, so mixup would mix only one class."""
     labels = [table.class_label for table in samples.values()]
     pairs = [(a, b) for shard in labels for a, b in itertools.pairwise(shard) if a is not None and b is not None]
     same = sum(a == b for a, b in pairs)
     if recipe.mixes and len({label for shard in labels for label in shard}) > 1 and same > 0.5 * len(pairs):
         log.warning(
-            "%.0f %% of neighbours are of one class: the source looks sorted, and mixup partners come from among %d"
-            " neighbours. Shuffle the samples into new shards for labels as good as DeiT's",
+            "%.0f %% of neighbours have the same class: the source seems to be sorted, and mixup partners are chosen among %d"
+            " neighbours. For labels as good as DeiT's, shuffle the samples into new shards",
             100 * same / len(pairs),
             recipe.mix_block,
         )
@@ -228,7 +230,7 @@ def _warn_of_sorted_classes(recipe: Recipe, samples: dict[str, SampleRows]) -> N
 
 @contextlib.contextmanager
 def mirrored(config: PrecomputeConfig) -> Iterator[ManyWritersMirror | None]:
-    """Download the label set of an --out that is a URL, and upload new files while the block runs.
+    """If --out is a URL, download its label set, and upload new files while the block runs.
 
     Raises:
         UsageError: the engine is Ray, whose workers would write to their own folders.
@@ -239,7 +241,7 @@ def mirrored(config: PrecomputeConfig) -> Iterator[ManyWritersMirror | None]:
         return
     if config.engine == "ray":
         raise UsageError(
-            f"--out {config.out}: --engine ray needs an --out that all its machines share as a folder",
+            f"--out {config.out}: --engine ray needs an --out folder that all its machines share",
             fix="Push the set afterwards: deit-cli labels push",
         )
     mirror.bring()
@@ -263,17 +265,17 @@ def commit(
             mirror.commit()
             return
         except ChangedElsewhere as error:
-            log.info("%s: sealing once more, with what is there now", error)
+            log.info("%s: sealing again, with the files of the other machine", error)
             mirror.bring()
             seal(out, plan, blocks, shards, images=images)
 
 
 def ended_line(config: PrecomputeConfig, label_set: LabelSet | None) -> str:
-    """Return the result of `precompute` as a line for people."""
+    """Return the result of `precompute` as one line of text."""
     if label_set is None:
-        return f"{config.out}: this rank's label shards are complete; the rank that ends last seals the set"
+        return f"{config.out}: this rank's label shards are complete; the rank that finishes last seals the set"
     views = label_set.views
     return (
         f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed."
-        f" Look: deit-cli labels show {config.out}"
+        f" To look at it: deit-cli labels show {config.out}"
     )

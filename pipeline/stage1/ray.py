@@ -39,7 +39,7 @@ def connect_ray(address: str) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise WorkerError(
             f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]})",
-            fix=("Start one with `ray start --head`, or pass --address local for a Ray of this machine alone"),
+            fix=("Start one with `ray start --head`, or pass --address local to use only this machine"),
         ) from error
 
 
@@ -51,7 +51,7 @@ def _check_answers(address: str) -> None:
 
 
 def plan_ray(nodes: Iterable[Mapping[str, float]], device: str, processes: int | None) -> tuple[str, int, int]:
-    """Return the device of each worker of a Ray cluster, the number of workers, and the cores of each worker.
+    """Return the device of each worker of a Ray cluster, the number of workers, and the number of cores of each worker.
 
     Args:
         nodes: resources of each node that is alive, as Ray names them.
@@ -68,7 +68,7 @@ def plan_ray(nodes: Iterable[Mapping[str, float]], device: str, processes: int |
 
 
 def run_ray(job: Job, teacher: Teacher, processes: int | None, tasks: Sequence[LabelTask], tally: Tally) -> None:
-    """Label on all GPUs (or else cores) of the cluster of `connect_ray`; other nodes take over the work of a lost node."""
+    """Label on all GPUs (or cores) of the cluster of `connect_ray`; other nodes take over the work of a lost node."""
     import ray
 
     _RayWorkers(ray, job, teacher, processes, tasks).run(tally)

@@ -1,4 +1,4 @@
-"""Mix blocks to views: each image is decoded once, and each batch is one view of the whole block."""
+"""Render mix blocks into batches: each image is decoded once, and each batch is one view of the whole block."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from pipeline.views.pairs import mix_blocks, pairs_of
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import render_encoded, render_view, render_views
 
-# Bytes that one process holds of a block between its views: decoded images, or their views if these are smaller. A block
+# Maximum memory of one process for a block between its views: decoded images, or their views if these are smaller. A block
 # of 256 images of ImageNet decodes to about 150 MB; a block of 12-megapixel photographs is rendered eight views at a time.
 HELD_BYTES = 320 * 2**20
 
@@ -75,7 +75,7 @@ class ViewBatch:
 class BlockRenderer:
     """Renderer called in loader processes: `renderer((block, view), out, note)` renders one view and puts its images into `out`.
 
-    It holds the images of the last requested block: a caller that asks for all views of a block in a row (see `deal`) needs
+    It holds the images of the last requested block: a caller that requests all views of a block in a row (see `deal`) needs
     only one decode.
     """
 
@@ -139,7 +139,7 @@ def stream_views(
         img_size: height and width of the views.
         most: maximum number of samples in a block.
         workers: number of loader processes; 0: render in this process.
-        held: number of batches that the caller may hold while it asks for another one.
+        held: number of batches that the caller may hold while it requests another one.
         device: device to which the caller copies batches; None: no copies.
     """
     shape = (most, img_size, img_size, 3)

@@ -996,7 +996,7 @@ def test_fault_13_views_of_a_non_finite_answer_are_named_and_no_label_of_their_s
     monkeypatch.setattr(labelling.ShardsInProgress, "store_answer", noting)
     teacher, out = colour_teacher(), tmp_path / "set"
     spoil(teacher, at, [0, 2], value)
-    with pytest.raises(NonFiniteTeacherError, match="nothing of it was stored") as caught:
+    with pytest.raises(NonFiniteTeacherError, match="these labels were not stored") as caught:
         make_label_set(images, out, teacher=teacher)
     batch = batches[at]
     keys = [open_source(str(images)).shard(batch.shard).keys[int(batch.rows[position])] for position in (0, 2)]
@@ -1011,14 +1011,14 @@ def test_fault_13_views_of_a_non_finite_answer_are_named_and_no_label_of_their_s
 def test_fault_13_a_teacher_that_says_the_same_of_everything_is_warned_about(images, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(drafts, "SUSPICIOUS", 10)  # a label shard of this set has ten labels or eight
     make_label_set(images, tmp_path / "sound")
-    assert "Is it trained" not in caplog.text
+    assert "Check its weights" not in caplog.text
     teacher = colour_teacher(name="constant")
     teacher.networks[0].module.register_forward_hook(lambda *_: torch.tensor([[0.0, 0.0, 9.0]]).expand(len(_[1][0]), 3))
     make_label_set(images, tmp_path / "constant", teacher=teacher)
-    warnings = [record.getMessage() for record in caplog.records if "Is it trained" in record.getMessage()]
+    warnings = [record.getMessage() for record in caplog.records if "Check its weights" in record.getMessage()]
     assert warnings == [
         f"train-0, views {start}:{start + 2}: the teacher gave class 2 to all of 10 views."
-        " Is it trained, and its input normalised?"
+        " Check its weights and its normalisation"
         for start in (0, 2)
     ]
 

@@ -206,7 +206,7 @@ def test_a_view_without_an_answer_is_named_and_nothing_of_it_is_stored(device, d
     teacher = teacher_of_module(Blind(limit), device, img_size=16, dtype=dtype)
     with pytest.raises(NonFiniteTeacherError, match="answered NaN or infinity in float32 for view") as caught:
         labels_of(teacher, tmp_path / "set", data)
-    said = re.search(r"for view (\d+) of (.*) in (train-\d+): nothing of it was stored", str(caught.value))
+    said = re.search(r"for view (\d+) of (.*) in (train-\d+): these labels were not stored", str(caught.value))
     assert said is not None
     view, shard = int(said[1]), said[3]
     keys = label_set.samples(shard).key

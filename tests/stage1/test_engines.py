@@ -108,7 +108,7 @@ def work_and_die_of_shard_1(pipe, *args) -> None:
 @pytest.mark.slow
 def test_processes_that_cannot_start_are_an_error_and_not_a_loop(data, tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "_run_worker", die_at_once)
-    with pytest.raises(WorkerError, match="3 teacher processes died before they took any work"):
+    with pytest.raises(WorkerError, match="3 teacher processes died before their first task"):
         labelled(tmp_path / "set", data)
     assert multiprocessing.active_children() == []
 
@@ -119,7 +119,7 @@ def die_at_once(*_) -> None:
 
 @pytest.mark.slow
 def test_what_a_process_cannot_do_arrives_as_its_own_error_and_leaves_no_process(data, tmp_path):
-    with pytest.raises(TeacherError, match="is not the one that this run began with"):
+    with pytest.raises(TeacherError, match="is not the teacher that this run began with"):
         labelled(tmp_path / "set", data, teacher=teacher_of("support.builders:changing_cnn"))
     assert multiprocessing.active_children() == []
     with pytest.raises(LabelSetIncomplete):

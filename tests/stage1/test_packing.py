@@ -304,7 +304,7 @@ def test_a_tar_that_is_no_packed_one_is_refused(tmp_path):
     data = write_tars(tmp_path / "data")
     label(tmp_path / "set", data, include_images="original")
     shutil.copy(Path(data) / "train-000000.tar", tmp_path / "set/images/train-000000.tar")
-    with pytest.raises(LabelSetError, match=r"train-000000\.tar is not a tar that --include-images wrote"):
+    with pytest.raises(LabelSetError, match=r"train-000000\.tar was not written by --include-images"):
         label(tmp_path / "set", data)
 
 
@@ -319,7 +319,9 @@ def test_a_deleted_tar_is_packed_again_and_a_changed_one_is_refused(tmp_path):
     label(tmp_path / "set", data)
     assert files_of(tmp_path / "set") == before
     tar.write_bytes(before["images/train-000001.tar"] + bytes(512))
-    with pytest.raises(LabelSetCorrupt, match=r"train-000001\.tar is not as it was sealed: delete it and run again"):
+    with pytest.raises(
+        LabelSetCorrupt, match=r"train-000001\.tar was changed after it was sealed: delete it and run again"
+    ):
         label(tmp_path / "set", data)
 
 
@@ -333,7 +335,7 @@ def test_a_tar_that_was_packed_differently_is_not_vouched_for(tmp_path, monkeypa
         "write_tar",
         lambda file, members, comment: real(file, [*members, ("x.txt", b"")], comment=comment),
     )
-    with pytest.raises(LabelSetMismatch, match=r"was packed again, and is not the one that was sealed"):
+    with pytest.raises(LabelSetMismatch, match=r"was packed again, and differs from the sealed file"):
         label(tmp_path / "set", data)
 
 
@@ -361,7 +363,7 @@ def test_a_flipped_byte_in_a_tar_is_found_by_verify_and_refused_when_the_image_i
     assert len(problems) == 2
     assert "train-000000.tar has SHA-256" in problems[0]
     assert (
-        "other image bytes: 'img-0000' of train-000000. Its labels belong to other images than those in it"
+        "other image bytes: 'img-0000' of train-000000. The labels belong to other images than the label set contains"
         in problems[1]
     )
     with pytest.raises(LabelSetMismatch, match="image 'img-0000' of train-000000 has other bytes"):

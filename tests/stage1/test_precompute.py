@@ -212,7 +212,7 @@ def test_k_beyond_the_classes_is_refused(data, tmp_path):
 
 
 def test_an_inaccurate_teacher_is_refused_before_anything_is_written(data, tmp_path):
-    with pytest.raises(TeacherError, match=r"has top-1 .* on 23 images, --min-teacher-accuracy asks for 99 %"):
+    with pytest.raises(TeacherError, match=r"has top-1 .* on 23 images, --min-teacher-accuracy requires 99 %"):
         make_labels(tmp_path / "set", data, min_teacher_accuracy=99)
     assert not (tmp_path / "set").exists()
 
@@ -287,10 +287,10 @@ def test_sorted_classes_are_warned_about(tmp_path, caplog):
                 }
             )
     make_labels(tmp_path / "set", str(data))
-    assert "neighbours are of one class" in caplog.text
+    assert "neighbours have the same class" in caplog.text
     caplog.clear()
     make_labels(tmp_path / "mixed", write_tars(tmp_path / "other"))
-    assert "neighbours are of one class" not in caplog.text
+    assert "neighbours have the same class" not in caplog.text
 
 
 def test_two_runs_at_once_make_one_sound_set(data, labelled, tmp_path):

@@ -83,7 +83,7 @@ def test_a_lost_node_changes_no_byte(cluster, data, whole, tmp_path, monkeypatch
 
 def test_what_a_worker_cannot_do_arrives_as_its_own_error(cluster, data, tmp_path):
     made, _ = cluster
-    with pytest.raises(TeacherError, match="is not the one that this run began with"):
+    with pytest.raises(TeacherError, match="is not the teacher that this run began with"):
         labelled(tmp_path / "set", data, made, teacher=teacher_of("support.builders:changing_cnn"))
 
 

@@ -221,7 +221,7 @@ def test_a_web_server_is_no_place_to_write_to(data, url):
 
 
 def test_ray_workers_would_write_elsewhere(data, bucket):
-    with pytest.raises(UsageError, match="--engine ray needs an --out that all its machines share"):
+    with pytest.raises(UsageError, match="--engine ray needs an --out folder that all its machines share"):
         label(f"{bucket}/set", data, engine="ray")
 
 
