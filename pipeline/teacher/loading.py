@@ -29,7 +29,7 @@ from pipeline.weights import check_size, read_hub_config, read_tensors
 # DeiT's own teacher. timm's untagged `regnety_160` is another network, pretrained on ImageNet-12k.
 DEIT_TEACHERS = {"regnety_160": "regnety_160.deit_in1k"}
 LOCAL, HUB = "local-dir:", "hf-hub:"
-# The keys of the dict that a `module:function` may return, with the value of each key that it leaves out.
+# The keys of the dict that a `module:function` may return, with the default of each key.
 FUNCTION_DEFAULTS: dict[str, Any] = {
     "input_size": (3, 224, 224),
     "mean": IMAGENET_MEAN,
@@ -45,11 +45,11 @@ def load_teacher(config: TeacherConfig, *, num_classes: int | None = None, devic
     Args:
         config: names (`regnety_160` means DeiT's), weights, image size and dtype.
         num_classes: class count for a network with random weights; None means 1,000.
-        device: torch device; None takes the one in `config`.
+        device: torch device; None: the device in `config`.
 
     Raises:
         TeacherError: a network cannot be loaded, or the networks have different classes.
-        UsageError: a name or a checkpoint does not exist, or the two do not go together.
+        UsageError: a name or a checkpoint does not exist, or they cannot be combined.
     """
     checkpoints = config.teacher_checkpoint or (None,) * len(config.teacher)
     networks = [
@@ -174,8 +174,8 @@ def _check_exported_folder(folder: Path) -> None:
 def _from_function(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """Call a `module:function`, and return its network and the values for all keys of FUNCTION_DEFAULTS.
 
-    The function returns a network from normalised float32 images [B, 3, H, W] to logits [B, C], or that and a dict with
-    some of the keys. If it returns a network alone, the network's `pretrained_cfg`, which timm sets, gives the values.
+    The function returns a network from normalised float32 images [B, 3, H, W] to logits [B, C], or a pair of a network and
+    a dict with some of the keys. Without a dict, the values are taken from the network's `pretrained_cfg`, which timm sets.
 
     Raises:
         UsageError: the function cannot be imported.
@@ -261,7 +261,7 @@ def _as_teacher_error(what: str, *, fix: str) -> Iterator[None]:
             yield
     except (TeacherError, UsageError, KeyboardInterrupt):
         raise
-    except CheckpointError as error:  # it names its file, and has a fix of its own
+    except CheckpointError as error:  # it already names its file and has a fix
         raise TeacherError(error.what, fix=error.fix) from error
     except Exception as error:
         text = " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__

@@ -110,7 +110,7 @@ class Teacher:
         num_classes_asked: class count for a network with random weights; None means 1,000.
         device: torch device of the networks.
         dtype: precision of the forward passes.
-        img_size: largest image size of the networks, in pixels.
+        img_size: maximum image size of the networks, in pixels.
         crop_pct: share of the shorter side that the first network's centre crop keeps, 0..1.
         batch_size: maximum number of views in a forward pass; halved when the device runs out of memory.
         threads: forward passes that run in parallel on a CPU; 1 on a GPU.
@@ -320,7 +320,7 @@ def check_classes(teacher: AnyTeacher, class_names: tuple[str, ...] | None, high
     Args:
         teacher: identity of the teacher.
         class_names: class names of the source, None if it has none.
-        highest_label: highest class label of the source, None if no image has one.
+        highest_label: maximum class label of the source, None if no image is labelled.
 
     Raises:
         TeacherError: the classes differ in number, names or order.
@@ -337,13 +337,13 @@ def check_classes(teacher: AnyTeacher, class_names: tuple[str, ...] | None, high
         place = next(i for i, (a, b) in enumerate(zip(class_names, teacher.class_names, strict=True)) if a != b)
         raise TeacherError(
             f"class {place} is {class_names[place]!r} in the source and {teacher.class_names[place]!r} for teacher {teacher.name}:"
-            " the order of classes differs"
+            " names or order of the classes differ"
         )
 
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """Limit every torch operation on a CPU to one thread inside the block; the teacher starts threads of its own.
+    """Limit every torch operation on a CPU to one thread inside the block; the teacher starts its own threads.
 
     A new thread adopts this limit at its first operation. So each thread of the teacher must start inside such a block:
     a thread that started outside would sum in another order, and change the last bits of stored probabilities.
