@@ -478,7 +478,7 @@ def test_estimate_says_what_labelling_costs_and_its_numbers_fit_together(data):
     assert "teacher passes 138: 23 images x 6 views" in output
     assert "label bytes    2.2 kB, 16 bytes a label, before compression" in output
     assert (
-        "labels pay off from 4 students on: 6 passes an image, once, against\n               2 passes for each"
+        "labels pay off from 4 students on: 6 passes per image in total, instead of\n               2 passes for each"
         in output
     )
     assert "3 students     of 2 epochs each" in output

@@ -1,4 +1,4 @@
-"""`bench stage1`: the speed of each part of labelling alone, and of all parts together in a real run."""
+"""`bench stage1`: measure the speed of each part of labelling alone, and of all parts together in a real run."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from pipeline.teacher.teacher import Teacher
 from pipeline.text import count
 from pipeline.views.recipe import Recipe
 
-FILLING = AHEAD + 2  # number of answers until the queues of a run are full
+FILLING = AHEAD + 2  # number of answers after which the queues of a run are full
 MANY_VIEWS = 50_000  # number of views of each image, more than can be made in the measured time
 
 
@@ -81,7 +81,7 @@ class LabellingBench:
         return "\n".join(line for line in lines if line)
 
 
-DO_NOT_FIT = "measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds"
+DO_NOT_FIT = "the measured speed does not match the parts: other programs may have run meanwhile. Try longer --seconds"
 
 
 def bench_labelling(
@@ -102,7 +102,7 @@ def measure_run(
 ) -> Tick:
     """Run stage 1 on the first images into a temporary folder for some seconds, and return its progress.
 
-    Time and views are counted after all queues are full, so that the start of processes is left out.
+    Time and views are counted after all queues are full, so that the start of processes is not included.
     """
     shard = next((shard for shard in source.shards if len(shard)), None)
     if shard is None:

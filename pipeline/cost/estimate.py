@@ -1,4 +1,4 @@
-"""Estimate the cost of labelling, and the number of students from which it is cheaper than a teacher in every step."""
+"""Estimate the cost of labelling, and the number of students for which it is cheaper than a teacher in every step."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,14 +20,14 @@ class Estimate:
 
     Attributes:
         passes: number of teacher passes: all views of all images.
-        teacher_hours: time of one device, if only the teacher takes time.
+        teacher_hours: time of one device for the teacher alone.
         render_core_hours: time of one core for rendering.
         hours: time on this machine, with its devices and cores.
         limit: the slowest part: `teacher`, `rendering`, or the `cores` that run both.
         cores_per_device: number of cores that render as fast as one device answers.
         label_bytes: size of the labels before compression.
         online_ratio: time of a training step with the teacher, divided by the time without it.
-        offline_from: smallest number of students for which labelling once costs less than a teacher in every step.
+        offline_from: minimum number of students for which labelling once costs less than a teacher in every step.
         offline_hours: time of labelling and of all students, on one device.
         online_hours: time of all students with the teacher in every step, on one device.
     """
@@ -104,7 +104,7 @@ class LabellingCost:
         rates: rates of the parts of this machine.
         reachable: rates that this machine can reach.
         model: name of the students.
-        timed: whether the steps of teacher and student were timed; otherwise their floating-point operations were counted.
+        timed: whether the steps of teacher and student were timed; if False, their floating-point operations were counted.
     """
 
     counts: dict[str, int]
@@ -121,7 +121,7 @@ class LabellingCost:
         return self.counts | asdict(self.result) | asdict(self.machine) | measured
 
     def table(self) -> str:
-        """Return the cost of labelling here, and the number of students from which it pays, as text for people."""
+        """Return the cost of labelling, and the minimum number of students for which it pays off, as text for people."""
         images, views, students, epochs = self.counts.values()
         result, rates, machine, device = self.result, self.rates, self.machine, self.machine.device
         on = f"one {device}" + (f" process of {count(machine.threads, 'thread')}" if machine.threads else "")
@@ -149,7 +149,7 @@ class LabellingCost:
             ("", f"{duration(result.online_hours)} with the teacher in every step"),
             (
                 "labels pay off",
-                f"from {count(result.offline_from, 'student')} on: {views:,} passes an image, once, against",
+                f"from {count(result.offline_from, 'student')} on: {views:,} passes per image in total, instead of",
             ),
             ("", f"{count(epochs, 'pass', 'es')} for each student"),
         ]

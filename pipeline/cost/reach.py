@@ -1,4 +1,4 @@
-"""The resources of this machine for labelling, and its reachable speed, computed from the rates of each part alone."""
+"""The resources of this machine for labelling, and its reachable speed, computed from the rate of each part."""
 
 import os
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class ReachableRates:
 
     @property
     def together(self) -> float:
-        """The highest rate of all parts together."""
+        """The maximum rate of all parts together."""
         return min(self._parts.values())
 
     @property
@@ -85,7 +85,7 @@ class ReachableRates:
 
 
 def reachable_rates(rates: Rates, machine: Machine) -> ReachableRates:
-    """Return the rates that a machine can reach with these rates of its parts."""
+    """Return the rates that a machine can reach, given the rates of its parts."""
     view_s = rates.view_s(machine.views_per_decode)
     return ReachableRates(
         teacher=machine.devices / rates.answer_s,
