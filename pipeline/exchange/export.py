@@ -47,7 +47,7 @@ SPLIT = "train"
 
 @dataclass(frozen=True)
 class Export:
-    """The content of an export: everything that decides its bytes.
+    """The content of an export: everything that its bytes depend on.
 
     Attributes:
         labelset_id: id of the label set.
@@ -94,7 +94,7 @@ def export_labels(
         label_set: label set to export.
         source: images of the label set.
         out: new folder, or the folder of the same export.
-        config: what to export.
+        config: settings of the export.
         progress: receives the number of finished tars.
 
     Returns:
@@ -112,8 +112,8 @@ def export_labels(
     check_replay(label_set, source)
     if config.pixels == "originals" and changes_images(label_set.recipe):
         log.warning(
-            "the recipe crops, changes or mixes images: the teacher answered for view %d of each, and not for the original"
-            " that is exported with its answer. Leave --pixels out for what the teacher saw",
+            "the recipe crops, changes or mixes images: the exported answers belong to view %d of each image, not to the"
+            " exported original. Omit --pixels to export the pixels that the teacher saw",
             export.views[0],
         )
     begin(out, export)
@@ -135,7 +135,7 @@ def plan_export(label_set: LabelSet, config: ExportConfig) -> Export:
     """Return the content of an export.
 
     Raises:
-        UsageError: the set does not have these views, or originals are asked for with more than one view.
+        UsageError: the set does not have these views, or originals are requested with more than one view.
     """
     held = label_set.views
     start, stop = config.views or (held.start, held.start + 1)
@@ -145,9 +145,8 @@ def plan_export(label_set: LabelSet, config: ExportConfig) -> Export:
         )
     if config.pixels == "originals" and stop - start > 1:
         raise UsageError(
-            "--pixels originals takes the labels of one view, for an image has only one file, got --views"
-            f" {start}:{stop}",
-            fix=f"Pass --views {start}:{start + 1}, or leave --pixels out",
+            f"--pixels originals exports one view, because an image has only one file, got --views {start}:{stop}",
+            fix=f"Pass --views {start}:{start + 1}, or omit --pixels",
         )
     return Export(
         label_set.plan.labelset_id,
@@ -241,7 +240,7 @@ def _samples(job: _Job, name: str, view: int, rows: LabelRows, note: Note) -> It
 
 
 def _views(job: _Job, name: str, samples: SampleRows, view: int, note: Note) -> Iterator[tuple[int, bytes, float]]:
-    """Yield row, encoded view and the weight of its own image in the mix, for every usable sample in row order."""
+    """Yield the row, the encoded view, and the weight of the sample's own view in the mix, for every usable sample in row order."""
     recipe, encoding = job.label_set.recipe, job.export.encoding
     renderer, alone = BlockRenderer(job.source, recipe), range(view, view + 1)
     out = torch.empty(min(recipe.mix_block, len(samples)), recipe.img_size, recipe.img_size, 3, dtype=torch.uint8)
@@ -271,9 +270,9 @@ def _readme(label_set: LabelSet, export: Export, labelled: bool) -> str:
     what = {
         "png": "Each image is one view as the teacher saw it, mixed, rounded to whole levels, as PNG.",
         "jpeg": "Each image is one view as the teacher saw it, mixed, rounded to whole levels, as JPEG of quality 95 (4:4:4),"
-        " which moves its pixels a little.",
-        None: f"Each image is an original, with the teacher's answer for its view {views.start}: only a recipe that changes nothing"
-        " makes these the pixels that the teacher saw.",
+        " which changes its pixels slightly.",
+        None: f"Each image is an original, with the teacher's answer for its view {views.start}: these are the pixels that the"
+        " teacher saw only if the recipe changes nothing.",
     }[export.encoding]
     return "\n".join(
         (
@@ -284,7 +283,7 @@ def _readme(label_set: LabelSet, export: Export, labelled: bool) -> str:
             f"Views {views.start}..{views.stop - 1} of label set `{export.labelset_id}`, exported by deit-cli. {what}"
             " The `.json` beside an image holds the teacher's class, `hard`, and its top K"
             f"{'; `.cls` is the class label of the image that KEY names' if labelled else ''}."
-            " Where views are mixed, `lam` is that image's share.",
+            " If views are mixed, `lam` is the weight of that image.",
             "",
             "A label belongs to these pixels, so train without further augmentation. timm:",
             "",

@@ -97,7 +97,7 @@ class _Array:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, kind, by_columns, data = state
         if not isinstance(kind, _Kind) or not isinstance(data, bytes) or not all(type(n) is int for n in shape):
-            raise ValueError("an array must be of a shape, a kind and bytes")
+            raise ValueError("an array must have a shape, a number type and bytes")
         self.value = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if by_columns else "C")
 
 
@@ -135,10 +135,10 @@ def list_files(folder: Path) -> list[Path]:
                 (found if name.endswith(ENDING) else others).append(Path(place) / name)
     if not found:
         raise ImportedLabelsError(
-            f"{folder}: no {ENDING} file below this folder. FKD's labels are class/name.tar: pass the folder of the class folders"
+            f"{folder}: no {ENDING} file below this folder. FKD's labels are class/name.tar: pass the folder that contains the class folders"
         )
     if others:
-        more = f", as {count(len(others) - 1, 'other')} of them" if others[1:] else ""
+        more = f", and so are {count(len(others) - 1, 'other')}" if others[1:] else ""
         log.warning("%s is not a %s file and is left out%s", others[0], ENDING, more)
     return found
 
@@ -159,7 +159,7 @@ def read_file(path: Path, folder: Path, *, num_classes: int) -> ForeignRows:
         one row for each crop; `more` has crop_top, crop_left, crop_height, crop_width (float32) and flip (bool).
 
     Raises:
-        ImportedLabelsError: the file is not in FKD's layout, or no teacher can give these answers.
+        ImportedLabelsError: the file is not in FKD's layout, or its values cannot be a teacher's answers.
     """
     key = _key(path, folder)
     coords, flip, labels = _checked_arrays(path, _load(path))
@@ -183,7 +183,9 @@ def _load(path: Path) -> list[Any]:
     with refusals_named(path):
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise ImportedLabelsError(f"{path}: a file of labels may have {MAX_FILE_BYTES} bytes, this one has {size}")
+            raise ImportedLabelsError(
+                f"{path}: a file of labels may have at most {MAX_FILE_BYTES} bytes, this one has {size}"
+            )
         data = path.read_bytes()
     try:
         program = _pickle_of(data)
@@ -194,13 +196,13 @@ def _load(path: Path) -> list[Any]:
     except _DAMAGED as error:
         text = next(iter(str(error).splitlines()), "")[:200]
         raise ImportedLabelsError(
-            f"{path}: {size} bytes that torch.save did not write, or damaged: {text or type(error).__name__}",
+            f"{path}: these {size} bytes were not written by torch.save, or are damaged: {text or type(error).__name__}",
             fix="Fetch the file again",
         ) from error
     except _Refused as refused:
         raise ImportedLabelsError(
             f"{path}: {refused}",
-            fix="It is not loaded: a pickle can run code",
+            fix="The file is not loaded, because a pickle can run code",
         ) from None
 
 
@@ -209,9 +211,9 @@ def _pickle_of(data: bytes) -> bytes:
     if data[:4] != b"PK\x03\x04":
         if data[:1] == b"\x80":
             raise _Refused(
-                "it was written by a torch before 1.6, or by pickle itself. Load it where you trust it and torch.save it again"
+                "it was written by a torch before 1.6, or by pickle itself. If you trust it, load it and torch.save it again"
             )
-        raise ValueError("it does not begin as a zip does")
+        raise ValueError("it does not begin like a zip file")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
@@ -219,7 +221,7 @@ def _pickle_of(data: bytes) -> bytes:
             raise _Refused(f"it is compressed ({', '.join(packed)[:100]}), which torch.save never does")
         pickles = [member for member in members if member.filename.endswith("data.pkl")]
         if len(pickles) != 1:
-            raise _Refused(f"it has {len(pickles)} pickles, and must have one")
+            raise _Refused(f"it must have one pickle, it has {len(pickles)}")
         return archive.read(pickles[0])
 
 
@@ -269,7 +271,7 @@ def _checked_arrays(path: Path, values: Any) -> tuple[NDArray[Any], NDArray[Any]
         )
     if flip.shape != (crops,) or not np.isin(flip, (0, 1)).all():
         raise ImportedLabelsError(
-            f"{path}: flips must be {crops} times true or false, they are {flip.dtype} {list(flip.shape)}"
+            f"{path}: flips must be {crops} values, each true or false, they are {flip.dtype} {list(flip.shape)}"
         )
     # In float16, a box at the edge of the image may seem to end slightly outside it.
     box = coords.astype(np.float64)
@@ -277,7 +279,7 @@ def _checked_arrays(path: Path, values: Any) -> tuple[NDArray[Any], NDArray[Any]
     if not inside.all():
         crop = int((~inside).argmax())
         raise ImportedLabelsError(
-            f"{path}: crop {crop} must lie in the image, its top, left, height and width are {box[crop].tolist()} of it"
+            f"{path}: crop {crop} must be inside the image, its top, left, height and width are the shares {box[crop].tolist()}"
         )
     return coords, flip, labels
 

@@ -1,4 +1,4 @@
-"""The content of import.json: the imported labels, what was lost, and how they can be used."""
+"""The content of import.json: the imported labels, the lost data, and possible uses."""
 
 import os
 from collections.abc import Iterator
@@ -35,9 +35,9 @@ FORMATS: dict[Foreign, Format] = {
         lost=(
             "its random crops and flips are recorded, but not the pixels, nor how they were resized, so nothing proves that a view is the one that the teacher saw",
             "boxes are shares of the image's height and width; the sizes of the images are not recorded",
-            "the class label of an image stands in its folder's name alone, and its file name was cut at the first point",
+            "the class label of an image is only in the name of its folder, and its file name was cut at the first dot",
         ),
-        use="distil on the level of images: the mean over the crops of an image is a soft label that needs no crop",
+        use="distil at the level of images: the mean over the crops of an image is a soft label that needs no crop",
         columns={
             "crop_top": "top of the crop, as a share of the image's height",
             "crop_left": "left of the crop, as a share of the image's width",
@@ -48,22 +48,22 @@ FORMATS: dict[Foreign, Format] = {
     ),
     "tinyvit": Format(
         lost=(
-            "of a view nothing but the seed of TinyViT's own augmentation code is recorded, and neither that code's version nor its settings",
-            "with mixup or CutMix, which its settings decide, the partner of a view follows from the sampler's order and is not recorded",
+            "of a view, only the seed of TinyViT's augmentation code is recorded, not the version or the settings of that code",
+            "if its settings had mixup or CutMix, the partner of a view depends on the sampler's order and is not recorded",
             "an epoch may have a key twice, from two ranks, because its sampler pads",
         ),
-        use="distil on the level of images, where its settings had no mixup and no CutMix: the mean over the epochs of an image",
-        columns={"seed": "of TinyViT's augmentation code"},
+        use="distil at the level of images, if its settings had no mixup and no CutMix: the mean over the epochs of an image",
+        columns={"seed": "seed of TinyViT's augmentation code"},
     ),
 }
 ANY_LOST = (
-    "which teacher answered (its name, weights, input size and normalisation) is not recorded: ask who published the labels",
-    "the temperature of the probabilities is not recorded; they stand as they were stored",
+    "the teacher (its name, weights, input size and normalisation) is not recorded: ask the publisher of the labels",
+    "the temperature of the probabilities is not recorded; they are copied as they were stored",
     "class names and their order are not recorded; classes are numbers",
-    "no hash of the images is recorded: whether your copy has the same ones cannot be proved",
+    "no hash of the images is recorded, so nothing proves that your copy has the same images",
 )
 ANY_USE = (
-    "look at what a teacher says: entropy, its most frequent classes, hard samples",
+    "inspect the teacher's answers: entropy, its most frequent classes, hard samples",
     "compare with other label sets of the same images, by key",
     "train with the program that made them, on the files that were imported",
 )
@@ -73,7 +73,7 @@ COLUMNS = {
     "hard": "the teacher's most probable class",
     "topk_index": "most probable classes, most probable first",
     "topk_prob": "their probabilities, as they were stored",
-    "tail_mass": "1 minus the stored probabilities, at least 0; rounding of what was stored included",
+    "tail_mass": "1 minus the sum of the stored probabilities, at least 0; includes their rounding",
 }
 
 
@@ -95,7 +95,7 @@ class ImportRecord(Record):
         topk: K.
         precision: type of the probabilities.
         rows: number of labels in all files.
-        views: smallest and largest view number.
+        views: minimum and maximum view number.
         source_files: number of files that were read.
         source_bytes: bytes of these files.
         lost: data that the format does not record or this import left out.
@@ -130,7 +130,7 @@ def losses(kind: Foreign, codec: Codec, *, stored: int, keys_are_numbers: bool) 
 
     Args:
         kind: format of the labels.
-        codec: how the labels are stored now.
+        codec: stored form of the labels in the import.
         stored: number of classes that the format held for each view.
         keys_are_numbers: whether all keys consist of digits.
     """
@@ -145,7 +145,7 @@ def losses(kind: Foreign, codec: Codec, *, stored: int, keys_are_numbers: bool) 
         what = "probabilities and boxes" if kind == "fkd" else "probabilities"
         yield f"{what} were stored in float16: 11 significant bits, and tail_mass has the rounding of all of them"
     if keys_are_numbers:
-        yield "its keys are positions in somebody's list of images, which you need too"
+        yield "its keys are positions in a list of images, which you need, too"
     yield from ANY_LOST
 
 
@@ -169,6 +169,6 @@ def import_table(record: ImportRecord, out: str | os.PathLike[str]) -> str:
             f"{record.source_bytes / record.rows:.1f} before ({byte_size(record.source_bytes)} in {count(record.source_files, 'file')}), {size / record.rows:.1f} now ({byte_size(size)})",
         ),
     ]
-    lines = [two_columns(rows), "not a label set: it cannot be trained on. What is lost, or was never there:"]
+    lines = [two_columns(rows), "not a label set: it cannot be trained on. Lost or never recorded:"]
     lines += [f"  - {loss}" for loss in record.lost]
-    return "\n".join([*lines, "What it is good for:", *(f"  - {use}" for use in record.use)])
+    return "\n".join([*lines, "It can be used to:", *(f"  - {use}" for use in record.use)])

@@ -63,7 +63,7 @@ def import_labels(
         source: folder that holds the labels.
         destination: new folder, or the folder of an interrupted import of the same labels.
         num_classes: C; every class is checked against it.
-        topk: classes to keep of each view; None: all stored classes.
+        topk: number of classes to keep for each view; None: all stored classes.
         progress: receives the number of files or records that are read.
 
     Raises:
@@ -130,7 +130,7 @@ class _Tables:
         self._codec: Codec | None = None  # of all rows; None before the first
         self._stored = 0  # number of classes that the source has for each view
         self._parts: list[PartRecord] = []
-        self._views: tuple[int, int] | None = None  # smallest and largest view number
+        self._views: tuple[int, int] | None = None  # minimum and maximum view number
         self._keys_are_numbers = True
 
     def add(self, rows: ForeignRows) -> None:
@@ -160,9 +160,9 @@ class _Tables:
             self._codec, self._stored = codec, stored
         if (codec, stored) != (self._codec, self._stored):
             raise ImportedLabelsError(
-                f"{rows.key[0]!r} has {stored} classes a view in {codec.prob_dtype}, the labels before it have"
+                f"{rows.key[0]!r} has {stored} classes per view in {codec.prob_dtype}, the labels before it have"
                 f" {self._stored} in {self._codec.prob_dtype}: they are of two kinds",
-                fix="Import them one by one",
+                fix="Import each kind separately",
             )
         return rows.first(topk)
 
@@ -209,7 +209,7 @@ class _Tables:
 
 
 def _publish(path: Path, data: bytes) -> None:
-    """Publish a table under its name, unless an interrupted import has made an identical one."""
+    """Publish a file under its name, unless an interrupted import has made an identical one."""
     if publish_file(path, data):
         return
     with refusals_named(path):
@@ -253,7 +253,7 @@ def _check_out(out: Path, path: Path) -> None:
         names = {name for name in os.listdir(out) if not name.startswith(TEMPORARY_PREFIX)} if out.exists() else set()
     if names - {"labels"}:
         raise ImportedLabelsError(
-            f"{out} is not empty and holds no import that was interrupted",
+            f"{out} is not empty and holds no interrupted import",
             fix="Choose another folder",
         )
 

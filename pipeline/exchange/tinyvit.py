@@ -38,7 +38,7 @@ class RankFile:
 
     @property
     def name(self) -> str:
-        """Stem of the names of their tables."""
+        """Stem of the names of the tables for these labels."""
         return f"epoch-{self.epoch:05d}-rank-{self.rank:04d}"
 
     @property
@@ -77,13 +77,13 @@ def list_files(folder: Path) -> list[RankFile]:
         )
     if len(sizes := sorted({file.topk for file in found})) > 1:
         raise ImportedLabelsError(
-            f"{folder}: all epochs must have one K, there are {sizes}",
-            fix="Import them one by one",
+            f"{folder}: all epochs must have the same K, got {sizes}",
+            fix="Import each K separately",
         )
     if sizes[0] > MAX_TOPK:
         raise ImportedLabelsError(f"{folder}: at most {MAX_TOPK} classes are stored for a view, these have {sizes[0]}")
     if len({(file.epoch, file.rank) for file in found}) != len(found):
-        raise ImportedLabelsError(f"{folder}: two files are of one epoch and rank")
+        raise ImportedLabelsError(f"{folder}: two files have the same epoch and rank")
     return found
 
 
@@ -113,7 +113,7 @@ def count_records(file: RankFile) -> int:
     count, more = divmod(size, file.record.itemsize)
     if more:
         raise ImportedLabelsError(
-            f"{file.values}: it is cut: {size} bytes are {count} records of {file.record.itemsize} bytes,"
+            f"{file.values}: it is truncated: {size} bytes are {count} records of {file.record.itemsize} bytes,"
             f" and record {count} at byte {count * file.record.itemsize} has {more}",
             fix="Fetch the file again",
         )
@@ -124,7 +124,7 @@ def read_rank(file: RankFile, *, num_classes: int) -> Iterator[ForeignRows]:
     """Yield the labels that a rank saved, some thousands at a time, in their order; `more` has seed (int32).
 
     Raises:
-        ImportedLabelsError: the numbers of keys and records differ, or no teacher can have answered a record.
+        ImportedLabelsError: the numbers of keys and records differ, or a record cannot be a teacher's answer.
     """
     total, done, seen = count_records(file), 0, set[str]()
     with refusals_named(file.keys):
@@ -161,7 +161,7 @@ def _rows(file: RankFile, names: list[str], records: np.ndarray, start: int, num
     if problem := check_answers(index, prob, num_classes):
         refuse(*problem)
     if (seed < 0).any():
-        refuse(int((seed < 0).argmax()), f"a seed is in 0..{2**31 - 1}, this one is {int(seed.min())}")
+        refuse(int((seed < 0).argmax()), f"a seed must be in 0..{2**31 - 1}, this one is {int(seed.min())}")
     views = np.full(len(names), file.epoch, np.uint32)
     return ForeignRows(names, views, index[:, 0], index, np.minimum(prob, np.float16(1)), {"seed": seed}, file.name)
 

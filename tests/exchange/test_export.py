@@ -110,14 +110,14 @@ def test_jpegs_are_near_the_views(labels, tmp_path):
 
 def test_originals_are_the_files_and_a_recipe_that_changes_them_is_warned_of(labels, tmp_path, caplog):
     export(labels, tmp_path / "out", pixels="originals", views=(1, 2))
-    assert "the teacher answered for view 1 of each, and not for the original" in caplog.text
+    assert "the exported answers belong to view 1 of each image, not to the exported original" in caplog.text
     found = samples_in(tmp_path / "out/train-000001-view-00001.tar")
     shard = labels.open_source().shard("train-000001")
     assert {key: files["jpg"] for key, files in found.items()} == {sample.key: sample.image for sample in shard}
     assert [json.loads(files["json"])["hard"] for files in found.values()] == labels.read(
         "train-000001", 1
     ).hard.tolist()
-    with pytest.raises(UsageError, match=r"--pixels originals takes the labels of one view.*Pass --views 0:1"):
+    with pytest.raises(UsageError, match=r"--pixels originals exports one view.*Pass --views 0:1"):
         export(labels, tmp_path / "other", pixels="originals", views=(0, 2))
 
 
@@ -126,7 +126,7 @@ def test_a_recipe_that_changes_nothing_is_not_warned_of(data, tmp_path, caplog):
 
     plain = make_labels(tmp_path / "set", data, recipe=load_recipe("none", {"img_size": 16, "mix_block": 8}), on_bad_image="skip", views=(0, 1))  # fmt: skip
     export(plain, tmp_path / "out", pixels="originals")
-    assert "the teacher answered for" not in caplog.text
+    assert "the exported answers belong to" not in caplog.text
     assert exporting.changes_images(small_recipe())
 
 

@@ -251,15 +251,15 @@ def bad_states() -> dict[str, tuple[Any, str]]:
         "twice": (state(labels=((5, 0), [1, 2, 3, 4, 1])), "crop 5: a class occurs twice"),
         "half a class": (state(labels=((5, 0, 1), 1.5)), "classes must be whole numbers"),
         "NaN class": (state(labels=((5, 0, 1), np.nan)), "classes must be whole numbers"),
-        "a box outside": (state(coords=(4, [0.5, 0.5, 0.6, 0.5])), "crop 4 must lie in the image"),
-        "a box of nothing": (state(coords=(4, [0.5, 0.5, 0, 0.5])), "crop 4 must lie in the image"),
-        "a NaN box": (state(coords=(4, np.nan)), "crop 4 must lie in the image"),
-        "other flips": ([coords, flip.astype(np.int64) + 2, labels], "flips must be 6 times true or false"),
+        "a box outside": (state(coords=(4, [0.5, 0.5, 0.6, 0.5])), "crop 4 must be inside the image"),
+        "a box of nothing": (state(coords=(4, [0.5, 0.5, 0, 0.5])), "crop 4 must be inside the image"),
+        "a NaN box": (state(coords=(4, np.nan)), "crop 4 must be inside the image"),
+        "other flips": ([coords, flip.astype(np.int64) + 2, labels], "flips must be 6 values, each true or false"),
         "fewer boxes": ([coords[:-1], flip, labels], "coordinates must be floating [6, 4], they are float32 [5, 4]"),
         "integer boxes": ([coords.astype(int), flip, labels], "coordinates must be floating [6, 4], they are int64"),
-        "fewer flips": ([coords, flip[1:], labels], "flips must be 6 times true or false, they are bool [5]"),
+        "fewer flips": ([coords, flip[1:], labels], "flips must be 6 values, each true or false, they are bool [5]"),
         "two arrays": ([coords, flip], "it must hold three arrays, coordinates, flips and labels; it holds float32 [6, 4], bool [6]"),
-        "a number": (3, "torch.save did not write, or damaged"),
+        "a number": (3, "were not written by torch.save, or are damaged"),
         "too many crops": ([coords, flip, np.zeros(100_001, int)], "an image must have 1 to 100000 crops, it has 100001"),
         "a scalar": ([coords, flip, np.ones(())], "an image must have 1 to 100000 crops, it has 0"),
         "four dimensions": ([coords, flip, labels[None, None].repeat(6, 0)], "labels must be int [N], or floating"),
@@ -270,8 +270,8 @@ def bad_states() -> dict[str, tuple[Any, str]]:
         "probabilities beyond all": ([coords, flip, np.full((CROPS, 2), (1, 1e300))], "crop 0: a probability is NaN or infinite"),
         "unsigned classes beyond all": ([coords, flip, np.full(CROPS, 2**32 - 1, np.uint32)], "crop 0: a class is not in 0..39"),
         "booleans": ([coords, flip, flip], "labels must be int [N], or floating"),
-        "another K": (fkd_state(2, "smoothing"), "'n02/n02_3' has 1 classes a view in float32, the labels before it have 5 in float32"),
-        "another precision": (fkd_state(2, half=True), "has 5 classes a view in float16, the labels before it have 5 in float32"),
+        "another K": (fkd_state(2, "smoothing"), "'n02/n02_3' has 1 classes per view in float32, the labels before it have 5 in float32"),
+        "another precision": (fkd_state(2, half=True), "has 5 classes per view in float16, the labels before it have 5 in float32"),
     }  # fmt: skip
 
 
@@ -302,11 +302,14 @@ def test_classes_that_float16_rounds_are_refused(tmp_path):
 
 NO_FILES = [
     # content, what is said
-    (b"", "damaged: it does not begin as a zip does"),
-    (b"<html>not found</html>", "damaged: it does not begin as a zip does"),
-    (b"ustar" * 300, "damaged: it does not begin as a zip does"),
+    (b"", "damaged: it does not begin like a zip file"),
+    (b"<html>not found</html>", "damaged: it does not begin like a zip file"),
+    (b"ustar" * 300, "damaged: it does not begin like a zip file"),
     (pickle.dumps(Evil(), 2), "it was written by a torch before 1.6, or by pickle itself"),
-    (b"PK\x03\x04" + bytes(100), "torch.save did not write, or damaged: File is not a zip file. Fetch the file again"),
+    (
+        b"PK\x03\x04" + bytes(100),
+        "were not written by torch.save, or are damaged: File is not a zip file. Fetch the file again",
+    ),
 ]
 
 
@@ -335,7 +338,7 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path):
     folder = write_fkd(tmp_path / "fkd")
     with (folder / "n02" / "n02_3.tar").open("wb") as file:
         file.truncate(2**30)  # a hole: nothing on the disk
-    with pytest.raises(ImportedLabelsError, match="a file of labels may have 67108864 bytes, this one has 1073741824"):
+    with pytest.raises(ImportedLabelsError, match="a file of labels may have at most 67108864 bytes, this one has 1073741824"):
         run("fkd", folder, tmp_path / "out")
 
 
@@ -398,7 +401,7 @@ def test_keys_that_are_positions_are_said_to_be(tmp_path):
     for epoch in (0, 1):
         (folder / f"logits_top10_epoch{epoch}" / "rank0-keys.txt").write_text("".join(f"{i}\n" for i in range(7)))
     record = run("tinyvit", folder, tmp_path / "out")
-    assert "its keys are positions in somebody's list of images, which you need too" in record.lost
+    assert "its keys are positions in a list of images, which you need, too" in record.lost
 
 
 RECORD = 4 + 4 * 10
@@ -427,7 +430,7 @@ def damaged_tinyvit() -> dict[str, tuple[Any, str]]:
 
     half = np.float16
     return {
-        "cut": (values(lambda old: old[:-3]), "rank1-values.bin: it is cut: 305 bytes are 6 records of 44 bytes, and record 6 at byte 264 has 41"),
+        "cut": (values(lambda old: old[:-3]), "rank1-values.bin: it is truncated: 305 bytes are 6 records of 44 bytes, and record 6 at byte 264 has 41"),
         "a record less": (values(lambda old: old[:-RECORD]), "rank1-keys.txt: it has more than 6 lines, and rank1-values.bin has 6 records"),
         "a key less": (keys(lambda old: old[: old.rindex(b"\n", 0, -1) + 1]), "rank1-keys.txt: it has 6 lines, and rank1-values.bin has 7 records"),
         "NaN": (put(4 + 20, half("nan").tobytes()), "record 5 at byte 220: a probability is NaN or infinite"),
@@ -435,7 +438,7 @@ def damaged_tinyvit() -> dict[str, tuple[Any, str]]:
         "negative": (put(4, struct.pack("<h", -1)), "record 5 at byte 220: a class is not in 0..39"),
         "above 1": (put(4 + 20, half(1.5).tobytes()), "record 5 at byte 220: a probability is not in 0..1"),
         "unsorted": (put(4 + 38, half(0.9).tobytes()), "record 5 at byte 220: probabilities are not in descending order"),
-        "seed": (put(0, struct.pack("<i", -5)), "record 5 at byte 220: a seed is in 0..2147483647, this one is -5"),
+        "seed": (put(0, struct.pack("<i", -5)), "record 5 at byte 220: a seed must be in 0..2147483647, this one is -5"),
         "a key twice": (keys(lambda old: old.replace(b"n0001_6", b"n0001_2")), "line 7: the key 'n0001_2' stands twice"),
         "an empty key": (keys(lambda old: old.replace(b"n0001_6", b"")), "line 7 is not a key: line 7 must have 1 to 1024 bytes, got 0"),
         "a long key": (keys(lambda old: old.replace(b"n0001_6", b"x" * 10**6)), "line 7 is not a key: line 7 must have 1 to 1024 bytes, got 1026"),
@@ -443,8 +446,8 @@ def damaged_tinyvit() -> dict[str, tuple[Any, str]]:
         "a control": (keys(lambda old: old.replace(b"n0001_6", b"a\x00b")), "must not contain control characters"),
         "no keys": (lambda folder: (folder / "logits_top10_epoch1" / "rank1-keys.txt").unlink(), "rank1-values.bin has no rank1-keys.txt beside it"),
         "no values": (lambda folder: (folder / "logits_top10_epoch1" / "rank1-values.bin").unlink(), "rank1-keys.txt has no rank1-values.bin beside it"),
-        "another K": (lambda folder: (folder / "logits_top10_epoch1").rename(folder / "logits_top5_epoch1"), "all epochs must have one K, there are [5, 10]"),
-        "an epoch twice": (lambda folder: (folder / "logits_top10_epoch1").rename(folder / "logits_top10_epoch00"), "two files are of one epoch and rank"),
+        "another K": (lambda folder: (folder / "logits_top10_epoch1").rename(folder / "logits_top5_epoch1"), "all epochs must have the same K, got [5, 10]"),
+        "an epoch twice": (lambda folder: (folder / "logits_top10_epoch1").rename(folder / "logits_top10_epoch00"), "two files have the same epoch and rank"),
         "a K of its own": (lambda folder: [(folder / f"logits_top10_epoch{e}").rename(folder / f"logits_top5000_epoch{e}") for e in (0, 1)], "at most 4096 classes are stored for a view"),
     }  # fmt: skip
 
@@ -541,7 +544,7 @@ def wrong_places(tmp: Path) -> list[tuple[str, Any, Any, dict[str, Any], type[De
         ("fkd", tmp / "full", tmp / "out", {}, ImportedLabelsError, "no .tar file below this folder"),
         ("tinyvit", fkd, tmp / "out", {}, ImportedLabelsError, "no logits_topK_epochE/rankR-values.bin in this folder"),
         ("fkd", fkd, tmp / "done", {}, ImportedLabelsError, "done holds an import already"),
-        ("fkd", fkd, tmp / "full", {}, ImportedLabelsError, "full is not empty and holds no import that was interrupted"),
+        ("fkd", fkd, tmp / "full", {}, ImportedLabelsError, "full is not empty and holds no interrupted import"),
         ("fkd", fkd, fkd, {}, ImportedLabelsError, "is the folder of the labels themselves"),
         ("fkd", fkd, tmp / "out", {"num_classes": 30}, ImportedLabelsError, "a class is not in 0..29"),
         ("fkd", "s3://bucket/fkd", tmp / "out", {}, UsageError, "s3://bucket/fkd is a URL: copy them first"),
