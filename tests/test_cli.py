@@ -416,7 +416,7 @@ def test_a_training_run_tells_lines_a_json_log_curves_and_a_summary(data, labels
     assert last["numbers"]["loss"] > 0
     assert told[-1]["event"] == "ended"
     stdout, _ = run(*asked, "--resume", "--log-tensorboard")  # it was free to begin with that now
-    assert stdout.startswith(f"{tmp_path}/run: was trained before; nothing was left to do\n")
+    assert stdout.startswith(f"{tmp_path}/run: was already trained; nothing was left to do\n")
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
 
 

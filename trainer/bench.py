@@ -89,9 +89,9 @@ class TrainingBench:
         cores: number of cores that this process may use.
         loaders: number of loader processes; 0: student and stream take turns in one process.
         views_per_update: number of views that an update is computed from.
-        views_per_decode: number of views that are made of an image once it is decoded.
-        student: views/s of the student when its batches lie in memory.
-        stream: views/s of all loader processes together, when nothing uses their batches.
+        views_per_decode: number of views made from each decoded image.
+        student: views/s of the student with batches in memory.
+        stream: views/s of all loader processes together, with nothing using their batches.
         parts: parts of the stream, each alone.
         together: student and stream together.
     """
@@ -115,14 +115,14 @@ class TrainingBench:
 
     @property
     def reachable(self) -> float:
-        """Return the views/s of the slower part; of both in turn if one process does both."""
+        """Return the views/s of the slower part; if one process does both in turn, their common rate."""
         if self.loaders == 0:
             return 1 / (1 / self.student + 1 / self.stream)
         return min(self.student, self.stream)
 
     @property
     def loaders_enough(self) -> int:
-        """Return the smallest number of loader processes, each with a core, with which the stream is not the limit."""
+        """Return the minimum number of loader processes, each on its own core, with which the stream is not the limit."""
         return math.ceil(self.student * max(1, self.loaders) / self.stream)
 
     @property
@@ -137,7 +137,7 @@ class TrainingBench:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
     def table(self) -> str:
-        """Return a table of the time of each part, the slowest part, and how many loader processes would be enough."""
+        """Return a table with the time of each part, the slowest part, and the sufficient number of loader processes."""
         parts, together, loaders = self.parts, self.together, count(self.loaders, "loader process", "es")
         share = "" if self.label_share is None else f", {100 * self.label_share:.2g} % of a step"
         on = self.device if self.threads is None else f"{self.device}, {count(self.threads, 'thread')}"
@@ -166,15 +166,15 @@ class TrainingBench:
         ]
         if not 0.5 <= of_best <= 1.2:
             lines.append(
-                "measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds"
+                "the measured speed does not match the parts: other programs may have run meanwhile. Try longer --seconds"
             )
         return "\n".join(lines)
 
     def _verdict(self) -> str:
-        """Return which part is the limit, by how much, and what would help."""
+        """Return the slower part, by how much it is slower, and the sufficient number of loader processes."""
         enough = f"{count(self.loaders_enough, 'loader process', 'es')} would be enough"
         if self.loaders == 0:
-            return f"student and stream take turns in one process: {enough} (--workers) to let the student go on"
+            return f"student and stream take turns in one process: {enough} (--workers) to keep the student busy"
         if self.limit == "student":
             return f"the student is the limit: the stream could feed {self.stream / self.student:.2f} times as much; {enough}"
         more = f"; this machine has {count(self.cores, 'core')}" if self.loaders_enough > self.cores else ""
@@ -189,7 +189,7 @@ def bench_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds
     Args:
         config: settings of the run; its output, length and evaluation do not matter.
         recipe: recipe of the views, see `train`.
-        seconds: time for each measurement, without the warm-up; at least one update is made, however long it takes.
+        seconds: time for each measurement, without the warm-up; at least one update is made, even if it takes longer.
     """
     with opened_run(config, recipe) as run:
         world = run.running.world
@@ -240,7 +240,7 @@ def opened_run(config: TrainConfig, recipe: Recipe | None = None) -> Iterator[Ru
 
 @contextlib.contextmanager
 def _only_errors() -> Iterator[None]:
-    """Log only errors inside the block: the epochs of a timed run do not interest the user."""
+    """Log only errors inside the block: messages about the epochs of a timed run are of no use."""
     log = logging.getLogger("deit_cli.train")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -311,7 +311,7 @@ def measure_loop(run: Run, *, seconds: float) -> LoopRate:
 
 
 class _Enough(Exception):
-    """Stops a run that has been timed for long enough."""
+    """The exception that stops a run after the measured time."""
 
 
 def measure_parts(run: Run, *, least_s: float) -> StreamParts:
@@ -341,7 +341,7 @@ def measure_parts(run: Run, *, least_s: float) -> StreamParts:
 
 
 def _usable(catalogue: Catalogue) -> Iterator[tuple[int, int, ShardTable]]:
-    """Yield number of the shard, row, and samples of the shard for each sample that can be trained on."""
+    """Yield shard number, row, and samples of the shard for each usable sample."""
     for shard in range(len(catalogue.names)):
         table = catalogue.table(shard)
         for row in table.usable.tolist():
@@ -356,7 +356,7 @@ def _read(catalogue: Catalogue, shard: int, row: int, table: ShardTable) -> Samp
 
 
 def _decoding(sample: Sample, data: Data, views: range) -> Work:
-    """Return a function that decodes an image as the stream does: for a single view, only what its crop needs."""
+    """Return a function that decodes an image as the stream does: for a single view, only the part that its crop needs."""
     if len(views) > 1 or data.label_set is None:
         return lambda: decode(sample.image, key=sample.key)
     height, width = image_size(sample.image, key=sample.key)
@@ -365,7 +365,7 @@ def _decoding(sample: Sample, data: Data, views: range) -> Work:
 
 
 class _Planner(BatchRenderer):
-    """A renderer that makes no pixels, and measures how long it looks for labels."""
+    """A renderer that makes no pixels, and measures the time to find labels."""
 
     label_s = 0.0
 
@@ -380,7 +380,7 @@ class _Planner(BatchRenderer):
 
 
 def _planning_s(run: Run, least_s: float) -> tuple[float, float]:
-    """Return the seconds that one view takes to be chosen and mixed, and its label to be found once files are read."""
+    """Return the seconds to choose and mix one view, and the seconds to find its label after files have been read."""
     planner = _renderer_of(run, _Planner)
     out = torch.empty(planner.most, planner.img_size, planner.img_size, 3, dtype=torch.uint8)
     plans, finds = [], []
@@ -410,7 +410,7 @@ def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
     )
 
     def read() -> None:
-        fresh = copy.copy(label_set)  # has read nothing: bytes are read and hashed once for all views
+        fresh = copy.copy(label_set)  # has no files in memory: they are read and hashed once for all views
         for view in block:
             fresh.read(entry.shard, view)
 
@@ -422,7 +422,7 @@ def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
 
 
 def _copy_s(run: Run, least_s: float) -> float | None:
-    """Return the seconds that one view takes to a GPU from page-locked memory, while nothing else runs; None without a GPU."""
+    """Return the seconds to copy one view from page-locked memory to a GPU while nothing else runs; None without a GPU."""
     device = run.running.device
     if device.type != "cuda":
         return None

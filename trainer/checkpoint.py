@@ -21,7 +21,7 @@ from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import canonical_json, parse_json
 
 _METADATA_KEY = "deit_cli"
-_FIX = "Replace it with an intact copy, or start a new run from the last/ beside it, with --init and another --output"
+_FIX = "Replace it with an intact copy, or start a new run from the last/ folder next to it, with --init and another --output"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -74,7 +74,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def pack_training(student: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
-    """Return all tensors that training continues from, by name: `model.*`, `ema.*`, `optim.<parameter index>.*`.
+    """Return all tensors that a resumed training needs, by name: `model.*`, `ema.*`, `optim.<parameter index>.*`.
 
     The tensors share memory with the objects, so save them before the next update. The optimizer's learning rate and
     weight decay are not included: they follow from the step and the configuration.
@@ -111,7 +111,7 @@ def unpack_training(
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of tensors on the CPU, which further training does not change."""
+    """Return copies of tensors on the CPU; further training does not change them."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 

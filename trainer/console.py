@@ -30,7 +30,7 @@ class ToStderr(logging.Handler):
 
 
 def say_counts() -> None:
-    """Log the count of each repeated warning of which only the first was shown."""
+    """Log the counts of repeated warnings; only the first of each kind was shown."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, ToStderr):
             handler.first.log_counts()

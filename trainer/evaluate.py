@@ -32,7 +32,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     """Open a student, measure its accuracy and agreement as requested, and return plain JSON values.
 
     Raises:
-        UsageError: the options do not name one student, or it does not fit the images or the labels.
+        UsageError: the options do not name exactly one student, or it does not fit the images or the labels.
     """
     label_set = None if config.labels is None else LabelSet.open(config.labels, expect_manifest=config.expect_manifest)
     source = None if config.data is None else open_source(config.data)
@@ -54,11 +54,11 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _open(config: EvaluateConfig, num_classes: Sequence[int | None]) -> Student:
-    """Return the student; `num_classes` are the class counts of images and labels, None where unknown."""
+    """Return the student; `num_classes` are the class counts of images and labels, None if unknown."""
     here = weights_here(config.checkpoint) if config.checkpoint else None
     if config.num_classes and (here is None or here.is_dir()):
         raise UsageError(
-            "--num-classes is of a file of weights: a folder and published weights say their own, leave it out"
+            "--num-classes is only for a file of weights: omit it, folders and published weights state their own number"
         )
     classes = next(filter(None, (config.num_classes, *num_classes)), None)
     return open_student(here, model=config.model, num_classes=classes, pretrained=config.pretrained)
@@ -79,7 +79,7 @@ def fused_logits(heads: Heads) -> dict[str, Tensor]:
 
 
 def answer_names(student: Student) -> tuple[str, ...]:
-    """Return the names in `fused_logits` of this student's answers."""
+    """Return the names of this student's answers in `fused_logits`."""
     return ANSWERS if student.has_distillation_head else ANSWERS[:1]
 
 
@@ -91,8 +91,8 @@ def evaluate(
     Args:
         student: model to measure; it is in evaluation mode during the measurement.
         source: labelled images.
-        running: how to run the student; every rank must call this.
-        crop_pct: centre crop, as a share of the resized shorter side; None takes the model's configuration.
+        running: settings for running the student; every rank must call this function.
+        crop_pct: centre crop, as a share of the resized shorter side; None: as in the model's configuration.
 
     Returns:
         scores by the name of the answer, and the number of images.
@@ -135,16 +135,16 @@ def labelled_places(source: Source, student: Student) -> list[tuple[int, int]]:
 
 
 def _compare_names(source: Source, student: Student) -> None:
-    """Raise if the class names are in another order, since wrong answers would count as right; warn of other differences."""
+    """Raise if the class names are in another order, because wrong answers would count as right; warn of other differences."""
     mine, theirs = student.class_names, source.class_names
     if mine is None or theirs is None or mine == theirs:
         return
     at = next(number for number, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
-    text = f"class {at} is {mine[at]!r} to the student and {theirs[at]!r} in {source.location}"
+    text = f"class {at} is {mine[at]!r} for the student and {theirs[at]!r} in {source.location}"
     if sorted(mine) == sorted(theirs):
         raise UsageError(
             f"{text}: the same names in another order",
-            fix="Give the images the student's order of classes",
+            fix="Use the student's order of classes for the images",
         )
     log.warning("%s: their numbers are compared anyway", text)
 
@@ -158,8 +158,8 @@ def measure_agreement(
         student: model to measure; it is in evaluation mode during the measurement.
         label_set: label set whose first view is used.
         source: images of the label set.
-        running: how to run the student.
-        limit: largest number of views to look at, in whole batches.
+        running: settings for running the student.
+        limit: maximum number of views to use, in whole batches.
 
     Returns:
         percent by the name of the answer, and the number of views.

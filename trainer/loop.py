@@ -68,7 +68,7 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: StepProgress | None = None) -> Path:
     """Train a student, or continue its run; return the run's folder.
 
-    Started by torchrun, every rank calls this, and rank 0 writes the files.
+    Under torchrun, every rank calls this function, and rank 0 writes the files.
 
     Args:
         config: all settings.
@@ -78,7 +78,7 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: StepPr
     Raises:
         StoppedError: Ctrl-C or SIGTERM; the run is saved.
         TrainingError: the loss is NaN or infinite.
-        UsageError: the student needs an operation that has no deterministic algorithm, and nothing else was asked for.
+        UsageError: with `deterministic`, the student needs an operation that has no deterministic algorithm.
         WorkerError: a loader process or another rank was lost.
     """
     check_trackers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
@@ -128,7 +128,7 @@ def only_deterministic() -> Iterator[None]:
             ) from error
         raise UsageError(
             f"--deterministic: {what}",
-            fix="Train without it, or choose another --model",
+            fix="Train without --deterministic, or choose another --model",
         ) from error
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
@@ -188,7 +188,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             if world.leads:
                 stack.enter_context(only_run_in(config.folder))
-                check_output(config)  # once more: the process that held the lock before may have left a run
+                check_output(config)  # check again: the process that held the lock before may have left a run
             resume(config, self.state, self.meta)
             world.check_same(self.state.next_update, "checkpoint")
             if world.leads:
@@ -352,7 +352,7 @@ class Run:
         writer.submit(write)
 
     def explain(self, update: int, loss: float) -> TrainingError:
-        """Save the views of this rank in an update whose loss is NaN or infinite, rendered once more; return the error."""
+        """Render this rank's views of an update with a NaN or infinite loss again, save them, and return the error."""
         passes, name = self.share.passes, f"nonfinite-rank{self.share.rank}"
         batches: list[Batch] = []
         for number in range(passes):
@@ -378,7 +378,7 @@ class Run:
 
 
 class _LossWatch:
-    """Checks each loss one update later, when it has been computed anyway: nothing waits for a GPU because of the check."""
+    """Checks each loss one update later, when it has been computed, so that the check does not delay a GPU."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -392,7 +392,7 @@ class _LossWatch:
         self._waiting = (update, value, event)
 
     def check(self) -> None:
-        """Raise TrainingError if the waiting loss is NaN or infinite: it has spoiled every weight."""
+        """Raise TrainingError if the waiting loss is NaN or infinite, because every weight is then wrong."""
         if self._waiting is None:
             return
         update, value, event = self._waiting
@@ -410,8 +410,8 @@ def batch_loss(
 
     Args:
         settings: kind and weights of the loss.
-        on_rank: calls the student.
-        student: gives the normalisation of its images.
+        on_rank: wrapped student, for the forward pass.
+        student: student whose normalisation is used.
         batch: views and targets, on the student's device.
         dtype: dtype of the forward pass; the losses are computed in float32.
     """

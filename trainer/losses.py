@@ -1,8 +1,8 @@
 """The losses: pure functions of the student's answers, the class labels, and the teacher's stored answers.
 
 All losses are computed in float32, also under autocast. A target of shape [B, C] is never built: a stored
-soft label has K classes and a tail, mixed and smoothed class labels have two classes and a rest, and the cross-entropy
-to either is a sum over those classes and one closed form. Its gradient is the only array of [B, C] that a step adds.
+soft label has K classes and a tail, mixed and smoothed class labels have two classes and a rest. So the cross-entropy
+is a sum over these classes plus a closed form for the rest, and its gradient is the only array [B, C] that a step adds.
 """
 
 import math
@@ -23,10 +23,10 @@ class ClassTarget:
     """The class labels of a batch of mixed images.
 
     Attributes:
-        class_label: int64 [B]; any value where the sample is not labelled.
+        class_label: int64 [B]; any value if the sample is not labelled.
         labelled: bool [B].
-        partner: int64 [B], the position in this batch of the sample mixed in; its own where unmixed.
-        lam: float32 [B] in 0..1, the weight of the sample's own label; 1 where unmixed.
+        partner: int64 [B], the partner's position in this batch; the sample's own position if it is not mixed.
+        lam: float32 [B] in 0..1, the weight of the sample's own label; 1 if it is not mixed.
     """
 
     class_label: Tensor
@@ -57,7 +57,7 @@ class LossSettings:
     """Settings of the loss of a run.
 
     Attributes:
-        distillation_type: `none` is the class loss alone, whatever alpha is.
+        distillation_type: kind of the distillation loss; `none`: class loss only, for any alpha.
         alpha: weight of the distillation loss, 0..1.
         tau: temperature of the soft distillation loss, see `soft_distillation_loss`.
         tail: how the tail mass counts, see `soft_distillation_loss`.
@@ -109,7 +109,7 @@ def distillation_loss(
     if kind == "none":
         return class_part, {"class_loss": class_part.detach()}
     if teacher is None:
-        raise UsageError(f"distillation type {kind!r} needs stored teacher labels, and there are none")
+        raise UsageError(f"distillation type {kind!r} needs stored teacher labels, but there are none")
     logits = class_logits if distill_logits is None else distill_logits
     if kind == "hard":
         distill_part = hard_distillation_loss(logits, teacher.hard)
@@ -122,10 +122,10 @@ def distillation_loss(
 
 
 def class_loss(class_logits: Tensor, target: ClassTarget, *, smoothing: float) -> Tensor:
-    """Return the cross-entropy to the mixed, smoothed class labels: timm's `mixup_target`, never built.
+    """Return the cross-entropy to the mixed, smoothed class labels (timm's `mixup_target`, which is not built).
 
-    A sample counts if all of its image is labelled: its own part and, unless lam is 1, its partner's. Another
-    adds 0. The sum is divided by B in any case.
+    A sample counts if it is labelled and, unless lam is 1, its partner is labelled; other samples add 0. The sum is
+    always divided by B.
 
     Args:
         class_logits: float [B, C].
@@ -163,7 +163,7 @@ def soft_distillation_loss(
         target: the stored labels, 1 <= K <= C.
         tau: temperature, > 0. The stored p become p^(1/tau), normalised.
         tail: `spread` gives the tail mass to the other C - K classes in equal parts, before the temperature;
-            `renormalise` drops it. With K = C no tail is left and the two agree.
+            `renormalise` drops it. With K = C there is no tail, and both are equal.
         reduction: `batchmean` divides by B (timm), `deit` by B · C (facebookresearch/deit, losses.py).
 
     Returns:
@@ -234,8 +234,8 @@ def _at_temperature(logits: Tensor, tau: float) -> Tensor:
 def _tempered_teacher(target: TeacherTarget, *, tau: float, num_rest: int) -> tuple[Tensor, Tensor]:
     """Return the teacher at temperature tau: its kept classes float32 [B, K], and each other class float32 [B].
 
-    Probabilities of 0 (float16 underflow) stay 0. Kept classes and tail need not add up to 1; the result does, counting
-    the second `num_rest` times. Computed with logarithms, so a small tau cannot underflow the whole row.
+    Probabilities of 0 (float16 underflow) stay 0. Kept classes and tail need not add up to 1; the result does, if
+    its second part is counted `num_rest` times. Computed with logarithms, so a small tau cannot underflow the whole row.
     """
     log_weight = target.topk_prob.float().log() / tau
     if num_rest == 0:

@@ -49,14 +49,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
                 raise ValueError("not a record of a run")
             values.append(value)
         except ValueError as error:
-            raise StorageError(f"{path}: line {number} is damaged: delete it and go on") from error
+            raise StorageError(f"{path}: line {number} is damaged: delete it and continue") from error
     return values
 
 
 class Recorder:
     """The record of a run: metrics.jsonl and the trackers. Without arguments it records nothing.
 
-    The trackers are copies of `metrics.jsonl`: a tracker that fails is dropped, and training goes on.
+    The trackers are copies of `metrics.jsonl`: a tracker that fails is dropped, and training continues.
     """
 
     def __init__(self, record: MetricsLog | None = None, trackers: Iterable[Tracker] = ()) -> None:
@@ -100,7 +100,7 @@ class Recorder:
             except Exception as error:  # a tracker can fail in any way: a lost network, a full disk, a killed process
                 self._trackers.remove(tracker)
                 log.warning(
-                    "%s failed and gets no more numbers, training goes on and %s has them all (%s: %s)",
+                    "%s failed and gets no more numbers; training continues, and %s has all numbers (%s: %s)",
                     tracker.name, METRICS_NAME, type(error).__name__, error,
                 )  # fmt: skip
 
@@ -114,18 +114,18 @@ def open_recorder(
     wandb_project: str | None = None,
     run_config: Mapping[str, Any] | None = None,
 ) -> Recorder:
-    """Open the record of a run and the trackers that were asked for, in the process that records.
+    """Open the record of a run and the requested trackers, in the process that records.
 
     Args:
         folder: folder of the run.
         next_index: first update that will be computed; records from this update on are dropped.
         tensorboard: whether to write event files.
         wandb: whether to record with Weights & Biases.
-        wandb_project: project in Weights & Biases; None takes WANDB_PROJECT, or W&B's own default.
+        wandb_project: project in Weights & Biases; None: WANDB_PROJECT, or W&B's own default.
         run_config: JSON values that W&B shows beside the curves.
 
     Raises:
-        UsageError: a package is missing, or nobody is logged in.
+        UsageError: a package is missing, or no user is logged in to W&B.
         StorageError: the folder cannot be read or written.
     """
     check_trackers(tensorboard=tensorboard, wandb=wandb)

@@ -49,7 +49,7 @@ def learning_rate(
     `lr`.
 
     Args:
-        update: number of the update, from 0; from `updates_total` on the rate stays at `min_lr`.
+        update: number of the update, from 0; from `updates_total` on, the rate is `min_lr`.
         updates_total: number of updates in the run, with warm-up, > 0.
         updates_warmup: number of updates in the warm-up, 0 for none.
         lr: peak of the cosine.
@@ -74,8 +74,8 @@ def create_ema(student: nn.Module, decay: float | None, warmup: bool) -> ModelEm
 
     Args:
         student: student, before DDP and `torch.compile` wrap it.
-        decay: weight of the old average at each update, 0.99996 in DeiT; None returns None.
-        warmup: let the decay rise from 0 to its value, for short runs. It depends on the update number, so
+        decay: weight of the old average at each update, 0.99996 in DeiT; None: no average.
+        warmup: whether the decay rises from 0 to its value, for short runs. It depends on the update number, so
             `update(student, step)` must get a step.
     """
     return None if decay is None else ModelEmaV3(student, decay=decay, use_warmup=warmup)

@@ -1,11 +1,11 @@
-"""Epoch order: which views make up a step, as a pure function of (seed, epoch, step). A step is one update of the weights.
+"""Epoch order: the views of each step, a pure function of (seed, epoch, step). A step is one update of the weights.
 
-The unit of shuffling is the pair, because partners must meet in one batch. With repeated augmentation R, a unit brings
-R views of its two images: one decode, R views. R epochs then share one shuffle, each taking its own part of the units
-and all taking the same R views, so that over these epochs every view of every image is used exactly once. (DeiT's
-sampler draws anew each epoch: some labelled views would be used twice and others never.)
+The unit of shuffling is the pair, because partners must meet in one batch. With repeated augmentation R, a unit has R
+views of its two images, and each image is decoded once for R views. R epochs then share one shuffle: each uses its own
+part of the units, and all use the same R views, so that in these epochs every one of these views of every image is used
+exactly once. (DeiT's sampler draws again for each epoch: it would use some labelled views twice and others never.)
 
-The number of ranks only decides how the units of a step are divided. Within a step the units are sorted by source
+The number of ranks only determines how the units of a step are divided. Within a step the units are sorted by source
 shard, so that the share of a rank comes from few shards: of a window of 64, each of eight ranks reads nine.
 """
 
@@ -23,18 +23,18 @@ from trainer.config import ViewPolicy
 
 @dataclass(frozen=True)
 class Order:
-    """The order of all epochs, as the few values that it follows from.
+    """The order of all epochs, defined by a few values.
 
     Attributes:
-        shard_units: units (pairs, or single samples) of each source shard.
-        unit_size: samples of a unit, 2 where views are mixed.
-        batch_size: views of one step, over all ranks and forward passes, at most.
-        repeated_aug: R, views of an image in one step.
-        views: view numbers to use; None numbers them without end.
-        window: source shards that are shuffled together.
+        shard_units: number of units (pairs, or single samples) of each source shard.
+        unit_size: number of samples in a unit; 2 if views are mixed.
+        batch_size: maximum number of views in one step, over all ranks and forward passes.
+        repeated_aug: R, number of views of an image in one step.
+        views: view numbers to use; None: unlimited view numbers.
+        window: number of source shards that are shuffled together.
         seed: seed of the shuffles.
-        view_policy: `cycle` takes the views in turn, and again from the first; `random` in another drawn order for each
-            time through; `once` is `cycle`, for a caller that has checked that there are enough views.
+        view_policy: `cycle` uses the views in order, then again from the first; `random` draws a new order for each pass
+            over the views; `once` is `cycle`, for a caller that has checked that there are enough views.
     """
 
     shard_units: tuple[int, ...]
@@ -49,7 +49,7 @@ class Order:
     def __post_init__(self) -> None:
         if self.views is not None and len(self.views) % self.repeated_aug:
             raise UsageError(
-                f"--repeated-aug {self.repeated_aug} takes the views in groups of {self.repeated_aug},"
+                f"--repeated-aug {self.repeated_aug} uses views in groups of {self.repeated_aug},"
                 f" the label set has {len(self.views)}: label a multiple, or pass another --repeated-aug"
             )
         if self.units_per_step < 1:
@@ -67,23 +67,23 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the steps of an epoch, at least one. The rest, less than a step, is left out, as in timm."""
+        """Return the number of steps in an epoch, at least one. An incomplete last step is left out, as in timm."""
         return max(1, sum(self.shard_units) // self.repeated_aug // self.units_per_step)
 
     @property
     def views_per_step(self) -> int:
-        """Return the views of a full step if every unit has all its samples: the divisor of the loss of a step."""
+        """Return the number of views in a full step if every unit has all its samples: the divisor of the loss of a step."""
         units = min(self.units_per_step, -(-sum(self.shard_units) // self.repeated_aug))
         return units * self.unit_size * self.repeated_aug
 
     @property
     def is_one_step(self) -> bool:
-        """Return True if an epoch has too few units for a full step, so that all of them make one step."""
+        """Return True if an epoch has too few units for a full step, so that one step uses all of them."""
         return self.least_units_per_step < self.units_per_step
 
     @property
     def least_units_per_step(self) -> int:
-        """Return the units of the smallest step: epochs of a group differ by one unit if the division is uneven."""
+        """Return the minimum number of units in a step: epochs of a group differ by one unit if the division is uneven."""
         return min(self.units_per_step, sum(self.shard_units) // self.repeated_aug)
 
     def position(self, index: int) -> tuple[int, int]:
@@ -148,8 +148,8 @@ def check_repeats(recipe: Recipe, repeats: int, views: range | None) -> None:
     start = 0 if views is None else views.start
     if recipe.mixes and (recipe.views_per_pairing % repeats or start % repeats):
         raise UsageError(
-            f"--repeated-aug {repeats} needs views whose partners stay for {repeats} views; this recipe keeps them for"
-            f" {recipe.views_per_pairing} (views_per_pairing), from view {start}"
+            f"--repeated-aug {repeats} needs partners that stay the same for {repeats} views; this recipe keeps them for"
+            f" {recipe.views_per_pairing} (views_per_pairing), starting at view {start}"
         )
 
 

@@ -22,7 +22,7 @@ class Step:
     """The progress of a training run. "This start" is the current process; a resumed run has had earlier ones.
 
     Attributes:
-        phase: `train`; it tells a step from the ticks of other commands.
+        phase: `train`; distinguishes a step from the ticks of other commands.
         done: number of updates, those of earlier starts included.
         total: number of updates of the whole run.
         made: number of updates of this start.
@@ -76,7 +76,7 @@ StepProgress = Callable[[Step], None]
 
 @dataclass
 class _Window:
-    """A span of training: the number of images, its seconds, and the seconds in which it waited for data."""
+    """A span of training: its number of images, its seconds, and the seconds of waiting for data."""
 
     images: int = 0
     elapsed_s: float = 0.0
@@ -106,7 +106,7 @@ class Pace:
         """
         self._total, self._per_epoch, self._progress = total, per_epoch, progress
         self._began = self._since = time.monotonic()
-        self._first: float | None = None  # when the first update of this start was done
+        self._first: float | None = None  # end of the first update of this start
         self._index, self._made, self._lr = -1, 0, 0.0
         self._numbers: dict[str, float] = {}
         self._before, self._now, self._all = _Window(), _Window(), _Window()
@@ -261,7 +261,7 @@ def summary(folder: Path, last: Step | None, *, location: str | None = None) -> 
 
 def _work(folder: str, trained: list[dict], last: Step | None) -> str:
     if last is None:
-        return f"{folder}: was trained before; nothing was left to do"
+        return f"{folder}: was already trained; nothing was left to do"
     how = f"in {span(last.elapsed_s)}, {rate(last.mean_images_per_s)}"
     epochs = -(-last.total // last.per_epoch)
     before = f", {last.made:,} of them in this start" if last.made < last.done else ""

@@ -1,4 +1,4 @@
-"""Training on several ranks: how they meet, what they compute together, and how they agree to stop."""
+"""Training on several ranks: joining them, computing together, and stopping after the same update."""
 
 import contextlib
 import os
@@ -92,8 +92,8 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
     """Join the other ranks that torchrun or srun started, if there are any, and leave them at the end.
 
     Args:
-        device: what the user asked; `auto` is the GPU of this rank, or the CPU.
-        workers: number of loader processes for each rank; None: from the cores of the rank.
+        device: requested device; `auto`: the GPU of this rank, or the CPU.
+        workers: number of loader processes for each rank; None: by the number of cores of the rank.
         environment: variables in which launchers pass rank and address.
 
     Raises:
@@ -106,7 +106,7 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
         return
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]:
         raise UsageError(
-            f"{rank.world_size} ranks were started, and {' and '.join(missing)} are not set: use torchrun,"
+            f"{rank.world_size} ranks were started, but {' and '.join(missing)} are not set: use torchrun,"
             " or export both before srun"
         )
     if where.type == "cuda":
@@ -117,10 +117,10 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
     except (RuntimeError, ValueError) as error:  # torch raises RuntimeError for network errors
         where_to = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         raise WorkerError(
-            f"rank {rank.rank} of {rank.world_size} cannot meet the others at {where_to}:"
+            f"rank {rank.rank} of {rank.world_size} cannot connect to the others at {where_to}:"
             f" {' '.join(str(error).split())[:200]}",
             fix=(
-                "Set MASTER_ADDR and MASTER_PORT to a machine and a free port that all can reach, or let torchrun do it"
+                "Set MASTER_ADDR and MASTER_PORT to a machine and a free port that all ranks can reach, or use torchrun"
             ),
         ) from error
     try:
@@ -131,7 +131,7 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
 
 
 class OnRank(nn.Module):
-    """The student of this rank, compiled and wrapped for several ranks as asked: what a forward pass calls.
+    """The student of this rank for forward passes, compiled and wrapped with DDP as needed.
 
     Gradients are averaged over the ranks in the backward pass, except inside `accumulating`.
     """
@@ -150,8 +150,8 @@ class OnRank(nn.Module):
         self._call: Any = torch.compile(answering) if compiled else answering
         if world.size > 1:
             # Looking for unused parameters keeps the order in which gradients are summed. Otherwise DDP would change it
-            # after the first step, and a resumed run could differ in the last bits from one that went on. On a GPU the
-            # bits are promised with --deterministic alone, and the search would cost time.
+            # after the first step, and a resumed run could differ in the last bits from one that went on. On a GPU,
+            # equal bits are promised only with --deterministic, and the search would cost time.
             exact = world.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # on purpose
             devices = [world.device] if world.device.type == "cuda" else None
@@ -167,7 +167,7 @@ class OnRank(nn.Module):
 
 
 class _Answers(nn.Module):
-    """The student's two answers as a tuple, which DDP and torch.compile can look into."""
+    """The student's two answers as a tuple, which DDP and torch.compile can inspect."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
@@ -181,8 +181,8 @@ class _Answers(nn.Module):
 class Consensus:
     """An agreement of the ranks to stop after the same update, even if a signal reaches them at different times.
 
-    In every update each rank sends whether a signal asked it to stop, and reads the answer to what all sent the update
-    before: by then it has come, so no rank waits for it.
+    In every update, each rank sends whether a signal asked it to stop, and reads the result of the previous update. That
+    result has arrived by then, so no rank waits for it.
     """
 
     def __init__(self, world: World) -> None:
@@ -207,7 +207,7 @@ class Consensus:
 
 @contextlib.contextmanager
 def lost_ranks_named(world: World) -> Iterator[None]:
-    """Turn the communication library's error about a lost rank into an error of one line."""
+    """Turn the communication library's error about a lost rank into a one-line error."""
     try:
         yield
     except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
@@ -216,7 +216,7 @@ def lost_ranks_named(world: World) -> Iterator[None]:
             raise
         raise WorkerError(
             f"rank {world.rank} of {world.size} has lost another rank ({text[:160]})",
-            fix="Start all ranks again with --resume auto: the run goes on from its last checkpoint",
+            fix="Start all ranks again with --resume auto: the run continues from its last checkpoint",
         ) from error
 
 
@@ -227,10 +227,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """A request of a signal to stop the run.
+    """A request to stop the run, made by a signal.
 
     Attributes:
-        signal: first signal that was received; None: go on.
+        signal: first signal that was received; None: no request.
     """
 
     def __init__(self) -> None:
@@ -244,7 +244,7 @@ class StopRequest:
 def stop_request() -> Iterator[StopRequest]:
     """Treat Ctrl-C and SIGTERM (which Slurm sends before it ends a job) as a request to stop.
 
-    A second Ctrl-C stops the process at once, as usual: the last checkpoint stays. A second SIGTERM changes nothing,
+    A second Ctrl-C stops the process at once, as usual: the last checkpoint is kept. A second SIGTERM changes nothing,
     because schedulers repeat it. Outside the main thread, signals are not caught.
     """
     request = StopRequest()

@@ -52,7 +52,7 @@ class Data:
 
     Attributes:
         source: original images.
-        label_set: label set with the teacher's answers; None to train on class labels alone.
+        label_set: label set with the teacher's answers; None: train on class labels alone.
         recipe: recipe of the views.
         num_classes: number of classes, C.
         class_names: one name per class, or None.
@@ -73,8 +73,8 @@ class State:
         student: student in training.
         optimizer: AdamW of the student.
         ema: moving average of the student's weights, or None.
-        next_update: number of updates done, which is the index of the next one.
-        evaluated: number of updates done at the last evaluation.
+        next_update: index of the next update, which is the number of completed updates.
+        evaluated: number of completed updates at the last evaluation.
         best_top1: best top-1 accuracy so far in percent, -1 before the first evaluation.
     """
 
@@ -91,7 +91,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
 
     Args:
         config: settings of the run.
-        recipe: recipe that the user asked for, or None; with a label set, it must be the one of the label set.
+        recipe: requested recipe, or None; with a label set, it must be the recipe of the label set.
 
     Raises:
         LabelSetError: the label set is incomplete or damaged, or has other images, another recipe or other pixels.
@@ -109,7 +109,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
         difference = first_difference(label_set.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
         raise LabelSetMismatch(
             f"{config.labels} was made with another recipe{difference}",
-            fix="Leave out --recipe and --set, on the command line and in the file of -c: the label set has its recipe",
+            fix="Leave out --recipe and --set, on the command line and in the -c file: the recipe comes from the label set",
         )
     source = label_set.open_source(config.data, cache=cache)
     difference = check_replay(label_set, source)
@@ -135,7 +135,7 @@ def check_output(config: TrainConfig) -> None:
         )
     if kept := next((name for name in ("last", "best") if (config.folder / name).is_dir()), None):
         raise UsageError(
-            f"{config.output} holds {kept}/ of a run whose {STATE_NAME} is gone",
+            f"{config.output} holds {kept}/ of a run whose {STATE_NAME} is missing",
             fix="Choose another --output, or pass --resume to start again and replace it",
         )
 
@@ -224,7 +224,7 @@ def _views_to_train_on(config: TrainConfig, data: Data) -> range | None:
 
 
 def build_state(config: TrainConfig, data: Data, order: Order, device: torch.device) -> State:
-    """Build the student, its optimizer and EMA from the settings and their seed; every rank gets the same.
+    """Build the student, its optimizer and its EMA from the settings and their seed; the result is equal on every rank.
 
     Raises:
         UsageError: timm cannot build the student, or its image size is not that of the views.
@@ -267,7 +267,7 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
 
 
 def _load_initial_weights(config: TrainConfig, student: Student) -> None:
-    """Load the weights of --init, and log how the initial weights were made to fit."""
+    """Load the weights of --init, and log the changes that made the initial weights fit."""
     if config.init is not None:
         changes = start_from(student, weights_here(config.init))
         log.info("starting from %s: %s", config.init, "; ".join(changes) or "all weights as they are")
@@ -278,7 +278,7 @@ def _load_initial_weights(config: TrainConfig, student: Student) -> None:
 
 
 def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any]:
-    """Return the settings and ids that must be the same when a run is resumed, on any number of ranks."""
+    """Return the settings and ids that must stay the same if a run is resumed, on any number of ranks."""
     return {
         "version": STATE_VERSION,
         "config": config.identity(),
@@ -317,7 +317,7 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     if pin is not None and config.expect_manifest is None:
         raise CheckpointError(
             f"{path} belongs to a run that is pinned to a manifest",
-            fix=f"Pass --expect-manifest {pin}, or if you know why the manifest changed, its present pin",
+            fix=f"Pass --expect-manifest {pin}, or the new pin if you know why the manifest changed",
         )
     saved_views, views = found["views_per_update"], meta["views_per_update"]
     if found | {"views_per_update": views} == meta and saved_views != views:
@@ -363,7 +363,7 @@ def save_evaluation(output: Path, state: State) -> None:
 
 
 def save_config(config: TrainConfig, data: Data) -> None:
-    """Write config.json, with all settings and ids, and config.yaml, with which `train -c` trains the same again."""
+    """Write config.json, with all settings and ids, and config.yaml, which `train -c` takes to repeat the training."""
     resolved = {"config": config.to_dict(), "recipe": data.recipe.model_dump(mode="json"), "recipe_id": data.recipe.id}
     if data.label_set:
         resolved |= {

@@ -1,4 +1,4 @@
-"""Batches from a label set and a source: replayed views with the labels that the teacher gave them.
+"""Batches from a label set and a source: replayed views with the teacher's labels.
 
 A loader process renders whole batches. Batch i of a rank is a pure function of i, so a resumed run asks only for the
 remaining batches.
@@ -42,11 +42,11 @@ class Batch:
 
     Attributes:
         index: number of the forward pass among those of this rank in the run; the stream can continue from any index.
-        views: view numbers in it.
-        keys: sample keys, B of them.
+        views: view numbers in the batch.
+        keys: sample keys, B strings.
         images: uint8 [B, H, W, 3].
         mix: partners and mixes.
-        classes: class labels, 0 where not labelled; partners and weights are those of `mix`.
+        classes: class labels, 0 if unlabelled; partners and weights are those of `mix`.
         teacher: the teacher's stored answers; None without a label set.
     """
 
@@ -161,7 +161,7 @@ class Catalogue:
 
 
 class BatchRenderer:
-    """A function for loader processes: `renderer(i, out, note)` returns the batch of this rank's i-th forward pass."""
+    """Renderer called in loader processes: `renderer(i, out, note)` returns the batch of this rank's i-th forward pass."""
 
     def __init__(self, catalogue: Catalogue, recipe: Recipe, order: Order, share: Share = Share()) -> None:
         self._catalogue, self._recipe, self._order, self._share = catalogue, recipe, order, share
@@ -263,7 +263,7 @@ class BatchRenderer:
     def _rendered(self, shard: int, row: int, table: ShardTable, views: range, note: Note) -> NDArray[np.uint8]:
         note(f"image {table.keys[row]!r} of {self._catalogue.names[shard]}")
         sample = self._catalogue.source.shards[shard][row]
-        if table.samples is None:  # this image has not been decoded before: check all of it
+        if table.samples is None:  # this image has not been decoded before: decode all of it to check it
             return render_views(decode(sample.image, key=sample.key), self._recipe, sample.key, views)
         check_image(sample, table.samples, row, shard=self._catalogue.names[shard])
         return render_encoded(sample.image, self._recipe, sample.key, views)
@@ -278,11 +278,11 @@ def stream_batches(
     `held` further batches have been requested.
 
     Args:
-        renderer: renders the batches.
+        renderer: renderer of the batches.
         indices: indices of the batches.
-        workers: number of loader processes; 0: this process renders.
-        held: batches that the caller may hold while it asks for another one.
-        device: where the caller copies batches to; None: nowhere.
+        workers: number of loader processes; 0: render in this process.
+        held: number of batches that the caller may hold while it requests another one.
+        device: device to which the caller copies batches; None: no copies.
 
     Raises:
         DeitCliError: a batch failed; raised after all earlier batches have been yielded.
@@ -301,7 +301,7 @@ class CentreBatch:
 
 
 class CentreRenderer:
-    """A function for loader processes: `renderer(i, out, note)` returns the i-th batch of centre crops and class labels."""
+    """Renderer called in loader processes: `renderer(i, out, note)` returns the i-th batch of centre crops and class labels."""
 
     def __init__(self, source: Source, labelled: list[tuple[int, int]], recipe: Recipe, batch_size: int) -> None:
         self._source, self._labelled, self._recipe, self._size = source, labelled, recipe, batch_size

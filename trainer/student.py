@@ -121,19 +121,19 @@ def create_student(
     pretrained: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> Student:
-    """Build a student. None keeps the architecture's own value.
+    """Build a student. None: the architecture's own value.
 
     Args:
         model: timm name, with or without a tag, or one of `SHORT_NAMES`.
         num_classes: number of classes of the labels, C.
-        img_size: height and width of the images, in pixels. A model that takes any size only records it.
+        img_size: height and width of the images, in pixels. A model for any size only records it.
         patch_size: height and width of a patch, in pixels.
         embed_dim: embedding dimension, D.
         depth: number of transformer blocks.
         num_heads: number of attention heads; must divide `embed_dim`.
         drop_path: stochastic depth rate of the last block, 0..1.
         init_checkpoint: file of weights to load, see `load_weights`.
-        pretrained: load timm's published weights; the heads are new if they have another number of classes.
+        pretrained: whether to load timm's published weights; their heads are replaced if the number of classes differs.
         class_names: one name per class, for the exported configuration.
 
     Raises:
@@ -166,11 +166,11 @@ def open_student(
     Args:
         checkpoint: file of weights, or a folder with `config.json` and `model.safetensors`, as a run exports it.
         model: timm name, for a file of weights and for published weights; a folder names its own model.
-        num_classes: number of classes in a file of weights, C; None takes the model's own.
-        pretrained: load timm's published weights instead of a checkpoint.
+        num_classes: number of classes in a file of weights, C; None: as in timm's model.
+        pretrained: whether to load timm's published weights instead of a checkpoint.
 
     Raises:
-        UsageError: the arguments contradict each other, or too few are given.
+        UsageError: the arguments contradict each other, or an argument is missing.
         CheckpointError: the checkpoint does not exist, is damaged, or does not fit the model.
         StorageError: the published weights cannot be downloaded.
     """
@@ -201,7 +201,7 @@ def load_weights(student: Student, path: Path) -> None:
     Args:
         student: student that receives the weights.
         path: safetensors file, or PyTorch file with a state dict, which is the whole content or stored under `state_dict`
-            or `model` (timm's and DeiT's layouts). If the file also has an EMA, that is loaded instead, as timm does.
+            or `model` (timm's and DeiT's layouts). If the file also has EMA weights, these are loaded instead, as in timm.
             Prefixes that DDP and `torch.compile` add to names are removed.
 
     Raises:

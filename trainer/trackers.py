@@ -39,17 +39,17 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
     """Check that the packages of the trackers are installed, without importing them.
 
     Raises:
-        UsageError: a package is missing; the error has the line that installs it.
+        UsageError: a package is missing; the error has the command that installs it.
     """
     for asked, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
         if asked and find_spec(package) is None:
             raise UsageError(
-                f'--log-{package} needs the package {package}: pip install "deit-cli[{package}]", or leave it out'
+                f'--log-{package} needs the package {package}: pip install "deit-cli[{package}]", or omit the option'
             )
 
 
 def scalars_of(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the points that a line of `metrics.jsonl` adds, by curve, such as `eval/student/mean_logits_top1`.
+    """Return the points of a line of `metrics.jsonl` by the name of their curve, such as `eval/student/mean_logits_top1`.
 
     The position (epoch, step), texts, and numbers that are not finite do not become points.
     """
@@ -99,7 +99,7 @@ class WandB:
         """Begin or continue the run; record offline if the server does not answer.
 
         Raises:
-            UsageError: nobody is logged in.
+            UsageError: no user is logged in.
             StorageError: the id in the run's folder cannot be read or written.
         """
         import wandb
@@ -124,7 +124,7 @@ class WandB:
         except WandbUsageError as error:
             raise UsageError(
                 f"--log-wandb: {_first_line(error)}",
-                fix="Or record without a network: WANDB_MODE=offline",
+                fix="To record without a network, set WANDB_MODE=offline",
             ) from error
         except CommError as error:
             log.warning("Weights & Biases does not answer: %s", _first_line(error))

@@ -1,4 +1,4 @@
-"""Initial weights: adapt a checkpoint to a student with another image size, other classes, or another kind of heads.
+"""Initial weights: adapt a checkpoint to a student with another image size, other classes, or another number of heads.
 
 Every change to the weights is reported. All other tensors must fit exactly, as in evaluation.
 """
@@ -45,7 +45,7 @@ def start_from(student: Student, path: Path) -> list[str]:
 
 
 def _find_weights(path: Path) -> tuple[Path, tuple[str, ...] | None]:
-    """Return the file of weights and its class names; None for a file alone, and for a folder that has no names."""
+    """Return the file of weights and its class names; None for a single file or a folder without names."""
     if not path.is_dir():
         return path, None
     weights, config = path / "model.safetensors", path / "config.json"

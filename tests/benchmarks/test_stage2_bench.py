@@ -220,7 +220,7 @@ FOUND = TrainingBench(
         # more than the machine has
         ({"cores": 2, "loaders": 1, "stream": 800.0}, 800, 4, "4 loader processes would be enough; this machine has 2 cores"),
         ({"loaders": 2, "stream": 5000.0}, 2500, 1, "could feed 2.00 times as much; 1 loader process would be enough"),
-        ({"loaders": 0, "stream": 2500.0}, 1250, 1, "student and stream take turns in one process: 1 loader process would be enough (--workers) to let the student go on"),
+        ({"loaders": 0, "stream": 2500.0}, 1250, 1, "student and stream take turns in one process: 1 loader process would be enough (--workers) to keep the student busy"),
     ],
 )  # fmt: skip
 def test_the_limit_and_what_would_be_enough(changes, reachable, enough, verdict):

@@ -338,7 +338,9 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path):
     folder = write_fkd(tmp_path / "fkd")
     with (folder / "n02" / "n02_3.tar").open("wb") as file:
         file.truncate(2**30)  # a hole: nothing on the disk
-    with pytest.raises(ImportedLabelsError, match="a file of labels may have at most 67108864 bytes, this one has 1073741824"):
+    with pytest.raises(
+        ImportedLabelsError, match="a file of labels may have at most 67108864 bytes, this one has 1073741824"
+    ):
         run("fkd", folder, tmp_path / "out")
 
 

@@ -311,7 +311,7 @@ def test_a_run_whose_state_is_gone_is_not_replaced_unasked(made, tmp_path):
     train(config(made.folder, tmp_path / "run", epochs=1))
     (tmp_path / "run/state.safetensors").unlink()
     kept = (tmp_path / "run/last/model.safetensors").read_bytes()
-    with pytest.raises(UsageError, match=r"holds last/ of a run whose state.safetensors is gone"):
+    with pytest.raises(UsageError, match=r"holds last/ of a run whose state.safetensors is missing"):
         train(config(made.folder, tmp_path / "run", epochs=1, seed=5))
     assert (tmp_path / "run/last/model.safetensors").read_bytes() == kept
 

@@ -270,7 +270,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--amp-dtype bfloat16"),
         Trial("--pretrained", "--checkpoint and --pretrained exclude each other"),
         Trial("--model deit-ti", "names its own architecture"),
-        Trial("--num-classes 3", "--num-classes is of a file of weights"),
+        Trial("--num-classes 3", "--num-classes is only for a file of weights"),
     ],
     "labels info": [
         Trial(seen=lambda got: "views" in got.output),

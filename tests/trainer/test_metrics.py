@@ -166,7 +166,7 @@ def test_a_tracker_that_fails_is_said_once_and_left_out_and_the_others_go_on(tmp
     assert [index for index, _ in sound.points] == [0, 1, 2, 3]
     assert (broken.calls, broken.closed) == (2, [])
     assert [record.getMessage() for record in caplog.records] == [
-        "Kept failed and gets no more numbers, training goes on and metrics.jsonl has them all"
+        "Kept failed and gets no more numbers; training continues, and metrics.jsonl has all numbers"
         " (ConnectionResetError: Connection lost)"
     ]
 

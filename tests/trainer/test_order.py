@@ -133,7 +133,7 @@ def test_steps_of_an_epoch(changes, steps):
     ("changes", "message"),
     [
         ({"batch_size": 1}, "--batch-size must be at least 2"),
-        ({"repeated_aug": 4, "batch_size": 64}, "--repeated-aug 4 takes the views in groups of 4, the label set has 6"),
+        ({"repeated_aug": 4, "batch_size": 64}, "--repeated-aug 4 uses views in groups of 4, the label set has 6"),
         ({"repeated_aug": 3}, None),
         ({"shard_units": (0, 0)}, "no usable image"),
     ],
@@ -176,6 +176,6 @@ def test_repeats_across_a_change_of_partners_are_refused():
     recipe = load_recipe("deit")
     for repeats, views in itertools.product((1, 3), (range(6), None)):
         check_repeats(recipe, repeats, views)
-    with pytest.raises(UsageError, match="--repeated-aug 2 needs views whose partners stay for 2 views"):
+    with pytest.raises(UsageError, match="--repeated-aug 2 needs partners that stay the same for 2 views"):
         check_repeats(recipe, 2, range(6))
     check_repeats(load_recipe("crop-flip"), 2, range(6))  # nothing is mixed

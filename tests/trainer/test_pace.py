@@ -248,4 +248,4 @@ def test_the_summary_of_a_continuation_says_what_its_time_is_of(tmp_path):
 
 def test_the_summary_of_a_run_that_was_over_says_so(tmp_path):
     run = recorded(tmp_path / "run", scored=False)
-    assert summary(run, None).splitlines()[0] == f"{run}: was trained before; nothing was left to do"
+    assert summary(run, None).splitlines()[0] == f"{run}: was already trained; nothing was left to do"

@@ -210,7 +210,7 @@ except UsageError as error:
         capture_output=True, text=True, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert "--log-wandb: No API key configured" in done.stdout, done.stderr
-    assert "Or record without a network: WANDB_MODE=offline" in done.stdout
+    assert "To record without a network, set WANDB_MODE=offline" in done.stdout
 
 
 @pytest.mark.slow

@@ -354,7 +354,9 @@ def test_an_operation_without_a_deterministic_algorithm_is_refused_by_name(label
 
     with (
         before_update(0, put),
-        pytest.raises(UsageError, match=r"--deterministic: put_ does not have .*Train without it") as caught,
+        pytest.raises(
+            UsageError, match=r"--deterministic: put_ does not have .*Train without --deterministic"
+        ) as caught,
     ):
         train(config(label_set, tmp_path / "run", deterministic=True, device="cpu"))
     assert "\n" not in str(caught.value)
