@@ -184,9 +184,10 @@ def _transfer(
         return manifest_data if same and contains(united, label_set.manifest) else new
 
     manifest_there = target / MANIFEST_NAME
-    result = change(manifest_there.read())  # raise for sets that cannot be united before sending anything
+    before = manifest_there.read()
+    result = change(before)  # raise for sets that cannot be united before sending anything
     tally = _move_all(phase, source, target, manifest.files, move, workers=workers, progress=progress)
-    _carry(source, target, signed=result == manifest_data)
+    _carry(source, target, ours=result == manifest_data, unchanged=result == before)
     final = manifest_there.update(change)
     return Moved(
         manifest=parse_manifest(final, manifest_there, plan_sha256=claimed),
@@ -233,19 +234,25 @@ def _differs(one: Plan, other: Plan, name: str) -> bool:
     return getattr(one, name) != getattr(other, name)
 
 
-def _carry(source: Place, target: Place, *, signed: bool) -> None:
+def _carry(source: Place, target: Place, *, ours: bool, unchanged: bool) -> None:
     """Copy the other files: the card if the destination has none, and the signature of exactly this manifest.
 
     The class names of packed images are copied, too, so that the images can be used as a source there.
+
+    Args:
+        source: label set to copy from.
+        target: destination.
+        ours: whether the manifest of the destination will be the one of the source.
+        unchanged: whether the manifest of the destination stays as it is; its signature then stays valid.
     """
     classes, card, signature = (_read_optional(source / name) for name in (CLASSES_NAME, CARD_NAME, SIGNATURE_NAME))
     if classes is not None:
         (target / CLASSES_NAME).put(classes)
     if card is not None and not (target / CARD_NAME).put(card):
         log.info("%s exists with other content, and is kept", target / CARD_NAME)
-    if signature is not None and signed:
+    if signature is not None and ours:
         (target / SIGNATURE_NAME).put(signature, replace=True)
-    elif not signed and (signature or _read_optional(target / SIGNATURE_NAME)) is not None:
+    elif not (ours or unchanged) and (signature or _read_optional(target / SIGNATURE_NAME)) is not None:
         log.warning("%s: no signature covers its current manifest: sign it", target)
 
 

@@ -284,6 +284,11 @@ def test_card_and_signature_come_along(spot, made, tmp_path, caplog):
     assert "no signature" not in caplog.text
     push(made / "late", spot.target)  # the manifest is another one now
     assert f"{spot.target}: no signature covers its current manifest: sign it" in caplog.text
+    spot.files.write("manifest.json.sig", b"signed as a whole")
+    caplog.clear()
+    push(mine, spot.target)  # nothing is new: the signature there is still that of the manifest there
+    assert spot.files.read("manifest.json.sig") == b"signed as a whole"
+    assert "no signature" not in caplog.text
 
 
 # Two writers.
