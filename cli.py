@@ -88,7 +88,8 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
       deit-cli precompute --data imagenet/train --teacher regnety_160 --out shards --views 0:300
       deit-cli precompute --data imagenet/train --recipe deit-384 --set reprob=0 --teacher regnety_160 --out shards-384
       deit-cli precompute --data photos --teacher resnet50 --teacher-checkpoint resnet50.safetensors --out labels
-      torchrun --nnodes 4 --nproc-per-node 8 --no-python deit-cli precompute --data s3://bucket/train --out s3://bucket/shards
+      torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint head:29500 --no-python \\
+        deit-cli precompute --data s3://bucket/train --out s3://bucket/shards
     """
     config, teacher = split_values(values, PrecomputeConfig, TeacherConfig)
     recipe = chosen_recipe(values)
@@ -174,8 +175,8 @@ def estimate(as_json: bool, **values: Any) -> None:
     """Estimate the cost of labelling, and when it pays off.
 
     The result is the time and disk space that labelling takes on this machine, and the number of students for which it saves
-    time. The first images are labelled as a test, in seven measurements of about --seconds each; on a GPU a student is timed as
-    well. This takes at most a minute on an idle machine, and writes nothing.
+    time. The first images are labelled as a test, in seven measurements of about --seconds each. On a GPU the student is timed,
+    too; on a CPU the operations of both networks are counted. Nothing is written.
 
     \b
     Example:
@@ -367,7 +368,7 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
     "--out", type=click.Path(path_type=Path), default=Path("labels.png"), help="PNG file to write.", group="Output"
 )
 @plain_option("--samples", type=click.IntRange(1, 64), default=4, help="Number of images, one per row.", group="Data")
-@plain_option("--views", type=click.IntRange(1, 64), default=6, help="Number of views of each image.", group="Data")
+@plain_option("--views", type=click.IntRange(1, 64), default=6, help="Number of views of each image.", group="Views")
 def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> None:
     """Draw views as the teacher saw them, with its answers.
 
@@ -413,8 +414,8 @@ def push(folder: str, url: str, workers: int) -> None:
 @plain_option(
     "--views",
     type=ViewsType(),
-    help="Views to copy, START:STOP; label files are copied whole, so there may be more. By default all.",
-    group="Data",
+    help="Views to copy, START:STOP; label files are copied whole, so more views may come. By default all.",
+    group="Views",
 )
 @plain_option(
     "--shards",
@@ -477,7 +478,7 @@ def merge(out: Path, sets: tuple[str, ...]) -> None:
     type=ViewsType(),
     required=True,
     help="Views to add, START:STOP; they must adjoin those of the label set.",
-    group="Data",
+    group="Views",
 )
 @IMAGES
 @plain_option(

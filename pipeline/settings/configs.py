@@ -126,8 +126,8 @@ class PrecomputeConfig:
     )
     batch_size: int | Literal["auto"] = run_option(
         "auto",
-        "Maximum number of views in one forward pass on a GPU, halved if memory runs out; auto means 256, or the"
-        " recipe's mix_block (the number of images among which partners for mixup are drawn). A CPU always takes 32.",
+        "Maximum number of views in one forward pass on a GPU, halved if memory runs out; auto means the recipe's"
+        " mix_block, the number of images among which partners for mixup are drawn (256). A CPU always takes 32.",
         "-b",
         low=2,
         high=10**6,
