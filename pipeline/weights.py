@@ -108,8 +108,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if odd is not None or not state:
         what = "it is empty" if odd is None else f"{odd} is not a tensor"
         raise CheckpointError(
-            f"{path} holds no state dict: {what}",
-            fix="It must stand alone, or under state_dict or model",
+            f"{path} holds no state dict: {what}", fix="It must stand alone, or under state_dict or model"
         )
     for name, tensor in state.items():
         if what := _not_plain(tensor):
@@ -141,8 +140,7 @@ def _refuse_packed(path: Path) -> None:
         return  # torch reports the problem
     if packed is not None:
         raise CheckpointError(
-            f"{path}: its member {packed!r} is compressed, which torch.save never does",
-            fix="Save it anew",
+            f"{path}: its member {packed!r} is compressed, which torch.save never does", fix="Save it anew"
         )
 
 
@@ -194,8 +192,7 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     most = _largest(config.get("model_args"))
     if most > len(weights):
         raise CheckpointError(
-            f"{path} asks for {most} layers, and {len(weights)} tensors lie beside it",
-            fix="Export it again",
+            f"{path} asks for {most} layers, and {len(weights)} tensors lie beside it", fix="Export it again"
         )
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -208,8 +205,7 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     asked, there = (sum(tensor.numel() for tensor in t.values()) for t in (shell.state_dict(), weights))
     if asked > max(2 * there, SMALL):  # factor 2: weights that two parts share may be stored once
         raise CheckpointError(
-            f"{path} asks for a network of {asked} numbers, and {there} lie beside it",
-            fix="Export it again",
+            f"{path} asks for a network of {asked} numbers, and {there} lie beside it", fix="Export it again"
         )
 
 

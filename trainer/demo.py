@@ -120,11 +120,7 @@ def run_demo(
     runs = {"teacher": teacher}
     for kind in ("hard", "soft"):
         log.info("3. a DeiT learns from the teacher's %s labels, without the teacher", kind)
-        labelled = {
-            "labels": label_set.folder,
-            "distillation_type": kind,
-            "model": "deit-ti",
-        }
+        labelled = {"labels": label_set.folder, "distillation_type": kind, "model": "deit-ti"}
         runs[kind] = _train(out / kind, seed, recipe, progress, **labelled, **STUDENT, epochs=VIEWS, warmup_epochs=3)
     log.info("4. the same DeiT learns from the %d class labels alone, with the same number of updates", LABELLED)
     epochs = VIEWS * TRAINING // LABELLED

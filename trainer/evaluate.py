@@ -143,8 +143,7 @@ def _compare_names(source: Source, student: Student) -> None:
     text = f"class {at} is {mine[at]!r} to the student and {theirs[at]!r} in {source.location}"
     if sorted(mine) == sorted(theirs):
         raise UsageError(
-            f"{text}: the same names in another order",
-            fix="Give the images the student's order of classes",
+            f"{text}: the same names in another order", fix="Give the images the student's order of classes"
         )
     log.warning("%s: their numbers are compared anyway", text)
 

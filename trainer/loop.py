@@ -126,10 +126,7 @@ def only_deterministic() -> Iterator[None]:
                 "--deterministic: this process used cuBLAS with a workspace that is not deterministic",
                 fix=f"Set {CUBLAS_WORKSPACE}=:4096:8 before it starts",
             ) from error
-        raise UsageError(
-            f"--deterministic: {what}",
-            fix="Train without it, or choose another --model",
-        ) from error
+        raise UsageError(f"--deterministic: {what}", fix="Train without it, or choose another --model") from error
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark

@@ -211,11 +211,5 @@ def estimate_labelling(
         student_s=student_s,
     )
     return LabellingCost(
-        counts=counts,
-        result=result,
-        machine=machine,
-        rates=rates,
-        reachable=reachable,
-        model=asked.model,
-        timed=timed,
+        counts=counts, result=result, machine=machine, rates=rates, reachable=reachable, model=asked.model, timed=timed
     )

@@ -198,10 +198,7 @@ def _load(path: Path) -> list[Any]:
             fix="Fetch the file again",
         ) from error
     except _Refused as refused:
-        raise ImportedLabelsError(
-            f"{path}: {refused}",
-            fix="It is not loaded: a pickle can run code",
-        ) from None
+        raise ImportedLabelsError(f"{path}: {refused}", fix="It is not loaded: a pickle can run code") from None
 
 
 def _pickle_of(data: bytes) -> bytes:

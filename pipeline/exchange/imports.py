@@ -216,8 +216,7 @@ def _publish(path: Path, data: bytes) -> None:
         found = path.read_bytes()
     if found != data:
         raise ImportedLabelsError(
-            f"{path} was made from other labels, with other settings or by another pyarrow",
-            fix="Choose another folder",
+            f"{path} was made from other labels, with other settings or by another pyarrow", fix="Choose another folder"
         )
 
 
@@ -240,21 +239,14 @@ def _check_out(out: Path, path: Path) -> None:
     if not path.is_dir():
         raise ImportedLabelsError(f"{path} is not a folder: pass the folder that holds the labels")
     if (out / IMPORT_NAME).exists():
-        raise ImportedLabelsError(
-            f"{out} holds an import already",
-            fix="Choose another folder",
-        )
+        raise ImportedLabelsError(f"{out} holds an import already", fix="Choose another folder")
     if out.resolve() == path.resolve():
-        raise ImportedLabelsError(
-            f"{out} is the folder of the labels themselves",
-            fix="Choose another folder",
-        )
+        raise ImportedLabelsError(f"{out} is the folder of the labels themselves", fix="Choose another folder")
     with refusals_named(out):
         names = {name for name in os.listdir(out) if not name.startswith(TEMPORARY_PREFIX)} if out.exists() else set()
     if names - {"labels"}:
         raise ImportedLabelsError(
-            f"{out} is not empty and holds no import that was interrupted",
-            fix="Choose another folder",
+            f"{out} is not empty and holds no import that was interrupted", fix="Choose another folder"
         )
 
 

@@ -77,8 +77,7 @@ def list_files(folder: Path) -> list[RankFile]:
         )
     if len(sizes := sorted({file.topk for file in found})) > 1:
         raise ImportedLabelsError(
-            f"{folder}: all epochs must have one K, there are {sizes}",
-            fix="Import them one by one",
+            f"{folder}: all epochs must have one K, there are {sizes}", fix="Import them one by one"
         )
     if sizes[0] > MAX_TOPK:
         raise ImportedLabelsError(f"{folder}: at most {MAX_TOPK} classes are stored for a view, these have {sizes[0]}")

@@ -62,18 +62,12 @@ def _refuse_links(out: Path, blocks: Sequence[range]) -> None:
     for folder in (out / "samples", *((out / labels_path("x", block)).parent for block in blocks)):
         if not folder.resolve().is_relative_to(out.resolve()):
             raise LabelSetCorrupt(
-                f"{folder} points outside the label set: nothing is written there",
-                fix="Delete the link",
+                f"{folder} points outside the label set: nothing is written there", fix="Delete the link"
             )
 
 
 def seal(
-    out: Path,
-    plan: Plan,
-    blocks: Sequence[range],
-    shards: tuple[str, ...] | None = None,
-    *,
-    images: bool = False,
+    out: Path, plan: Plan, blocks: Sequence[range], shards: tuple[str, ...] | None = None, *, images: bool = False
 ) -> None:
     """List every complete file with its hash, and replace the manifest: the commit.
 
@@ -115,10 +109,7 @@ def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> 
         raise LabelSetIncomplete(f"{place} holds no views")
     if any(a.stop != b.start for a, b in itertools.pairwise(blocks)):
         held = ", ".join(f"{block.start}:{block.stop}" for block in blocks)
-        raise LabelSetIncomplete(
-            f"{place}: its views {held} have a gap",
-            fix="Compute the missing ones with --views",
-        )
+        raise LabelSetIncomplete(f"{place}: its views {held} have a gap", fix="Compute the missing ones with --views")
     wanted = len(shards) * (1 + len(blocks))
     if wanted > 1000 + 2 * len(manifest.files):  # the product of two long lists may exceed the memory
         raise LabelSetCorrupt(
@@ -278,8 +269,7 @@ def check_replaceable(ours: Path, other: Path) -> None:
         read_all_views(other)  # checks its content hash
         if ours_says != other_says:
             raise LabelSetMismatch(
-                f"{ours}: another machine's file of this name has other views or rows",
-                fix="Use another --out",
+                f"{ours}: another machine's file of this name has other views or rows", fix="Use another --out"
             )
 
 

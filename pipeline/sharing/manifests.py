@@ -213,8 +213,7 @@ def _check_whole(
     for a, b in itertools.pairwise(blocks):
         if a.stop != b.start:
             raise LabelSetIncomplete(
-                f"{names[0]} and {names[1]} together lack views {a.stop}:{b.start}",
-                fix="Bring those first",
+                f"{names[0]} and {names[1]} together lack views {a.stop}:{b.start}", fix="Bring those first"
             )
     files = list(files)
     with_images = {entry.shard for entry in files if entry.kind == "images"}

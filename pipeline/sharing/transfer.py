@@ -202,10 +202,7 @@ def _read_both(source: Place, label_set: LabelSet) -> tuple[bytes, bytes]:
     plan, manifest = (source / PLAN_NAME).read(), (source / MANIFEST_NAME).read()
     opened = (label_set.manifest.plan_sha256, pretty_json(label_set.manifest.to_json()))
     if (hashlib.sha256(plan or b"").hexdigest(), manifest) != opened or plan is None or manifest is None:
-        raise LabelSetMismatch(
-            f"{source} was changed since it was opened",
-            fix="Run the same command again",
-        )
+        raise LabelSetMismatch(f"{source} was changed since it was opened", fix="Run the same command again")
     return plan, manifest
 
 

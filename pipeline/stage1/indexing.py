@@ -95,8 +95,7 @@ def scan_shard(source: Source, on_bad_image: BadImagePolicy, name: str, note: No
         except BadImageError as error:
             if on_bad_image == "fail":
                 raise SourceError(
-                    f"{error}",
-                    fix="Mend the image, or leave such images out with --on-bad-image skip",
+                    f"{error}", fix="Mend the image, or leave such images out with --on-bad-image skip"
                 ) from error
             shapes.append((0, 0))
             bad.append(error.reason)

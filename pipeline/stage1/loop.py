@@ -108,11 +108,7 @@ class ShardsInProgress:
     """The label shards that this process has begun. A thread writes each complete one while labelling goes on."""
 
     def __init__(
-        self,
-        job: Job,
-        teacher: Teacher,
-        report: Callable[[WorkDone], None],
-        finished: Callable[[LabelTask], None],
+        self, job: Job, teacher: Teacher, report: Callable[[WorkDone], None], finished: Callable[[LabelTask], None]
     ) -> None:
         self._job, self._teacher, self._report, self._finished = job, teacher, report, finished
         self._drafts: dict[LabelTask, LabelDraft] = {}

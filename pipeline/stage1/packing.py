@@ -203,8 +203,7 @@ def _packed_image(sample: Sample, packing: Packing, on_bad_image: BadImagePolicy
     except BadImageError as error:
         if on_bad_image == "fail":
             raise SourceError(
-                f"{error}",
-                fix="Mend the image, or leave such images out with --on-bad-image skip",
+                f"{error}", fix="Mend the image, or leave such images out with --on-bad-image skip"
             ) from error
     return sample.image
 

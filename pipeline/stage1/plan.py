@@ -168,8 +168,7 @@ def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int])
     if known[-1] - known[0] + 1 != len(known):
         held = f"{sealed[0].start}:{sealed[-1].stop}"
         raise UsageError(
-            f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}",
-            fix="Append to those",
+            f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}", fix="Append to those"
         )
 
 

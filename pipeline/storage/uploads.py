@@ -64,10 +64,7 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
             return new
         if (version is None) == (old is None):  # otherwise the file was created or deleted between the two calls
             _swap(Upload(url, new), version)
-    raise StorageError(
-        f"{url}: others have changed it {_SWAPS} times meanwhile",
-        fix="Run the same command again",
-    )
+    raise StorageError(f"{url}: others have changed it {_SWAPS} times meanwhile", fix="Run the same command again")
 
 
 def holds(url: str, path: Path, promise: Promise = NO_PROMISE) -> bool | None:

@@ -16,13 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import (
-    DeitCliError,
-    LabelSetCorrupt,
-    LabelSetError,
-    RemoteFileMissing,
-    StorageError,
-)
+from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetError, RemoteFileMissing, StorageError
 from pipeline.images.source import Source
 from pipeline.labels.checked_files import (
     check_length,
@@ -73,11 +67,7 @@ WRONG_LABELS = "Do not train on this set; ask the people who labelled it, or lab
 
 
 def verify(
-    location: str,
-    config: VerifyConfig,
-    asked: TeacherConfig | None = None,
-    *,
-    progress: Progress = lambda _: None,
+    location: str, config: VerifyConfig, asked: TeacherConfig | None = None, *, progress: Progress = lambda _: None
 ) -> Report:
     """Check every byte and row of a label set, and run the optional checks of `config`; return the report.
 
@@ -226,12 +216,7 @@ def _tasks(folder: Path | None, plan: Plan | None, manifest: Manifest | None) ->
 
 
 def _check_files(
-    report: Report,
-    place: Place,
-    plan: Plan | None,
-    tasks: Sequence[_Task],
-    threads: int,
-    progress: Progress,
+    report: Report, place: Place, plan: Plan | None, tasks: Sequence[_Task], threads: int, progress: Progress
 ) -> None:
     """Check every file: samples first, because they say which rows a label shard must have."""
     count_one = ProgressCounter("verify", len(tasks), progress, unit="files")
