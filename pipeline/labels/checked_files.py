@@ -185,7 +185,7 @@ class ViewsInOrder:
         self._ahead: dict[int, LabelRows] = {}
 
     def read(self, view: int) -> LabelRows:
-        """Read one view; `tables.read_view` lists the checks."""
+        """Read one view; `tables.read_views` lists the checks."""
         rows = self._ahead.pop(view, None)
         if rows is None:
             self._at_once = 2 * self._at_once if view == self._next else 1

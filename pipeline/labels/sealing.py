@@ -16,7 +16,6 @@ from pipeline.labels.manifest import (
     Manifest,
     Plan,
     Probe,
-    ShardRecord,
     in_order,
     labels_path,
     parse_plan,
@@ -25,7 +24,7 @@ from pipeline.labels.manifest import (
     read_probes,
     stored_blocks,
 )
-from pipeline.labels.tables import LabelsFooter, SampleRows, read_all_views, read_labels_footer, read_samples
+from pipeline.labels.tables import SampleRows, read_all_views, read_labels_footer, read_samples
 from pipeline.storage.atomic import publish_file, refusals_named, replace_file, sha256_file, sync_folder
 from pipeline.storage.json import pretty_json, read_small
 
@@ -143,22 +142,22 @@ def _list_files(
                 fix="Run the same command again: it takes those",
             )
     shards = dict.fromkeys(chosen or (shard.name for shard in plan.source.shards))
-    files = [_samples_entry(out, record) for record in plan.source.shards if record.name in shards]
+    records = [record for record in plan.source.shards if record.name in shards]
+    files = [_entry(out, "samples", record.name, rows=record.num_samples) for record in records]
     probes: list[Probe] = []
     environments: list[dict[str, str]] = []
     for block in blocks:
         for name in shards:
             path = out / labels_path(name, block)
             footer = checked_labels_footer(path, plan, name, block)
-            files.append(_labels_entry(out, footer))
+            files.append(_entry(out, "labels", name, rows=footer.rows_per_view * len(block), views=block))
             probes += read_probes(footer.probes, path)
             environments += [footer.environment] if footer.environment not in environments else []
     if sealed := sealed_manifest(out):
         _check_same_samples(sealed, files, out)
     known = {entry.shard: entry for entry in sealed.files if entry.kind == "images"} if sealed else {}
     if images or known:  # a tar is hashed only once: a later manifest keeps its first hash
-        records = [record for record in plan.source.shards if record.name in shards]
-        files += [known.get(record.name) or _images_entry(out, record) for record in records]
+        files += [known.get(each.name) or _entry(out, "images", each.name, rows=each.num_samples) for each in records]
     return Manifest(
         labelset_id=plan.labelset_id,
         plan_sha256=sha256_file(out / PLAN_NAME),
@@ -211,21 +210,8 @@ def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> 
             )
 
 
-def _samples_entry(out: Path, record: ShardRecord) -> FileEntry:
-    return _entry(out, kind="samples", shard=record.name, views=range(0), rows=record.num_samples)
-
-
-def _images_entry(out: Path, record: ShardRecord) -> FileEntry:
-    return _entry(out, kind="images", shard=record.name, views=range(0), rows=record.num_samples)
-
-
-def _labels_entry(out: Path, footer: LabelsFooter) -> FileEntry:
-    views = range(footer.view_start, footer.view_stop)
-    return _entry(out, kind="labels", shard=footer.shard, views=views, rows=footer.rows_per_view * len(views))
-
-
 def _entry(
-    out: Path, *, kind: Literal["samples", "labels", "images"], shard: str, views: range, rows: int
+    out: Path, kind: Literal["samples", "labels", "images"], shard: str, *, rows: int, views: range = range(0)
 ) -> FileEntry:
     entry = FileEntry(
         kind=kind, shard=shard, view_start=views.start, view_stop=views.stop, rows=rows, bytes=0, sha256="0" * 64
