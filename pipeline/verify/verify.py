@@ -58,7 +58,7 @@ from pipeline.sharing.signing import SIGNATURE_NAME, check_signature
 from pipeline.storage.atomic import TEMPORARY_PREFIX, refusals_named
 from pipeline.storage.place import Place, open_place
 from pipeline.storage.remote import NO_PROMISE, Promise, Received
-from pipeline.text import count
+from pipeline.text import count, first_few
 from pipeline.verify.images import check_images
 from pipeline.verify.report import Problem, Report
 
@@ -322,14 +322,10 @@ def _note_others(report: Report, folder: Path, tasks: Sequence[_Task]) -> None:
         one = len(others) == 1
         are, they, them = ("is", "It", "it") if one else ("are", "They", "them")
         report.notes.append(
-            f"{count(len(others), 'file')} {are} not in the manifest, so no reader looks at {them}: {_first(others)}."
+            f"{count(len(others), 'file')} {are} not in the manifest, so no reader looks at {them}: {first_few(others, 3)}."
             f" {they} may be of a run that has not sealed {them} yet; else delete {them}"
         )
     if temporary:
         report.notes.append(
-            f"{count(len(temporary), 'temporary file')} of writers that work here or were killed: {_first(temporary)}"
+            f"{count(len(temporary), 'temporary file')} of writers that work here or were killed: {first_few(temporary, 3)}"
         )
-
-
-def _first(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
