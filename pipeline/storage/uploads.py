@@ -58,7 +58,7 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
     """
     refuse_unwritable(url)
     for _ in range(_SWAPS):
-        version, old = _version(url), _read(url, max_bytes)
+        version, old = _version(url), read_url(url, max_bytes=max_bytes)
         new = change(old)
         if new == old:
             return new
@@ -148,13 +148,6 @@ def _version(url: str) -> str | None:
     return None if info is None else store_of(url).version(url, info)
 
 
-def _read(url: str, max_bytes: int) -> bytes | None:
-    try:
-        return read_url(url, max_bytes=max_bytes)
-    except RemoteFileMissing:
-        return None
-
-
 def _holds_now(upload: Upload) -> bool:
     """Return True if the name, which the store reports as taken, has this content."""
     found = _holds(upload)
@@ -175,11 +168,8 @@ def _holds(upload: Upload, size: int | None = None) -> bool | None:
 
 
 def _received_sha256(upload: Upload, size: int) -> str:
-    def attempt() -> str:
-        with open(os.devnull, "wb") as nowhere:
-            return receive(upload.url, nowhere, size=size).sha256
-
-    return retried(upload.url, attempt)
+    with open(os.devnull, "wb") as nowhere:
+        return retried(upload.url, lambda: receive(upload.url, nowhere, size=size)).sha256
 
 
 def _check_arrived(upload: Upload) -> None:
