@@ -10,7 +10,6 @@ is the commit. A killed import continues when it is run again: existing tables m
 import hashlib
 import io
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from pipeline.exchange.import_record import ANY_USE, FORMATS, Foreign, ImportRec
 from pipeline.labels.encoding import Codec, codec_of
 from pipeline.labels.format import IMPORT_FORMAT, IMPORT_NAME, MAX_TOPK, VERSION
 from pipeline.labels.tables import column_array, column_field, column_leaf
-from pipeline.machine.progress import Progress, Tick
+from pipeline.machine.progress import Progress
+from pipeline.machine.threads import ProgressCounter
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sweep_temporaries
 from pipeline.storage.json import canonical_json, pretty_json
 from pipeline.storage.urls import local_path
@@ -254,10 +254,10 @@ def _open_fkd(path: Path, num_classes: int, progress: Progress) -> Reader:
     files = fkd.list_files(path)
 
     def read() -> Iterator[ForeignRows]:
-        began = time.monotonic()
-        for done, file in enumerate(files, 1):
+        count = ProgressCounter("files", len(files), progress, unit="files")
+        for file in files:
             yield fkd.read_file(file, path, num_classes=num_classes)
-            progress(Tick("files", done, len(files), time.monotonic() - began, made=done, unit="files"))
+            count()
 
     return Reader(len(files), _sizes(files), read())
 
@@ -268,12 +268,11 @@ def _open_tinyvit(path: Path, num_classes: int, progress: Progress) -> Reader:
     total = sum(tinyvit.count_records(file) for file in files)
 
     def read() -> Iterator[ForeignRows]:
-        began, done = time.monotonic(), 0
+        count = ProgressCounter("records", total, progress, unit="records")
         for file in files:
             for rows in tinyvit.read_rank(file, num_classes=num_classes):
                 yield rows
-                done += len(rows)
-                progress(Tick("records", done, total, time.monotonic() - began, made=done, unit="records"))
+                count(len(rows))
 
     return Reader(2 * len(files), size, read())
 

@@ -212,9 +212,11 @@ def extension(
     """
     label_set = LabelSet(open_place(location))
     plan = label_set.plan
+    if data is None:
+        data = str(label_set.place / IMAGES_FOLDER) if label_set.has_images else label_set.images_location()
     longest = max(map(len, label_set.manifest.blocks), default=0)  # the last may be short
     config = PrecomputeConfig(
-        data=_images_of(label_set) if data is None else data,
+        data=data,
         out=location,
         views=views,
         topk=plan.topk,
@@ -223,10 +225,6 @@ def extension(
         **_named(PrecomputeConfig, values),
     )
     return config, _teacher_of(plan, _named(TeacherConfig, values)), plan.recipe
-
-
-def _images_of(label_set: LabelSet) -> str:
-    return str(label_set.place / IMAGES_FOLDER) if label_set.has_images else label_set.images_location()
 
 
 def _named(kind: type, values: dict[str, Any]) -> dict[str, Any]:

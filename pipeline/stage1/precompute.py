@@ -23,9 +23,9 @@ from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.settings.configs import PrecomputeConfig
-from pipeline.stage1.engines import limit, run_here, run_processes
+from pipeline.stage1.engines import limit, run_processes
 from pipeline.stage1.indexing import Reading, index_samples
-from pipeline.stage1.loop import Job, LabelTask, paths_of
+from pipeline.stage1.loop import Job, LabelTask, label_shards, paths_of
 from pipeline.stage1.packing import pack_images
 from pipeline.stage1.plan import Work, plan_work
 from pipeline.stage1.ray import connect_ray, run_ray
@@ -160,7 +160,7 @@ def _label(
     if job.config.engine == "ray":
         run_ray(job, teacher, job.config.processes, tasks, tally)
     elif len(devices) == 1:
-        run_here(job, teacher, tasks, tally)
+        label_shards(job, teacher, tasks, report=tally.add)
     else:
         run_processes(job, teacher, devices[: len(tasks)], tasks, tally)
 
