@@ -8,6 +8,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -234,11 +235,7 @@ class BatchRenderer:
         if label_set is None:
             return None
         name = self._catalogue.names[shard]
-
-        def read(view: int, label_set: LabelSet = label_set) -> LabelRows:
-            return self._labels.get((shard, view), lambda: label_set.read(name, view))
-
-        found = [read(view) for view in views]
+        found = [self._labels.get((shard, view), partial(label_set.read, name, view)) for view in views]
         at, there = np.searchsorted(table.usable, np.where(pairs >= 0, pairs, table.usable[0])), layout.places >= 0
 
         def column(name: str, dtype: type) -> Tensor:
