@@ -12,13 +12,13 @@ from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
 from pipeline.machine.loaders import plan_workers
-from pipeline.machine.ranks import resolve_device
+from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
 from trainer.config import EvaluateConfig
 from trainer.order import Order
-from trainer.parallel import Running, World, forward_dtype
+from trainer.parallel import Running, World
 from trainer.stream import BatchRenderer, Catalogue, CentreRenderer, mixed_images, stream_batches
 from trainer.student import Heads, Student, normalise, open_student
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -359,7 +358,7 @@ def _last_evaluation(output: Path) -> tuple[int, float]:
 def save_evaluation(output: Path, state: State) -> None:
     """Write the last evaluation to the output folder, so that a resumed run does not repeat it."""
     record = {"update": state.evaluated, "best_top1": state.best_top1}
-    replace_file(output / EVALUATION_NAME, readable_json(record))
+    replace_file(output / EVALUATION_NAME, pretty_json(record))
 
 
 def save_config(config: TrainConfig, data: Data) -> None:
@@ -370,7 +369,7 @@ def save_config(config: TrainConfig, data: Data) -> None:
             "labelset_id": data.label_set.plan.labelset_id,
             "teacher": data.label_set.plan.teacher.model_dump(mode="json"),
         }
-    replace_file(config.folder / CONFIG_NAME, readable_json(resolved))
+    replace_file(config.folder / CONFIG_NAME, pretty_json(resolved))
     settings = plain_settings(config)
     settings.pop("resume")  # an option of the command, not a setting of the run
     if data.label_set is None:  # with a label set, its plan gives the recipe
@@ -404,9 +403,8 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State, share:
             " and ".join(state.student.head_names),
             learning,
         )
-    repeats = order.repeats_after()
-    if repeats is not None and repeats < config.epochs:
-        log.warning("the label set has %d views: from epoch %d on they repeat", repeats, repeats)
+    if order.views is not None and len(order.views) < config.epochs:
+        log.warning("the label set has %d views: from epoch %d on they repeat", len(order.views), len(order.views))
     if config.distillation_type != "none" and not state.student.has_distillation_head:
         log.warning("%s has no distillation token: its one head learns from class labels and teacher", config.model)
     if config.distillation_type == "none" and state.student.has_distillation_head:
@@ -418,10 +416,6 @@ def top_rate(config: TrainConfig, order: Order) -> float:
 
     If the source has too few images for a full update, the actual number of views is used.
     """
-    views = min(order.batch_size, order.views_per_step) if order.is_one_step else order.batch_size
+    is_full = order.least_units_per_step == order.units_per_step
+    views = order.batch_size if is_full else min(order.batch_size, order.views_per_step)
     return linear_scaled_lr(config.lr_base, views) if config.lr is None else config.lr
-
-
-def readable_json(value: dict[str, Any]) -> bytes:
-    """Return values as indented JSON; tuples become lists."""
-    return pretty_json(json.loads(json.dumps(value)))

@@ -8,6 +8,11 @@ import torch
 
 Work = Callable[[], object]
 ROWS = 5  # rows of calls in `steady_s`
+DO_NOT_FIT = "measured parts and their sum do not fit: other programs ran here meanwhile? Try longer --seconds"
+
+
+class Enough(Exception):
+    """The exception that stops a run which has been timed for long enough."""
 
 
 def median_s(work: Work, device: torch.device, least_s: float) -> float:
