@@ -22,6 +22,11 @@ from pipeline.storage.urls import join_url, local_path, url_name, working_folder
 from pipeline.text import CONTROL_CHARACTERS
 
 _FILES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".tar"})
+SMALL = 1 << 24  # parameters; any machine has memory for so few, and loading gives a more exact error
+_REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # names of a network's arguments that repeat a part
+_NAMED = re.compile(r"GLOBAL ([\w.]{1,200}) ")  # in torch's errors: the name that a pickle needs and may not load
+_LONGEST_NAME = 500
+_ANEW = "save the state dict alone, best as safetensors"
 
 
 def weights_here(location: str) -> Path:
@@ -47,21 +52,6 @@ def weights_here(location: str) -> Path:
         with contextlib.suppress(RemoteFileMissing):
             receive_file(join_url(location, "config.json"), folder / "config.json")
     return folder
-
-
-SMALL = 1 << 24  # parameters; any machine has memory for so few, and loading gives a more exact error
-
-
-_REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # names of a network's arguments that repeat a part
-
-
-_NAMED = re.compile(r"GLOBAL ([\w.]{1,200}) ")  # in torch's errors: the name that a pickle needs and may not load
-
-
-_LONGEST_NAME = 500
-
-
-_ANEW = "save the state dict alone, best as safetensors"
 
 
 class _Ignored:

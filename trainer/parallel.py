@@ -24,6 +24,8 @@ from trainer.student import Heads, Student
 # How long a rank waits for the others. Evaluation, compilation or a slow file system may delay a rank; torch's default of
 # ten minutes was too short for a first step that is compiled.
 TIMEOUT = timedelta(minutes=30)
+_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -217,12 +219,6 @@ def lost_ranks_named(world: World) -> Iterator[None]:
             f"rank {world.rank} of {world.size} has lost another rank ({text[:160]})",
             fix="Start all ranks again with --resume auto: the run goes on from its last checkpoint",
         ) from error
-
-
-_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:

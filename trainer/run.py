@@ -379,35 +379,22 @@ def save_config(config: TrainConfig, data: Data) -> None:
 
 def announce(config: TrainConfig, data: Data, order: Order, state: State, share: Share) -> None:
     """Log the student and the schedule, and warn about settings with surprising effects."""
-    parameters = sum(p.numel() for p in state.student.parameters())
-    log.info(
-        "student %s: %.1f M parameters, %d px, %d classes",
-        config.model,
-        parameters / 1e6,
-        state.student.img_size,
-        data.num_classes,
-    )
-    log.info(
-        "%d epochs of %d updates, %d views each%s, lr %.3g%s",
-        config.epochs,
-        order.steps_per_epoch,
-        order.views_per_step,
-        f" in {share.parts} parts ({share.size} ranks, {share.passes} passes)" if share.parts > 1 else "",
-        top_rate(config, order),
-        f", {order.repeated_aug} views of an image together" if order.repeated_aug > 1 else "",
-    )
-    if state.student.backbone_frozen:
-        learning = sum(p.numel() for p in state.student.parameters() if p.requires_grad)
-        log.info(
-            "linear probe: only %s learn (%d parameters), the rest is frozen",
-            " and ".join(state.student.head_names),
-            learning,
-        )
+    student, classes, lr = state.student, data.num_classes, top_rate(config, order)
+    millions = sum(p.numel() for p in student.parameters()) / 1e6
+    log.info("student %s: %.1f M parameters, %d px, %d classes", config.model, millions, student.img_size, classes)
+    parts = f" in {share.parts} parts ({share.size} ranks, {share.passes} passes)" if share.parts > 1 else ""
+    together = f", {order.repeated_aug} views of an image together" if order.repeated_aug > 1 else ""
+    message = "%d epochs of %d updates, %d views each%s, lr %.3g%s"
+    log.info(message, config.epochs, order.steps_per_epoch, order.views_per_step, parts, lr, together)
+    if student.backbone_frozen:
+        learning = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        heads = " and ".join(student.head_names)
+        log.info("linear probe: only %s learn (%d parameters), the rest is frozen", heads, learning)
     if order.views is not None and len(order.views) < config.epochs:
         log.warning("the label set has %d views: from epoch %d on they repeat", len(order.views), len(order.views))
-    if config.distillation_type != "none" and not state.student.has_distillation_head:
+    if config.distillation_type != "none" and not student.has_distillation_head:
         log.warning("%s has no distillation token: its one head learns from class labels and teacher", config.model)
-    if config.distillation_type == "none" and state.student.has_distillation_head:
+    if config.distillation_type == "none" and student.has_distillation_head:
         log.warning("%s has a distillation head, which stays untrained without teacher labels", config.model)
 
 

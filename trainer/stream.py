@@ -34,6 +34,7 @@ from pipeline.views.view import render_encoded, render_view, render_views
 from trainer.losses import ClassTarget, TeacherTarget
 from trainer.order import Order, Share
 
+Record = TypeVar("Record")
 Value = TypeVar("Value")
 
 
@@ -73,9 +74,6 @@ class Batch:
             return tensor
 
         _with_tensors(self, record)
-
-
-Record = TypeVar("Record")
 
 
 def _with_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
