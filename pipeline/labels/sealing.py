@@ -29,6 +29,7 @@ from pipeline.storage.atomic import publish_file, refusals_named, replace_file, 
 from pipeline.storage.json import pretty_json, read_small
 
 MANIFEST_PROBES = 8
+_MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # the last bits differ between processors
 
 
 def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[], None] = lambda: None) -> None:
@@ -257,9 +258,6 @@ def check_replaceable(ours: Path, other: Path) -> None:
             raise LabelSetMismatch(
                 f"{ours}: another machine's file of this name has other views or rows", fix="Use another --out"
             )
-
-
-_MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # the last bits differ between processors
 
 
 def _same(ours: SampleRows, other: SampleRows) -> bool:

@@ -353,23 +353,13 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
             except RemoteFileCorrupt:
                 if not trusted:
                     raise
-                warn_counted(
-                    log,
-                    "downloads that began anew",
-                    "%s: what has come does not go on as it began; fetching it from its start",
-                    url,
-                )
+                message = "%s: what has come does not go on as it began; fetching it from its start"
+                warn_counted(log, "downloads that began anew", message, url)
                 continue
             if received.sha256 == sha256:
                 return publish_partial(partial, path)
-            warn_counted(
-                log,
-                "downloads that began anew",
-                "%s has SHA-256 %s…, not %s…; fetching it from its start",
-                url,
-                received.sha256[:12],
-                sha256[:12],
-            )
+            message = "%s has SHA-256 %s…, not %s…; fetching it from its start"
+            warn_counted(log, "downloads that began anew", message, url, received.sha256[:12], sha256[:12])
         os.truncate(partial, 0)
     raise RemoteFileCorrupt(
         f"{url} has SHA-256 {received.sha256[:12]}…, {sha256[:12]}… is promised: it was changed or replaced"

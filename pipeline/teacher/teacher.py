@@ -276,13 +276,9 @@ class Teacher:
         Non-finite outputs must never be stored: their argmax would be a valid class.
         """
         if self.dtype != torch.float32:
-            warn_counted(
-                log,
-                "batches with non-finite outputs that were computed again in float32",
-                "%d views gave non-finite outputs in %s: computing them again in float32",
-                int(bad.sum()),
-                self.dtype,
-            )
+            kind = "batches with non-finite outputs that were computed again in float32"
+            message = "%d views gave non-finite outputs in %s: computing them again in float32"
+            warn_counted(log, kind, message, int(bad.sum()), self.dtype)
             hard, index, prob, finite = self.top_classes(self.logits(images[bad], torch.float32), topk)
             if finite.all():
                 return hard, index, prob
