@@ -78,11 +78,6 @@ def fused_logits(heads: Heads) -> dict[str, Tensor]:
     return answers
 
 
-def answer_names(student: Student) -> tuple[str, ...]:
-    """Return the names in `fused_logits` of this student's answers."""
-    return ANSWERS if student.has_distillation_head else ANSWERS[:1]
-
-
 def evaluate(
     student: Student, source: Source, running: Running, *, crop_pct: float | None = None
 ) -> tuple[Scores, int]:
@@ -98,7 +93,7 @@ def evaluate(
         scores by the name of the answer, and the number of images.
     """
     labelled = labelled_places(source, student)
-    world, names = running.world, answer_names(student)
+    world, names = running.world, ANSWERS if student.has_distillation_head else ANSWERS[:1]
     mine = labelled[world.rank :: world.size]
     renderer = CentreRenderer(source, mine, centre_recipe(student, crop_pct), running.batch_size)
     right = torch.zeros(len(names), 2, dtype=torch.int64)

@@ -208,7 +208,8 @@ class BatchRenderer:
         epoch, step = self._order.position(update)
         views = self._order.views_of_epoch(epoch)
         units = self._share.cut(self._order.step_units(epoch, step), number)
-        parts = [self._part(shard, chosen, views) for shard, chosen in _by_shard(units)]
+        of_shards = np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1)  # a step has its units grouped by shard
+        parts = [self._part(int(chosen[0, 0]), chosen[:, 1], views) for chosen in of_shards]
         start = 0
         for part in parts:
             self._render_images(part, views, out[start:].numpy(), note)
@@ -371,12 +372,6 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Bat
         if answers
         else None,
     )
-
-
-def _by_shard(units: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each source shard with its units; `units` must be grouped by shard."""
-    for group in np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1):
-        yield int(group[0, 0]), group[:, 1]
 
 
 def _table(

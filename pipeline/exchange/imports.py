@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from pipeline.errors import ImportedLabelsError, UsageError
 from pipeline.exchange import fkd, tinyvit
@@ -90,7 +89,9 @@ def write_table(file: BinaryIO, parts: Sequence[ForeignRows], codec: Codec, foot
 
     Its columns are those of a label shard, with the key instead of the row, followed by the other recorded columns.
     """
-    hard, index, prob, view = (_joined(parts, name) for name in ("hard", "topk_index", "topk_prob", "view"))
+    hard, index, prob, view = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("hard", "topk_index", "topk_prob", "view")
+    )
     labels = codec.store(hard, index, prob)
     more = {name: np.concatenate([part.more[name] for part in parts]) for name in parts[0].more}
     numbers = [column_field(name, codec.record[name]) for name in labels]
@@ -113,10 +114,6 @@ def write_table(file: BinaryIO, parts: Sequence[ForeignRows], codec: Codec, foot
         column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT") | {"view": "DELTA_BINARY_PACKED"},
         write_page_checksum=True,
     )
-
-
-def _joined(parts: Sequence[ForeignRows], name: str) -> NDArray[Any]:
-    return np.concatenate([getattr(part, name) for part in parts])
 
 
 class _Tables:

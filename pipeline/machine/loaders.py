@@ -140,7 +140,9 @@ class _IntoSlot:
             return None
         slot, item = numbered
         batch = self.render(item, self._pixels[slot], note)
-        return slot, len(batch.images), _pickled(replace(batch, images=torch.empty(0)))
+        rest = io.BytesIO()
+        _ArrayPickler(rest, pickle.HIGHEST_PROTOCOL).dump(replace(batch, images=torch.empty(0)))
+        return slot, len(batch.images), rest.getvalue()
 
 
 class _ArrayPickler(pickle.Pickler):
@@ -148,12 +150,6 @@ class _ArrayPickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, Tensor) else NotImplemented
-
-
-def _pickled(value: object) -> bytes:
-    buffer = io.BytesIO()
-    _ArrayPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
-    return buffer.getvalue()
 
 
 class Slots:

@@ -195,13 +195,12 @@ class _UnsealedFolder(_Input):
             for view, rows in enumerate(read_all_views(contents), file.views.start):
                 check_rows(path, view, rows, self._usable_rows(file.shard), block=file.views)
         else:
-            checked_samples(contents, self.plan, self.plan.shard(file.shard))
+            checked_samples(contents, self.plan, file.shard)
         return contents
 
     def _usable_rows(self, shard: str) -> NDArray[np.int64]:
         if shard not in self._usable:
-            path = self._folder / samples_path(shard)
-            self._usable[shard] = checked_samples(path, self.plan, self.plan.shard(shard)).usable
+            self._usable[shard] = checked_samples(self._folder / samples_path(shard), self.plan, shard).usable
         return self._usable[shard]
 
 

@@ -62,8 +62,7 @@ def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRo
     for name, samples in reading.each("index", partial(scan_shard, source, reading.on_bad_image), missing):
         footer = SamplesFooter(labelset_id=plan.labelset_id, source_id=plan.source_id, shard=name, rows=len(samples))
         publish_file(out / samples_path(name), partial(write_samples, samples=samples, footer=footer))
-    records = {record.name: record for record in plan.source.shards}
-    tables = {name: checked_samples(out / samples_path(name), plan, records[name]) for name in shards}
+    tables = {name: checked_samples(out / samples_path(name), plan, name) for name in shards}
     images = sum(map(len, tables.values()))
     bad = images - sum(len(samples.usable) for samples in tables.values())
     if bad:

@@ -61,8 +61,7 @@ class Job:
 
     def samples(self, shard: str) -> SampleRows:
         """Read the samples file of a source shard, which indexing wrote, and return its samples."""
-        record = self.plan.shard(shard)
-        return checked_samples(self.config.folder / samples_path(shard), self.plan, record)
+        return checked_samples(self.config.folder / samples_path(shard), self.plan, shard)
 
 
 def label_shards(

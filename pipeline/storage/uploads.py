@@ -58,7 +58,9 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
     """
     refuse_unwritable(url)
     for _ in range(_SWAPS):
-        version, old = _version(url), read_url(url, max_bytes=max_bytes)
+        info = info_of(url)
+        version = None if info is None else store_of(url).version(url, info)
+        old = read_url(url, max_bytes=max_bytes)
         new = change(old)
         if new == old:
             return new
@@ -140,12 +142,6 @@ def _write_error(store: Store, upload: Upload, error: Exception) -> Exception:
             f"{upload.url}: there is no such bucket or repository", fix="Check the address, or make it first"
         )
     return found
-
-
-def _version(url: str) -> str | None:
-    """Return the store's name of the current version of a file, an empty text if it has none; None without a file."""
-    info = info_of(url)
-    return None if info is None else store_of(url).version(url, info)
 
 
 def _holds_now(upload: Upload) -> bool:

@@ -291,9 +291,9 @@ def _check_table(
     file: Contents, plan: Plan, task: _Task, usable: dict[str, NDArray[np.int64] | None]
 ) -> NDArray[np.int64] | None:
     """Check footer, schema and all rows against plan, manifest and samples; return the usable rows of a samples file."""
-    record = plan.shard(task.shard)
+    plan.shard(task.shard)  # raises if the plan has no such source shard
     if task.kind == "samples":
-        samples = checked_samples(file, plan, record)
+        samples = checked_samples(file, plan, task.shard)
         if task.entry:
             check_num_samples(file, samples, task.entry)
         return samples.usable
