@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -197,6 +197,14 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
         raise CheckpointError(
             f"{path} asks for a network of {asked} numbers, and {there} lie beside it", fix="Export it again"
         )
+
+
+def check_names(found: Set[str], wanted: Set[str], what: object, *, why: str) -> None:
+    """Raise CheckpointError, with the reason `why`, unless the names of the tensors of `what` are the wanted ones."""
+    for has, names in (("lacks", wanted - found), ("has an unknown tensor", found - wanted)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{what} {has} {min(names)}{more}: {why}")
 
 
 def _largest(values: Any, counts: bool = False) -> float:

@@ -184,10 +184,8 @@ def _package(section: Section, package: Package, trial: Trial | None) -> None:
 def _conflicts(section: Section, packages: Sequence[Package]) -> None:
     """Warn if a required package needs another version of one of its own dependencies than the installed one."""
     for package in {package.name: package for package in packages if package.version}.values():
-        for line in metadata.requires(package.name) or []:
-            wanted: Any = importlib.import_module("packaging.requirements").Requirement(line)
-            if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-                continue
+        parse: Any = importlib.import_module("packaging.requirements").Requirement
+        for wanted in _of_this_machine(map(parse, metadata.requires(package.name) or [])):
             found = version_of(wanted.name)
             if found is None or not wanted.specifier.contains(found, prereleases=True):
                 section.warning(

@@ -157,7 +157,6 @@ def _existing(pattern: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Return the names that a brace expression stands for."""
     try:
         # The library builds a whole range before it yields the first name, so a huge range must be refused first.
         huge = any(abs(int(a) - int(b)) >= MAX_FILES for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern))

@@ -110,7 +110,6 @@ def _claim_tasks(config: PrecomputeConfig, work: Work, mirror: ManyWritersMirror
 
 
 def _share_of(tasks: list[LabelTask]) -> list[LabelTask]:
-    """Return the label shards that this rank makes."""
     rank = rank_from(os.environ)
     mine = rank.share(tasks)
     if rank.world_size > 1:
@@ -138,7 +137,6 @@ def _read_images(
 
 
 def _finish(config: PrecomputeConfig, work: Work, mirror: ManyWritersMirror | None) -> LabelSet:
-    """Seal the label set, write its card, and return it."""
     sweep_temporaries(config.folder)  # of processes that were lost during the run
     commit(config.folder, work.plan, work.blocks, work.shards, images=work.packing is not None, mirror=mirror)
     label_set = LabelSet.open(config.folder)
@@ -154,7 +152,6 @@ def _label(
     samples: dict[str, SampleRows],
     progress: Progress,
 ) -> None:
-    """Run the engine on the label shards."""
     total = sum(len(samples[task.shard].usable) * len(task.views) for task in tasks)
     tally = Tally(total, processes=max(1, min(len(devices), len(tasks))), progress=progress)
     if job.config.engine == "ray":
