@@ -40,7 +40,7 @@ from pipeline.errors import UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.manifest import first_difference
 from pipeline.machine.loaders import plan_workers
-from pipeline.machine.ranks import resolve_device
+from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.loop import device_name
@@ -56,7 +56,6 @@ from trainer.export import export_model, hub_config
 from trainer.loop import batch_loss, train
 from trainer.losses import LossSettings, TeacherTarget
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.parallel import forward_dtype
 from trainer.run import build_state, make_order, open_data, top_rate
 from trainer.stream import Batch, BatchRenderer, Catalogue, stream_batches
 

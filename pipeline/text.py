@@ -70,6 +70,12 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def first_few(names: Sequence[str], limit: int) -> str:
+    """Return at most `limit` names as text, and the number of the others: `a, b and 2 more`."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def two_columns(rows: Sequence[tuple[str, str]]) -> str:
     """Return rows of a name and a text as a table, one row per line."""
     return "\n".join(f"{name:15}{text}" for name, text in rows)

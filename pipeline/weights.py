@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +22,11 @@ from pipeline.storage.urls import join_url, local_path, url_name, working_folder
 from pipeline.text import CONTROL_CHARACTERS
 
 _FILES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".tar"})
+SMALL = 1 << 24  # parameters; any machine has memory for so few, and loading gives a more exact error
+_REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # names of a network's arguments that repeat a part
+_NAMED = re.compile(r"GLOBAL ([\w.]{1,200}) ")  # in torch's errors: the name that a pickle needs and may not load
+_LONGEST_NAME = 500
+_ANEW = "save the state dict alone, best as safetensors"
 
 
 def weights_here(location: str) -> Path:
@@ -47,21 +52,6 @@ def weights_here(location: str) -> Path:
         with contextlib.suppress(RemoteFileMissing):
             receive_file(join_url(location, "config.json"), folder / "config.json")
     return folder
-
-
-SMALL = 1 << 24  # parameters; any machine has memory for so few, and loading gives a more exact error
-
-
-_REPEATED = re.compile("depth|layer|block|stage|repeat|list")  # names of a network's arguments that repeat a part
-
-
-_NAMED = re.compile(r"GLOBAL ([\w.]{1,200}) ")  # in torch's errors: the name that a pickle needs and may not load
-
-
-_LONGEST_NAME = 500
-
-
-_ANEW = "save the state dict alone, best as safetensors"
 
 
 class _Ignored:
@@ -108,8 +98,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if odd is not None or not state:
         what = "it is empty" if odd is None else f"{odd} is not a tensor"
         raise CheckpointError(
-            f"{path} holds no state dict: {what}",
-            fix="It must stand alone, or under state_dict or model",
+            f"{path} holds no state dict: {what}", fix="It must stand alone, or under state_dict or model"
         )
     for name, tensor in state.items():
         if what := _not_plain(tensor):
@@ -141,8 +130,7 @@ def _refuse_packed(path: Path) -> None:
         return  # torch reports the problem
     if packed is not None:
         raise CheckpointError(
-            f"{path}: its member {packed!r} is compressed, which torch.save never does",
-            fix="Save it anew",
+            f"{path}: its member {packed!r} is compressed, which torch.save never does", fix="Save it anew"
         )
 
 
@@ -194,8 +182,7 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     most = _largest(config.get("model_args"))
     if most > len(weights):
         raise CheckpointError(
-            f"{path} asks for {most} layers, and {len(weights)} tensors lie beside it",
-            fix="Export it again",
+            f"{path} asks for {most} layers, and {len(weights)} tensors lie beside it", fix="Export it again"
         )
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -208,9 +195,16 @@ def check_size(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     asked, there = (sum(tensor.numel() for tensor in t.values()) for t in (shell.state_dict(), weights))
     if asked > max(2 * there, SMALL):  # factor 2: weights that two parts share may be stored once
         raise CheckpointError(
-            f"{path} asks for a network of {asked} numbers, and {there} lie beside it",
-            fix="Export it again",
+            f"{path} asks for a network of {asked} numbers, and {there} lie beside it", fix="Export it again"
         )
+
+
+def check_names(found: Set[str], wanted: Set[str], what: object, *, why: str) -> None:
+    """Raise CheckpointError, with the reason `why`, unless the names of the tensors of `what` are the wanted ones."""
+    for has, names in (("lacks", wanted - found), ("has an unknown tensor", found - wanted)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{what} {has} {min(names)}{more}: {why}")
 
 
 def _largest(values: Any, counts: bool = False) -> float:

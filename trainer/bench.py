@@ -20,8 +20,9 @@ from pipeline.images.samples import Sample
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image
 from pipeline.machine.loaders import PREFETCH, one_core
+from pipeline.machine.ranks import forward_dtype
 from pipeline.machine.threads import usable_cores
-from pipeline.machine.timing import Work, median_s, steady_s, synchronise
+from pipeline.machine.timing import DOES_NOT_MATCH, Enough, Work, median_s, steady_s, synchronise
 from pipeline.text import count
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view, render_encoded
@@ -31,7 +32,7 @@ from trainer.loop import Run, only_deterministic, update_weights
 from trainer.losses import TeacherTarget
 from trainer.order import Share
 from trainer.pace import Pace, Step
-from trainer.parallel import Running, StopRequest, forward_dtype, joined_world
+from trainer.parallel import Running, StopRequest, joined_world
 from trainer.run import Data
 from trainer.stream import Batch, BatchRenderer, Catalogue, ShardTable, stream_batches
 
@@ -165,9 +166,7 @@ class TrainingBench:
             self._verdict(),
         ]
         if not 0.5 <= of_best <= 1.2:
-            lines.append(
-                "the measured speed does not match the parts: other programs may have run meanwhile. Try longer --seconds"
-            )
+            lines.append(DOES_NOT_MATCH)
         return "\n".join(lines)
 
     def _verdict(self) -> str:
@@ -295,10 +294,10 @@ def measure_loop(run: Run, *, seconds: float) -> LoopRate:
         elif marks and step.made > marks[0][1].made and time.perf_counter() - marks[0][0] > seconds:
             synchronise(device)
             marks.append((time.perf_counter(), step))
-            raise _Enough
+            raise Enough
 
     run.pace = Pace(total=run.order.steps_per_epoch * ENDLESS, per_epoch=run.order.steps_per_epoch, progress=progress)
-    with contextlib.suppress(_Enough), BackgroundWriter() as writer:
+    with contextlib.suppress(Enough), BackgroundWriter() as writer:
         run.train(writer, StopRequest())
     (began, before), (ended, after) = marks
     elapsed_s = ended - began
@@ -308,10 +307,6 @@ def measure_loop(run: Run, *, seconds: float) -> LoopRate:
         updates=after.made - before.made,
         elapsed_s=elapsed_s,
     )
-
-
-class _Enough(Exception):
-    """The exception that stops a run after the measured time."""
 
 
 def measure_parts(run: Run, *, least_s: float) -> StreamParts:
@@ -386,9 +381,9 @@ def _planning_s(run: Run, least_s: float) -> tuple[float, float]:
     plans, finds = [], []
     began = time.perf_counter()
     for index in cycle(range(min(8, run.order.steps_per_epoch * run.share.passes))):
-        planner(index, out, _unheard)  # reads what is not in memory yet
+        planner(index, out, lambda _: None)  # reads what is not in memory yet
         planner.label_s, start = 0.0, time.perf_counter()
-        size = len(planner(index, out, _unheard).keys)
+        size = len(planner(index, out, lambda _: None).keys)
         took = time.perf_counter() - start
         plans.append((took - planner.label_s) / size)
         finds.append(planner.label_s / size)
@@ -434,7 +429,3 @@ def _copy_s(run: Run, least_s: float) -> float | None:
 def _renderer_of(run: Run, kind: type[BatchRenderer] = BatchRenderer) -> Any:
     """Return a renderer of the run's batches that has read nothing yet."""
     return kind(Catalogue(run.data.source, run.data.label_set), run.data.recipe, run.order, run.share)
-
-
-def _unheard(_: str) -> None:
-    """Ignore a note about the progress of a process."""

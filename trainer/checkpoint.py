@@ -6,7 +6,7 @@ tensors. A crash leaves either the old file or the new one. Nothing is pickled.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from pipeline.errors import CheckpointError, TrainingError
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import canonical_json, parse_json
+from pipeline.weights import check_names
 
 _METADATA_KEY = "deit_cli"
 _FIX = "Replace it with an intact copy, or start a new run from the last/ folder next to it, with --init and another --output"
+_OTHER = "it was made with another configuration"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -100,7 +102,7 @@ def unpack_training(
     """
     weights = _weights(student, ema)
     moments = {name: value for name, value in tensors.items() if name.startswith("optim.")}
-    _check_names(tensors.keys() - moments.keys(), weights.keys())
+    check_names(tensors.keys() - moments.keys(), weights.keys(), "the checkpoint", why=_OTHER)
     for name, live in weights.items():
         _check_same_kind(name, tensors[name], live)
     state = _optimizer_state(moments, optimizer)
@@ -178,25 +180,18 @@ def _optimizer_state(moments: Mapping[str, Tensor], optimizer: torch.optim.Optim
         for index in started
         for name in _ADAMW_STATE
     }
-    _check_names(moments.keys(), like.keys())
+    check_names(moments.keys(), like.keys(), "the checkpoint", why=_OTHER)
     for name, tensor in like.items():
         _check_same_kind(name, moments[name], tensor)
     # Clones, because the optimizer later changes these tensors in place.
     return {index: {name: moments[f"optim.{index}.{name}"].clone() for name in _ADAMW_STATE} for index in started}
 
 
-def _check_names(found: Set[str], wanted: Set[str]) -> None:
-    for what, names in (("lacks", wanted - found), ("has an unknown tensor", found - wanted)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"the checkpoint {what} {min(names)}{more}: it was made with another configuration")
-
-
 def _check_same_kind(name: str, found: Tensor, wanted: Tensor) -> None:
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         raise CheckpointError(
             f"the checkpoint's {name} is {found.dtype} {list(found.shape)}, this run needs {wanted.dtype} "
-            f"{list(wanted.shape)}: it was made with another configuration"
+            f"{list(wanted.shape)}: {_OTHER}"
         )
 
 

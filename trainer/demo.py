@@ -5,17 +5,16 @@ labels all 1,000 training images once, and a small DeiT learns from its labels. 
 from the 100 class labels alone. The demo calls the same functions as the commands.
 """
 
-import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import StoppedError, UsageError
+from pipeline.images.decode import encode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.ranks import resolve_device
@@ -24,7 +23,7 @@ from pipeline.settings.files import load_recipe
 from pipeline.storage.atomic import refusals_named
 from pipeline.views.recipe import Recipe
 from trainer.config import EvaluateConfig, TrainConfig
-from trainer.evaluate import evaluate_checkpoint
+from trainer.evaluate import ANSWERS, evaluate_checkpoint
 from trainer.loop import train
 from trainer.metrics import read_metrics
 
@@ -120,11 +119,7 @@ def run_demo(
     runs = {"teacher": teacher}
     for kind in ("hard", "soft"):
         log.info("3. a DeiT learns from the teacher's %s labels, without the teacher", kind)
-        labelled = {
-            "labels": label_set.folder,
-            "distillation_type": kind,
-            "model": "deit-ti",
-        }
+        labelled = {"labels": label_set.folder, "distillation_type": kind, "model": "deit-ti"}
         runs[kind] = _train(out / kind, seed, recipe, progress, **labelled, **STUDENT, epochs=VIEWS, warmup_epochs=3)
     log.info("4. the same DeiT learns from the %d class labels alone, with the same number of updates", LABELLED)
     epochs = VIEWS * TRAINING // LABELLED
@@ -154,7 +149,7 @@ def write_digits(folder: Path) -> dict[str, Path]:
         (target / "classes.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
         with TarWriter(str(target / f"{name}.tar"), mtime=0) as tar:  # pyright: ignore[reportArgumentType]
             for position, i in enumerate(chosen.tolist()):
-                sample: dict[str, Any] = {"__key__": f"digit-{i:04}", "png": _png(images[i])}
+                sample: dict[str, Any] = {"__key__": f"digit-{i:04}", "png": encode(images[i], "PNG")}
                 if name != "training" or position < LABELLED:
                     sample["cls"] = str(classes[i]).encode()
                 tar.write(sample)
@@ -268,18 +263,9 @@ def _evaluate(run: Path, data: Path) -> dict[str, Any]:
 
 
 def _table(results: Results, out: Path) -> str:
-    heads: Sequence[str] = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
-    lines = [f"{'top-1, %':38}" + "".join(f"{head:>19}" for head in heads)]
+    lines = [f"{'top-1, %':38}" + "".join(f"{head:>19}" for head in ANSWERS)]
     for name, title in TITLES.items():
-        cells = (results[name].get(head, {}).get("top1") for head in heads)
+        cells = (results[name].get(head, {}).get("top1") for head in ANSWERS)
         lines.append(f"{title:38}" + "".join(f"{'' if cell is None else f'{cell:.1f}':>19}" for cell in cells))
     lines.append(f"on {EVALUATION} other digits. Pictures: {out / 'results.png'}, {out / 'labels.png'}")
     return "\n".join(lines)
-
-
-def _png(image: NDArray[np.uint8]) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()

@@ -12,13 +12,13 @@ from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
 from pipeline.machine.loaders import plan_workers
-from pipeline.machine.ranks import resolve_device
+from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
 from trainer.config import EvaluateConfig
 from trainer.order import Order
-from trainer.parallel import Running, World, forward_dtype
+from trainer.parallel import Running, World
 from trainer.stream import BatchRenderer, Catalogue, CentreRenderer, mixed_images, stream_batches
 from trainer.student import Heads, Student, normalise, open_student
 
@@ -78,11 +78,6 @@ def fused_logits(heads: Heads) -> dict[str, Tensor]:
     return answers
 
 
-def answer_names(student: Student) -> tuple[str, ...]:
-    """Return the names of this student's answers in `fused_logits`."""
-    return ANSWERS if student.has_distillation_head else ANSWERS[:1]
-
-
 def evaluate(
     student: Student, source: Source, running: Running, *, crop_pct: float | None = None
 ) -> tuple[Scores, int]:
@@ -98,7 +93,7 @@ def evaluate(
         scores by the name of the answer, and the number of images.
     """
     labelled = labelled_places(source, student)
-    world, names = running.world, answer_names(student)
+    world, names = running.world, ANSWERS if student.has_distillation_head else ANSWERS[:1]
     mine = labelled[world.rank :: world.size]
     renderer = CentreRenderer(source, mine, centre_recipe(student, crop_pct), running.batch_size)
     right = torch.zeros(len(names), 2, dtype=torch.int64)
@@ -143,8 +138,7 @@ def _compare_names(source: Source, student: Student) -> None:
     text = f"class {at} is {mine[at]!r} for the student and {theirs[at]!r} in {source.location}"
     if sorted(mine) == sorted(theirs):
         raise UsageError(
-            f"{text}: the same names in another order",
-            fix="Use the student's order of classes for the images",
+            f"{text}: the same names in another order", fix="Use the student's order of classes for the images"
         )
     log.warning("%s: their numbers are compared anyway", text)
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pipeline.errors import DeitCliError, StoppedError, TrainingError, UsageError
 from pipeline.images.source import Source, open_source
-from pipeline.machine.ranks import rank_from
+from pipeline.machine.ranks import forward_dtype, rank_from
 from pipeline.storage.atomic import replace_file, sweep_temporaries
 from pipeline.storage.cache import open_cache
+from pipeline.storage.json import pretty_json
 from pipeline.storage.mirror import Mirror, OneWriterMirror
 from pipeline.views.draws import stream_of
 from pipeline.views.recipe import Recipe
@@ -34,7 +35,6 @@ from trainer.parallel import (
     OnRank,
     Running,
     StopRequest,
-    forward_dtype,
     joined_world,
     lost_ranks_named,
     stop_request,
@@ -49,7 +49,6 @@ from trainer.run import (
     make_order,
     only_run_in,
     open_data,
-    readable_json,
     resume,
     run_identity,
     save_config,
@@ -127,8 +126,7 @@ def only_deterministic() -> Iterator[None]:
                 fix=f"Set {CUBLAS_WORKSPACE}=:4096:8 before it starts",
             ) from error
         raise UsageError(
-            f"--deterministic: {what}",
-            fix="Train without --deterministic, or choose another --model",
+            f"--deterministic: {what}", fix="Train without --deterministic, or choose another --model"
         ) from error
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
@@ -367,7 +365,7 @@ class Run:
             tensors |= {f"{number}.{name}": tensor for name, tensor in saved.items()}
         save_state(self.config.folder / f"{name}.safetensors", tensors, record)
         path = self.config.folder / f"{name}.json"
-        replace_file(path, readable_json(record))
+        replace_file(path, pretty_json(record))
         return TrainingError(
             f"the loss of update {update} is {loss}; its samples are listed in {path}, their pixels and"
             f" labels in {name}.safetensors beside it",

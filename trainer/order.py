@@ -77,11 +77,6 @@ class Order:
         return units * self.unit_size * self.repeated_aug
 
     @property
-    def is_one_step(self) -> bool:
-        """Return True if an epoch has too few units for a full step, so that one step uses all of them."""
-        return self.least_units_per_step < self.units_per_step
-
-    @property
     def least_units_per_step(self) -> int:
         """Return the minimum number of units in a step: epochs of a group differ by one unit if the division is uneven."""
         return min(self.units_per_step, sum(self.shard_units) // self.repeated_aug)
@@ -106,10 +101,6 @@ class Order:
         """Return the units of one step, int64 [U, 2]: source shard and unit in it, grouped by shard."""
         units = _epoch_units(self, epoch)[step * self.units_per_step : (step + 1) * self.units_per_step]
         return units[np.argsort(_shard_places(self, epoch)[units[:, 0]], kind="stable")]
-
-    def repeats_after(self) -> int | None:
-        """Return the first epoch that uses views for a second time; None if view numbers are unlimited."""
-        return None if self.views is None else len(self.views)
 
 
 @dataclass(frozen=True)

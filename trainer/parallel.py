@@ -19,12 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.errors import UsageError, WorkerError
 from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import Rank, plan_cores, plan_devices, rank_from, resolve_device
-from trainer.config import AmpDtype
 from trainer.student import Heads, Student
 
 # How long a rank waits for the others. Evaluation, compilation or a slow file system may delay a rank; torch's default of
 # ten minutes was too short for a first step that is compiled.
 TIMEOUT = timedelta(minutes=30)
+_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,6 @@ def lost_ranks_named(world: World) -> Iterator[None]:
         ) from error
 
 
-_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 class StopRequest:
     """A request to stop the run, made by a signal.
 
@@ -280,10 +275,3 @@ class Running:
     def device(self) -> torch.device:
         """Return the device of this rank."""
         return self.world.device
-
-
-def forward_dtype(name: AmpDtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of forward passes; `auto` is bfloat16 on CUDA, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32

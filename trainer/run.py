@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -359,7 +358,7 @@ def _last_evaluation(output: Path) -> tuple[int, float]:
 def save_evaluation(output: Path, state: State) -> None:
     """Write the last evaluation to the output folder, so that a resumed run does not repeat it."""
     record = {"update": state.evaluated, "best_top1": state.best_top1}
-    replace_file(output / EVALUATION_NAME, readable_json(record))
+    replace_file(output / EVALUATION_NAME, pretty_json(record))
 
 
 def save_config(config: TrainConfig, data: Data) -> None:
@@ -370,7 +369,7 @@ def save_config(config: TrainConfig, data: Data) -> None:
             "labelset_id": data.label_set.plan.labelset_id,
             "teacher": data.label_set.plan.teacher.model_dump(mode="json"),
         }
-    replace_file(config.folder / CONFIG_NAME, readable_json(resolved))
+    replace_file(config.folder / CONFIG_NAME, pretty_json(resolved))
     settings = plain_settings(config)
     settings.pop("resume")  # an option of the command, not a setting of the run
     if data.label_set is None:  # with a label set, its plan gives the recipe
@@ -380,36 +379,22 @@ def save_config(config: TrainConfig, data: Data) -> None:
 
 def announce(config: TrainConfig, data: Data, order: Order, state: State, share: Share) -> None:
     """Log the student and the schedule, and warn about settings with surprising effects."""
-    parameters = sum(p.numel() for p in state.student.parameters())
-    log.info(
-        "student %s: %.1f M parameters, %d px, %d classes",
-        config.model,
-        parameters / 1e6,
-        state.student.img_size,
-        data.num_classes,
-    )
-    log.info(
-        "%d epochs of %d updates, %d views each%s, lr %.3g%s",
-        config.epochs,
-        order.steps_per_epoch,
-        order.views_per_step,
-        f" in {share.parts} parts ({share.size} ranks, {share.passes} passes)" if share.parts > 1 else "",
-        top_rate(config, order),
-        f", {order.repeated_aug} views of an image together" if order.repeated_aug > 1 else "",
-    )
-    if state.student.backbone_frozen:
-        learning = sum(p.numel() for p in state.student.parameters() if p.requires_grad)
-        log.info(
-            "linear probe: only %s learn (%d parameters), the rest is frozen",
-            " and ".join(state.student.head_names),
-            learning,
-        )
-    repeats = order.repeats_after()
-    if repeats is not None and repeats < config.epochs:
-        log.warning("the label set has %d views: from epoch %d on they repeat", repeats, repeats)
-    if config.distillation_type != "none" and not state.student.has_distillation_head:
+    student, classes, lr = state.student, data.num_classes, top_rate(config, order)
+    millions = sum(p.numel() for p in student.parameters()) / 1e6
+    log.info("student %s: %.1f M parameters, %d px, %d classes", config.model, millions, student.img_size, classes)
+    parts = f" in {share.parts} parts ({share.size} ranks, {share.passes} passes)" if share.parts > 1 else ""
+    together = f", {order.repeated_aug} views of an image together" if order.repeated_aug > 1 else ""
+    message = "%d epochs of %d updates, %d views each%s, lr %.3g%s"
+    log.info(message, config.epochs, order.steps_per_epoch, order.views_per_step, parts, lr, together)
+    if student.backbone_frozen:
+        learning = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        heads = " and ".join(student.head_names)
+        log.info("linear probe: only %s learn (%d parameters), the rest is frozen", heads, learning)
+    if order.views is not None and len(order.views) < config.epochs:
+        log.warning("the label set has %d views: from epoch %d on they repeat", len(order.views), len(order.views))
+    if config.distillation_type != "none" and not student.has_distillation_head:
         log.warning("%s has no distillation token: its one head learns from class labels and teacher", config.model)
-    if config.distillation_type == "none" and state.student.has_distillation_head:
+    if config.distillation_type == "none" and student.has_distillation_head:
         log.warning("%s has a distillation head, which stays untrained without teacher labels", config.model)
 
 
@@ -418,10 +403,6 @@ def top_rate(config: TrainConfig, order: Order) -> float:
 
     If the source has too few images for a full update, the actual number of views is used.
     """
-    views = min(order.batch_size, order.views_per_step) if order.is_one_step else order.batch_size
+    is_full = order.least_units_per_step == order.units_per_step
+    views = order.batch_size if is_full else min(order.batch_size, order.views_per_step)
     return linear_scaled_lr(config.lr_base, views) if config.lr is None else config.lr
-
-
-def readable_json(value: dict[str, Any]) -> bytes:
-    """Return values as indented JSON; tuples become lists."""
-    return pretty_json(json.loads(json.dumps(value)))

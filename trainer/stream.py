@@ -8,6 +8,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -33,6 +34,7 @@ from pipeline.views.view import render_encoded, render_view, render_views
 from trainer.losses import ClassTarget, TeacherTarget
 from trainer.order import Order, Share
 
+Record = TypeVar("Record")
 Value = TypeVar("Value")
 
 
@@ -72,9 +74,6 @@ class Batch:
             return tensor
 
         _with_tensors(self, record)
-
-
-Record = TypeVar("Record")
 
 
 def _with_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
@@ -209,7 +208,8 @@ class BatchRenderer:
         epoch, step = self._order.position(update)
         views = self._order.views_of_epoch(epoch)
         units = self._share.cut(self._order.step_units(epoch, step), number)
-        parts = [self._part(shard, chosen, views) for shard, chosen in _by_shard(units)]
+        of_shards = np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1)  # a step has its units grouped by shard
+        parts = [self._part(int(chosen[0, 0]), chosen[:, 1], views) for chosen in of_shards]
         start = 0
         for part in parts:
             self._render_images(part, views, out[start:].numpy(), note)
@@ -234,11 +234,7 @@ class BatchRenderer:
         if label_set is None:
             return None
         name = self._catalogue.names[shard]
-
-        def read(view: int, label_set: LabelSet = label_set) -> LabelRows:
-            return self._labels.get((shard, view), lambda: label_set.read(name, view))
-
-        found = [read(view) for view in views]
+        found = [self._labels.get((shard, view), partial(label_set.read, name, view)) for view in views]
         at, there = np.searchsorted(table.usable, np.where(pairs >= 0, pairs, table.usable[0])), layout.places >= 0
 
         def column(name: str, dtype: type) -> Tensor:
@@ -376,12 +372,6 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Bat
         if answers
         else None,
     )
-
-
-def _by_shard(units: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each source shard with its units; `units` must be grouped by shard."""
-    for group in np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1):
-        yield int(group[0, 0]), group[:, 1]
 
 
 def _table(

@@ -13,7 +13,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, StorageError, UsageError
-from pipeline.weights import check_size, read_hub_config, read_tensors
+from pipeline.weights import check_names, check_size, read_hub_config, read_tensors
 
 SHORT_NAMES = {
     "deit-ti": "deit_tiny_distilled_patch16_224",
@@ -224,7 +224,7 @@ def load_exactly(student: Student, found: dict[str, Tensor], path: Path) -> None
         CheckpointError: a name or a shape differs; the student is unchanged.
     """
     wanted = student.model.state_dict()
-    _check_names(found, wanted, path)
+    check_names(found.keys(), wanted.keys(), path, why="it belongs to another architecture")
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape:
             raise CheckpointError(
@@ -306,16 +306,6 @@ def _check_classes(student: Student, found: dict[str, Tensor], path: Path) -> No
             raise CheckpointError(
                 f"{path}: its {head} has {weight.shape[0]} classes, this run needs {student.num_classes}"
             )
-
-
-def _check_names(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    for what, names in (
-        ("lacks", wanted.keys() - found.keys()),
-        ("has an unknown tensor", found.keys() - wanted.keys()),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{path} {what} {min(names)}{more}: it belongs to another architecture")
 
 
 @lru_cache

@@ -123,8 +123,7 @@ class WandB:
             self._run = wandb.init(**asked)
         except WandbUsageError as error:
             raise UsageError(
-                f"--log-wandb: {_first_line(error)}",
-                fix="To record without a network, set WANDB_MODE=offline",
+                f"--log-wandb: {_first_line(error)}", fix="To record without a network, set WANDB_MODE=offline"
             ) from error
         except CommError as error:
             log.warning("Weights & Biases does not answer: %s", _first_line(error))

@@ -34,8 +34,7 @@ def start_from(student: Student, path: Path) -> list[str]:
     found = read_tensors(file)
     if bad := next((n for n, t in found.items() if t.is_floating_point() and not torch.isfinite(t).all()), None):
         raise CheckpointError(
-            f"{file}: {bad} holds NaN or infinity: its training diverged",
-            fix="Start from an earlier checkpoint",
+            f"{file}: {bad} holds NaN or infinity: its training diverged", fix="Start from an earlier checkpoint"
         )
     changes = _fit_heads(student, found, class_names, file)
     changes += _fit_token(student, found)

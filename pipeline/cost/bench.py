@@ -13,6 +13,7 @@ from pipeline.errors import SourceError
 from pipeline.images.samples import ShardIndex, SourceShard
 from pipeline.images.source import Source
 from pipeline.machine.progress import Tick
+from pipeline.machine.timing import DOES_NOT_MATCH, Enough
 from pipeline.settings.configs import MAX_VIEW, BenchConfig, PrecomputeConfig, TeacherConfig
 from pipeline.stage1.engines import load_here
 from pipeline.stage1.loop import AHEAD
@@ -77,11 +78,8 @@ class LabellingBench:
             LIMITS[reachable.limit],
         ]
         if not 0.5 <= of_best <= 1.2:
-            lines.append(DO_NOT_FIT)
+            lines.append(DOES_NOT_MATCH)
         return "\n".join(line for line in lines if line)
-
-
-DO_NOT_FIT = "the measured speed does not match the parts: other programs may have run meanwhile. Try longer --seconds"
 
 
 def bench_labelling(
@@ -114,7 +112,7 @@ def measure_run(
         if tick.phase == "label" and tick.made:
             ticks.append((time.monotonic(), tick))
             if len(ticks) > FILLING and ticks[-1][0] - ticks[FILLING - 1][0] > seconds:
-                raise _Enough
+                raise Enough
 
     start, stop = config.views
     changes: dict[str, Any] = {
@@ -124,7 +122,7 @@ def measure_run(
         "accuracy_samples": 0,
         "min_teacher_accuracy": 0,
     }
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
         precompute(
             replace(config, out=os.path.join(folder, "labels"), **changes), recipe, teacher, head, progress=progress
         )
@@ -134,10 +132,6 @@ def measure_run(
         busy = (last.teacher_busy * last.elapsed_s - first.teacher_busy * first.elapsed_s) / (ended - began)
         busy = min(busy, 1.0)  # the first counted answers were computed before
     return replace(last, made=last.made - first.made, elapsed_s=ended - began, teacher_busy=busy)
-
-
-class _Enough(Exception):
-    """The exception that stops a run after the measured time."""
 
 
 class Head(SourceShard[Any]):

@@ -124,7 +124,9 @@ class LabellingCost:
         """Return the cost of labelling, and the minimum number of students for which it pays off, as text for people."""
         images, views, students, epochs = self.counts.values()
         result, rates, machine, device = self.result, self.rates, self.machine, self.machine.device
-        on = f"one {device}" + (f" process of {count(machine.threads, 'thread')}" if machine.threads else "")
+        threads = f" of {count(machine.threads, 'thread')}" if machine.threads else ""
+        on = f"one {device}" + (f" process{threads}" if threads else "")
+        processes = f"{machine.devices} x {device}{threads} and {count(machine.loaders, 'loader process', 'es')}"
         alone = "" if machine.threads else f"; {result.cores_per_device:.1f} cores keep one {device} busy"
         by_count = "by floating-point operations, a student's step as three forward passes"
         ratio = f"{result.online_ratio:,.2f} times as long with the teacher in it"
@@ -139,7 +141,7 @@ class LabellingCost:
             ),
             (
                 "labelling",
-                f"{duration(result.hours)} here, {self.reachable.together:,.1f} views/s with {self._processes}",
+                f"{duration(result.hours)} here, {self.reachable.together:,.1f} views/s with {processes}",
             ),
             ("", LIMITS[result.limit]),
             ("label bytes", f"{byte_size(result.label_bytes)}, {count(each, 'byte')} a label, before compression"),
@@ -154,13 +156,6 @@ class LabellingCost:
             ("", f"{count(epochs, 'pass', 'es')} for each student"),
         ]
         return two_columns(rows)
-
-    @property
-    def _processes(self) -> str:
-        """The processes that label, such as `1 x cuda and 15 loader processes`."""
-        threads = f" of {count(self.machine.threads, 'thread')}" if self.machine.threads else ""
-        loaders = count(self.machine.loaders, "loader process", "es")
-        return f"{self.machine.devices} x {self.machine.device}{threads} and {loaders}"
 
 
 def estimate_labelling(
@@ -211,11 +206,5 @@ def estimate_labelling(
         student_s=student_s,
     )
     return LabellingCost(
-        counts=counts,
-        result=result,
-        machine=machine,
-        rates=rates,
-        reachable=reachable,
-        model=asked.model,
-        timed=timed,
+        counts=counts, result=result, machine=machine, rates=rates, reachable=reachable, model=asked.model, timed=timed
     )

@@ -8,13 +8,12 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pipeline.doctor.findings import Finding, Row, Section
 from pipeline.doctor.machine import examine_machine
-from pipeline.doctor.packages import examine_packages
+from pipeline.doctor.packages import examine_packages, version_of
 from pipeline.doctor.places import examine_folder
 from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
@@ -129,10 +128,7 @@ def compare_environments(recorded: Iterable[dict[str, str]]) -> list[tuple[str, 
                 then[name].append(version)
     rows: list[tuple[str, str, dict[str, Any]]] = []
     for name, versions in then.items():
-        try:
-            now = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            now = None  # device and dtype are recorded, too, and are not packages
+        now = version_of(name)  # None for device and dtype, which are not packages
         made = ", ".join(versions)
         text = (
             f"{made} at labelling and here"

@@ -44,7 +44,8 @@ def examine_names(folder: Path) -> Section:
     for name in OURS:
         found = elsewhere[name] or here[name]
         several = owners_of(name, installed)
-        section.row(name, f"{found or 'nowhere'}  ({_owned_by(several)})", {"path": found, "owners": several})
+        owned_by = " and ".join(f"{owner} {metadata.version(owner)}" for owner in several) or "of no installed package"
+        section.row(name, f"{found or 'nowhere'}  ({owned_by})", {"path": found, "owners": several})
         if len(several) > 1:
             section.problem(
                 f"{' and '.join(several)} both own the name {name}: the one installed last has overwritten the other",
@@ -114,12 +115,6 @@ def _root(path: str) -> Path:
     """Return the folder of a resolved name: the parent of the package folder or of the module."""
     place = Path(path).resolve()
     return place.parent.parent if place.name == "__init__.py" else place.parent
-
-
-def _owned_by(owners: Sequence[str]) -> str:
-    if not owners:
-        return "of no installed package"
-    return " and ".join(f"{owner} {metadata.version(owner)}" for owner in owners)
 
 
 def _resolved(folder: Path, *, safe: bool) -> dict[str, str | None]:

@@ -129,18 +129,19 @@ def _of_this_machine(requirements: Iterable[Any], extra: str = "") -> list[Any]:
 
 def _wanted(requirement: Any) -> list[Package]:
     """Return the package of a requirement, and the packages of the extras that it names."""
-    version = _version(requirement.name)
+    version = version_of(requirement.name)
     fits = version is not None and requirement.specifier.contains(version, prereleases=True)
     packages = [Package(requirement.name, f"{requirement.name}{requirement.specifier}", version, fits)]
     lines = metadata.requires(requirement.name) or [] if version and requirement.extras else []
     for nested in map(type(requirement), lines):
         if nested.marker and any(nested.marker.evaluate({"extra": extra}) for extra in requirement.extras):
-            found = _version(nested.name)
+            found = version_of(nested.name)
             packages.append(Package(nested.name, nested.name, found, found is not None))
     return packages
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -183,11 +184,9 @@ def _package(section: Section, package: Package, trial: Trial | None) -> None:
 def _conflicts(section: Section, packages: Sequence[Package]) -> None:
     """Warn if the installed version of a dependency does not meet the requirement of an installed package."""
     for package in {package.name: package for package in packages if package.version}.values():
-        for line in metadata.requires(package.name) or []:
-            wanted: Any = importlib.import_module("packaging.requirements").Requirement(line)
-            if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-                continue
-            found = _version(wanted.name)
+        parse: Any = importlib.import_module("packaging.requirements").Requirement
+        for wanted in _of_this_machine(map(parse, metadata.requires(package.name) or [])):
+            found = version_of(wanted.name)
             if found is None or not wanted.specifier.contains(found, prereleases=True):
                 section.warning(
                     f"{package.name} {package.version} requires {wanted.name}{wanted.specifier}, {f'{found} is installed' if found else 'which is missing'}",

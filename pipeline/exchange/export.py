@@ -7,7 +7,6 @@ whole levels, and encoded. timm's `wds/` reader and `datasets` can train on the 
 import dataclasses
 import json
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +26,8 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image, check_replay
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, in_processes
-from pipeline.machine.progress import Progress, Tick
-from pipeline.machine.threads import usable_cores
+from pipeline.machine.progress import Progress
+from pipeline.machine.threads import ProgressCounter, usable_cores
 from pipeline.settings.configs import Encoding, ExportConfig, Pixels
 from pipeline.stage1.rendering import Block, BlockRenderer
 from pipeline.storage.atomic import publish_file, replace_file, sweep_temporaries
@@ -121,10 +120,10 @@ def export_labels(
     tasks = [(name, view) for view in export.views for name in label_set.shards]
     workers = usable_cores() if config.workers is None else config.workers
     job = _Job(label_set, source, out, export, labelled)
-    began, counts = time.monotonic(), []
+    counts, count_one = [], ProgressCounter("export", len(tasks), progress, unit="tars")
     for count in in_processes(partial(_export_one, job), tasks, workers=min(workers, len(tasks))):
         counts.append(count)
-        progress(Tick("export", len(counts), len(tasks), time.monotonic() - began, len(counts), unit="tars"))
+        count_one()
     files = {tar_name(*task): count for task, count in zip(tasks, counts, strict=True)}
     replace_file(out / CARD_NAME, _readme(label_set, export, labelled).encode())
     replace_file(out / INFO_NAME, pretty_json(timm_info(files)))  # written last: timm needs it

@@ -201,8 +201,7 @@ def _load(path: Path) -> list[Any]:
         ) from error
     except _Refused as refused:
         raise ImportedLabelsError(
-            f"{path}: {refused}",
-            fix="The file is not loaded, because a pickle can run code",
+            f"{path}: {refused}", fix="The file is not loaded, because a pickle can run code"
         ) from None
 
 

@@ -10,7 +10,6 @@ is the commit. A killed import continues when it is run again: existing tables m
 import hashlib
 import io
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from pipeline.errors import ImportedLabelsError, UsageError
 from pipeline.exchange import fkd, tinyvit
@@ -28,7 +26,8 @@ from pipeline.exchange.import_record import ANY_USE, FORMATS, Foreign, ImportRec
 from pipeline.labels.encoding import Codec, codec_of
 from pipeline.labels.format import IMPORT_FORMAT, IMPORT_NAME, MAX_TOPK, VERSION
 from pipeline.labels.tables import column_array, column_field, column_leaf
-from pipeline.machine.progress import Progress, Tick
+from pipeline.machine.progress import Progress
+from pipeline.machine.threads import ProgressCounter
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sweep_temporaries
 from pipeline.storage.json import canonical_json, pretty_json
 from pipeline.storage.urls import local_path
@@ -90,7 +89,9 @@ def write_table(file: BinaryIO, parts: Sequence[ForeignRows], codec: Codec, foot
 
     Its columns are those of a label shard, with the key instead of the row, followed by the other recorded columns.
     """
-    hard, index, prob, view = (_joined(parts, name) for name in ("hard", "topk_index", "topk_prob", "view"))
+    hard, index, prob, view = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("hard", "topk_index", "topk_prob", "view")
+    )
     labels = codec.store(hard, index, prob)
     more = {name: np.concatenate([part.more[name] for part in parts]) for name in parts[0].more}
     numbers = [column_field(name, codec.record[name]) for name in labels]
@@ -113,10 +114,6 @@ def write_table(file: BinaryIO, parts: Sequence[ForeignRows], codec: Codec, foot
         column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT") | {"view": "DELTA_BINARY_PACKED"},
         write_page_checksum=True,
     )
-
-
-def _joined(parts: Sequence[ForeignRows], name: str) -> NDArray[Any]:
-    return np.concatenate([getattr(part, name) for part in parts])
 
 
 class _Tables:
@@ -216,8 +213,7 @@ def _publish(path: Path, data: bytes) -> None:
         found = path.read_bytes()
     if found != data:
         raise ImportedLabelsError(
-            f"{path} was made from other labels, with other settings or by another pyarrow",
-            fix="Choose another folder",
+            f"{path} was made from other labels, with other settings or by another pyarrow", fix="Choose another folder"
         )
 
 
@@ -240,32 +236,23 @@ def _check_out(out: Path, path: Path) -> None:
     if not path.is_dir():
         raise ImportedLabelsError(f"{path} is not a folder: pass the folder that holds the labels")
     if (out / IMPORT_NAME).exists():
-        raise ImportedLabelsError(
-            f"{out} holds an import already",
-            fix="Choose another folder",
-        )
+        raise ImportedLabelsError(f"{out} holds an import already", fix="Choose another folder")
     if out.resolve() == path.resolve():
-        raise ImportedLabelsError(
-            f"{out} is the folder of the labels themselves",
-            fix="Choose another folder",
-        )
+        raise ImportedLabelsError(f"{out} is the folder of the labels themselves", fix="Choose another folder")
     with refusals_named(out):
         names = {name for name in os.listdir(out) if not name.startswith(TEMPORARY_PREFIX)} if out.exists() else set()
     if names - {"labels"}:
-        raise ImportedLabelsError(
-            f"{out} is not empty and holds no interrupted import",
-            fix="Choose another folder",
-        )
+        raise ImportedLabelsError(f"{out} is not empty and holds no interrupted import", fix="Choose another folder")
 
 
 def _open_fkd(path: Path, num_classes: int, progress: Progress) -> Reader:
     files = fkd.list_files(path)
 
     def read() -> Iterator[ForeignRows]:
-        began = time.monotonic()
-        for done, file in enumerate(files, 1):
+        count = ProgressCounter("files", len(files), progress, unit="files")
+        for file in files:
             yield fkd.read_file(file, path, num_classes=num_classes)
-            progress(Tick("files", done, len(files), time.monotonic() - began, made=done, unit="files"))
+            count()
 
     return Reader(len(files), _sizes(files), read())
 
@@ -276,12 +263,11 @@ def _open_tinyvit(path: Path, num_classes: int, progress: Progress) -> Reader:
     total = sum(tinyvit.count_records(file) for file in files)
 
     def read() -> Iterator[ForeignRows]:
-        began, done = time.monotonic(), 0
+        count = ProgressCounter("records", total, progress, unit="records")
         for file in files:
             for rows in tinyvit.read_rank(file, num_classes=num_classes):
                 yield rows
-                done += len(rows)
-                progress(Tick("records", done, total, time.monotonic() - began, made=done, unit="records"))
+                count(len(rows))
 
     return Reader(2 * len(files), size, read())
 

@@ -24,7 +24,6 @@ from pipeline.text import MAX_KEY_BYTES, check_name
 ROWS_AT_ONCE = 16_384
 _EPOCH = re.compile(r"logits_top([1-9]\d{0,4})_epoch(\d{1,6})")
 _VALUES = re.compile(r"rank(\d{1,6})-values\.bin")
-_KEYS = "rank{}-keys.txt"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class RankFile:
     @property
     def keys(self) -> Path:
         """Path of the file of keys."""
-        return self.folder / _KEYS.format(self.rank)
+        return self.folder / f"rank{self.rank}-keys.txt"
 
     @property
     def values(self) -> Path:
@@ -77,8 +76,7 @@ def list_files(folder: Path) -> list[RankFile]:
         )
     if len(sizes := sorted({file.topk for file in found})) > 1:
         raise ImportedLabelsError(
-            f"{folder}: all epochs must have the same K, got {sizes}",
-            fix="Import each K separately",
+            f"{folder}: all epochs must have the same K, got {sizes}", fix="Import each K separately"
         )
     if sizes[0] > MAX_TOPK:
         raise ImportedLabelsError(f"{folder}: at most {MAX_TOPK} classes are stored for a view, these have {sizes[0]}")

@@ -108,7 +108,7 @@ def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
 def encode(
     pixels: NDArray[np.uint8], kind: Literal["PNG", "JPEG"], *, subsampling: Literal["4:4:4", "4:2:0"] = "4:4:4"
 ) -> bytes:
-    """Return encoded pixels (uint8 [H, W, 3], RGB): as lossless PNG, or as JPEG of quality 95."""
+    """Return encoded pixels (uint8 [H, W, 3], RGB, or [H, W], grey): as lossless PNG, or as JPEG of quality 95."""
     buffer = io.BytesIO()
     options = {"quality": JPEG_QUALITY, "subsampling": subsampling} if kind == "JPEG" else {}
     Image.fromarray(pixels).save(buffer, kind, **options)

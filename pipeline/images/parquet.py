@@ -155,8 +155,7 @@ class ParquetShard(SourceShard[ParquetPlace]):
         rows = sum(map(len, batches))
         if rows != self.group_rows[group - self.first_group]:
             raise SourceError(
-                f"{self.file}: row group {group} has {rows} rows, its footer said otherwise",
-                fix="Copy it again",
+                f"{self.file}: row group {group} has {rows} rows, its footer said otherwise", fix="Copy it again"
             )
         return pa.chunked_array(batches)
 
@@ -246,10 +245,7 @@ def _without_extension(path: str) -> str:
 
 @contextmanager
 def _opened(file: File) -> Iterator[pq.ParquetFile]:
-    with (
-        _named_errors(file),
-        file.use(lambda path: pq.ParquetFile(path, page_checksum_verification=True)) as parquet,
-    ):
+    with _named_errors(file), file.use(lambda path: pq.ParquetFile(path, page_checksum_verification=True)) as parquet:
         yield parquet
 
 

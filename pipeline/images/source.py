@@ -99,11 +99,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """Return the names, keys and class labels, which identify this source independently of its kind and location."""
         shards = [
-            {
-                "name": shard.name,
-                "num_samples": len(shard),
-                "keys_sha256": keys_sha256(shard.keys, shard.class_labels),
-            }
+            {"name": shard.name, "num_samples": len(shard), "keys_sha256": keys_sha256(shard.keys, shard.class_labels)}
             for shard in self.shards
         ]
         return {"class_names": self.class_names and list(self.class_names), "shards": shards}
@@ -161,7 +157,6 @@ def _existing(pattern: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Return the names that a brace expression stands for."""
     try:
         # The library builds a whole range before it yields the first name, so a huge range must be refused first.
         huge = any(abs(int(a) - int(b)) >= MAX_FILES for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern))
@@ -201,13 +196,11 @@ def _checked(source: Source) -> Source:
     for name, count in Counter(shard.name for shard in source.shards).items():
         if not re.fullmatch("[A-Za-z0-9._-]+", name):
             raise SourceError(
-                f"{source.location}: a file name may have only A-Z a-z 0-9 . _ -, got {name!r}",
-                fix="Rename it",
+                f"{source.location}: a file name may have only A-Z a-z 0-9 . _ -, got {name!r}", fix="Rename it"
             )
         if count > 1:
             raise SourceError(
-                f"{source.location}: {count} files are called {name!r}: names must be unique",
-                fix="Rename them",
+                f"{source.location}: {count} files are called {name!r}: names must be unique", fix="Rename them"
             )
     return source
 
@@ -282,10 +275,7 @@ def _paths(root: Path, folder: str) -> list[str]:
         path = f"{folder}/{entry.name}" if folder else entry.name
         key = check_name(_key(path), f"{root}: sample key")
         if key in found:
-            raise SourceError(
-                f"{root}: {found[key]} and {path} share the key {key!r}",
-                fix="Rename one",
-            )
+            raise SourceError(f"{root}: {found[key]} and {path} share the key {key!r}", fix="Rename one")
         found[key] = path
     return list(found.values())
 

@@ -55,8 +55,7 @@ def check_member_key(key: str, where: str) -> str:
     else:
         return key
     raise SourceError(
-        f"{where}: sample key {key!r} cannot name a file in a WebDataset tar: {rule}",
-        fix="Rename the image",
+        f"{where}: sample key {key!r} cannot name a file in a WebDataset tar: {rule}", fix="Rename the image"
     )
 
 

@@ -199,7 +199,6 @@ def _named_members(archive: Archive) -> Iterator[Member]:
 
 
 def _image(archive: Archive, members: Sequence[Member]) -> Member | None:
-    """Return the image of a sample."""
     extensions = [member.extension for member in members]
     for member in members:
         if extensions.count(member.extension) > 1:

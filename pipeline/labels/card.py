@@ -294,11 +294,7 @@ def _loading(label_set: LabelSet) -> list[str]:
             'first = shard["labels"][0]',
             f'print(len(labels), len(samples), shard["samples"][first["row"]]["key"], first{first})',
         ),
-        *_block(
-            "deit-cli",
-            "bash",
-            f"deit-cli train --labels .{data} --model deit-s --output ../deit-s",
-        ),
+        *_block("deit-cli", "bash", f"deit-cli train --labels .{data} --model deit-s --output ../deit-s"),
         "",
     ]
 

@@ -24,7 +24,7 @@ from pipeline.errors import (
 from pipeline.images.samples import keys_sha256
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.format import MANIFEST_NAME, REMOTE_FILE, damaged_file, missing_file
-from pipeline.labels.manifest import FileEntry, Manifest, Plan, ShardRecord, read_probes, short
+from pipeline.labels.manifest import FileEntry, Manifest, Plan, read_probes, short
 from pipeline.labels.tables import (
     Contents,
     LabelsFooter,
@@ -75,7 +75,7 @@ class CheckedFiles:
     def samples(self, entry: FileEntry) -> SampleRows:
         """Read the samples of a source shard, and check them against the plan's hash of keys and class labels."""
         file = self.read(entry)
-        samples = checked_samples(file, self._plan, self._plan.shard(entry.shard))
+        samples = checked_samples(file, self._plan, entry.shard)
         check_num_samples(file, samples, entry)
         self._keep_usable(entry.shard, samples.usable.astype(np.uint32))
         return samples
@@ -185,7 +185,7 @@ class ViewsInOrder:
         self._ahead: dict[int, LabelRows] = {}
 
     def read(self, view: int) -> LabelRows:
-        """Read one view; `tables.read_view` lists the checks."""
+        """Read one view; `tables.read_views` lists the checks."""
         rows = self._ahead.pop(view, None)
         if rows is None:
             self._at_once = 2 * self._at_once if view == self._next else 1
@@ -272,19 +272,20 @@ def check_rows(file: object, view: int, rows: LabelRows, usable: NDArray[np.inte
         )
 
 
-def checked_samples(file: Path | Contents, plan: Plan, record: ShardRecord) -> SampleRows:
-    """Read a samples file of this label set, and return its samples.
+def checked_samples(file: Path | Contents, plan: Plan, shard: str) -> SampleRows:
+    """Read the samples file of a source shard of this label set, and return its samples.
 
     Raises:
         LabelSetMismatch: the file belongs to another label set or source shard, or its keys or class labels do not fit the plan.
         LabelSetCorrupt: a key or class label is impossible for a source.
     """
+    record = plan.shard(shard)
     footer = read_samples_footer(file)
-    expected = (plan.labelset_id, plan.source_id, record.name)
+    expected = (plan.labelset_id, plan.source_id, shard)
     _check_identity(file, expected, (footer.labelset_id, footer.source_id, footer.shard))
     samples = read_samples(file)
     if keys_sha256(samples.key, samples.class_label) != record.keys_sha256 or len(samples) != record.num_samples:
-        raise LabelSetMismatch(f"{file}: its keys and class labels do not match the plan for {record.name!r}")
+        raise LabelSetMismatch(f"{file}: its keys and class labels do not match the plan for {shard!r}")
     _check_sample_values(samples, plan.teacher.num_classes, file)
     return samples
 

@@ -7,7 +7,7 @@ key. A hash only shows that two copies differ; to repair a copy, people need the
 import os
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import SourceRecord, short
 from pipeline.storage.json import canonical_json
 from pipeline.storage.urls import local_path
+from pipeline.text import first_few
 
 
 def check_source(label_set: LabelSet, source: Source) -> None:
@@ -140,7 +141,7 @@ class Differences:
             ("with another class label", self.relabelled),
             ("with other image bytes", self.changed),
         )
-        return [f"{_count(len(names))} {what}: {_first(names, limit)}" for what, names in kinds if names]
+        return [f"{_count(len(names))} {what}: {first_few(names, limit)}" for what, names in kinds if names]
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,9 @@ def compare_names(what: str, labelled: Sequence[str] | None, copy: Sequence[str]
     if labelled is None or copy is None:
         here, there = ("no names", "names") if labelled is None else ("names", "no names")
         return f"the labelled {plural} have {here}, those of the copy have {there}"
-    missing, new = (_first([repr(n) for n in a if n not in b], limit) for a, b in _both_ways(labelled, copy))
+    known, found = set(labelled), set(copy)
+    missing = first_few([repr(name) for name in labelled if name not in found], limit)
+    new = first_few([repr(name) for name in copy if name not in known], limit)
     if missing or new:
         lacks, has = f"lacks the {what} {missing}" if missing else "", f"has the new {what} {new}" if new else ""
         return f"the copy {' and '.join(filter(None, (lacks, has)))}"
@@ -239,10 +242,6 @@ def _longest_rise(places: Sequence[int]) -> set[int]:
     return rise
 
 
-def _both_ways(labelled: Sequence[str], copy: Sequence[str]) -> Iterable[tuple[Sequence[str], set[str]]]:
-    return (labelled, set(copy)), (copy, set(labelled))
-
-
 def _place(shard: str, listing: Listing, at: int) -> _Place:
     return _Place(shard, listing.class_labels[at], listing.hashes[at] if listing.hashes else None)
 
@@ -257,8 +256,3 @@ def _label(place: _Place) -> str:
 
 def _count(number: int) -> str:
     return f"{number:,} {'sample is' if number == 1 else 'samples are'}"
-
-
-def _first(names: Sequence[str], limit: int) -> str:
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

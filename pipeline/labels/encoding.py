@@ -5,7 +5,7 @@ columns; then name it in `format.Precision` and specify it in docs/format-v1.md.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,14 +50,7 @@ class LabelRows:
 
     def part(self, at: slice) -> "LabelRows":
         """Return some rows, which share their memory with these rows."""
-        return LabelRows(
-            self.row[at],
-            self.hard[at],
-            self.topk_index[at],
-            self.topk_prob[at],
-            self.tail_mass[at],
-            None if self.topk_code is None else self.topk_code[at],
-        )
+        return replace(self, **{name: column[at] for name, column in vars(self).items() if column is not None})
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,7 @@ from pipeline.labels.format import (
     PLAN_NAME,
     check_pin,
 )
-from pipeline.labels.manifest import (
-    FileEntry,
-    ShardRecord,
-    parse_manifest,
-    parse_plan,
-    refuse_import,
-    shards_of,
-    short,
-)
+from pipeline.labels.manifest import FileEntry, ShardRecord, parse_manifest, parse_plan, refuse_import, shards_of, short
 from pipeline.labels.sealing import check_complete
 from pipeline.labels.tables import Contents, SampleRows
 from pipeline.storage.cache import Cache
@@ -54,8 +46,7 @@ class LabelSet:
             if (found := (place / IMPORT_NAME).read()) is not None:
                 raise refuse_import(found, place)
             raise LabelSetError(
-                f"{place} is not a label set: it has no {PLAN_NAME}",
-                fix="Make one with: deit-cli precompute",
+                f"{place} is not a label set: it has no {PLAN_NAME}", fix="Make one with: deit-cli precompute"
             )
         manifest = (place / MANIFEST_NAME).read()
         if manifest is None:
@@ -77,11 +68,7 @@ class LabelSet:
 
     @classmethod
     def open(
-        cls,
-        location: str | os.PathLike[str],
-        *,
-        cache: Cache | None = None,
-        expect_manifest: str | None = None,
+        cls, location: str | os.PathLike[str], *, cache: Cache | None = None, expect_manifest: str | None = None
     ) -> "LabelSet":
         """Open a complete label set, and return it; for a local set, check the presence and length of every promised file.
 

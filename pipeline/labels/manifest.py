@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
+from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
 from pipeline.labels.encoding import Codec, codec_of
 from pipeline.labels.format import (
     DAMAGED_MANIFEST,
@@ -42,6 +42,7 @@ from pipeline.storage.json import (
     View,
     canonical_json,
     is_version,
+    load_json,
     other_version,
     parse_json,
     pretty_json,
@@ -227,7 +228,10 @@ class Plan(Record):
         for part in ("recipe", "teacher", "source"):
             mine, theirs = getattr(self, f"{part}_id"), getattr(other, f"{part}_id")
             if mine != theirs:
-                difference = first_difference(_plain(getattr(self, part)), _plain(getattr(other, part)))
+                fields = {"class_names", "shards"} if part == "source" else None  # its location is no part of its id
+                difference = first_difference(
+                    *(getattr(plan, part).model_dump(mode="json", include=fields) for plan in (self, other))
+                )
                 counts = len(self.teacher.members), len(other.teacher.members)
                 if part == "teacher" and counts[0] != counts[1]:  # one teacher and several share no field
                     difference = f" ({counts[0]} of them, not {counts[1]})"
@@ -422,7 +426,7 @@ def read_plan(folder: Path) -> Plan:
 
 def parse_plan(data: bytes, name: object) -> Plan:
     """Check the bytes of a `plan.json`, and return the plan; `name` is for errors."""
-    values = _load_json(data, name)
+    values = load_json(data, name, fix=damaged_json(name))
     plan = _load_record(values, Plan, name)
     if canonical_json(plan.recipe.model_dump(mode="json")) != canonical_json(values["recipe"]):
         raise LabelSetCorrupt(f"{name}: the recipe must be complete: its hash covers every field", fix=DAMAGED_PLAN)
@@ -440,7 +444,7 @@ def parse_manifest(data: bytes, name: object, *, plan_sha256: str | None) -> Man
 
     Without the hash of a plan (None), only the manifest is checked.
     """
-    values = _load_json(data, name)
+    values = load_json(data, name, fix=damaged_json(name))
     manifest = _load_record(values, Manifest, name)
     if manifest.shards is None and "shards" in values:
         raise LabelSetCorrupt(f"{name}: shards: must be a list of names, or absent for all source shards")
@@ -517,13 +521,6 @@ def first_difference(mine: Any, theirs: Any, path: str = "") -> str:
     return first_difference(a, b, f"{path}.{name}".lstrip(".")) if name else ""
 
 
-def _load_json(data: bytes, name: object) -> Any:
-    try:
-        return parse_json(data)
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{name}: not valid JSON: {error}", fix=damaged_json(name)) from error
-
-
 def _load_record(values: Any, kind: type[_RecordT], path: object) -> _RecordT:
     if not is_version(values, FORMAT, VERSION):
         what, fix = other_version(values, FORMAT, VERSION)
@@ -545,12 +542,6 @@ def _first_problem(error: ValidationError) -> str:
 
 def _labelset_id(ids: dict[str, str], topk: int, precision: str) -> str:
     return sha256_json(ids | {"format": FORMAT, "version": VERSION, "topk": topk, "precision": precision})
-
-
-def _plain(part: Any) -> Any:
-    if isinstance(part, SourceRecord):
-        return part.model_dump(mode="json", include={"class_names", "shards"})
-    return part.model_dump(mode="json") if isinstance(part, BaseModel) else part
 
 
 def _brief(value: Any) -> str:

@@ -92,12 +92,8 @@ def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samp
         _check_mix(probe, recipe, samples)
         worst = max(worst, _pixel_difference(probe, recipe, sample))
     if worst:
-        warn_counted(
-            log,
-            "comparisons of replayed views that differ by rounding",
-            "replayed views differ from the labelled ones by up to %.3f of 255 on average: rounding only",
-            worst,
-        )
+        message = "replayed views differ from the labelled ones by up to %.3f of 255 on average: rounding only"
+        warn_counted(log, "comparisons of replayed views that differ by rounding", message, worst)
     return worst
 
 

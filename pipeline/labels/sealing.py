@@ -16,7 +16,6 @@ from pipeline.labels.manifest import (
     Manifest,
     Plan,
     Probe,
-    ShardRecord,
     in_order,
     labels_path,
     parse_plan,
@@ -25,11 +24,12 @@ from pipeline.labels.manifest import (
     read_probes,
     stored_blocks,
 )
-from pipeline.labels.tables import LabelsFooter, SampleRows, read_all_views, read_labels_footer, read_samples
+from pipeline.labels.tables import SampleRows, read_all_views, read_labels_footer, read_samples
 from pipeline.storage.atomic import publish_file, refusals_named, replace_file, sha256_file, sync_folder
 from pipeline.storage.json import pretty_json, read_small
 
 MANIFEST_PROBES = 8
+_MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # the last bits differ between processors
 
 
 def claim(out: Path, plan: Plan, blocks: Sequence[range], *, offer: Callable[[], None] = lambda: None) -> None:
@@ -62,18 +62,12 @@ def _refuse_links(out: Path, blocks: Sequence[range]) -> None:
     for folder in (out / "samples", *((out / labels_path("x", block)).parent for block in blocks)):
         if not folder.resolve().is_relative_to(out.resolve()):
             raise LabelSetCorrupt(
-                f"{folder} points outside the label set: nothing is written there",
-                fix="Delete the link",
+                f"{folder} points outside the label set: nothing is written there", fix="Delete the link"
             )
 
 
 def seal(
-    out: Path,
-    plan: Plan,
-    blocks: Sequence[range],
-    shards: tuple[str, ...] | None = None,
-    *,
-    images: bool = False,
+    out: Path, plan: Plan, blocks: Sequence[range], shards: tuple[str, ...] | None = None, *, images: bool = False
 ) -> None:
     """List every complete file with its hash, and replace the manifest: the commit.
 
@@ -115,10 +109,7 @@ def check_complete(manifest: Manifest, shards: Sequence[str], place: object) -> 
         raise LabelSetIncomplete(f"{place} holds no views")
     if any(a.stop != b.start for a, b in itertools.pairwise(blocks)):
         held = ", ".join(f"{block.start}:{block.stop}" for block in blocks)
-        raise LabelSetIncomplete(
-            f"{place}: its views {held} have a gap",
-            fix="Compute the missing ones with --views",
-        )
+        raise LabelSetIncomplete(f"{place}: its views {held} have a gap", fix="Compute the missing ones with --views")
     wanted = len(shards) * (1 + len(blocks))
     if wanted > 1000 + 2 * len(manifest.files):  # the product of two long lists may exceed the memory
         raise LabelSetCorrupt(
@@ -152,22 +143,22 @@ def _list_files(
                 fix="Run the same command again: it uses those",
             )
     shards = dict.fromkeys(chosen or (shard.name for shard in plan.source.shards))
-    files = [_samples_entry(out, record) for record in plan.source.shards if record.name in shards]
+    records = [record for record in plan.source.shards if record.name in shards]
+    files = [_entry(out, "samples", record.name, rows=record.num_samples) for record in records]
     probes: list[Probe] = []
     environments: list[dict[str, str]] = []
     for block in blocks:
         for name in shards:
             path = out / labels_path(name, block)
             footer = checked_labels_footer(path, plan, name, block)
-            files.append(_labels_entry(out, footer))
+            files.append(_entry(out, "labels", name, rows=footer.rows_per_view * len(block), views=block))
             probes += read_probes(footer.probes, path)
             environments += [footer.environment] if footer.environment not in environments else []
     if sealed := sealed_manifest(out):
         _check_same_samples(sealed, files, out)
     known = {entry.shard: entry for entry in sealed.files if entry.kind == "images"} if sealed else {}
     if images or known:  # a tar is hashed only once: a later manifest keeps its first hash
-        records = [record for record in plan.source.shards if record.name in shards]
-        files += [known.get(record.name) or _images_entry(out, record) for record in records]
+        files += [known.get(each.name) or _entry(out, "images", each.name, rows=each.num_samples) for each in records]
     return Manifest(
         labelset_id=plan.labelset_id,
         plan_sha256=sha256_file(out / PLAN_NAME),
@@ -220,21 +211,8 @@ def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> 
             )
 
 
-def _samples_entry(out: Path, record: ShardRecord) -> FileEntry:
-    return _entry(out, kind="samples", shard=record.name, views=range(0), rows=record.num_samples)
-
-
-def _images_entry(out: Path, record: ShardRecord) -> FileEntry:
-    return _entry(out, kind="images", shard=record.name, views=range(0), rows=record.num_samples)
-
-
-def _labels_entry(out: Path, footer: LabelsFooter) -> FileEntry:
-    views = range(footer.view_start, footer.view_stop)
-    return _entry(out, kind="labels", shard=footer.shard, views=views, rows=footer.rows_per_view * len(views))
-
-
 def _entry(
-    out: Path, *, kind: Literal["samples", "labels", "images"], shard: str, views: range, rows: int
+    out: Path, kind: Literal["samples", "labels", "images"], shard: str, *, rows: int, views: range = range(0)
 ) -> FileEntry:
     entry = FileEntry(
         kind=kind, shard=shard, view_start=views.start, view_stop=views.stop, rows=rows, bytes=0, sha256="0" * 64
@@ -278,12 +256,8 @@ def check_replaceable(ours: Path, other: Path) -> None:
         read_all_views(other)  # checks its content hash
         if ours_says != other_says:
             raise LabelSetMismatch(
-                f"{ours}: another machine's file of this name has other views or rows",
-                fix="Use another --out",
+                f"{ours}: another machine's file of this name has other views or rows", fix="Use another --out"
             )
-
-
-_MAY_DIFFER = {"content_xxh3", "probes", "environment"}  # the last bits differ between processors
 
 
 def _same(ours: SampleRows, other: SampleRows) -> bool:

@@ -196,23 +196,14 @@ def write_labels(file: BinaryIO, views: Sequence[LabelRows], footer: LabelsFoote
         file, schema.with_metadata(_metadata(footer)), column_encoding=encoding, **_WRITE_LABELS
     ) as writer:
         for view, rows in enumerate(views, footer.view_start):
-            writer.write_table(_labels_table(rows, view, schema), row_group_size=max(1, len(rows)))
+            columns = [column_array(getattr(rows, field.name), field) for field in list(schema)[1:]]
+            table = pa.table([pa.array(np.full(len(rows), view, np.uint32)), *columns], schema=schema)
+            writer.write_table(table, row_group_size=max(1, len(rows)))
 
 
 def write_samples(file: BinaryIO, samples: SampleRows, footer: SamplesFooter) -> None:
     """Write one samples file."""
-    hashes = pa.array(samples.image_xxh3, pa.binary(16))
-    arrays = [
-        np.arange(len(samples), dtype=np.uint32),
-        pa.array(samples.key, pa.string()),
-        pa.array(samples.class_label, pa.int32()),
-        samples.image_bytes,
-        hashes,
-        samples.height,
-        samples.width,
-        pa.array(samples.bad, pa.string()),
-    ]
-    table = pa.table([pa.array(column) for column in arrays], schema=SAMPLES_SCHEMA)
+    table = pa.table({"row": np.arange(len(samples)), **vars(samples)}, schema=SAMPLES_SCHEMA)
     pq.write_table(table.replace_schema_metadata(_metadata(footer)), file, **_WRITE)
 
 
@@ -227,18 +218,8 @@ def read_samples_footer(file: Path | Contents) -> SamplesFooter:
     return _footer(file.parquet, file.name, SamplesFooter)
 
 
-def read_view(file: Path | Contents, view: int) -> LabelRows:
-    """Read one view of a label shard, and check its schema, counts and ranges.
-
-    Raises:
-        LabelSetCorrupt: the file does not match its footer.
-    """
-    (rows,) = read_views(_contents(file), view, 1)
-    return rows
-
-
-def read_views(file: Contents, first: int, most: int) -> list[LabelRows]:
-    """Read consecutive views of a label shard, and check them as `read_view` does.
+def read_views(file: Path | Contents, first: int, most: int) -> list[LabelRows]:
+    """Read consecutive views of a label shard, and check their schema, counts and ranges.
 
     One call for several views is faster: a call of the library costs as much as a hundred rows.
 
@@ -249,7 +230,11 @@ def read_views(file: Contents, first: int, most: int) -> list[LabelRows]:
 
     Returns:
         the first view, and the following ones up to `most` that exist, fit in ROWS_AT_ONCE and are valid.
+
+    Raises:
+        LabelSetCorrupt: the file does not match its footer.
     """
+    file = _contents(file)
     footer = file.labels_layout
     if not footer.view_start <= first < footer.view_stop:
         raise LabelSetCorrupt(f"{file} holds views {footer.view_start}..{footer.view_stop - 1}, not {first}")
@@ -318,22 +303,15 @@ def _metadata(footer: SamplesFooter | LabelsFooter) -> dict[bytes, bytes]:
     return {FOOTER_KEY: canonical_json(footer.model_dump(mode="json"))}
 
 
-def _labels_table(rows: LabelRows, view: int, schema: pa.Schema) -> pa.Table:
-    arrays = [column_array(getattr(rows, field.name), field) for field in list(schema)[1:]]
-    return pa.table([pa.array(np.full(len(rows), view, np.uint32)), *arrays], schema=schema)
-
-
-def _read(path: Path) -> Contents:
-    try:
-        return Contents(str(path), path.read_bytes())
-    except FileNotFoundError as error:
-        raise LabelSetCorrupt(f"{path} is missing") from error
-    except OSError as error:
-        raise LabelSetCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
-
-
 def _contents(file: Path | Contents) -> Contents:
-    return _read(file) if isinstance(file, Path) else file
+    if isinstance(file, Contents):
+        return file
+    try:
+        return Contents(str(file), file.read_bytes())
+    except FileNotFoundError as error:
+        raise LabelSetCorrupt(f"{file} is missing") from error
+    except OSError as error:
+        raise LabelSetCorrupt(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def _footer(file: pq.ParquetFile, path: str, kind: type[_FooterT]) -> _FooterT:
@@ -400,19 +378,15 @@ def _read_row_groups(file: Contents, footer: LabelsFooter, views: range) -> Labe
     for group in groups:
         check_pages(file.data, file.chunks, group, file.name)
     table = guarded(file.name, lambda: file.parquet.read_row_groups(groups, use_threads=False))
-    rows = _rows_of(table, footer)
+    codec, record = footer.codec, footer.codec.record
+    stored = {name: _values(table[name]).reshape(-1, *record[name].shape) for name in codec.columns}
+    rows = codec.decode(_values(table["row"]), stored)
     if problem := find_problem(rows, footer.num_classes, len(views)):
         raise LabelSetCorrupt(f"{file}: view {views[0]}: {problem}")
     numbers = _values(table["view"]).reshape(len(views), -1)
     if (numbers != np.array(views)[:, None]).any():
         raise LabelSetCorrupt(f"{file}: row group {groups[0]} must hold only view {views[0]}")
     return rows
-
-
-def _rows_of(table: pa.Table, footer: LabelsFooter) -> LabelRows:
-    codec, record = footer.codec, footer.codec.record
-    stored = {name: _values(table[name]).reshape(-1, *record[name].shape) for name in codec.columns}
-    return codec.decode(_values(table["row"]), stored)
 
 
 def _values(column: pa.ChunkedArray) -> NDArray[Any]:

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.errors import DeitCliError, WorkerError
+from pipeline.machine.ranks import plan_loaders
 from pipeline.machine.threads import usable_cores
 from pipeline.repeats import FirstOfEachKind
 
@@ -139,7 +140,9 @@ class _IntoSlot:
             return None
         slot, item = numbered
         batch = self.render(item, self._pixels[slot], note)
-        return slot, len(batch.images), _pickled(replace(batch, images=torch.empty(0)))
+        rest = io.BytesIO()
+        _ArrayPickler(rest, pickle.HIGHEST_PROTOCOL).dump(replace(batch, images=torch.empty(0)))
+        return slot, len(batch.images), rest.getvalue()
 
 
 class _ArrayPickler(pickle.Pickler):
@@ -147,12 +150,6 @@ class _ArrayPickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, Tensor) else NotImplemented
-
-
-def _pickled(value: object) -> bytes:
-    buffer = io.BytesIO()
-    _ArrayPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
-    return buffer.getvalue()
 
 
 class Slots:
@@ -248,9 +245,8 @@ def plan_workers(asked: int | None, device: torch.device, cores: int | None = No
         cores: number of cores for this process; None: all cores that it may use.
     """
     cores = cores or usable_cores()
-    on_cpu = device.type == "cpu"
-    workers = max(1, cores // 2 if on_cpu else cores - 1) if asked is None else asked
-    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+    workers = plan_loaders(asked, cores, device.type)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores - workers))
     return workers
 

@@ -121,3 +121,10 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def forward_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of forward passes by its name in torch; `auto` is bfloat16 on CUDA, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)

@@ -26,9 +26,9 @@ class ProgressCounter:
         self._phase, self._total, self._progress, self._unit = phase, total, progress, unit
         self._done, self._began = 0, time.monotonic()
 
-    def __call__(self) -> None:
-        """Add one and report the count."""
-        self._done += 1
+    def __call__(self, more: int = 1) -> None:
+        """Add some things, and report the count."""
+        self._done += more
         elapsed = time.monotonic() - self._began
         self._progress(Tick(self._phase, self._done, self._total, elapsed, made=self._done, unit=self._unit))
 

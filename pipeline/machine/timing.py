@@ -8,6 +8,13 @@ import torch
 
 Work = Callable[[], object]
 ROWS = 5  # rows of calls in `steady_s`
+DOES_NOT_MATCH = (
+    "the measured speed does not match the parts: other programs may have run meanwhile. Try longer --seconds"
+)
+
+
+class Enough(Exception):
+    """The exception that stops a run which has been timed for long enough."""
 
 
 def median_s(work: Work, device: torch.device, least_s: float) -> float:

@@ -51,9 +51,11 @@ def subset_manifest(
     held = [record.name for record in shards_of(manifest, plan, "manifest")]
     names = held if shards is None else choose_shards(held, shards)
     blocks = manifest.blocks if views is None else choose_blocks(manifest.blocks, views)
-    chosen = {*names}, {*blocks}
-    files = tuple(entry for entry in manifest.files if _is_in(entry, *chosen))
-    probes = tuple(probe for probe in manifest.probes if _probe_is_in(probe, *chosen))
+    shards_kept, blocks_kept = set(names), set(blocks)
+    files = tuple(
+        e for e in manifest.files if e.shard in shards_kept and (e.kind != "labels" or e.views in blocks_kept)
+    )
+    probes = tuple(p for p in manifest.probes if p.shard in shards_kept and any(p.view in block for block in blocks))
     return manifest.model_copy(
         update={
             "shards": tuple(names) if len(names) < len(plan.source.shards) else None,
@@ -97,14 +99,6 @@ def choose_shards(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 def probes_in(file: Contents, entry: FileEntry) -> tuple[Probe, ...]:
     """Return the probes in the footer of a label shard; its bytes must have been checked."""
     return tuple(read_probes(read_labels_footer(file).probes, entry.path))
-
-
-def _is_in(entry: FileEntry, names: set[str], blocks: set[range]) -> bool:
-    return entry.shard in names and (entry.kind != "labels" or range(entry.view_start, entry.view_stop) in blocks)
-
-
-def _probe_is_in(probe: Probe, names: set[str], blocks: set[range]) -> bool:
-    return probe.shard in names and any(probe.view in block for block in blocks)
 
 
 def _probes_from_files(
@@ -208,8 +202,7 @@ def _check_whole(
     for a, b in itertools.pairwise(blocks):
         if a.stop != b.start:
             raise LabelSetIncomplete(
-                f"{names[0]} and {names[1]} together lack views {a.stop}:{b.start}",
-                fix="Transfer those first",
+                f"{names[0]} and {names[1]} together lack views {a.stop}:{b.start}", fix="Transfer those first"
             )
     files = list(files)
     with_images = {entry.shard for entry in files if entry.kind == "images"}

@@ -41,7 +41,7 @@ from pipeline.machine.progress import Progress
 from pipeline.machine.threads import ProgressCounter
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
 from pipeline.storage.urls import local_path
-from pipeline.text import count
+from pipeline.text import count, first_few
 
 log = logging.getLogger("deit_cli.merging")
 
@@ -193,13 +193,12 @@ class _UnsealedFolder(_Input):
             for view, rows in enumerate(read_all_views(contents), file.views.start):
                 check_rows(path, view, rows, self._usable_rows(file.shard), block=file.views)
         else:
-            checked_samples(contents, self.plan, self.plan.shard(file.shard))
+            checked_samples(contents, self.plan, file.shard)
         return contents
 
     def _usable_rows(self, shard: str) -> NDArray[np.int64]:
         if shard not in self._usable:
-            path = self._folder / samples_path(shard)
-            self._usable[shard] = checked_samples(path, self.plan, self.plan.shard(shard)).usable
+            self._usable[shard] = checked_samples(self._folder / samples_path(shard), self.plan, shard).usable
         return self._usable[shard]
 
 
@@ -360,18 +359,10 @@ def merged_lines(out: Path, merged: Merged) -> str:
         names = held.plan.source.shards
         part = "" if len(held.shards) == len(names) else f" of {len(held.shards)} of {len(names)} source shards"
         return f"{out}: {files}; views {views.start}:{views.stop}{part}, sealed"
-    some = ", ".join(_named(name, views) for name, views in merged.missing[:3])
-    more = f" and {len(merged.missing) - 3:,} more" if len(merged.missing) > 3 else ""
-    views = _span([*label_blocks(out), *(views for _, views in merged.missing)])
+    missing = [f"views {views.start}:{views.stop}" + (f" of {name}" if name else "") for name, views in merged.missing]
+    blocks = [*label_blocks(out), *(views for _, views in merged.missing)]
+    start, stop = min(block.start for block in blocks), max(block.stop for block in blocks)
     return (
-        f"{out}: {files}; not sealed, it lacks {some}{more}. Merge the sets that have them, or compute them:"
-        f" deit-cli labels extend {out} --views {views.start}:{views.stop}"
+        f"{out}: {files}; not sealed, it lacks {first_few(missing, 3)}. Merge the sets that have them, or compute them:"
+        f" deit-cli labels extend {out} --views {start}:{stop}"
     )
-
-
-def _named(name: str, views: range) -> str:
-    return f"views {views.start}:{views.stop}" + (f" of {name}" if name else "")
-
-
-def _span(blocks: Sequence[range]) -> range:
-    return range(min(block.start for block in blocks), max(block.stop for block in blocks))

@@ -6,7 +6,6 @@ that exists with the same content is kept; one with other content is an error, a
 """
 
 import contextlib
-import functools
 import hashlib
 import logging
 import threading
@@ -19,7 +18,7 @@ from pipeline.errors import LabelSetMismatch, RemoteFileRefused, UsageError
 from pipeline.labels.card import CARD_NAME
 from pipeline.labels.format import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, SIGNATURE_NAME
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import FileEntry, Manifest, Plan, Probe, parse_manifest, parse_plan, short
+from pipeline.labels.manifest import FileEntry, Manifest, Plan, parse_manifest, parse_plan, short
 from pipeline.machine.progress import Progress, Tick
 from pipeline.machine.threads import in_threads
 from pipeline.sharing.manifests import contains, probes_in, subset_manifest, unite
@@ -110,7 +109,11 @@ def pull(
     manifest = label_set.manifest
     if views is not None or shards is not None:
         manifest = subset_manifest(
-            manifest, label_set.plan, views=views, shards=shards, probes_of=functools.partial(_probes_of, label_set)
+            manifest,
+            label_set.plan,
+            views=views,
+            shards=shards,
+            probes_of=lambda entry: probes_in(label_set.read_file(entry), entry),
         )
     return _transfer("pull", label_set, manifest, there, here, _download, workers=workers, progress=progress)
 
@@ -203,10 +206,7 @@ def _read_both(source: Place, label_set: LabelSet) -> tuple[bytes, bytes]:
     plan, manifest = (source / PLAN_NAME).read(), (source / MANIFEST_NAME).read()
     opened = (label_set.manifest.plan_sha256, pretty_json(label_set.manifest.to_json()))
     if (hashlib.sha256(plan or b"").hexdigest(), manifest) != opened or plan is None or manifest is None:
-        raise LabelSetMismatch(
-            f"{source} was changed since it was opened",
-            fix="Run the same command again",
-        )
+        raise LabelSetMismatch(f"{source} was changed since it was opened", fix="Run the same command again")
     return plan, manifest
 
 
@@ -218,9 +218,8 @@ def _claim(target: Place, data: bytes, plan: Plan, names: tuple[str, str]) -> by
         there = (target / PLAN_NAME).read() or data  # another writer may have been first
     found = parse_plan(there, target / PLAN_NAME)
     if found.labelset_id != plan.labelset_id:
-        differing = [
-            n for n in ("recipe_id", "teacher_id", "source_id", "topk", "precision") if _differs(found, plan, n)
-        ]
+        parts = ("recipe_id", "teacher_id", "source_id", "topk", "precision")
+        differing = [name for name in parts if getattr(found, name) != getattr(plan, name)]
         raise LabelSetMismatch(
             f"{names[1]} holds label set {short(found.labelset_id)}, {names[0]} holds"
             f" {short(plan.labelset_id)}: {', '.join(name.removesuffix('_id') for name in differing)}"
@@ -228,10 +227,6 @@ def _claim(target: Place, data: bytes, plan: Plan, names: tuple[str, str]) -> by
             fix="Choose another destination",
         )
     return there
-
-
-def _differs(one: Plan, other: Plan, name: str) -> bool:
-    return getattr(one, name) != getattr(other, name)
 
 
 def _carry(source: Place, target: Place, *, ours: bool, unchanged: bool) -> None:
@@ -292,10 +287,6 @@ def _move_all(
             )
             progress(tick)
     return tick
-
-
-def _probes_of(label_set: LabelSet, entry: FileEntry) -> tuple[Probe, ...]:
-    return probes_in(label_set.read_file(entry), entry)
 
 
 def _refuse_same(source: Place, target: Place) -> None:

@@ -31,11 +31,6 @@ log = logging.getLogger("deit_cli.engines")
 END_S = 10  # time for a process to end after it is told to
 
 
-def run_here(job: Job, teacher: Teacher, tasks: Sequence[LabelTask], tally: Tally) -> None:
-    """Label in this process."""
-    label_shards(job, teacher, tasks, report=tally.add)
-
-
 def run_processes(job: Job, teacher: Teacher, devices: Sequence[str], tasks: Sequence[LabelTask], tally: Tally) -> None:
     """Label in one process for each device; a process that dies is replaced, and its label shards go to the others."""
     dispatcher = Dispatcher(deque(tasks))

@@ -1,7 +1,6 @@
 """Write the samples files: every image is read, decoded once and hashed before the teacher sees any image."""
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,8 @@ from pipeline.labels.checked_files import checked_samples
 from pipeline.labels.manifest import Plan, samples_path
 from pipeline.labels.tables import SampleRows, SamplesFooter, write_samples
 from pipeline.machine.loaders import Made, Note, in_processes
-from pipeline.machine.progress import Progress, Tick
+from pipeline.machine.progress import Progress
+from pipeline.machine.threads import ProgressCounter
 from pipeline.settings.configs import BadImagePolicy
 from pipeline.storage.atomic import publish_file
 
@@ -44,11 +44,11 @@ class Reading:
 
     def each(self, phase: str, work: Callable[[str, Note], Made], shards: Sequence[str]) -> Iterator[tuple[str, Made]]:
         """Yield each source shard with the result of `work(name, note)`, and report progress."""
-        began = time.monotonic()
+        count_one = ProgressCounter(phase, len(shards), self.progress, unit="source shards")
         made = in_processes(work, shards, workers=min(self.workers, len(shards)))
-        for done, result in enumerate(zip(shards, made, strict=True), start=1):
+        for result in zip(shards, made, strict=True):
             yield result
-            self.progress(Tick(phase, done, len(shards), time.monotonic() - began, done, unit="source shards"))
+            count_one()
 
 
 def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRows]:
@@ -62,16 +62,14 @@ def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRo
     for name, samples in reading.each("index", partial(scan_shard, source, reading.on_bad_image), missing):
         footer = SamplesFooter(labelset_id=plan.labelset_id, source_id=plan.source_id, shard=name, rows=len(samples))
         publish_file(out / samples_path(name), partial(write_samples, samples=samples, footer=footer))
-    records = {record.name: record for record in plan.source.shards}
-    tables = {name: checked_samples(out / samples_path(name), plan, records[name]) for name in shards}
-    bad = sum(len(samples) - len(samples.usable) for samples in tables.values())
+    tables = {name: checked_samples(out / samples_path(name), plan, name) for name in shards}
+    images = sum(map(len, tables.values()))
+    bad = images - sum(len(samples.usable) for samples in tables.values())
     if bad:
         log.warning(
-            "%d of %d images cannot be decoded and are left out; `deit-cli labels info` lists them",
-            bad,
-            sum(map(len, tables.values())),
+            "%d of %d images cannot be decoded and are left out; `deit-cli labels info` lists them", bad, images
         )
-    if tables and bad == sum(map(len, tables.values())):
+    if tables and bad == images:
         raise SourceError(f"{source.location}: no image can be decoded")
     return tables
 
@@ -95,8 +93,7 @@ def scan_shard(source: Source, on_bad_image: BadImagePolicy, name: str, note: No
         except BadImageError as error:
             if on_bad_image == "fail":
                 raise SourceError(
-                    f"{error}",
-                    fix="Repair the image, or pass --on-bad-image skip to leave such images out",
+                    f"{error}", fix="Repair the image, or pass --on-bad-image skip to leave such images out"
                 ) from error
             shapes.append((0, 0))
             bad.append(error.reason)

@@ -61,8 +61,7 @@ class Job:
 
     def samples(self, shard: str) -> SampleRows:
         """Read the samples file of a source shard, which indexing wrote, and return its samples."""
-        record = self.plan.shard(shard)
-        return checked_samples(self.config.folder / samples_path(shard), self.plan, record)
+        return checked_samples(self.config.folder / samples_path(shard), self.plan, shard)
 
 
 def label_shards(
@@ -108,11 +107,7 @@ class ShardsInProgress:
     """The label shards that this process has begun. A thread writes each complete one while labelling goes on."""
 
     def __init__(
-        self,
-        job: Job,
-        teacher: Teacher,
-        report: Callable[[WorkDone], None],
-        finished: Callable[[LabelTask], None],
+        self, job: Job, teacher: Teacher, report: Callable[[WorkDone], None], finished: Callable[[LabelTask], None]
     ) -> None:
         self._job, self._teacher, self._report, self._finished = job, teacher, report, finished
         self._drafts: dict[LabelTask, LabelDraft] = {}

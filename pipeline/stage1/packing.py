@@ -145,10 +145,9 @@ def pack_images(out: Path, plan: Plan, packing: Packing, reading: Reading) -> So
     missing = [name for name in reading.shards if not (out / images_path(name)).is_file()]
     for _ in reading.each("pack", _Packer(out, plan, source, packing, reading.on_bad_image), missing):
         pass
-    records = {record.name: record for record in plan.source.shards}
     for name in reading.shards:
-        shard, record = packed.shard(name), records[name]
-        if keys_sha256(shard.keys, shard.class_labels) != record.keys_sha256:
+        shard = packed.shard(name)
+        if keys_sha256(shard.keys, shard.class_labels) != plan.shard(name).keys_sha256:
             raise LabelSetMismatch(
                 f"{out / images_path(name)} does not hold the images of source shard {name!r}: delete it and run again"
             )
@@ -176,7 +175,7 @@ class _Packer:
     def _labelled_samples(self, name: str) -> SampleRows | None:
         """Return the samples if they are already labelled: the set had no images until now, or this tar was deleted."""
         path = self.out / samples_path(name)
-        return checked_samples(path, self.plan, self.plan.shard(name)) if path.is_file() else None
+        return checked_samples(path, self.plan, name) if path.is_file() else None
 
     def _members(self, shard: SourceShard, samples: SampleRows | None, note: Note) -> Iterator[tuple[str, bytes]]:
         """Yield the files of a tar: the image and class label of each sample in turn."""
@@ -203,8 +202,7 @@ def _packed_image(sample: Sample, packing: Packing, on_bad_image: BadImagePolicy
     except BadImageError as error:
         if on_bad_image == "fail":
             raise SourceError(
-                f"{error}",
-                fix="Repair the image, or pass --on-bad-image skip to leave such images out",
+                f"{error}", fix="Repair the image, or pass --on-bad-image skip to leave such images out"
             ) from error
     return sample.image
 

@@ -168,8 +168,7 @@ def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int])
     if known[-1] - known[0] + 1 != len(known):
         held = f"{sealed[0].start}:{sealed[-1].stop}"
         raise UsageError(
-            f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}",
-            fix="Choose views next to these",
+            f"--views {views[0]}:{views[1]} would leave a gap: the set holds {held}", fix="Choose views next to these"
         )
 
 
@@ -213,9 +212,11 @@ def extension(
     """
     label_set = LabelSet(open_place(location))
     plan = label_set.plan
+    if data is None:
+        data = str(label_set.place / IMAGES_FOLDER) if label_set.has_images else label_set.images_location()
     longest = max(map(len, label_set.manifest.blocks), default=0)  # the last may be short
     config = PrecomputeConfig(
-        data=_images_of(label_set) if data is None else data,
+        data=data,
         out=location,
         views=views,
         topk=plan.topk,
@@ -224,10 +225,6 @@ def extension(
         **_named(PrecomputeConfig, values),
     )
     return config, _teacher_of(plan, _named(TeacherConfig, values)), plan.recipe
-
-
-def _images_of(label_set: LabelSet) -> str:
-    return str(label_set.place / IMAGES_FOLDER) if label_set.has_images else label_set.images_location()
 
 
 def _named(kind: type, values: dict[str, Any]) -> dict[str, Any]:

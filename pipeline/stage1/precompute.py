@@ -23,9 +23,9 @@ from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.settings.configs import PrecomputeConfig
-from pipeline.stage1.engines import limit, run_here, run_processes
+from pipeline.stage1.engines import limit, run_processes
 from pipeline.stage1.indexing import Reading, index_samples
-from pipeline.stage1.loop import Job, LabelTask, paths_of
+from pipeline.stage1.loop import Job, LabelTask, label_shards, paths_of
 from pipeline.stage1.packing import pack_images
 from pipeline.stage1.plan import Work, plan_work
 from pipeline.stage1.ray import connect_ray, run_ray
@@ -112,7 +112,6 @@ def _claim_tasks(config: PrecomputeConfig, work: Work, mirror: ManyWritersMirror
 
 
 def _share_of(tasks: list[LabelTask]) -> list[LabelTask]:
-    """Return the label shards that this rank makes."""
     rank = rank_from(os.environ)
     mine = rank.share(tasks)
     if rank.world_size > 1:
@@ -140,7 +139,6 @@ def _read_images(
 
 
 def _finish(config: PrecomputeConfig, work: Work, mirror: ManyWritersMirror | None) -> LabelSet:
-    """Seal the label set, write its card, and return it."""
     sweep_temporaries(config.folder)  # of processes that were lost during the run
     commit(config.folder, work.plan, work.blocks, work.shards, images=work.packing is not None, mirror=mirror)
     label_set = LabelSet.open(config.folder)
@@ -156,13 +154,12 @@ def _label(
     samples: dict[str, SampleRows],
     progress: Progress,
 ) -> None:
-    """Run the engine on the label shards."""
     total = sum(len(samples[task.shard].usable) * len(task.views) for task in tasks)
     tally = Tally(total, processes=max(1, min(len(devices), len(tasks))), progress=progress)
     if job.config.engine == "ray":
         run_ray(job, teacher, job.config.processes, tasks, tally)
     elif len(devices) == 1:
-        run_here(job, teacher, tasks, tally)
+        label_shards(job, teacher, tasks, report=tally.add)
     else:
         run_processes(job, teacher, devices[: len(tasks)], tasks, tally)
 

@@ -113,7 +113,7 @@ class _RayWorkers:
                     log_forwarded(message)
                 if waiting and len(self._running) < self._count:
                     self._start()
-            set_aside = ray.get(self._dispatcher.set_aside.remote())
+            set_aside = ray.get(self._dispatcher.tasks_set_aside.remote())
         finally:
             for _, actor in self._running.values():
                 ray.kill(actor)
@@ -144,22 +144,13 @@ class _RayWorkers:
             self._start()
 
 
-class _SharedDispatcher:
+class _SharedDispatcher(Dispatcher):
     """The dispatcher as an actor, with the reports and log messages that the driver has not fetched yet."""
 
     def __init__(self, tasks: Sequence[LabelTask]) -> None:
-        self._dispatcher = Dispatcher(deque(tasks))
+        super().__init__(deque(tasks))
         self._reports: list[WorkDone] = []
         self._messages: list[logging.LogRecord] = []
-
-    def take(self, worker: str) -> LabelTask | None:
-        return self._dispatcher.take(worker)
-
-    def finish(self, worker: str, task: LabelTask) -> None:
-        self._dispatcher.finish(worker, task)
-
-    def lose(self, worker: str) -> int:
-        return self._dispatcher.lose(worker)
 
     def report(self, report: WorkDone) -> None:
         self._reports.append(report)
@@ -167,14 +158,14 @@ class _SharedDispatcher:
     def forward(self, message: logging.LogRecord) -> None:
         self._messages.append(message)
 
-    def set_aside(self) -> list[LabelTask]:
-        return self._dispatcher.set_aside
+    def tasks_set_aside(self) -> list[LabelTask]:
+        return self.set_aside  # an actor has methods, and no fields
 
     def news(self) -> tuple[list[WorkDone], list[logging.LogRecord], bool, int]:
         """Return new reports, new messages, whether all tasks are finished, and the number of tasks that no worker has."""
         reports, self._reports = self._reports, []
         messages, self._messages = self._messages, []
-        return reports, messages, self._dispatcher.finished, len(self._dispatcher.waiting)
+        return reports, messages, self.finished, len(self.waiting)
 
 
 class _RayWorker:

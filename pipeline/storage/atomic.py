@@ -5,6 +5,7 @@ a reader sees it whole or not at all, after SIGKILL and after power loss too. No
 except by `replace_file`, which swaps one complete file for another."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -23,7 +24,7 @@ _TEMPORARY = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9.-]+)-(?P<pid>\d+)-[0-9a-f]{1
 _NO_LINKS = frozenset({"EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK"})
 
 
-Content = bytes | Callable[[BinaryIO], None]  # bytes, or a function that writes to an open file without closing it
+Content = bytes | Callable[[BinaryIO], object]  # bytes, or a function that writes to an open file without closing it
 
 
 def publish_file(path: Path, content: Content) -> bool:
@@ -220,8 +221,6 @@ def _remedy(error: OSError) -> str:
 
 
 def _errno_name(error: OSError) -> str:
-    import errno
-
     return errno.errorcode.get(error.errno or 0, "")
 
 

@@ -142,14 +142,8 @@ class Cache:
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if found.st_size != promised:
-            warn_counted(
-                log,
-                "files that were downloaded again",
-                "%s has %d bytes, %s were downloaded: fetching it again",
-                path,
-                found.st_size,
-                promised,
-            )
+            message = "%s has %d bytes, %s were downloaded: fetching it again"
+            warn_counted(log, "files that were downloaded again", message, path, found.st_size, promised)
             return False
         if use and abs(time.time() - found.st_mtime) > 1:
             _date(path, time.time())

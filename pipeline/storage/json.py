@@ -68,8 +68,8 @@ def read_small(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         return path.read_bytes()
 
 
-def load_json(data: bytes, name: object) -> Any:
-    """Parse JSON as strictly as `read_json` does; `name` is the name of the file in errors.
+def load_json(data: bytes, name: object, *, fix: str | None = None) -> Any:
+    """Parse JSON as strictly as `read_json` does; `name` is the name of the file in errors, `fix` their way out.
 
     Raises:
         StorageError: the bytes are not JSON of this kind.
@@ -77,7 +77,7 @@ def load_json(data: bytes, name: object) -> Any:
     try:
         return parse_json(data)
     except (ValueError, RecursionError) as error:
-        raise StorageError(f"{name}: not valid JSON: {error}") from error
+        raise StorageError(f"{name}: not valid JSON: {error}", fix=fix) from error
 
 
 def parse_json(data: bytes) -> Any:

@@ -61,8 +61,7 @@ class Mirror(ABC):
         """
         if not store_of(url).takes_files:
             raise UsageError(
-                f"{url}: a web server takes no files",
-                fix="Write to a bucket (s3://, gs://, hf://) or a folder",
+                f"{url}: a web server takes no files", fix="Write to a bucket (s3://, gs://, hf://) or a folder"
             )
         self.url, self.folder = url.rstrip("/"), folder
         self._last = last

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from pipeline.errors import LabelSetCorrupt, RemoteFileMissing
+from pipeline.errors import LabelSetCorrupt
 from pipeline.storage import uploads
 from pipeline.storage.atomic import locked_folder, make_folder, publish_file, refusals_named, replace_file, sha256_file
 from pipeline.storage.cache import Cache, open_cache
@@ -26,8 +26,7 @@ from pipeline.storage.remote import (
     download,
     read_ranges,
     read_url,
-    receive,
-    retried,
+    receive_whole,
 )
 from pipeline.storage.stores import store_of
 from pipeline.storage.urls import join_url, local_path, parent_url, url_name
@@ -74,10 +73,7 @@ class RemoteFile:
         Raises:
             StorageError: the file has more than `max_bytes`, or cannot be read.
         """
-        try:
-            return read_url(self.url, max_bytes=max_bytes)
-        except RemoteFileMissing:
-            return None
+        return read_url(self.url, max_bytes=max_bytes)
 
     def use(self, use: Callable[[Path], Result]) -> Result:
         """Return `use(path)` of the local copy, which may be evicted while it is open; see `Cache.fetch` for its errors."""
@@ -97,13 +93,7 @@ class RemoteFile:
 
     def copy_to(self, out: BinaryIO) -> Received:
         """Write the current content to an open file from its start; return length and hash of the received bytes."""
-
-        def attempt() -> Received:
-            out.seek(0)
-            out.truncate()
-            return receive(self.url, out, size=self.promise.bytes)
-
-        return retried(self.url, attempt)
+        return receive_whole(self.url, out, size=self.promise.bytes)
 
     def holds(self, copy: Path | None = None) -> bool | None:
         """Return True if the file has the promised content, None if it does not exist; `copy` is a local file of that content.

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from pipeline.errors import RemoteFileCorrupt, StorageError
+from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError
 from pipeline.repeats import warn_counted
 from pipeline.storage.atomic import locked, make_folder, publish_partial, refusals_named, replace_file
 from pipeline.storage.stores import Interrupted, store_of
@@ -126,25 +126,28 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
     raise AssertionError("the last try returns or raises")
 
 
-def receive_file(url: str, path: Path) -> None:
-    """Replace a local file by a remote one atomically; it raises the errors of `receive`."""
+def receive_whole(
+    url: str, file: BinaryIO, *, size: int | None = None, check: Callable[[int], None] = lambda received: None
+) -> Received:
+    """Write a remote file to an open local one as `receive` does; an interrupted attempt begins again at the start."""
 
-    def write(file: BinaryIO) -> None:
-        retried(url, lambda: begin_anew(file))
-
-    def begin_anew(file: BinaryIO) -> None:
+    def attempt() -> Received:
         file.seek(0)
         file.truncate()
-        receive(url, file)
+        return receive(url, file, size=size, check=check)
 
-    replace_file(path, write)
+    return retried(url, attempt)
 
 
-def read_url(url: str, *, max_bytes: int) -> bytes:
-    """Return the current bytes of a small remote file: a plan, manifest or list of class names.
+def receive_file(url: str, path: Path) -> None:
+    """Replace a local file by a remote one atomically; it raises the errors of `receive`."""
+    replace_file(path, lambda file: receive_whole(url, file))
+
+
+def read_url(url: str, *, max_bytes: int) -> bytes | None:
+    """Return the current bytes of a small remote file (a plan, manifest or list of class names); None if it does not exist.
 
     Raises:
-        RemoteFileMissing: the file does not exist.
         StorageError: the file is too large, or could not be read.
     """
 
@@ -152,12 +155,12 @@ def read_url(url: str, *, max_bytes: int) -> bytes:
         if received > max_bytes:
             raise StorageError(f"{url}: such a file may have at most {max_bytes} bytes, this one has more")
 
-    def attempt() -> bytes:
-        buffer = io.BytesIO()
-        receive(url, buffer, check=check)
-        return buffer.getvalue()
-
-    return retried(url, attempt)
+    buffer = io.BytesIO()
+    try:
+        receive_whole(url, buffer, check=check)
+    except RemoteFileMissing:
+        return None
+    return buffer.getvalue()
 
 
 def read_ranges(url: str, use: Callable[[Any], Result]) -> Result:
@@ -350,23 +353,13 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
             except RemoteFileCorrupt:
                 if not trusted:
                     raise
-                warn_counted(
-                    log,
-                    "downloads that began anew",
-                    "%s: what has come does not go on as it began; fetching it from its start",
-                    url,
-                )
+                message = "%s: what has come does not go on as it began; fetching it from its start"
+                warn_counted(log, "downloads that began anew", message, url)
                 continue
             if received.sha256 == sha256:
                 return publish_partial(partial, path)
-            warn_counted(
-                log,
-                "downloads that began anew",
-                "%s has SHA-256 %s…, not %s…; fetching it from its start",
-                url,
-                received.sha256[:12],
-                sha256[:12],
-            )
+            message = "%s has SHA-256 %s…, not %s…; fetching it from its start"
+            warn_counted(log, "downloads that began anew", message, url, received.sha256[:12], sha256[:12])
         os.truncate(partial, 0)
     raise RemoteFileCorrupt(
         f"{url} has SHA-256 {received.sha256[:12]}…, {sha256[:12]}… is promised: it was changed or replaced"

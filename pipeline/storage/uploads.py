@@ -58,16 +58,15 @@ def update_url(url: str, change: Callable[[bytes | None], bytes], *, max_bytes: 
     """
     refuse_unwritable(url)
     for _ in range(_SWAPS):
-        version, old = _version(url), _read(url, max_bytes)
+        info = info_of(url)
+        version = None if info is None else store_of(url).version(url, info)
+        old = read_url(url, max_bytes=max_bytes)
         new = change(old)
         if new == old:
             return new
         if (version is None) == (old is None):  # otherwise the file was created or deleted between the two calls
             _swap(Upload(url, new), version)
-    raise StorageError(
-        f"{url}: others have changed it {_SWAPS} times meanwhile",
-        fix="Run the same command again",
-    )
+    raise StorageError(f"{url}: others have changed it {_SWAPS} times meanwhile", fix="Run the same command again")
 
 
 def holds(url: str, path: Path, promise: Promise = NO_PROMISE) -> bool | None:
@@ -145,19 +144,6 @@ def _write_error(store: Store, upload: Upload, error: Exception) -> Exception:
     return found
 
 
-def _version(url: str) -> str | None:
-    """Return the store's name of the current version of a file, an empty text if it has none; None without a file."""
-    info = info_of(url)
-    return None if info is None else store_of(url).version(url, info)
-
-
-def _read(url: str, max_bytes: int) -> bytes | None:
-    try:
-        return read_url(url, max_bytes=max_bytes)
-    except RemoteFileMissing:
-        return None
-
-
 def _holds_now(upload: Upload) -> bool:
     """Return True if the name, which the store reports as taken, has this content."""
     found = _holds(upload)
@@ -178,11 +164,8 @@ def _holds(upload: Upload, size: int | None = None) -> bool | None:
 
 
 def _received_sha256(upload: Upload, size: int) -> str:
-    def attempt() -> str:
-        with open(os.devnull, "wb") as nowhere:
-            return receive(upload.url, nowhere, size=size).sha256
-
-    return retried(upload.url, attempt)
+    with open(os.devnull, "wb") as nowhere:
+        return retried(upload.url, lambda: receive(upload.url, nowhere, size=size)).sha256
 
 
 def _check_arrived(upload: Upload) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError
 from pipeline.labels.manifest import AnyTeacher, TeacherIdentity
+from pipeline.machine.ranks import forward_dtype
 from pipeline.repeats import warn_counted
-from pipeline.settings.configs import Dtype, TeacherConfig
+from pipeline.settings.configs import TeacherConfig
 from pipeline.views.mixing import MixBatch, apply_mix
 
 log = logging.getLogger("deit_cli.teacher")
@@ -128,7 +129,7 @@ class Teacher:
         device: torch.device,
     ) -> None:
         self.identity, self.config, self.num_classes_asked = identity, config, num_classes_asked
-        self.device, self.dtype = device, _resolve_dtype(config.dtype, device)
+        self.device, self.dtype = device, forward_dtype(config.dtype, device)
         self.img_size = max(network.identity.img_size for network in networks)
         self.crop_pct = networks[0].crop_pct
         self.batch_size = CPU_BATCH if device.type == "cpu" else 2**16
@@ -275,13 +276,9 @@ class Teacher:
         Non-finite outputs must never be stored: their argmax would be a valid class.
         """
         if self.dtype != torch.float32:
-            warn_counted(
-                log,
-                "batches with non-finite outputs that were computed again in float32",
-                "%d views gave non-finite outputs in %s: computing them again in float32",
-                int(bad.sum()),
-                self.dtype,
-            )
+            kind = "batches with non-finite outputs that were computed again in float32"
+            message = "%d views gave non-finite outputs in %s: computing them again in float32"
+            warn_counted(log, kind, message, int(bad.sum()), self.dtype)
             hard, index, prob, finite = self.top_classes(self.logits(images[bad], torch.float32), topk)
             if finite.all():
                 return hard, index, prob
@@ -355,9 +352,3 @@ def one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

@@ -16,13 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import (
-    DeitCliError,
-    LabelSetCorrupt,
-    LabelSetError,
-    RemoteFileMissing,
-    StorageError,
-)
+from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetError, RemoteFileMissing, StorageError
 from pipeline.images.source import Source
 from pipeline.labels.checked_files import (
     check_length,
@@ -64,7 +58,7 @@ from pipeline.sharing.signing import SIGNATURE_NAME, check_signature
 from pipeline.storage.atomic import TEMPORARY_PREFIX, refusals_named
 from pipeline.storage.place import Place, open_place
 from pipeline.storage.remote import NO_PROMISE, Promise, Received
-from pipeline.text import count
+from pipeline.text import count, first_few
 from pipeline.verify.images import check_images
 from pipeline.verify.report import Problem, Report
 
@@ -73,11 +67,7 @@ WRONG_LABELS = "Do not train on this set; ask the people who labelled it, or lab
 
 
 def verify(
-    location: str,
-    config: VerifyConfig,
-    asked: TeacherConfig | None = None,
-    *,
-    progress: Progress = lambda _: None,
+    location: str, config: VerifyConfig, asked: TeacherConfig | None = None, *, progress: Progress = lambda _: None
 ) -> Report:
     """Check every byte and row of a label set, and run the optional checks of `config`; return the report.
 
@@ -226,12 +216,7 @@ def _tasks(folder: Path | None, plan: Plan | None, manifest: Manifest | None) ->
 
 
 def _check_files(
-    report: Report,
-    place: Place,
-    plan: Plan | None,
-    tasks: Sequence[_Task],
-    threads: int,
-    progress: Progress,
+    report: Report, place: Place, plan: Plan | None, tasks: Sequence[_Task], threads: int, progress: Progress
 ) -> None:
     """Check every file: samples first, because they define the rows of the label shards."""
     count_one = ProgressCounter("verify", len(tasks), progress, unit="files")
@@ -308,9 +293,9 @@ def _check_table(
     file: Contents, plan: Plan, task: _Task, usable: dict[str, NDArray[np.int64] | None]
 ) -> NDArray[np.int64] | None:
     """Check footer, schema and all rows against plan, manifest and samples; return the usable rows of a samples file."""
-    record = plan.shard(task.shard)
+    plan.shard(task.shard)  # raises if the plan has no such source shard
     if task.kind == "samples":
-        samples = checked_samples(file, plan, record)
+        samples = checked_samples(file, plan, task.shard)
         if task.entry:
             check_num_samples(file, samples, task.entry)
         return samples.usable
@@ -339,14 +324,10 @@ def _note_others(report: Report, folder: Path, tasks: Sequence[_Task]) -> None:
         one = len(others) == 1
         are, they, them = ("is", "It", "it") if one else ("are", "They", "them")
         report.notes.append(
-            f"{count(len(others), 'file')} {are} not in the manifest, so no reader uses {them}: {_first(others)}."
+            f"{count(len(others), 'file')} {are} not in the manifest, so no reader uses {them}: {first_few(others, 3)}."
             f" {they} may belong to a run that has not sealed {them} yet; otherwise delete {them}"
         )
     if temporary:
         report.notes.append(
-            f"{count(len(temporary), 'temporary file')} of running or killed writers: {_first(temporary)}"
+            f"{count(len(temporary), 'temporary file')} of running or killed writers: {first_few(temporary, 3)}"
         )
-
-
-def _first(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")

@@ -110,10 +110,6 @@ def _flatten(histogram: NDArray[np.int64]) -> Pixels:
     return np.clip((step // 2 + below) // step, 0, 255).astype(np.uint8)
 
 
-def _invert(image: Pixels, _: float) -> Pixels:
-    return cv2.bitwise_not(image)
-
-
 def _posterize(image: Pixels, bits: float) -> Pixels:
     if bits >= 8:
         return image.copy()
@@ -237,7 +233,7 @@ def _affine(image: Pixels, matrix: tuple[float, ...]) -> Pixels:
 OPERATIONS = (
     Op("AutoContrast", _autocontrast),
     Op("Equalize", _equalize),
-    Op("Invert", _invert),
+    Op("Invert", lambda image, _: cv2.bitwise_not(image)),
     Op("Rotate", _rotate, lambda share, sign: sign * share * 30),
     Op("Posterize", _posterize, lambda share, _: int(share * 4), lambda share, _: 4 - int(share * 4)),
     Op("Solarize", _solarize, lambda share, _: min(256, int(share * 256)), lambda share, _: 256 - min(256, int(share * 256))),

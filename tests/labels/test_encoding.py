@@ -29,7 +29,7 @@ from pipeline.labels.encoding import (
 )
 from pipeline.labels.format import Precision
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.tables import Contents, labels_schema, read_view
+from pipeline.labels.tables import Contents, labels_schema, read_views
 
 
 def slow_codes(prob: list[float], tail: float, num_classes: int) -> list[int]:
@@ -280,7 +280,7 @@ def test_a_damaged_view_spoils_none_that_is_read_with_it(tmp_path):
     tail[2] = np.nan
     views[6] = dataclasses.replace(views[6], tail_mass=tail)
     contents = Contents("a", write(tmp_path / "a.parquet", views, footer_of(views, 9)).read_bytes())
-    for read in (ViewsInOrder(contents).read, lambda view: read_view(contents, view)):
+    for read in (ViewsInOrder(contents).read, lambda view: read_views(contents, view, 1)[0]):
         for view in range(6):
             assert_equal(read(view), views[view])
         with pytest.raises(LabelSetCorrupt, match="a: view 6: a probability is outside"):

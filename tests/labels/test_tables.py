@@ -32,7 +32,7 @@ from pipeline.labels.tables import (
     read_labels_footer,
     read_samples,
     read_samples_footer,
-    read_view,
+    read_views,
     write_labels,
     write_samples,
 )
@@ -79,7 +79,7 @@ def test_labels_come_back_bit_for_bit(tmp_path, classes, topk, precision, rows):
     views = make_views(rows, classes, topk, precision, views=3)
     path = write(tmp_path / "a.parquet", views, footer_of(views, classes, precision, view_start=7))
     for view, expected in enumerate(views, 7):
-        assert_equal(read_view(path, view), expected)
+        assert_equal(read_views(path, view, 1)[0], expected)
     for found, expected in zip(read_all_views(path), views, strict=True):
         assert_equal(found, expected)
 
@@ -90,7 +90,7 @@ def test_any_answers_come_back_bit_for_bit(tmp_path_factory, rows, classes, topk
     kept = min(topk, classes)
     views = [encode_rows(*answers(rows, classes, kept, seed), num_classes=classes, precision="float16")]
     path = write(tmp_path_factory.mktemp("any") / "a.parquet", views, footer_of(views, classes))
-    assert_equal(read_view(path, 0), views[0])
+    assert_equal(read_views(path, 0, 1)[0], views[0])
 
 
 def test_the_schema_is_the_page_s():
@@ -234,8 +234,8 @@ def plain_rows() -> LabelRows:
 def test_values_that_no_teacher_can_have_answered_are_refused(tmp_path, name, at, value, problem):
     views = [plain_rows(), changed(plain_rows(), name, at, value)]
     path = write(tmp_path / "a.parquet", views, footer_of(views))
-    assert_equal(read_view(path, 0), views[0])
-    for read in (lambda: read_view(path, 1), lambda: read_all_views(path)):
+    assert_equal(read_views(path, 0, 1)[0], views[0])
+    for read in (lambda: read_views(path, 1, 1)[0], lambda: read_all_views(path)):
         with pytest.raises(LabelSetCorrupt) as caught:
             read()
         assert str(caught.value) == f"{path}: view 1: {problem}"
@@ -245,7 +245,7 @@ def test_a_class_that_stands_twice_is_refused(tmp_path):
     views = [changed(plain_rows(), "topk_index", (0, 2), 1)]
     path = write(tmp_path / "a.parquet", views, footer_of(views))
     with pytest.raises(LabelSetCorrupt, match="twice"):
-        read_view(path, 0)
+        read_views(path, 0, 1)
 
 
 def test_rows_that_are_not_those_of_the_footer_s_hash_are_refused(tmp_path):
@@ -419,7 +419,7 @@ def one_more_gibibyte():
 def test_an_extension_type_that_nobody_registered_is_refused(tmp_path):
     path = bent(tmp_path / "a.parquet", table=tagged)
     with pytest.raises(LabelSetCorrupt, match="extension"):
-        read_view(path, 0)
+        read_views(path, 0, 1)
 
 
 class Trap(pa.ExtensionType):
@@ -471,7 +471,7 @@ def test_a_registered_extension_type_is_refused(trapped):
 def test_a_registered_extension_type_runs_no_code(trapped):
     Trap.sprung.clear()
     with pytest.raises(DeitCliError):
-        read_view(trapped, 0)
+        read_views(trapped, 0, 1)
     assert Trap.sprung == []
 
 
@@ -480,7 +480,7 @@ def test_a_registered_extension_type_runs_no_code_however_long_the_schema_is(tmp
         with trap_of(tmp_path / "a.parquet", payload=bytes(size)) as path:
             Trap.sprung.clear()
             with pytest.raises(DeitCliError, match="Arrow extension types"):
-                read_view(path, 0)
+                read_views(path, 0, 1)
             assert Trap.sprung == []
 
 
@@ -501,7 +501,7 @@ def test_what_is_not_parquet_is_refused_by_name(tmp_path, content):
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(LabelSetCorrupt, match=r"a\.parquet (is missing|cannot be read: No such file)"):
-        read_view(tmp_path / "a.parquet", 0)
+        read_views(tmp_path / "a.parquet", 0, 1)
 
 
 def test_a_view_that_the_file_does_not_hold_is_refused(tmp_path):
@@ -509,7 +509,7 @@ def test_a_view_that_the_file_does_not_hold_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", views, footer_of(views, view_start=4))
     for view in (0, 3, 6, -1):
         with pytest.raises(LabelSetCorrupt, match=rf"holds views 4\.\.5, not {view}"):
-            read_view(path, view)
+            read_views(path, view, 1)
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path):
@@ -613,4 +613,4 @@ def test_labels_and_samples_files_are_not_taken_for_each_other(tmp_path):
     with pytest.raises(LabelSetCorrupt, match="does not have the fields of a samples file"):
         read_samples(labels)
     with pytest.raises(LabelSetCorrupt, match="does not have the fields of a labels file"):
-        read_view(others, 0)
+        read_views(others, 0, 1)

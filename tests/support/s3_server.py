@@ -12,13 +12,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter, defaultdict
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.web_server import FailingServer
 
 KEY, SECRET, BUCKET = "deit-tests", "deit-tests-secret", "labels"
 S3 = pytest.param("s3", marks=pytest.mark.slow)  # a test with the store, which takes seconds to start
@@ -119,7 +120,7 @@ def _make_bucket(url: str, process: subprocess.Popen) -> bool:
     return False
 
 
-class Proxy(ThreadingHTTPServer):
+class Proxy(FailingServer):
     """Passes every request on to a server, and fails as it is told.
 
     Attributes:
@@ -131,23 +132,9 @@ class Proxy(ThreadingHTTPServer):
         sent_bytes: of all bodies of answers.
     """
 
-    daemon_threads = True
-
     def __init__(self, upstream: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.upstream = upstream.removeprefix("http://")
-        self.faults: defaultdict[str, list[Any]] = defaultdict(list)
-        self.requests: Counter[str] = Counter()
-        self.sent_bytes = 0
-        self.go = threading.Event()
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that went away is no news."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -11,7 +11,35 @@ from pathlib import Path
 from typing import Any
 
 
-class WebServer(ThreadingHTTPServer):
+class FailingServer(ThreadingHTTPServer):
+    """A server on a free port of this machine that fails as it is told; `web_server` and `s3_server` say how.
+
+    Attributes:
+        requests: how often each thing was asked for.
+        faults: for each thing, what goes wrong with its next answers.
+        sent_bytes: of all bodies.
+        go: set it to end a stall.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.requests: Counter[str] = Counter()
+        self.faults: defaultdict[str, list[Any]] = defaultdict(list)
+        self.sent_bytes = 0
+        self.go = threading.Event()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that went away is no news."""
+
+
+class WebServer(FailingServer):
     """Serves the files below a folder.
 
     Attributes:
@@ -25,25 +53,11 @@ class WebServer(ThreadingHTTPServer):
         sent_bytes: of all bodies.
     """
 
-    daemon_threads = True
-
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.folder = folder
-        self.requests: Counter[str] = Counter()
-        self.faults: defaultdict[str, list[Any]] = defaultdict(list)
         self.always: dict[str, Any] = {}
         self.ranges = False
-        self.sent_bytes = 0
-        self.go = threading.Event()
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that went away is no news."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -21,6 +21,7 @@ from pipeline.errors import BadImageError, CheckpointError, LabelSetMismatch, Us
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
+from pipeline.machine.ranks import forward_dtype
 from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.pairs import draw_mix, pairs_of
 from pipeline.views.view import draw_view, render
@@ -28,7 +29,7 @@ from trainer import student as student_module
 from trainer.config import EvaluateConfig
 from trainer.evaluate import centre_recipe, evaluate, evaluate_checkpoint, fused_logits, measure_agreement
 from trainer.export import export_model, hub_config
-from trainer.parallel import Running, World, forward_dtype
+from trainer.parallel import Running, World
 from trainer.student import Heads, Student, create_student, normalise
 
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageStat
+from support.photographs import difference, needs_photographs, photo
 from timm.data import auto_augment
 
 from pipeline.views.randaugment import FILL, INCREASING, OPERATIONS, PLAIN, apply_op, op_argument
@@ -19,19 +20,6 @@ NAMES = sorted({*INCREASING, *PLAIN})
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 POINT = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd", "Contrast", "Brightness")
 BLENDED = ("Color", "Sharpness")
-
-
-def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Return smooth colours, curved edges and some grain, uint8 [height, width, 3]."""
-    rng = np.random.default_rng(seed)
-
-    def clouds(cells: int) -> np.ndarray:
-        small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-
-    objects = np.where(clouds(6)[..., :1] > 128, clouds(5), 255 - clouds(9))
-    grain = rng.normal(0, 3, (height, width, 3))
-    return np.clip(np.rint(0.5 * objects + 0.5 * clouds(7) + grain), 0, 255).astype(np.uint8)
 
 
 def photographs() -> list[np.ndarray]:
@@ -49,10 +37,6 @@ def timms(image: np.ndarray, name: str, argument: float) -> np.ndarray:
     arguments = () if auto_augment.LEVEL_TO_ARG[name] is None else (argument,)
     options = {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC}
     return np.array(auto_augment.NAME_TO_OP[name](Image.fromarray(image), *arguments, **options))
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return np.abs(one.astype(int) - other.astype(int))
 
 
 # --- arguments ------------------------------------------------------------------------------------------------
@@ -191,7 +175,7 @@ def test_geometric_operations_are_close_to_pillows(name):
             assert (ours[core(~inside)] == FILL).all(), argument
 
 
-@pytest.mark.skipif("DEIT_CLI_DATA" not in os.environ, reason="DEIT_CLI_DATA is not set: no photographs")
+@needs_photographs
 @pytest.mark.parametrize("name", GEOMETRIC)
 def test_geometric_operations_are_close_to_pillows_on_photographs(name):
     means = []

@@ -17,6 +17,7 @@ import timm.data
 import torch
 from PIL import Image
 from support.builders import with_checkout
+from support.photographs import difference, needs_photographs, photo
 from timm.data import auto_augment
 
 import pipeline
@@ -29,22 +30,6 @@ from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD, Erase, View, draw_view, render, render_view, render_views
 
 SMALL = Recipe(img_size=64)
-needs_photographs = pytest.mark.skipif(
-    "DEIT_CLI_DATA" not in os.environ, reason="DEIT_CLI_DATA is not set: no photographs"
-)
-
-
-def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Return smooth colours, curved edges and some grain, uint8 [height, width, 3]."""
-    rng = np.random.default_rng(seed)
-
-    def clouds(cells: int) -> np.ndarray:
-        small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-
-    objects = np.where(clouds(6)[..., :1] > 128, clouds(5), 255 - clouds(9))
-    grain = rng.normal(0, 3, (height, width, 3))
-    return np.clip(np.rint(0.5 * objects + 0.5 * clouds(7) + grain), 0, 255).astype(np.uint8)
 
 
 def photographs(count: int) -> list[np.ndarray]:
@@ -53,10 +38,6 @@ def photographs(count: int) -> list[np.ndarray]:
         names = sorted(name for name in tar.getnames() if name.endswith(".jpg"))
         files = [tar.extractfile(name).read() for name in names[:: len(names) // count][:count]]
     return [np.array(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return np.abs(one.astype(int) - other.astype(int))
 
 
 # --- purity ---------------------------------------------------------------------------------------------------
