@@ -68,8 +68,6 @@ class _Ignored:
 
 # Names in the pickles of NumPy's numbers, arrays and dtypes; modules as in NumPy 1 and 2.
 _NUMPY = ("ndarray", "dtype", *(f"{m}.multiarray.{f}" for m in ("core", "_core") for f in ("_reconstruct", "scalar")))
-
-
 _STAND_INS = [(_Ignored, f"numpy.{name}") for name in _NUMPY]
 
 

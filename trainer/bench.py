@@ -409,11 +409,9 @@ def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
         for view in block:
             fresh.read(entry.shard, view)
 
-    label_s = median_s(read, torch.device("cpu"), least_s) / (
-        len(label_set.read(entry.shard, block.start).row) * len(block)
-    )
+    labels = len(label_set.read(entry.shard, block.start)) * len(block)
     again = run.order.repeated_aug if len(label_set.shards) > _renderer_of(run).shards_kept else 1
-    return label_s * max(1, run.running.world.workers) * again
+    return median_s(read, torch.device("cpu"), least_s) / labels * max(1, run.running.world.workers) * again
 
 
 def _copy_s(run: Run, least_s: float) -> float | None:

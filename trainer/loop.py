@@ -105,10 +105,8 @@ def only_deterministic() -> Iterator[None]:
     Raises:
         UsageError: an operation has no deterministic algorithm.
     """
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     environment = os.environ.get(CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(True)

@@ -128,11 +128,6 @@ class _Input(ABC):
     def __init__(self, name: object, plan: Plan, files: Iterable[_File]) -> None:
         self.name, self.plan, self.files = str(name), plan, list(files)
 
-    @property
-    def blocks(self) -> list[range]:
-        """Return the blocks of views of its label shards."""
-        return [file.views for file in self.files if file.views]
-
     @abstractmethod
     def read(self, file: _File) -> Contents | None:
         """Return a table after checking it; None for a tar of images, which is checked while it is copied."""
@@ -254,7 +249,7 @@ def _claim(out: Path, inputs: Sequence[_Input]) -> Plan:
         plan, where = inputs[0].plan, inputs[0].name
     for given in inputs:
         _check_same(plan, where, given)
-    blocks = in_order([*label_blocks(out), *(views for given in inputs for views in given.blocks)])
+    blocks = in_order([*label_blocks(out), *(file.views for given in inputs for file in given.files if file.views)])
     _refuse_overlap(out, blocks)
     claim(out, plan, blocks)
     return read_plan(out)
