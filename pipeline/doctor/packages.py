@@ -262,12 +262,8 @@ def _decoders(trial: Trial) -> Section:
     found = trial.result
     section.row("formats", ", ".join(found["formats"]), found["formats"])
     section.row("JPEG", f"libjpeg-turbo: simplejpeg's; Pillow's is {found['libjpeg_turbo']}", found["libjpeg_turbo"])
-    region = (
-        "yes"
-        if found["region"]
-        else f"no libjpeg-turbo 3: pip install '{DISTRIBUTION}[region]' (optional, a sixth faster)"
-    )
-    section.row("region of a JPEG", region, found["region"])
+    without = f"no libjpeg-turbo 3: pip install '{DISTRIBUTION}[region]' (optional, a sixth faster)"
+    section.row("region of a JPEG", "yes" if found["region"] else without, found["region"])
     if "WEBP" not in found["formats"]:
         section.warning("Pillow cannot read WebP", "pip install --force-reinstall Pillow, if your images are WebP")
     wrong = {name: far for name, far in found["differences"].items() if far != 0}

@@ -41,12 +41,9 @@ def examine_folder(asked: Path) -> Section:
             file.write_bytes(b"x")
     except OSError as error:
         section.row("writable", "no")
-        section.problem(
-            f"{folder} cannot be written: {error.strerror or error}",
-            "Free some space"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "Choose a folder that can be written, or change its permissions",
-        )
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "Free some space" if is_full else "Choose a folder that can be written, or change its permissions"
+        section.problem(f"{folder} cannot be written: {error.strerror or error}", way_out)
         return section
     section.row("writable", "yes")
     _file_system(section, folder)
@@ -229,13 +226,8 @@ def _clock(section: Section, folder: Path) -> None:
         path.write_bytes(b"x")
         stamp, after = path.stat().st_mtime, time.time()
     skew = stamp - min(max(stamp, before), after)
-    section.row(
-        "clock",
-        f"files are {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}"
-        if abs(skew) > 0.1
-        else "files have this machine's time",
-        round(skew, 3),
-    )
+    text = f"files are {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}"
+    section.row("clock", text if abs(skew) > 0.1 else "files have this machine's time", round(skew, 3))
     if abs(skew) > SKEW_S:
         section.warning(
             f"files in {folder} get times {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this machine's clock; labels do not depend on it, backups and build tools do",
