@@ -360,7 +360,8 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Bat
     class_label = torch.from_numpy(np.concatenate([table.class_label[at] for table, at in rows]))
     labelled = torch.from_numpy(np.concatenate([table.labelled[at] for table, at in rows]))
     answers = [part.teacher for part in parts if part.teacher is not None]
-    names = [field.name for field in fields(TeacherTarget)]
+    names = [field.name for field in fields(TeacherTarget)] if answers else []
+    columns = [torch.cat([getattr(each, name) for each in answers]) for name in names]
     return Batch(
         index=index,
         views=views,
@@ -368,9 +369,7 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Bat
         images=images,
         mix=mix,
         classes=ClassTarget(class_label, labelled, mix.partner, mix.lam),
-        teacher=TeacherTarget(*(torch.cat([getattr(each, name) for each in answers]) for name in names))
-        if answers
-        else None,
+        teacher=TeacherTarget(*columns) if answers else None,
     )
 
 

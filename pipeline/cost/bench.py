@@ -66,9 +66,8 @@ class LabellingBench:
         lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
         lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s if s else 0:12,.1f}  {where}" for name, s, where in parts]
         of_best = together.per_second / reachable.together
-        busy = (
-            "" if together.teacher_busy is None else f", teacher busy {100 * together.teacher_busy:.0f} % of the time"
-        )
+        share = together.teacher_busy
+        busy = "" if share is None else f", teacher busy {100 * share:.0f} % of the time"
         lines += [
             f"read and decode are shared by the {shared} views of an image" if shared > 1 else "",
             f"{'teacher alone':29}{reachable.teacher:12,.1f}  {machine.devices} x {device}",

@@ -152,11 +152,7 @@ def losses(kind: Foreign, codec: Codec, *, stored: int, keys_are_numbers: bool) 
 def import_table(record: ImportRecord, out: str | os.PathLike[str]) -> str:
     """Return the sizes of an import, the lost data and the uses of its labels, as text for people."""
     size = sum(part.bytes for part in record.files)
-    kept = (
-        f"K = {record.topk} of {record.num_classes} classes"
-        if record.topk
-        else f"hard labels of {record.num_classes} classes"
-    )
+    kept = f"{f'K = {record.topk}' if record.topk else 'hard labels'} of {record.num_classes} classes"
     rows = [
         (
             "imported",

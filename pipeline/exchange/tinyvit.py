@@ -63,11 +63,8 @@ def list_files(folder: Path) -> list[RankFile]:
         ImportedLabelsError: no files are found, a file lacks its partner, or epochs differ in K.
     """
     with refusals_named(folder):
-        epochs = (
-            [folder]
-            if _EPOCH.fullmatch(folder.name)
-            else [path for path in folder.iterdir() if _EPOCH.fullmatch(path.name)]
-        )
+        inside = [path for path in folder.iterdir() if _EPOCH.fullmatch(path.name)]
+        epochs = [folder] if _EPOCH.fullmatch(folder.name) else inside
         found = sorted((file for epoch in epochs for file in _ranks(epoch)), key=lambda file: (file.epoch, file.rank))
     if not found:
         raise ImportedLabelsError(

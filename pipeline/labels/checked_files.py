@@ -93,9 +93,8 @@ class CheckedFiles:
             usable = self.samples(samples).usable
         read = self._read(entry)
         if read.views is None:
-            check_num_rows(
-                read.contents, checked_labels_footer(read.contents, self._plan, entry.shard, entry.views), entry
-            )
+            footer = checked_labels_footer(read.contents, self._plan, entry.shard, entry.views)
+            check_num_rows(read.contents, footer, entry)
             read.views = ViewsInOrder(read.contents)
         rows = read.views.read(view)
         check_rows(read.contents, view, rows, usable, block=entry.views)
@@ -330,11 +329,8 @@ def checked_labels_footer(file: Path | Contents, plan: Plan, shard: str, views: 
 def _check_identity(file: Path | Contents, expected: tuple[str, ...], found: tuple[str, ...]) -> None:
     """Compare label set id, further ids, and the name of the source shard, which comes last."""
     if expected != found:
+        is_other = (expected[0], expected[-1]) != (found[0], found[-1])
         raise LabelSetMismatch(
             f"{file} belongs to {found[-1]!r} of label set {short(found[0])}, not to {expected[-1]!r} of {short(expected[0])}"
-            + (
-                ""
-                if (expected[0], expected[-1]) != (found[0], found[-1])
-                else ": its recipe, teacher or source id differs"
-            )
+            + ("" if is_other else ": its recipe, teacher or source id differs")
         )

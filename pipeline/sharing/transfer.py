@@ -145,11 +145,8 @@ def _check_content(target: File, right: bool | None) -> None:
 def moved_line(destination: str, moved: Moved, verb: str) -> str:
     """Return one line on what was moved, and what is at the destination now."""
     blocks = moved.manifest.blocks
-    found = (
-        f"; {count(moved.found_files, 'file')}, {byte_size(moved.found_bytes)}, already there"
-        if moved.found_files
-        else ""
-    )
+    before = f"; {count(moved.found_files, 'file')}, {byte_size(moved.found_bytes)}, already there"
+    found = before if moved.found_files else ""
     shards = "" if moved.manifest.shards is None else f" of {count(len(moved.manifest.shards), 'source shard')}"
     return (
         f"{destination}: {count(moved.sent_files, 'file')}, {byte_size(moved.sent_bytes)}, {verb}{found}. Label set"
