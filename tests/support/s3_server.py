@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -202,16 +201,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
 
-@contextlib.contextmanager
-def proxy(upstream: str) -> Iterator[Proxy]:
+def proxy(upstream: str) -> contextlib.AbstractContextManager[Proxy]:
     """Run a proxy for as long as the block runs."""
-    server = Proxy(upstream)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.go.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return Proxy(upstream).running()

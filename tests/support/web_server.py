@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 class FailingServer(ThreadingHTTPServer):
@@ -37,6 +37,19 @@ class FailingServer(ThreadingHTTPServer):
 
     def handle_error(self, *_: Any) -> None:
         """A client that went away is no news."""
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Self]:
+        """Answer for as long as the block runs."""
+        thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.go.set()
+            self.shutdown()
+            self.server_close()
+            thread.join()
 
 
 class WebServer(FailingServer):
@@ -119,16 +132,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[half:])
 
 
-@contextlib.contextmanager
-def web_server(folder: Path) -> Iterator[WebServer]:
+def web_server(folder: Path) -> contextlib.AbstractContextManager[WebServer]:
     """Run a server for as long as the block runs."""
-    server = WebServer(folder)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.go.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return WebServer(folder).running()
