@@ -142,11 +142,9 @@ def _call(name: str) -> Any:
 
 
 def see_gpus() -> dict[str, Any]:
-    """Return the GPUs that torch sees, and the CUDA versions of torch and of the driver."""
+    """Return the GPUs that torch sees, and the CUDA or ROCm version that it is built for."""
     torch: Any = importlib.import_module("torch")
     found: dict[str, Any] = {"built_for": torch.version.cuda or torch.version.hip, "devices": []}
-    with contextlib.suppress(Exception):  # torch may remove this name; only the text depends on it
-        found["driver_cuda"] = torch._C._cuda_getDriverVersion() or None
     found["available"] = bool(torch.cuda.is_available())
     for index in range(torch.cuda.device_count() if found["available"] else 0):
         device = torch.cuda.get_device_properties(index)
