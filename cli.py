@@ -39,8 +39,8 @@ from trainer.console import ToStderr, say_counts, shown_progress
 
 log = logging.getLogger("deit_cli")
 
-OF_LABELS = "deit. With --labels it is that of the label set, and no other"  # the recipe of `train`
-BENCHED_VIEWS = "Views to render, START:STOP: as many as fit into the measured time, beginning with START."
+OF_LABELS = "that of --labels (any other is refused), else deit"  # the recipe of `train`
+BENCHED_VIEWS = "START is the first view of the last measurement; STOP - START limits --views-per-shard."
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
 def train(log_json: Path | None, **values: Any) -> None:
     """Train a student from stored labels, without the teacher.
 
-    The stored views are rendered again, exactly as the teacher saw them. torchrun starts it on several GPUs.
+    Each view is rendered again, exactly as the teacher saw it. torchrun trains on several GPUs.
 
     \b
     Examples:
@@ -149,8 +149,8 @@ def train(log_json: Path | None, **values: Any) -> None:
 def evaluate(as_json: bool, **values: Any) -> None:
     """Measure a student's accuracy and agreement with the teacher.
 
-    The class head, the distillation head and each fusion of both heads have their own line. Pass --data, --labels or both,
-    and --checkpoint, or --model with --pretrained.
+    The result has one line for each head and for each fusion of both heads. Pass --data and/or --labels; and --checkpoint,
+    or --model with --pretrained.
 
     \b
     Examples:
@@ -174,9 +174,9 @@ def evaluate(as_json: bool, **values: Any) -> None:
 def estimate(as_json: bool, **values: Any) -> None:
     """Estimate the cost of labelling, and when it pays off.
 
-    The result is the time and disk space that labelling takes on this machine, and the number of students for which it saves
-    time. The first images are labelled as a test, in seven measurements of about --seconds each. On a GPU the student is timed,
-    too; on a CPU the operations of both networks are counted. Nothing is written.
+    The result says how long labelling takes here, how many bytes the labels have before compression, and from how many
+    students on stored labels save time. The first images are labelled as a test, in seven measurements of about --seconds
+    each. On a GPU the student is timed, too; on a CPU the operations of both networks are counted. Nothing is written.
 
     \b
     Example:
@@ -258,6 +258,7 @@ EXPECT_MANIFEST = plain_option(
     help="Expected hash of the manifest, which `labels info` prints; any other manifest is refused.",
     group="Data",
 )
+ONE_DEVICE = "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU."
 EXTENDED_SIZE = "Size in pixels to which views are resized for the teacher; by default that of the label set."
 IMAGES = plain_option(
     "--data",
@@ -306,7 +307,9 @@ def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
     help="Teacher that labels random views again; its answers are compared with the stored ones.",
     group="Teacher",
 )
-@options_of(TeacherConfig, where=lambda setting: setting.name not in ("teacher", "compile"))
+@options_of(
+    TeacherConfig, where=lambda setting: setting.name not in ("teacher", "compile"), helps={"device": ONE_DEVICE}
+)
 @options_of(VerifyConfig)
 @AS_JSON
 def verify(folder: str, as_json: bool, **values: Any) -> None:
@@ -337,7 +340,7 @@ def verify(folder: str, as_json: bool, **values: Any) -> None:
 @plain_option(
     "--private-key",
     type=click.Path(path_type=Path),
-    help="PEM file of an elliptic-curve private key; by default the set is signed with Sigstore, which needs deit-cli[sign].",
+    help="PEM file of an elliptic-curve private key; by default the set is signed with Sigstore. Both need deit-cli[sign].",
     group="Signature",
 )
 @plain_option(
@@ -348,7 +351,7 @@ def verify(folder: str, as_json: bool, **values: Any) -> None:
 def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> None:
     """Sign a label set.
 
-    The signature is of the manifest, which holds the hash of every other file. It is written to manifest.json.sig.
+    manifest.json.sig signs the manifest, which holds the hashes of the plan, labels and images.
 
     \b
     Examples:
@@ -372,7 +375,7 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
 def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> None:
     """Draw views as the teacher saw them, with its answers.
 
-    Each view has the class label and the teacher's five most probable classes beside it.
+    Above each view are its class labels and the teacher's five most probable classes.
 
     \b
     Example:
@@ -421,7 +424,7 @@ def push(folder: str, url: str, workers: int) -> None:
     "--shards",
     multiple=True,
     metavar="NAME",
-    help="Source shards (tars, Parquet files or folder parts) to copy: a name or a pattern; by default all. Repeat the option for several.",
+    help="Source shards (tars, parts of Parquet files or folders) to copy: a name or a pattern; by default all. Repeat the option for several.",
     group="Data",
 )
 @EXPECT_MANIFEST
@@ -477,7 +480,7 @@ def merge(out: Path, sets: tuple[str, ...]) -> None:
     "--views",
     type=ViewsType(),
     required=True,
-    help="Views to add, START:STOP; they must adjoin those of the label set.",
+    help="Views to add, START:STOP, without a gap to those of the label set.",
     group="Views",
 )
 @IMAGES
@@ -589,7 +592,7 @@ def doctor(context: click.Context, out: str | None, labels: str | None, data: st
 @plain_option(
     "--license",
     "identifier",
-    help="Licence, by its identifier on the Hub, such as cc-by-4.0; `other` for any without one. By default that of the present card.",
+    help="Licence, by its identifier on the Hub, such as cc-by-4.0; `other` if it has none. By default that of the present card.",
     group="Licence",
 )
 @plain_option("--license-name", "name", help="Name of the licence, for --license other.", group="Licence")

@@ -197,8 +197,8 @@ class TrainConfig:
     )
     repeated_aug: int | None = views_option(
         None,
-        "Number R of views of each image in one batch; an epoch then takes R views of one in R images. By default 3"
-        " if recipe, views and number of images allow it, else 1.",
+        "Number R of views of each image in one batch; an epoch then uses 1/R of the images. By default 3 if recipe,"
+        " views and number of images allow it, else 1.",
         low=1,
         high=1000,
     )
@@ -255,8 +255,8 @@ class TrainConfig:
     )
     resume: Resume = run_option(
         "never",
-        "Continue the run in --output, or start it if there is none (auto), or refuse to start if there is one"
-        " (never). --resume without a value means auto.",
+        "If --output holds a run: continue it (auto), or stop with an error (never). Otherwise the run starts."
+        " --resume without a value means auto.",
         bare="auto",
         free=True,
         timed=False,
@@ -286,11 +286,11 @@ class TrainConfig:
         timed=False,
     )
     log_tensorboard: bool = logging_option(
-        False, "Write event files for TensorBoard to tensorboard/ in the folder of the run.", free=True, timed=False
+        False, "Write event files to tensorboard/ of the run; it needs deit-cli[tensorboard].", free=True, timed=False
     )
     log_wandb: bool = logging_option(
         False,
-        "Record the run with Weights & Biases as well; WANDB_MODE=offline needs no network.",
+        "Record the run with Weights & Biases as well; it needs deit-cli[wandb]. WANDB_MODE=offline needs no network.",
         free=True,
         timed=False,
     )
@@ -324,7 +324,7 @@ class TrainConfig:
     )
     deterministic: bool = run_option(
         False,
-        "Use only deterministic algorithms, which may be slower: a resumed run on a GPU is then bit-identical to an"
+        "Use only deterministic algorithms (maybe slower), so that a resumed run on a GPU is bit-identical to an"
         " uninterrupted one.",
         free=True,
     )
@@ -397,7 +397,7 @@ class EvaluateConfig:
     )
     labels: str | None = data_option(
         None,
-        "Label set for the agreement with the teacher, which is measured on its first view; folder or URL.",
+        "Label set, folder or URL; the agreement with the teacher is measured on its first view.",
         metavar="FOLDER|URL",
     )
     labels_data: str | None = data_option(

@@ -113,8 +113,8 @@ class PrecomputeConfig:
     )
     precision: Precision = stored_option(
         "float16",
-        "Number format of the stored probabilities: float16 (relative error at most 0.05 %, about 33 bytes a label"
-        " on disk for K = 10), float32 (larger), or log8 (relative error at most 5 %, about 19 bytes).",
+        "Number format of the stored probabilities: float16 (relative error up to 0.05 %, more below 0.0001; about"
+        " 33 bytes a label on disk for K = 10), float32 (larger), or log8 (logits in steps of 0.1; about 19 bytes).",
         planned=True,
     )
     views_per_shard: int = stored_option(
@@ -168,8 +168,8 @@ class PrecomputeConfig:
     )
     include_images: str | None = data_option(
         None,
-        "Store the images in the label set, so that training needs nothing else: the original files, or with a"
-        " number N JPEGs shrunk to a shorter side of N pixels, which teacher and students then see.",
+        "Store the images in the label set, so that training needs nothing else: the original files, or, given N,"
+        " larger ones as JPEGs with a shorter side of N pixels, which teacher and students then see.",
         bare=ORIGINAL,
         timed=False,
         planned=True,
@@ -264,8 +264,8 @@ class VerifyConfig:
 
     data: str | None = data_option(
         None,
-        "Images, path or URL: all of them are compared with those that were labelled. By default only the images of"
-        " the replay probes are read, from the label set or the local path stored in it.",
+        "Images, path or URL: all are compared with those that were labelled. By default those in the label set; if"
+        " it has none, only the images of the replay probes, at the local path stored in it.",
         metavar="PATH|URL",
     )
     probes: bool = data_option(
@@ -277,14 +277,12 @@ class VerifyConfig:
         "Expected hash of the manifest, as `labels info` prints it; any other manifest is a problem.",
         metavar="sha256:HEX",
     )
-    public_key: Path | None = signature_option(
-        None, "PEM file of a public key; the manifest must be signed by its owner."
-    )
+    public_key: Path | None = signature_option(None, "PEM file of the signer's public key; it needs deit-cli[sign].")
     identity: str | None = signature_option(
-        None, "Sigstore identity by which the manifest must be signed: an e-mail address, or the URL of a CI workflow."
+        None, "Sigstore identity of the signer, an e-mail address or the URL of a CI workflow; it needs deit-cli[sign]."
     )
     identity_provider: str | None = signature_option(
-        None, "URL of the provider that issued --identity, such as https://accounts.google.com."
+        None, "Provider of --identity, required with it, such as https://accounts.google.com."
     )
     relabel: int = teacher_option(256, "Number of random views that --teacher labels again.", low=1, high=10**7)
     relabel_seed: int = teacher_option(0, "Random seed that selects the views for --relabel.", low=0, high=2**63 - 1)

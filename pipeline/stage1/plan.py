@@ -19,6 +19,7 @@ from pipeline.settings.fields import settings_of
 from pipeline.stage1.packing import Packing, check_packable, plan_packing
 from pipeline.storage.atomic import TEMPORARY_PREFIX
 from pipeline.storage.place import Place, open_place
+from pipeline.teacher.loading import names_function
 from pipeline.teacher.teacher import Teacher, check_classes
 from pipeline.text import byte_size, count, two_columns
 from pipeline.views.recipe import Recipe
@@ -237,6 +238,13 @@ def _teacher_of(plan: Plan, asked: dict[str, Any]) -> TeacherConfig:
     members = plan.teacher.members
     if not asked.get("teacher"):
         asked["teacher"] = tuple(member.name for member in members)
+        function = next(filter(names_function, asked["teacher"]), None)
+        if function:
+            raise UsageError(
+                f"this set's teacher is the Python function {function}. A label set may be a stranger's, so code that it"
+                " names is run only on request",
+                fix=f"If you trust that function, pass --teacher {function}",
+            )
         # Every published network of timm has a tag in its name; an architecture alone does not identify its weights.
         unknown = next((name for name in asked["teacher"] if not re.search("[.:]", name)), None)
         if unknown and asked.get("pretrained", True):

@@ -81,8 +81,13 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def names_function(name: str) -> bool:
+    """Return whether a teacher's name is that of a Python function, module:function."""
+    return ":" in name and not name.startswith((LOCAL, HUB))
+
+
 def _load_network(name: str, checkpoint: Path | None, options: TeacherConfig, num_classes: int | None) -> Network:
-    if ":" in name and not name.startswith((LOCAL, HUB)):
+    if names_function(name):
         if checkpoint is not None:
             raise UsageError(
                 f"--teacher-checkpoint {checkpoint} cannot be loaded into {name}, which is a function",

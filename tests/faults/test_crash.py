@@ -32,7 +32,10 @@ INJECTED = {
     "labels push": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
     "labels pull": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
     "labels merge": ("pipeline.sharing.merging.merge", ["out", LABELS]),
-    "labels extend": ("pipeline.stage1.engines.load_here", [LABELS, "--views", "3:5"]),
+    "labels extend": (
+        "pipeline.stage1.engines.load_here",
+        [LABELS, "--views", "3:5", "--teacher", "support.builders:confident_cnn"],
+    ),
     "labels import": ("pipeline.exchange.imports.import_labels", ["fkd", "path", "out"]),
     "labels card": ("pipeline.labels.card.write_card", [LABELS]),
     "labels export": ("pipeline.exchange.export.plan_export", [LABELS, "out"]),

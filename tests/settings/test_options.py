@@ -74,6 +74,7 @@ TINY = "--model deit-ti --patch-size 8 --embed-dim 32 --depth 1 --num-heads 2 -b
 SMALL_TEACHER = (
     "--teacher test_resnet --no-pretrained --teacher-img-size 16 --set img_size=16 --set mix_block=8 -j 0 --device cpu"
 )
+MINE = "--teacher support.builders:confident_cnn"  # a function must be passed again
 BEGIN = {
     "train": f"--labels {{labels}} --output out {TINY} --epochs 1 --log-interval 1",
     "precompute": f"--data {{data}} --out out --views 2 {SMALL_TEACHER}",
@@ -305,12 +306,12 @@ TRIALS: dict[str, list[Trial]] = {
     ],
     "labels merge": [Trial(seen=exists("out/manifest.json"))],
     "labels extend": [
-        Trial("--data {copy} --batch-size 8 --workers 1 --engine local --accuracy-samples 7 --dtype auto --log-json log.json",
+        Trial(f"{MINE} --data {{copy}} --batch-size 8 --workers 1 --engine local --accuracy-samples 7 --dtype auto --log-json log.json",
               seen=exists("log.json")),
-        Trial("--teacher support.builders:confident_cnn --teacher-img-size 16 --processes 1 --min-teacher-accuracy 1 --dtype float32"),
-        Trial("--engine ray --address 127.0.0.1:1", "no Ray cluster answers"),
-        Trial("--on-bad-image skip --dtype bfloat16"),
-        Trial("--on-bad-image fail --dtype float16 --compile", seen=lambda got: got.compiled == 1),
+        Trial(f"{MINE} --teacher-img-size 16 --processes 1 --min-teacher-accuracy 1 --dtype float32"),
+        Trial(f"{MINE} --engine ray --address 127.0.0.1:1", "no Ray cluster answers"),
+        Trial(f"{MINE} --on-bad-image skip --dtype bfloat16"),
+        Trial(f"{MINE} --on-bad-image fail --dtype float16 --compile", seen=lambda got: got.compiled == 1),
         Trial("--teacher test_resnet --no-pretrained --teacher-checkpoint {folder}/teacher.safetensors", "teacher"),
     ],
     "labels import": [

@@ -120,7 +120,7 @@ def test_what_is_incomplete_is_kept_unsealed_and_says_what_is_missing(data, whol
     text = merged_lines(tmp_path / "set", merged)
     assert "not sealed, it lacks views 2:4 of train-000000, views 2:4 of train-000002." in text
     assert text.endswith(f"deit-cli labels extend {tmp_path / 'set'} --views 0:4")
-    config, _, recipe = extension(str(tmp_path / "set"), {"workers": 0, "accuracy_samples": 0, "on_bad_image": "skip"}, data=None, views=(0, 4))  # fmt: skip
+    config, _, recipe = extension(str(tmp_path / "set"), {"workers": 0, "accuracy_samples": 0, "on_bad_image": "skip", "teacher": (MINE,)}, data=None, views=(0, 4))  # fmt: skip
     source = open_source(data)
     precompute(config, recipe, small_teacher(source), source)  # what the line advises
     same_files(tmp_path / "set", whole)
@@ -330,8 +330,12 @@ def test_the_command_says_what_it_did(data, whole, tmp_path):
 # Extend
 
 
-def extend(folder: Path, *arguments: str) -> Any:
+MINE = "support.builders:confident_cnn"
+
+
+def extend(folder: Path, *arguments: str, teacher: str | None = MINE) -> Any:
     options = ["--views", "2:4", "-j", "0", "--device", "cpu", "--on-bad-image", "skip", *arguments]
+    options += ["--teacher", teacher] if teacher else []
     return CliRunner().invoke(cli.commands, ["labels", "extend", str(folder), *options])
 
 
@@ -380,7 +384,7 @@ def test_blocks_of_several_lengths_are_kept(data, tmp_path):
 def test_another_teacher_is_refused_before_anything_is_written(data, tmp_path):
     label(tmp_path / "set", data, views=(0, 2))
     before = named_files(tmp_path / "set")
-    result = extend(tmp_path / "set", "--teacher", "test_resnet", "--no-pretrained")
+    result = extend(tmp_path / "set", "--no-pretrained", teacher="test_resnet")
     assert isinstance(result.exception, LabelSetMismatch)
     assert "was made with teacher" in str(result.exception)
     assert named_files(tmp_path / "set") == before
@@ -389,12 +393,29 @@ def test_another_teacher_is_refused_before_anything_is_written(data, tmp_path):
 def test_a_teacher_whose_name_does_not_say_where_its_weights_are_must_be_passed_again(data, tmp_path):
     teacher = teacher_of("test_resnet", pretrained=False, img_size=16, num_classes=3)
     make_labels(tmp_path / "set", data, teacher=teacher, **(SETTINGS | {"views": (0, 2), "on_bad_image": "skip"}))
-    result = extend(tmp_path / "set")
+    result = extend(tmp_path / "set", teacher=None)
     assert isinstance(result.exception, UsageError)
     assert "teacher test_resnet came from a folder or a file: pass it again with --teacher FOLDER" in str(
         result.exception
     )
-    assert extend(tmp_path / "set", "--no-pretrained").exit_code == 0  # it was a trial
+    assert extend(tmp_path / "set", "--no-pretrained", teacher=None).exit_code == 0  # it was a trial
+
+
+def test_a_function_that_a_label_set_names_is_not_imported_unasked(data, tmp_path, monkeypatch):
+    """The set may be a stranger's, and a module of that name may stand in the current folder."""
+    (tmp_path / "strange.py").write_text("from support.builders import confident_cnn\nopen('ran', 'a').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    teacher = teacher_of("strange:confident_cnn")
+    make_labels(tmp_path / "set", data, teacher=teacher, **(SETTINGS | {"views": (0, 2), "on_bad_image": "skip"}))
+    (tmp_path / "ran").unlink()
+    del sys.modules["strange"]
+    result = extend(tmp_path / "set", teacher=None)
+    assert isinstance(result.exception, UsageError)
+    assert "this set's teacher is the Python function strange:confident_cnn" in str(result.exception)
+    assert not (tmp_path / "ran").exists()
+    assert extend(tmp_path / "set", teacher="strange:confident_cnn").exit_code == 0
+    assert (tmp_path / "ran").exists()
 
 
 def test_a_set_behind_a_url_is_extended(data, whole, tmp_path, monkeypatch):
@@ -403,7 +424,7 @@ def test_a_set_behind_a_url_is_extended(data, whole, tmp_path, monkeypatch):
     url = f"memory://{tmp_path.name}/set"
     config = PrecomputeConfig(data=data, out=url, topk=2, workers=0, accuracy_samples=0, on_bad_image="skip", views=(0, 2), views_per_shard=2)  # fmt: skip
     precompute(config, small_recipe(), small_teacher(source), source)
-    config, asked, recipe = extension(url, {"workers": 0, "accuracy_samples": 0, "on_bad_image": "skip"}, data=None, views=(2, 4))  # fmt: skip
+    config, asked, recipe = extension(url, {"workers": 0, "accuracy_samples": 0, "on_bad_image": "skip", "teacher": (MINE,)}, data=None, views=(2, 4))  # fmt: skip
     assert (config.topk, config.views_per_shard, config.data, asked.teacher) == (
         2,
         2,

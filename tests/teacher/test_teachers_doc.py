@@ -71,9 +71,8 @@ def test_the_commands_of_the_example_label_and_verify(my_teacher):
     assert len({int(hard) for each in rows for hard in each.hard}) > 1
     said = run(*COMMANDS[1], "--relabel", "16", "--device", "cpu")
     assert "16 views labelled again: 100.00 % of hard labels agree" in said
-    run(
-        "labels", "extend", str(label_set.folder), "--views", "2:3", "-j", "0", "--device", "cpu"
-    )  # by the name in the set
+    extend = ["labels", "extend", str(label_set.folder), "--views", "2:3", "-j", "0", "--device", "cpu"]
+    run(*extend, "--teacher", "my_teacher:resnet20")
 
 
 def test_the_labels_are_the_answers_of_the_network_for_the_images(my_teacher):
