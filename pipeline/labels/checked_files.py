@@ -29,6 +29,7 @@ from pipeline.labels.tables import (
     Contents,
     LabelsFooter,
     SampleRows,
+    contents_of,
     read_labels_footer,
     read_samples,
     read_samples_footer,
@@ -278,7 +279,7 @@ def checked_samples(file: Path | Contents, plan: Plan, shard: str) -> SampleRows
         LabelSetMismatch: the file belongs to another label set or source shard, or its keys or class labels do not fit the plan.
         LabelSetCorrupt: a key or class label is impossible for a source.
     """
-    record = plan.shard(shard)
+    record, file = plan.shard(shard), contents_of(file)  # read once: the footer and the rows are of the same bytes
     footer = read_samples_footer(file)
     expected = (plan.labelset_id, plan.source_id, shard)
     _check_identity(file, expected, (footer.labelset_id, footer.source_id, footer.shard))

@@ -209,12 +209,12 @@ def write_samples(file: BinaryIO, samples: SampleRows, footer: SamplesFooter) ->
 
 def read_labels_footer(file: Path | Contents) -> LabelsFooter:
     """Return the footer of a label shard, without reading its rows."""
-    return _contents(file).labels_footer
+    return contents_of(file).labels_footer
 
 
 def read_samples_footer(file: Path | Contents) -> SamplesFooter:
     """Return the footer of a samples file, without reading its rows."""
-    file = _contents(file)
+    file = contents_of(file)
     return _footer(file.parquet, file.name, SamplesFooter)
 
 
@@ -234,7 +234,7 @@ def read_views(file: Path | Contents, first: int, most: int) -> list[LabelRows]:
     Raises:
         LabelSetCorrupt: the file does not match its footer.
     """
-    file = _contents(file)
+    file = contents_of(file)
     footer = file.labels_layout
     if not footer.view_start <= first < footer.view_stop:
         raise LabelSetCorrupt(f"{file} holds views {footer.view_start}..{footer.view_stop - 1}, not {first}")
@@ -244,7 +244,7 @@ def read_views(file: Path | Contents, first: int, most: int) -> list[LabelRows]:
 
 def read_all_views(file: Path | Contents) -> list[LabelRows]:
     """Read a whole label shard, and check its content hash too."""
-    file = _contents(file)
+    file = contents_of(file)
     footer = file.labels_layout
     views: list[LabelRows] = []
     while (first := footer.view_start + len(views)) < footer.view_stop:
@@ -256,7 +256,7 @@ def read_all_views(file: Path | Contents) -> list[LabelRows]:
 
 def read_samples(file: Path | Contents) -> SampleRows:
     """Read a samples file."""
-    contents = _contents(file)
+    contents = contents_of(file)
     parquet, name = contents.parquet, contents.name
     footer = _footer(parquet, name, SamplesFooter)
     _check_schema(parquet, SAMPLES_SCHEMA, name)
@@ -303,7 +303,8 @@ def _metadata(footer: SamplesFooter | LabelsFooter) -> dict[bytes, bytes]:
     return {FOOTER_KEY: canonical_json(footer.model_dump(mode="json"))}
 
 
-def _contents(file: Path | Contents) -> Contents:
+def contents_of(file: Path | Contents) -> Contents:
+    """Return a file in memory; raise LabelSetCorrupt if it cannot be read."""
     if isinstance(file, Contents):
         return file
     try:

@@ -94,7 +94,9 @@ def added(line: str) -> str:
     if command in ("precompute", "estimate", "bench stage1") and "--teacher " not in line and " -c " not in line:
         more.append("--teacher toy:regnety_160")  # what the option means where it is left out
     if command == "labels extend" and "--teacher " not in line:
-        more.append("--teacher toy:regnety_160")  # extend loads the published one by its name; a function must be passed
+        more.append(
+            "--teacher toy:regnety_160"
+        )  # extend loads the published one by its name; a function must be passed
     has_recipe = command in ("precompute", "estimate", "bench stage1") or (
         command == "train" and (" -c " in line or "--labels" not in line)
     )
