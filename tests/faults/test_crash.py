@@ -69,7 +69,10 @@ def test_no_command_is_left_out():
     assert sorted(INJECTED) == sorted(COMMANDS)
 
 
-@pytest.mark.parametrize("command", INJECTED)
+SLOW = {"doctor": pytest.mark.slow}  # it imports every package in a process of its own
+
+
+@pytest.mark.parametrize("command", [pytest.param(name, marks=SLOW.get(name, ())) for name in INJECTED])
 def test_an_error_that_nobody_foresaw_is_one_line_and_a_report(command, data, labels, tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise KeyError("the moon\nand the stars")

@@ -284,6 +284,7 @@ def read_back(command: click.Command, said: str, *kinds: type) -> tuple:
 
 
 @given(configs_of(TrainConfig), configs_of(Recipe))
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_what_train_says_reads_back_as_the_same_settings(config, recipe):
     said = describe_settings(config, recipe=recipe)
@@ -291,6 +292,7 @@ def test_what_train_says_reads_back_as_the_same_settings(config, recipe):
 
 
 @given(configs_of(PrecomputeConfig), configs_of(TeacherConfig), configs_of(Recipe))
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_what_precompute_says_reads_back_as_the_same_settings(config, teacher, recipe):
     said = describe_settings(config, teacher, recipe=recipe)
@@ -298,6 +300,7 @@ def test_what_precompute_says_reads_back_as_the_same_settings(config, teacher, r
 
 
 @given(configs_of(TrainConfig), configs_of(Recipe))
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_what_is_saved_reads_back_as_the_same_settings(tmp_path_factory, config, recipe):
     path = tmp_path_factory.getbasetemp() / "saved.yaml"
