@@ -504,6 +504,7 @@ def test_an_import_that_cannot_be_read_is_no_label_set_either(text, tmp_path):
         LabelSet.open(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     folder = write_tinyvit(tmp_path / "logits")
     run("tinyvit", folder, tmp_path / "whole")

@@ -105,6 +105,7 @@ def test_forged_labels_are_found_by_a_gpu(device, data, tmp_path):
     assert report["teacher"]["agreeing"] < report["teacher"]["views"]
 
 
+@pytest.mark.slow
 def test_doctor_names_the_gpu(device):
     (trial,) = probing.try_all([packages.GPUS])
     assert trial.error is None

@@ -293,6 +293,7 @@ def test_sorted_classes_are_warned_about(tmp_path, caplog):
     assert "neighbours have the same class" not in caplog.text
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_make_one_sound_set(data, labelled, tmp_path):
     import multiprocessing
 

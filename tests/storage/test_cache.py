@@ -375,6 +375,7 @@ def run_together(server: WebServer, folder: Path, limit: int, orders: list[list[
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.slow
 def test_many_processes_download_a_file_once(server, tmp_path):
     server.faults.update({name: ["slow"] for name in BODIES})
     orders = [sorted(BODIES, reverse=turn % 2 > 0) for turn in range(6)]
@@ -383,6 +384,7 @@ def test_many_processes_download_a_file_once(server, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.slow
 def test_many_processes_in_a_cache_that_is_too_small_read_the_right_bytes(server, tmp_path):
     """Files go while others want them: content is right all the same, and the limit holds at every moment."""
     cache, most = Cache(tmp_path / "cache", 3 * SIZE), [0]
