@@ -39,7 +39,7 @@ from trainer.console import ToStderr, say_counts, shown_progress
 
 log = logging.getLogger("deit_cli")
 
-OF_LABELS = "that of --labels (any other is refused), else deit"  # the recipe of `train`
+RECIPE_OF_TRAIN = "that of --labels (any other is refused), else deit"  # default of `train --recipe`
 BENCHED_VIEWS = "START is the first view of the last measurement; STOP - START limits --views-per-shard."
 
 
@@ -110,7 +110,7 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
 @commands.command(continues=f"{CONTINUES}, with --resume if a checkpoint was written")
 @config_option(TrainConfig)
 @options_of(TrainConfig)
-@recipe_options(OF_LABELS)
+@recipe_options(RECIPE_OF_TRAIN)
 @LOG_JSON
 def train(log_json: Path | None, **values: Any) -> None:
     """Train a student from stored labels, without the teacher.
@@ -224,7 +224,7 @@ def stage1(as_json: bool, **values: Any) -> None:
 @bench.command()
 @config_option(TrainConfig, TimingConfig)
 @options_of(TrainConfig, where=attrgetter("timed"))
-@recipe_options(OF_LABELS)
+@recipe_options(RECIPE_OF_TRAIN)
 @options_of(TimingConfig)
 @AS_JSON
 def stage2(as_json: bool, **values: Any) -> None:
