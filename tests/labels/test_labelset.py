@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,11 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.images.source import open_source
+from pipeline.labels.checked_files import checked_samples
 from pipeline.labels.comparing import check_source, record_of
 from pipeline.labels.encoding import LabelRows, codec_of
 from pipeline.labels.labelset import LabelSet
+from pipeline.labels.manifest import samples_path
 from pipeline.labels.tables import (
     LabelsFooter,
     read_all_views,
@@ -234,6 +237,15 @@ def test_a_changed_byte_is_found_when_the_first_row_is_asked_for(copied):
     for _ in range(2):
         with pytest.raises(LabelSetCorrupt, match=f"{FIRST} has SHA-256 .*, the manifest says .*: it is damaged"):
             opened.read("train-0", 1)
+
+
+def test_a_samples_file_is_read_once_so_that_its_footer_and_its_rows_are_of_the_same_bytes(made, monkeypatch):
+    label_set, read = LabelSet.open(made), Counter()
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.update([path.name]), real(path))[1])
+    for shard in label_set.shards:
+        checked_samples(made / samples_path(shard), label_set.plan, shard)
+    assert read == Counter(f"{shard}.parquet" for shard in label_set.shards)
 
 
 def test_a_changed_byte_of_the_samples_is_found_when_they_are_asked_for(copied):
