@@ -255,8 +255,8 @@ class TrainConfig:
     )
     resume: Resume = run_option(
         "never",
-        "If --output holds a run: continue it (auto), or stop with an error (never). Otherwise the run starts."
-        " --resume without a value means auto.",
+        "If --output holds a run, continue it (auto) or stop with an error (never); if none, start one. --resume"
+        " without a value means auto.",
         bare="auto",
         free=True,
         timed=False,
@@ -302,7 +302,7 @@ class TrainConfig:
     )
     workers: int | None = run_option(
         None,
-        "Number of loader processes of each rank, which render the views; by default one less than its CPU cores, or"
+        "Number of loader processes of each rank, to render views; by default the rank's CPU cores minus one, or"
         " half of them if it trains on the CPU.",
         "-j",
         "--num-workers",
@@ -421,8 +421,8 @@ class EvaluateConfig:
     batch_size: int = run_option(256, "Number of images in one forward pass.", "-b", low=1)
     workers: int | None = run_option(
         None,
-        "Number of loader processes; by default one less than the number of CPU cores, or half of them if the"
-        " student runs on the CPU.",
+        "Number of loader processes; by default the CPU cores minus one, or half of them if the student runs on the"
+        " CPU.",
         "-j",
         "--num-workers",
         low=0,

@@ -127,15 +127,15 @@ class PrecomputeConfig:
     batch_size: int | Literal["auto"] = run_option(
         "auto",
         "Maximum number of views in one forward pass on a GPU, halved if memory runs out; auto means the recipe's"
-        " mix_block, the number of images among which partners for mixup are drawn (256). A CPU always takes 32.",
+        " mix_block (256), the number of images among which mixup partners are drawn. A CPU always takes 32.",
         "-b",
         low=2,
         high=10**6,
     )
     workers: int | None = run_option(
         None,
-        "Number of loader processes, which render the views, for each teacher process; by default one less than its"
-        " CPU cores, or half of them if the teacher runs on the CPU.",
+        "Number of processes that render views for each teacher process; by default its CPU cores minus one, or half"
+        " of them if the teacher runs on the CPU.",
         "-j",
         "--num-workers",
         low=0,
@@ -168,8 +168,8 @@ class PrecomputeConfig:
     )
     include_images: str | None = data_option(
         None,
-        "Store the images in the label set, so that training needs nothing else: the original files, or, given N,"
-        " larger ones as JPEGs with a shorter side of N pixels, which teacher and students then see.",
+        "Store the images in the label set, so that training needs nothing else. Without N: the original files. With"
+        " N: larger images are shrunk to N pixels (shorter side, JPEG), also for the teacher.",
         bare=ORIGINAL,
         timed=False,
         planned=True,
