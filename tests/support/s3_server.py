@@ -154,17 +154,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2 if fault == "cut-request" else 0)
             return self._close()
         body = self.rfile.read(length)
+        if len(body) < length:  # the client is gone; the server would wait for the rest
+            return self._close()
         if isinstance(fault, int):
             return self._answer(fault, {}, b"", None)
-        connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
-        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for header, value in self.headers.items():
-            if header.lower() not in ("expect", "connection"):
-                connection.putheader(header, value)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        data = answer.read()
-        connection.close()
+        with contextlib.closing(http.client.HTTPConnection(self.server.upstream, timeout=60)) as connection:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for header, value in self.headers.items():
+                if header.lower() not in ("expect", "connection"):
+                    connection.putheader(header, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            data = answer.read()
         if fault == "lost":
             return self._close()
         kept = {
