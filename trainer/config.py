@@ -213,8 +213,8 @@ class TrainConfig:
     )
     shuffle_window: int = views_option(
         64,
-        "Number of source shards (a tar, 4,096 rows of a Parquet file, or 1,024 images of a folder) whose images are"
-        " shuffled together.",
+        "Number of source shards (a tar, at least 4,096 rows of a Parquet file, or 1,024 images of a folder) whose"
+        " images are shuffled together.",
         low=1,
         high=10**9,
     )
