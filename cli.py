@@ -673,7 +673,7 @@ def demo(out: Path, seed: int) -> None:
     from pipeline.labels.sheet import contact_sheet
     from pipeline.stage1.precompute import precompute as label
     from pipeline.teacher.loading import load_teacher
-    from trainer.demo import run_demo
+    from trainer.evidence.demo import run_demo
 
     steps = {"load_teacher": load_teacher, "precompute": label, "contact_sheet": contact_sheet}
     with shown_progress() as progress:

@@ -33,6 +33,7 @@ ROOMS = {
     "cost": GROUND | {"machine", "images", "views", "labels", "settings", "teacher", "stage1"},
     "pipeline": {"labels", "views", "images"},  # the public names
     "trainer": GROUND | {"storage", "machine", "weights", "images", "views", "labels", "settings"},
+    "evidence": GROUND | {"storage", "machine", "weights", "images", "views", "labels", "settings", "trainer"},
 }
 MOST_MODULES = 13  # in a room of `pipeline`
 
@@ -47,13 +48,13 @@ KEEPERS = {
     "fsspec": {"pipeline.storage.remote", "pipeline.storage.stores"},
     "aiohttp": {"pipeline.storage.stores"},
     "huggingface_hub": {"pipeline.storage.stores"},
-    "matplotlib": {"pipeline.labels.sheet", "trainer.demo"},
-    "PIL": {"pipeline.images.decode", "pipeline.doctor.probing", "trainer.demo"},
+    "matplotlib": {"pipeline.labels.sheet", "trainer.evidence.demo"},
+    "PIL": {"pipeline.images.decode", "pipeline.doctor.probing", "trainer.evidence.demo"},
     "cv2": {"pipeline.views.randaugment", "pipeline.machine.loaders"},
     "ray": {"pipeline.stage1.ray"},
     "model_signing": {"pipeline.sharing.signing"},
-    "webdataset": {"pipeline.exchange.export", "trainer.demo"},
-    "sklearn": {"trainer.demo"},
+    "webdataset": {"pipeline.exchange.export", "trainer.evidence.demo"},
+    "sklearn": {"trainer.evidence.demo"},
 }  # fmt: skip
 NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixels and networks are elsewhere
 NO_TORCH_MODULES = {
@@ -92,6 +93,8 @@ def ours(name: str) -> set[str]:
 
 def room_of(name: str) -> str:
     parts = name.split(".")
+    if parts[:2] == ["trainer", "evidence"]:
+        return "evidence"
     return parts[1] if parts[0] == "pipeline" and len(parts) > 1 else parts[0]
 
 

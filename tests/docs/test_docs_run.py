@@ -108,7 +108,7 @@ def added(line: str) -> str:
 # --- what cannot run here: a pattern, the reason --------------------------------------------------------------------------
 
 CANNOT = {
-    r"^pip install": "the environment of the tests has the packages; tests/trainer/test_demo.py runs the demo",
+    r"^pip install": "the environment of the tests has the packages; tests/evidence/test_demo.py runs the demo",
     r"^torchrun --nnodes 4": "four machines",
     r"^#!/bin/bash\n#SBATCH": "Slurm; tests/docs/test_docs.py reads the scripts, tests/machine/test_ranks.py tests the variables",
     r"^sbatch ": "Slurm",
@@ -187,7 +187,7 @@ def printed_somewhere(page: Page, lines: list[str]) -> None:
 
 def table_of_the_demo(page: Page, lines: list[str]) -> None:
     """The demo's table has these titles in these places."""
-    from trainer.demo import _table
+    from trainer.evidence.demo import _table
 
     heads = {
         "class_head": {"top1": 0.0},

@@ -40,7 +40,7 @@ INJECTED = {
     "labels card": ("pipeline.labels.card.write_card", [LABELS]),
     "labels export": ("pipeline.exchange.export.plan_export", [LABELS, "out"]),
     "doctor": ("pipeline.doctor.findings.report_table", []),
-    "demo": ("trainer.demo.run_demo", ["--out", "out"]),
+    "demo": ("trainer.evidence.demo.run_demo", ["--out", "out"]),
 }
 
 
@@ -124,7 +124,7 @@ def test_verbose_prints_it_too(tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise KeyError("x")
 
-    monkeypatch.setattr("trainer.demo.run_demo", broken)
+    monkeypatch.setattr("trainer.evidence.demo.run_demo", broken)
     monkeypatch.chdir(tmp_path)
     level = logging.getLogger("deit_cli").level
     try:
@@ -169,7 +169,7 @@ def test_a_report_that_no_folder_takes_is_said_to_be_missing(monkeypatch, capsys
     def broken(*_, **__):
         raise KeyError("x")
 
-    monkeypatch.setattr("trainer.demo.run_demo", broken)
+    monkeypatch.setattr("trainer.evidence.demo.run_demo", broken)
     monkeypatch.chdir("/proc")
     monkeypatch.setattr("tempfile.tempdir", "/proc")
     code, stderr = run(monkeypatch, capsys, "demo")
@@ -184,7 +184,7 @@ def test_a_thread_that_fails_has_no_traceback_either(tmp_path, monkeypatch, caps
         thread.join()
         return "done"
 
-    monkeypatch.setattr("trainer.demo.run_demo", starts_a_thread)
+    monkeypatch.setattr("trainer.evidence.demo.run_demo", starts_a_thread)
     monkeypatch.chdir(tmp_path)
     code, stderr = run(monkeypatch, capsys, "demo")
     assert code == 0

@@ -451,7 +451,7 @@ def tried(command: str, trial: Trial, world: dict[str, str], folder: Path, monke
     compiled: list[object] = []
     monkeypatch.setattr(torch, "compile", lambda module, **_: (compiled.append(module), module)[1])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("trainer.demo.run_demo", lambda out, *, seed, **_: f"{out} {seed}")
+    monkeypatch.setattr("trainer.evidence.demo.run_demo", lambda out, *, seed, **_: f"{out} {seed}")
     for name, value in {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)

@@ -16,7 +16,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.sheet import contact_sheet
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
-from trainer.demo import TITLES, draw_results, run_demo, three_seeds_top1, write_digits
+from trainer.evidence.demo import TITLES, draw_results, run_demo, three_seeds_top1, write_digits
 from trainer.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_a_stopped_demo_says_how_to_start_again(tmp_path, monkeypatch):
     def stopped(*_, **__):
         raise StoppedError("stopped by SIGINT: continue with --resume", 2)
 
-    monkeypatch.setattr("trainer.demo.train", stopped)
+    monkeypatch.setattr("trainer.evidence.demo.train", stopped)
     with pytest.raises(
         StoppedError, match=r"stopped and cannot be resumed: to start again, delete .*demo or choose another --out"
     ) as caught:
@@ -80,9 +80,9 @@ def test_a_stopped_demo_says_how_to_start_again(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_table_comes_after_the_last_line_of_progress(tmp_path):
     script = """
-import cli, trainer.demo
+import cli, trainer.evidence.demo
 from pipeline.machine.progress import Tick
-trainer.demo.run_demo = lambda *_, progress, **__: progress(Tick("label", 1, 2)) or "the table"
+trainer.evidence.demo.run_demo = lambda *_, progress, **__: progress(Tick("label", 1, 2)) or "the table"
 cli.main()
 """
     command = [sys.executable, "-c", script, "demo", "--out", str(tmp_path / "demo")]
