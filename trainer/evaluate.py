@@ -99,7 +99,7 @@ def evaluate(
     right = torch.zeros(len(names), 2, dtype=torch.int64)
     for batch in renderer.stream(workers=world.workers):
         pixels = batch.images.to(running.device).permute(0, 3, 1, 2).float()
-        for counts, logits in zip(right, _answers(student, pixels, running).values(), strict=True):
+        for counts, logits in zip(right, answers_to(student, pixels, running).values(), strict=True):
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == batch.class_label[:, None]
             counts += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
     percent = (100 * world.total(right) / len(labelled)).tolist()
@@ -158,6 +158,32 @@ def measure_agreement(
     Returns:
         percent by the name of the answer, and the number of views.
     """
+    renderer, steps = first_views(student, label_set, source, running, limit=limit)
+    same: dict[str, int] = {}
+    seen = 0
+    for batch in stream_batches(renderer, range(steps), workers=running.world.workers):
+        assert batch.teacher is not None
+        for name, logits in answers_to(student, mixed_images(batch, running.device), running).items():
+            same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.teacher.hard).sum())
+        seen += len(batch.keys)
+    return {name: 100 * count / seen for name, count in same.items()}, seen
+
+
+def first_views(
+    student: Student, label_set: LabelSet, source: Source, running: Running, *, limit: int
+) -> tuple[BatchRenderer, int]:
+    """Return the renderer of the first view of every sample of a label set, and how many of its batches `limit` views are.
+
+    Args:
+        student: model that is to see the views.
+        label_set: label set whose first view is used.
+        source: images of the label set.
+        running: settings for running the student.
+        limit: maximum number of views to use, in whole batches.
+
+    Raises:
+        UsageError: the student has other classes or another image size.
+    """
     recipe = label_set.recipe
     for what, mine, theirs in (
         ("classes", student.num_classes, label_set.num_classes),
@@ -176,15 +202,7 @@ def measure_agreement(
         seed=0,
     )
     steps = max(1, min(order.steps_per_epoch, limit // order.batch_size))
-    renderer = BatchRenderer(Catalogue(source, label_set), recipe, order)
-    same: dict[str, int] = {}
-    seen = 0
-    for batch in stream_batches(renderer, range(steps), workers=running.world.workers):
-        assert batch.teacher is not None
-        for name, logits in _answers(student, mixed_images(batch, running.device), running).items():
-            same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.teacher.hard).sum())
-        seen += len(batch.keys)
-    return {name: 100 * count / seen for name, count in same.items()}, seen
+    return BatchRenderer(Catalogue(source, label_set), recipe, order), steps
 
 
 def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:
@@ -193,7 +211,7 @@ def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:
     return PRESETS["none"].with_fields(img_size=student.img_size, crop_pct=pct)
 
 
-def _answers(student: Student, images: Tensor, running: Running) -> dict[str, Tensor]:
+def answers_to(student: Student, images: Tensor, running: Running) -> dict[str, Tensor]:
     """Return the answers of the student in evaluation mode for float32 images in 0..255."""
     was_training = student.training
     student.eval()
