@@ -34,7 +34,7 @@ from pipeline.settings.options import (
     split_values,
 )
 from pipeline.settings.program import CONTINUES
-from trainer.config import EvaluateConfig, TrainConfig
+from trainer.config import EvaluateConfig, InferenceConfig, ReportConfig, TrainConfig
 from trainer.console import ToStderr, say_counts, shown_progress
 
 log = logging.getLogger("deit_cli")
@@ -165,6 +165,27 @@ def evaluate(as_json: bool, **values: Any) -> None:
 
 
 @commands.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH|URL...")
+@config_option(ReportConfig)
+@options_of(ReportConfig)
+def report(paths: tuple[str, ...], **values: Any) -> None:
+    """Write a page with the results of studies, runs and label sets.
+
+    PATH is the folder of a study, a run or a label set, or a JSON file that evaluate, analyse, audit, compare or bench wrote. The page
+    is one file and needs no network. The JSON file beside it holds every number of the page.
+
+    \b
+    Examples:
+      deit-cli report runs/deit-s shards --out report.html
+      deit-cli report studies/distillation --out distillation.html
+    """
+    config = ReportConfig(**values)
+    from trainer.evidence.report import write_report
+
+    click.echo(str(write_report(config, paths)))
+
+
+@commands.command()
 @config_option(PrecomputeConfig, TeacherConfig, EstimateConfig)
 @options_of(TeacherConfig)
 @options_of(PrecomputeConfig, where=attrgetter("timed"))
@@ -243,6 +264,29 @@ def stage2(as_json: bool, **values: Any) -> None:
 
     found = bench_training(config, recipe, seconds=timing.seconds)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
+
+
+@bench.command()
+@click.argument("networks", nargs=-1, required=True, metavar="RUN|timm:NAME...")
+@config_option(InferenceConfig)
+@options_of(InferenceConfig)
+@AS_JSON
+def inference(networks: tuple[str, ...], as_json: bool, **values: Any) -> None:
+    """Time trained networks: images per second at inference.
+
+    RUN is the folder of a run, whose best weights are used, or a folder that it exported; timm:NAME means the weights that timm publishes.
+    The networks take turns in five rounds, so that their speeds can be compared.
+
+    \b
+    Examples:
+      deit-cli bench inference runs/deit-s runs/teacher
+      deit-cli bench inference runs/deit-ti runs/deit-s -b 1 -b 256 --compile --out speed.json
+    """
+    config = InferenceConfig(**values)
+    from trainer.evidence.speed import bench_inference, speed_table
+
+    result = bench_inference(config, networks)
+    click.echo(json.dumps(result, indent=1) if as_json else speed_table(result))
 
 
 @commands.group()

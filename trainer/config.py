@@ -17,6 +17,7 @@ from pipeline.settings.fields import (
     distillation_option,
     evaluation_option,
     logging_option,
+    measurement_option,
     optimisation_option,
     output_option,
     run_option,
@@ -439,3 +440,67 @@ class EvaluateConfig:
         check_settings(self)
         if self.data is None and self.labels is None:
             raise UsageError("pass --data to measure accuracy, --labels to measure agreement with the teacher, or both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """Settings of a measurement of the speed of inference."""
+
+    out: Path | None = output_option(None, "File to write the result to, for `report`.", metavar="FILE.json")
+    batch_size: tuple[int, ...] = measurement_option(
+        (1, 64), "Number of images in a batch. Repeat the option for several.", "-b", low=1, high=10**6
+    )
+    largest: bool = measurement_option(
+        False, "Time the largest batch that fits into the memory of the GPU as well: a power of two."
+    )
+    seconds: float = measurement_option(
+        2.0, "Number of seconds to measure each network and size of batch.", low=0.01, high=3600
+    )
+    compile: bool = run_option(False, "Compile the networks with torch.compile.", "--torchcompile")
+    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
+    amp_dtype: AmpDtype = run_option(
+        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Settings of a report."""
+
+    out: Path = output_option(
+        Path("report.html"), "Page to write; report.json beside it holds every number of the page.", metavar="FILE.html"
+    )
+    title: str | None = output_option(
+        None, "Title of the page; by default that of the study, or the names of the runs."
+    )
+    data: str | None = data_option(
+        None,
+        "Images of the label set for the gallery: path or URL; by default those in it, or else the local path stored in it.",
+        metavar="PATH|URL",
+    )
+    gallery: int = data_option(
+        12,
+        "Number of views in the gallery: those on which student and teacher are furthest apart; 0 means none.",
+        low=0,
+        high=1000,
+    )
+    gallery_views: int = data_option(512, "Number of views among which the gallery is chosen.", low=2, high=10**6)
+    batch_size: int = run_option(64, "Number of images in one forward pass.", "-b", low=1)
+    workers: int | None = run_option(
+        None,
+        "Number of loader processes; by default the CPU cores minus one, or half of them if the student runs on the"
+        " CPU.",
+        "-j",
+        "--num-workers",
+        low=0,
+        high=1024,
+    )
+    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.out.suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--out must be a page, FILE.html, got {self.out}", fix=f"Pass --out {self.out}.html")

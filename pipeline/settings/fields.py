@@ -143,7 +143,11 @@ class Setting:
         return (isinstance(value, str) and value in self.words) or (self.kind and KINDS[self.kind].holds(value))
 
     def check(self, value: Any) -> None:
-        """Raise UsageError for a value that is out of range or not among the choices."""
+        """Raise UsageError for a value, or one of several, that is out of range or not among the choices."""
+        for each in value if self.repeats and isinstance(value, tuple) else (value,):
+            self._check_one(each)
+
+    def _check_one(self, value: Any) -> None:
         if value is None or value in self.words:
             return
         if self.kind is None:

@@ -25,6 +25,8 @@ INJECTED = {
     "train": ("trainer.loop.build_state", ["--labels", LABELS]),
     "bench stage2": ("trainer.bench.bench_training", ["--labels", LABELS]),
     "evaluate": ("trainer.evaluate.open_student", ["--model", "test_resnet", "--data", DATA]),
+    "report": ("trainer.evidence.report.collect", [LABELS]),
+    "bench inference": ("trainer.evidence.speed.open_networks", ["timm:test_resnet"]),
     "labels info": ("pipeline.labels.summary.summarise", [LABELS]),
     "labels verify": ("pipeline.verify.verify.check_images", [LABELS]),
     "labels sign": ("pipeline.sharing.signing._library", [LABELS, "--private-key", "team.pem"]),

@@ -82,6 +82,8 @@ BEGIN = {
     "bench stage1": f"--data {{data}} {SMALL_TEACHER} --seconds 0.1",
     "bench stage2": f"--labels {{labels}} {TINY} --seconds 0.1",
     "evaluate": "--checkpoint {run}/last --data {data} -j 0",
+    "report": "{run} {labels} -j 0",
+    "bench inference": "{run} --seconds 0.01",
     "labels info": "{labels}",
     "labels verify": "{labels}",
     "labels sign": "{mine}",
@@ -273,6 +275,23 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--model deit-ti", "names its own architecture"),
         Trial("--num-classes 3", "--num-classes is only for a file of weights"),
     ],
+    "report": [
+        Trial("-c {folder}/report.yaml", seen=lambda got: "A report" in (got.folder / "report.html").read_text()),
+        Trial(
+            "--out sub/page.html --title Mine --data {copy} --gallery 2 --gallery-views 8 --batch-size 4 --workers 1 --device cpu",
+            seen=lambda got: (got.folder / "sub/page.html").read_text().count('alt="View') == 2,
+        ),
+        Trial("--out page", "--out must be a page, FILE.html, got page"),
+    ],
+    "bench inference": [
+        Trial("-c {folder}/speed.yaml", seen=lambda got: got.settings["batch_size"] == (3,)),
+        Trial(
+            "--batch-size 2 --out speed.json --device cpu --compile --json",
+            seen=lambda got: is_json(got) and got.compiled == 1 and (got.folder / "speed.json").is_file(),
+        ),
+        Trial("--largest", "--largest looks for the limit of a GPU's memory; here is none"),
+        *(Trial(f"-b 1 --amp-dtype {dtype}") for dtype in ("auto", "float32", "bfloat16")),
+    ],
     "labels info": [
         Trial(seen=lambda got: "views" in got.output),
         Trial("--expect-manifest {manifest} --json", seen=is_json),
@@ -351,7 +370,9 @@ def given(command: str, arguments: list[str]) -> dict[str, Any]:
     """Return the value of each parameter that these arguments give."""
     known = {flag: option for option in COMMANDS[command].params for flag in (*option.opts, *option.secondary_opts)}
     kept = [a for a in arguments if a not in ("-c", "--config")]  # a file that is not there yet
-    kept = [a for a in kept if not a.endswith(("train.yaml", "labels.yaml", "evaluate.yaml"))]
+    kept = [
+        a for a in kept if not a.endswith(("train.yaml", "labels.yaml", "evaluate.yaml", "report.yaml", "speed.yaml"))
+    ]
     context = COMMANDS[command].make_context(command, kept, resilient_parsing=True)
     values = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     return values | {known[a].name or "": a for a in arguments if a in ("-c", "--config")}
@@ -426,6 +447,8 @@ def world(tmp_path_factory) -> dict[str, str]:
     (folder / "train.yaml").write_text("weight_decay: 0.25\nclip_grad: null\n")
     (folder / "labels.yaml").write_text("topk: 1\nset: {scale: [0.5, 1.0]}\n")
     (folder / "evaluate.yaml").write_text("crop_pct: 0.5\n")
+    (folder / "report.yaml").write_text("title: A report\ngallery: 0\n")
+    (folder / "speed.yaml").write_text("batch_size: [3]\n")
     (folder / "recipe.yaml").write_text("preset: deit\nimg_size: 16\nscale: [0.4, 1.0]\n")
     write_key(folder, "team")  # team.pem and team.pub
     write_fkd(folder / "fkd")

@@ -1,0 +1,297 @@
+"""Reports: every number can be looked up, nothing is loaded from elsewhere, and bad input is refused in words."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.evidence import analysis, audit, scores, speed, study
+from support.training import TINY
+
+from pipeline.errors import DeitCliError, StorageError, UsageError
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.replay import pair_of, rendered_view
+from pipeline.storage.json import pretty_json
+from pipeline.text import byte_size
+from pipeline.views.mixing import apply_mix, mix_batch
+from trainer.config import ReportConfig, TrainConfig
+from trainer.evidence.gallery import dense, most_apart
+from trainer.evidence.plots import frontier_of
+from trainer.evidence.report import write_report
+from trainer.loop import train
+from trainer.losses import TeacherTarget
+from trainer.student import normalise, open_student
+
+KINDS = {"study": study, "scores": scores, "analysis": analysis, "speed": speed, "audit": audit}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def run(made, tmp_path_factory) -> Path:
+    """A run of a tiny student on the label set."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    config = TrainConfig(
+        labels=str(made), output=str(out), distillation_type="soft", epochs=2, batch_size=8, repeated_aug=1,
+        warmup_epochs=0, log_interval=1, workers=0, device="cpu", model_ema=False, **TINY,
+    )  # fmt: skip
+    return train(config)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """A file of each kind."""
+    folder = tmp_path_factory.mktemp("files")
+    paths = {kind: folder / f"{kind}.json" for kind in KINDS}
+    for kind, path in paths.items():
+        path.write_bytes(pretty_json(KINDS[kind]()))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def written(run, made, files, tmp_path_factory) -> Path:
+    """The report of all of them."""
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    return write_report(config(out), [str(run), str(made), *map(str, files.values())])
+
+
+def config(out: Path, **changes: Any) -> ReportConfig:
+    return ReportConfig(out=out, workers=0, device="cpu", **changes)
+
+
+class Page(HTMLParser):
+    """Every `<data>` element with its text, every address, every id."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.numbers: list[tuple[dict[str, str | None], str]] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self._open: dict[str, str | None] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [str(known["id"])] if "id" in known else []
+        self.addresses += [str(known[name]) for name in ("href", "src", "srcset", "action") if name in known]
+        self._open = known if tag == "data" else None
+
+    def handle_data(self, data: str) -> None:
+        if self._open is not None:
+            self.numbers.append((self._open, data))
+            self._open = None
+
+
+def looked_up(report: Any, pointer: str) -> Any:
+    """Return the value at a JSON pointer (RFC 6901)."""
+    for step in pointer.split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        report = report[int(step)] if isinstance(report, list) else report[step]
+    return report
+
+
+def test_every_number_of_the_page_is_in_the_json_beside_it(written):
+    report = json.loads(written.with_suffix(".json").read_bytes())
+    numbers = Page(written.read_text()).numbers
+    assert len(numbers) > 150
+    for known, text in numbers:
+        value = looked_up(report, str(known["data-from"]))
+        assert repr(value) == known["value"], known
+        assert text == (format(value, known["data-form"]) if known.get("data-form") else byte_size(value)), known
+
+
+def test_the_json_beside_the_page_has_the_values_of_the_files(written, files):
+    report = json.loads(written.with_suffix(".json").read_bytes())
+    assert report["studies"] == [study()]
+    assert report["speed"] == speed()["rows"]
+    assert report["disagreement"] == [analysis()["disagreement"]]
+    assert report["scores"][0]["scores"] == scores()["scores"]
+    assert {Path(each["path"]).name for each in report["files"]} >= {path.name for path in files.values()}
+
+
+def test_no_digit_with_a_fraction_stands_outside_of_a_number(written):
+    """Sections have no numbers that were typed in: but for the paper's cosines, which the text cites."""
+    text = written.read_text()
+    body = re.sub(r"<(svg|style|pre|head)\b.*?</\1>|<data .*?</data>|<code>.*?</code>", "", text, flags=re.DOTALL)
+    body = re.sub(r"<[^>]*>", " ", body)
+    versions = body[body.index("deit-cli 0") :]
+    found = re.findall(r"\d+\.\d+", body.replace(versions, ""))
+    assert sorted(set(found)) == ["0.06", "0.93", "0.999"]
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_runs_no_script(written):
+    text, page = written.read_text(), Page(written.read_text())
+    assert [a for a in page.addresses if not a.startswith(("#", "data:image/"))] == []
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert re.findall(r"url\((?!#)", text) == []
+    assert "&lt;script&gt;alert(1)" in text
+    assert "&lt;b&gt;k0" in text
+
+
+def test_every_anchor_has_its_section_and_no_id_comes_twice(written):
+    page = Page(written.read_text())
+    assert len(page.ids) == len(set(page.ids))
+    assert {a[1:] for a in page.addresses if a.startswith("#")} <= set(page.ids)
+
+
+def test_the_first_sentence_gives_the_best_cell_with_its_spread(written):
+    text = re.sub(r"<[^>]*>", "", written.read_text())
+    wanted = "soft reaches 61.2 % top-1 (60.0 to 62.5 over 3 seeds): +10.2 points against alone (paired t-test over 3 seeds: p = 0.003)."
+    assert wanted in text
+
+
+def test_every_section_has_its_chart(written):
+    text = written.read_text()
+    # results, four curves at most of one soft run (agreement, loss), tokens twice, calibration, frontier
+    assert text.count("<svg") == 7
+    for heading in (
+        "Results",
+        "Training",
+        "Answers",
+        "Tokens",
+        "Disagreement",
+        "Calibration",
+        "Speed and accuracy",
+        "Label set",
+        "Audit",
+        "Gallery",
+    ):
+        assert f">{heading}</h2>" in text
+
+
+def test_the_same_report_has_the_same_bytes(written, run, made, files, tmp_path):
+    again = write_report(config(tmp_path / "report.html"), [str(run), str(made), *map(str, files.values())])
+    assert again.read_bytes() == written.read_bytes()
+    assert again.with_suffix(".json").read_bytes() == written.with_suffix(".json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_file_alone_makes_a_report(files, tmp_path, kind):
+    page = write_report(config(tmp_path / "one.html"), [str(files[kind])])
+    assert Page(page.read_text()).numbers
+
+
+def test_a_folder_of_runs_uses_the_files_that_lie_in_it(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "scores.json").write_bytes(pretty_json(scores()))
+    report = json.loads(write_report(config(tmp_path / "r.html"), [str(folder)]).with_suffix(".json").read_bytes())
+    assert [each["name"] for each in report["scores"]] == ["soft"]
+    assert [each["name"] for each in report["runs"]] == ["run"]
+
+
+def test_the_gallery_shows_the_views_that_are_furthest_apart(run, made):
+    """Against every view of the first block, rendered and answered one at a time, in float64."""
+    label_set = LabelSet.open(made)
+    source, student = label_set.open_source(), open_student(run / "last").eval()
+    apart = {}
+    for name in label_set.shards:
+        samples, rows = label_set.samples(name), label_set.read(name, 0)
+        for at, row in enumerate(rows.row.tolist()):
+            partner, mix = pair_of(label_set.recipe, samples, row, 0)
+            both = [row] if partner is None else [row, partner]
+            pixels = torch.from_numpy(np.stack([rendered_view(label_set, source, name, samples, r, 0) for r in both]))
+            mixed = apply_mix(pixels, mix_batch([(0, 1 if partner is not None else -1)], [mix], len(both)))[:1]
+            with torch.inference_mode():
+                heads = student(normalise(mixed, student))
+            prob = ((heads.class_logits + heads.distill_logits) / 2).double().softmax(1)[0].numpy()
+            teacher = np.full(3, float(rows.tail_mass[at]) / max(1, 3 - rows.topk_index.shape[1]))
+            teacher[rows.topk_index[at]] = rows.topk_prob[at]
+            apart[samples.key[row]] = 0.5 * np.abs(teacher / teacher.sum() - prob).sum()
+    wanted = sorted(apart, key=lambda key: -apart[key])
+    found = most_apart(run, label_set, config(Path("r.html"), gallery=4))
+    assert [each.entry["key"] for each in found] == wanted[:4]
+    assert [each.entry["apart"] for each in found] == pytest.approx([apart[key] for key in wanted[:4]], abs=1e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_dense_spreads_the_tail_over_the_classes_that_were_not_kept(kept):
+    prob = torch.tensor([[0.5, 0.3, 0.2]])[:, :kept]
+    target = TeacherTarget(torch.tensor([2]), torch.tensor([[2, 0, 1]])[:, :kept], prob, 1 - prob.sum(1))
+    wanted = [0.0, 0.0, 0.0]
+    for place, index in enumerate((2, 0, 1)):
+        wanted[index] = prob[0, place].item() if place < kept else (1 - prob.sum().item()) / max(1, 3 - kept)
+    if kept == 0:
+        wanted = [0.0, 0.0, 1.0]
+    assert dense(target, 3)[0].tolist() == pytest.approx(wanted)
+
+
+def test_the_frontier_has_the_networks_that_no_other_beats():
+    speed_of, top1 = [100.0, 100.0, 50.0, 200.0, 60.0], [70.0, 71.0, 71.0, 60.0, 75.0]
+    wanted = []
+    for i in range(5):
+        beaten = False
+        for j in range(5):
+            as_good = speed_of[j] >= speed_of[i] and top1[j] >= top1[i]
+            beaten |= as_good and (speed_of[j], top1[j]) != (speed_of[i], top1[i])
+        wanted += [] if beaten else [i]
+    assert frontier_of(speed_of, top1) == wanted == [1, 3, 4]
+    assert frontier_of([1.0, 1.0], [2.0, 2.0]) == [0, 1]  # equals do not beat each other
+
+
+@pytest.mark.parametrize(
+    ("path", "refusal"),
+    [
+        ("nowhere", r"nowhere: no such file or folder"),
+        (
+            "empty",
+            r"empty is neither a study, a run nor a label set, .*\. Pass the folder that compare, train or precompute wrote",
+        ),
+        ("other.json", r"other\.json must be a JSON file of kind study, .* and version 1, got kind 'x' and version 1"),
+        ("newer.json", r"newer\.json must be .* got kind 'study' and version 2"),
+        ("list.json", r"list\.json is not a file of deit-cli: it holds no object"),
+        ("broken.json", r"broken\.json"),
+    ],
+)
+def test_a_path_that_shows_nothing_is_refused(tmp_path, path, refusal):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.json").write_text('{"kind": "x", "version": 1}')
+    (tmp_path / "newer.json").write_text('{"kind": "study", "version": 2}')
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "broken.json").write_text('{"kind": ')
+    with pytest.raises((UsageError, StorageError), match=refusal):
+        write_report(config(tmp_path / "r.html"), [str(tmp_path / path)])
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_file_that_lacks_a_value_is_refused_by_its_name(tmp_path):
+    content = study()
+    del content["cells"]
+    (tmp_path / "study.json").write_bytes(pretty_json(content))
+    with pytest.raises(DeitCliError, match=r"study\.json.*cells"):
+        write_report(config(tmp_path / "r.html"), [str(tmp_path / "study.json")])
+
+
+def test_the_page_must_be_called_html(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"--out must be a page, FILE\.html, got report\.json\. Pass --out report\.json\.html"
+    ):
+        config(Path("report.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_opens_the_page_without_an_error(written, tmp_path, width):
+    """No message on the console, and nothing wider than the screen."""
+    probe = tmp_path / "probe.html"
+    script = "<script>document.title = document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg').length</script>"
+    probe.write_text(written.read_text().replace("</body>", script + "</body>"))
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--window-size={width},900",
+    ]
+    done = subprocess.run([*command, f"--user-data-dir={tmp_path}/profile", "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    (shown,) = re.findall(r"<title>(\d+) 7</title>", done.stdout)
+    assert int(shown) <= max(width, 500)  # a headless window is at least 500 pixels wide

@@ -1,0 +1,167 @@
+"""A report as one HTML file: made from the values of report.json alone, so that every number on the page can be looked up there.
+
+The template gets the values as `Traced`, which remember where they are in report.json. A filter shows a number as a `<data>` element
+with its exact value and this place (RFC 6901).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.text import byte_size
+from trainer.evidence import plots
+
+TEMPLATE = "report.html"
+
+
+class Traced:
+    """A JSON value and its place in the report. Attributes and items are traced, too; a missing name is false.
+
+    Attributes:
+        value: JSON value; None if there is none at this place.
+        pointer: its place as a JSON pointer.
+    """
+
+    __slots__ = ("pointer", "value")
+
+    def __init__(self, value: Any, pointer: str = "") -> None:
+        self.value, self.pointer = value, pointer
+
+    def __getattr__(self, name: str) -> "Traced":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+    def __getitem__(self, name: Any) -> "Traced":
+        found = self.value
+        if isinstance(found, Mapping):
+            found = found.get(name)
+        elif isinstance(found, Sequence) and isinstance(name, int) and name < len(found):
+            found = found[name]
+        else:
+            found = None
+        step = str(name).replace("~", "~0").replace("/", "~1")
+        return Traced(found, f"{self.pointer}/{step}")
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the items of a list, or over names and values of an object."""
+        if isinstance(self.value, Mapping):
+            return iter([(name, self[name]) for name in self.value])
+        return iter([self[place] for place in range(len(self.value or ()))])
+
+    def __len__(self) -> int:
+        return len(self.value or ())
+
+    def __bool__(self) -> bool:
+        return self.value is not None and self.value != [] and self.value != {} and self.value != ""
+
+    def __str__(self) -> str:
+        return "" if self.value is None else str(self.value)
+
+
+def render_page(report: Mapping[str, Any], images: Mapping[str, str]) -> str:
+    """Return the HTML of a report.
+
+    Args:
+        report: content of report.json.
+        images: data URIs of the pictures that the report names.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("trainer.evidence"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"num": number, "size": size, "plain": plain}
+    return environment.get_template(TEMPLATE).render(
+        report=Traced(report), images=images, charts={name: draw for name, draw in _charts(report).items() if draw}
+    )
+
+
+def number(found: Traced, form: str = ".1f", unit: str = "") -> Any:
+    """Return a number as text with its place in report.json, or a dash if there is none.
+
+    Args:
+        found: number, or a value that is not there.
+        form: format specification, such as `.1f` or `,`.
+        unit: text behind the number.
+    """
+    from markupsafe import Markup
+
+    if found.value is None:
+        return Markup("–")
+    text = format(found.value, form)
+    return Markup('<data value="{}" data-from="{}" data-form="{}">{}</data>{}').format(
+        repr(found.value), found.pointer, form, text, unit
+    )
+
+
+def size(found: Traced) -> Any:
+    """Return a number of bytes with its unit and its place in report.json."""
+    from markupsafe import Markup
+
+    if found.value is None:
+        return Markup("–")
+    return Markup('<data value="{}" data-from="{}">{}</data>').format(
+        repr(found.value), found.pointer, byte_size(found.value)
+    )
+
+
+def plain(found: Any) -> str:
+    """Return a name of JSON as words: `class_head` as `class head`."""
+    return str(found).replace("_", " ")
+
+
+def _charts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SVG of each chart that the values allow; the page lists the numbers behind each."""
+    from markupsafe import Markup
+
+    found: dict[str, str] = {}
+    names = [each["name"] for each in (*report["results"], *report["runs"])]
+    colours = {name: number for number, name in enumerate(dict.fromkeys(names))}  # of a run, the same in every chart
+    if shown := report["results"]:
+        found["results"] = plots.bars(
+            [each["name"] for each in shown],
+            [each["top1"] for each in shown],
+            [None if each["low"] is None else (each["low"], each["high"]) for each in shown],
+            label="top-1, %",
+        )
+    for name, curve in report["curves"].items():
+        series = {line["name"]: (line["x"], line["y"]) for line in curve["lines"]}
+        found[f"curve {name}"] = plots.lines(
+            series, x="progress of the training", y=curve["label"], colours=colours, percent=True
+        )
+    if tokens := report["tokens"]:
+        series = {each["name"]: (each["depth"], each["cosine"]) for each in tokens}
+        found["tokens"] = plots.lines(
+            series, x="block (0: what enters the first)", y="cosine of the two tokens", colours=colours, high=1.02
+        )
+    if along := [each for each in report["tokens"] if each["along_training"]]:
+        series = {
+            each["name"]: (
+                [point["update"] for point in each["along_training"]],
+                [point["output"] for point in each["along_training"]],
+            )
+            for each in along
+        }
+        found["tokens along training"] = plots.lines(
+            series, x="updates", y="cosine at the output", colours=colours, high=1.02
+        )
+    for number, each in enumerate(report["calibration"]):
+        series = {
+            plain(answer): ([b["confidence"] for b in bins], [b["accuracy"] for b in bins])
+            for answer, bins in each["answers"].items()
+        }
+        found[f"calibration {number}"] = plots.lines(
+            series, x="confidence, %", y="right answers, %", diagonal=True, low=0, high=100
+        )
+    if rows := report["tradeoff"]:
+        found["tradeoff"] = plots.frontier(
+            [each["name"] for each in rows],
+            [each["images_per_s"] for each in rows],
+            [each["top1"] for each in rows],
+            [each["parameters"] for each in rows],
+        )
+    return {name: Markup(svg) for name, svg in found.items()}

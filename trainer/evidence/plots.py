@@ -1,0 +1,193 @@
+"""Plots as SVG text for a page: words stay text, and the page's style sheet decides the colours.
+
+matplotlib writes colours into the SVG. The functions here draw with placeholders, which are then replaced by `currentColor`
+and the style sheet's variables `--c0` to `--c7` and `--line`, so that one SVG serves light and dark pages.
+"""
+
+import io
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+SERIES = 8  # colours in the style sheet
+_INK, _LINE = "#010203", "#040506"
+_COLOURS = tuple(f"#0a0b{number:02x}" for number in range(SERIES))
+_REPLACED = {_INK: "currentColor", _LINE: "var(--line)"} | {c: f"var(--c{i})" for i, c in enumerate(_COLOURS)}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.5,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.facecolor": "none",
+}
+_WIDTH = 4.2  # inches: at this size the letters can be read on a screen of 360 pixels
+
+
+def bars(
+    names: Sequence[str], middles: Sequence[float], spreads: Sequence[tuple[float, float] | None], *, label: str
+) -> str:
+    """Return horizontal bars, the first on top, with their values and the range of each as a line.
+
+    Args:
+        names: names of the bars.
+        middles: lengths of the bars, finite.
+        spreads: lowest and highest value behind each bar; None: no line.
+        label: name and unit of the axis.
+    """
+
+    def draw(axes: Any) -> None:
+        places = range(len(names))
+        axes.barh(places, middles, color=[_colour(place) for place in places], height=0.62)
+        start = _start([*middles, *(low for low, _ in filter(None, spreads))])
+        highest = max([*middles, *(high for _, high in filter(None, spreads))])
+        axes.set_xlim(start, highest + 0.16 * (highest - start or 1))
+        for place, middle, spread in zip(places, middles, spreads, strict=True):
+            if spread:
+                axes.plot(spread, (place, place), color=_INK, linewidth=1.4, marker="|", markersize=7)
+            end = max(middle, spread[1]) if spread else middle
+            axes.annotate(f"{middle:.1f}", (end, place), (4, 0), textcoords="offset points", va="center", weight="bold")
+        axes.set_yticks(places, [textwrap.fill(name, 24) for name in names])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"{label} (the axis starts at {start:g})" if start else label)
+
+    return _drawn(draw, height=0.75 + 0.42 * len(names), salt=label + "".join(names))
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    colours: Mapping[str, int] = MappingProxyType({}),
+    diagonal: bool = False,
+    percent: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+) -> str:
+    """Return one line with its points for each series, and a legend.
+
+    Args:
+        series: name -> x and y values of the points, finite.
+        x: name and unit of the x axis.
+        y: name and unit of the y axis.
+        colours: name -> number of its colour; others get the number of their place.
+        diagonal: whether to draw y = x.
+        percent: whether x is a share of 0..1 that is shown in percent.
+        low: lower end of the y axis; None: from the values.
+        high: upper end of the y axis; None: from the values.
+    """
+
+    def draw(axes: Any) -> None:
+        if diagonal:
+            axes.axline((0, 0), slope=1, color=_INK, linewidth=0.8, linestyle=":")
+        for number, (name, (across, up)) in enumerate(series.items()):
+            axes.plot(
+                across,
+                up,
+                label=name,
+                color=_colour(colours.get(name, number)),
+                marker="o",
+                markersize=2.6,
+                linewidth=1.5,
+            )
+        if percent:
+            axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        if all(isinstance(value, int) for across, _ in series.values() for value in across):
+            axes.locator_params(axis="x", integer=True)
+        axes.set_ylim(bottom=low, top=high)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    rows = -(-len(series) // 2)
+    return _drawn(draw, height=2.5 + 0.17 * rows, salt=x + y + "".join(series))
+
+
+def frontier(names: Sequence[str], speed: Sequence[float], top1: Sequence[float], size: Sequence[float]) -> str:
+    """Return accuracy over speed: a disc for each network, its area the number of parameters, and the frontier.
+
+    A network is on the frontier if no other is both as fast and more accurate, or as accurate and faster.
+
+    Args:
+        names: names of the networks.
+        speed: images per second, above 0.
+        top1: accuracy in percent.
+        size: parameters in millions.
+    """
+
+    def draw(axes: Any) -> None:
+        areas = [25 + 400 * each / max(size) for each in size]
+        axes.scatter(speed, top1, s=areas, c=[_colour(i) for i in range(len(names))], alpha=0.75, linewidths=0)
+        best = sorted((speed[i], top1[i]) for i in frontier_of(speed, top1))
+        axes.plot(*zip(*best, strict=True), color=_INK, linewidth=0.9, linestyle="--")
+        for name, across, up in zip(names, speed, top1, strict=True):
+            axes.annotate(textwrap.fill(name, 22), (across, up), (5, 5), textcoords="offset points", fontsize=7.5)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.margins(x=0.3, y=0.2)
+        axes.set_xlabel("images/s")
+        axes.set_ylabel("top-1, %")
+
+    return _drawn(draw, height=3.0, salt="frontier" + "".join(names))
+
+
+def frontier_of(speed: Sequence[float], top1: Sequence[float]) -> list[int]:
+    """Return the positions of the networks that no other beats: at least as good in both, and better in one."""
+    points = list(zip(speed, top1, strict=True))
+    return [
+        i
+        for i, (fast, good) in enumerate(points)
+        if not any(f >= fast and g >= good and (f > fast or g > good) for f, g in points)
+    ]
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % SERIES]
+
+
+def _start(values: Sequence[float]) -> float:
+    """Return where an axis of percent begins: at 0, or at a round number if all values are far above it."""
+    lowest = min(values)
+    return float(max(0, 5 * (int(lowest) // 5) - 5)) if lowest > 50 else min(0.0, lowest)
+
+
+def _drawn(draw: Callable[[Any], None], *, height: float, salt: str) -> str:
+    """Return the `<svg>` element of what `draw` draws. `salt` keeps the ids of one page apart."""
+    import warnings
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has the letters that the font lacks
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure.add_subplot())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the whole page
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # the same in every figure, and nothing refers to them
+    svg = svg.replace("xlink:href", "href")  # the namespace is not declared in a page
+    for placeholder, colour in _REPLACED.items():
+        svg = svg.replace(placeholder, colour)
+    return svg

@@ -1,0 +1,419 @@
+"""`deit-cli report`: what studies, runs and label sets show, on one page and as JSON.
+
+`report.json` holds every value of the page, which is made from it alone (`page.render_page`).
+"""
+
+import base64
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.labels.format import PLAN_NAME
+from pipeline.labels.labelset import LabelSet
+from pipeline.labels.summary import summarise
+from pipeline.storage.atomic import replace_file, sha256_file
+from pipeline.storage.json import pretty_json, read_json
+from pipeline.storage.urls import local_path
+from trainer.config import ReportConfig
+from trainer.evidence.gallery import Picture, most_apart
+from trainer.evidence.page import render_page
+from trainer.metrics import METRICS_NAME, read_metrics
+from trainer.run import CONFIG_NAME
+
+KINDS = ("study", "scores", "analysis", "audit", "speed")  # of the JSON files that evidence writes
+PACKAGES = ("deit-cli", "torch", "torchvision", "timm", "numpy", "pyarrow")
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a JSON of another shape raises
+CURVE_POINTS = 36  # each is the mean over so many equal parts of a training
+CURVES = {  # metric, and kind of distillation where losses of two kinds are unlike -> caption, axis
+    "top1": ("Accuracy in training", "top-1, %"),
+    "teacher_agreement": ("Share of the views on which student and teacher agree", "agreement"),
+    "class_loss": ("Class loss of students without a teacher", "class loss, nats"),
+    "distill_loss hard": ("Hard distillation loss", "loss, nats"),
+    "distill_loss soft": ("Soft distillation loss", "loss, nats"),
+}
+
+
+@dataclass
+class Found:
+    """What the paths of a report hold.
+
+    Attributes:
+        records: kind -> content of each JSON file of this kind, with its path.
+        runs: name of a run -> its folder.
+        label_sets: location -> label set.
+        files: every file that was read, with its hash.
+    """
+
+    records: dict[str, list[tuple[Path, dict[str, Any]]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    runs: dict[str, Path] = field(default_factory=dict)
+    label_sets: dict[str, LabelSet] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """Return the content of a JSON file, and note its hash."""
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise StorageError(f"{path} is not a file of deit-cli: it holds no object")
+        self.files[str(path)] = sha256_file(path)
+        return content
+
+    def all(self, kind: str) -> list[dict[str, Any]]:
+        """Return the contents of one kind."""
+        return [content for _, content in self.records[kind]]
+
+
+def write_report(config: ReportConfig, paths: Sequence[str]) -> Path:
+    """Write a report of studies, runs, label sets and JSON files; return the path of the page.
+
+    Args:
+        config: settings of the report.
+        paths: folders of studies, runs and label sets (also URLs of these), and JSON files of `evaluate`, `analyse`, `audit`,
+            `compare` and `bench inference`. Files of these kinds in a given folder are used, too.
+
+    Raises:
+        UsageError: a path is none of these.
+        StorageError: a file is damaged.
+    """
+    found = look_at(paths)
+    pictures = _gallery(config, found)
+    images = {picture.entry["picture"]: _data_uri(picture.png) for picture in pictures} | _attention(found)
+    try:
+        report = collect(found, config.title, [picture.entry for picture in pictures])
+        text = render_page(report, images)
+    except _DAMAGE as error:
+        raise _blamed(found, error) from error
+    replace_file(config.out.with_suffix(".json"), pretty_json(report))
+    replace_file(config.out, text.encode())
+    return config.out
+
+
+def _blamed(found: Found, error: Exception) -> Exception:
+    """Return the error that names the file without which no report fails; the error itself if there is no such file."""
+    for kind, records in found.records.items():
+        for path, content in records:
+            alone = Found()
+            alone.records[kind].append((path, content))
+            try:
+                render_page(collect(alone, None, []), {})
+            except _DAMAGE as its:
+                what = f"it lacks {its}" if isinstance(its, KeyError) else str(its)
+                return StorageError(f"{path} is damaged: {what}", fix="Make it again with the command that wrote it")
+    return error
+
+
+def look_at(paths: Sequence[str]) -> Found:
+    """Return what the paths hold, each file once."""
+    found = Found()
+    for text in paths:
+        path = local_path(text)
+        if path is None or (path / PLAN_NAME).is_file():  # behind a URL there can only be a label set
+            found.label_sets[text] = LabelSet.open(text)
+        elif path.is_dir():
+            _look_into(path, found)
+        elif path.is_file():
+            _add_record(path, found, asked=True)
+        else:
+            raise UsageError(f"{path}: no such file or folder")
+    for study, content in list(found.records["study"]):
+        _add_parts(study.parent, content, found)
+    return found
+
+
+def _look_into(folder: Path, found: Found) -> None:
+    before = sum(map(len, found.records.values())) + len(found.runs)
+    for path in sorted(folder.glob("*.json")):
+        _add_record(path, found, asked=False)
+    if (folder / METRICS_NAME).is_file() and (folder / CONFIG_NAME).is_file():
+        found.runs[_unique(folder.resolve().name, found.runs)] = folder
+    if sum(map(len, found.records.values())) + len(found.runs) == before:
+        raise UsageError(
+            f"{folder} is neither a study, a run nor a label set, and has no JSON file of these",
+            fix="Pass the folder that compare, train or precompute wrote, or a file of evaluate --out",
+        )
+
+
+def _add_record(path: Path, found: Found, *, asked: bool) -> None:
+    """Add a JSON file if it is of a kind that reports show; `asked` ones must be."""
+    if str(path) in found.files:
+        return
+    content = found.read(path)
+    kind = content.get("kind")
+    if kind in KINDS and content.get("version") == 1:
+        found.records[kind].append((path, content))
+        return
+    del found.files[str(path)]
+    if asked:
+        raise UsageError(
+            f"{path} must be a JSON file of kind {', '.join(KINDS)} and version 1, got kind {kind!r} and version"
+            f" {content.get('version')!r}"
+        )
+
+
+def _add_parts(folder: Path, study: Mapping[str, Any], found: Found) -> None:
+    """Add the first label set of a study, and the run of the first seed of each cell, if they are still there."""
+    for cell in study.get("cells", []):
+        seeds = [seed for seed in cell["seeds"] if seed.get("run")]
+        if seeds and (folder / seeds[0]["run"] / METRICS_NAME).is_file():
+            found.runs[_unique(cell["name"], found.runs)] = folder / seeds[0]["run"]
+    for teacher in study.get("teachers", []):
+        location = folder / str(teacher.get("labels") or "")
+        if (location / PLAN_NAME).is_file() and not found.label_sets:
+            found.label_sets[str(location)] = LabelSet.open(location)
+
+
+def _unique(name: str, taken: Mapping[str, Any]) -> str:
+    """Return a name that is not taken: itself, or with the next number."""
+    return name if name not in taken else next(n for i in range(2, 10**6) if (n := f"{name} ({i})") not in taken)
+
+
+def collect(found: Found, title: str | None, gallery: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of report.json."""
+    studies, results = found.all("study"), _results(found)
+    return {
+        "kind": "report",
+        "version": 1,
+        "title": title or next((study["title"] for study in studies), None) or _names(found),
+        "headline": _headline(studies, results),
+        "results": results,
+        "studies": studies,
+        "runs": [_run_row(found, name, folder) for name, folder in found.runs.items()],
+        "curves": _curves(found.runs),
+        "scores": [{"name": name, **_without_bulk(content)} for name, content in _scores(found)],
+        "calibration": [
+            {"name": name, "answers": content["calibration"], "ece": _column(content, "ece")}
+            for name, content in _scores(found)
+            if content.get("calibration")
+        ],
+        "tokens": [_token_row(run) for analysis in found.all("analysis") for run in analysis["runs"] if run["tokens"]],
+        "disagreement": [each["disagreement"] for each in found.all("analysis") if each.get("disagreement")],
+        "attention": [each for analysis in found.all("analysis") for each in analysis.get("attention") or []],
+        "audit": [_audit_head(audit) for audit in found.all("audit")],
+        "speed": [row for speed in found.all("speed") for row in speed["rows"]],
+        "tradeoff": _tradeoff(found),
+        "label_sets": [summarise(label_set) | {"location": at} for at, label_set in found.label_sets.items()],
+        "gallery": gallery,
+        "reproduce": list(_reproduce(found)),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "files": [{"path": path, "sha256": digest} for path, digest in sorted(found.files.items())],
+    }
+
+
+def _results(found: Found) -> list[dict[str, Any]]:
+    """Return name, top-1 and its range of the cells and teachers of the studies, else of the runs with scores."""
+    rows: list[dict[str, Any]] = []
+    for study in found.all("study"):
+        for teacher in study.get("teachers", []):
+            if teacher.get("top1") is not None:
+                rows.append({"name": f"teacher {teacher['name']}", "top1": teacher["top1"], "low": None, "high": None})
+        for cell in study["cells"]:
+            if top1 := cell.get("top1"):
+                several = len(cell["seeds"]) > 1 or "low" in (cell.get("before") or {})
+                low, high = (top1["low"], top1["high"]) if several else (None, None)
+                rows.append({"name": cell["name"], "top1": top1["mean"], "low": low, "high": high})
+    if not rows:
+        for name, content in _scores(found):
+            if content.get("scores"):
+                top1 = content["scores"][main_answer(content["scores"])]["top1"]
+                rows.append({"name": name, "top1": top1, "low": None, "high": None})
+    return rows
+
+
+def main_answer(scores: Mapping[str, Any]) -> str:
+    """Return the answer by which networks are compared: the mean of both heads' logits, or the only head."""
+    return "mean_logits" if "mean_logits" in scores else "class_head"
+
+
+def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the values of the first sentence: the best cell of the first study, else the best network."""
+    if studies:
+        cells = [cell for cell in studies[0]["cells"] if cell.get("top1")]
+        if not cells:
+            return None
+        best = max(cells, key=lambda cell: cell["top1"]["mean"])
+        return {
+            "name": best["name"],
+            "answer": best["top1"]["answer"],
+            "top1": best["top1"]["mean"],
+            "low": best["top1"]["low"],
+            "high": best["top1"]["high"],
+            "seeds": len(best["seeds"]),
+            "baseline": studies[0].get("baseline"),
+            "against": best.get("against_baseline"),
+        }
+    if not results:
+        return None
+    best = max(results, key=lambda row: row["top1"])
+    return {"name": best["name"], "top1": best["top1"], "answer": None, "low": None, "high": None, "seeds": 1}
+
+
+def _scores(found: Found) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a name and the content of each file of `evaluate`."""
+    taken: dict[str, Any] = {}
+    for path, content in found.records["scores"]:
+        name = _unique(_name_of_checkpoint(content, path), taken)
+        taken[name] = content
+        yield name, content
+
+
+def _name_of_checkpoint(content: Mapping[str, Any], path: Path) -> str:
+    checkpoint = Path(str(content.get("checkpoint") or path.stem))
+    return checkpoint.parent.name if checkpoint.name in ("best", "last", "last-ema") else checkpoint.name
+
+
+def _without_bulk(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file of `evaluate` as the page shows it: the weakest classes and largest confusions only."""
+    shown = {k: v for k, v in content.items() if k not in ("per_class", "confusion", "calibration", "kind", "version")}
+    answer = main_answer(content.get("scores") or {})
+    classes = [row for row in content.get("per_class") or [] if row["top1"].get(answer) is not None]
+    weakest = sorted(classes, key=lambda row: row["top1"][answer])[:10]
+    rows = [{"name": r["name"], "class": r["class"], "images": r["images"], "top1": r["top1"][answer]} for r in weakest]
+    return shown | {
+        "answer": answer,
+        "weakest": rows,
+        "confused": (content.get("confusion") or {}).get(answer, [])[:10],
+    }
+
+
+def _column(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {answer: values.get(name) for answer, values in (content.get("scores") or {}).items()}
+
+
+def _run_row(found: Found, name: str, folder: Path) -> dict[str, Any]:
+    """Return what a run is, and its last evaluation in training."""
+    described = found.read(folder / CONFIG_NAME)
+    config = described["config"]
+    evaluations = [line for line in read_metrics(folder) if line["kind"] == "eval"]
+    found.files[str(folder / METRICS_NAME)] = sha256_file(folder / METRICS_NAME)
+    shown = ("model", "distillation_type", "distillation_alpha", "distillation_tau", "epochs", "batch_size", "seed")
+    best = max(evaluations, key=lambda line: line["top1"], default=None)
+    return {
+        "name": name,
+        "folder": str(folder),
+        **{key: config.get(key) for key in shown},
+        "best_top1": best and best["top1"],
+        "best_epoch": best and best["epoch"],
+    }
+
+
+def _curves(runs: Mapping[str, Path]) -> dict[str, Any]:
+    """Return the training curves, a plot for each number that can be compared between runs."""
+    plots: dict[str, Any] = {
+        name: {"caption": caption, "label": label, "lines": []} for name, (caption, label) in CURVES.items()
+    }
+    for name, folder in runs.items():
+        lines = read_metrics(folder)
+        trained = [line for line in lines if line["kind"] == "train"]
+        kind = read_json(folder / CONFIG_NAME)["config"]["distillation_type"]
+        wanted = ("class_loss",) if kind == "none" else ("teacher_agreement", f"distill_loss {kind}")
+        for curve in wanted:
+            plots[curve]["lines"] += _means(name, trained, curve.split()[0])
+        scored = [line for line in lines if line["kind"] == "eval" and line["weights"] == "student"]
+        if len(scored) > 1:
+            last = scored[-1]["index"]
+            points = {"x": [line["index"] / last for line in scored], "y": [line["top1"] for line in scored]}
+            plots["top1"]["lines"].append({"name": name, **points})
+    return {name: plot for name, plot in plots.items() if plot["lines"]}
+
+
+def _means(name: str, lines: Sequence[Mapping[str, Any]], number: str) -> list[dict[str, Any]]:
+    """Return the curve of a number in metrics.jsonl: its mean over each of CURVE_POINTS equal parts of the lines."""
+    values = [line[number] for line in lines if line.get(number) is not None]
+    if not values:
+        return []
+    parts = [part for part in np.array_split(values, CURVE_POINTS) if len(part)]
+    share = [(place + 1) / len(parts) for place in range(len(parts))]
+    return [{"name": name, "x": share, "y": [float(part.mean()) for part in parts]}]
+
+
+def _token_row(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the cosines of a run by depth: 0 is what enters the first block."""
+    cosine = run["tokens"]["cosine"]
+    blocks = cosine.get("blocks") or []
+    return {
+        "name": run["name"],
+        "depth": list(range(len(blocks) + 1)),
+        "cosine": [cosine["input"], *blocks],
+        "input": cosine["input"],
+        "output": cosine.get("output"),
+        "cka": run["tokens"].get("cka"),
+        "images": run["tokens"].get("images"),
+        "along_training": run["tokens"].get("along_training") or [],
+    }
+
+
+def _audit_head(audit: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first rows of each table of an audit."""
+    return {name: value[:10] if isinstance(value, list) else value for name, value in audit.items()}
+
+
+def _tradeoff(found: Found) -> list[dict[str, Any]]:
+    """Return accuracy and the highest speed of each network for which both are known."""
+    accuracy = {name: content["scores"] for name, content in _scores(found) if content.get("scores")}
+    rows: list[dict[str, Any]] = []
+    for speed in found.all("speed"):
+        for name in {row["name"]: None for row in speed["rows"]}:
+            if name in accuracy:
+                fastest = max((r for r in speed["rows"] if r["name"] == name), key=lambda row: row["images_per_s"])
+                top1 = accuracy[name][main_answer(accuracy[name])]["top1"]
+                rows.append(
+                    {
+                        "name": name,
+                        "top1": top1,
+                        **{k: fastest[k] for k in ("images_per_s", "parameters", "batch_size")},
+                    }
+                )
+    return rows
+
+
+def _reproduce(found: Found) -> Iterator[dict[str, Any]]:
+    """Yield the commands that make studies and runs again."""
+    for path, study in found.records["study"]:
+        if study.get("command"):
+            yield {"what": path.parent.name, "command": study["command"]}
+    for name, folder in found.runs.items():
+        yield {"what": name, "command": f"deit-cli train -c {folder}/config.yaml --output {folder}-again"}
+
+
+def _names(found: Found) -> str:
+    return ", ".join([*found.runs, *(name for name, _ in _scores(found)), *found.label_sets]) or "Report"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gallery(config: ReportConfig, found: Found) -> list[Picture]:
+    """Return the views on which the first run and the first label set's teacher are furthest apart."""
+    if not (config.gallery and found.runs and found.label_sets):
+        return []
+    label_set = next(iter(found.label_sets.values()))
+    distilled = [
+        folder
+        for folder in found.runs.values()
+        if read_json(folder / CONFIG_NAME)["config"]["distillation_type"] != "none"
+    ]
+    run = next(iter([*distilled, *found.runs.values()]))
+    return most_apart(run, label_set, config)
+
+
+def _attention(found: Found) -> dict[str, str]:
+    """Return the pictures that analyses wrote beside their JSON."""
+    names = [
+        (path.parent / each["picture"], each["picture"])
+        for path, analysis in found.records["analysis"]
+        for each in analysis.get("attention") or []
+    ]
+    return {name: _data_uri(path.read_bytes()) for path, name in names if path.is_file()}
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
