@@ -77,6 +77,8 @@ ADDED = {
     "estimate": "-j 0 --device cpu --seconds 0.1",
     "bench stage1": "-j 0 --device cpu --seconds 0.1",
     "bench stage2": f"{TINY} -b 8 -j 0 --device cpu --seconds 0.1",
+    "report": "-j 0 --device cpu",
+    "bench inference": "--device cpu --seconds 0.01",
     "labels extend": "-j 0 --device cpu",
     "labels export": "-j 0",
 }
@@ -231,6 +233,12 @@ def files_made(page: Page, lines: list[str]) -> None:
         assert (folder / line.split()[0]).exists(), line
 
 
+def number_of_the_page(page: Page, lines: list[str]) -> None:
+    """The report has this number, whatever its value."""
+    pattern = re.sub(r"\d+\.\d+(?=[\"<])", r"[\\d.]+", re.escape(lines[0].strip()).replace(r"\.", "."))
+    assert re.search(pattern, (page.folder / "report.html").read_text()), pattern
+
+
 def checked_elsewhere(page: Page, lines: list[str]) -> None:
     """tests/docs/test_architecture.py reads it."""
 
@@ -241,6 +249,7 @@ SHOWN: dict[tuple[str, str], Callable[[Page, list[str]], None]] = {
     ("docs/labelling.md", "preset: deit"): recipe_file,
     ("docs/architecture.md", "cli.py  "): checked_elsewhere,
     ("docs/architecture.md", "image -> decode"): checked_elsewhere,
+    ("docs/report.md", "<data value"): number_of_the_page,
     ("docs/recipes.md", "starting from"): printed_somewhere,
     ("docs/recipes.md", "data: imagenet/train"): settings_file,
     ("docs/import.md", "fkd-labels/"): files_made,
