@@ -182,7 +182,7 @@ def test_a_folder_of_runs_uses_the_files_that_lie_in_it(run, tmp_path):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     (folder / "scores.json").write_bytes(pretty_json(scores()))
     report = json.loads(write_report(config(tmp_path / "r.html"), [str(folder)]).with_suffix(".json").read_bytes())
-    assert [each["name"] for each in report["scores"]] == ["soft"]
+    assert [each["name"] for each in report["scores"]] == ["run"]
     assert [each["name"] for each in report["runs"]] == ["run"]
 
 

@@ -1,6 +1,7 @@
 """The networks that a command names: folders of runs, exported folders, and models of timm."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from pipeline.errors import UsageError
@@ -56,7 +57,6 @@ def short_name(name: str) -> str:
     return parts[-1] if parts else Path(name).resolve().name
 
 
-def unique(name: str, taken: object) -> str:
-    """Return a name that is not in `taken`: itself, or with the next number."""
-    names = set(taken)  # pyright: ignore[reportArgumentType]
-    return name if name not in names else next(n for i in range(2, 10**6) if (n := f"{name} ({i})") not in names)
+def unique(name: str, taken: Container[str]) -> str:
+    """Return a name that is not taken: itself, or with the next number."""
+    return name if name not in taken else next(n for i in itertools.count(2) if (n := f"{name} ({i})") not in taken)

@@ -22,6 +22,7 @@ from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.urls import local_path
 from trainer.config import ReportConfig
 from trainer.evidence.gallery import Picture, most_apart
+from trainer.evidence.networks import short_name, unique
 from trainer.evidence.page import render_page
 from trainer.metrics import METRICS_NAME, read_metrics
 from trainer.run import CONFIG_NAME
@@ -130,7 +131,7 @@ def _look_into(folder: Path, found: Found) -> None:
     for path in sorted(folder.glob("*.json")):
         _add_record(path, found, asked=False)
     if (folder / METRICS_NAME).is_file() and (folder / CONFIG_NAME).is_file():
-        found.runs[_unique(folder.resolve().name, found.runs)] = folder
+        found.runs[unique(folder.resolve().name, found.runs)] = folder
     if sum(map(len, found.records.values())) + len(found.runs) == before:
         raise UsageError(
             f"{folder} is neither a study, a run nor a label set, and has no JSON file of these",
@@ -159,17 +160,15 @@ def _add_parts(folder: Path, study: Mapping[str, Any], found: Found) -> None:
     """Add the first label set of a study, and the run of the first seed of each cell, if they are still there."""
     for cell in study.get("cells", []):
         seeds = [seed for seed in cell["seeds"] if seed.get("run")]
-        if seeds and (folder / seeds[0]["run"] / METRICS_NAME).is_file():
-            found.runs[_unique(cell["name"], found.runs)] = folder / seeds[0]["run"]
+        run = folder / seeds[0]["run"] if seeds else None
+        if run is not None and (run / METRICS_NAME).is_file():
+            found.runs[unique(cell["name"], found.runs)] = run
+            for path in sorted(run.glob("*.json")):
+                _add_record(path, found, asked=False)
     for teacher in study.get("teachers", []):
         location = folder / str(teacher.get("labels") or "")
         if (location / PLAN_NAME).is_file() and not found.label_sets:
             found.label_sets[str(location)] = LabelSet.open(location)
-
-
-def _unique(name: str, taken: Mapping[str, Any]) -> str:
-    """Return a name that is not taken: itself, or with the next number."""
-    return name if name not in taken else next(n for i in range(2, 10**6) if (n := f"{name} ({i})") not in taken)
 
 
 def collect(found: Found, title: str | None, gallery: list[dict[str, Any]]) -> dict[str, Any]:
@@ -213,8 +212,7 @@ def _results(found: Found) -> list[dict[str, Any]]:
                 rows.append({"name": f"teacher {teacher['name']}", "top1": teacher["top1"], "low": None, "high": None})
         for cell in study["cells"]:
             if top1 := cell.get("top1"):
-                several = len(cell["seeds"]) > 1 or "low" in (cell.get("before") or {})
-                low, high = (top1["low"], top1["high"]) if several else (None, None)
+                low, high = (top1["low"], top1["high"]) if top1["low"] != top1["high"] else (None, None)
                 rows.append({"name": cell["name"], "top1": top1["mean"], "low": low, "high": high})
     if not rows:
         for name, content in _scores(found):
@@ -254,16 +252,13 @@ def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[st
 
 def _scores(found: Found) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield a name and the content of each file of `evaluate`."""
-    taken: dict[str, Any] = {}
+    of_runs = {folder: name for name, folder in found.runs.items()}
+    taken: set[str] = set()
     for path, content in found.records["scores"]:
-        name = _unique(_name_of_checkpoint(content, path), taken)
-        taken[name] = content
+        name = of_runs.get(path.parent) or short_name(str(content.get("checkpoint") or path.stem))
+        name = unique(name, taken)
+        taken.add(name)
         yield name, content
-
-
-def _name_of_checkpoint(content: Mapping[str, Any], path: Path) -> str:
-    checkpoint = Path(str(content.get("checkpoint") or path.stem))
-    return checkpoint.parent.name if checkpoint.name in ("best", "last", "last-ema") else checkpoint.name
 
 
 def _without_bulk(content: Mapping[str, Any]) -> dict[str, Any]:
