@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,17 +40,13 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
 
     from matplotlib.figure import Figure
 
-    chosen = _spread(label_set, samples)
-    columns = list(label_set.views)[:views]
+    rows = tiles(label_set, source, samples=samples, views=views)
     width, height = TILE_INCHES
-    figure = Figure(figsize=(width * len(columns), height * len(chosen) + 0.5), layout="constrained")
-    axes = figure.subplots(len(chosen), len(columns), squeeze=False)
-    for line, (name, row) in zip(axes, chosen, strict=True):
-        for axis, view in zip(line, columns, strict=True):
-            tile = _tile(label_set, source, name, row, view)
-            axis.imshow(tile.pixels, interpolation="nearest")
-            axis.set_title(tile.caption, fontsize=6, loc="left", family="monospace", parse_math=False)
-            axis.axis("off")
+    figure = Figure(figsize=(width * len(rows[0]), height * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        for axis, tile in zip(line, row, strict=True):
+            draw_tile(axis, tile)
     plan = label_set.plan
     title = f"{plan.teacher.name}\n{len(label_set.views)} views, recipe {plan.recipe_id[:12]}"
     figure.suptitle(title, fontsize=8, x=0.01, ha="left", parse_math=False)
@@ -57,6 +54,21 @@ def contact_sheet(label_set: LabelSet, source: Source, path: Path, *, samples: i
     with warnings.catch_warnings():  # class names in a script that the font lacks are shown as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def tiles(label_set: LabelSet, source: Source, *, samples: int, views: int) -> list[list[Tile]]:
+    """Return a row of tiles for each of a few samples, spread over the source: its first views as the teacher saw them."""
+    columns = list(label_set.views)[:views]
+    return [
+        [_tile(label_set, source, name, row, view) for view in columns] for name, row in _spread(label_set, samples)
+    ]
+
+
+def draw_tile(axis: Any, tile: Tile, *, fontsize: float = 6) -> None:
+    """Draw a tile with its caption into an axis of matplotlib."""
+    axis.imshow(tile.pixels, interpolation="nearest")
+    axis.set_title(tile.caption, fontsize=fontsize, loc="left", family="monospace", parse_math=False)
+    axis.axis("off")
 
 
 def _spread(label_set: LabelSet, count: int) -> list[tuple[str, int]]:
