@@ -149,16 +149,18 @@ def train(log_json: Path | None, **values: Any) -> None:
 def evaluate(as_json: bool, **values: Any) -> None:
     """Measure a student's accuracy and agreement with the teacher.
 
-    The result has one line for each head and for each fusion of both heads. Pass --data and/or --labels; and --checkpoint,
-    or --model with --pretrained.
+    The result has one line for each head, for each fusion of both heads, and for a linear classifier of both tokens if it was fitted.
+    Pass --data and/or --labels; and --checkpoint, or --model with --pretrained.
 
     \b
     Examples:
       deit-cli evaluate --checkpoint runs/deit-s/best --data imagenet/val --labels shards
+      deit-cli evaluate --checkpoint runs/deit-s/best --data imagenet/val --fit-data imagenet/train
+      deit-cli evaluate --checkpoint runs/deit-s/best --data imagenet/val --img-size 160 --img-size 224 --flip
       deit-cli evaluate --model deit_small_distilled_patch16_224 --pretrained --data imagenet/val
     """
     config = EvaluateConfig(**values)
-    from trainer.evaluate import evaluate_checkpoint, score_table
+    from trainer.evidence.scores import evaluate_checkpoint, score_table
 
     result = evaluate_checkpoint(config)
     click.echo(json.dumps(result, indent=1) if as_json else score_table(result))

@@ -51,7 +51,7 @@ from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Answer, Teacher, one_thread
 from pipeline.views.draws import stream_of
 from trainer.config import EvaluateConfig, TrainConfig
-from trainer.evaluate import evaluate_checkpoint
+from trainer.evidence.scores import evaluate_checkpoint
 from trainer.export import export_model, hub_config
 from trainer.loop import batch_loss, train
 from trainer.losses import LossSettings, TeacherTarget

@@ -299,7 +299,7 @@ def test_both_commands_through_the_command_line_on_photos(tmp_path):
     assert set(result["scores"]) == {"class_head", "distillation_head", "mean_logits", "sum_softmax"}
     assert 0 <= result["agreement"]["distillation_head"] <= 100
     stdout, _ = run("evaluate", "--checkpoint", f"{run_folder}/best", "--data", data, "-j", "0")
-    assert "accuracy in % of 70 images" in stdout
+    assert "accuracy on 70 images" in stdout
     stdout, _ = run("labels", "info", shards)
     assert "K = 3, float16, 420 labels" in stdout
     stdout, _ = run("labels", "verify", shards)

@@ -42,7 +42,7 @@ KEEPERS = {
     "click": {"cli", "pipeline.settings", "trainer.console"},
     "rich": {"trainer.console"},
     "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export"},
-    "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet"},
+    "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet", "trainer.evidence.scores"},
     "pydantic": {"pipeline.exchange.import_record", "pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.comparing"},
     "yaml": {"pipeline.storage.yaml"},
     "fsspec": {"pipeline.storage.remote", "pipeline.storage.stores"},

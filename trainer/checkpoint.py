@@ -38,11 +38,15 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
     Raises:
         ValueError: `meta` holds NaN or infinity.
     """
+    replace_file(path, pack_state(tensors, meta))
+
+
+def pack_state(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bytes:
+    """Return the content of the file that `save_state` writes."""
     plain, meta = on_cpu(tensors), json.loads(canonical_json(meta))  # as readers get it: lists, text keys
-    header = canonical_json({"meta": meta, "sha256": _digest(plain, meta)}).decode()
+    header = canonical_json({"meta": meta, "sha256": tensors_sha256(plain, meta)}).decode()
     # One metadata key: safetensors writes several in an order that changes from call to call.
-    data = safetensors.torch.save(plain, {_METADATA_KEY: header})
-    replace_file(path, data)
+    return safetensors.torch.save(plain, {_METADATA_KEY: header})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -56,21 +60,37 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read this checkpoint: {error.strerror}") from error
+    return unpack_state(data, path, what="checkpoint", fix=_FIX)
+
+
+def unpack_state(data: bytes, path: object, *, what: str, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Check the bytes of a file that `pack_state` made, and return its tensors and metadata.
+
+    Args:
+        data: content of the file.
+        path: its path or URL, for errors.
+        what: kind of the file, for errors.
+        fix: what to do about a damaged one.
+
+    Raises:
+        CheckpointError: the content is damaged, or `pack_state` did not make it.
+    """
+    try:
         tensors = safetensors.torch.load(data)
         # Safe to parse by hand: the reader above has accepted this header.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         stored = parse_json(header["__metadata__"][_METADATA_KEY].encode())
         meta, sha256 = stored["meta"], stored["sha256"]
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read this checkpoint: {error.strerror}") from error
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: this is not a complete checkpoint of deit-cli ({type(error).__name__}: {error})", fix=_FIX
+            f"{path}: this is not a complete {what} of deit-cli ({type(error).__name__}: {error})", fix=fix
         ) from error
-    found = _digest(tensors, meta)
+    found = tensors_sha256(tensors, meta)
     if found != sha256:
         raise CheckpointError(
-            f"{path}: this checkpoint is damaged: its SHA-256 is {found}, but its metadata says {sha256}", fix=_FIX
+            f"{path}: this {what} is damaged: its SHA-256 is {found}, but its metadata says {sha256}", fix=fix
         )
     return tensors, meta
 
@@ -195,8 +215,8 @@ def _check_same_kind(name: str, found: Tensor, wanted: Tensor) -> None:
         )
 
 
-def _digest(tensors: Mapping[str, Tensor], meta: Any) -> str:
-    """Return the SHA-256 of the metadata and of each tensor's name, dtype, shape and bytes, sorted by name."""
+def tensors_sha256(tensors: Mapping[str, Tensor], meta: Any = None) -> str:
+    """Return the SHA-256 of the metadata and of each CPU tensor's name, dtype, shape and bytes, sorted by name."""
     sha256 = hashlib.sha256(canonical_json(meta))
     for name, tensor in sorted(tensors.items()):
         sha256.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -413,6 +413,38 @@ class EvaluateConfig:
         metavar="sha256:HEX",
     )
     agreement_samples: int = data_option(10_000, "Maximum number of views for the agreement.", low=2)
+    fit_data: str | None = data_option(
+        None,
+        "Images with class labels, usually those of the training, on which the linear classifier of both tokens"
+        " (concat_linear) is fitted; path or URL. Only for a student with two tokens.",
+        metavar="PATH|URL",
+    )
+    fit_labels: str | None = data_option(
+        None,
+        "Label set whose images are used instead of --fit-data: in plain centre crops, not in the stored views.",
+        metavar="FOLDER|URL",
+    )
+    concat_linear: str | None = data_option(
+        None,
+        "File of the linear classifier: written with --fit-data or --fit-labels, else read; by default"
+        " concat_linear.safetensors beside the checkpoint, if there is one.",
+        metavar="FILE|URL",
+    )
+    out: Path | None = output_option(None, "JSON file for the complete result.", metavar="FILE.json")
+    csv: Path | None = output_option(None, "CSV file for the accuracy of each class.", metavar="FILE.csv")
+    predictions: Path | None = output_option(
+        None,
+        "Parquet file for the class and confidence of each answer to each image.",
+        metavar="FILE.parquet",
+    )
+    img_size: tuple[int, ...] = evaluation_option(
+        (),
+        "Size of the images in pixels, by default that of the student; timm interpolates the position embeddings."
+        " Repeat the option for several sizes; per-class results, bins and predictions are those of the first.",
+        low=1,
+        high=4096,
+    )
+    flip: bool = evaluation_option(False, "Average the answers to each image and to its mirror image.")
     crop_pct: float | None = evaluation_option(
         None,
         "Size of the centre crop as a fraction of the shorter side, such as 0.9; by default that of the model.",
@@ -440,6 +472,15 @@ class EvaluateConfig:
         check_settings(self)
         if self.data is None and self.labels is None:
             raise UsageError("pass --data to measure accuracy, --labels to measure agreement with the teacher, or both")
+        if self.data is None and (unused := [name for name in _ACCURACY if getattr(self, name)]):
+            raise UsageError(f"--{unused[0].replace('_', '-')} is about the accuracy: pass --data too")
+        if self.fit_data is not None and self.fit_labels is not None:
+            raise UsageError("the linear classifier is fitted on --fit-data or on --fit-labels, not on both")
+        if len(set(self.img_size)) < len(self.img_size):
+            raise UsageError(f"each --img-size must be passed once, got {' '.join(map(str, self.img_size))}")
+
+
+_ACCURACY = ("img_size", "flip", "csv", "predictions")  # settings of an evaluation that only --data uses
 
 
 @dataclass(frozen=True, kw_only=True)

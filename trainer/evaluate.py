@@ -1,67 +1,26 @@
 """Accuracy of the class head, the distillation head and their fusions; agreement with the teacher's stored answers."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from pipeline.images.source import Source, open_source
+from pipeline.images.source import Source
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.replay import check_replay
-from pipeline.machine.loaders import plan_workers
-from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
-from pipeline.weights import weights_here
-from trainer.config import EvaluateConfig
 from trainer.order import Order
 from trainer.parallel import Running, World
 from trainer.stream import BatchRenderer, Catalogue, CentreRenderer, mixed_images, stream_batches
-from trainer.student import Heads, Student, normalise, open_student
+from trainer.student import Heads, Student, normalise
 
 log = logging.getLogger("deit_cli.evaluate")
 
 Scores = dict[str, dict[str, float]]
 ANSWERS = ("class_head", "distillation_head", "mean_logits", "sum_softmax")
-
-
-def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
-    """Open a student, measure its accuracy and agreement as requested, and return plain JSON values.
-
-    Raises:
-        UsageError: the options do not name exactly one student, or it does not fit the images or the labels.
-    """
-    label_set = None if config.labels is None else LabelSet.open(config.labels, expect_manifest=config.expect_manifest)
-    source = None if config.data is None else open_source(config.data)
-    student = _open(config, [each.num_classes for each in (source, label_set) if each])
-    where = resolve_device(config.device)
-    world = World(0, 1, where, plan_workers(config.workers, where))
-    running = Running(world=world, dtype=forward_dtype(config.amp_dtype, where), batch_size=config.batch_size)
-    student.to(where)
-    result: dict[str, Any] = {"checkpoint": config.checkpoint or str(config.model)}
-    if source:
-        result["scores"], result["images"] = evaluate(student, source, running, crop_pct=config.crop_pct)
-    if label_set:
-        images = label_set.open_source(config.labels_data)
-        check_replay(label_set, images)
-        result["agreement"], result["agreement_views"] = measure_agreement(
-            student, label_set, images, running, limit=config.agreement_samples
-        )
-    return result
-
-
-def _open(config: EvaluateConfig, num_classes: Sequence[int | None]) -> Student:
-    """Return the student; `num_classes` are the class counts of images and labels, None if unknown."""
-    here = weights_here(config.checkpoint) if config.checkpoint else None
-    if config.num_classes and (here is None or here.is_dir()):
-        raise UsageError(
-            "--num-classes is only for a file of weights: omit it, folders and published weights state their own number"
-        )
-    classes = next(filter(None, (config.num_classes, *num_classes)), None)
-    return open_student(here, model=config.model, num_classes=classes, pretrained=config.pretrained)
+Answering = Callable[[Student, Tensor], Mapping[str, Tensor]]  # student, normalised images -> answers [B, C] by name
 
 
 def fused_logits(heads: Heads) -> dict[str, Tensor]:
@@ -78,6 +37,57 @@ def fused_logits(heads: Heads) -> dict[str, Tensor]:
     return answers
 
 
+def answer_with_heads(student: Student, images: Tensor) -> dict[str, Tensor]:
+    """Return the answers that need nothing but the student's heads, for normalised images."""
+    return fused_logits(student(images))
+
+
+def primary_head(scores: Mapping[str, object]) -> str:
+    """Return the name of the answer that selects the best checkpoint: the mean of both heads, or the only head."""
+    return "mean_logits" if "mean_logits" in scores else "class_head"
+
+
+class Tally:
+    """Number of right answers to images, for each of several answers; it adds up over batches and ranks.
+
+    Attributes:
+        names: names of the answers.
+        images: number of images that were counted.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.images = 0
+        self._right = torch.zeros(len(self.names), 2, dtype=torch.int64)  # top-1, top-5
+
+    def add(self, answers: Mapping[str, Tensor], class_label: Tensor) -> list[Tensor]:
+        """Count a batch.
+
+        Args:
+            answers: float [B, C] by name: a larger number is a more probable class.
+            class_label: int64 [B], on the CPU.
+
+        Returns:
+            the five most probable classes of each answer, most probable first, int64 [B, min(5, C)] on the CPU.
+        """
+        top5 = [answers[name].topk(min(5, answers[name].shape[1]), dim=1).indices.cpu() for name in self.names]
+        for counts, ranked in zip(self._right, top5, strict=True):
+            hits = ranked == class_label[:, None]
+            counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum()])
+        self.images += len(class_label)
+        return top5
+
+    def share(self, world: World) -> None:
+        """Add up the counts of all ranks; every rank must call this method."""
+        self._right = world.total(self._right)
+        self.images = int(world.total(torch.tensor(self.images)))
+
+    def scores(self) -> Scores:
+        """Return top-1 and top-5 in percent by the name of the answer."""
+        percent = (100 * self._right / self.images).tolist()
+        return {name: {"top1": a, "top5": b} for name, (a, b) in zip(self.names, percent, strict=True)}
+
+
 def evaluate(
     student: Student, source: Source, running: Running, *, crop_pct: float | None = None
 ) -> tuple[Scores, int]:
@@ -92,22 +102,51 @@ def evaluate(
     Returns:
         scores by the name of the answer, and the number of images.
     """
-    labelled = labelled_places(source, student)
-    world, names = running.world, ANSWERS if student.has_distillation_head else ANSWERS[:1]
-    mine = labelled[world.rank :: world.size]
+    tally = Tally(ANSWERS if student.has_distillation_head else ANSWERS[:1])
+    count_answers(tally, student, source, running, crop_pct=crop_pct)
+    return tally.scores(), tally.images
+
+
+def count_answers(
+    tally: Tally,
+    student: Student,
+    source: Source,
+    running: Running,
+    *,
+    crop_pct: float | None,
+    answering: Answering = answer_with_heads,
+) -> None:
+    """Count the answers to all labelled samples of a source in one pass, divided among the ranks; see `evaluate`."""
+    places = labelled_places(source, student)
+    for images, class_label in centre_crops(student, source, places, running, crop_pct=crop_pct):
+        tally.add(answers_of(student, images, running, answering), class_label)
+    tally.share(running.world)
+
+
+def centre_crops(
+    student: Student, source: Source, places: Sequence[tuple[int, int]], running: Running, *, crop_pct: float | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's share of the centre crops of some samples, in order.
+
+    Args:
+        student: student whose image size and crop are used.
+        source: labelled images.
+        places: shard and row of each sample.
+        running: device and size of the batches.
+        crop_pct: as in `evaluate`.
+
+    Yields:
+        float32 [B, 3, H, W] in 0..255 on the device, and class labels, int64 [B] on the CPU.
+    """
+    world = running.world
+    mine = list(places[world.rank :: world.size])
     renderer = CentreRenderer(source, mine, centre_recipe(student, crop_pct), running.batch_size)
-    right = torch.zeros(len(names), 2, dtype=torch.int64)
     for batch in renderer.stream(workers=world.workers):
-        pixels = batch.images.to(running.device).permute(0, 3, 1, 2).float()
-        for counts, logits in zip(right, answers_to(student, pixels, running).values(), strict=True):
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == batch.class_label[:, None]
-            counts += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
-    percent = (100 * world.total(right) / len(labelled)).tolist()
-    return {name: {"top1": a, "top5": b} for name, (a, b) in zip(names, percent, strict=True)}, len(labelled)
+        yield batch.images.to(running.device).permute(0, 3, 1, 2).float(), batch.class_label
 
 
-def labelled_places(source: Source, student: Student) -> list[tuple[int, int]]:
-    """Return shard and row of every sample that has a class label.
+def labelled_places(source: Source, student: Student, *, why: str = "evaluate on") -> list[tuple[int, int]]:
+    """Return shard and row of every sample that has a class label; `why` ends the error if there is none.
 
     Raises:
         UsageError: no sample has a class label, or the labels are not the student's classes.
@@ -119,7 +158,7 @@ def labelled_places(source: Source, student: Student) -> list[tuple[int, int]]:
         if label is not None
     ]
     if not labelled:
-        raise UsageError(f"{source.location} has no class labels to evaluate on")
+        raise UsageError(f"{source.location} has no class labels to {why}")
     highest = max(label for shard in source.shards for label in shard.class_labels if label is not None)
     if highest >= student.num_classes or source.num_classes not in (None, student.num_classes):
         raise UsageError(
@@ -144,9 +183,15 @@ def _compare_names(source: Source, student: Student) -> None:
 
 
 def measure_agreement(
-    student: Student, label_set: LabelSet, source: Source, running: Running, *, limit: int
+    student: Student,
+    label_set: LabelSet,
+    source: Source,
+    running: Running,
+    *,
+    limit: int,
+    answering: Answering = answer_with_heads,
 ) -> tuple[dict[str, float], int]:
-    """Measure how often each head's argmax equals the teacher's stored argmax, on replayed views of the label set.
+    """Measure how often the argmax of each answer equals the teacher's stored argmax, on replayed views of the label set.
 
     Args:
         student: model to measure; it is in evaluation mode during the measurement.
@@ -154,6 +199,7 @@ def measure_agreement(
         source: images of the label set.
         running: settings for running the student.
         limit: maximum number of views to use, in whole batches.
+        answering: function that makes the answers.
 
     Returns:
         percent by the name of the answer, and the number of views.
@@ -163,7 +209,7 @@ def measure_agreement(
     seen = 0
     for batch in stream_batches(renderer, range(steps), workers=running.world.workers):
         assert batch.teacher is not None
-        for name, logits in answers_to(student, mixed_images(batch, running.device), running).items():
+        for name, logits in answers_of(student, mixed_images(batch, running.device), running, answering).items():
             same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.teacher.hard).sum())
         seen += len(batch.keys)
     return {name: 100 * count / seen for name, count in same.items()}, seen
@@ -211,27 +257,15 @@ def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:
     return PRESETS["none"].with_fields(img_size=student.img_size, crop_pct=pct)
 
 
-def answers_to(student: Student, images: Tensor, running: Running) -> dict[str, Tensor]:
+def answers_of(
+    student: Student, images: Tensor, running: Running, answering: Answering = answer_with_heads
+) -> Mapping[str, Tensor]:
     """Return the answers of the student in evaluation mode for float32 images in 0..255."""
     was_training = student.training
     student.eval()
     try:
         enabled = running.dtype != torch.float32
         with torch.inference_mode(), torch.autocast(running.device.type, dtype=running.dtype, enabled=enabled):
-            return fused_logits(student(normalise(images, student)))
+            return answering(student, normalise(images, student))
     finally:
         student.train(was_training)
-
-
-def score_table(result: dict[str, Any]) -> str:
-    """Return the result of `evaluate_checkpoint` as a readable table."""
-    lines = [f"{'':20}{'top-1':>8}{'top-5':>8}{'agrees':>8}"]
-    for name in [*(result.get("scores") or result["agreement"])]:
-        scores = (result.get("scores") or {}).get(name, {})
-        cells = [scores.get("top1"), scores.get("top5"), (result.get("agreement") or {}).get(name)]
-        lines.append(f"{name:20}" + "".join(f"{'-' if cell is None else f'{cell:.2f}':>8}" for cell in cells))
-    if "images" in result:
-        lines.append(f"accuracy in % of {result['images']:,} images")
-    if "agreement_views" in result:
-        lines.append(f"agreement with the teacher in % of {result['agreement_views']:,} replayed views")
-    return "\n".join(lines)

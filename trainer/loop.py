@@ -23,7 +23,7 @@ from pipeline.views.draws import stream_of
 from pipeline.views.recipe import Recipe
 from trainer.checkpoint import BackgroundWriter, check_finite, pack_training, save_state, snapshot
 from trainer.config import TrainConfig
-from trainer.evaluate import Scores, evaluate, labelled_places
+from trainer.evaluate import Scores, evaluate, labelled_places, primary_head
 from trainer.export import export_model, hub_config
 from trainer.losses import LossSettings, distillation_loss
 from trainer.metrics import Recorder, open_recorder
@@ -444,11 +444,6 @@ def _rate_at(config: TrainConfig, order: Order, update: int) -> float:
         warmup_lr=min(config.warmup_lr, top),
         min_lr=min(config.min_lr, top),
     )
-
-
-def primary_head(scores: Scores) -> str:
-    """Return the name of the answer that selects the best checkpoint: the mean of both heads, or the only head."""
-    return "mean_logits" if "mean_logits" in scores else "class_head"
 
 
 def _brief(scores: Scores) -> str:

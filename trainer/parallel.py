@@ -50,7 +50,7 @@ class World:
         return self.rank == 0
 
     def total(self, counts: Tensor) -> Tensor:
-        """Return the sum over all ranks of an int64 tensor on the CPU."""
+        """Return the sum over all ranks of an int64 or float64 tensor on the CPU."""
         if self.size == 1:
             return counts
         summed = counts.to(self.device)
@@ -64,12 +64,17 @@ class World:
             values /= self.size
         return values
 
-    def check_same(self, value: Any, what: str) -> None:
-        """Raise UsageError on every rank unless all ranks have the same value."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, by rank; a value is any object that can be pickled."""
         if self.size == 1:
-            return
+            return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
+        return values
+
+    def check_same(self, value: Any, what: str) -> None:
+        """Raise UsageError on every rank unless all ranks have the same value."""
+        values = self.gather(value)
         if other := next((rank for rank, each in enumerate(values) if each != values[0]), None):
             raise UsageError(
                 f"all ranks must have the same {what}: rank 0 has {values[0]!r}, rank {other} {values[other]!r}"

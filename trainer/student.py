@@ -94,17 +94,29 @@ class Student(nn.Module):
             self.model.get_submodule(name).train(mode)
         return self
 
+    @property
+    def has_two_tokens(self) -> bool:
+        """Return True if each head reads a token of its own (DeiT, PiT), not the same pooled features (LeViT)."""
+        return self.has_distillation_head and self.model.global_pool == "token"
+
     def forward(self, images: Tensor) -> Heads:
         """Return the logits of both heads for normalised images, float [B, 3, H, W]."""
         if not self.has_distillation_head:
             return Heads(self.model(images), None)
+        return self.read(*self.tokens(images))
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the class head and the distillation head read, float [B, D] each; only for a model with both heads."""
         model = self.model
         features = model.forward_features(images)
-        if model.global_pool == "token":  # DeiT and PiT: one token per head
-            pooled, pooled_dist = model.head_drop(features[:, 0]), model.head_drop(features[:, 1])
-        else:  # LeViT, EfficientFormer, SwiftFormer: both heads read the same pooled features
-            pooled = pooled_dist = model.forward_head(features, pre_logits=True)
-        return Heads(model.head(pooled), model.head_dist(pooled_dist))
+        if self.has_two_tokens:
+            return model.head_drop(features[:, 0]), model.head_drop(features[:, 1])
+        pooled = model.forward_head(features, pre_logits=True)  # LeViT, EfficientFormer, SwiftFormer
+        return pooled, pooled
+
+    def read(self, class_token: Tensor, distill_token: Tensor) -> Heads:
+        """Return the logits of both heads for the two tensors that `tokens` returns."""
+        return Heads(self.model.head(class_token), self.model.head_dist(distill_token))
 
 
 def create_student(

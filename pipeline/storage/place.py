@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from pipeline.errors import LabelSetCorrupt
+from pipeline.errors import LabelSetCorrupt, StorageError
 from pipeline.storage import uploads
 from pipeline.storage.atomic import locked_folder, make_folder, publish_file, refusals_named, replace_file, sha256_file
 from pipeline.storage.cache import Cache, open_cache
@@ -115,6 +115,10 @@ class RemoteFile:
         """Store a small file; return False if the name has other content."""
         return uploads.put_bytes(data, self.url, replace=replace)
 
+    def refuse_unwritable(self) -> None:
+        """Raise StorageError for a file on a web server."""
+        uploads.refuse_unwritable(self.url)
+
     def update(self, change: Callable[[bytes | None], bytes]) -> bytes:
         """Replace a small file by `change(old)` if it is still unchanged; return its new content.
 
@@ -188,6 +192,12 @@ class LocalFile:
             replace_file(self.path, data)
             return True
         return publish_file(self.path, data) or self.read() == data
+
+    def refuse_unwritable(self) -> None:
+        """Raise StorageError if the file is a folder, or if its folder, or the nearest that exists, cannot be written."""
+        folder = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if self.path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise StorageError(f"{self.path} cannot be written")
 
     def update(self, change: Callable[[bytes | None], bytes]) -> bytes:
         """Replace a small file under a lock of its folder."""

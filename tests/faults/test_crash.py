@@ -24,7 +24,7 @@ INJECTED = {
     "bench stage1": ("pipeline.cost.bench.load_here", TEACHER),
     "train": ("trainer.loop.build_state", ["--labels", LABELS]),
     "bench stage2": ("trainer.bench.bench_training", ["--labels", LABELS]),
-    "evaluate": ("trainer.evaluate.open_student", ["--model", "test_resnet", "--data", DATA]),
+    "evaluate": ("trainer.evidence.scores.open_student", ["--model", "test_resnet", "--data", DATA]),
     "report": ("trainer.evidence.report.collect", [LABELS]),
     "bench inference": ("trainer.evidence.speed.open_networks", ["timm:test_resnet"]),
     "labels info": ("pipeline.labels.summary.summarise", [LABELS]),

@@ -23,7 +23,8 @@ from pipeline.settings.files import load_recipe
 from pipeline.storage.atomic import refusals_named
 from pipeline.views.recipe import Recipe
 from trainer.config import EvaluateConfig, TrainConfig
-from trainer.evaluate import ANSWERS, evaluate_checkpoint
+from trainer.evaluate import ANSWERS
+from trainer.evidence.scores import evaluate_checkpoint
 from trainer.loop import train
 from trainer.metrics import read_metrics
 

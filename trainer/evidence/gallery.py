@@ -12,7 +12,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import forward_dtype, resolve_device
 from trainer.config import ReportConfig
-from trainer.evaluate import answers_to, first_views
+from trainer.evaluate import answers_of, first_views
 from trainer.losses import TeacherTarget
 from trainer.parallel import Running, World
 from trainer.stream import Batch, mixed_images, stream_batches
@@ -60,7 +60,7 @@ def most_apart(run: Path, label_set: LabelSet, config: ReportConfig) -> list[Pic
     found: list[tuple[float, str, int, dict[str, Any], Tensor]] = []
     for batch in stream_batches(renderer, range(steps), workers=world.workers):
         images = mixed_images(batch, device)
-        answers = answers_to(student, images, running)
+        answers = answers_of(student, images, running)
         logits = answers.get("mean_logits", answers["class_head"]).cpu()
         found += _compared(batch, logits, images.cpu(), label_set)
         found = sorted(found, key=lambda each: (-each[0], each[1], each[2]))[: config.gallery]
