@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.images.source import Source
 from pipeline.storage.place import File
+from pipeline.text import count
 from pipeline.views.draws import stream_of
 from trainer.checkpoint import on_cpu, pack_state, tensors_sha256, unpack_state
 from trainer.evaluate import answers_of, centre_crops, centre_recipe, labelled_places
@@ -221,6 +222,13 @@ def fit_linear(
         raise UsageError(
             f"concat_linear needs at least {LEAST_IMAGES} images with class labels to fit on,"
             f" {source.location} has {len(places)}"
+        )
+    present = {source.shards[shard].class_labels[row] for shard, row in places}
+    if lacking := student.num_classes - len(present):
+        log.warning(
+            "%s has no image of %s, which concat_linear will hardly answer",
+            source.location,
+            count(lacking, "class", "es"),
         )
     log.info("fitting concat_linear on %s images of %s", f"{len(places):,}", source.location)
     held_out = _held_out([source.shards[shard].keys[row] for shard, row in places], student.num_classes)
