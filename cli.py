@@ -34,7 +34,7 @@ from pipeline.settings.options import (
     split_values,
 )
 from pipeline.settings.program import CONTINUES
-from trainer.config import EvaluateConfig, InferenceConfig, ReportConfig, TrainConfig
+from trainer.config import AnalyseConfig, EvaluateConfig, InferenceConfig, ReportConfig, TrainConfig
 from trainer.console import ToStderr, say_counts, shown_progress
 
 log = logging.getLogger("deit_cli")
@@ -185,6 +185,32 @@ def report(paths: tuple[str, ...], **values: Any) -> None:
     from trainer.evidence.report import write_report
 
     click.echo(str(write_report(config, paths)))
+
+
+@commands.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@config_option(AnalyseConfig)
+@options_of(AnalyseConfig)
+@AS_JSON
+def analyse(runs: tuple[str, ...], as_json: bool, **values: Any) -> None:
+    """Compare the two tokens of students, and the answers of networks.
+
+    It measures how similar class token and distillation token are from block to block, and how many images two networks
+    answer differently. RUN is the folder of a run (its best/, or else its last/ is used), a folder that `train` exported, or
+    timm:NAME for published weights. Networks with one head are compared by their answers only.
+
+    \b
+    Examples:
+      deit-cli analyse runs/deit-s --data imagenet/val --attention 4 --out analysis
+      deit-cli analyse runs/deit-s runs/teacher --data imagenet/val --samples 0
+      deit-cli analyse runs/deit-s --labels shards
+    """
+    config = AnalyseConfig(**values)
+    from trainer.evidence.analyse import analyse as analyse_runs
+    from trainer.evidence.analyse import analysis_text
+
+    result = analyse_runs(runs, config)
+    click.echo(json.dumps(result, indent=1) if as_json else analysis_text(result))
 
 
 @commands.command()

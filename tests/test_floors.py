@@ -48,7 +48,7 @@ KEEPERS = {
     "fsspec": {"pipeline.storage.remote", "pipeline.storage.stores"},
     "aiohttp": {"pipeline.storage.stores"},
     "huggingface_hub": {"pipeline.storage.stores"},
-    "matplotlib": {"pipeline.labels.sheet", "trainer.evidence.demo", "trainer.evidence.plots"},
+    "matplotlib": {"pipeline.labels.sheet", "trainer.evidence.demo", "trainer.evidence.plots", "trainer.evidence.tokens"},
     "jinja2": {"trainer.evidence.page"},
     "markupsafe": {"trainer.evidence.page"},
     "PIL": {"pipeline.images.decode", "pipeline.doctor.probing", "trainer.evidence.demo"},

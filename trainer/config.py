@@ -31,6 +31,7 @@ from pipeline.text import parse_bytes
 DistillationType = Literal["none", "soft", "hard"]
 Tail = Literal["spread", "renormalise"]
 Reduction = Literal["batchmean", "deit"]
+SecondToken = Literal["distillation", "class"]
 AmpDtype = Literal["auto", "float32", "bfloat16"]
 ViewPolicy = Literal["cycle", "random", "once"]
 Resume = Literal["never", "auto"]
@@ -139,6 +140,13 @@ class TrainConfig:
         "batchmean",
         "Divisor of the soft loss: number of images (batchmean), or number of images times number of classes, as in"
         " DeiT's code (deit).",
+    )
+    second_token: SecondToken = distillation_option(
+        "distillation",
+        "Task of the second token and its head: learn the teacher's answers (distillation), or learn the class labels"
+        " like the first (class), with weight --distillation-alpha. The latter is the paper's control experiment and"
+        " needs --distillation-type none.",
+        timed=False,
     )
     smoothing: float = optimisation_option(0.1, "Label smoothing of the class labels.", low=0, high=0.999, timed=False)
 
@@ -286,6 +294,15 @@ class TrainConfig:
         free=True,
         timed=False,
     )
+    probe_interval: int = logging_option(
+        0,
+        "Number of updates between two measurements of the similarity of class token and distillation token, for"
+        " metrics.jsonl; 0 means none. They do not change the training.",
+        low=0,
+        high=10**9,
+        free=True,
+        timed=False,
+    )
     log_tensorboard: bool = logging_option(
         False, "Write event files to tensorboard/ of the run; it needs deit-cli[tensorboard].", free=True, timed=False
     )
@@ -342,6 +359,12 @@ class TrainConfig:
             )
         if self.distillation_type == "none" and self.labels is None and self.data is None:
             raise UsageError("--distillation-type none needs --data (or --labels, whose views it then uses)")
+        if self.second_token == "class" and self.distillation_type != "none":
+            raise UsageError(
+                "--second-token class needs --distillation-type none: both heads then learn the class labels, got"
+                f" {self.distillation_type}",
+                fix="Pass --distillation-type none as well, or leave out --second-token",
+            )
         if self.expect_manifest is not None:
             parse_pin(self.expect_manifest)
             if self.labels is None:
@@ -362,6 +385,11 @@ class TrainConfig:
     def warmup(self) -> float:
         """Return the epochs of linear warm-up: the user's value, else DeiT's 5, or a tenth of all epochs in short runs."""
         return min(5.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def trains_both_heads(self) -> bool:
+        """Return whether the second head of a student learns anything: a teacher's answers, or the class labels."""
+        return self.distillation_type != "none" or self.second_token == "class"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -481,6 +509,86 @@ class EvaluateConfig:
 
 
 _ACCURACY = ("img_size", "flip", "csv", "predictions")  # settings of an evaluation that only --data uses
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyseConfig:
+    """Settings of `analyse`: the images that all networks see, and what is drawn."""
+
+    data: str | None = data_option(
+        None,
+        "Images, with or without class labels: a folder, tars or Parquet; path or URL. Every network sees their centre"
+        " crops. Without --data and --labels, only what needs no images is shown.",
+        metavar="PATH|URL",
+    )
+    labels: str | None = data_option(
+        None,
+        "Label set, folder or URL, instead of --data: every network sees its first view, and the teacher's stored"
+        " answers are compared too.",
+        metavar="FOLDER|URL",
+    )
+    labels_data: str | None = data_option(
+        None,
+        "Images of the label set: path or URL; by default those in it, or else the local path stored in it.",
+        metavar="PATH|URL",
+    )
+    samples: int = data_option(
+        2000, "Maximum number of images, spread evenly over --data, or of views of --labels; 0 means all.", low=0
+    )
+    attention: int = output_option(
+        0,
+        "Number of images, the first ones, for which the attention of both tokens is drawn; it needs --out.",
+        low=0,
+        high=64,
+    )
+    key: tuple[str, ...] = output_option(
+        (),
+        "Key of an image of --data for which the attention is drawn, instead of the first images. Repeat the option for"
+        " several.",
+    )
+    block: int | None = output_option(
+        None, "Number of the block whose attention is drawn, from 1; by default the last.", low=1
+    )
+    out: Path | None = output_option(None, "Folder for analysis.json and the pictures; by default nothing is written.")
+    crop_pct: float | None = evaluation_option(
+        None,
+        "Size of the centre crop of --data as a fraction of the shorter side, such as 0.9; by default that of each model.",
+        low=0.01,
+        high=1,
+    )
+    batch_size: int = run_option(256, "Number of images in one forward pass.", "-b", low=1)
+    workers: int | None = run_option(
+        None,
+        "Number of loader processes; by default the CPU cores minus one, or half of them if the networks run on the"
+        " CPU.",
+        "-j",
+        "--num-workers",
+        low=0,
+        high=1024,
+    )
+    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
+    amp_dtype: AmpDtype = run_option(
+        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.data is not None and self.labels is not None:
+            raise UsageError(
+                "pass --data or --labels, not both: all numbers of an analysis are of the same images",
+                fix="Run the command once for each",
+            )
+        if self.labels_data is not None and self.labels is None:
+            raise UsageError("--labels-data names the images of --labels: pass that too")
+        if self.key and self.data is None:
+            raise UsageError("--key names an image of --data: pass that too")
+        draws = bool(self.attention or self.key)
+        if self.block is not None and not draws:
+            raise UsageError("--block chooses the block whose attention is drawn: pass --attention or --key too")
+        if draws and self.data is None and self.labels is None:
+            raise UsageError("--attention draws images: pass --data or --labels too")
+        if draws and self.out is None:
+            raise UsageError("--attention and --key draw pictures: pass --out too, the folder for them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from trainer.order import Order
 from trainer.parallel import Running, World
-from trainer.stream import BatchRenderer, Catalogue, CentreRenderer, mixed_images, stream_batches
+from trainer.stream import Batch, BatchRenderer, Catalogue, CentreRenderer, mixed_images, stream_batches
 from trainer.student import Heads, Student, normalise
 
 log = logging.getLogger("deit_cli.evaluate")
@@ -204,10 +204,9 @@ def measure_agreement(
     Returns:
         percent by the name of the answer, and the number of views.
     """
-    renderer, steps = first_views(student, label_set, source, running, limit=limit)
     same: dict[str, int] = {}
     seen = 0
-    for batch in stream_batches(renderer, range(steps), workers=running.world.workers):
+    for batch in replayed_batches(student, label_set, source, running, limit=limit):
         assert batch.teacher is not None
         for name, logits in answers_of(student, mixed_images(batch, running.device), running, answering).items():
             same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.teacher.hard).sum())
@@ -215,20 +214,20 @@ def measure_agreement(
     return {name: 100 * count / seen for name, count in same.items()}, seen
 
 
-def first_views(
+def replayed_batches(
     student: Student, label_set: LabelSet, source: Source, running: Running, *, limit: int
-) -> tuple[BatchRenderer, int]:
-    """Return the renderer of the first view of every sample of a label set, and how many of its batches `limit` views are.
+) -> Iterator[Batch]:
+    """Yield batches of the first view of a label set, with the teacher's answers; the same for every student.
 
     Args:
-        student: model that is to see the views.
+        student: student that will see them.
         label_set: label set whose first view is used.
         source: images of the label set.
-        running: settings for running the student.
-        limit: maximum number of views to use, in whole batches.
+        running: number of views in a batch, and loader processes.
+        limit: maximum number of views, in whole batches.
 
     Raises:
-        UsageError: the student has other classes or another image size.
+        UsageError: the student has other classes than the label set, or another image size.
     """
     recipe = label_set.recipe
     for what, mine, theirs in (
@@ -248,7 +247,8 @@ def first_views(
         seed=0,
     )
     steps = max(1, min(order.steps_per_epoch, limit // order.batch_size))
-    return BatchRenderer(Catalogue(source, label_set), recipe, order), steps
+    renderer = BatchRenderer(Catalogue(source, label_set), recipe, order)
+    yield from stream_batches(renderer, range(steps), workers=running.world.workers)
 
 
 def centre_recipe(student: Student, crop_pct: float | None) -> Recipe:

@@ -57,6 +57,7 @@ from trainer.run import (
 )
 from trainer.stream import Batch, BatchRenderer, Catalogue, mixed_images, on_device, stream_batches
 from trainer.student import Student, normalise
+from trainer.tokens import PROBED_IMAGES, probe_tokens
 from trainer.trackers import check_trackers
 
 log = logging.getLogger("deit_cli.train")
@@ -171,7 +172,7 @@ class Run:
             total=updates, per_epoch=self.order.steps_per_epoch, progress=progress if world.leads else None
         )
         self.eval_source = self._open_eval_data(config.eval_data) if config.eval_data else None
-        unused = config.distillation_type == "none" and self.state.student.has_distillation_head
+        unused = not config.trains_both_heads and self.state.student.has_distillation_head
         self.on_rank = OnRank(self.state.student, world, compiled=config.compile, unused=unused)
         self.renderer = BatchRenderer(
             Catalogue(self.data.source, self.data.label_set), self.data.recipe, self.order, share
@@ -211,6 +212,8 @@ class Run:
             last = step == order.steps_per_epoch - 1
             if (update + 1) % config.log_interval == 0 or last:
                 self._report(update, lr, share, sums, extra)
+            if config.probe_interval and (update + 1) % config.probe_interval == 0 and world.leads:
+                self._probe(update, batches[0])
             stops = consensus.stops(bool(stop))
             exports = last and _is_due(epoch, config.checkpoint_interval, config.epochs)
             if last or stops or _is_recovery_point(config, update):
@@ -287,6 +290,14 @@ class Run:
         speed = self.pace.look(values)
         self.recorder.add("train", update, epoch=epoch, step=step, lr=lr, **speed, **values)
 
+    def _probe(self, update: int, batch: Batch) -> None:
+        """Record how similar both tokens are for images of this batch. Nothing that the training uses is changed."""
+        epoch, step = self.order.position(update)
+        images = mixed_images(batch, self.running.device)[:PROBED_IMAGES]
+        self.recorder.add(
+            "tokens", update, epoch=epoch, step=step, **probe_tokens(self.state.student, images, self.running)
+        )
+
     def _catch_up(self) -> None:
         """Evaluate now if an earlier start saved the end of an epoch but stopped before its evaluation."""
         epoch, step = self.order.position(self.state.next_update)
@@ -311,7 +322,7 @@ class Run:
         for name, student in candidates:
             world.share_buffers(student)  # each rank has seen different images
             scores, count = evaluate(student, source, self.running, crop_pct=self.config.crop_pct)
-            top1 = scores["class_head" if self.config.distillation_type == "none" else primary_head(scores)]["top1"]
+            top1 = scores[primary_head(scores) if self.config.trains_both_heads else "class_head"]["top1"]
             evaluated = {"weights": name, "images": count, "top1": top1, "scores": scores}
             self.recorder.add("eval", state.next_update - 1, epoch=epoch, **evaluated)
             if world.leads:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.errors import UsageError
-from trainer.config import DistillationType, Reduction, Tail, TrainConfig
+from trainer.config import DistillationType, Reduction, SecondToken, Tail, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,12 @@ class LossSettings:
 
     Attributes:
         distillation_type: kind of the distillation loss; `none`: class loss only, for any alpha.
-        alpha: weight of the distillation loss, 0..1.
+        alpha: weight of the second head's loss, 0..1.
         tau: temperature of the soft distillation loss, see `soft_distillation_loss`.
         tail: how the tail mass counts, see `soft_distillation_loss`.
         reduction: divisor of the soft distillation loss, see `soft_distillation_loss`.
         smoothing: smoothing of the class labels, see `class_loss`.
+        second_token: `class`: without distillation, the second head learns the class labels too (the control experiment).
     """
 
     distillation_type: DistillationType
@@ -71,6 +72,7 @@ class LossSettings:
     tail: Tail
     reduction: Reduction
     smoothing: float
+    second_token: SecondToken = "distillation"
 
     @classmethod
     def of(cls, config: TrainConfig) -> "LossSettings":
@@ -82,6 +84,7 @@ class LossSettings:
             tail=config.tail,
             reduction=config.soft_reduction,
             smoothing=config.smoothing,
+            second_token=config.second_token,
         )
 
 
@@ -92,7 +95,10 @@ def distillation_loss(
     teacher: TeacherTarget | None,
     settings: LossSettings,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return (1 - alpha) * class loss + alpha * distillation loss, and the two parts.
+    """Return (1 - alpha) * class loss + alpha * loss of the second head, and the two parts.
+
+    The second head learns the teacher's answers; in the control experiment, the same class labels as the first (DeiT,
+    section 4); without either, the loss is the class loss alone.
 
     Args:
         class_logits: float [B, C].
@@ -102,10 +108,15 @@ def distillation_loss(
         settings: kind and weights of the loss.
 
     Returns:
-        The loss, a scalar; its detached parts `class_loss` and, with distillation, `distill_loss`.
+        The loss, a scalar; its detached parts `class_loss` and, with distillation, `distill_loss`, or in the control
+        experiment `second_class_loss`.
     """
     kind, alpha = settings.distillation_type, settings.alpha
     class_part = class_loss(class_logits, class_target, smoothing=settings.smoothing)
+    if kind == "none" and settings.second_token == "class" and distill_logits is not None:
+        second_part = class_loss(distill_logits, class_target, smoothing=settings.smoothing)
+        parts = {"class_loss": class_part.detach(), "second_class_loss": second_part.detach()}
+        return (1 - alpha) * class_part + alpha * second_part, parts
     if kind == "none":
         return class_part, {"class_loss": class_part.detach()}
     if teacher is None:

@@ -72,7 +72,7 @@ class Recorder:
         """Record numbers measured after update `index`.
 
         Args:
-            kind: `train` or `eval`.
+            kind: `train`, `eval` or `tokens` (of --probe-interval).
             index: number of the update, from 0.
             values: JSON values; numbers in them become points of curves, see `trackers.scalars_of`.
 
@@ -140,7 +140,13 @@ def open_recorder(
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values with null for a number that is not finite: JSON has none, and a gradient norm may be infinite."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: kept(value) for name, value in values.items()}
 
 
 def _line(values: dict[str, Any]) -> str:

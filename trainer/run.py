@@ -32,6 +32,7 @@ from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
 from trainer.order import Order, Share, check_repeats, default_repeats
 from trainer.stream import Catalogue
 from trainer.student import Student, create_student
+from trainer.tokens import why_no_tokens
 from trainer.weights import start_from
 
 log = logging.getLogger("deit_cli.train")
@@ -43,6 +44,8 @@ SETTINGS_NAME = "config.yaml"
 SETTINGS_HEADER = b"# deit-cli train -c THIS_FILE --output ANOTHER_FOLDER trains the same again\n"
 LOCK_NAME = "lock"
 EVALUATION_NAME = "evaluation.json"
+# Settings that states of earlier versions lack, with the value that those versions used.
+ADDED_SETTINGS = {"second_token": "distillation"}
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,7 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
         _load_initial_weights(config, student)
     if config.linear_probe:
         student.freeze_backbone()
+    _check_second_token(config, student)
     student.to(device)
     if config.crop_pct is not None:
         student.model.pretrained_cfg["crop_pct"] = config.crop_pct
@@ -263,6 +267,20 @@ def build_state(config: TrainConfig, data: Data, order: Order, device: torch.dev
     ema = create_ema(student, config.model_ema_decay, config.model_ema_warmup) if config.model_ema else None
     student.train()
     return State(student, optimizer, ema)
+
+
+def _check_second_token(config: TrainConfig, student: Student) -> None:
+    """Raise UsageError if the settings need a second head or token that the student lacks."""
+    if config.second_token == "class" and not student.has_distillation_head:
+        raise UsageError(
+            f"--second-token class needs a student with two heads, {config.model} has one",
+            fix="Choose a --model with a distillation token, such as deit-s, or leave out --second-token",
+        )
+    if config.probe_interval and (why := why_no_tokens(student)):
+        raise UsageError(
+            f"--probe-interval compares two tokens, and {config.model} has {why}",
+            fix="Choose a --model with a distillation token, such as deit-s, or leave out --probe-interval",
+        )
 
 
 def _load_initial_weights(config: TrainConfig, student: Student) -> None:
@@ -310,6 +328,8 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     if not isinstance(saved, dict) or type(saved.get("next_update")) is not int or saved["next_update"] < 0:
         raise CheckpointError(f"{path} is not the state of a run: it does not say after which update it was saved")
     found = {name: saved.get(name) for name in meta}
+    if isinstance(found["config"], dict):
+        found["config"] = ADDED_SETTINGS | found["config"]
     pin = found.pop("expect_manifest")
     meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
     # A changed pin is intended; a missing pin may be a mistake.
@@ -394,7 +414,11 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State, share:
         log.warning("the label set has %d views: from epoch %d on they repeat", len(order.views), len(order.views))
     if config.distillation_type != "none" and not student.has_distillation_head:
         log.warning("%s has no distillation token: its one head learns from class labels and teacher", config.model)
-    if config.distillation_type == "none" and student.has_distillation_head:
+    if config.second_token == "class":
+        log.info(
+            "control experiment: the second head of %s learns the class labels too, without a teacher", config.model
+        )
+    if not config.trains_both_heads and student.has_distillation_head:
         log.warning("%s has a distillation head, which stays untrained without teacher labels", config.model)
 
 

@@ -290,7 +290,7 @@ def stream_batches(
 
 @dataclass(frozen=True)
 class CentreBatch:
-    """Centre crops, uint8 [B, H, W, 3], and their class labels, int64 [B]."""
+    """Centre crops, uint8 [B, H, W, 3], and their class labels, int64 [B], -1 for a sample without one."""
 
     images: Tensor
     class_label: Tensor
@@ -299,8 +299,17 @@ class CentreBatch:
 class CentreRenderer:
     """Renderer called in loader processes: `renderer(i, out, note)` returns the i-th batch of centre crops and class labels."""
 
-    def __init__(self, source: Source, labelled: list[tuple[int, int]], recipe: Recipe, batch_size: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        labelled: list[tuple[int, int]],
+        recipe: Recipe,
+        batch_size: int,
+        *,
+        need_labels: bool = True,
+    ) -> None:
         self._source, self._labelled, self._recipe, self._size = source, labelled, recipe, batch_size
+        self._need_labels = need_labels
 
     def stream(self, *, workers: int) -> SlotStream[CentreBatch]:
         """Return all batches, rendered in loader processes."""
@@ -313,7 +322,7 @@ class CentreRenderer:
         """Render a batch into the first rows of `out`.
 
         Raises:
-            SourceError: an image cannot be decoded, or has lost its class label.
+            SourceError: an image cannot be decoded, or has lost the class label that is needed.
         """
         chosen = self._labelled[index * self._size : (index + 1) * self._size]
         pixels, labels = out.numpy(), []
@@ -321,10 +330,10 @@ class CentreRenderer:
             shard = self._source.shards[number]
             note(f"image {shard.keys[row]!r} of {shard.name}")
             sample = shard[row]
-            if sample.class_label is None:
+            if sample.class_label is None and self._need_labels:
                 raise SourceError(f"{sample.key!r} has lost its class label since the source was opened")
             pixels[at] = render_view(sample.image, self._recipe, sample.key, 0)
-            labels.append(sample.class_label)
+            labels.append(-1 if sample.class_label is None else sample.class_label)
         return CentreBatch(out[: len(chosen)], torch.tensor(labels))
 
 

@@ -61,6 +61,8 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from ((inner if name == "scores" else f"{name}_{inner}", number) for inner, number in _flat(value))
+        elif isinstance(value, list):
+            yield from _flat({f"{name}_{number}": each for number, each in enumerate(value, 1)})
         elif isinstance(value, int | float) and name not in _PLACE:
             yield name, float(value)
 

@@ -74,6 +74,7 @@ ADDED = {
     "precompute": "-j 0 --device cpu",
     "train": QUICK,
     "evaluate": "-j 0 --device cpu",
+    "analyse": "-j 0 --device cpu",
     "estimate": "-j 0 --device cpu --seconds 0.1",
     "bench stage1": "-j 0 --device cpu --seconds 0.1",
     "bench stage2": f"{TINY} -b 8 -j 0 --device cpu --seconds 0.1",
@@ -112,6 +113,7 @@ def added(line: str) -> str:
 CANNOT = {
     r"^pip install": "the environment of the tests has the packages; tests/evidence/test_demo.py runs the demo",
     r"^torchrun --nnodes 4": "four machines",
+    r"^deit-cli analyse .*timm:": "published weights, which need the network",
     r"^#!/bin/bash\n#SBATCH": "Slurm; tests/docs/test_docs.py reads the scripts, tests/machine/test_ranks.py tests the variables",
     r"^sbatch ": "Slurm",
     r"^ray start|--engine ray": "a Ray cluster, which tests/stage1/test_ray.py starts",

@@ -27,6 +27,7 @@ INJECTED = {
     "evaluate": ("trainer.evidence.scores.open_student", ["--model", "test_resnet", "--data", DATA]),
     "report": ("trainer.evidence.report.collect", [LABELS]),
     "bench inference": ("trainer.evidence.speed.open_networks", ["timm:test_resnet"]),
+    "analyse": ("trainer.evidence.analyse.find_networks", ["run"]),
     "labels info": ("pipeline.labels.summary.summarise", [LABELS]),
     "labels verify": ("pipeline.verify.verify.check_images", [LABELS]),
     "labels sign": ("pipeline.sharing.signing._library", [LABELS, "--private-key", "team.pem"]),

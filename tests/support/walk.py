@@ -135,6 +135,9 @@ deit-cli evaluate --checkpoint runs/hard/last --data tars --labels shards {CPU} 
 deit-cli evaluate --checkpoint runs/hard/last --data tars {CPU}
 deit-cli evaluate --checkpoint runs/cnn/last --data tars {CPU} --json
 deit-cli evaluate --checkpoint runs/hard/last {CPU}
+deit-cli train {STUDENT} --output runs/control --epochs 2 --distillation-type none --second-token class --probe-interval 1
+deit-cli analyse runs/hard runs/control runs/cnn --data tars --attention 2 --out analysis {CPU}
+deit-cli analyse runs/hard runs/control --labels shards {CPU} --json
 deit-cli precompute --data tars --teacher runs/cnn/last --out own --views 0:2 {RECIPE} {CPU}
 deit-cli estimate --data tars --teacher toys:first --views 0:4 {RECIPE} {CPU} --seconds 0.1 --json
 deit-cli estimate --data tars --teacher toys:first --views 0:4 {RECIPE} {CPU} --seconds 0.1

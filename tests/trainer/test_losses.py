@@ -300,7 +300,7 @@ class FixedStudent(nn.Module):
         return self.answers
 
 
-def settings(distillation_type: Any, **changes: float) -> LossSettings:
+def settings(distillation_type: Any, **changes: Any) -> LossSettings:
     """Equal shares of both losses at temperature 1, unless changed."""
     common: dict[str, Any] = {"alpha": 0.5, "tau": 1.0, "tail": "spread", "reduction": "batchmean", "smoothing": 0.1}
     return LossSettings(distillation_type=distillation_type, **(common | changes))
@@ -344,6 +344,40 @@ def test_without_distillation_the_loss_is_the_class_loss_alone(rng):
     assert loss.requires_grad
     assert list(parts) == ["class_loss"]
     assert not parts["class_loss"].requires_grad
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
+def test_in_the_control_experiment_both_heads_learn_the_mixed_smoothed_class_labels(rng, alpha):
+    first, second = torch.randn(2, 4, 6, generator=rng).requires_grad_().unbind()
+    labels, lam, partner = [0, 5, 2, 2], [0.3, 0.6, 0.4, 0.7], [3, 2, 1, 0]
+    target = ClassTarget(
+        torch.tensor(labels), torch.ones(4, dtype=torch.bool), torch.tensor(partner), torch.tensor(lam)
+    )
+    dense = torch.full((4, 6), 0.1 / 6)
+    for row, (label, other, weight) in enumerate(zip(labels, partner, lam, strict=True)):
+        dense[row, label] += 0.9 * weight
+        dense[row, labels[other]] += 0.9 * (1 - weight)
+    control = settings("none", alpha=alpha, second_token="class")
+    loss, parts = distillation_loss(first, second, target, None, control)
+    one, two = (nn.functional.cross_entropy(logits, dense) for logits in (first, second))
+    torch.testing.assert_close(loss, (1 - alpha) * one + alpha * two)
+    torch.testing.assert_close([parts["class_loss"], parts["second_class_loss"]], [one.detach(), two.detach()])
+    assert list(parts) == ["class_loss", "second_class_loss"]
+    assert not any(part.requires_grad for part in parts.values())
+    got, expected = (torch.autograd.grad(each, (first, second)) for each in (loss, (1 - alpha) * one + alpha * two))
+    torch.testing.assert_close(got, expected)
+
+
+def test_in_the_control_experiment_unlabelled_images_count_for_neither_head(rng):
+    first, second = torch.randn(2, 4, 6, generator=rng)
+    target = ClassTarget(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 0, 0, 1]) == 1, torch.arange(4), torch.ones(4))
+    loss, _ = distillation_loss(first, second, target, None, settings("none", smoothing=0.0, second_token="class"))
+    rows = [
+        nn.functional.cross_entropy(logits[row], torch.tensor(c))
+        for logits in (first, second)
+        for row, c in ((0, 1), (3, 4))
+    ]
+    torch.testing.assert_close(loss, sum(rows) / 8)
 
 
 def test_a_student_with_one_head_learns_from_both_on_it(rng):

@@ -12,10 +12,10 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import forward_dtype, resolve_device
 from trainer.config import ReportConfig
-from trainer.evaluate import answers_of, first_views
+from trainer.evaluate import answers_of, replayed_batches
 from trainer.losses import TeacherTarget
 from trainer.parallel import Running, World
-from trainer.stream import Batch, mixed_images, stream_batches
+from trainer.stream import Batch, mixed_images
 from trainer.student import open_student
 
 SHOWN = 5  # classes of the teacher's answer
@@ -54,11 +54,9 @@ def most_apart(run: Path, label_set: LabelSet, config: ReportConfig) -> list[Pic
     world = World(0, 1, device, plan_workers(config.workers, device))
     running = Running(world=world, dtype=forward_dtype("auto", device), batch_size=config.batch_size)
     student.to(device)
-    renderer, steps = first_views(
-        student, label_set, label_set.open_source(config.data), running, limit=config.gallery_views
-    )
+    source = label_set.open_source(config.data)
     found: list[tuple[float, str, int, dict[str, Any], Tensor]] = []
-    for batch in stream_batches(renderer, range(steps), workers=world.workers):
+    for batch in replayed_batches(student, label_set, source, running, limit=config.gallery_views):
         images = mixed_images(batch, device)
         answers = answers_of(student, images, running)
         logits = answers.get("mean_logits", answers["class_head"]).cpu()
