@@ -76,6 +76,11 @@ def first_few(names: Sequence[str], limit: int) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return all names as text: `a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
 def two_columns(rows: Sequence[tuple[str, str]]) -> str:
     """Return rows of a name and a text as a table, one row per line."""
     return "\n".join(f"{name:15}{text}" for name, text in rows)

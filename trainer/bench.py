@@ -17,6 +17,8 @@ import torch
 
 from pipeline.images.decode import decode, decode_around, image_size
 from pipeline.images.samples import Sample
+from pipeline.labels.combined import sets_of
+from pipeline.labels.encoding import Answers
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image
 from pipeline.machine.loaders import PREFETCH, one_core
@@ -324,7 +326,8 @@ def measure_parts(run: Run, *, least_s: float) -> StreamParts:
     with one_core():
         spent = {name: median_s(each, host, least_s) / len(samples) / len(views) for name, each in work.items()}
         plan_s, find_s = _planning_s(run, least_s)
-        labels_s = None if data.label_set is None else find_s + _label_files_s(run, data.label_set, least_s)
+        sets = sets_of(data.label_set) if data.label_set else ()
+        labels_s = find_s + sum(_label_files_s(run, each, least_s) for each in sets) if sets else None
     return StreamParts(
         read_s=spent["read_s"],
         decode_s=spent["decode_s"],
@@ -364,11 +367,19 @@ class _Planner(BatchRenderer):
 
     label_s = 0.0
 
-    def _labels_of(self, *args: Any) -> TeacherTarget | None:
+    def _labels_of(self, *args: Any) -> Answers | None:
+        with self._timed():
+            return super()._labels_of(*args)
+
+    def _target_of(self, *args: Any) -> TeacherTarget | None:
+        with self._timed():
+            return super()._target_of(*args)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
-        labels = super()._labels_of(*args)
+        yield
         self.label_s += time.perf_counter() - began
-        return labels
 
     def _render_images(self, *_: Any) -> None:
         pass

@@ -5,13 +5,14 @@ written once, here: the command line takes its options, helps and defaults from 
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UsageError
 from pipeline.labels.format import parse_pin
 from pipeline.settings.fields import (
+    as_written,
     check_settings,
     data_option,
     distillation_option,
@@ -35,6 +36,7 @@ SecondToken = Literal["distillation", "class"]
 AmpDtype = Literal["auto", "float32", "bfloat16"]
 ViewPolicy = Literal["cycle", "random", "once"]
 Resume = Literal["never", "auto"]
+LabelMode = Literal["mean", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +44,36 @@ class TrainConfig:
     """Settings of a training run.
 
     A resumed run may change the settings that are `free`: they set locations and speed, and do not change the result.
-    (The batch may be divided differently if the number of views in an update, over all ranks and passes, stays the same.)
+    (The batch may be divided differently if the number of views in an update, over all ranks and passes, stays the same.
+    Which label sets these locations hold, and how several of them are combined, may not change: `trainer.run.run_identity`.)
     """
 
-    labels: str | None = data_option(
-        None,
-        "Label set that `precompute` made: folder or URL. Required, except with --distillation-type none.",
+    labels: tuple[str, ...] = data_option(
+        (),
+        "Label set that `precompute` made: folder or URL. Required, except with --distillation-type none. Repeat the"
+        " option to learn from several teachers that labelled the same images with the same recipe.",
         free=True,
         metavar="FOLDER|URL",
     )
-    expect_manifest: str | None = data_option(
-        None,
+    label_weights: tuple[float, ...] = data_option(
+        (),
+        "Weights of the label sets, one for each --labels in the same order, such as 0.7,0.3; they are scaled to a sum"
+        " of 1. By default equal.",
+        low=1e-6,
+        high=1e6,
+        free=True,
+        timed=False,
+    )
+    label_mode: LabelMode = data_option(
+        "mean",
+        "How several label sets become one: the weighted mean of their probabilities and a weighted vote for the hard"
+        " label (mean), or for each view the labels of one set, drawn with its weight (random).",
+        free=True,
+    )
+    expect_manifest: tuple[str, ...] = data_option(
+        (),
         "Expected hash of the label set's manifest, as `labels info` prints it; a label set with any other manifest"
-        " is refused.",
+        " is refused. Pass it once for each --labels, in the same order, or not at all.",
         free=True,
         metavar="sha256:HEX",
     )
@@ -351,13 +370,16 @@ class TrainConfig:
         for name in ("output", "init"):  # callers may pass a Path
             value = getattr(self, name)
             object.__setattr__(self, name, value if value is None else os.fspath(value))
+        for name in ("labels", "expect_manifest"):  # callers may pass a single one
+            object.__setattr__(self, name, _texts(getattr(self, name)))
+        object.__setattr__(self, "label_weights", tuple(map(float, self.label_weights)))
         check_settings(self)
         parse_bytes(self.cache_size, what="--cache-size")
-        if self.distillation_type != "none" and self.labels is None:
+        if self.distillation_type != "none" and not self.labels:
             raise UsageError(
                 f"--distillation-type {self.distillation_type} needs --labels; without a teacher pass none"
             )
-        if self.distillation_type == "none" and self.labels is None and self.data is None:
+        if self.distillation_type == "none" and not self.labels and self.data is None:
             raise UsageError("--distillation-type none needs --data (or --labels, whose views it then uses)")
         if self.second_token == "class" and self.distillation_type != "none":
             raise UsageError(
@@ -365,16 +387,26 @@ class TrainConfig:
                 f" {self.distillation_type}",
                 fix="Pass --distillation-type none as well, or leave out --second-token",
             )
-        if self.expect_manifest is not None:
-            parse_pin(self.expect_manifest)
-            if self.labels is None:
-                raise UsageError("--expect-manifest names the manifest of --labels: pass them too")
+        self._check_label_sets()
         if self.warmup > self.epochs:
             raise UsageError(f"--warmup-epochs must be at most --epochs ({self.epochs}), got {self.warmup:g}")
         if self.init is not None and self.pretrained:
             raise UsageError("start from --init or from --pretrained, not from both")
         if self.linear_probe and self.init is None and not self.pretrained:
             raise UsageError("--linear-probe trains heads on features that are there: pass --init or --pretrained too")
+
+    def _check_label_sets(self) -> None:
+        """Raise UsageError unless there are as many pins and weights as label sets, or none."""
+        for pin in self.expect_manifest:
+            parse_pin(pin)
+        if self.expect_manifest and not self.labels:
+            raise UsageError("--expect-manifest names the manifest of --labels: pass them too")
+        for flag, values in (("--expect-manifest", self.expect_manifest), ("--label-weights", self.label_weights)):
+            if values and len(values) != len(self.labels):
+                raise UsageError(
+                    f"{flag} must have one value for each of the {len(self.labels)} --labels, in the same order, or be"
+                    f" left out; got {len(values)}"
+                )
 
     @property
     def folder(self) -> Path:
@@ -393,13 +425,21 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        values = {each.name: as_written(getattr(self, each.name), each) for each in settings_of(TrainConfig)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must be the same when the run is resumed."""
         values = self.to_dict()
         same = {setting.name: values[setting.name] for setting in settings_of(TrainConfig) if not setting.free}
         return same | {"warmup_epochs": self.warmup}
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Return the values of a setting that may be repeated, from None, one value or several; each a text or a Path."""
+    if value is None or isinstance(value, str | os.PathLike):
+        return () if value is None else (os.fspath(value),)
+    return tuple(map(os.fspath, value))
 
 
 @dataclass(frozen=True, kw_only=True)

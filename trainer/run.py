@@ -13,9 +13,9 @@ from timm.utils.model_ema import ModelEmaV3
 
 from pipeline.errors import CheckpointError, LabelSetMismatch, UsageError
 from pipeline.images.source import Source, open_source
+from pipeline.labels.combined import CombinedLabels, Labels, in_words, open_labels, sets_of
 from pipeline.labels.comparing import record_of
-from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import first_difference
+from pipeline.labels.manifest import first_difference, short
 from pipeline.labels.replay import check_replay
 from pipeline.settings.files import plain_settings, recipe_settings
 from pipeline.storage.atomic import refusals_named, replace_file
@@ -54,14 +54,14 @@ class Data:
 
     Attributes:
         source: original images.
-        label_set: label set with the teacher's answers; None: train on class labels alone.
+        label_set: label set with the teacher's answers, or several as one; None: train on class labels alone.
         recipe: recipe of the views.
         num_classes: number of classes, C.
         class_names: one name per class, or None.
     """
 
     source: Source
-    label_set: LabelSet | None
+    label_set: Labels | None
     recipe: Recipe
     num_classes: int
     class_names: tuple[str, ...] | None
@@ -100,27 +100,49 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
         UsageError: no label set is given, and the source has no class labels.
     """
     cache = open_cache(config.cache_dir, config.cache_size)
-    if config.labels is None:
+    if not config.labels:
         source = open_source(config.data or "", cache=cache)
         labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
         if not labels:
             raise UsageError(f"{source.location} has no class labels to train on")
         return Data(source, None, recipe or PRESETS["deit"], source.num_classes or max(labels) + 1, source.class_names)
-    label_set = LabelSet.open(config.labels, cache=cache, expect_manifest=config.expect_manifest)
+    label_set = open_labels(
+        config.labels,
+        pins=config.expect_manifest,
+        cache=cache,
+        weights=config.label_weights,
+        mode=config.label_mode,
+        seed=config.seed,
+        spread=config.tail == "spread",
+    )
+    _refuse_soft_without_probabilities(config, label_set)
     if recipe is not None and recipe.id != label_set.recipe.id:
         difference = first_difference(label_set.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
         raise LabelSetMismatch(
-            f"{config.labels} was made with another recipe{difference}",
+            f"{label_set.place} was made with another recipe{difference}",
             fix="Leave out --recipe and --set, on the command line and in the -c file: the recipe comes from the label set",
         )
     source = label_set.open_source(config.data, cache=cache)
     difference = check_replay(label_set, source)
     if not difference:
-        log.info("%d replay probes: every pixel is as the teacher saw it", len(label_set.manifest.probes))
-    if label_set.manifest.shards is not None:
-        shards = len(label_set.shards), len(label_set.plan.source.shards)
-        log.warning("%s holds %d of %d source shards: the student trains only on their images", config.labels, *shards)
+        probes = sum(len(each.manifest.probes) for each in sets_of(label_set))
+        log.info("%d replay probes: every pixel is as the teacher saw it", probes)
+    if label_set.is_part:
+        shards = len(label_set.shards), len(label_set.source_record.shards)
+        log.warning(
+            "%s holds %d of %d source shards: the student trains only on their images", label_set.place, *shards
+        )
     return Data(source, label_set, label_set.recipe, label_set.num_classes, label_set.class_names)
+
+
+def _refuse_soft_without_probabilities(config: TrainConfig, labels: Labels) -> None:
+    """Raise UsageError for soft distillation from several label sets of which one has only hard labels; the loss refuses a single one."""
+    hard_only = next((each for each in sets_of(labels) if each.plan.topk == 0), None)
+    if config.distillation_type == "soft" and isinstance(labels, CombinedLabels) and hard_only:
+        raise UsageError(
+            f"soft distillation needs top-k labels (K >= 1), and {hard_only.place} holds only hard labels (K = 0)",
+            fix="Train with hard distillation, or leave out this --labels",
+        )
 
 
 def check_output(config: TrainConfig) -> None:
@@ -220,7 +242,8 @@ def _views_to_train_on(config: TrainConfig, data: Data) -> range | None:
         return labelled
     start, stop = config.views
     if labelled is None or not labelled.start <= start < stop <= labelled.stop:
-        has = "no label set is given" if labelled is None else f"the label set has {labelled.start}:{labelled.stop}"
+        which = "all label sets have" if isinstance(data.label_set, CombinedLabels) else "the label set has"
+        has = "no label set is given" if labelled is None else f"{which} {labelled.start}:{labelled.stop}"
         raise UsageError(f"--views must be START:STOP within the labelled views, got {start}:{stop}: {has}")
     return range(start, stop)
 
@@ -301,13 +324,30 @@ def run_identity(config: TrainConfig, data: Data, order: Order) -> dict[str, Any
         "config": config.identity(),
         "views_per_update": order.batch_size,
         "recipe_id": data.recipe.id,
-        "labelset_id": data.label_set.plan.labelset_id if data.label_set else None,
-        "expect_manifest": config.expect_manifest,
+        **_label_identity(data.label_set),
+        "expect_manifest": config.to_dict()["expect_manifest"],
         "repeated_aug": order.repeated_aug,
         "views": [order.views.start, order.views.stop] if order.views else None,
-        "source_id": data.label_set.plan.source_id if data.label_set else record_of(data.source).id,
-        "shards": list(data.label_set.shards) if data.label_set and data.label_set.manifest.shards else None,
+        "source_id": (data.label_set.source_record if data.label_set else record_of(data.source)).id,
+        "shards": list(data.label_set.shards) if data.label_set and data.label_set.is_part else None,
     }
+
+
+def _label_identity(labels: Labels | None) -> dict[str, Any]:
+    """Return the id of the label set; of several, their ids in order, and how they are combined."""
+    ids = [each.plan.labelset_id for each in sets_of(labels)] if labels else [None]
+    if isinstance(labels, CombinedLabels):
+        how = labels.combination
+        return {"labelset_id": ids, "label_weights": list(how.weights), "label_mode": how.mode}
+    return {"labelset_id": ids[0]}
+
+
+def _label_sets_in_words(identity: dict[str, Any]) -> str:
+    """Return the label sets in a run's identity as text, for an error."""
+    ids, weights = identity["labelset_id"], identity.get("label_weights")
+    if isinstance(ids, list) and isinstance(weights, list) and len(ids) == len(weights):
+        return f"label sets {in_words([short(str(each)) for each in ids], weights, str(identity.get('label_mode')))}"
+    return f"label set {short(str(ids))}" if ids else "no label set"
 
 
 def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
@@ -333,16 +373,24 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     pin = found.pop("expect_manifest")
     meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
     # A changed pin is intended; a missing pin may be a mistake.
-    if pin is not None and config.expect_manifest is None:
+    if pin is not None and not config.expect_manifest:
         raise CheckpointError(
             f"{path} belongs to a run that is pinned to a manifest",
-            fix=f"Pass --expect-manifest {pin}, or the new pin if you know why the manifest changed",
+            fix=f"Pass --expect-manifest {' --expect-manifest '.join([pin] if isinstance(pin, str) else map(str, pin))}, or the new pin"
+            " if you know why the manifest changed",
         )
     saved_views, views = found["views_per_update"], meta["views_per_update"]
     if found | {"views_per_update": views} == meta and saved_views != views:
         raise CheckpointError(
             f"{path} belongs to a run with {saved_views} views per update, this one has {views}",
             fix=f"Choose --batch-size, --grad-accum-steps and ranks so that their product is {saved_views}",
+        )
+    if "label_weights" in {**saved, **meta} and (then := _label_sets_in_words(saved)) != (
+        now := _label_sets_in_words(meta)
+    ):
+        raise CheckpointError(
+            f"{path} belongs to a run on {then}, this one is on {now}",
+            fix="Pass --labels, --label-weights and --label-mode as that run had them, or another --output",
         )
     if found["views"] != meta["views"] and found | {"views": meta["views"]} == meta:
         views = ":".join(map(str, found["views"])) if isinstance(found["views"], list) else str(found["views"])
@@ -385,10 +433,8 @@ def save_config(config: TrainConfig, data: Data) -> None:
     """Write config.json, with all settings and ids, and config.yaml, which `train -c` takes to repeat the training."""
     resolved = {"config": config.to_dict(), "recipe": data.recipe.model_dump(mode="json"), "recipe_id": data.recipe.id}
     if data.label_set:
-        resolved |= {
-            "labelset_id": data.label_set.plan.labelset_id,
-            "teacher": data.label_set.plan.teacher.model_dump(mode="json"),
-        }
+        teachers = [each.plan.teacher.model_dump(mode="json") for each in sets_of(data.label_set)]
+        resolved |= _label_identity(data.label_set) | {"teacher": teachers if len(teachers) > 1 else teachers[0]}
     replace_file(config.folder / CONFIG_NAME, pretty_json(resolved))
     settings = plain_settings(config)
     settings.pop("resume")  # an option of the command, not a setting of the run
@@ -404,6 +450,9 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State, share:
     log.info("student %s: %.1f M parameters, %d px, %d classes", config.model, millions, student.img_size, classes)
     parts = f" in {share.parts} parts ({share.size} ranks, {share.passes} passes)" if share.parts > 1 else ""
     together = f", {order.repeated_aug} views of an image together" if order.repeated_aug > 1 else ""
+    if isinstance(data.label_set, CombinedLabels):
+        names, how = [each.plan.teacher.name for each in data.label_set.sets], data.label_set.combination
+        log.info("teachers %s", in_words(names, how.weights, how.mode))
     message = "%d epochs of %d updates, %d views each%s, lr %.3g%s"
     log.info(message, config.epochs, order.steps_per_epoch, order.views_per_step, parts, lr, together)
     if student.backbone_frozen:

@@ -19,9 +19,9 @@ from torch import Tensor
 from pipeline.errors import SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
+from pipeline.labels.combined import CombinedLabels, Labels
 from pipeline.labels.comparing import labelled_part
-from pipeline.labels.encoding import LabelRows
-from pipeline.labels.labelset import LabelSet
+from pipeline.labels.encoding import Answers, LabelRows
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, SlotStream
@@ -130,7 +130,7 @@ class ShardTable:
 class Catalogue:
     """The samples of every source shard: from the label set if there is one, else from the source."""
 
-    def __init__(self, source: Source, label_set: LabelSet | None) -> None:
+    def __init__(self, source: Source, label_set: Labels | None) -> None:
         self.source = source if label_set is None else labelled_part(label_set, source)
         self.label_set = label_set
         self.names = tuple(shard.name for shard in self.source.shards)
@@ -214,7 +214,7 @@ class BatchRenderer:
         for part in parts:
             self._render_images(part, views, out[start:].numpy(), note)
             start += len(part.layout.rows)
-        return _joined(index, views, out[:start], parts)
+        return _joined(index, views, out[:start], parts, self._target_of(parts))
 
     def _part(self, shard: int, units: NDArray[np.int64], views: range) -> "_Part":
         """Return rows, mixes and labels of the units of one source shard, without decoding images."""
@@ -228,25 +228,30 @@ class BatchRenderer:
 
     def _labels_of(
         self, shard: int, table: ShardTable, pairs: NDArray[np.int64], layout: Layout, views: range
-    ) -> TeacherTarget | None:
+    ) -> Answers | None:
         """Return the stored answers for the views in a layout, in their order."""
         label_set = self._catalogue.label_set
         if label_set is None:
             return None
         name = self._catalogue.names[shard]
-        found = [self._labels.get((shard, view), partial(label_set.read, name, view)) for view in views]
+        found = [self._labels.get((shard, view), partial(label_set.read, name, view)).answers for view in views]
         at, there = np.searchsorted(table.usable, np.where(pairs >= 0, pairs, table.usable[0])), layout.places >= 0
+        columns = zip(*found, strict=True)
+        return Answers(*(np.stack([values[at] for values in of_views], axis=1)[there] for of_views in columns))
 
-        def column(name: str, dtype: type) -> Tensor:
-            values = np.stack([getattr(rows, name)[at] for rows in found], axis=1)[there]
-            return torch.from_numpy(values.astype(dtype))
-
-        has_tail = len(found[0].tail_mass) > 0  # False if only hard labels are stored
+    def _target_of(self, parts: list["_Part"]) -> TeacherTarget | None:
+        """Return the target of distillation for a batch; several label sets are combined here, once for all of its views."""
+        label_set, stored = self._catalogue.label_set, [part.answers for part in parts if part.answers is not None]
+        if not stored:
+            return None
+        answers = Answers(*map(np.concatenate, zip(*stored, strict=True)))
+        if isinstance(label_set, CombinedLabels):
+            answers = label_set.combination.combine(answers)
         return TeacherTarget(
-            hard=column("hard", np.int64),
-            topk_index=column("topk_index", np.int64),
-            topk_prob=column("topk_prob", np.float32),
-            tail_mass=column("tail_mass", np.float32) if has_tail else torch.zeros(len(layout.rows)),
+            hard=torch.from_numpy(answers.hard.astype(np.int64)),
+            topk_index=torch.from_numpy(answers.topk_index.astype(np.int64)),
+            topk_prob=torch.from_numpy(answers.topk_prob.astype(np.float32)),
+            tail_mass=torch.from_numpy(answers.tail_mass.astype(np.float32)),
         )
 
     def _render_images(self, part: "_Part", views: range, pixels: NDArray[np.uint8], note: Note) -> None:
@@ -346,17 +351,17 @@ class _Part:
         table: samples of the source shard.
         pairs: int64 [U, 2], rows of the two partners; the second is -1 for a sample without a partner.
         layout: position of each view in this part.
-        teacher: the teacher's stored answers for these views; None without a label set.
+        answers: stored answers for these views; None without a label set.
     """
 
     shard: int
     table: ShardTable
     pairs: NDArray[np.int64]
     layout: Layout
-    teacher: TeacherTarget | None
+    answers: Answers | None
 
 
-def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Batch:
+def _joined(index: int, views: range, images: Tensor, parts: list[_Part], teacher: TeacherTarget | None) -> Batch:
     """Return a batch that joins these parts in order."""
     rows = [(part.table, part.layout.rows) for part in parts]
     mixes = [part.layout.mix for part in parts]
@@ -368,9 +373,6 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Bat
     )
     class_label = torch.from_numpy(np.concatenate([table.class_label[at] for table, at in rows]))
     labelled = torch.from_numpy(np.concatenate([table.labelled[at] for table, at in rows]))
-    answers = [part.teacher for part in parts if part.teacher is not None]
-    names = [field.name for field in fields(TeacherTarget)] if answers else []
-    columns = [torch.cat([getattr(each, name) for each in answers]) for name in names]
     return Batch(
         index=index,
         views=views,
@@ -378,7 +380,7 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part]) -> Bat
         images=images,
         mix=mix,
         classes=ClassTarget(class_label, labelled, mix.partner, mix.lam),
-        teacher=TeacherTarget(*columns) if answers else None,
+        teacher=teacher,
     )
 
 

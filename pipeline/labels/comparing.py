@@ -14,14 +14,14 @@ from pydantic import ValidationError
 
 from pipeline.errors import LabelSetMismatch, SourceError
 from pipeline.images.source import Source
-from pipeline.labels.labelset import LabelSet
+from pipeline.labels.combined import Labels
 from pipeline.labels.manifest import SourceRecord, short
 from pipeline.storage.json import canonical_json
 from pipeline.storage.urls import local_path
 from pipeline.text import first_few
 
 
-def check_source(label_set: LabelSet, source: Source) -> None:
+def check_source(label_set: Labels, source: Source) -> None:
     """Raise LabelSetMismatch unless the source has the keys, class labels and class names that were labelled.
 
     If the set holds only some source shards, the source may have only these or more. Reading the keys of a remote source would
@@ -30,7 +30,7 @@ def check_source(label_set: LabelSet, source: Source) -> None:
     """
     source = labelled_part(label_set, source)
     found = None if source.is_remote else record_of(source)
-    classes, names = label_set.plan.source.class_names, tuple(shard.name for shard in source.shards)
+    classes, names = label_set.source_record.class_names, tuple(shard.name for shard in source.shards)
     same = (source.class_names, names) == (classes, label_set.shards)
     if same and (found is None or found.shards == label_set.records):
         return
@@ -39,15 +39,15 @@ def check_source(label_set: LabelSet, source: Source) -> None:
         compare_names("shard", label_set.shards, names),
         *([] if found is None else _compare_keys(label_set, source, found)),
     ]
-    other = "" if found is None or label_set.manifest.shards is not None else f" (id {short(found.id)})"
+    other = "" if found is None or label_set.is_part else f" (id {short(found.id)})"
     raise LabelSetMismatch(
-        f"{label_set.place} was made from source {short(label_set.plan.source_id)}, {source.location}{other} is"
+        f"{label_set.place} was made from source {short(label_set.source_record.id)}, {source.location}{other} is"
         f" another: {'; '.join(filter(None, differences))}",
         fix="Pass the --data that was labelled",
     )
 
 
-def _compare_keys(label_set: LabelSet, source: Source, found: SourceRecord) -> list[str]:
+def _compare_keys(label_set: Labels, source: Source, found: SourceRecord) -> list[str]:
     """Return the differing samples of a local source as text; only the samples files of differing source shards are read."""
     comparison = Comparison()
     labelled, others = ({record.name: record for record in records} for records in (label_set.records, found.shards))
@@ -63,13 +63,13 @@ def _compare_keys(label_set: LabelSet, source: Source, found: SourceRecord) -> l
     return comparison.result().describe(limit=3)
 
 
-def labelled_part(label_set: LabelSet, source: Source) -> Source:
+def labelled_part(label_set: Labels, source: Source) -> Source:
     """Return the labelled part of a source: all of it, or only the source shards in the label set.
 
     Raises:
         LabelSetMismatch: the source lacks one of these source shards.
     """
-    if label_set.manifest.shards is None:
+    if not label_set.is_part:
         return source
     found = {shard.name for shard in source.shards}
     if lacking := [name for name in label_set.shards if name not in found]:

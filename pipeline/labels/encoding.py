@@ -6,7 +6,7 @@ columns; then name it in `format.Precision` and specify it in docs/format-v1.md.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,6 +23,22 @@ COMPARED_TOPK = 64  # up to this K, every rank is compared with every other; abo
 SUM_TOLERANCE = 0.01  # float16 changes each probability, and so their sum, by at most 0.0005 of its value
 
 Columns = Mapping[str, NDArray[Any]] | NDArray[np.void]  # arrays by name, or a structured array with these fields
+
+
+class Answers(NamedTuple):
+    """Stored answers of one label set: the columns of `LabelRows` that students learn from; or of S label sets side by side.
+
+    Attributes:
+        hard: [N]; of several sets [N, S].
+        topk_index: [N, K]; K is the sum of the sets' K.
+        topk_prob: [N, K].
+        tail_mass: [N], 0 if K is 0; of several sets [N, S].
+    """
+
+    hard: NDArray[Any]
+    topk_index: NDArray[Any]
+    topk_prob: NDArray[np.floating]
+    tail_mass: NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,12 @@ class LabelRows:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def answers(self) -> Answers:
+        """The columns that students learn from."""
+        tail = self.tail_mass if self.topk_index.shape[1] else np.zeros(len(self), self.topk_prob.dtype)
+        return Answers(self.hard, self.topk_index, self.topk_prob, tail)
 
     def part(self, at: slice) -> "LabelRows":
         """Return some rows, which share their memory with these rows."""

@@ -20,7 +20,16 @@ from pipeline.labels.format import (
     PLAN_NAME,
     check_pin,
 )
-from pipeline.labels.manifest import FileEntry, ShardRecord, parse_manifest, parse_plan, refuse_import, shards_of, short
+from pipeline.labels.manifest import (
+    FileEntry,
+    ShardRecord,
+    SourceRecord,
+    parse_manifest,
+    parse_plan,
+    refuse_import,
+    shards_of,
+    short,
+)
 from pipeline.labels.sealing import check_complete
 from pipeline.labels.tables import Contents, SampleRows
 from pipeline.storage.cache import Cache
@@ -106,6 +115,16 @@ class LabelSet:
     def recipe(self) -> Recipe:
         """The augmentation that made the views."""
         return self.plan.recipe
+
+    @property
+    def source_record(self) -> SourceRecord:
+        """The source that was labelled."""
+        return self.plan.source
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the set has only some source shards of the source."""
+        return self.manifest.shards is not None
 
     @property
     def num_classes(self) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
 from pipeline.images.source import Sample, Source
+from pipeline.labels.combined import Labels, sets_of
 from pipeline.labels.comparing import check_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Probe
@@ -62,8 +63,10 @@ def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) ->
         )
 
 
-def check_replay(label_set: LabelSet, source: Source) -> float:
-    """Render every probe of the manifest again, and return the maximum difference.
+def check_replay(labels: Labels, source: Source) -> float:
+    """Render every probe of the manifests again, and return the maximum difference.
+
+    Of several label sets, only probes in source shards that all sets have are rendered.
 
     Returns:
         the maximum mean difference over the probes, in levels of 255; 0.0 if every pixel is equal.
@@ -72,10 +75,22 @@ def check_replay(label_set: LabelSet, source: Source) -> float:
         ReplayError: pixels or mixes differ by more than rounding.
         LabelSetMismatch: an image has other bytes than the one that was labelled.
     """
-    check_source(label_set, source)
-    if not label_set.manifest.probes:
-        raise LabelSetCorrupt(f"{label_set.place} has no replay probes, so its labels cannot be checked against pixels")
-    return compare_probes(label_set.manifest.probes, label_set.recipe, source, label_set.samples)
+    check_source(labels, source)
+    shards, worst = {*labels.shards}, 0.0
+    for label_set in sets_of(labels):
+        if not label_set.manifest.probes:
+            raise LabelSetCorrupt(
+                f"{label_set.place} has no replay probes, so its labels cannot be checked against pixels"
+            )
+        elsewhere = {*label_set.shards} - shards
+        probes = [probe for probe in label_set.manifest.probes if probe.shard not in elsewhere]
+        if not probes:
+            message = (
+                "no replay probe of %s is in a source shard that all label sets have: no pixels were compared for it"
+            )
+            log.warning(message, label_set.place)
+        worst = max(worst, compare_probes(probes, labels.recipe, source, label_set.samples))
+    return worst
 
 
 def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samples_of) -> float:

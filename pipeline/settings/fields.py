@@ -161,6 +161,13 @@ def _range(low: float, high: float | None) -> str:
     return f"at least {first}" if high is None else f"in {first}..{last}"
 
 
+def as_written(value: Any, setting: Setting) -> Any:
+    """Return a value as people write it in a file: of an option that may be repeated, nothing, a single value, or a list."""
+    if not setting.repeats:
+        return value
+    return list(value) if len(value) > 1 else next(iter(value), None)
+
+
 @functools.cache
 def settings_of(config: type) -> tuple[Setting, ...]:
     """Return the settings of a config dataclass, in the order of its fields."""

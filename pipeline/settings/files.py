@@ -3,7 +3,6 @@
 Like the command line, a file may have `recipe` and `set`; `set` is a mapping of recipe fields.
 """
 
-import dataclasses
 import difflib
 import shlex
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError, UsageError
-from pipeline.settings.fields import Setting, option, settings_of
+from pipeline.settings.fields import Setting, as_written, option, settings_of
 from pipeline.storage.yaml import parse_yaml, read_yaml, to_flow
 from pipeline.views.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 
@@ -56,7 +55,7 @@ def read_settings(path: Path, *kinds: type, recipe: bool = True) -> dict[str, An
 
 def plain_settings(config: Any) -> dict[str, Any]:
     """Return a config in the form of a settings file; a setting that is None is left out."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {each.name: as_written(getattr(config, each.name), each) for each in settings_of(type(config))}
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 

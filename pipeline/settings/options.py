@@ -52,6 +52,24 @@ class NumberOrWord(click.ParamType):
             self.fail(f"{value!r} is neither a whole number nor {' or '.join(self.words)}", param, ctx)
 
 
+class Numbers(click.ParamType):
+    """Numbers with commas between them, as a tuple; for an option that may be repeated as well."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Return the numbers of the text."""
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} are not numbers with commas between them, such as 0.7,0.3", param, ctx)
+
+    @staticmethod
+    def joined(context: click.Context, param: click.Parameter, values: Any) -> tuple[float, ...]:
+        """Return the numbers of all times that the option was passed."""
+        return tuple(number for each in values for number in each)
+
+
 class GroupedOption(click.Option):
     """An option with a heading in `--help`: one of `fields.GROUPS`."""
 
@@ -85,6 +103,8 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
     known: dict[str, Any] = {"required": True} if default is REQUIRED else {"default": default}
     if setting.bare is not None:
         known |= {"is_flag": False, "flag_value": setting.bare}
+    if isinstance(_type_of(setting), Numbers):
+        known |= {"callback": Numbers.joined}
     return plain_option(
         f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind is bool else setting.flag,
         *setting.flags,
@@ -103,6 +123,8 @@ def _type_of(setting: Setting) -> Any:
     """Return click's type of one value; None for a flag."""
     if setting.words:
         return NumberOrWord(setting.words) if setting.kind else click.Choice(setting.words)
+    if setting.repeats and setting.kind is float:
+        return Numbers()
     return {Path: click.Path(path_type=Path), Views: ViewsType(), bool: None}.get(setting.kind, setting.kind)
 
 

@@ -58,6 +58,9 @@ GOOD = [
     # text, what it sets
     ("epochs: 3", {"epochs": 3}),
     ("batch-size: 7", {"batch_size": 7}),
+    # an option that may be repeated
+    ("labels: a", {"labels": ("a",)}),
+    ("labels: [a, b]\nlabel-weights: [0.7, 2]", {"labels": ("a", "b"), "label_weights": (0.7, 2)}),
     # a further name of the same option
     ("data_path: x\ninput-size: 32", {"data": "x", "img_size": 32}),
     # YAML 1.1 takes this for text
@@ -94,7 +97,9 @@ BAD = [
     ("lr: fast", r"lr must be a number or null, got 'fast'"),
     ("model_ema: 1", r"model_ema must be true or false, got 1"),
     ("model: 5", r"model must be text \(in quotes\), got 5"),
-    ("labels: [a]", r"labels must be text \(in quotes\) or null, got \['a'\]"),
+    ("data: [a]", r"data must be text \(in quotes\) or null, got \['a'\]"),
+    ("labels: [1]", r"labels must be text \(in quotes\) or a list of them, got \[1\]"),
+    ("label-weights: 0.7,0.3", r"label-weights must be a number or a list of them, got '0\.7,0\.3'"),
     ("distillation_type: loud", r"distillation_type must be one of none, soft, hard, got 'loud'"),
     ("set: 3", r"set must be a mapping of recipe fields, got 3"),
     ("model: " + "[" + "x, " * 100 + "]", r"model must be text \(in quotes\), got \['x', .{71}\.\.\.$"),
@@ -146,7 +151,7 @@ def test_what_is_passed_goes_before_the_file_wherever_it_stands(tmp_path):
     ):
         found = train_config(*arguments)
         assert (found.epochs, found.model_ema, found.lr, found.workers) == (30, True, 1e-3, 2)
-        assert found.labels == "shards"
+        assert found.labels == ("shards",)
     assert train_config("-c", path).model_ema is False
     path = str(written(tmp_path, "labels: shards\nlr: null\nimg-size: null\ndata: null"))
     assert train_config("-c", path) == TrainConfig(labels="shards")
@@ -211,6 +216,10 @@ def test_settings_are_said_as_the_options_that_differ():
     assert describe_settings(config) == "--labels 'my shards' --lr 0.001 --no-model-ema"
     both = PrecomputeConfig(data="x", out=Path("y"), views=(0, 7)), TeacherConfig(teacher=("a", "b"))
     assert describe_settings(*both) == "--data x --out y --views 0:7 --teacher a --teacher b"
+    several = TrainConfig(labels=["a", Path("b")], label_weights=(0.7, 2.0), label_mode="random")
+    assert describe_settings(several) == (
+        "--labels a --labels b --label-weights 0.7 --label-weights 2.0 --label-mode random"
+    )
     recipe = load_recipe("none", {"img_size": 32, "scale": [0.4, 1], "aa": None})
     assert describe_settings(config, recipe=recipe).endswith("--recipe none --set img_size=32 --set 'scale=[0.4, 1.0]'")
     assert describe_settings(recipe=Recipe(aa=None, hflip=1e-7)) == "--set hflip=1.0e-07 --set aa=null"
@@ -228,7 +237,9 @@ def range_of(kind: type, name: str) -> tuple[float, float]:
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 SPECIAL = {
     # field: values that only some texts or pairs are
-    "expect_manifest": st.just("sha256:" + "0a" * 32),
+    "labels": st.lists(TEXT, min_size=2, max_size=2).map(tuple),
+    "label_weights": st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=2).map(tuple),
+    "expect_manifest": st.just(("sha256:" + "0a" * 32, "sha256:" + "0b" * 32)),
     "cache_size": st.sampled_from(["1MB", "2TB", "64GiB"]),
     "include_images": st.sampled_from(["original", "256"]),
     "views": st.tuples(st.integers(0, 100), st.integers(101, 2**20)),

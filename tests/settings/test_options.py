@@ -23,13 +23,14 @@ import torch
 from click.core import ParameterSource
 from click.testing import CliRunner
 from safetensors.torch import save_file
-from support.builders import make_labels, with_checkout, write_tars
+from support.builders import make_labels, small_teacher, with_checkout, write_tars
 from support.command_tree import COMMANDS
 from support.imports import write_fkd, write_tinyvit
 from support.signing import write_key
 
 import cli
 from pipeline.errors import DeitCliError
+from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.views.recipe import PRESETS, Recipe
 
@@ -164,7 +165,15 @@ MEASURED = [
 TRIALS: dict[str, list[Trial]] = {
     "train": [
         Trial("-c {folder}/train.yaml", seen=saved("weight_decay", 0.25)),
-        Trial("--expect-manifest {manifest}", seen=lambda got: saved("expect_manifest", got.settings["expect_manifest"])(got)),
+        Trial("--expect-manifest {manifest}", seen=lambda got: saved("expect_manifest", got.settings["expect_manifest"][0])(got)),
+        Trial(
+            "--labels {second} --label-weights 0.7,0.3 --label-mode mean --distillation-type soft",
+            seen=lambda got: "teachers support.builders:confident_cnn (0.7) and test_resnet (0.3), averaged" in got.said,
+        ),
+        Trial("--labels {second} --label-mode random", seen=lambda got: "(0.5), one drawn for each view" in got.said),
+        Trial("--labels {second} --label-weights 1", "must have one value for each of the 2 --labels"),
+        Trial("--labels {second} --label-weights much", "'much' are not numbers with commas between them"),
+        Trial("--labels {second} --expect-manifest {manifest}", "must have one value for each of the 2 --labels"),
         Trial(f"--expect-manifest sha256:{'0' * 64}", "is not the pinned manifest"),
         Trial("--data {copy}"),
         Trial("--cache-dir cache --cache-size 1GB"),
@@ -265,6 +274,8 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--distillation-type soft --tail spread --soft-reduction batchmean --amp-dtype float32 --deterministic"),
         Trial("--distillation-type soft --tail renormalise --soft-reduction deit --amp-dtype bfloat16 --no-model-ema"),
         Trial("-b 6 --grad-accum-steps 2 --recipe deit --set img_size=16 --set mix_block=8"),
+        Trial("--labels {second} --label-mode mean"),
+        Trial("--labels {second} --label-mode random"),
         Trial("--pretrained", OFFLINE),
         Trial("--compile", seen=lambda got: got.compiled > 0),
     ],
@@ -467,6 +478,7 @@ def world(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("world")
     data = write_tars(folder / "data")
     labels = make_labels(folder / "labels", data)
+    second = make_labels(folder / "second", data, teacher=small_teacher(open_source(data), num_classes=3))
     torch.manual_seed(0)
     teacher = timm.create_model("test_resnet", num_classes=3)
     save_file(teacher.state_dict(), folder / "teacher.safetensors")
@@ -485,6 +497,7 @@ def world(tmp_path_factory) -> dict[str, str]:
         "copy": str(shutil.copytree(data, folder / "copy")),
         "bad": write_tars(folder / "bad", bad=(4,)),
         "labels": str(labels.folder),
+        "second": str(second.folder),
         "manifest": f"sha256:{labels.manifest_sha256}",
         "run": str(folder / "run"),
         "fkd": str(folder / "fkd"),

@@ -234,7 +234,7 @@ def _train(output: Path, seed: int, recipe: Recipe, progress: Callable[[Any], No
         output=str(output), seed=seed, model_ema=False, log_interval=1, checkpoint_interval=50, **settings
     )
     try:
-        return train(config, recipe if config.labels is None else None, progress=progress)
+        return train(config, None if config.labels else recipe, progress=progress)
     except StoppedError as error:
         raise StoppedError(
             f"the demo was stopped and cannot be resumed: to start again, delete {output.parent} or choose another --out",
