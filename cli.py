@@ -438,6 +438,58 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
 
 @labels.command()
 @LABELS
+@EXPECT_MANIFEST
+@plain_option(
+    "--views",
+    type=ViewsType(),
+    help="Views to read, START:STOP; by default all. A few views rank the images almost as well as many.",
+    group="Views",
+)
+@plain_option(
+    "--top", type=click.IntRange(1), default=20, help="Number of entries to show of each list.", group="Output"
+)
+@plain_option(
+    "--data",
+    metavar="PATH|URL",
+    help="Images of the page in --out: path or URL; by default those in the label set, or else the local path stored in it.",
+    group="Data",
+)
+@plain_option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the complete result: audit.json, suspects.csv, and gallery.html with pictures.",
+    group="Output",
+)
+@AS_JSON
+def audit(folder: str, expect_manifest: str | None, as_json: bool, **values: Any) -> None:
+    """List images whose class label is probably wrong.
+
+    The stored answers of the teacher alone decide; no image is opened, except for the page in --out. The other lists are
+    the classes that are confused, images of which no view has a clear answer, and images with the same bytes.
+
+    \b
+    Examples:
+      deit-cli labels audit shards
+      deit-cli labels audit shards --views 0:8 --top 50 --out audit
+    """
+    views, top, data, out = (values[name] for name in ("views", "top", "data", "out"))
+    if data is not None and out is None:
+        raise UsageError("--data names the images of the page in --out: pass --out too")
+    from pipeline.labels.labelset import LabelSet
+    from trainer.evidence.audit import audit as audit_set
+    from trainer.evidence.audit import audit_table
+
+    with shown_progress() as progress:
+        found = audit_set(LabelSet.open(folder, expect_manifest=expect_manifest), views, progress=progress)
+    if out is not None:
+        from trainer.evidence.audit_files import write_audit
+
+        write_audit(found, out, top=top, data=data)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else audit_table(found, top))
+
+
+@labels.command()
+@LABELS
 @IMAGES
 @plain_option(
     "--out", type=click.Path(path_type=Path), default=Path("labels.png"), help="PNG file to write.", group="Output"

@@ -34,6 +34,8 @@ COMMANDS = [
     ("precompute --help", set()),
     ("labels info SET", TABLES),
     ("labels info --json SET", TABLES),
+    ("labels audit SET", TABLES),
+    ("labels audit --json SET", TABLES),
     ("labels verify --no-probes SET", TABLES),
     ("labels verify SET --data IMAGES", TABLES | {"torch", "cv2"}),  # replay probes are rendered
     ("labels push SET OUT", TABLES),

@@ -51,7 +51,7 @@ KEEPERS = {
     "matplotlib": {"pipeline.labels.sheet", "trainer.evidence.demo", "trainer.evidence.plots", "trainer.evidence.tokens"},
     "jinja2": {"trainer.evidence.page"},
     "markupsafe": {"trainer.evidence.page"},
-    "PIL": {"pipeline.images.decode", "pipeline.doctor.probing", "trainer.evidence.demo"},
+    "PIL": {"pipeline.images.decode", "pipeline.doctor.probing", "trainer.evidence.demo", "trainer.evidence.audit_files"},
     "cv2": {"pipeline.views.randaugment", "pipeline.machine.loaders"},
     "ray": {"pipeline.stage1.ray"},
     "model_signing": {"pipeline.sharing.signing"},
@@ -60,7 +60,7 @@ KEEPERS = {
 }  # fmt: skip
 NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixels and networks are elsewhere
 NO_TORCH_MODULES = {
-    "cli", "trainer.config", "trainer.order", "pipeline.views.draws", "pipeline.views.recipe", "pipeline.views.pairs",
+    "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "pipeline.views.draws", "pipeline.views.recipe", "pipeline.views.pairs",
     "pipeline.labels.format", "pipeline.labels.encoding", "pipeline.labels.tables", "pipeline.labels.manifest",
     "pipeline.labels.labelset", "pipeline.labels.checked_files", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.labels.summary",
     "pipeline.labels.card", "pipeline.labels.combined",

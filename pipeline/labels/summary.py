@@ -107,7 +107,7 @@ def _look_at_labels(label_set: LabelSet, tables: dict[str, SampleRows]) -> dict[
             seen += len(rows)
             right.append(_hits(label_set, samples, rows, view))
             if rows.topk_prob.shape[1]:
-                entropy.append(_entropy(rows, label_set.num_classes))
+                entropy.append(entropy_of(rows, label_set.num_classes))
                 kept.append(1 - rows.tail_mass.astype(float))
     hits = np.concatenate(right) if right else np.empty(0)
     return {
@@ -131,7 +131,7 @@ def _hits(label_set: LabelSet, samples: SampleRows, rows: LabelRows, view: int) 
     return np.array(hits, bool)
 
 
-def _entropy(rows: LabelRows, num_classes: int) -> NDArray[np.float64]:
+def entropy_of(rows: LabelRows, num_classes: int) -> NDArray[np.float64]:
     """Return the entropy in nats, float64 [N]; the tail counts as spread evenly over the classes that were not kept."""
     prob, tail = rows.topk_prob.astype(float), rows.tail_mass.astype(float)
     others = max(1, num_classes - prob.shape[1])

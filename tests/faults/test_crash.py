@@ -31,6 +31,7 @@ INJECTED = {
     "labels info": ("pipeline.labels.summary.summarise", [LABELS]),
     "labels verify": ("pipeline.verify.verify.check_images", [LABELS]),
     "labels sign": ("pipeline.sharing.signing._library", [LABELS, "--private-key", "team.pem"]),
+    "labels audit": ("trainer.evidence.audit._audit_shard", [LABELS]),
     "labels show": ("pipeline.labels.sheet._spread", [LABELS]),
     "labels push": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),
     "labels pull": ("pipeline.sharing.transfer._carry", [LABELS, "elsewhere"]),

@@ -89,6 +89,7 @@ BEGIN = {
     "labels info": "{labels}",
     "labels verify": "{labels}",
     "labels sign": "{mine}",
+    "labels audit": "{labels}",
     "labels show": "{labels}",
     "labels push": "{labels} out",
     "labels pull": "{labels} out",
@@ -351,6 +352,13 @@ TRIALS: dict[str, list[Trial]] = {
     "labels sign": [
         Trial("--private-key {folder}/team.pem", seen=lambda got: got.output.strip().endswith("manifest.json.sig")),
         Trial("--identity-token nonsense", "cannot be signed"),
+    ],
+    "labels audit": [
+        Trial("--views 1:3 --top 2", seen=lambda got: "views 1:3 of 23 images" in got.output and "the first 2 of" in got.output),
+        Trial("--out out --data {copy} --expect-manifest {manifest}", seen=exists("out/audit.json", "out/suspects.csv", "out/gallery.html")),
+        Trial("--data {copy}", "pass --out too"),
+        Trial("--views 1:9", "--views must be START:STOP within the labelled views 0:3, got 1:9"),
+        Trial("--json", seen=is_json),
     ],
     "labels show": [
         Trial("--data {copy} --out sheet.png --samples 2 --views 1", seen=exists("sheet.png")),

@@ -96,6 +96,9 @@ deit-cli labels info log8 --json
 deit-cli labels info hard
 deit-cli labels info missing
 deit-cli labels info shards --expect-manifest sha256:00
+deit-cli labels audit shards --top 3
+deit-cli labels audit hard --json
+deit-cli labels audit shards --views 0:2 --out audited
 deit-cli labels verify shards
 deit-cli labels verify shards --data tars --teacher toys:first --relabel 12 --device cpu
 deit-cli labels verify shards --data tars --teacher toys:second --relabel 12 --device cpu --json

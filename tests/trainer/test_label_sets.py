@@ -257,7 +257,7 @@ def test_a_run_does_not_continue_on_other_label_sets(folder, begun, names, chang
 
 def test_a_run_of_one_set_does_not_continue_on_two(folder, tmp_path):
     run = train(config(folder, "a", output=tmp_path / "run", epochs=1))
-    a, b = ids(folder, "a", "b")
+    a, _ = ids(folder, "a", "b")
     with pytest.raises(
         CheckpointError, match=rf"belongs to a run on label set {a}, this one is on label sets {a} \(0\.5\)"
     ):

@@ -7,6 +7,9 @@ with its exact value and this place (RFC 6901).
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 from pipeline.text import byte_size
 from trainer.evidence import plots
 
@@ -65,18 +68,21 @@ def render_page(report: Mapping[str, Any], images: Mapping[str, str]) -> str:
         report: content of report.json.
         images: data URIs of the pictures that the report names.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    environment = templates()
+    environment.filters |= {"num": number, "size": size, "plain": plain}
+    return environment.get_template(TEMPLATE).render(
+        report=Traced(report), images=images, charts={name: draw for name, draw in _charts(report).items() if draw}
+    )
 
-    environment = Environment(
+
+def templates() -> Environment:
+    """Return the page templates of this package; they escape every text."""
+    return Environment(
         loader=PackageLoader("trainer.evidence"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    environment.filters |= {"num": number, "size": size, "plain": plain}
-    return environment.get_template(TEMPLATE).render(
-        report=Traced(report), images=images, charts={name: draw for name, draw in _charts(report).items() if draw}
     )
 
 
@@ -88,8 +94,6 @@ def number(found: Traced, form: str = ".1f", unit: str = "") -> Any:
         form: format specification, such as `.1f` or `,`.
         unit: text behind the number.
     """
-    from markupsafe import Markup
-
     if found.value is None:
         return Markup("–")
     text = format(found.value, form)
@@ -100,8 +104,6 @@ def number(found: Traced, form: str = ".1f", unit: str = "") -> Any:
 
 def size(found: Traced) -> Any:
     """Return a number of bytes with its unit and its place in report.json."""
-    from markupsafe import Markup
-
     if found.value is None:
         return Markup("–")
     return Markup('<data value="{}" data-from="{}">{}</data>').format(
@@ -116,8 +118,6 @@ def plain(found: Any) -> str:
 
 def _charts(report: Mapping[str, Any]) -> dict[str, str]:
     """Return the SVG of each chart that the values allow; the page lists the numbers behind each."""
-    from markupsafe import Markup
-
     found: dict[str, str] = {}
     names = [each["name"] for each in (*report["results"], *report["runs"])]
     colours = {name: number for number, name in enumerate(dict.fromkeys(names))}  # of a run, the same in every chart
