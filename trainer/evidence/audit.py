@@ -483,14 +483,8 @@ def _class_labels(samples: SampleRows) -> NDArray[np.int64]:
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
-NUMBERS = ("", "score", "contradicted", "images", "of the class", "entropy")  # headings of columns that are aligned to the right
-    "",
-    "score",
-    "share",
-    "images",
-    "of the class",
-    "entropy",
-)  # headings of columns that are aligned to the right
+# Headings of columns that are aligned to the right.
+NUMBERS = ("", "score", "contradicted", "images", "of the class", "entropy")
 
 
 def audit_table(found: Audit, top: int) -> str:
