@@ -121,6 +121,7 @@ def train(log_json: Path | None, **values: Any) -> None:
     Examples:
       deit-cli train --labels shards --model deit-s --eval-data imagenet/val --output runs/deit-s
       deit-cli train --labels shards --model deit-s --distillation-type soft --distillation-tau 3 --output runs/soft
+      deit-cli train --labels shards --labels shards-convnext --label-weights 0.7,0.3 --distillation-type soft --output runs/two
       deit-cli train -c runs/deit-s/config.yaml --output runs/again
       deit-cli train --labels shards --model deit-s --output runs/deit-s --resume
       torchrun --nproc-per-node 8 --no-python deit-cli train --labels shards --model deit-b --output runs/deit-b

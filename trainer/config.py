@@ -66,7 +66,7 @@ class TrainConfig:
     )
     label_mode: LabelMode = data_option(
         "mean",
-        "How several label sets become one: the weighted mean of their probabilities and a weighted vote for the hard"
+        "Combination of several label sets: the weighted mean of their probabilities and a weighted vote for the hard"
         " label (mean), or for each view the labels of one set, drawn with its weight (random).",
         free=True,
     )

@@ -22,6 +22,7 @@ from trainer.bench import bench_training
 from trainer.checkpoint import load_state
 from trainer.config import TrainConfig
 from trainer.loop import train
+from trainer.order import Share
 from trainer.run import make_order, open_data
 from trainer.stream import Batch, BatchRenderer, Catalogue, stream_batches
 
@@ -149,6 +150,20 @@ def test_loader_processes_do_not_change_the_batches(folder, mode):
     assert [content(batch) for batch in here] == [content(batch) for batch in there]
 
 
+@pytest.mark.parametrize("mode", ["mean", "random"])
+def test_ranks_have_the_answers_that_one_process_has(folder, mode):
+    asked = config(folder, "a", "b", label_mode=mode)
+    data = open_data(asked)
+    order = make_order(asked, data)
+    catalogue = Catalogue(data.source, data.label_set)
+
+    def told(*shares: Share) -> list[tuple]:
+        batches = [BatchRenderer(catalogue, data.recipe, order, share).render_here(2) for share in shares]
+        return sorted(zip(views_of(batches), [tuple(target) for _, target in targets(batches)], strict=True))
+
+    assert told(Share(0, 2), Share(1, 2)) == told(Share())
+
+
 def test_the_seed_decides_what_random_draws(folder):
     def hard(seed: int) -> list[tuple]:
         asked = config(folder, "a", "b", label_mode="random", seed=seed, epochs=1, batch_size=40)
@@ -257,7 +272,7 @@ def test_a_run_does_not_continue_on_other_label_sets(folder, begun, names, chang
 
 def test_a_run_of_one_set_does_not_continue_on_two(folder, tmp_path):
     run = train(config(folder, "a", output=tmp_path / "run", epochs=1))
-    a, _ = ids(folder, "a", "b")
+    (a,) = ids(folder, "a")
     with pytest.raises(
         CheckpointError, match=rf"belongs to a run on label set {a}, this one is on label sets {a} \(0\.5\)"
     ):
