@@ -471,7 +471,7 @@ def audit(folder: str, expect_manifest: str | None, as_json: bool, **values: Any
     \b
     Examples:
       deit-cli labels audit shards
-      deit-cli labels audit shards --views 0:8 --top 50 --out audit
+      deit-cli labels audit shards --views 0:10 --top 50 --out audit
     """
     views, top, data, out = (values[name] for name in ("views", "top", "data", "out"))
     if data is not None and out is None:

@@ -456,6 +456,7 @@ def _duplicates(label_set: LabelSet, shards: Sequence[_Findings]) -> list[list[I
     number = np.repeat(np.arange(len(shards)), [len(each.rows) for each in shards])
     rows = np.concatenate([each.rows for each in shards])
     _, group, size = np.unique(hashes, axis=0, return_inverse=True, return_counts=True)
+    group = group.reshape(-1)  # NumPy 2.0 returns a column
     groups: dict[int, list[Image]] = {}
     copies = np.flatnonzero(size[group] > 1)
     for shard in np.unique(number[copies]).tolist():
