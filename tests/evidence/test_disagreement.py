@@ -11,7 +11,6 @@ from support.builders import make_labels, write_tars
 
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.images.source import open_source
-from pipeline.labels.labelset import LabelSet
 from pipeline.views.view import render_view
 from trainer.config import AnalyseConfig, EvaluateConfig
 from trainer.evaluate import centre_recipe, evaluate_checkpoint
@@ -224,8 +223,7 @@ def test_the_table_has_a_line_for_each_classifier(networks, data):
     assert len({len(line) for line in table}) == 1
 
 
-def test_a_label_set_type_is_opened_once(networks, data, tmp_path):
+def test_images_of_a_label_set_that_have_moved_are_named(networks, data, tmp_path):
     label_set = make_labels(tmp_path / "set", data)
-    assert isinstance(label_set, LabelSet)
     moved = settings(labels=str(label_set.folder), labels_data=data, samples=8, batch_size=4)
     assert analyse(networks, moved)["disagreement"]["images"] == 8

@@ -205,9 +205,10 @@ def test_a_student_without_a_second_token_says_why(name, why):
 
 def test_every_network_of_timm_with_two_heads_is_known():
     """A new family of networks with a second head needs a look at `why_no_tokens` and `blocks_of`."""
-    known = ((name, timm.get_pretrained_cfg(name)) for name in timm.list_models())
+    entries = ((name, timm.get_pretrained_cfg(name)) for name in timm.list_models())
+    heads = {name: entry.classifier for name, entry in entries if entry is not None}
     names = [
-        name for name, entry in known if entry is not None and ".head_dist" in f".{'.'.join(entry.classifier or ())}"
+        n for n, parts in heads.items() if isinstance(parts, tuple) and any(p.startswith("head_dist") for p in parts)
     ]
     families = {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in names}
     assert families == {"deit", "pit", "levit", "efficientformer", "efficientformer_v2", "swiftformer"}
@@ -423,7 +424,7 @@ def digits(tmp_path_factory) -> tuple[Path, LabelSet]:
     teacher = train(TrainConfig(output=str(folder / "teacher"), data=str(images["labelled"]), distillation_type="none", **settings), recipe)  # fmt: skip
     source = open_source(images["evaluation"])
     loaded = load_teacher(TeacherConfig(teacher=(str(teacher / "last"),), device="cpu"))
-    asked = PrecomputeConfig(data=str(images["evaluation"]), out=str(folder / "labels"), views=(0, 9), workers=0)
+    asked = PrecomputeConfig(data=str(images["evaluation"]), out=str(folder / "labels"), views=(0, 10), workers=0)
     label_set = precompute(asked, recipe, loaded, source)
     assert label_set is not None
     torch.set_num_threads(1)
@@ -432,9 +433,13 @@ def digits(tmp_path_factory) -> tuple[Path, LabelSet]:
 
 @pytest.mark.slow
 def test_two_class_tokens_become_the_same_and_a_distillation_token_does_not(digits, tmp_path):
-    """The control of DeiT's section 4, small: 396 updates instead of 375,000. There: 0.999 and 0.93."""
+    """The control of DeiT's section 4, small: 990 updates instead of 375,000. There: 0.999 and 0.93.
+
+    With seeds 0 to 3 the control came to 0.993 to 0.999, and with seeds 0 to 2 the distilled student to 0.969 to 0.981. After
+    396 updates it is too early: with seeds 0 and 2 the control was at 0.57 and 0.46.
+    """
     data, label_set = digits
-    common: dict[str, Any] = STUDENT | {"labels": str(label_set.folder), "model": "deit-ti", "epochs": 12, "model_ema": False, "workers": 0}  # fmt: skip
+    common: dict[str, Any] = STUDENT | {"labels": str(label_set.folder), "model": "deit-ti", "epochs": 30, "model_ema": False, "workers": 0}  # fmt: skip
     runs = [
         train(TrainConfig(output=str(tmp_path / name), **common, **more))
         for name, more in (("control", CONTROL), ("hard", {}))
