@@ -85,6 +85,14 @@ class TrainConfig:
         free=True,
         metavar="PATH|URL",
     )
+    labelled_fraction: float = data_option(
+        1.0,
+        "Share of the class labels that is used, above 0 and up to 1; a smaller share is a part of a larger one. Without"
+        " --labels, only these images are trained on; with --labels, the others still learn from the teacher.",
+        low=1e-9,
+        high=1,
+        timed=False,
+    )
     cache_dir: Path | None = data_option(
         None, "Folder for local copies of files from URLs; by default ~/.cache/deit-cli.", free=True
     )

@@ -175,7 +175,10 @@ class Run:
         unused = not config.trains_both_heads and self.state.student.has_distillation_head
         self.on_rank = OnRank(self.state.student, world, compiled=config.compile, unused=unused)
         self.renderer = BatchRenderer(
-            Catalogue(self.data.source, self.data.label_set), self.data.recipe, self.order, share
+            Catalogue(self.data.source, self.data.label_set, config.labelled_fraction),
+            self.data.recipe,
+            self.order,
+            share,
         )
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from pipeline.labels.combined import CombinedLabels, Labels, in_words, open_labe
 from pipeline.labels.comparing import record_of
 from pipeline.labels.manifest import first_difference, short
 from pipeline.labels.replay import check_replay
+from pipeline.settings.fields import settings_of
 from pipeline.settings.files import plain_settings, recipe_settings
 from pipeline.storage.atomic import refusals_named, replace_file
 from pipeline.storage.cache import open_cache
@@ -44,8 +45,6 @@ SETTINGS_NAME = "config.yaml"
 SETTINGS_HEADER = b"# deit-cli train -c THIS_FILE --output ANOTHER_FOLDER trains the same again\n"
 LOCK_NAME = "lock"
 EVALUATION_NAME = "evaluation.json"
-# Settings that states of earlier versions lack, with the value that those versions used.
-ADDED_SETTINGS = {"second_token": "distillation"}
 
 
 @dataclass(frozen=True)
@@ -200,11 +199,19 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
     Raises:
         UsageError: the views, the repeated augmentation or the batch size do not fit the data or the ranks.
     """
-    catalogue = Catalogue(data.source, data.label_set)
+    catalogue = Catalogue(data.source, data.label_set, config.labelled_fraction)
     views = _views_to_train_on(config, data)
-    shards = range(len(catalogue.names))
+    units: list[int] = []
+    labelled = 0
     with Prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
-        units = tuple(count_pairs(data.recipe, catalogue.table(shard).usable) for shard in shards)
+        for table in map(catalogue.table, range(len(catalogue.names))):
+            units.append(count_pairs(data.recipe, table.usable))
+            labelled += int(table.labelled.sum())
+    if config.labelled_fraction < 1 and not labelled:
+        raise UsageError(
+            f"--labelled-fraction {config.labelled_fraction:g} leaves no image with a class label",
+            fix="Pass a larger share, or images with more class labels",
+        )
     repeats = config.repeated_aug or default_repeats(data.recipe, views)
     if config.repeated_aug is None and sum(units) < repeats * share.parts:
         repeats = 1  # with repeats, an epoch would have fewer units than an update has forward passes
@@ -216,7 +223,7 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
             fix="Label more views with deit-cli precompute --views, or pass --view-policy cycle",
         )
     order = Order(
-        shard_units=units,
+        shard_units=tuple(units),
         unit_size=2 if data.recipe.mixes else 1,
         batch_size=config.batch_size * share.parts,
         repeated_aug=repeats,
@@ -368,8 +375,8 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     if not isinstance(saved, dict) or type(saved.get("next_update")) is not int or saved["next_update"] < 0:
         raise CheckpointError(f"{path} is not the state of a run: it does not say after which update it was saved")
     found = {name: saved.get(name) for name in meta}
-    if isinstance(found["config"], dict):
-        found["config"] = ADDED_SETTINGS | found["config"]
+    if isinstance(found["config"], dict):  # a run that is older than a setting has its default
+        found["config"] = default_settings() | found["config"]
     pin = found.pop("expect_manifest")
     meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
     # A changed pin is intended; a missing pin may be a mistake.
@@ -406,6 +413,11 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     state.next_update = saved["next_update"]
     state.evaluated, state.best_top1 = _last_evaluation(config.folder)
     log.info("continuing at update %d", state.next_update)
+
+
+def default_settings() -> dict[str, Any]:
+    """Return the default of every setting that a resumed run must keep."""
+    return {setting.name: setting.default for setting in settings_of(TrainConfig) if not setting.free}
 
 
 def _last_evaluation(output: Path) -> tuple[int, float]:

@@ -27,6 +27,7 @@ from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, SlotStream
 from pipeline.storage.place import RemoteFile
 from pipeline.storage.prefetch import Prefetch
+from pipeline.views.draws import stream_of
 from pipeline.views.mixing import Layout, MixBatch, apply_mix, lay_out
 from pipeline.views.pairs import Pairs, pairs_of
 from pipeline.views.recipe import Recipe
@@ -130,9 +131,17 @@ class ShardTable:
 class Catalogue:
     """The samples of every source shard: from the label set if there is one, else from the source."""
 
-    def __init__(self, source: Source, label_set: Labels | None) -> None:
+    def __init__(self, source: Source, label_set: Labels | None, labelled_fraction: float = 1.0) -> None:
+        """Open the samples.
+
+        Args:
+            source: original images.
+            label_set: label set with the teacher's answers, or None.
+            labelled_fraction: share of the class labels that is used. The other samples count as unlabelled; without a
+                label set they are not used at all.
+        """
         self.source = source if label_set is None else labelled_part(label_set, source)
-        self.label_set = label_set
+        self.label_set, self._fraction = label_set, labelled_fraction
         self.names = tuple(shard.name for shard in self.source.shards)
 
     @property
@@ -154,9 +163,10 @@ class Catalogue:
         name = self.names[shard]
         if self.label_set is None:
             keys, labels = self.source.shards[shard].keys, self.source.shards[shard].class_labels
-            return _table(keys, labels, np.arange(len(keys)), None)
+            table = _table(keys, labels, np.arange(len(keys)), None, self._fraction)
+            return table if self._fraction == 1 else replace(table, usable=np.flatnonzero(table.labelled))
         samples = self.label_set.samples(name)
-        return _table(samples.key, samples.class_label, samples.usable, samples)
+        return _table(samples.key, samples.class_label, samples.usable, samples, self._fraction)
 
 
 class BatchRenderer:
@@ -384,10 +394,23 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part], teache
     )
 
 
+def keeps_label(key: str, fraction: float) -> bool:
+    """Return whether the class label of a sample belongs to this share of all labels: a pure function of its arguments.
+
+    A label that belongs to a share belongs to every larger one.
+    """
+    return fraction == 1 or stream_of("labelled", key).uniform() < fraction
+
+
 def _table(
-    keys: tuple[str, ...], labels: tuple[int | None, ...], usable: NDArray[np.int64], samples: SampleRows | None
+    keys: tuple[str, ...],
+    labels: tuple[int | None, ...],
+    usable: NDArray[np.int64],
+    samples: SampleRows | None,
+    fraction: float,
 ) -> ShardTable:
-    labelled = np.array([label is not None for label in labels], bool)
+    known = [label is not None and keeps_label(key, fraction) for key, label in zip(keys, labels, strict=True)]
+    labelled = np.array(known, bool)
     class_label = np.array([label or 0 for label in labels], np.int64)
     return ShardTable(keys, class_label, labelled, usable, samples)
 

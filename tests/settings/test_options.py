@@ -204,6 +204,8 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--repeated-aug 1 --shuffle-window 1 --seed 3"),
         Trial("--views 1:3"),
         Trial("--views 1:9", "--views must be START:STOP within the labelled views"),
+        Trial("--labelled-fraction 0.5"),
+        Trial("--labelled-fraction 0", "--labelled-fraction must be in"),
         Trial("--view-policy cycle --eval-interval 2"),
         Trial("--view-policy random"),
         Trial("--view-policy once"),
