@@ -34,7 +34,7 @@ from pipeline.settings.options import (
     split_values,
 )
 from pipeline.settings.program import CONTINUES
-from trainer.config import AnalyseConfig, EvaluateConfig, InferenceConfig, ReportConfig, TrainConfig
+from trainer.config import AnalyseConfig, CompareConfig, EvaluateConfig, InferenceConfig, ReportConfig, TrainConfig
 from trainer.console import ToStderr, say_counts, shown_progress
 
 log = logging.getLogger("deit_cli")
@@ -165,6 +165,34 @@ def evaluate(as_json: bool, **values: Any) -> None:
 
     result = evaluate_checkpoint(config)
     click.echo(json.dumps(result, indent=1) if as_json else score_table(result))
+
+
+@commands.command(continues=CONTINUES)
+@click.argument("study", metavar="STUDY.yaml", type=click.Path(path_type=Path))
+@options_of(CompareConfig)
+@plain_option("--dry-run", is_flag=True, help="Print cells, steps, hours and bytes, without doing it.", group="Run")
+@AS_JSON
+def compare(study: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
+    """Run a study: train and compare many students.
+
+    Each step is a command of its own: train and evaluate teachers, label, train and evaluate students. Finished steps are kept and
+    used again. The table has the top-1 accuracy of each cell over the seeds, and the difference to the baseline.
+
+    \b
+    Examples:
+      deit-cli compare configs/studies/distillation.yaml --dry-run
+      deit-cli compare configs/studies/distillation.yaml --out studies/distillation
+      deit-cli compare configs/studies/sizes.yaml --scale configs/scales/imagenet.yaml --data imagenet/train \\
+        --eval-data imagenet/val --launcher "torchrun --nproc-per-node 8 --no-python"
+    """
+    (config,) = split_values(values, CompareConfig)
+    from trainer.evidence.compare import check_all_done, forecast_table, foresee, study_table
+    from trainer.evidence.compare import compare as run
+
+    result = foresee(study, config) if dry_run else run(study, config)
+    table = forecast_table if dry_run else study_table
+    click.echo(json.dumps(result, indent=1) if as_json else table(result))
+    check_all_done(result)
 
 
 @commands.command()

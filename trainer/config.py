@@ -37,6 +37,7 @@ AmpDtype = Literal["auto", "float32", "bfloat16"]
 ViewPolicy = Literal["cycle", "random", "once"]
 Resume = Literal["never", "auto"]
 LabelMode = Literal["mean", "random"]
+CompareEngine = Literal["local", "ray"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -701,3 +702,58 @@ class ReportConfig:
         check_settings(self)
         if self.out.suffix.lower() not in (".html", ".htm"):
             raise UsageError(f"--out must be a page, FILE.html, got {self.out}", fix=f"Pass --out {self.out}.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Settings of `compare`, besides the study."""
+
+    scale: Path | None = data_option(
+        None,
+        "YAML file that says how large everything is: data, teachers, labels, students, training and seeds; by default"
+        " the one that the study names.",
+        metavar="FILE.yaml",
+    )
+    data: str | None = data_option(
+        None,
+        "Training images with class labels, path or URL, or `digits` for scikit-learn's digits; by default those of"
+        " --scale.",
+        metavar="PATH|URL",
+    )
+    eval_data: str | None = data_option(
+        None, "Images with class labels for evaluation; by default those of --scale.", metavar="PATH|URL"
+    )
+    out: Path | None = output_option(
+        None,
+        "Folder for teachers, label sets, students and study.json; by default studies/NAME of the study. What is in it"
+        " is used again.",
+    )
+    seeds: tuple[int, ...] = run_option(
+        (), "Random seed of one student of each cell; repeat the option for several. By default those of --scale."
+    )
+    cells: tuple[str, ...] = run_option(
+        (), "Name of a cell to run; repeat the option for several. By default all cells are run.", metavar="NAME"
+    )
+    jobs: int = run_option(
+        1,
+        "Number of steps that run at the same time; they share the cores and GPUs of this machine.",
+        low=1,
+        high=1024,
+    )
+    launcher: str | None = run_option(
+        None,
+        "Command in front of train and precompute, such as `torchrun --nproc-per-node 8 --no-python`; an update has the"
+        " same number of views on any number of ranks.",
+        metavar="TEXT",
+    )
+    engine: CompareEngine = run_option(
+        "local", "Engine that runs the steps: processes of this machine (local), or tasks of a Ray cluster (ray)."
+    )
+    device: str = run_option(
+        "auto", "Device of all steps: cpu, cuda or cuda:1; auto means the GPUs, or the CPU if there is none."
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if len(set(self.seeds)) < len(self.seeds) or any(not 0 <= seed < 2**63 for seed in self.seeds):
+            raise UsageError(f"--seeds must be different whole numbers from 0, got {', '.join(map(str, self.seeds))}")

@@ -35,7 +35,11 @@ def read_settings(path: Path, *kinds: type, recipe: bool = True) -> dict[str, An
     Raises:
         UsageError: the file cannot be read, a name is unknown or is set twice, or a value has another type.
     """
-    values = read_yaml(path)
+    return settings_in(read_yaml(path), path, *kinds, recipe=recipe)
+
+
+def settings_in(values: Any, path: object, *kinds: type, recipe: bool = True) -> dict[str, Any]:
+    """Return the settings of a mapping from YAML, as `read_settings` does; `path` is its place, for errors."""
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a file of settings holds `name: value` lines, got {type(values).__name__}")
     settings = [setting for kind in (*kinds, *([_RecipeSettings] if recipe else [])) for setting in settings_of(kind)]

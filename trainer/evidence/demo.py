@@ -132,8 +132,11 @@ def run_demo(
     return _table(results, out)
 
 
-def write_digits(folder: Path) -> dict[str, Path]:
-    """Write scikit-learn's digits as WebDataset tars, and return their folders: labelled, training and evaluation."""
+def write_digits(folder: Path, labelled: int = LABELLED) -> dict[str, Path]:
+    """Write scikit-learn's digits as WebDataset tars, and return their folders: labelled, training and evaluation.
+
+    The first `labelled` training digits have class labels.
+    """
     from webdataset.writer import TarWriter
 
     try:
@@ -143,7 +146,7 @@ def write_digits(folder: Path) -> dict[str, Path]:
     digits: Any = load_digits()
     images, classes = (digits.images * 255 / 16).round().astype(np.uint8), digits.target
     order = np.random.Philox(key=0).random_raw(len(classes)).argsort()
-    parts = {"labelled": order[:LABELLED], "training": order[:TRAINING], "evaluation": order[TRAINING:]}
+    parts = {"labelled": order[:labelled], "training": order[:TRAINING], "evaluation": order[TRAINING:]}
     for name, chosen in parts.items():
         target = folder / name
         target.mkdir(parents=True)
@@ -151,7 +154,7 @@ def write_digits(folder: Path) -> dict[str, Path]:
         with TarWriter(str(target / f"{name}.tar"), mtime=0) as tar:  # pyright: ignore[reportArgumentType]
             for position, i in enumerate(chosen.tolist()):
                 sample: dict[str, Any] = {"__key__": f"digit-{i:04}", "png": encode(images[i], "PNG")}
-                if name != "training" or position < LABELLED:
+                if name != "training" or position < labelled:
                     sample["cls"] = str(classes[i]).encode()
                 tar.write(sample)
     return {name: folder / name for name in parts}

@@ -1,0 +1,450 @@
+"""The steps of a study: train a teacher, evaluate it, label, train a student for each seed, evaluate it.
+
+Each step is one command of this program. Its id is the SHA-256 of everything that decides its result: its settings, the content of
+its inputs, and the images. So a step that is done is never repeated, whichever study asks for it, and a changed setting makes
+a new step.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import UsageError
+from pipeline.settings.fields import settings_of
+from pipeline.settings.files import load_recipe
+from pipeline.settings.options import ViewsType
+from pipeline.storage.atomic import sha256_file
+from pipeline.storage.json import sha256_json
+from pipeline.storage.urls import local_path
+from trainer.config import TrainConfig
+from trainer.evidence.study import OF_TEACHERS, Cell, Study, said_of, views_of
+
+# Settings of `precompute` that decide the labels, besides recipe and teacher; the number of views may grow.
+DECIDE_LABELS = ("topk", "precision", "views_per_shard", "include_images", "on_bad_image", "teacher_img_size", "dtype")
+Kind = Literal["teacher", "labels", "student", "evaluation"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One command of a study.
+
+    Attributes:
+        kind: the folder below the study's folder that holds it; an evaluation is in the folder of what it evaluates.
+        name: readable part of the folder's name, which is not part of the identity.
+        command: `train`, `precompute` or `evaluate`.
+        settings: settings for `-c`, without folders of other steps.
+        decides: everything that decides the result, except the inputs.
+        inputs: role -> step whose result this one needs.
+        work: amount of work, for forecasts: views of images that are trained on, or labelled.
+        like: what else decides the speed, for forecasts.
+        stop: number of views to label; 0 for other steps.
+    """
+
+    kind: Kind
+    name: str
+    command: str
+    settings: Mapping[str, Any]
+    decides: Mapping[str, Any]
+    inputs: Mapping[str, "Step"]
+    work: float = 0.0
+    like: Mapping[str, Any]
+    stop: int = 0
+
+    @cached_property
+    def key(self) -> str:
+        """Return what distinguishes the step before its inputs exist."""
+        return sha256_json([self.command, self.decides, {role: step.key for role, step in self.inputs.items()}])
+
+    def id(self, contents: Mapping[str, str]) -> str:
+        """Return the id of the step; `contents` has the content of each input by its role."""
+        return sha256_json({"command": self.command, "decides": self.decides, "inputs": dict(contents)})
+
+    def settings_for(self, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
+        """Return the settings for `-c` in a folder, with the folders of the inputs by their roles."""
+        places: dict[str, Any] = {
+            "train": {"output": str(folder / "run"), "resume": "auto"},
+            "precompute": {"out": str(folder / "set"), "views": f"0:{self.stop}"},
+            "evaluate": {},
+        }[self.command]
+        if "labels" in inputs:
+            places["labels"] = str(inputs["labels"] / "set")
+        if "teacher" in inputs:
+            places["teacher"] = str(inputs["teacher"] / "run/last")
+        if "of" in inputs:
+            places["checkpoint"] = str(inputs["of"] / "run/last")
+        return {**self.settings, **places}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaughtBy:
+    """The steps of one teacher, which cells share.
+
+    Attributes:
+        name: name of the teacher in the scale.
+        labelled_fraction: share of the class labels that it is trained on; None for a published teacher.
+        train: training of the teacher; None for a published one.
+        evaluation: its evaluation; None where `evaluate` cannot open it.
+        labels: its label set.
+    """
+
+    name: str
+    labelled_fraction: float | None
+    train: Step | None
+    evaluation: Step | None
+    labels: Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All steps of a study, each after its inputs; and the steps of each cell."""
+
+    study: Study
+    cells: tuple[Cell, ...]
+    seeds: tuple[int, ...]
+    steps: tuple[Step, ...]
+    teachers: Mapping[str, TaughtBy]  # by the key of the label step
+    students: Mapping[tuple[str, int], tuple[Step, Step]]  # cell and seed -> training and evaluation
+
+    def teacher_of(self, cell: Cell) -> TaughtBy | None:
+        """Return the teacher of a cell, or None."""
+        train, _ = self.students[cell.name, self.seeds[0]]
+        return self.teachers[train.inputs["labels"].key] if "labels" in train.inputs else None
+
+
+@dataclass(frozen=True)
+class Images:
+    """A source of images: its location, the id of its content, and its number of images."""
+
+    location: str
+    id: str
+    count: int
+
+
+def images_at(location: str) -> Images:
+    """Open a source and return what identifies it: the id that a label set records, for a remote one its location."""
+    from pipeline.images.source import open_source
+    from pipeline.labels.comparing import record_of
+
+    source = open_source(location)
+    if source.is_remote:  # its keys are known only after all of it was downloaded
+        names = [shard.name for shard in source.shards]
+        return Images(location, sha256_json([location, names, source.class_names]), 0)
+    here = str(Path(location).absolute()) if local_path(location) is not None and Path(location).exists() else location
+    return Images(here, record_of(source).id, source.num_samples)
+
+
+def plan_study(
+    study: Study,
+    training: Images,
+    evaluation: Images,
+    *,
+    seeds: Sequence[int] = (),
+    chosen: Sequence[str] = (),
+    ranks: int = 1,
+) -> Plan:
+    """Return the steps of a study.
+
+    Args:
+        study: the study.
+        training: the training images.
+        evaluation: the evaluation images.
+        seeds: a seed for each student of a cell; empty: those of the scale.
+        chosen: names of the cells to run; empty: all.
+        ranks: number of processes that the launcher starts for a training.
+
+    Raises:
+        UsageError: settings of a cell contradict each other, or an update cannot be divided among the ranks.
+    """
+    maker = _Maker(study, training, evaluation, ranks)
+    seeds = tuple(seeds) or study.scale.seeds
+    cells = maker.distinct(study.cells, seeds[0])
+    wanted = {Study.cell(replace(study, cells=cells), name).name for name in chosen} or {cell.name for cell in cells}
+    students = {(cell.name, seed): maker.student(cell, seed) for cell in cells for seed in seeds}
+    teachers: dict[str, TaughtBy] = {}
+    steps: dict[str, Step] = {}
+    for cell in cells:
+        train, _ = students[cell.name, seeds[0]]
+        if cell.teacher is not None:
+            key = train.inputs["labels"].key
+            labels = train.inputs["labels"]
+            if key in teachers and cell.name in wanted:
+                labels = replace(
+                    labels,
+                    stop=max(labels.stop, teachers[key].labels.stop),
+                    work=max(labels.work, teachers[key].labels.work),
+                )
+            if key not in teachers or cell.name in wanted:
+                teachers[key] = maker.taught_by(cell, labels)
+    needed = [
+        each
+        for cell in cells
+        if cell.name in wanted and (each := teachers.get(_labels_key(students[cell.name, seeds[0]])))
+    ]
+    for pick in ("train", "evaluation", "labels"):
+        steps |= {step.key: step for each in needed if (step := getattr(each, pick)) is not None}
+    for seed in seeds:
+        for cell in cells:
+            if cell.name in wanted:
+                steps |= {step.key: step for step in students[cell.name, seed]}
+    return Plan(
+        study=study, cells=cells, seeds=seeds, steps=tuple(steps.values()), teachers=teachers, students=students
+    )
+
+
+def _labels_key(steps: tuple[Step, Step]) -> str:
+    return steps[0].inputs["labels"].key if "labels" in steps[0].inputs else ""
+
+
+class _Maker:
+    """Makes the steps of a study."""
+
+    def __init__(self, study: Study, training: Images, evaluation: Images, ranks: int) -> None:
+        self._study, self._scale, self._ranks = study, study.scale, ranks
+        self._training, self._evaluation = training, evaluation
+        self._recipe = self._scale.recipe
+
+    def distinct(self, cells: Sequence[Cell], seed: int) -> tuple[Cell, ...]:
+        """Return the cells without those that come to the same commands as an earlier one, which gets their names."""
+        kept: dict[str, Cell] = {}
+        for cell in cells:
+            key = self.student(cell, seed)[0].key
+            known = kept.get(key)
+            kept[key] = cell if known is None else replace(known, also=(*known.also, cell.name))
+        return tuple(kept.values())
+
+    def student(self, cell: Cell, seed: int) -> tuple[Step, Step]:
+        """Return training and evaluation of a student."""
+        of_student = dict(self._scale.students[cell.student])
+        without = of_student.pop("without_token")
+        settings = {**self._scale.train, **of_student, **cell.train, "seed": seed}
+        if cell.budget != 1:
+            settings["epochs"] = max(1, round(cell.budget * settings.get("epochs", 300)))
+            if "warmup_epochs" in settings:
+                settings["warmup_epochs"] = cell.budget * settings["warmup_epochs"]
+        if not cell.token:
+            settings["model"] = without
+        where = f"cell {cell.name}"
+        if cell.teacher is None:
+            settings = {name: value for name, value in settings.items() if name not in OF_TEACHERS}
+            train = self._train(
+                "student", f"{cell.name}-seed{seed}", settings, self._recipe_settings(self._scale.labels), where
+            )
+        else:
+            views = views_of(settings.get("views", self._scale.views), where)
+            settings["views"] = ViewsType.text(views)
+            labels = self._labels(cell.teacher, settings.get("labelled_fraction", 1.0), views[1])
+            train = self._train("student", f"{cell.name}-seed{seed}", settings, None, where, labels)
+        return train, self._evaluate(train, train.name)
+
+    def taught_by(self, cell: Cell, labels: Step) -> TaughtBy:
+        """Return the steps of the teacher of a cell."""
+        entry = self._scale.teachers[cell.teacher or ""]
+        train = labels.inputs.get("teacher")
+        fraction = None if train is None else train.settings.get("labelled_fraction", 1.0)
+        evaluation = self._evaluate(train, train.name) if train else self._evaluate_published(cell.teacher or "", entry)
+        return TaughtBy(
+            name=cell.teacher or "", labelled_fraction=fraction, train=train, evaluation=evaluation, labels=labels
+        )
+
+    def _teacher(self, name: str, fraction: float) -> Step:
+        """Return the training of a teacher on a share of the class labels."""
+        entry = self._scale.teachers[name]
+        settings = {**entry["train"], "distillation_type": "none", "labelled_fraction": fraction}
+        said = name if fraction == 1 else f"{name}-labelled-{fraction:g}"
+        recipe = entry if "recipe" in entry or "set" in entry else self._scale.labels
+        return self._train("teacher", said, settings, self._recipe_settings(recipe), f"teacher {name}")
+
+    def _recipe_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: values[name] for name in ("recipe", "set") if name in values}
+
+    def _train(
+        self,
+        kind: Kind,
+        name: str,
+        settings: dict[str, Any],
+        recipe: dict[str, Any] | None,
+        where: str,
+        labels: Step | None = None,
+    ) -> Step:
+        """Return a training; `recipe` is that of a run without a label set."""
+        settings = {"distillation_type": "hard", **settings}
+        with said_of(f"{self._scale.path}: {where}"):
+            checked = _train_config(settings, labelled=labels is not None)
+            settings = settings | self._as_many_views(checked, alone=labels is None) | self._divided(checked)
+            config = _train_config(settings, labelled=labels is not None)
+            recipe_id = None if recipe is None else load_recipe(recipe.get("recipe") or "deit", recipe.get("set")).id
+        decides = deciding(config) | {
+            "source": self._training.id,
+            "views_per_update": checked.batch_size * checked.grad_accum_steps,
+            "recipe": recipe_id,
+            "init": _content_of(config.init) if config.init else None,
+            "views": config.views,
+        }
+        share = config.labelled_fraction if labels is None else 1.0
+        timed = {setting.name for setting in settings_of(TrainConfig) if setting.timed}
+        like = {
+            name: value for name, value in decides.items() if name in timed | {"views_per_update"} and name != "views"
+        }
+        return Step(
+            kind=kind,
+            name=name,
+            command="train",
+            settings={"data": self._training.location, **settings, **(recipe or {})},
+            decides=json.loads(json.dumps({name: value for name, value in decides.items() if value is not None})),
+            inputs={} if labels is None else {"labels": labels},
+            work=self._training.count * config.epochs * share,
+            like=json.loads(json.dumps(like)) | {"labels": labels is not None},
+        )
+
+    def _as_many_views(self, config: TrainConfig, *, alone: bool) -> dict[str, Any]:
+        """Return the epochs on a share of the images that have as many views as those that are written, on all images."""
+        share = config.labelled_fraction
+        if not alone or share == 1:
+            return {}
+        epochs = max(1, round(config.epochs / share))
+        return {
+            "epochs": epochs,
+            "warmup_epochs": min(config.warmup / share, float(epochs)),
+            "checkpoint_interval": math.ceil(config.checkpoint_interval / share),
+        }
+
+    def _divided(self, config: TrainConfig) -> dict[str, Any]:
+        """Return batch size and passes of each rank, so that an update has the same number of views on any number of ranks."""
+        if self._ranks == 1:
+            return {}
+        total, passes = config.batch_size * config.grad_accum_steps, max(1, config.grad_accum_steps // self._ranks)
+        if total % (passes * self._ranks):
+            passes = 1
+        if total % (passes * self._ranks):
+            raise UsageError(f"an update of {total} views cannot be divided among {self._ranks} ranks")
+        return {"batch_size": total // (passes * self._ranks), "grad_accum_steps": passes}
+
+    def _labels(self, teacher: str, fraction: float, stop: int) -> Step:
+        """Return the labelling by a teacher."""
+        entry, labels = self._scale.teachers[teacher], dict(self._scale.labels)
+        labels.pop("views", None)
+        trained = "train" in entry
+        inputs = {"teacher": self._teacher(teacher, fraction)} if trained else {}
+        settings = labels if trained else {**labels, **entry}
+        decides = {name: settings[name] for name in DECIDE_LABELS if name in settings}
+        decides |= {"source": self._training.id, "recipe": self._recipe.id}
+        if not trained:
+            decides["teacher"] = _published(entry)
+        return Step(
+            kind="labels",
+            name=inputs["teacher"].name if trained else teacher,
+            command="precompute",
+            settings={"data": self._training.location, **settings},
+            decides=decides,
+            inputs=inputs,
+            work=self._training.count * stop,
+            like={name: value for name, value in decides.items() if name not in ("source",)}
+            | {"trained": entry["train"]["model"] if trained else None},
+            stop=stop,
+        )
+
+    def _evaluate(self, of: Step, name: str) -> Step:
+        decides = {name: value for name, value in self._scale.evaluate.items() if name not in ("batch_size", "workers")}
+        return Step(
+            kind="evaluation",
+            name=name,
+            command="evaluate",
+            settings={"data": self._evaluation.location, **self._scale.evaluate},
+            decides=decides | {"source": self._evaluation.id},
+            inputs={"of": of},
+            work=self._evaluation.count,
+            like={"of": of.like},
+        )
+
+    def _evaluate_published(self, name: str, entry: Mapping[str, Any]) -> Step | None:
+        """Return the evaluation of a published teacher; None if `evaluate` cannot open it."""
+        names, files = _listed(entry["teacher"]), _listed(entry.get("teacher_checkpoint", []))
+        if len(names) != 1 or ":" in names[0]:
+            return None
+        student: dict[str, Any]
+        if Path(names[0]).is_dir():
+            student = {"checkpoint": names[0]}
+        elif files:
+            student = {"model": names[0], "checkpoint": files[0]}
+        elif entry.get("pretrained", True):
+            student = {"model": {"regnety_160": "regnety_160.deit_in1k"}.get(names[0], names[0]), "pretrained": True}
+        else:
+            return None
+        decides = {
+            name: value
+            for name, value in self._scale.evaluate.items()
+            if name not in ("batch_size", "workers", "crop_pct")
+        }
+        of_teacher = {name: value for name, value in self._scale.evaluate.items() if name != "crop_pct"}  # its own crop
+        return Step(
+            kind="teacher",
+            name=name,
+            command="evaluate",
+            settings={"data": self._evaluation.location, **of_teacher, **student},
+            decides=decides | {"source": self._evaluation.id, "teacher": _published(entry)},
+            inputs={},
+            work=self._evaluation.count,
+            like={"teacher": _published(entry)},
+        )
+
+
+def deciding(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of a training that decide its result and are not the default, with DeiT's warm-up as a number."""
+    defaults = {setting.name: setting.default for setting in settings_of(TrainConfig)}
+    return {name: value for name, value in config.identity().items() if value != defaults[name]} | {
+        "warmup_epochs": float(config.warmup), "epochs": config.epochs, "model": config.model,
+    }  # fmt: skip
+
+
+def _train_config(settings: Mapping[str, Any], *, labelled: bool) -> TrainConfig:
+    """Return the config of these settings; it checks their ranges and relations."""
+    values: dict[str, Any] = {**settings, "data": "data", **({"labels": "labels"} if labelled else {})}
+    if "views" in values:
+        values["views"] = views_of(values["views"], "views")
+    return TrainConfig(**values)
+
+
+def _published(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what identifies a teacher that is not trained here: names, and the content of its files."""
+    names = [_content_of(name) if Path(name).is_dir() else name for name in _listed(entry["teacher"])]
+    files = [_content_of(file) for file in _listed(entry.get("teacher_checkpoint", []))]
+    return {"names": names, "files": files, "pretrained": entry.get("pretrained", True)}
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+
+
+def _content_of(location: str) -> str:
+    """Return the SHA-256 of the weights at a path; the location itself for a URL."""
+    path = local_path(location)
+    if path is None or not path.exists():
+        return str(location)
+    files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256("".join(sha256_file(each) for each in files).encode()).hexdigest()
+
+
+def ranks_of(launcher: str | None) -> int:
+    """Return the number of processes that a launcher starts: torchrun's --nproc-per-node times --nnodes, or srun's -n.
+
+    Raises:
+        UsageError: the number is not written as a whole number.
+    """
+    words = re.sub(r"=", " ", launcher or "").split()
+    found = 1
+    try:
+        shlex.split(launcher or "")
+        for name, value in itertools.pairwise(words):
+            if name.replace("_", "-") in ("--nproc-per-node", "--nnodes", "-n", "--ntasks"):
+                found *= int(value)
+    except ValueError:
+        raise UsageError(f"--launcher {launcher}: the number of processes must be written as whole numbers") from None
+    return found
