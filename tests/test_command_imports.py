@@ -32,6 +32,7 @@ COMMANDS = [
     ("labels --help", set()),
     ("train --help", set()),
     ("precompute --help", set()),
+    ("compare --help", set()),
     ("labels info SET", TABLES),
     ("labels info --json SET", TABLES),
     ("labels audit SET", TABLES),

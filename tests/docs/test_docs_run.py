@@ -25,10 +25,12 @@ from click.testing import CliRunner
 from support.builders import CLASSES, encoded, photo, with_checkout, write_tars
 from support.imports import write_fkd, write_tinyvit
 from support.s3_server import BUCKET, credentials, s3_server
+from support.studies import SCALE, write_study
 from support.web_server import web_server
 
 import cli
 from pipeline.labels.labelset import LabelSet
+from trainer.evidence.study import read_scale, read_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
@@ -56,6 +58,9 @@ SUBSTITUTIONS = [
     (r"s3://bucket/", "{bucket}/"),
     (r"https://host/", "{web}/"),
     (r"\{000\.\.127\}", "{{000000..000001}}"),
+    # small studies for those of configs/
+    (r"compare configs/studies/\w+\.yaml", "compare small/study.yaml"),
+    (r"--scale configs/scales/\w+\.yaml", "--scale small/scale.yaml"),
     # other machines' folders
     (r"/mnt/imagenet/", "imagenet/"),
     (r"/scratch/", ""),
@@ -82,6 +87,7 @@ ADDED = {
     "bench inference": "--device cpu --seconds 0.01",
     "labels extend": "-j 0 --device cpu",
     "labels export": "-j 0",
+    "compare": "--device cpu --seeds 0",
 }
 
 
@@ -228,6 +234,24 @@ def manifest_then_pinned(page: Page, lines: list[str]) -> None:
     page.run(lines[-1])
 
 
+def study_file(page: Page, lines: list[str]) -> None:
+    """The example is a study at the scale that it names."""
+    (page.folder / "scales").symlink_to(ROOT / "configs/scales")
+    (page.folder / "studies-of-mine").mkdir()
+    path = page.folder / "studies-of-mine/tokens.yaml"
+    path.write_text("\n".join(lines))
+    assert len(read_study(path).cells) == 9
+
+
+def scale_file(page: Page, lines: list[str]) -> None:
+    """The example is a scale."""
+    path = page.folder / "example.yaml"
+    path.write_text("\n".join(lines))
+    scale = read_scale(path)
+    assert set(scale.teachers) == {"cnn", "published"}
+    assert scale.images == 16384
+
+
 def files_made(page: Page, lines: list[str]) -> None:
     """The folder holds the files of this tree."""
     folder = page.folder / lines[0].strip()
@@ -256,6 +280,9 @@ SHOWN: dict[tuple[str, str], Callable[[Page, list[str]], None]] = {
     ("docs/recipes.md", "data: imagenet/train"): settings_file,
     ("docs/import.md", "fkd-labels/"): files_made,
     ("docs/trust.md", "manifest  "): manifest_then_pinned,
+    ("docs/studies.md", "title: "): study_file,
+    ("docs/studies.md", "data: "): scale_file,
+    ("docs/studies.md", "cell  "): printed_somewhere,
 }
 LATER = {printed_somewhere}  # a page may say what is printed before it shows the command
 FILES = {"docs/teachers.md": "my_teacher.py"}  # pages whose Python is a file that the text names
@@ -497,9 +524,16 @@ def before_remote(page: Page, served: Path) -> None:
         store.put_file(str(file), f"{page.names['bucket']}/tars/{file.name}")
 
 
+def before_studies(page: Page, _: Path) -> None:
+    """Small studies, of the images that README names."""
+    scale = {**SCALE, "data": str(page.folder / "imagenet/train"), "eval_data": str(page.folder / "imagenet/val")}
+    write_study(page.folder / "small", scale=scale)
+
+
 GIVEN: dict[str, Callable[[Page, Path], None]] = {
     "docs/recipes.md": before_recipes,
     "docs/training.md": before_training,
+    "docs/studies.md": before_studies,
     "docs/teachers.md": before_teachers,
     "docs/sharing.md": before_sharing,
     "docs/import.md": before_import,

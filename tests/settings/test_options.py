@@ -27,6 +27,7 @@ from support.builders import make_labels, small_teacher, with_checkout, write_ta
 from support.command_tree import COMMANDS
 from support.imports import write_fkd, write_tinyvit
 from support.signing import write_key
+from support.studies import SCALE, STUDY, write_study
 
 import cli
 from pipeline.errors import DeitCliError
@@ -99,6 +100,7 @@ BEGIN = {
     "labels card": "{mine}",
     "labels export": "{labels} out -j 0",
     "doctor": "",
+    "compare": "{study} --out out",
     "demo": "",
 }
 OFFLINE = "Hub|published weights"  # the tests have no network
@@ -128,6 +130,11 @@ def exists(*names: str) -> Callable[[Outcome], bool]:
 def metrics(got: Outcome, kind: str = "train") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (got.out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def study(name: str, value: Any) -> Callable[[Outcome], bool]:
+    """Return a look at what a study has come to."""
+    return lambda got: json.loads((got.out / "study.json").read_text())[name] == value
 
 
 def is_json(got: Outcome) -> bool:
@@ -397,6 +404,23 @@ TRIALS: dict[str, list[Trial]] = {
     "doctor": [
         Trial("--out here --labels {labels} --data {copy} --json", seen=is_json),
     ],
+    "compare": [
+        Trial("--device cpu --engine local", seen=study("steps", {"all": 8, "done": 0, "failed": 0})),
+        Trial("--scale {folder}/studies/other.yaml", seen=study("scale", "other")),
+        Trial("--data {copy} --eval-data {data}"),
+        Trial("--data {copy}", "no evaluation images belong to"),
+        Trial("--out elsewhere", seen=exists("elsewhere/study.json")),
+        Trial("--seeds 3 --seeds 4", seen=study("seeds", [3, 4])),
+        Trial("--seeds 3 --seeds 3", "--seeds must be different whole numbers"),
+        Trial("--cells alone", seen=study("steps", {"all": 4, "done": 0, "failed": 0})),
+        Trial("--cells nobody", "there is no cell 'nobody'"),
+        Trial("--jobs 2"),
+        Trial("--launcher 'torchrun --nproc-per-node 2 --no-python'"),
+        Trial("--launcher 'torchrun --nproc-per-node 5'", "cannot be divided among 5 ranks"),
+        Trial("--engine ray"),
+        Trial("--dry-run", seen=lambda got: "0 of 8 steps done" in got.output and not got.out.exists()),
+        Trial("--json", seen=is_json),
+    ],
     "demo": [Trial("--out here --seed 7", seen=lambda got: got.output == "here 7\n")],
 }  # fmt: skip
 
@@ -499,6 +523,10 @@ def world(tmp_path_factory) -> dict[str, str]:
     (folder / "speed.yaml").write_text("batch_size: [3]\n")
     (folder / "recipe.yaml").write_text("preset: deit\nimg_size: 16\nscale: [0.4, 1.0]\n")
     write_key(folder, "team")  # team.pem and team.pub
+    scale = {**SCALE, "data": data, "eval_data": data, "seeds": [0, 1]}
+    study = {**STUDY, "cells": {**STUDY["cells"], "hard": {**STUDY["cells"]["hard"], "teacher": "published"}}}
+    write_study(folder / "studies", study, scale)
+    shutil.copy(folder / "studies/scale.yaml", folder / "studies/other.yaml")
     write_fkd(folder / "fkd")
     write_tinyvit(folder / "tinyvit")
     names = {
@@ -510,6 +538,7 @@ def world(tmp_path_factory) -> dict[str, str]:
         "second": str(second.folder),
         "manifest": f"sha256:{labels.manifest_sha256}",
         "run": str(folder / "run"),
+        "study": str(folder / "studies/study.yaml"),
         "fkd": str(folder / "fkd"),
         "tinyvit": str(folder / "tinyvit"),
     }
@@ -524,6 +553,9 @@ def tried(command: str, trial: Trial, world: dict[str, str], folder: Path, monke
     monkeypatch.setattr(torch, "compile", lambda module, **_: (compiled.append(module), module)[1])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("trainer.evidence.demo.run_demo", lambda out, *, seed, **_: f"{out} {seed}")
+    monkeypatch.setattr("trainer.evidence.running.Session.run", lambda _: None)  # a study takes minutes
+    monkeypatch.setattr("trainer.evidence.compare.RayEngine", lambda: None)
+    monkeypatch.setattr("trainer.evidence.compare.measured", lambda *_: None)
     for name, value in {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)
