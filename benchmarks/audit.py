@@ -38,8 +38,8 @@ from pipeline.stage1.precompute import precompute
 from pipeline.storage.atomic import replace_file
 from pipeline.teacher.loading import load_teacher
 from trainer.config import EvaluateConfig, TrainConfig
-from trainer.evaluate import evaluate_checkpoint
 from trainer.evidence.audit import HALF, LEAST, SeenView, probability_of, seen_views, self_confidence
+from trainer.evidence.scores import evaluate_checkpoint
 from trainer.loop import train
 
 IMAGES, COPIES = 12_288, 256

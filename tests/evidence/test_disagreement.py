@@ -13,8 +13,9 @@ from pipeline.errors import CheckpointError, UsageError
 from pipeline.images.source import open_source
 from pipeline.views.view import render_view
 from trainer.config import AnalyseConfig, EvaluateConfig
-from trainer.evaluate import centre_recipe, evaluate_checkpoint
+from trainer.evaluate import centre_recipe
 from trainer.evidence.analyse import UNKNOWN, analyse, analysis_text, disagreement, find_networks
+from trainer.evidence.scores import evaluate_checkpoint
 from trainer.export import export_model, hub_config
 from trainer.student import create_student, open_student
 

@@ -9,10 +9,10 @@ from support.training import TINY
 
 from pipeline.errors import CheckpointError, UsageError
 from trainer.config import InferenceConfig
-from trainer.evidence.networks import open_networks, short_name
+from trainer.evidence.networks import find_networks
 from trainer.evidence.speed import LARGEST, _Timed, bench_inference, speed_table
 from trainer.export import export_model, hub_config
-from trainer.student import create_student
+from trainer.student import Student, create_student
 
 
 def write_student(folder: Path, *, num_classes: int = 3) -> Path:
@@ -21,6 +21,10 @@ def write_student(folder: Path, *, num_classes: int = 3) -> Path:
     student = create_student(num_classes=num_classes, img_size=16, **TINY)
     export_model(folder, student.model.state_dict(), hub_config=hub_config(student))
     return folder
+
+
+def open_networks(locations: list[str]) -> dict[str, Student]:
+    return {network.name: network.open(torch.device("cpu")) for network in find_networks(locations)}
 
 
 def test_every_network_is_timed_with_every_size_of_batch(tmp_path):
@@ -57,33 +61,24 @@ def test_the_largest_batch_is_the_last_power_of_two_that_fits(monkeypatch, fits,
 
 def test_a_run_is_its_best_weights_else_its_last(tmp_path):
     write_student(tmp_path / "run" / "last", num_classes=3)
+    (tmp_path / "run" / "metrics.jsonl").touch()
     assert {name: each.num_classes for name, each in open_networks([str(tmp_path / "run")]).items()} == {"run": 3}
     write_student(tmp_path / "run" / "best", num_classes=5)
     found = open_networks([str(tmp_path / "run"), str(tmp_path / "run" / "last"), f"{tmp_path}/run/best/"])
-    assert {name: each.num_classes for name, each in found.items()} == {"run": 5, "run (2)": 3, "run (3)": 5}
-
-
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [("runs/a", "a"), ("runs/a/best", "a"), ("./runs/a/last-ema/", "a"), ("best", "best"), ("timm:resnet50", "resnet50"), ("s3://b/runs/a/last", "a")],
-)  # fmt: skip
-def test_a_network_has_the_name_of_its_run(name, short):
-    assert short_name(name) == short
+    assert {name: each.num_classes for name, each in found.items()} == {"run": 5, "run-2": 3, "run-3": 5}
 
 
 def test_what_is_no_network_is_refused(tmp_path):
-    with pytest.raises(
-        UsageError, match=r"nowhere: no such folder\. Pass the folder of a run, an exported folder, or timm:NAME"
-    ):
-        open_networks([str(tmp_path / "nowhere")])
-    with pytest.raises(
-        CheckpointError, match=r"is not an exported model: it must hold config.json and model.safetensors"
-    ):
-        open_networks([str(tmp_path)])
+    for location in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(
+            CheckpointError,
+            match=r"holds no trained network\. Pass the folder of a run, .* or timm:NAME for published weights",
+        ):
+            find_networks([str(location)])
     with pytest.raises(UsageError, match=r"the student must be a timm model or one of .*, got 'resnet5000'"):
         open_networks(["timm:resnet5000"])
 
 
 def test_the_current_folder_has_the_name_of_its_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert short_name(".") == tmp_path.name
+    monkeypatch.chdir(write_student(tmp_path / "run"))
+    assert [network.name for network in find_networks(["."])] == ["run"]

@@ -26,7 +26,7 @@ INJECTED = {
     "bench stage2": ("trainer.bench.bench_training", ["--labels", LABELS]),
     "evaluate": ("trainer.evidence.scores.open_student", ["--model", "test_resnet", "--data", DATA]),
     "report": ("trainer.evidence.report.collect", [LABELS]),
-    "bench inference": ("trainer.evidence.speed.open_networks", ["timm:test_resnet"]),
+    "bench inference": ("trainer.evidence.speed.find_networks", ["timm:test_resnet"]),
     "analyse": ("trainer.evidence.analyse.find_networks", ["run"]),
     "labels info": ("pipeline.labels.summary.summarise", [LABELS]),
     "labels verify": ("pipeline.verify.verify.check_images", [LABELS]),

@@ -25,8 +25,8 @@ def study(**changes: Any) -> dict[str, Any]:
 def scores(checkpoint: str = "runs/soft/best", **changes: Any) -> dict[str, Any]:
     """Return the accuracy of a student with three answers."""
     bins = [
-        {"low": 0.0, "high": 0.5, "images": 40, "confidence": 41.0, "accuracy": 37.5},
-        {"low": 0.5, "high": 1.0, "images": 60, "confidence": 83.0, "accuracy": 80.0},
+        {"low": 0.0, "high": 0.5, "images": 40, "confidence": 0.41, "accuracy": 0.375},
+        {"low": 0.5, "high": 1.0, "images": 60, "confidence": 0.83, "accuracy": 0.8},
     ]
     content = {"kind": "scores", "version": 1, "checkpoint": checkpoint, "model": "deit_tiny", "parameters": 5_500_000}
     content |= {"num_classes": 3, "data": "val", "images": 100, "img_size": 16, "crop_pct": 1.0, "flip": False}

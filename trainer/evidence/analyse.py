@@ -5,7 +5,6 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import CheckpointError, UsageError
+from pipeline.errors import UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
@@ -21,14 +20,14 @@ from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.storage.atomic import refusals_named, replace_file
 from pipeline.storage.json import pretty_json
-from pipeline.weights import weights_here
 from trainer.config import AnalyseConfig
 from trainer.evaluate import centre_recipe, fused_logits, replayed_batches
+from trainer.evidence.networks import Network, find_networks
 from trainer.evidence.tokens import TokenStatistics, draw_attention, patch_maps, token_attention
-from trainer.metrics import METRICS_NAME, read_metrics
+from trainer.metrics import read_metrics
 from trainer.parallel import Running, World
 from trainer.stream import CentreRenderer, mixed_images
-from trainer.student import Student, open_student
+from trainer.student import Student
 from trainer.tokens import blocks_of, learned_tokens, run_with_tokens, token_cosines, why_no_tokens
 
 log = logging.getLogger("deit_cli.analyse")
@@ -37,28 +36,6 @@ PUBLISHED = "timm:"
 COMPARED = ("class_head", "distillation_head", "mean_logits")  # answers, as in the paper's table 4
 UNKNOWN = -1  # answer of an image without a class label
 Answers = dict[str, NDArray[np.int64]]  # classifier -> class of each image
-
-
-@dataclass(frozen=True)
-class Analysed:
-    """A network that is analysed.
-
-    Attributes:
-        name: short name, another one for each network.
-        location: what the user passed.
-        weights: exported folder; None for published weights.
-        metrics: folder of the run that holds metrics.jsonl, or None.
-    """
-
-    name: str
-    location: str
-    weights: Path | None
-    metrics: Path | None
-
-    @property
-    def shown(self) -> str:
-        """Return the location of the weights for messages."""
-        return self.location if self.weights is None else str(self.weights)
 
 
 @dataclass(frozen=True)
@@ -178,7 +155,7 @@ def analyse(locations: Sequence[str], config: AnalyseConfig) -> dict[str, Any]:
     answers: Answers = {}
     before: list[Classes] = []
     for network in networks:
-        student = _open_network(network, running)
+        student = network.open(running.device)
         if images is not None:
             before.append(Classes(network.name, student.num_classes, student.class_names))
             _check_same(before[0], before[-1])
@@ -195,39 +172,6 @@ def analyse(locations: Sequence[str], config: AnalyseConfig) -> dict[str, Any]:
     if config.out is not None:
         replace_file(config.out / "analysis.json", pretty_json(result))
     return result
-
-
-def find_networks(locations: Sequence[str]) -> list[Analysed]:
-    """Return the networks at these locations, with a name for each: the name of its folder, numbered if taken.
-
-    Raises:
-        CheckpointError: a folder is neither a run nor an exported network.
-    """
-    found: list[Analysed] = []
-    for location in locations:
-        name, weights, metrics = _find(location)
-        names = {network.name for network in found}
-        unique = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        found.append(Analysed(next(each for each in unique if each not in names), location, weights, metrics))
-    return found
-
-
-def _find(location: str) -> tuple[str, Path | None, Path | None]:
-    """Return name, exported folder and folder of metrics.jsonl of a network."""
-    if location.startswith(PUBLISHED):
-        return location.removeprefix(PUBLISHED).replace("/", "-"), None, None
-    path = weights_here(location)
-    if (path / "model.safetensors").is_file():
-        run = path.resolve().parent
-        of_run = path.resolve().name in ("best", "last") and (run / METRICS_NAME).is_file()
-        return (run.name if of_run else path.resolve().name), path, run if of_run else None
-    inside = next((part for part in ("best", "last") if (path / part / "model.safetensors").is_file()), None)
-    if inside is None:
-        raise CheckpointError(
-            f"{location} holds no trained network",
-            fix="Pass the folder of a run, a folder that `train` exported, or timm:NAME for published weights",
-        )
-    return path.resolve().name, path / inside, path if (path / METRICS_NAME).is_file() else None
 
 
 def disagreement(answers: Mapping[str, NDArray[np.int64]], location: str) -> dict[str, Any]:
@@ -261,14 +205,6 @@ def _open_images(config: AnalyseConfig) -> Crops | Views | None:
     return Views(label_set, source, config.samples)
 
 
-def _open_network(network: Analysed, running: Running) -> Student:
-    published = network.location.removeprefix(PUBLISHED)
-    given: dict[str, Any] = {"model": published, "pretrained": True} if network.weights is None else {}
-    student = open_student(network.weights, **given)
-    log.info("%s: %s", network.name, network.shown)
-    return student.to(running.device).eval()
-
-
 def _check_same(first: Classes, other: Classes) -> None:
     """Raise if two networks have other classes, because their answers could not be compared."""
     text = ""
@@ -297,7 +233,7 @@ def _labels_fit(source: Source, student: Student) -> bool:
 
 
 def _describe(
-    network: Analysed, student: Student, images: Images | None, running: Running, answers: Answers
+    network: Network, student: Student, images: Images | None, running: Running, answers: Answers
 ) -> dict[str, Any]:
     """Return what is known of one network, and add its answers for all images to `answers`."""
     why = why_no_tokens(student)
@@ -320,7 +256,7 @@ def _describe(
     }
 
 
-def _tokens_without_images(network: Analysed, student: Student, running: Running) -> dict[str, Any]:
+def _tokens_without_images(network: Network, student: Student, running: Running) -> dict[str, Any]:
     """Return the cosine of the learned tokens, that of what enters the first block, and the probes of the training."""
     empty = torch.zeros(1, 3, student.img_size, student.img_size, device=running.device)
     _, tokens = run_with_tokens(student, empty, running)
@@ -353,7 +289,7 @@ def _look(student: Student, images: Images, running: Running) -> tuple[TokenStat
 
 
 def _draw(
-    network: Analysed, student: Student, images: Images, running: Running, config: AnalyseConfig
+    network: Network, student: Student, images: Images, running: Running, config: AnalyseConfig
 ) -> list[dict[str, Any]]:
     """Draw the attention maps of one network for the chosen images, and return what was drawn."""
     if why := why_no_tokens(student):

@@ -13,10 +13,10 @@ from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import forward_dtype, resolve_device
 from trainer.config import ReportConfig
 from trainer.evaluate import answers_of, replayed_batches
+from trainer.evidence.networks import find_networks
 from trainer.losses import TeacherTarget
 from trainer.parallel import Running, World
 from trainer.stream import Batch, mixed_images
-from trainer.student import open_student
 
 SHOWN = 5  # classes of the teacher's answer
 
@@ -49,11 +49,10 @@ def most_apart(run: Path, label_set: LabelSet, config: ReportConfig) -> list[Pic
         UsageError: the student does not fit the label set.
         LabelSetError: the images are not those of the label set.
     """
-    student = open_student(next(path for path in (run / "best", run / "last") if path.is_dir()))
     device = resolve_device(config.device)
+    student = find_networks([str(run)])[0].open(device)
     world = World(0, 1, device, plan_workers(config.workers, device))
     running = Running(world=world, dtype=forward_dtype("auto", device), batch_size=config.batch_size)
-    student.to(device)
     source = label_set.open_source(config.data)
     found: list[tuple[float, str, int, dict[str, Any], Tensor]] = []
     for batch in replayed_batches(student, label_set, source, running, limit=config.gallery_views):

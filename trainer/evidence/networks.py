@@ -1,62 +1,95 @@
 """The networks that a command names: folders of runs, exported folders, and models of timm."""
 
 import itertools
+import logging
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.errors import UsageError
+import torch
+
+from pipeline.errors import CheckpointError
 from pipeline.weights import weights_here
+from trainer.metrics import METRICS_NAME
 from trainer.student import Student, open_student
 
+log = logging.getLogger("deit_cli.evidence")
+
 PUBLISHED = "timm:"  # before the name of a model whose published weights are meant
-WEIGHTS = ("best", "last")  # of a run: the first that is there
+WEIGHTS = ("best", "last")  # of a run: the first that is there is used
 
 
-def open_networks(names: Sequence[str]) -> dict[str, Student]:
-    """Return the networks by short names, in order.
+@dataclass(frozen=True)
+class Network:
+    """A network that a user named.
+
+    Attributes:
+        name: short name, another one for each network.
+        location: what the user passed.
+        weights: exported folder; None for published weights.
+        metrics: folder of the run that holds metrics.jsonl, or None.
+    """
+
+    name: str
+    location: str
+    weights: Path | None
+    metrics: Path | None
+
+    @property
+    def shown(self) -> str:
+        """Return the location of the weights for messages."""
+        return self.location if self.weights is None else str(self.weights)
+
+    def open(self, device: torch.device) -> Student:
+        """Load the network onto a device, in evaluation mode."""
+        published = self.location.removeprefix(PUBLISHED)
+        given: dict[str, Any] = {"model": published, "pretrained": True} if self.weights is None else {}
+        student = open_student(self.weights, **given)
+        log.info("%s: %s", self.name, self.shown)
+        return student.to(device).eval()
+
+
+def find_networks(locations: Sequence[str]) -> list[Network]:
+    """Return the networks at these locations, with a name for each: the name of its run or folder, numbered if taken.
 
     Args:
-        names: folders of runs (their best weights, or else their last), folders with config.json and model.safetensors, URLs of
-            these, or `timm:NAME` for the weights that timm publishes.
+        locations: folders of runs (their best weights, or else their last), folders with config.json and model.safetensors, URLs of
+            the latter, or `timm:NAME` for the weights that timm publishes.
 
     Raises:
-        UsageError: a name is none of these.
-        CheckpointError: a folder's weights are damaged.
+        CheckpointError: a folder is neither a run nor an exported network.
     """
-    found: dict[str, Student] = {}
-    for name in names:
-        found[unique(short_name(name), found)] = open_network(name)
+    found: list[Network] = []
+    for location in locations:
+        name, weights, metrics = _find(location)
+        found.append(Network(unique(name, {network.name for network in found}), location, weights, metrics))
     return found
-
-
-def open_network(name: str) -> Student:
-    """Return one network, see `open_networks`."""
-    if name.startswith(PUBLISHED):
-        return open_student(None, model=name.removeprefix(PUBLISHED), pretrained=True)
-    return open_student(exported_folder(name))
-
-
-def exported_folder(name: str) -> Path:
-    """Return the folder with the weights that a name means: of a run its best/, or else its last/."""
-    folder = weights_here(name)
-    inside = next((folder / each for each in WEIGHTS if (folder / each).is_dir()), None)
-    if inside is not None:
-        return inside
-    if not folder.exists():
-        raise UsageError(
-            f"{name}: no such folder", fix=f"Pass the folder of a run, an exported folder, or {PUBLISHED}NAME"
-        )
-    return folder
-
-
-def short_name(name: str) -> str:
-    """Return the name of a network in tables: that of its run, or of its timm model."""
-    parts = [part for part in name.removeprefix(PUBLISHED).rstrip("/").split("/") if part not in ("", ".")]
-    while len(parts) > 1 and parts[-1] in (*WEIGHTS, "last-ema"):
-        parts.pop()
-    return parts[-1] if parts else Path(name).resolve().name
 
 
 def unique(name: str, taken: Container[str]) -> str:
     """Return a name that is not taken: itself, or with the next number."""
-    return name if name not in taken else next(n for i in itertools.count(2) if (n := f"{name} ({i})") not in taken)
+    return name if name not in taken else next(n for i in itertools.count(2) if (n := f"{name}-{i}") not in taken)
+
+
+def exported_folder(run: Path) -> Path | None:
+    """Return the folder with the best weights of a run, or else with its last; None if it has neither."""
+    return next((run / part for part in WEIGHTS if (run / part / "model.safetensors").is_file()), None)
+
+
+def _find(location: str) -> tuple[str, Path | None, Path | None]:
+    """Return name, exported folder and folder of metrics.jsonl of a network."""
+    if location.startswith(PUBLISHED):
+        return location.removeprefix(PUBLISHED).replace("/", "-"), None, None
+    path = weights_here(location)
+    if (path / "model.safetensors").is_file():
+        run = path.resolve().parent
+        of_run = path.resolve().name in (*WEIGHTS, "last-ema") and (run / METRICS_NAME).is_file()
+        return (run.name if of_run else path.resolve().name), path, run if of_run else None
+    inside = exported_folder(path)
+    if inside is None:
+        raise CheckpointError(
+            f"{location} holds no trained network",
+            fix="Pass the folder of a run, a folder that `train` exported, or timm:NAME for published weights",
+        )
+    return path.resolve().name, inside, path if (path / METRICS_NAME).is_file() else None

@@ -151,11 +151,14 @@ def _charts(report: Mapping[str, Any]) -> dict[str, str]:
         )
     for number, each in enumerate(report["calibration"]):
         series = {
-            plain(answer): ([b["confidence"] for b in bins], [b["accuracy"] for b in bins])
+            plain(answer): (
+                [b["confidence"] for b in bins if b["images"]],
+                [b["accuracy"] for b in bins if b["images"]],
+            )
             for answer, bins in each["answers"].items()
         }
         found[f"calibration {number}"] = plots.lines(
-            series, x="confidence, %", y="right answers, %", diagonal=True, low=0, high=100
+            series, x="confidence", y="share of right answers", diagonal=True, percent=True, low=0, high=1
         )
     if rows := report["tradeoff"]:
         found["tradeoff"] = plots.frontier(

@@ -22,7 +22,7 @@ from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.urls import local_path
 from trainer.config import ReportConfig
 from trainer.evidence.gallery import Picture, most_apart
-from trainer.evidence.networks import short_name, unique
+from trainer.evidence.networks import WEIGHTS, unique
 from trainer.evidence.page import render_page
 from trainer.metrics import METRICS_NAME, read_metrics
 from trainer.run import CONFIG_NAME
@@ -191,7 +191,7 @@ def collect(found: Found, title: str | None, gallery: list[dict[str, Any]]) -> d
         ],
         "tokens": [_token_row(run) for analysis in found.all("analysis") for run in analysis["runs"] if run["tokens"]],
         "disagreement": [each["disagreement"] for each in found.all("analysis") if each.get("disagreement")],
-        "attention": [each for analysis in found.all("analysis") for each in analysis.get("attention") or []],
+        "attention": [{"run": run, "picture": name} for run, name in _drawn(found)],
         "audit": [_audit_head(audit) for audit in found.all("audit")],
         "speed": [row for speed in found.all("speed") for row in speed["rows"]],
         "tradeoff": _tradeoff(found),
@@ -255,7 +255,9 @@ def _scores(found: Found) -> Iterator[tuple[str, dict[str, Any]]]:
     of_runs = {folder: name for name, folder in found.runs.items()}
     taken: set[str] = set()
     for path, content in found.records["scores"]:
-        name = of_runs.get(path.parent) or short_name(str(content.get("checkpoint") or path.stem))
+        checkpoint = Path(str(content.get("checkpoint") or path.stem))
+        named = checkpoint.parent if checkpoint.name in (*WEIGHTS, "last-ema") else checkpoint
+        name = of_runs.get(path.parent) or named.name
         name = unique(name, taken)
         taken.add(name)
         yield name, content
@@ -400,14 +402,17 @@ def _gallery(config: ReportConfig, found: Found) -> list[Picture]:
     return most_apart(run, label_set, config)
 
 
-def _attention(found: Found) -> dict[str, str]:
-    """Return the pictures that analyses wrote beside their JSON."""
-    names = [
-        (path.parent / each["picture"], each["picture"])
+def _drawn(found: Found) -> dict[tuple[str, str], Path]:
+    """Return run and name -> path of each picture that analyses wrote beside their JSON."""
+    return {
+        (each["run"], each["picture"]): path.parent / each["picture"]
         for path, analysis in found.records["analysis"]
         for each in analysis.get("attention") or []
-    ]
-    return {name: _data_uri(path.read_bytes()) for path, name in names if path.is_file()}
+    }
+
+
+def _attention(found: Found) -> dict[str, str]:
+    return {name: _data_uri(path.read_bytes()) for (_, name), path in _drawn(found).items() if path.is_file()}
 
 
 def _data_uri(png: bytes) -> str:

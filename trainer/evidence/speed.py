@@ -15,7 +15,7 @@ from pipeline.machine.timing import row_s, synchronise
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json
 from trainer.config import InferenceConfig
-from trainer.evidence.networks import open_networks
+from trainer.evidence.networks import find_networks
 from trainer.student import Student
 
 ROUNDS = 5  # in which the networks take turns, so that a slow moment of the machine meets all of them
@@ -50,11 +50,10 @@ class Rate:
 
 
 class _Timed:
-    """A network on its device, and how it answers a batch."""
+    """A network on its device, in evaluation mode, and how it answers a batch."""
 
     def __init__(self, student: Student, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> None:
-        self.student = student.to(device).eval()
-        self.device, self.dtype = device, dtype
+        self.student, self.device, self.dtype = student, device, dtype
         self._answer: Any = torch.compile(self.student) if compiled else self.student
 
     def batch(self, size: int) -> Tensor:
@@ -85,22 +84,24 @@ class _Timed:
         return size
 
 
-def bench_inference(config: InferenceConfig, names: Sequence[str]) -> dict[str, Any]:
+def bench_inference(config: InferenceConfig, locations: Sequence[str]) -> dict[str, Any]:
     """Time networks, and return content of kind `speed`; it is also written to `--out`.
 
     Args:
         config: settings of the measurement.
-        names: networks, see `networks.open_networks`.
+        locations: networks, see `networks.find_networks`.
 
     Raises:
-        UsageError: `--largest` on a CPU, which swaps instead of refusing, or a name is not a network.
+        UsageError: `--largest` on a CPU, which swaps instead of refusing.
+        CheckpointError: a location holds no network.
     """
     device = resolve_device(config.device)
     if config.largest and device.type == "cpu":
         raise UsageError("--largest looks for the limit of a GPU's memory; here is none", fix="Pass --batch-size")
     dtype = forward_dtype(config.amp_dtype, device)
     timed = {
-        name: _Timed(student, device, dtype, compiled=config.compile) for name, student in open_networks(names).items()
+        network.name: _Timed(network.open(device), device, dtype, compiled=config.compile)
+        for network in find_networks(locations)
     }
     rows = [asdict(rate) for rate in _rates(config, timed)]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
