@@ -124,18 +124,20 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     source = label_set.open_source(config.data, cache=cache)
     difference = check_replay(label_set, source)
     if not difference:
-        probes = sum(len(each.manifest.probes) for each in sets_of(label_set))
+        shards = {*label_set.shards}
+        probes = sum(probe.shard in shards for each in sets_of(label_set) for probe in each.manifest.probes)
         log.info("%d replay probes: every pixel is as the teacher saw it", probes)
     if label_set.is_part:
-        shards = len(label_set.shards), len(label_set.source_record.shards)
-        log.warning(
-            "%s holds %d of %d source shards: the student trains only on their images", label_set.place, *shards
-        )
+        message = "%s holds %d of %d source shards: the student trains only on their images"
+        log.warning(message, label_set.place, len(label_set.shards), len(label_set.source_record.shards))
     return Data(source, label_set, label_set.recipe, label_set.num_classes, label_set.class_names)
 
 
 def _refuse_soft_without_probabilities(config: TrainConfig, labels: Labels) -> None:
-    """Raise UsageError for soft distillation from several label sets of which one has only hard labels; the loss refuses a single one."""
+    """Raise UsageError for soft distillation from several label sets of which one has only hard labels.
+
+    The loss refuses a single one, too.
+    """
     hard_only = next((each for each in sets_of(labels) if each.plan.topk == 0), None)
     if config.distillation_type == "soft" and isinstance(labels, CombinedLabels) and hard_only:
         raise UsageError(
@@ -351,7 +353,7 @@ def _label_identity(labels: Labels | None) -> dict[str, Any]:
 
 def _label_sets_in_words(identity: dict[str, Any]) -> str:
     """Return the label sets in a run's identity as text, for an error."""
-    ids, weights = identity["labelset_id"], identity.get("label_weights")
+    ids, weights = identity.get("labelset_id"), identity.get("label_weights")
     if isinstance(ids, list) and isinstance(weights, list) and len(ids) == len(weights):
         return f"label sets {in_words([short(str(each)) for each in ids], weights, str(identity.get('label_mode')))}"
     return f"label set {short(str(ids))}" if ids else "no label set"
@@ -381,10 +383,10 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
     meta = {name: value for name, value in meta.items() if name != "expect_manifest"}
     # A changed pin is intended; a missing pin may be a mistake.
     if pin is not None and not config.expect_manifest:
+        pins = " --expect-manifest ".join(map(str, pin if isinstance(pin, list) else [pin]))
         raise CheckpointError(
             f"{path} belongs to a run that is pinned to a manifest",
-            fix=f"Pass --expect-manifest {' --expect-manifest '.join([pin] if isinstance(pin, str) else map(str, pin))}, or the new pin"
-            " if you know why the manifest changed",
+            fix=f"Pass --expect-manifest {pins}, or the new pin if you know why the manifest changed",
         )
     saved_views, views = found["views_per_update"], meta["views_per_update"]
     if found | {"views_per_update": views} == meta and saved_views != views:
@@ -392,9 +394,8 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
             f"{path} belongs to a run with {saved_views} views per update, this one has {views}",
             fix=f"Choose --batch-size, --grad-accum-steps and ranks so that their product is {saved_views}",
         )
-    if "label_weights" in {**saved, **meta} and (then := _label_sets_in_words(saved)) != (
-        now := _label_sets_in_words(meta)
-    ):
+    then, now = _label_sets_in_words(saved), _label_sets_in_words(meta)
+    if "label_weights" in {**saved, **meta} and then != now:
         raise CheckpointError(
             f"{path} belongs to a run on {then}, this one is on {now}",
             fix="Pass --labels, --label-weights and --label-mode as that run had them, or another --output",

@@ -290,10 +290,11 @@ def sets_of(labels: Labels) -> tuple[LabelSet, ...]:
     return labels.sets if isinstance(labels, CombinedLabels) else (labels,)
 
 
-def in_words(names: Sequence[str], weights: Sequence[float], mode: str) -> str:
-    """Return which parts are combined and how: `a (0.7) and b (0.3), averaged`."""
-    how = {"mean": "averaged", "random": "one drawn for each view"}[mode]
-    return f"{listed([f'{name} ({weight:.3g})' for name, weight in zip(names, weights, strict=True)])}, {how}"
+def in_words(names: Sequence[str], weights: Sequence[Any], mode: str) -> str:
+    """Return which parts are combined and how: `a (0.7) and b (0.3), averaged`; it fails for no values of a damaged file."""
+    how = {"mean": "averaged", "random": "one drawn for each view"}.get(mode, mode)
+    shares = [f"{weight:.3g}" if isinstance(weight, int | float) else str(weight) for weight in weights]
+    return f"{listed([f'{name} ({share})' for name, share in zip(names, shares, strict=True)])}, {how}"
 
 
 def _check_same(sets: tuple[LabelSet, ...]) -> None:

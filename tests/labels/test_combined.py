@@ -320,6 +320,7 @@ def test_a_set_with_hard_labels_only_leaves_hard_labels(folder, data, tmp_path):
 def test_sets_have_in_common_what_all_have(folder, data, tmp_path, caplog):
     make_labels(tmp_path / "more", data, topk=2, views=(1, 6), teacher=other_teacher(data))
     pull(str(tmp_path / "more"), tmp_path / "part", shards=["train-000001"])
+    caplog.clear()
     two = open_labels([str(folder / "a"), str(tmp_path / "part")])
     assert (two.views, two.shards, two.is_part) == (range(1, 3), ("train-000001",), True)
     assert caplog.messages == [

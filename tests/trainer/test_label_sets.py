@@ -19,7 +19,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.storage.yaml import read_yaml
 from pipeline.views.recipe import PRESETS
 from trainer.bench import bench_training
-from trainer.checkpoint import load_state
+from trainer.checkpoint import load_state, save_state
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.order import Share
@@ -277,6 +277,19 @@ def test_a_run_of_one_set_does_not_continue_on_two(folder, tmp_path):
         CheckpointError, match=rf"belongs to a run on label set {a}, this one is on label sets {a} \(0\.5\)"
     ):
         train(config(folder, "a", "b", output=run, epochs=1, resume="auto"))
+
+
+def test_weights_that_differ_a_little_are_other_weights(folder, begun):
+    with pytest.raises(CheckpointError, match=r"with other settings \(label_weights\.0: 0\.7, not 0\.70001\)"):
+        train(config(folder, "a", "b", output=begun, label_weights=(0.70001, 0.29999), epochs=1, resume="auto"))
+
+
+def test_a_damaged_state_says_what_it_holds(folder, begun, tmp_path):
+    tensors, meta = load_state(begun / "state.safetensors")
+    for name, value in {"label_mode": "loud", "label_weights": ["x", None], "labelset_id": [1, 2]}.items():
+        save_state(tmp_path / "state.safetensors", tensors, meta | {name: value})
+        with pytest.raises(CheckpointError, match="belongs to a run on label sets"):
+            train(config(folder, "a", "b", output=tmp_path, label_weights=(0.7, 0.3), epochs=1, resume="auto"))
 
 
 def test_the_weights_may_be_said_in_another_scale(folder, begun):
