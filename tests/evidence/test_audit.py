@@ -22,10 +22,10 @@ from support.commands import invoke
 from support.label_sets import seal_again
 from webdataset.writer import TarWriter
 
-from pipeline.errors import LabelSetMismatch, UsageError
+from pipeline.errors import LabelSetError, LabelSetMismatch, UsageError
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.tables import read_all_views, read_labels_footer, write_labels
+from pipeline.labels.tables import SampleRows, read_all_views, read_labels_footer, write_labels
 from pipeline.settings.files import load_recipe
 from pipeline.sharing.transfer import pull
 from pipeline.views.pairs import draw_mix, pairs_of
@@ -390,6 +390,15 @@ def test_a_set_of_hard_labels_ranks_by_the_share_and_calls_no_image_unsure(clean
     assert (found.to_dict()["unsure"], found.score) == (None, "share")
     assert "The set has only hard labels (K = 0)" in found.notes()[-1]
     assert "unsure" not in audit_table(found, 5).replace("called unsure", "")
+
+
+def test_a_set_without_a_usable_image_is_refused(clean, tmp_path, monkeypatch):
+    """Neither `precompute` nor `labels pull` makes such a set, but a stranger may."""
+    label_set = make_labels(tmp_path / "set", clean)
+    monkeypatch.setattr(SampleRows, "usable", property(lambda _: np.empty(0, np.int64)))
+    monkeypatch.setattr(auditing, "seen_views", lambda *_: iter(()))
+    with pytest.raises(LabelSetError, match="has no usable image to audit"):
+        audit(label_set)
 
 
 def test_labels_of_other_classes_are_noticed(clean, tmp_path):
