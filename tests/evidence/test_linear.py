@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import Ridge, RidgeClassifier
 from support.builders import make_labels, photo, write_tars
+from support.s3_server import BUCKET, client, credentials
 from support.students import (
     CENTRE,
     CLASSES,
@@ -242,10 +243,11 @@ def test_fewer_images_than_features_are_enough(student, tmp_path):
     assert torch.isfinite(fitted.weight).all()
 
 
-def test_a_class_without_images_is_said_and_not_answered(student, tmp_path, caplog):
+def test_a_class_without_images_is_said_and_not_answered(tmp_path, caplog):
     source = open_source(write_photos(tmp_path / "data", [number % 3 for number in range(60)]))
     with caplog.at_level(logging.WARNING, logger="deit_cli"):
-        fitted = fit_linear(without_heads(make_student()), source, running(), crop_pct=CROP_PCT)
+        student = without_heads(make_student())
+        fitted = fit_linear(student, source, running(), crop_pct=CROP_PCT)
     assert "has no image of 5 classes, which concat_linear will hardly answer" in caplog.text
     chosen = fitted(torch.from_numpy(tokens_by_hand(student, 60)).float()).argmax(1)
     assert set(chosen.tolist()) <= {0, 1, 2}
@@ -424,6 +426,18 @@ def test_weights_behind_a_web_server_need_a_place_for_the_file(folder, source, t
         assert "concat_linear" not in ask(checkpoint=url, data=data)["scores"]
         (folder / FILE_NAME).write_bytes(mine.read_bytes())
         assert ask(checkpoint=url, data=data)["scores"] == scores
+
+
+@pytest.mark.slow
+def test_weights_in_a_bucket_have_the_file_beside_them(folder, source, store, monkeypatch):
+    credentials(monkeypatch, store)
+    url = f"s3://{BUCKET}/linear/best"
+    for file in folder.iterdir():
+        client(store).put_file(str(file), f"{url}/{file.name}")
+    scores = ask(checkpoint=url, data=source.location, fit_data=source.location)["scores"]
+    assert client(store).exists(f"{url}/{FILE_NAME}")
+    assert ask(checkpoint=url, data=source.location)["scores"] == scores
+    assert "concat_linear" in scores
 
 
 def test_a_folder_that_takes_no_file_is_refused_before_the_fit(folder, source, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ The file `concat_linear.safetensors` has the tensors `weight`, float32 [C, 2D], 
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,11 @@ class Linear:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return calibrated logits, float32 [B, C], of concatenated tokens, float32 [B, 2D]."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return nn.functional.linear(tokens, self.weight.to(tokens.device), self.bias.to(tokens.device))
+            return nn.functional.linear(tokens, self.weight, self.bias)
+
+    def to(self, device: torch.device) -> "Linear":
+        """Return the classifier on a device."""
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
 
 
 def concatenated(class_token: Tensor, distill_token: Tensor) -> Tensor:
@@ -218,37 +222,24 @@ def fit_linear(
     """
     check_two_tokens(student)
     places = labelled_places(source, student, why="fit concat_linear on") if places is None else places
-    if len(places) < LEAST_IMAGES:
-        raise UsageError(
-            f"concat_linear needs at least {LEAST_IMAGES} images with class labels to fit on,"
-            f" {source.location} has {len(places)}"
-        )
-    present = {source.shards[shard].class_labels[row] for shard, row in places}
-    if lacking := student.num_classes - len(present):
-        log.warning(
-            "%s has no image of %s, which concat_linear will hardly answer",
-            source.location,
-            count(lacking, "class", "es"),
-        )
+    _check_images(student, source, places)
     log.info("fitting concat_linear on %s images of %s", f"{len(places):,}", source.location)
-    held_out = _held_out([source.shards[shard].keys[row] for shard, row in places], student.num_classes)
     start = _heads_as_one(student)
 
     def mean_of_heads(tokens: Tensor) -> Tensor:
         return nn.functional.linear(tokens, *start)
 
+    held_out = _held_out([source.shards[shard].keys[row] for shard, row in places], student.num_classes)
     sums = Sums(start[0].shape[1], student.num_classes, running.device)
     rows, labels, at = [], [], 0
     for images, class_label in centre_crops(student, source, places, running, crop_pct=crop_pct):
-        tokens = answers_of(student, images, running, _tokens_alone)["tokens"]
-        check_finite_tokens(tokens)
-        kept = held_out[at : at + len(tokens)]
+        tokens = answers_of(student, images, running, _finite_tokens)["tokens"]
+        out, label = held_out[at : at + len(tokens)].to(tokens.device), class_label.to(tokens.device)
         at += len(tokens)
-        rows.append(tokens[kept.to(tokens.device)])
-        labels.append(class_label[kept])
-        used, label = tokens[~kept.to(tokens.device)], class_label[~kept].to(tokens.device)
-        sums.add(used, _residual(mean_of_heads(used), label))
-    kept_rows, kept_labels = torch.cat(rows), torch.cat(labels).to(running.device)
+        rows.append(tokens[out])
+        labels.append(label[out])
+        sums.add(tokens[~out], _residual(mean_of_heads(tokens[~out]), label[~out]))
+    kept_rows, kept_labels = torch.cat(rows), torch.cat(labels)
     choice = _choose(sums, kept_rows, kept_labels, mean_of_heads)
     sums.add(kept_rows, _residual(mean_of_heads(kept_rows), kept_labels))
     ((ridge, weight, bias),) = ridge_regressions(sums, [choice.factor])
@@ -275,6 +266,19 @@ def fit_linear(
     )
 
 
+def _check_images(student: Student, source: Source, places: Sequence[tuple[int, int]]) -> None:
+    """Raise UsageError if there are too few images; warn if some class has none."""
+    if len(places) < LEAST_IMAGES:
+        raise UsageError(
+            f"concat_linear needs at least {LEAST_IMAGES} images with class labels to fit on,"
+            f" {source.location} has {len(places)}"
+        )
+    present = {source.shards[shard].class_labels[row] for shard, row in places}
+    if lacking := student.num_classes - len(present):
+        without = count(lacking, "class", "es")
+        log.warning("%s has no image of %s, which concat_linear will hardly answer", source.location, without)
+
+
 def _heads_as_one(student: Student) -> tuple[Tensor, Tensor]:
     """Return weight, float32 [C, 2D], and bias, float32 [C], with which one linear layer gives the mean of both heads' logits."""
     first, second = student.model.head, student.model.head_dist
@@ -291,17 +295,15 @@ def _residual(logits: Tensor, class_label: Tensor) -> Tensor:
     return residual
 
 
-def _tokens_alone(student: Student, images: Tensor) -> dict[str, Tensor]:
-    return {"tokens": concatenated(*student.tokens(images))}
-
-
-def check_finite_tokens(tokens: Tensor) -> None:
-    """Raise CheckpointError if a token is NaN or infinite."""
+def _finite_tokens(student: Student, images: Tensor) -> dict[str, Tensor]:
+    """Return both tokens of normalised images, concatenated; raise CheckpointError if one is NaN or infinite."""
+    tokens = concatenated(*student.tokens(images))
     if not torch.isfinite(tokens).all():
         raise CheckpointError(
             "the student's tokens are NaN or infinite for some images",
             fix="Try --amp-dtype float32, or another checkpoint",
         )
+    return {"tokens": tokens}
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

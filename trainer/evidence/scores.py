@@ -87,6 +87,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     running = Running(world=world, dtype=forward_dtype(config.amp_dtype, where), batch_size=config.batch_size)
     student.to(where)
     linear = _linear(config, here, student, running, fitting)
+    linear = None if linear is None else linear.to(where)
     result: dict[str, Any] = {
         "kind": "scores",
         "version": 1,
@@ -106,7 +107,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
             images,
             running,
             limit=config.agreement_samples,
-            answering=Answering(linear),
+            answering=EveryAnswer(linear),
         )
     if config.out is not None:
         replace_file(config.out, pretty_json(result))
@@ -206,7 +207,7 @@ def _read_linear(file: File | None, student: Student, *, asked: bool) -> Linear 
 
 
 @dataclass(frozen=True)
-class Answering:
+class EveryAnswer:
     """Function that gives every answer of a student to normalised images [B, 3, H, W], float32 [B, C] by name.
 
     Attributes:
@@ -379,7 +380,7 @@ def _measure(
     config: EvaluateConfig, student: Student, source: Source, running: Running, linear: Linear | None
 ) -> dict[str, Any]:
     """Return the part of the result about accuracy, and write the files about images and classes."""
-    answering = Answering(linear, config.flip)
+    answering = EveryAnswer(linear, config.flip)
     names = answering.names(student)
     sizes = config.img_size or (student.img_size,)
     students = [at_size(student, size) for size in sizes]  # all, so that a size is refused before the first pass
