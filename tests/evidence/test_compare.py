@@ -503,16 +503,32 @@ def test_a_killed_study_leaves_no_process_and_continues_to_the_same_end(whole):
 def test_a_stopped_study_saves_its_work_and_says_how_to_continue(whole, number, code, said):
     out = whole / f"stopped-{code}"
     scale = json.loads((whole / "scale.yaml").read_text())
-    scale["train"] |= {"epochs": 5000}
+    scale["train"] |= {"epochs": 5000, "checkpoint_interval": 5000, "log_interval": 1}
     (whole / f"long-{code}.yaml").write_text(json.dumps(scale))
     process = compare(whole, "--scale", f"long-{code}.yaml", "--cells", "alone", out=out.name)
-    wait_until(lambda: list(out.glob("students/*/run/metrics.jsonl")) or process.poll() is not None, "it trains")
+
+    def trains() -> bool:
+        return (
+            any(path.stat().st_size for path in out.glob("students/*/run/metrics.jsonl")) or process.poll() is not None
+        )
+
+    wait_until(trains, "it trains")
     process.send_signal(number)
     found, _, messages = ended(process)
     assert (found, messages.splitlines()[-1]) == (code, f"{said}; the same command continues")
     assert list(out.glob("students/*/run/state.safetensors"))
     assert not list(out.rglob("done.json"))
     assert processes_with(str(out)) == []
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_comes_to_the_same(whole, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, _, said = ended(compare(whole, "--engine", "ray", "--cells", "alone", "--seeds", "0", out="ray"))
+    assert code == 0, said
+    mine, theirs = result_in(whole / "ray")["cells"][0], result_in(whole / "out")["cells"][0]
+    assert mine["seeds"][0]["scores"] == theirs["seeds"][0]["scores"]
 
 
 @pytest.mark.slow

@@ -405,7 +405,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--out here --labels {labels} --data {copy} --json", seen=is_json),
     ],
     "compare": [
-        Trial("--device cpu --engine local", seen=study("steps", {"all": 8, "done": 0, "failed": 0})),
+        Trial("--device cpu --engine local", seen=study("steps", {"all": 10, "done": 0, "failed": 0})),
         Trial("--scale {folder}/studies/other.yaml", seen=study("scale", "other")),
         Trial("--data {copy} --eval-data {data}"),
         Trial("--data {copy}", "no evaluation images belong to"),
@@ -418,7 +418,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--launcher 'torchrun --nproc-per-node 2 --no-python'"),
         Trial("--launcher 'torchrun --nproc-per-node 5'", "cannot be divided among 5 ranks"),
         Trial("--engine ray"),
-        Trial("--dry-run", seen=lambda got: "0 of 8 steps done" in got.output and not got.out.exists()),
+        Trial("--dry-run", seen=lambda got: "0 of 10 steps done" in got.output and not got.out.exists()),
         Trial("--json", seen=is_json),
     ],
     "demo": [Trial("--out here --seed 7", seen=lambda got: got.output == "here 7\n")],
