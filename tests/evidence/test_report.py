@@ -149,8 +149,8 @@ def test_the_first_sentence_gives_the_best_cell_with_its_spread(written):
 
 def test_every_section_has_its_chart(written):
     text = written.read_text()
-    # results, four curves at most of one soft run (agreement, loss), tokens twice, calibration, frontier
-    assert text.count("<svg") == 7
+    # results, four curves at most of one soft run (agreement, loss), tokens twice, calibration, speed, costs
+    assert text.count("<svg") == 8
     for heading in (
         "Results",
         "Training",
@@ -159,6 +159,7 @@ def test_every_section_has_its_chart(written):
         "Disagreement",
         "Calibration",
         "Speed and accuracy",
+        "Costs",
         "Label set",
         "Audit",
         "Gallery",
@@ -293,5 +294,5 @@ def test_a_browser_opens_the_page_without_an_error(written, tmp_path, width):
     ]
     done = subprocess.run([*command, f"--user-data-dir={tmp_path}/profile", "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)  # fmt: skip
     assert "CONSOLE" not in done.stderr
-    (shown,) = re.findall(r"<title>(\d+) 7</title>", done.stdout)
+    (shown,) = re.findall(r"<title>(\d+) 8</title>", done.stdout)
     assert int(shown) <= max(width, 500)  # a headless window is at least 500 pixels wide

@@ -16,7 +16,10 @@ def study(**changes: Any) -> dict[str, Any]:
         ]
         middle = {"answer": "mean_logits", "mean": sum(top1) / 3, "low": min(top1), "high": max(top1), "std": 1.0}
         against = {"difference": 10.166, "p": 0.0031, "pairs": 3} if name == "soft" else None
-        cells.append({"name": name, "settings": {}, "seeds": seeds, "top1": middle, "against_baseline": against})
+        costs = {"teacher_s": 9.0 if against else 0.0, "labelling_s": 2.5 if against else 0.0, "student_s": 3.0}
+        cells.append(
+            {"name": name, "settings": {}, "seeds": seeds, "top1": middle, "against_baseline": against, "costs": costs}
+        )
     content = {"kind": "study", "version": 1, "name": "token", "title": "Does the token help?", "baseline": "alone"}
     content |= {"command": "deit-cli compare token.yaml", "versions": {}, "cells": cells}
     return content | {"teachers": [{"name": "cnn", "top1": 70.25, "seconds": 9.0}]} | changes

@@ -166,5 +166,16 @@ def _charts(report: Mapping[str, Any]) -> dict[str, str]:
             [each["images_per_s"] for each in rows],
             [each["top1"] for each in rows],
             [each["parameters"] for each in rows],
+            label="images/s",
+            more=True,
+        )
+    if rows := report["costs"]:
+        found["costs"] = plots.frontier(
+            [each["name"] for each in rows],
+            [each["total_s"] for each in rows],
+            [each["top1"] for each in rows],
+            [1.0] * len(rows),
+            label="seconds: teacher, labels and student",
+            more=False,
         )
     return {name: Markup(svg) for name, svg in found.items()}

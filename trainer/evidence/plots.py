@@ -119,42 +119,42 @@ def lines(
     return _drawn(draw, height=2.5 + 0.17 * rows, salt=x + y + "".join(series))
 
 
-def frontier(names: Sequence[str], speed: Sequence[float], top1: Sequence[float], size: Sequence[float]) -> str:
-    """Return accuracy over speed: a disc for each network, its area the number of parameters, and the frontier.
+def frontier(
+    names: Sequence[str], x: Sequence[float], top1: Sequence[float], size: Sequence[float], *, label: str, more: bool
+) -> str:
+    """Return accuracy over speed or cost: a disc for each network, and the frontier.
 
-    A network is on the frontier if no other is both as fast and more accurate, or as accurate and faster.
+    A network is on the frontier if no other is at least as good in both, and better in one.
 
     Args:
         names: names of the networks.
-        speed: images per second, above 0.
+        x: speed or cost, above 0.
         top1: accuracy in percent.
-        size: parameters in millions.
+        size: areas of the discs, in any unit.
+        label: name and unit of the x axis.
+        more: whether more of x is better, as for a speed.
     """
 
     def draw(axes: Any) -> None:
         areas = [25 + 400 * each / max(size) for each in size]
-        axes.scatter(speed, top1, s=areas, c=[_colour(i) for i in range(len(names))], alpha=0.75, linewidths=0)
-        best = sorted((speed[i], top1[i]) for i in frontier_of(speed, top1))
+        axes.scatter(x, top1, s=areas, c=[_colour(i) for i in range(len(names))], alpha=0.75, linewidths=0)
+        best = sorted((x[i], top1[i]) for i in frontier_of([each if more else -each for each in x], top1))
         axes.plot(*zip(*best, strict=True), color=_INK, linewidth=0.9, linestyle="--")
-        for name, across, up in zip(names, speed, top1, strict=True):
+        for name, across, up in zip(names, x, top1, strict=True):
             axes.annotate(textwrap.fill(name, 22), (across, up), (5, 5), textcoords="offset points", fontsize=7.5)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.margins(x=0.3, y=0.2)
-        axes.set_xlabel("images/s")
+        axes.set_xlabel(label)
         axes.set_ylabel("top-1, %")
 
-    return _drawn(draw, height=3.0, salt="frontier" + "".join(names))
+    return _drawn(draw, height=3.0, salt=label + "".join(names))
 
 
-def frontier_of(speed: Sequence[float], top1: Sequence[float]) -> list[int]:
-    """Return the positions of the networks that no other beats: at least as good in both, and better in one."""
-    points = list(zip(speed, top1, strict=True))
-    return [
-        i
-        for i, (fast, good) in enumerate(points)
-        if not any(f >= fast and g >= good and (f > fast or g > good) for f, g in points)
-    ]
+def frontier_of(x: Sequence[float], top1: Sequence[float]) -> list[int]:
+    """Return the positions of the points that no other beats: at least as large in both, and larger in one."""
+    points = list(zip(x, top1, strict=True))
+    return [i for i, (a, b) in enumerate(points) if not any(c >= a and d >= b and (c, d) != (a, b) for c, d in points)]
 
 
 def _colour(number: int) -> str:

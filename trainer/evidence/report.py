@@ -31,6 +31,7 @@ KINDS = ("study", "scores", "analysis", "audit", "speed")  # of the JSON files t
 PACKAGES = ("deit-cli", "torch", "torchvision", "timm", "numpy", "pyarrow")
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a JSON of another shape raises
 CURVE_POINTS = 36  # each is the mean over so many equal parts of a training
+COSTS = ("teacher_s", "labelling_s", "student_s")  # of a cell of a study
 CURVES = {  # metric, and kind of distillation where losses of two kinds are unlike -> caption, axis
     "top1": ("Accuracy in training", "top-1, %"),
     "teacher_agreement": ("Share of the views on which student and teacher agree", "agreement"),
@@ -49,12 +50,14 @@ class Found:
         runs: name of a run -> its folder.
         label_sets: location -> label set.
         files: every file that was read, with its hash.
+        names: path of a file of `evaluate` -> name of its cell of a study.
     """
 
     records: dict[str, list[tuple[Path, dict[str, Any]]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     runs: dict[str, Path] = field(default_factory=dict)
     label_sets: dict[str, LabelSet] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    names: dict[Path, str] = field(default_factory=dict)
 
     def read(self, path: Path) -> dict[str, Any]:
         """Return the content of a JSON file, and note its hash."""
@@ -157,16 +160,20 @@ def _add_record(path: Path, found: Found, *, asked: bool) -> None:
 
 
 def _add_parts(folder: Path, study: Mapping[str, Any], found: Found) -> None:
-    """Add the first label set of a study, and the run of the first seed of each cell, if they are still there."""
+    """Add what is still there of a study: run and scores of the first seed of each cell, and the first label set."""
     for cell in study.get("cells", []):
-        seeds = [seed for seed in cell["seeds"] if seed.get("run")]
-        run = folder / seeds[0]["run"] if seeds else None
-        if run is not None and (run / METRICS_NAME).is_file():
-            found.runs[unique(cell["name"], found.runs)] = run
+        first = next(iter(cell["seeds"]), {})
+        run, scores = folder / (first.get("run") or ""), folder / (first.get("scores_file") or "")
+        name = unique(cell["name"], found.runs)
+        if first.get("run") and (run / METRICS_NAME).is_file():
+            found.runs[name] = run
             for path in sorted(run.glob("*.json")):
                 _add_record(path, found, asked=False)
+        if first.get("scores_file") and scores.is_file():
+            _add_record(scores, found, asked=False)
+            found.names[scores] = name
     for teacher in study.get("teachers", []):
-        location = folder / str(teacher.get("labels") or "")
+        location = folder / ((teacher.get("labels") or {}).get("path") or "")
         if (location / PLAN_NAME).is_file() and not found.label_sets:
             found.label_sets[str(location)] = LabelSet.open(location)
 
@@ -195,6 +202,7 @@ def collect(found: Found, title: str | None, gallery: list[dict[str, Any]]) -> d
         "audit": [_audit_head(audit) for audit in found.all("audit")],
         "speed": [row for speed in found.all("speed") for row in speed["rows"]],
         "tradeoff": _tradeoff(found),
+        "costs": [row for study in studies for row in _costs(study)],
         "label_sets": [summarise(label_set) | {"location": at} for at, label_set in found.label_sets.items()],
         "gallery": gallery,
         "reproduce": list(_reproduce(found)),
@@ -211,7 +219,7 @@ def _results(found: Found) -> list[dict[str, Any]]:
             if teacher.get("top1") is not None:
                 rows.append({"name": f"teacher {teacher['name']}", "top1": teacher["top1"], "low": None, "high": None})
         for cell in study["cells"]:
-            if top1 := cell.get("top1"):
+            if (top1 := cell.get("top1")) and top1["mean"] is not None:
                 low, high = (top1["low"], top1["high"]) if top1["low"] != top1["high"] else (None, None)
                 rows.append({"name": cell["name"], "top1": top1["mean"], "low": low, "high": high})
     if not rows:
@@ -230,7 +238,7 @@ def main_answer(scores: Mapping[str, Any]) -> str:
 def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the values of the first sentence: the best cell of the first study, else the best network."""
     if studies:
-        cells = [cell for cell in studies[0]["cells"] if cell.get("top1")]
+        cells = [cell for cell in studies[0]["cells"] if cell["top1"]["mean"] is not None]
         if not cells:
             return None
         best = max(cells, key=lambda cell: cell["top1"]["mean"])
@@ -257,7 +265,7 @@ def _scores(found: Found) -> Iterator[tuple[str, dict[str, Any]]]:
     for path, content in found.records["scores"]:
         checkpoint = Path(str(content.get("checkpoint") or path.stem))
         named = checkpoint.parent if checkpoint.name in (*WEIGHTS, "last-ema") else checkpoint
-        name = of_runs.get(path.parent) or named.name
+        name = found.names.get(path) or of_runs.get(path.parent) or named.name
         name = unique(name, taken)
         taken.add(name)
         yield name, content
@@ -366,6 +374,15 @@ def _tradeoff(found: Found) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def _costs(study: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield seconds and accuracy of each cell: teacher and labels are counted in full, as if no other cell used them."""
+    for cell in study["cells"]:
+        costs = cell.get("costs") or {}
+        if cell["top1"]["mean"] is not None and all(costs.get(name) is not None for name in COSTS):
+            total_s = sum(costs[name] for name in COSTS)
+            yield {"name": cell["name"], "top1": cell["top1"]["mean"], "total_s": total_s, **costs}
 
 
 def _reproduce(found: Found) -> Iterator[dict[str, Any]]:
