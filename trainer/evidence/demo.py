@@ -5,9 +5,9 @@ labels all 1,000 training images once, and a small DeiT learns from its labels. 
 from the 100 class labels alone. The demo calls the same functions as the commands.
 """
 
-import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ from pipeline.errors import StoppedError, UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
+from pipeline.labels.sheet import Tile, contact_sheet, draw_tile, tiles
 from pipeline.machine.ranks import resolve_device
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
-from pipeline.storage.atomic import refusals_named
+from pipeline.storage.atomic import refusals_named, replace_file
+from pipeline.storage.json import pretty_json
 from pipeline.views.recipe import Recipe
-from trainer.config import EvaluateConfig, TrainConfig
+from trainer.config import AnalyseConfig, EvaluateConfig, ReportConfig, TrainConfig
 from trainer.evaluate import ANSWERS
+from trainer.evidence.analyse import analyse
+from trainer.evidence.report import write_report
 from trainer.evidence.scores import evaluate_checkpoint
 from trainer.loop import train
 from trainer.metrics import read_metrics
@@ -86,19 +90,17 @@ def run_demo(
     seed: int,
     load_teacher: Callable[..., Any],
     precompute: Callable[..., LabelSet | None],
-    contact_sheet: Callable[..., None],
     progress: Callable[[Any], None],
 ) -> str:
-    """Run the demo and return its table as text.
+    """Run the demo, write its report, and return its table as text.
 
     The functions of stage 1 are arguments, because the trainer must not import the teacher.
 
     Args:
-        out: folder for sources, runs, labels, pictures and results.json; must be empty or new.
+        out: folder for sources, runs, labels, pictures, study.json and the report; must be empty or new.
         seed: random seed of weights, order and stochastic depth.
         load_teacher: `pipeline.teacher.loading.load_teacher`.
         precompute: `pipeline.stage1.precompute.precompute`.
-        contact_sheet: `pipeline.labels.sheet.contact_sheet`.
         progress: called with the progress of labelling and training.
 
     Raises:
@@ -111,25 +113,91 @@ def run_demo(
         data = write_digits(out / "data")
     recipe = load_recipe("deit", RECIPE)
 
+    clock = _Clock()
     alone = {"data": str(data["labelled"]), "distillation_type": "none"}
     log.info("1. a CNN teacher learns from %d labelled digits", LABELLED)
-    teacher = _train(out / "teacher", seed, recipe, progress, **alone, **TEACHER)
+    runs = {"teacher": _train(out / "teacher", seed, recipe, progress, **alone, **TEACHER)}
+    clock.note("teacher")
     log.info("2. the teacher labels %d views of each of %d digits, once", VIEWS, TRAINING)
     label_set = _label(out, data["training"], recipe, load_teacher, precompute, progress)
-    contact_sheet(label_set, label_set.open_source(), out / "labels.png")
-    runs = {"teacher": teacher}
+    clock.note("labels")
     for kind in ("hard", "soft"):
         log.info("3. a DeiT learns from the teacher's %s labels, without the teacher", kind)
-        labelled = {"labels": label_set.folder, "distillation_type": kind, "model": "deit-ti"}
+        labelled = {"labels": label_set.folder, "distillation_type": kind, "model": "deit-ti", "probe_interval": 75}
         runs[kind] = _train(out / kind, seed, recipe, progress, **labelled, **STUDENT, epochs=VIEWS, warmup_epochs=3)
+        clock.note(kind)
     log.info("4. the same DeiT learns from the %d class labels alone, with the same number of updates", LABELLED)
     epochs = VIEWS * TRAINING // LABELLED
     plain = {"model": "deit_tiny_patch16_224", "epochs": epochs, "warmup_epochs": epochs / 12}
     runs["alone"] = _train(out / "alone", seed, recipe, progress, **alone, **STUDENT, **plain)
+    clock.note("alone")
+    log.info("5. all of them answer %d other digits", EVALUATION)
     results = {name: _evaluate(run, data["evaluation"]) for name, run in runs.items()}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw_results(results, runs, out / "results.png")
+    analysis = analyse(
+        [str(runs[name]) for name in ("hard", "soft", "alone", "teacher")],
+        AnalyseConfig(data=str(data["evaluation"]), out=out / "analysis", crop_pct=1.0, attention=3, workers=0),
+    )
+    replace_file(out / "study.json", pretty_json(_study(results, clock.seconds, seed)))
+    contact_sheet(label_set, label_set.open_source(), out / "labels.png")
+    cosines = {run["name"]: run["tokens"]["cosine"] for run in analysis["runs"] if run["tokens"]}
+    draw_results(
+        results, runs, tiles(label_set, label_set.open_source(), samples=12, views=1), cosines, out / "results.png"
+    )
+    write_report(ReportConfig(out=out / "report.html", workers=0), [str(out), str(out / "analysis")])
     return _table(results, out)
+
+
+class _Clock:
+    """The seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def note(self, name: str) -> None:
+        """Note the seconds since the last note."""
+        now = time.monotonic()
+        self.seconds[name], self._last = round(now - self._last, 1), now
+
+
+def _study(results: Results, seconds: dict[str, float], seed: int) -> dict[str, Any]:
+    """Return the demo as the content of a study: one seed of each network, and the range of the seeds measured in advance."""
+    base = top1_of(results["alone"])
+    cells = []
+    for name in ("alone", "hard", "soft"):
+        top1, before = top1_of(results[name]), three_seeds_top1(name)
+        taught = name != "alone"
+        costs = {
+            "teacher_s": seconds["teacher"] if taught else 0.0,
+            "labelling_s": seconds["labels"] if taught else 0.0,
+        }
+        run = {"seed": seed, "run": name, "scores_file": f"{name}/scores.json", "top1": top1, "seconds": seconds[name]}
+        middle = {
+            "answer": "mean_logits" if taught else "class_head",
+            "mean": top1,
+            "low": min(before),
+            "high": max(before),
+        }
+        cells.append({
+            "name": SHORT[name],
+            "seeds": [run],
+            "top1": middle | {"std": None},
+            "against_baseline": {"difference": top1 - base, "p": None, "pairs": 1} if taught else None,
+            "costs": costs | {"student_s": seconds[name]},
+        })  # fmt: skip
+    teacher = {"name": "CNN", "top1": top1_of(results["teacher"]), "run": "teacher", "seconds": seconds["teacher"]}
+    return {
+        "kind": "study",
+        "version": 1,
+        "name": "demo",
+        "title": f"A teacher with {LABELLED} labelled digits, and students of its labels",
+        "baseline": SHORT["alone"],
+        "note": f"Bars: this run, with seed {seed}. Lines: lowest and highest of the seeds 0, 1 and 2, measured in advance on"
+        " one machine.",
+        "command": f"deit-cli demo --seed {seed}",
+        "cells": cells,
+        "teachers": [teacher | {"labels": {"path": "labels"}}],
+    }
 
 
 def write_digits(folder: Path, labelled: int = LABELLED) -> dict[str, Path]:
@@ -160,30 +228,52 @@ def write_digits(folder: Path, labelled: int = LABELLED) -> dict[str, Path]:
     return {name: folder / name for name in parts}
 
 
-def draw_results(results: Results, runs: dict[str, Path], path: Path) -> None:
-    """Draw the top-1 accuracy of each network with the range of three seeds, and below it the training curves.
+def draw_results(
+    results: Results,
+    runs: dict[str, Path],
+    views: Sequence[Sequence[Tile]],
+    cosines: dict[str, dict[str, Any]],
+    path: Path,
+) -> None:
+    """Draw top-1 with the range of three seeds, views with the teacher's answers, the two tokens, and agreement in training.
 
     Args:
-        results: scores of this demo, network -> head or fusion -> score -> percent.
+        results: scores of this demo, network -> answer -> score -> percent.
         runs: folder of the training run of each network.
+        views: labelled views: twelve rows, of which the first of each is drawn.
+        cosines: run with two tokens -> `cosine` of `analyse`.
         path: PNG file to write.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.subplot_mosaic([["top1", "top1"], ["class_loss", "agreement"]], height_ratios=[1.1, 1])
-    _draw_bars(axes["top1"], {name: top1_of(scores) for name, scores in results.items()})
-    # Only runs on class labels: nine of ten views of a distilled run have none, so its class loss is not comparable.
-    _draw_curves(axes["class_loss"], "class_loss", {name: runs[name] for name in ("teacher", "alone")})
-    axes["class_loss"].set_title(f"Training on the {LABELLED} class labels only", fontsize=10)
-    axes["class_loss"].set_ylabel("class loss (smoothed labels), nats")
+    figure = Figure(figsize=(10, 12), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[1, 1.5, 0.9])
+    _draw_bars(top.subplots(), {name: top1_of(scores) for name, scores in results.items()})
+    middle.suptitle("Views as the teacher saw them, with its five most probable classes", fontsize=10)
+    axes: Any = middle.subplots(2, 6)
+    for axis, row in zip(axes.flat, views, strict=True):
+        draw_tile(axis, row[0], fontsize=7)
+    tokens, agreement = bottom.subplots(1, 2)
+    _draw_tokens(tokens, cosines)
     # Agreement with the teacher, because the losses are not comparable: cross-entropy (hard) and KL divergence (soft).
-    _draw_curves(axes["agreement"], "teacher_agreement", {name: runs[name] for name in ("hard", "soft")})
-    axes["agreement"].set_title("Training on the teacher's labels", fontsize=10)
-    axes["agreement"].set_ylabel("training views on which student\nand teacher choose the same class")
-    axes["agreement"].set_ylim(0, 1)
-    axes["agreement"].yaxis.set_major_formatter("{x:.0%}")
-    figure.savefig(path, dpi=110)
+    _draw_curves(agreement, "teacher_agreement", {name: runs[name] for name in ("hard", "soft")})
+    agreement.set_title("Training: views on which student and teacher agree", fontsize=10)
+    agreement.set_ylim(0, 1)
+    agreement.yaxis.set_major_formatter("{x:.0%}")
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def _draw_tokens(axis: Any, cosines: dict[str, dict[str, Any]]) -> None:
+    """Draw the cosine of class token and distillation token: what enters the first block, and after each block."""
+    for name, cosine in cosines.items():
+        values = [cosine["input"], *cosine["blocks"]]
+        axis.plot(range(len(values)), values, marker="o", label=SHORT[name], color=_color(name))
+    axis.set_title("Class token and distillation token", fontsize=10)
+    axis.set_xlabel("block (0: what enters the first)")
+    axis.set_ylabel("cosine")
+    axis.set_ylim(min(0, axis.get_ylim()[0]), 1.02)
+    axis.locator_params(axis="x", integer=True)
+    axis.legend(fontsize=9)
 
 
 def top1_of(scores: dict[str, dict[str, float]]) -> float:
@@ -262,7 +352,9 @@ def _label(
 
 
 def _evaluate(run: Path, data: Path) -> dict[str, Any]:
-    config = EvaluateConfig(checkpoint=str(run / "last"), data=str(data), workers=0, crop_pct=1.0)
+    config = EvaluateConfig(
+        checkpoint=str(run / "last"), data=str(data), workers=0, crop_pct=1.0, out=run / "scores.json"
+    )
     return evaluate_checkpoint(config)["scores"]
 
 
@@ -271,5 +363,6 @@ def _table(results: Results, out: Path) -> str:
     for name, title in TITLES.items():
         cells = (results[name].get(head, {}).get("top1") for head in ANSWERS)
         lines.append(f"{title:38}" + "".join(f"{'' if cell is None else f'{cell:.1f}':>19}" for cell in cells))
-    lines.append(f"on {EVALUATION} other digits. Pictures: {out / 'results.png'}, {out / 'labels.png'}")
+    lines.append(f"on {EVALUATION} other digits")
+    lines.append(f"Report: {out / 'report.html'}. Pictures: {out / 'results.png'}, {out / 'labels.png'}")
     return "\n".join(lines)
