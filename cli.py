@@ -471,7 +471,7 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
 @plain_option(
     "--views",
     type=ViewsType(),
-    help="Views to read, START:STOP; by default all. A few views rank the images almost as well as many.",
+    help="Views to read, START:STOP; by default all. Fewer are faster, and rank the suspects less well.",
     group="Views",
 )
 @plain_option(

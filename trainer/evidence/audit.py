@@ -49,7 +49,7 @@ VERSION = 1  # of audit.json
 HALF = 0.5
 UNSURE = 0.5  # of the largest entropy, ln C: as unsure as between the square root of C equally probable classes
 PENDING = 2**20  # votes that wait to be added up
-LEAST = 1e-4  # of a probability, before its logarithm: below, float16 is coarse; from 1e-2 down the ranking hardly depends on it
+LEAST = 1e-4  # of a probability, before its logarithm; below, float16 is coarse
 
 
 @dataclass(frozen=True)
