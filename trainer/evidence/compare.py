@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.settings.fields import settings_of
 from pipeline.settings.files import describe_settings, load_recipe
-from pipeline.storage.atomic import make_folder, replace_file
+from pipeline.storage.atomic import make_folder, replace_file, sha256_file
 from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.yaml import to_yaml
 from pipeline.text import byte_size, count, duration
@@ -225,12 +225,10 @@ def _teacher_result(session: Session, key: str) -> dict[str, Any]:
 
 
 def _labels_result(labels: Record, out: Path) -> dict[str, Any]:
-    import hashlib
-
     folder = labels.folder / "set"
     return {
         "path": _relative(folder, out),
-        "manifest": f"sha256:{hashlib.sha256((folder / 'manifest.json').read_bytes()).hexdigest()}",
+        "manifest": f"sha256:{sha256_file(folder / 'manifest.json')}",
         "labelset_id": labels.done["content"],
         "views": labels.done["views"],
         "seconds": labels.seconds,
