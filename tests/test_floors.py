@@ -34,6 +34,7 @@ ROOMS = {
     "pipeline": {"labels", "views", "images"},  # the public names
     "trainer": GROUND | {"storage", "machine", "weights", "images", "views", "labels", "settings"},
     "evidence": GROUND | {"storage", "machine", "weights", "images", "views", "labels", "settings", "trainer"},
+    "studies": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "trainer", "evidence"},
 }
 MOST_MODULES = 14  # in a room; labels has most
 
@@ -42,7 +43,7 @@ KEEPERS = {
     "click": {"cli", "pipeline.settings", "trainer.console"},
     "rich": {"trainer.console"},
     "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export"},
-    "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet", "trainer.evidence.scores", "trainer.evidence.compare"},
+    "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet", "trainer.evidence.scores", "trainer.studies.compare"},
     "pydantic": {"pipeline.exchange.import_record", "pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.comparing"},
     "yaml": {"pipeline.storage.yaml"},
     "fsspec": {"pipeline.storage.remote", "pipeline.storage.stores"},
@@ -53,15 +54,15 @@ KEEPERS = {
     "markupsafe": {"trainer.evidence.page"},
     "PIL": {"pipeline.images.decode", "pipeline.doctor.probing", "trainer.evidence.demo", "trainer.evidence.audit_files"},
     "cv2": {"pipeline.views.randaugment", "pipeline.machine.loaders"},
-    "ray": {"pipeline.stage1.ray", "trainer.evidence.running"},
+    "ray": {"pipeline.stage1.ray", "trainer.studies.running"},
     "model_signing": {"pipeline.sharing.signing"},
     "webdataset": {"pipeline.exchange.export", "trainer.evidence.demo"},
-    "scipy": {"trainer.evidence.compare"},
+    "scipy": {"trainer.studies.compare"},
     "sklearn": {"trainer.evidence.demo"},
 }  # fmt: skip
 NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixels and networks are elsewhere
 NO_TORCH_MODULES = {
-    "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "trainer.evidence.study", "trainer.evidence.steps", "trainer.evidence.keeper", "pipeline.views.draws", "pipeline.views.recipe", "pipeline.views.pairs",
+    "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "trainer.studies.study", "trainer.studies.steps", "trainer.studies.keeper", "pipeline.views.draws", "pipeline.views.recipe", "pipeline.views.pairs",
     "pipeline.labels.format", "pipeline.labels.encoding", "pipeline.labels.tables", "pipeline.labels.manifest",
     "pipeline.labels.labelset", "pipeline.labels.checked_files", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.labels.summary",
     "pipeline.labels.card", "pipeline.labels.combined",
@@ -96,8 +97,8 @@ def ours(name: str) -> set[str]:
 
 def room_of(name: str) -> str:
     parts = name.split(".")
-    if parts[:2] == ["trainer", "evidence"]:
-        return "evidence"
+    if parts[0] == "trainer" and len(parts) > 1 and parts[1] in ("evidence", "studies"):
+        return parts[1]
     return parts[1] if parts[0] == "pipeline" and len(parts) > 1 else parts[0]
 
 

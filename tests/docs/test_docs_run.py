@@ -30,7 +30,7 @@ from support.web_server import web_server
 
 import cli
 from pipeline.labels.labelset import LabelSet
-from trainer.evidence.study import read_scale, read_study
+from trainer.studies.study import read_scale, read_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]

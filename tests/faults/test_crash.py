@@ -44,7 +44,7 @@ INJECTED = {
     "labels card": ("pipeline.labels.card.write_card", [LABELS]),
     "labels export": ("pipeline.exchange.export.plan_export", [LABELS, "out"]),
     "doctor": ("pipeline.doctor.findings.report_table", []),
-    "compare": ("trainer.evidence.compare.read_study", ["study.yaml"]),
+    "compare": ("trainer.studies.compare.read_study", ["study.yaml"]),
     "demo": ("trainer.evidence.demo.run_demo", ["--out", "out"]),
 }
 

@@ -247,11 +247,11 @@ def draw_results(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 12), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[1, 1.5, 0.9])
+    parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1.5, 0.9])
+    top, middle, bottom = parts
     _draw_bars(top.subplots(), {name: top1_of(scores) for name, scores in results.items()})
     middle.suptitle("Views as the teacher saw them, with its five most probable classes", fontsize=10)
-    axes: Any = middle.subplots(2, 6)
-    for axis, row in zip(axes.flat, views, strict=True):
+    for axis, row in zip(middle.subplots(2, 6).flat, views, strict=True):
         draw_tile(axis, row[0], fontsize=7)
     tokens, agreement = bottom.subplots(1, 2)
     _draw_tokens(tokens, cosines)

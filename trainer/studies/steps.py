@@ -25,7 +25,7 @@ from pipeline.storage.atomic import sha256_file
 from pipeline.storage.json import sha256_json
 from pipeline.storage.urls import local_path
 from trainer.config import TrainConfig
-from trainer.evidence.study import OF_TEACHERS, Cell, Study, said_of, views_of
+from trainer.studies.study import OF_TEACHERS, Cell, Study, said_of, views_of
 
 # Settings of `precompute` that decide the labels, besides recipe and teacher; the number of views may grow.
 DECIDE_LABELS = ("topk", "precision", "views_per_shard", "include_images", "on_bad_image", "teacher_img_size", "dtype")

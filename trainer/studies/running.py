@@ -33,7 +33,7 @@ from pipeline.settings.program import Terminated
 from pipeline.storage.atomic import locked, make_folder, replace_file, sha256_file
 from pipeline.storage.json import parse_json, pretty_json, read_json
 from pipeline.storage.yaml import to_yaml
-from trainer.evidence.steps import Plan, Step
+from trainer.studies.steps import Plan, Step
 
 log = logging.getLogger("deit_cli.compare")
 

@@ -23,7 +23,7 @@ from pipeline.storage.yaml import to_yaml
 from pipeline.text import byte_size, count, duration
 from trainer.config import CompareConfig, TrainConfig
 from trainer.evidence.demo import TRAINING, write_digits
-from trainer.evidence.running import (
+from trainer.studies.running import (
     DONE,
     SCORES,
     LocalEngine,
@@ -34,8 +34,8 @@ from trainer.evidence.running import (
     only_study_in,
     versions,
 )
-from trainer.evidence.steps import Images, Plan, Step, images_at, plan_study, ranks_of
-from trainer.evidence.study import DIGITS, Cell, Scale, read_study
+from trainer.studies.steps import Images, Plan, Step, images_at, plan_study, ranks_of
+from trainer.studies.study import DIGITS, Cell, Scale, read_study
 
 STUDY_NAME = "study.json"
 MEASURE_S = "0.5"  # for each measurement of --dry-run

@@ -9,8 +9,8 @@ from support.studies import SCALE, STUDY, write_study
 
 from pipeline.errors import UsageError
 from trainer.config import CompareConfig
-from trainer.evidence.steps import Images, Plan, plan_study, ranks_of
-from trainer.evidence.study import read_study
+from trainer.studies.steps import Images, Plan, plan_study, ranks_of
+from trainer.studies.study import read_study
 
 ROOT = Path(__file__).parents[2]
 TRAINING, EVALUATION = Images("/data/train", "a" * 64, 64), Images("/data/val", "b" * 64, 30)

@@ -22,10 +22,10 @@ from support.studies import STUDY, without_times, write_images, write_study
 from pipeline.errors import DeitCliError, StorageError, UsageError
 from pipeline.settings.program import Terminated
 from pipeline.storage.json import pretty_json
-from trainer.evidence.compare import against, check_all_done, forecast_table, spread, study_table, summarise
-from trainer.evidence.running import KEEPER, Job, Session, only_study_in, share_of_gpus
-from trainer.evidence.steps import Images, Plan, plan_study
-from trainer.evidence.study import read_study
+from trainer.studies.compare import against, check_all_done, forecast_table, spread, study_table, summarise
+from trainer.studies.running import KEEPER, Job, Session, only_study_in, share_of_gpus
+from trainer.studies.steps import Images, Plan, plan_study
+from trainer.studies.study import read_study
 
 # --- statistics -------------------------------------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ def test_an_input_with_another_content_makes_what_needs_it_anew(tmp_path):
 
 
 def test_jobs_run_side_by_side_and_share_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.evidence.running.usable_cores", lambda: 8)
+    monkeypatch.setattr("trainer.studies.running.usable_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     engine = FakeEngine(looks=3)
     session(tmp_path, engine, jobs=4).run()
@@ -273,7 +273,7 @@ def test_a_signal_reaches_the_running_steps(tmp_path, monkeypatch, error, number
         monkeypatch.undo()
         raise error
 
-    monkeypatch.setattr("trainer.evidence.running.time.sleep", interrupted)
+    monkeypatch.setattr("trainer.studies.running.time.sleep", interrupted)
     with pytest.raises(error):
         running.run()
     assert engine.stopped == [number] * len(engine.started)
