@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.builders import with_checkout
 from support.label_sets import problems_in
@@ -13,7 +14,7 @@ from support.label_sets import problems_in
 from pipeline.errors import StoppedError, StorageError, UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.sheet import contact_sheet
+from pipeline.labels.sheet import Tile
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
 from trainer.evidence.demo import TITLES, draw_results, run_demo, three_seeds_top1, write_digits
@@ -28,7 +29,6 @@ def demo(out) -> str:
         seed=0,
         load_teacher=load_teacher,
         precompute=precompute,
-        contact_sheet=contact_sheet,
         progress=lambda *_: None,
     )
 
@@ -113,8 +113,16 @@ def drawn(monkeypatch):
     return figures
 
 
+def pictured(folder: Path) -> None:
+    """Draw small runs, twelve views and the tokens of two runs."""
+    results, runs = small_runs(folder)
+    views = [[Tile(np.full((4, 4, 3), number, np.uint8), f"view {number}")] for number in range(12)]
+    cosines = {"hard": {"input": 0.1, "blocks": [0.5, 0.75]}, "soft": {"input": -0.25, "blocks": [0.5, 0.8]}}
+    draw_results(results, runs, views, cosines, folder / "results.png")
+
+
 def test_the_bars_are_the_compared_answers_and_the_lines_are_the_spread_of_three_seeds(tmp_path, drawn):
-    draw_results(*small_runs(tmp_path), tmp_path / "results.png")
+    pictured(tmp_path)
     axis = drawn[0].axes[0]
     bars, *lines = axis.containers
     # The second and the third have two heads: their mean of logits is compared.
@@ -127,16 +135,20 @@ def test_the_bars_are_the_compared_answers_and_the_lines_are_the_spread_of_three
     assert axis.get_ylabel() == f"top-1, % (axis starts at {axis.get_ylim()[0]:.0f}, not at 0)"
 
 
-def test_curves_of_one_panel_are_of_one_quantity(tmp_path, drawn):
-    draw_results(*small_runs(tmp_path), tmp_path / "results.png")
-    panels = [
+def test_the_picture_has_twelve_views_the_tokens_and_the_agreement(tmp_path, drawn):
+    pictured(tmp_path)
+    _, *views, tokens, agreement = drawn[0].axes
+    assert [axis.get_title(loc="left") for axis in views] == [f"view {number}" for number in range(12)]
+    assert [axis.images[0].get_array()[0, 0, 0] for axis in views] == list(range(12))
+    lines = [
         {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
-        for axis in drawn[0].axes[1:]
+        for axis in (tokens, agreement)
     ]
-    assert panels == [
-        {name: ([0.5, 1.0], [2.0, 1.0]) for name in ("teacher CNN", "DeiT alone")},
+    assert lines == [
+        {"DeiT, hard labels": ([0, 1, 2], [0.1, 0.5, 0.75]), "DeiT, soft labels": ([0, 1, 2], [-0.25, 0.5, 0.8])},
         {name: ([0.5, 1.0], [0.5, 0.5]) for name in ("DeiT, hard labels", "DeiT, soft labels")},
     ]
+    assert tokens.get_ylim()[0] < -0.25
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -155,11 +167,28 @@ def test_the_seeds_in_the_picture_are_those_that_readme_quotes():
 @pytest.mark.slow
 def test_the_distilled_student_beats_the_same_student_alone_by_2_points(tmp_path):
     table = demo(tmp_path / "demo")
-    results = json.loads((tmp_path / "demo/results.json").read_text())
-    alone = results["alone"]["class_head"]["top1"]
-    for kind in ("hard", "soft"):
-        assert results[kind]["mean_logits"]["top1"] >= alone + 2, table  # 4.6 at least in three seeds
-    assert results["teacher"]["class_head"]["top1"] > 90
+    study = json.loads((tmp_path / "demo/study.json").read_text())
+    for name in ("DeiT, hard labels", "DeiT, soft labels"):
+        (cell,) = [cell for cell in study["cells"] if cell["name"] == name]
+        assert cell["against_baseline"]["difference"] >= 2, table  # 4.6 at least in three seeds
+        scores = json.loads((tmp_path / "demo" / cell["seeds"][0]["scores_file"]).read_text())["scores"]
+        assert cell["top1"]["mean"] == scores["mean_logits"]["top1"]
+    assert study["teachers"][0]["top1"] > 90
+    page = (tmp_path / "demo/report.html").read_text()
+    for heading in (
+        "Results",
+        "Training",
+        "Answers",
+        "Tokens",
+        "Disagreement",
+        "Calibration",
+        "Costs",
+        "Label set",
+        "Gallery",
+    ):
+        assert f">{heading}</h2>" in page
+    assert page.count('alt="View') == 12
+    assert f"Report: {tmp_path}/demo/report.html" in table
     assert problems_in(LabelSet.open(tmp_path / "demo/labels")) == []
     for name in ("labels.png", "results.png"):
         assert (tmp_path / "demo" / name).read_bytes()[:4] == b"\x89PNG"

@@ -30,6 +30,7 @@ from trainer.run import CONFIG_NAME
 KINDS = ("study", "scores", "analysis", "audit", "speed")  # of the JSON files that evidence writes
 PACKAGES = ("deit-cli", "torch", "torchvision", "timm", "numpy", "pyarrow")
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a JSON of another shape raises
+SHOWN = 10  # rows of a table of the weakest, the largest or the most suspect
 CURVE_POINTS = 36  # each is the mean over so many equal parts of a training
 COSTS = ("teacher_s", "labelling_s", "student_s")  # of a cell of a study
 CURVES = {  # metric, and kind of distillation where losses of two kinds are unlike -> caption, axis
@@ -276,13 +277,15 @@ def _without_bulk(content: Mapping[str, Any]) -> dict[str, Any]:
     shown = {k: v for k, v in content.items() if k not in ("per_class", "confusion", "calibration", "kind", "version")}
     answer = main_answer(content.get("scores") or {})
     classes = [row for row in content.get("per_class") or [] if row["top1"].get(answer) is not None]
-    weakest = sorted(classes, key=lambda row: row["top1"][answer])[:10]
+    weakest = sorted(classes, key=lambda row: row["top1"][answer])[:SHOWN]
+    names = {row["class"]: row["name"] for row in content.get("per_class") or []}
     rows = [{"name": r["name"], "class": r["class"], "images": r["images"], "top1": r["top1"][answer]} for r in weakest]
-    return shown | {
-        "answer": answer,
-        "weakest": rows,
-        "confused": (content.get("confusion") or {}).get(answer, [])[:10],
-    }
+    confused = [
+        {"name": names.get(pair["class"]), "answer_name": names.get(pair["answer"]), **pair}
+        for pair in (content.get("confusion") or {}).get(answer, [])[:SHOWN]
+    ]
+    sizes = content.get("sizes") or []
+    return shown | {"answer": answer, "weakest": rows, "confused": confused, "sizes": sizes if len(sizes) > 1 else []}
 
 
 def _column(content: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -354,7 +357,7 @@ def _token_row(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _audit_head(audit: Mapping[str, Any]) -> dict[str, Any]:
     """Return the first rows of each table of an audit."""
-    return {name: value[:10] if isinstance(value, list) else value for name, value in audit.items()}
+    return {name: value[:SHOWN] if isinstance(value, list) else value for name, value in audit.items()}
 
 
 def _tradeoff(found: Found) -> list[dict[str, Any]]:
