@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 from scipy.stats import t as student_t
 from support.background import wait_until
-from support.builders import with_checkout
+from support.builders import shared_data, with_checkout
 from support.commands import invoke
-from support.studies import STUDY, without_times, write_images, write_study
+from support.studies import SCALE, STUDY, without_times, write_images, write_study
 
 from pipeline.errors import DeitCliError, StorageError, UsageError
+from pipeline.images.source import open_source
 from pipeline.settings.program import Terminated
 from pipeline.storage.json import pretty_json
-from trainer.studies.compare import against, check_all_done, forecast_table, spread, study_table, summarise
+from trainer.studies.compare import against, check_all_done, forecast_table, images_of, spread, study_table, summarise
 from trainer.studies.running import KEEPER, Job, Session, only_study_in, share_of_gpus
 from trainer.studies.steps import Images, Plan, plan_study
 from trainer.studies.study import read_study
@@ -322,6 +323,28 @@ def test_the_table_has_the_numbers_of_study_json(tmp_path):
     (row,) = [line for line in lines if line.startswith("hard ") and "mean_logits" in line]
     assert row.split() == ["hard", "54.32", "53.00..55.50", "2", "+4.32", "0.012", "mean_logits"]
     assert "few seeds prove little" in lines[-1]
+
+
+def test_the_first_images_of_parquet_files_are_a_source_with_their_classes(tmp_path):
+    files = shared_data("cifar10")
+    scale = {**SCALE, "data": str(next(files.glob("test-*.parquet"))), "images": 100}
+    read = read_study(write_study(tmp_path, scale=scale), eval_data=scale["data"])
+    first, everything = images_of(read.scale, tmp_path / "data")
+    assert (first.count, everything.count) == (100, open_source(scale["data"]).num_samples)
+    mine, whole = open_source(first.location), open_source(scale["data"])
+    assert mine.class_names == whole.class_names
+    assert [label for shard in mine.shards for label in shard.class_labels] == list(whole.shards[0].class_labels[:100])
+    assert mine.shards[0][99].image == whole.shards[0][99].image
+
+
+def test_the_first_images_of_other_sources_are_refused(tmp_path):
+    write_images(tmp_path)
+    scale = {**SCALE, "data": str(tmp_path / "train"), "images": 10}
+    read = read_study(write_study(tmp_path, scale=scale))
+    with pytest.raises(
+        UsageError, match=r"images: 10 needs --data in local Parquet files, got .*train\. Leave out `images`"
+    ):
+        images_of(read.scale, tmp_path / "data")
 
 
 # --- the keeper -------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def compare(path: Path, config: CompareConfig) -> dict[str, Any]:
         replace_file(out / STUDY_NAME, pretty_json(summarise(session, command)))
 
     with only_study_in(out):
-        plan = _plan(study, config, *_images(study.scale, out / "data"))
+        plan = _plan(study, config, *images_of(study.scale, out / "data"))
         engine = RayEngine() if config.engine == "ray" else LocalEngine()
         session = Session(
             plan, out, engine, jobs=config.jobs, launcher=config.launcher, device=config.device, changed=save
@@ -78,7 +78,7 @@ def _plan(study: Any, config: CompareConfig, training: Images, evaluation: Image
     return plan_study(study, training, evaluation, seeds=config.seeds, chosen=config.cells, ranks=ranks)
 
 
-def _images(scale: Scale, folder: Path) -> tuple[Images, Images]:
+def images_of(scale: Scale, folder: Path) -> tuple[Images, Images]:
     """Return training and evaluation images; scikit-learn's digits are written to a folder."""
     training, evaluation = scale.data, scale.eval_data
     if DIGITS in (training, evaluation):
@@ -355,7 +355,7 @@ def foresee(path: Path, config: CompareConfig) -> dict[str, Any]:
     out = config.out or Path("studies") / study.name
     with _data_folder(study.scale, out) as folder:
         session = Session(
-            _plan(study, config, *_images(study.scale, folder)), out, None, jobs=config.jobs, device=config.device
+            _plan(study, config, *images_of(study.scale, folder)), out, None, jobs=config.jobs, device=config.device
         )
         forecast = _Forecast(session, config.device)
         steps = [forecast.step(step) for step in session.plan.steps]
