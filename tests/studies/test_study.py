@@ -66,6 +66,10 @@ WRONG_STUDIES = [
     ("cells/hard/epoch", 3, r"there is no setting 'epoch'\. Did you mean epochs\?"),
     ("cells/hard/teacher", "cnm", r"the scale has no teacher 'cnm'\. Did you mean cnn\?"),
     ("cells/hard/teacher", None, "the cell needs `teacher`, one of cnn, published"),
+    ("cells/hard/teacher", "cnn+cnm", r"the scale has no teacher 'cnm'\. Did you mean cnn\?"),
+    ("cells/hard/teacher", "cnn+cnn", r"each teacher must be named once, got 'cnn\+cnn'"),
+    ("cells/hard/label_mode", "random", r"label_mode needs several teachers, such as teacher: cnn\+published"),
+    ("cells/alone/label_mode", "random", "label_mode has no meaning with distillation_type none"),
     ("cells/hard/student", "b", r"the scale has no student 'b'\. Known: ti, plain"),
     ("cells/hard/student", None, "the cell needs `student`, one of ti, plain"),
     ("cells/hard/token", "yes", "token must be true or false, got 'yes'"),
@@ -95,6 +99,11 @@ WRONG_SCALES = [
     ("date", "x", r"there is no key 'date'\. Did you mean data\?"),
     ("data", None, r"names no training images\. Pass --data"),
     ("eval_data", None, r"no evaluation images belong to train\. Pass --eval-data"),
+    (
+        "eval_data",
+        "train",
+        "training and evaluation images are both train: students would be tested on what they learn",
+    ),
     ("seeds", [], "seeds must be a list of different whole numbers"),
     ("seeds", [0, 0], "seeds must be a list of different whole numbers"),
     ("seeds", 3, "seeds must be a list"),
@@ -182,6 +191,42 @@ def test_without_a_teacher_a_grid_has_one_cell_for_all_teachers(tmp_path):
     assert views == {"cnn": 2, "published": 2}  # one set for both numbers of views
     trained = {step.name: step.settings.get("views") for step in plan.steps if step.kind == "student"}
     assert (trained["cnn-hard-views-1-seed0"], trained["none-seed0"]) == ("0:1", None)
+
+
+def test_a_cell_with_two_teachers_learns_from_both_label_sets_in_order(tmp_path):
+    both = {"student": "ti", "teacher": "published+cnn", "distillation_type": "soft", "label_weights": [3, 1]}
+    plan = plan_of(tmp_path, changed(STUDY, "cells/both", both))
+    (train,) = [step for step in plan.steps if step.name == "both-seed0" and step.command == "train"]
+    (alone,) = [step for step in plan.steps if step.name == "hard-seed0" and step.command == "train"]
+    assert [labels.name for labels in train.label_sets] == ["published", "cnn"]
+    assert train.label_sets[1].key == alone.label_sets[0].key  # the label set of the cell that has only this teacher
+    places = {role: tmp_path / labels.name for role, labels in train.inputs.items()}
+    assert train.settings_for(tmp_path, places)["labels"] == [f"{tmp_path}/published/set", f"{tmp_path}/cnn/set"]
+    assert train.decides["label_weights"] == [0.75, 0.25]
+    assert [each.name for each in plan.teachers_of(plan.study.cell("both"))] == ["published", "cnn"]
+    places = {step.key: number for number, step in enumerate(plan.steps)}
+    assert all(places[labels.key] < places[train.key] for labels in train.label_sets)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"teacher": "cnn+published"}, {"label_weights": [1, 3]}, {"label_mode": "random"}, {"teacher": "published"}],
+)
+def test_order_weights_and_mode_of_two_teachers_make_another_student(tmp_path, change):
+    both = {"student": "ti", "teacher": "published+cnn", "distillation_type": "soft", "label_weights": [3, 1]}
+    other = {**both, **change}
+    if "+" not in other["teacher"]:
+        del other["label_weights"]
+    one, two = (keys_of(plan_of(tmp_path, changed(STUDY, "cells/both", each))) for each in (both, other))
+    assert one["student both-seed0"] != two["student both-seed0"]
+    assert one["labels published"] == two["labels published"]
+    same = {**both, "label_weights": [0.75, 0.25]}
+    assert one == keys_of(plan_of(tmp_path, changed(STUDY, "cells/both", same)))
+
+
+def test_the_same_images_for_training_and_evaluation_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"are the same images: students would be tested on what they learn"):
+        plan_of(tmp_path, evaluation=TRAINING)
 
 
 def test_only_the_chosen_cells_are_run(tmp_path):

@@ -35,7 +35,7 @@ from trainer.studies.running import (
     versions,
 )
 from trainer.studies.steps import Images, Plan, Step, images_at, plan_study, ranks_of
-from trainer.studies.study import DIGITS, Cell, Scale, read_study
+from trainer.studies.study import DIGITS, TOGETHER, Cell, Scale, read_study
 
 STUDY_NAME = "study.json"
 MEASURE_S = "0.5"  # for each measurement of --dry-run
@@ -179,7 +179,7 @@ def _cell_result(session: Session, cell: Cell) -> dict[str, Any]:
                 "scores": scores,
                 "seconds": run.seconds,
             })  # fmt: skip
-    taught = plan.teacher_of(cell)
+    teachers = plan.teachers_of(cell)
     return {
         "name": cell.name,
         "also": list(cell.also),
@@ -188,11 +188,11 @@ def _cell_result(session: Session, cell: Cell) -> dict[str, Any]:
         "top1": {"answer": answer, **spread([each["top1"] for each in seeds])},
         "against_baseline": None,
         "costs": {
-            "teacher_s": 0.0 if taught is None or taught.train is None else _seconds(records.get(taught.train.key)),
-            "labelling_s": 0.0 if taught is None else _seconds(records.get(taught.labels.key)),
+            "teacher_s": _sum([_seconds(records.get(each.train.key)) for each in teachers if each.train is not None]),
+            "labelling_s": _sum([_seconds(records.get(each.labels.key)) for each in teachers]),
             "student_s": statistics.mean(each["seconds"] for each in seeds) if seeds else None,
         },
-        "teacher": None if taught is None else _teacher_name(taught.name, taught.labelled_fraction),
+        "teacher": TOGETHER.join(_teacher_name(each.name, each.labelled_fraction) for each in teachers) or None,
         "failed": sum(step.key in session.failed for seed in plan.seeds for step in plan.students[cell.name, seed]),
     }
 
@@ -238,6 +238,12 @@ def _labels_result(labels: Record, out: Path) -> dict[str, Any]:
 
 def _relative(path: Path, out: Path) -> str:
     return path.relative_to(out).as_posix()
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """Return the sum, or None if a value is not known yet."""
+    known = [value for value in values if value is not None]
+    return float(sum(known)) if len(known) == len(values) else None
 
 
 def _seconds(record: Record | None) -> float | None:
@@ -430,8 +436,8 @@ class _Forecast:
                 "set",
                 "device",
             }
-            if "labels" in step.inputs:  # without a label set, which is read in no time
-                labels = step.inputs["labels"].settings
+            if step.label_sets:  # without a label set, which is read in no time
+                labels = step.label_sets[0].settings
                 settings |= {"distillation_type": "none"} | {name: labels[name] for name in ("recipe", "set") if name in labels}  # fmt: skip
                 settings.pop("views", None)
             arguments, names = ("bench", "stage2"), timed & set(settings)

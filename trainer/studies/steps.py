@@ -29,6 +29,7 @@ from trainer.studies.study import OF_TEACHERS, Cell, Study, said_of, views_of
 
 # Settings of `precompute` that decide the labels, besides recipe and teacher; the number of views may grow.
 DECIDE_LABELS = ("topk", "precision", "views_per_shard", "include_images", "on_bad_image", "teacher_img_size", "dtype")
+LABELS = "labels"  # role of the label set of a training; of several sets labels-0, labels-1 ...
 Kind = Literal["teacher", "labels", "student", "evaluation"]
 
 
@@ -58,6 +59,11 @@ class Step:
     like: Mapping[str, Any]
     stop: int = 0
 
+    @property
+    def label_sets(self) -> list["Step"]:
+        """Return the labellings that a training needs, in the order of its teachers."""
+        return [step for role, step in self.inputs.items() if role.startswith(LABELS)]
+
     @cached_property
     def key(self) -> str:
         """Return what distinguishes the step before its inputs exist."""
@@ -74,8 +80,8 @@ class Step:
             "precompute": {"out": str(folder / "set"), "views": f"0:{self.stop}"},
             "evaluate": {},
         }[self.command]
-        if "labels" in inputs:
-            places["labels"] = str(inputs["labels"] / "set")
+        if sets := [str(folder / "set") for role, folder in inputs.items() if role.startswith(LABELS)]:
+            places["labels"] = sets if len(sets) > 1 else sets[0]
         if "teacher" in inputs:
             places["teacher"] = str(inputs["teacher"] / "run/last")
         if "of" in inputs:
@@ -113,10 +119,10 @@ class Plan:
     teachers: Mapping[str, TaughtBy]  # by the key of the label step
     students: Mapping[tuple[str, int], tuple[Step, Step]]  # cell and seed -> training and evaluation
 
-    def teacher_of(self, cell: Cell) -> TaughtBy | None:
-        """Return the teacher of a cell, or None."""
+    def teachers_of(self, cell: Cell) -> list[TaughtBy]:
+        """Return the teachers of a cell."""
         train, _ = self.students[cell.name, self.seeds[0]]
-        return self.teachers[train.inputs["labels"].key] if "labels" in train.inputs else None
+        return [self.teachers[labels.key] for labels in train.label_sets]
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,13 @@ def plan_study(
         ranks: number of processes that the launcher starts for a training.
 
     Raises:
-        UsageError: settings of a cell contradict each other, or an update cannot be divided among the ranks.
+        UsageError: settings of a cell contradict each other, an update cannot be divided among the ranks, or training and
+            evaluation images are the same.
     """
+    if training.id == evaluation.id:
+        raise UsageError(
+            f"{training.location} and {evaluation.location} are the same images: students would be tested on what they learn"
+        )
     maker = _Maker(study, training, evaluation, ranks)
     seeds = tuple(seeds) or study.scale.seeds
     cells = maker.distinct(study.cells, seeds[0])
@@ -172,21 +183,18 @@ def plan_study(
     steps: dict[str, Step] = {}
     for cell in cells:
         train, _ = students[cell.name, seeds[0]]
-        if cell.teacher is not None:
-            key = train.inputs["labels"].key
-            labels = train.inputs["labels"]
-            if key in teachers and cell.name in wanted:
-                labels = replace(
-                    labels,
-                    stop=max(labels.stop, teachers[key].labels.stop),
-                    work=max(labels.work, teachers[key].labels.work),
-                )
-            if key not in teachers or cell.name in wanted:
-                teachers[key] = maker.taught_by(cell, labels)
+        for name, labels in zip(cell.teachers, train.label_sets, strict=True):
+            known = teachers.get(labels.key)
+            if known is not None and cell.name in wanted:
+                most = max(labels, known.labels, key=lambda step: step.stop)
+                labels = replace(labels, stop=most.stop, work=most.work)
+            if known is None or cell.name in wanted:
+                teachers[labels.key] = maker.taught_by(name, labels)
     needed = [
-        each
+        teachers[labels.key]
         for cell in cells
-        if cell.name in wanted and (each := teachers.get(_labels_key(students[cell.name, seeds[0]])))
+        if cell.name in wanted
+        for labels in students[cell.name, seeds[0]][0].label_sets
     ]
     for pick in ("train", "evaluation", "labels"):
         steps |= {step.key: step for each in needed if (step := getattr(each, pick)) is not None}
@@ -197,10 +205,6 @@ def plan_study(
     return Plan(
         study=study, cells=cells, seeds=seeds, steps=tuple(steps.values()), teachers=teachers, students=students
     )
-
-
-def _labels_key(steps: tuple[Step, Step]) -> str:
-    return steps[0].inputs["labels"].key if "labels" in steps[0].inputs else ""
 
 
 class _Maker:
@@ -232,7 +236,7 @@ class _Maker:
         if not cell.token:
             settings["model"] = without
         where = f"cell {cell.name}"
-        if cell.teacher is None:
+        if not cell.teachers:
             settings = {name: value for name, value in settings.items() if name not in OF_TEACHERS}
             train = self._train(
                 "student", f"{cell.name}-seed{seed}", settings, self._recipe_settings(self._scale.labels), where
@@ -240,19 +244,18 @@ class _Maker:
         else:
             views = views_of(settings.get("views", self._scale.views), where)
             settings["views"] = ViewsType.text(views)
-            labels = self._labels(cell.teacher, settings.get("labelled_fraction", 1.0), views[1])
-            train = self._train("student", f"{cell.name}-seed{seed}", settings, None, where, labels)
+            fraction = settings.get("labelled_fraction", 1.0)
+            sets = [self._labels(name, fraction, views[1]) for name in cell.teachers]
+            train = self._train("student", f"{cell.name}-seed{seed}", settings, None, where, sets)
         return train, self._evaluate(train, train.name)
 
-    def taught_by(self, cell: Cell, labels: Step) -> TaughtBy:
-        """Return the steps of the teacher of a cell."""
-        entry = self._scale.teachers[cell.teacher or ""]
+    def taught_by(self, name: str, labels: Step) -> TaughtBy:
+        """Return the steps of a teacher, which end with its label set."""
+        entry = self._scale.teachers[name]
         train = labels.inputs.get("teacher")
         fraction = None if train is None else train.settings.get("labelled_fraction", 1.0)
-        evaluation = self._evaluate(train, train.name) if train else self._evaluate_published(cell.teacher or "", entry)
-        return TaughtBy(
-            name=cell.teacher or "", labelled_fraction=fraction, train=train, evaluation=evaluation, labels=labels
-        )
+        evaluation = self._evaluate(train, train.name) if train else self._evaluate_published(name, entry)
+        return TaughtBy(name=name, labelled_fraction=fraction, train=train, evaluation=evaluation, labels=labels)
 
     def _teacher(self, name: str, fraction: float) -> Step:
         """Return the training of a teacher on a share of the class labels."""
@@ -272,14 +275,14 @@ class _Maker:
         settings: dict[str, Any],
         recipe: dict[str, Any] | None,
         where: str,
-        labels: Step | None = None,
+        sets: Sequence[Step] = (),
     ) -> Step:
-        """Return a training; `recipe` is that of a run without a label set."""
+        """Return a training on label sets, or on class labels alone, with views of `recipe`."""
         settings = {"distillation_type": "hard", **settings}
         with said_of(f"{self._scale.path}: {where}"):
-            checked = _train_config(settings, labelled=labels is not None)
-            settings = settings | self._as_many_views(checked, alone=labels is None) | self._divided(checked)
-            config = _train_config(settings, labelled=labels is not None)
+            checked = _train_config(settings, len(sets))
+            settings = settings | self._as_many_views(checked, alone=not sets) | self._divided(checked)
+            config = _train_config(settings, len(sets))
             recipe_id = None if recipe is None else load_recipe(recipe.get("recipe") or "deit", recipe.get("set")).id
         decides = deciding(config) | {
             "source": self._training.id,
@@ -288,7 +291,10 @@ class _Maker:
             "init": _content_of(config.init) if config.init else None,
             "views": config.views,
         }
-        share = config.labelled_fraction if labels is None else 1.0
+        if len(sets) > 1:
+            weights = config.label_weights or (1.0,) * len(sets)
+            decides |= {"label_mode": config.label_mode, "label_weights": [each / sum(weights) for each in weights]}
+        share = 1.0 if sets else config.labelled_fraction
         timed = {setting.name for setting in settings_of(TrainConfig) if setting.timed}
         like = {
             name: value for name, value in decides.items() if name in timed | {"views_per_update"} and name != "views"
@@ -299,9 +305,9 @@ class _Maker:
             command="train",
             settings={"data": self._training.location, **settings, **(recipe or {})},
             decides=json.loads(json.dumps({name: value for name, value in decides.items() if value is not None})),
-            inputs={} if labels is None else {"labels": labels},
+            inputs={LABELS: sets[0]} if len(sets) == 1 else {f"{LABELS}-{n}": each for n, each in enumerate(sets)},
             work=self._training.count * config.epochs * share,
-            like=json.loads(json.dumps(like)) | {"labels": labels is not None},
+            like=json.loads(json.dumps(like)) | {"labels": bool(sets)},
         )
 
     def _as_many_views(self, config: TrainConfig, *, alone: bool) -> dict[str, Any]:
@@ -404,9 +410,9 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _train_config(settings: Mapping[str, Any], *, labelled: bool) -> TrainConfig:
-    """Return the config of these settings; it checks their ranges and relations."""
-    values: dict[str, Any] = {**settings, "data": "data", **({"labels": "labels"} if labelled else {})}
+def _train_config(settings: Mapping[str, Any], label_sets: int) -> TrainConfig:
+    """Return the config of these settings for a number of label sets; it checks their ranges and relations."""
+    values: dict[str, Any] = {**settings, "data": "data", "labels": tuple(f"{LABELS}-{n}" for n in range(label_sets))}
     if "views" in values:
         values["views"] = views_of(values["views"], "views")
     return TrainConfig(**values)

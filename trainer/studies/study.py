@@ -39,9 +39,11 @@ NOT_EVALUATED = {
     "expect_manifest",
     "device",
 }
+TOGETHER = "+"  # between the names of teachers whose label sets a student learns from together
+OF_SEVERAL = ("label_weights", "label_mode")  # what has no meaning with one teacher
 # What has no meaning for a student that learns without a teacher.
 OF_TEACHERS = (
-    "teacher", "views", "view_policy", "distillation_alpha", "distillation_tau", "tail", "soft_reduction",
+    *OF_SEVERAL, "teacher", "views", "view_policy", "distillation_alpha", "distillation_tau", "tail", "soft_reduction",
 )  # fmt: skip
 DIGITS = "digits"
 
@@ -54,7 +56,8 @@ class Cell:
         name: name in the table.
         written: the axes as the study has them, with the defaults of `token` and `distillation_type`.
         student: name of the student in the scale.
-        teacher: name of the teacher in the scale; None: the student learns from class labels alone.
+        teachers: names of the teachers in the scale, whose label sets the student learns from together; (): it learns
+            from class labels alone.
         token: whether the student has the distillation token.
         budget: factor of the epochs, so that a study can vary them at any scale.
         train: settings of `train` that the cell changes.
@@ -64,7 +67,7 @@ class Cell:
     name: str
     written: Mapping[str, Any]
     student: str
-    teacher: str | None
+    teachers: tuple[str, ...]
     token: bool
     budget: float
     train: Mapping[str, Any]
@@ -167,6 +170,10 @@ def read_scale(path: Path, *, data: str | None = None, eval_data: str | None = N
         raise UsageError(f"{path}: the scale names no training images", fix="Pass --data, or write `data:` into it")
     if not isinstance(images, str) and own != DIGITS:
         raise UsageError(f"{path}: no evaluation images belong to {own}", fix="Pass --eval-data")
+    if images == own:
+        raise UsageError(
+            f"{path}: training and evaluation images are both {own}: students would be tested on what they learn"
+        )
     limit = values.get("images")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise UsageError(f"{path}: images must be a whole number from 1, got {limit!r}")
@@ -256,7 +263,11 @@ def _cell(name: str, values: Any, scale: Scale, where: str) -> Cell:
     if kind == "none" and (useless := [each for each in OF_TEACHERS if each in axes or each in train]):
         raise UsageError(f"{where}: {useless[0]} has no meaning with distillation_type none", fix="Leave it out")
     student = _chosen(axes.get("student"), scale.students, "student", where)
-    teacher = None if kind == "none" else _chosen(axes.get("teacher"), scale.teachers, "teacher", where)
+    teachers = () if kind == "none" else _teachers(axes.get("teacher"), scale, where)
+    if len(teachers) < 2 and (useless := [each for each in OF_SEVERAL if each in train]):
+        raise UsageError(
+            f"{where}: {useless[0]} needs several teachers, such as teacher: {TOGETHER.join(list(scale.teachers)[:2])}"
+        )
     token = axes.get("token", kind != "none" or train.get("second_token", "distillation") != "distillation")
     if not isinstance(token, bool):
         raise UsageError(f"{where}: token must be true or false, got {token!r}")
@@ -267,11 +278,24 @@ def _cell(name: str, values: Any, scale: Scale, where: str) -> Cell:
         raise UsageError(f"{where}: budget must be a number above 0, got {budget!r}")
     if "views" in train:
         train["views"] = ViewsType.text(views_of(train["views"], where))
-    written = {"student": student, "token": token, **({"teacher": teacher} if teacher else {}), **train}
+    written = {
+        "student": student,
+        "token": token,
+        **({"teacher": TOGETHER.join(teachers)} if teachers else {}),
+        **train,
+    }
     written |= {"budget": float(budget)} if "budget" in axes else {}
     return Cell(
-        name=name, written=written, student=student, teacher=teacher, token=token, budget=float(budget), train=train
+        name=name, written=written, student=student, teachers=teachers, token=token, budget=float(budget), train=train
     )
+
+
+def _teachers(value: Any, scale: Scale, where: str) -> tuple[str, ...]:
+    """Return the names of the teachers of a cell: one, or several with a plus sign between them."""
+    names = value.split(TOGETHER) if isinstance(value, str) else [value]
+    if len(set(names)) < len(names):
+        raise UsageError(f"{where}: each teacher must be named once, got {value!r}")
+    return tuple(_chosen(name, scale.teachers, "teacher", where) for name in names)
 
 
 def _chosen(name: Any, known: Mapping[str, Any], what: str, where: str) -> str:
