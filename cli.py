@@ -181,7 +181,7 @@ def compare(study: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     \b
     Examples:
       deit-cli compare configs/studies/distillation.yaml --dry-run
-      deit-cli compare configs/studies/distillation.yaml --out studies/distillation
+      deit-cli compare configs/studies/distillation.yaml --out studies/digits
       deit-cli compare configs/studies/sizes.yaml --scale configs/scales/imagenet.yaml --data imagenet/train \\
         --eval-data imagenet/val --launcher "torchrun --nproc-per-node 8 --no-python"
     """
@@ -208,7 +208,7 @@ def report(paths: tuple[str, ...], **values: Any) -> None:
     \b
     Examples:
       deit-cli report runs/deit-s shards --out report.html
-      deit-cli report studies/distillation --out distillation.html
+      deit-cli report studies/digits/distillation.json --out distillation.html
     """
     config = ReportConfig(**values)
     from trainer.evidence.report import write_report

@@ -725,8 +725,8 @@ class CompareConfig:
     )
     out: Path | None = output_option(
         None,
-        "Folder for teachers, label sets, students and study.json; by default studies/NAME of the study. What is in it"
-        " is used again.",
+        "Folder for teachers, label sets, students and the result, STUDY.json; by default studies/SCALE. All studies at one"
+        " scale can share it: what is in it is used again.",
     )
     seeds: tuple[int, ...] = run_option(
         (), "Random seed of one student of each cell; repeat the option for several. By default those of --scale."

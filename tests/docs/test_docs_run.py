@@ -61,6 +61,7 @@ SUBSTITUTIONS = [
     # small studies for those of configs/
     (r"compare configs/studies/\w+\.yaml", "compare small/study.yaml"),
     (r"--scale configs/scales/\w+\.yaml", "--scale small/scale.yaml"),
+    (r"report studies/digits/distillation\.json", "report studies/scale/study.json"),
     # other machines' folders
     (r"/mnt/imagenet/", "imagenet/"),
     (r"/scratch/", ""),

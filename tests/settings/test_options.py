@@ -407,7 +407,7 @@ TRIALS: dict[str, list[Trial]] = {
     "compare": [
         Trial("--device cpu --engine local", seen=study("steps", {"all": 10, "done": 0, "failed": 0})),
         Trial("--scale {folder}/studies/other.yaml", seen=study("scale", "other")),
-        Trial("--data {copy} --eval-data {data}"),
+        Trial("--data {copy} --eval-data {data}", "are the same images"),
         Trial("--data {copy}", "no evaluation images belong to"),
         Trial("--out elsewhere", seen=exists("elsewhere/study.json")),
         Trial("--seeds 3 --seeds 4", seen=study("seeds", [3, 4])),

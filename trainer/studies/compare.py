@@ -1,4 +1,4 @@
-"""`deit-cli compare`: runs a study, and says what came out: a table, and study.json with everything behind it.
+"""`deit-cli compare`: runs a study, and says what came out: a table, and a JSON file with everything behind it.
 
 The spread is over seeds, that is over initial weights and orders of the data of the students. All students of a cell learn from the same
 teacher and the same labels, so the luck of the teacher is in no spread.
@@ -37,14 +37,13 @@ from trainer.studies.running import (
 from trainer.studies.steps import Images, Plan, Step, images_at, plan_study, ranks_of
 from trainer.studies.study import DIGITS, TOGETHER, Cell, Scale, read_study
 
-STUDY_NAME = "study.json"
 MEASURE_S = "0.5"  # for each measurement of --dry-run
 CELL_WIDTH = 34
 EQUAL = 1e-3  # points; one of 50,000 images is 0.002
 
 
 def compare(path: Path, config: CompareConfig) -> dict[str, Any]:
-    """Run a study, and return the content of its study.json, which is written after every step.
+    """Run a study, and return the content of its JSON file, which is written after every step.
 
     Args:
         path: YAML file of the study.
@@ -55,11 +54,11 @@ def compare(path: Path, config: CompareConfig) -> dict[str, Any]:
         KeyboardInterrupt, Terminated: a signal; the running steps have saved their work.
     """
     study = read_study(path, config.scale, data=config.data, eval_data=config.eval_data)
-    out = config.out or Path("studies") / study.name
+    out = config.out or Path("studies") / study.scale.path.stem
     command = shlex.join(["deit-cli", "compare", str(path), *shlex.split(describe_settings(config))])
 
     def save(session: Session) -> None:
-        replace_file(out / STUDY_NAME, pretty_json(summarise(session, command)))
+        replace_file(out / f"{study.name}.json", pretty_json(summarise(session, command)))
 
     with only_study_in(out):
         plan = _plan(study, config, *images_of(study.scale, out / "data"))
@@ -358,7 +357,7 @@ def foresee(path: Path, config: CompareConfig) -> dict[str, Any]:
     says is None.
     """
     study = read_study(path, config.scale, data=config.data, eval_data=config.eval_data)
-    out = config.out or Path("studies") / study.name
+    out = config.out or Path("studies") / study.scale.path.stem
     with _data_folder(study.scale, out) as folder:
         session = Session(
             _plan(study, config, *images_of(study.scale, folder)), out, None, jobs=config.jobs, device=config.device
