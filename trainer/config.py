@@ -452,7 +452,27 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class AnsweringConfig:
+    """Settings of a command that runs trained networks on images."""
+
+    batch_size: int = run_option(256, "Number of images in one forward pass.", "-b", low=1)
+    workers: int | None = run_option(
+        None,
+        "Number of loader processes; by default the CPU cores minus one, or half of them if the networks run on the"
+        " CPU.",
+        "-j",
+        "--num-workers",
+        low=0,
+        high=1024,
+    )
+    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
+    amp_dtype: AmpDtype = run_option(
+        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(AnsweringConfig):
     """Settings of an evaluation: the student and the data."""
 
     checkpoint: str | None = student_option(
@@ -528,20 +548,6 @@ class EvaluateConfig:
         low=0.01,
         high=1,
     )
-    batch_size: int = run_option(256, "Number of images in one forward pass.", "-b", low=1)
-    workers: int | None = run_option(
-        None,
-        "Number of loader processes; by default the CPU cores minus one, or half of them if the student runs on the"
-        " CPU.",
-        "-j",
-        "--num-workers",
-        low=0,
-        high=1024,
-    )
-    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
-    amp_dtype: AmpDtype = run_option(
-        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
-    )
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None:  # callers may pass a Path
@@ -561,7 +567,7 @@ _ACCURACY = ("img_size", "flip", "csv", "predictions")  # settings of an evaluat
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyseConfig:
+class AnalyseConfig(AnsweringConfig):
     """Settings of `analyse`: the images that all networks see, and what is drawn."""
 
     data: str | None = data_option(
@@ -604,20 +610,6 @@ class AnalyseConfig:
         "Size of the centre crop of --data as a fraction of the shorter side, such as 0.9; by default that of each model.",
         low=0.01,
         high=1,
-    )
-    batch_size: int = run_option(256, "Number of images in one forward pass.", "-b", low=1)
-    workers: int | None = run_option(
-        None,
-        "Number of loader processes; by default the CPU cores minus one, or half of them if the networks run on the"
-        " CPU.",
-        "-j",
-        "--num-workers",
-        low=0,
-        high=1024,
-    )
-    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
-    amp_dtype: AmpDtype = run_option(
-        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
     )
 
     def __post_init__(self) -> None:
@@ -665,7 +657,7 @@ class InferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(AnsweringConfig):
     """Settings of a report."""
 
     out: Path = output_option(
@@ -686,17 +678,6 @@ class ReportConfig:
         high=1000,
     )
     gallery_views: int = data_option(512, "Number of views among which the gallery is chosen.", low=2, high=10**6)
-    batch_size: int = run_option(64, "Number of images in one forward pass.", "-b", low=1)
-    workers: int | None = run_option(
-        None,
-        "Number of loader processes; by default the CPU cores minus one, or half of them if the student runs on the"
-        " CPU.",
-        "-j",
-        "--num-workers",
-        low=0,
-        high=1024,
-    )
-    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -315,6 +315,7 @@ TRIALS: dict[str, list[Trial]] = {
             "--out sub/page.html --title Mine --data {copy} --gallery 2 --gallery-views 8 --batch-size 4 --workers 1 --device cpu",
             seen=lambda got: (got.folder / "sub/page.html").read_text().count('alt="View') == 2,
         ),
+        *(Trial(f"--gallery-views 4 --amp-dtype {dtype}") for dtype in ("auto", "float32", "bfloat16")),
         Trial("--out page", "--out must be a page, FILE.html, got page"),
     ],
     "bench inference": [
