@@ -661,7 +661,9 @@ class ReportConfig(AnsweringConfig):
     """Settings of a report."""
 
     out: Path = output_option(
-        Path("report.html"), "Page to write; report.json beside it holds every number of the page.", metavar="FILE.html"
+        Path("report.html"),
+        "Page to write; FILE-data.json beside it holds every number of the page.",
+        metavar="FILE.html",
     )
     title: str | None = output_option(
         None, "Title of the page; by default that of the study, or the names of the runs."
@@ -683,6 +685,11 @@ class ReportConfig(AnsweringConfig):
         check_settings(self)
         if self.out.suffix.lower() not in (".html", ".htm"):
             raise UsageError(f"--out must be a page, FILE.html, got {self.out}", fix=f"Pass --out {self.out}.html")
+
+    @property
+    def data_file(self) -> Path:
+        """Return the path of the JSON file beside the page."""
+        return self.out.with_name(f"{self.out.stem}-data.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -708,6 +715,10 @@ class CompareConfig:
         None,
         "Folder for teachers, label sets, students and the result, STUDY.json; by default studies/SCALE. All studies at one"
         " scale can share it: what is in it is used again.",
+    )
+    report: bool = output_option(
+        True,
+        "Write STUDY.html at the end: a page with the results, the tokens and the disagreement of the first seeds.",
     )
     seeds: tuple[int, ...] = run_option(
         (), "Random seed of one student of each cell; repeat the option for several. By default those of --scale."

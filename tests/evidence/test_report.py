@@ -89,6 +89,10 @@ class Page(HTMLParser):
             self._open = None
 
 
+def data_of(page: Path) -> Path:
+    return page.with_name(f"{page.stem}-data.json")
+
+
 def looked_up(report: Any, pointer: str) -> Any:
     """Return the value at a JSON pointer (RFC 6901)."""
     for step in pointer.split("/")[1:]:
@@ -98,7 +102,7 @@ def looked_up(report: Any, pointer: str) -> Any:
 
 
 def test_every_number_of_the_page_is_in_the_json_beside_it(written):
-    report = json.loads(written.with_suffix(".json").read_bytes())
+    report = json.loads(data_of(written).read_bytes())
     numbers = Page(written.read_text()).numbers
     assert len(numbers) > 150
     for known, text in numbers:
@@ -108,7 +112,7 @@ def test_every_number_of_the_page_is_in_the_json_beside_it(written):
 
 
 def test_the_json_beside_the_page_has_the_values_of_the_files(written, files):
-    report = json.loads(written.with_suffix(".json").read_bytes())
+    report = json.loads(data_of(written).read_bytes())
     assert report["studies"] == [study()]
     assert report["speed"] == speed()["rows"]
     assert report["disagreement"] == [analysis()["disagreement"]]
@@ -170,7 +174,7 @@ def test_every_section_has_its_chart(written):
 def test_the_same_report_has_the_same_bytes(written, run, made, files, tmp_path):
     again = write_report(config(tmp_path / "report.html"), [str(run), str(made), *map(str, files.values())])
     assert again.read_bytes() == written.read_bytes()
-    assert again.with_suffix(".json").read_bytes() == written.with_suffix(".json").read_bytes()
+    assert data_of(again).read_bytes() == data_of(written).read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,10 +183,18 @@ def test_one_file_alone_makes_a_report(files, tmp_path, kind):
     assert Page(page.read_text()).numbers
 
 
+def test_a_report_beside_a_file_of_its_name_leaves_it_alone(tmp_path):
+    (tmp_path / "study.json").write_bytes(pretty_json(study()))
+    write_report(config(tmp_path / "study.html"), [str(tmp_path)])
+    assert json.loads((tmp_path / "study.json").read_bytes()) == study()
+    again = write_report(config(tmp_path / "study.html"), [str(tmp_path)])  # its own data are no input
+    assert json.loads(data_of(again).read_bytes())["studies"] == [study()]
+
+
 def test_a_folder_of_runs_uses_the_files_that_lie_in_it(run, tmp_path):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     (folder / "scores.json").write_bytes(pretty_json(scores()))
-    report = json.loads(write_report(config(tmp_path / "r.html"), [str(folder)]).with_suffix(".json").read_bytes())
+    report = json.loads(data_of(write_report(config(tmp_path / "r.html"), [str(folder)])).read_bytes())
     assert [each["name"] for each in report["scores"]] == ["run"]
     assert [each["name"] for each in report["runs"]] == ["run"]
 

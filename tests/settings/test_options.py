@@ -411,6 +411,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--data {copy} --eval-data {data}", "are the same images"),
         Trial("--data {copy}", "no evaluation images belong to"),
         Trial("--out elsewhere", seen=exists("elsewhere/study.json")),
+        Trial("--no-report"),
         Trial("--seeds 3 --seeds 4", seen=study("seeds", [3, 4])),
         Trial("--seeds 3 --seeds 3", "--seeds must be different whole numbers"),
         Trial("--cells alone", seen=study("steps", {"all": 4, "done": 0, "failed": 0})),

@@ -467,6 +467,26 @@ def test_a_study_comes_to_a_table_and_a_file(whole):
 
 
 @pytest.mark.slow
+def test_a_study_ends_with_a_page_of_its_first_students(whole):
+    page = (whole / "out/study.html").read_text()
+    for heading in (
+        "Results",
+        "Training",
+        "Answers",
+        "Tokens",
+        "Disagreement",
+        "Calibration",
+        "Costs",
+        "Label set",
+        "Gallery",
+    ):
+        assert f">{heading}</h2>" in page
+    report = json.loads((whole / "out/study.json").with_name("study-analysis").joinpath("analysis.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["alone", "hard", "teacher cnn"]
+    assert "hard mean_logits" in report["disagreement"]["names"]
+
+
+@pytest.mark.slow
 def test_a_step_can_be_run_by_hand_and_gives_the_same_weights(whole, tmp_path, monkeypatch):
     (run,) = (whole / "out/students").glob("hard-seed0-*")
     monkeypatch.chdir(tmp_path)

@@ -133,17 +133,17 @@ class Views:
 
 
 def analyse(locations: Sequence[str], config: AnalyseConfig) -> dict[str, Any]:
-    """Analyse runs, write analysis.json and pictures to --out if it is given, and return plain JSON values.
+    """Analyse the networks at these locations, see `find_networks` and `analyse_networks`."""
+    return analyse_networks(find_networks(locations), config)
 
-    Args:
-        locations: folders of runs, exported folders (paths or URLs), or `timm:NAME` for published weights.
-        config: images and settings.
+
+def analyse_networks(networks: Sequence[Network], config: AnalyseConfig) -> dict[str, Any]:
+    """Analyse networks, write analysis.json and pictures to --out if it is given, and return plain JSON values.
 
     Raises:
         UsageError: the networks do not fit the images or each other.
-        CheckpointError: a location holds no network.
+        CheckpointError: the weights of a network are damaged.
     """
-    networks = find_networks(locations)
     images, where = _open_images(config), resolve_device(config.device)
     world = World(0, 1, where, plan_workers(config.workers, where))
     running = Running(world=world, dtype=forward_dtype(config.amp_dtype, where), batch_size=config.batch_size)

@@ -26,7 +26,7 @@ class Picture:
     """A view of the gallery.
 
     Attributes:
-        entry: its values in report.json.
+        entry: its values in report-data.json.
         png: its pixels, as PNG.
     """
 

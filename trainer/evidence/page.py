@@ -1,6 +1,6 @@
-"""A report as one HTML file: made from the values of report.json alone, so that every number on the page can be looked up there.
+"""A report as one HTML file: made from the values of report-data.json alone, so that every number on the page can be looked up there.
 
-The template gets the values as `Traced`, which remember where they are in report.json. A filter shows a number as a `<data>` element
+The template gets the values as `Traced`, which remember where they are in report-data.json. A filter shows a number as a `<data>` element
 with its exact value and this place (RFC 6901).
 """
 
@@ -61,17 +61,21 @@ class Traced:
         return "" if self.value is None else str(self.value)
 
 
-def render_page(report: Mapping[str, Any], images: Mapping[str, str]) -> str:
+def render_page(report: Mapping[str, Any], images: Mapping[str, str], *, data_file: str) -> str:
     """Return the HTML of a report.
 
     Args:
-        report: content of report.json.
+        report: content of report-data.json.
         images: data URIs of the pictures that the report names.
+        data_file: name of the JSON file beside the page.
     """
     environment = templates()
     environment.filters |= {"num": number, "size": size, "plain": plain}
     return environment.get_template(TEMPLATE).render(
-        report=Traced(report), images=images, charts={name: draw for name, draw in _charts(report).items() if draw}
+        report=Traced(report),
+        images=images,
+        data_file=data_file,
+        charts={name: draw for name, draw in _charts(report).items() if draw},
     )
 
 
@@ -87,7 +91,7 @@ def templates() -> Environment:
 
 
 def number(found: Traced, form: str = ".1f", unit: str = "") -> Any:
-    """Return a number as text with its place in report.json, or a dash if there is none.
+    """Return a number as text with its place in report-data.json, or a dash if there is none.
 
     Args:
         found: number, or a value that is not there.
@@ -103,7 +107,7 @@ def number(found: Traced, form: str = ".1f", unit: str = "") -> Any:
 
 
 def size(found: Traced) -> Any:
-    """Return a number of bytes with its unit and its place in report.json."""
+    """Return a number of bytes with its unit and its place in report-data.json."""
     if found.value is None:
         return Markup("–")
     return Markup('<data value="{}" data-from="{}">{}</data>').format(

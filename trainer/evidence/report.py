@@ -1,6 +1,6 @@
 """`deit-cli report`: what studies, runs and label sets show, on one page and as JSON.
 
-`report.json` holds every value of the page, which is made from it alone (`page.render_page`).
+`report-data.json` holds every value of the page, which is made from it alone (`page.render_page`).
 """
 
 import base64
@@ -90,10 +90,10 @@ def write_report(config: ReportConfig, paths: Sequence[str]) -> Path:
     images = {picture.entry["picture"]: _data_uri(picture.png) for picture in pictures} | _attention(found)
     try:
         report = collect(found, config.title, [picture.entry for picture in pictures])
-        text = render_page(report, images)
+        text = render_page(report, images, data_file=config.data_file.name)
     except _DAMAGE as error:
         raise _blamed(found, error) from error
-    replace_file(config.out.with_suffix(".json"), pretty_json(report))
+    replace_file(config.data_file, pretty_json(report))
     replace_file(config.out, text.encode())
     return config.out
 
@@ -105,7 +105,7 @@ def _blamed(found: Found, error: Exception) -> Exception:
             alone = Found()
             alone.records[kind].append((path, content))
             try:
-                render_page(collect(alone, None, []), {})
+                render_page(collect(alone, None, []), {}, data_file="")
             except _DAMAGE as its:
                 what = f"it lacks {its}" if isinstance(its, KeyError) else str(its)
                 return StorageError(f"{path} is damaged: {what}", fix="Make it again with the command that wrote it")
@@ -180,7 +180,7 @@ def _add_parts(folder: Path, study: Mapping[str, Any], found: Found) -> None:
 
 
 def collect(found: Found, title: str | None, gallery: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the content of report.json."""
+    """Return the content of report-data.json."""
     studies, results = found.all("study"), _results(found)
     return {
         "kind": "report",

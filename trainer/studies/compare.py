@@ -5,6 +5,7 @@ teacher and the same labels, so the luck of the teacher is in no spread.
 """
 
 import contextlib
+import logging
 import os
 import shlex
 import shutil
@@ -21,7 +22,7 @@ from pipeline.storage.atomic import make_folder, replace_file, sha256_file
 from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.yaml import to_yaml
 from pipeline.text import byte_size, count, duration
-from trainer.config import CompareConfig, TrainConfig
+from trainer.config import AnalyseConfig, CompareConfig, ReportConfig, TrainConfig
 from trainer.evidence.demo import TRAINING, write_digits
 from trainer.studies.running import (
     DONE,
@@ -36,6 +37,8 @@ from trainer.studies.running import (
 )
 from trainer.studies.steps import Images, Plan, Step, images_at, plan_study, ranks_of
 from trainer.studies.study import DIGITS, TOGETHER, Cell, Scale, read_study
+
+log = logging.getLogger("deit_cli.compare")
 
 MEASURE_S = "0.5"  # for each measurement of --dry-run
 CELL_WIDTH = 34
@@ -61,7 +64,8 @@ def compare(path: Path, config: CompareConfig) -> dict[str, Any]:
         replace_file(out / f"{study.name}.json", pretty_json(summarise(session, command)))
 
     with only_study_in(out):
-        plan = _plan(study, config, *images_of(study.scale, out / "data"))
+        training, evaluation = images_of(study.scale, out / "data")
+        plan = _plan(study, config, training, evaluation)
         engine = RayEngine() if config.engine == "ray" else LocalEngine()
         session = Session(
             plan, out, engine, jobs=config.jobs, launcher=config.launcher, device=config.device, changed=save
@@ -69,7 +73,36 @@ def compare(path: Path, config: CompareConfig) -> dict[str, Any]:
         save(session)
         session.run()
         save(session)
-        return summarise(session, command)
+        result = summarise(session, command)
+        if config.report and any(cell["seeds"] for cell in result["cells"]):
+            log.info("%s shows all of it", write_page(result, out, evaluation.location, study.scale, config.device))
+        return result
+
+
+def write_page(result: Mapping[str, Any], out: Path, evaluation: str, scale: Scale, device: str) -> Path:
+    """Analyse the first student of each cell and the teachers that were trained here, and write STUDY.html.
+
+    Args:
+        result: content of the study's JSON file.
+        out: folder of the study.
+        evaluation: location of the evaluation images.
+        scale: scale of the study.
+        device: device of the networks.
+    """
+    from trainer.evidence.analyse import analyse_networks
+    from trainer.evidence.networks import Network
+    from trainer.evidence.report import write_report
+
+    runs = {cell["name"]: cell["seeds"][0]["run"] for cell in result["cells"] if cell["seeds"]}
+    runs |= {f"teacher {each['name']}": each["run"] for each in result["teachers"] if each["run"]}
+    networks = [Network(name, run, out / run / "last", out / run) for name, run in runs.items()]
+    analysis = out / f"{result['name']}-analysis"
+    crop_pct = scale.evaluate.get("crop_pct")
+    analyse_networks(
+        networks, AnalyseConfig(data=evaluation, out=analysis, attention=2, crop_pct=crop_pct, device=device)
+    )
+    config = ReportConfig(out=out / f"{result['name']}.html", device=device)
+    return write_report(config, [str(out / f"{result['name']}.json"), str(analysis)])
 
 
 def _plan(study: Any, config: CompareConfig, training: Images, evaluation: Images) -> Plan:
