@@ -720,10 +720,10 @@ class CompareConfig:
         True,
         "Write STUDY.html at the end: a page with the results, the tokens and the disagreement of the first seeds.",
     )
-    seeds: tuple[int, ...] = run_option(
+    seed: tuple[int, ...] = run_option(
         (), "Random seed of one student of each cell; repeat the option for several. By default those of --scale."
     )
-    cells: tuple[str, ...] = run_option(
+    cell: tuple[str, ...] = run_option(
         (), "Name of a cell to run; repeat the option for several. By default all cells are run.", metavar="NAME"
     )
     jobs: int = run_option(
@@ -747,5 +747,5 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if len(set(self.seeds)) < len(self.seeds) or any(not 0 <= seed < 2**63 for seed in self.seeds):
-            raise UsageError(f"--seeds must be different whole numbers from 0, got {', '.join(map(str, self.seeds))}")
+        if len(set(self.seed)) < len(self.seed) or any(not 0 <= seed < 2**63 for seed in self.seed):
+            raise UsageError(f"each --seed must be another whole number from 0, got {', '.join(map(str, self.seed))}")

@@ -88,7 +88,7 @@ ADDED = {
     "bench inference": "--device cpu --seconds 0.01",
     "labels extend": "-j 0 --device cpu",
     "labels export": "-j 0",
-    "compare": "--device cpu --seeds 0",
+    "compare": "--device cpu --seed 0",
 }
 
 

@@ -548,7 +548,7 @@ def test_a_stopped_study_saves_its_work_and_says_how_to_continue(whole, number, 
     scale = json.loads((whole / "scale.yaml").read_text())
     scale["train"] |= {"epochs": 5000, "checkpoint_interval": 5000, "log_interval": 1}
     (whole / f"long-{code}.yaml").write_text(json.dumps(scale))
-    process = compare(whole, "--scale", f"long-{code}.yaml", "--cells", "alone", out=out.name)
+    process = compare(whole, "--scale", f"long-{code}.yaml", "--cell", "alone", out=out.name)
 
     def trains() -> bool:
         return (
@@ -568,7 +568,7 @@ def test_a_stopped_study_saves_its_work_and_says_how_to_continue(whole, number, 
 def test_a_ray_cluster_comes_to_the_same(whole, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    code, _, said = ended(compare(whole, "--engine", "ray", "--cells", "alone", "--seeds", "0", out="ray"))
+    code, _, said = ended(compare(whole, "--engine", "ray", "--cell", "alone", "--seed", "0", out="ray"))
     assert code == 0, said
     mine, theirs = result_in(whole / "ray")["cells"][0], result_in(whole / "out")["cells"][0]
     assert mine["seeds"][0]["scores"] == theirs["seeds"][0]["scores"]
@@ -579,7 +579,7 @@ def test_a_step_that_fails_ends_with_one_line_and_code_1(whole):
     scale = json.loads((whole / "scale.yaml").read_text())
     scale["teachers"] = {"cnn": {"teacher": "no_such_network", "pretrained": False}}
     (whole / "broken.yaml").write_text(json.dumps(scale))
-    code, output, said = ended(compare(whole, "--scale", "broken.yaml", "--seeds", "0", out="broken"))
+    code, output, said = ended(compare(whole, "--scale", "broken.yaml", "--seed", "0", out="broken"))
     assert code == 1
     assert "labels cnn failed: it ended with exit code" in output
     assert "no_such_network" in said  # the last lines of the log
@@ -593,7 +593,7 @@ def test_a_dry_run_measures_and_writes_nothing(whole, monkeypatch):
     monkeypatch.chdir(whole)
     before = sorted(whole.rglob("*"))
     code, output = invoke(
-        "compare", "study.yaml", "--device", "cpu", "--out", "nowhere", "--seeds", "0", "--json", "--dry-run"
+        "compare", "study.yaml", "--device", "cpu", "--out", "nowhere", "--seed", "0", "--json", "--dry-run"
     )
     assert code == 0, output
     assert sorted(whole.rglob("*")) == before
@@ -609,7 +609,7 @@ def test_a_dry_run_measures_and_writes_nothing(whole, monkeypatch):
     assert "0 of 7 steps done; left:" in table
     assert "3 steps whose time is unknown" in table
     code, output = invoke(
-        "compare", "study.yaml", "--device", "cpu", "--out", "out", "--seeds", "7", "--json", "--dry-run"
+        "compare", "study.yaml", "--device", "cpu", "--out", "out", "--seed", "7", "--json", "--dry-run"
     )
     of_seed = {step["name"]: step for step in json.loads(output)["steps"] if step["step"] == "student"}
     assert of_seed["hard-seed7"]["from"] == "2 finished steps like it"

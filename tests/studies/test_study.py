@@ -83,6 +83,9 @@ WRONG_STUDIES = [
     ("cells/hard/distillation_type", "firm", "distillation_type must be one of"),
     ("cells/alone/teacher", "cnn", "teacher has no meaning with distillation_type none"),
     ("cells/alone/distillation_tau", 2.0, "distillation_tau has no meaning with distillation_type none"),
+    ("against", {"hard": "alon"}, r"against: there is no cell 'alon'\. Did you mean alone\?"),
+    ("against", {"hard": "hard"}, "against: hard is compared with itself"),
+    ("against", ["hard"], "against must be a mapping"),
     ("grid/epochs", 3, "grid: epochs must be a list of values, got 3"),
     ("grid/epochs", [], "grid: epochs must be a list"),
     ("grid/epoch", [1, 2], r"there is no setting 'epoch'\. Did you mean epochs\?"),
@@ -136,8 +139,8 @@ def test_a_value_out_of_range_is_refused_with_the_name_of_its_cell(tmp_path):
 
 @pytest.mark.parametrize("seeds", [(0, 0), (-1,)])
 def test_wrong_seeds_on_the_command_line_are_refused(seeds):
-    with pytest.raises(UsageError, match="--seeds must be different whole numbers from 0"):
-        CompareConfig(seeds=seeds)
+    with pytest.raises(UsageError, match="each --seed must be another whole number from 0"):
+        CompareConfig(seed=seeds)
 
 
 def test_data_of_the_command_line_replaces_that_of_the_scale_with_its_evaluation(tmp_path):
@@ -222,6 +225,35 @@ def test_order_weights_and_mode_of_two_teachers_make_another_student(tmp_path, c
     assert one["labels published"] == two["labels published"]
     same = {**both, "label_weights": [0.75, 0.25]}
     assert one == keys_of(plan_of(tmp_path, changed(STUDY, "cells/both", same)))
+
+
+def test_results_that_are_not_asked_for_are_looked_up_too(tmp_path):
+    plan = plan_of(tmp_path, chosen=["alone"], seeds=[1, 7])
+    assert plan.known_seeds == (1, 7, 0)
+    asked, others = ({f"{step.kind} {step.name}" for step in steps} for steps in (plan.steps, plan.others))
+    assert asked == {f"{kind} alone-seed{seed}" for kind in ("student", "evaluation") for seed in (1, 7)}
+    assert {"student alone-seed0", "student hard-seed0", "student hard-seed7", "labels cnn", "teacher cnn"} <= others
+    assert not asked & others
+    places = {step.key: number for number, step in enumerate((*plan.steps, *plan.others))}
+    assert all(places[each.key] < places[step.key] for step in plan.others for each in step.inputs.values())
+
+
+def test_the_control_replays_the_views_of_a_label_set(tmp_path):
+    control = {
+        "student": "ti",
+        "teacher": "cnn",
+        "distillation_type": "none",
+        "second_token": "class",
+        "distillation_alpha": 0.4,
+    }
+    plan = plan_of(tmp_path, changed(STUDY, "cells/control", control))
+    (train,) = [step for step in plan.steps if step.name == "control-seed0" and step.command == "train"]
+    assert [labels.name for labels in train.label_sets] == ["cnn"]
+    assert (train.settings["distillation_alpha"], train.settings["model"]) == (0.4, "deit_tiny_distilled_patch16_224")
+    alone = {"student": "ti", "distillation_type": "none", "second_token": "class", "distillation_alpha": 0.4}
+    plan = plan_of(tmp_path, changed(STUDY, "cells/control", alone))
+    (train,) = [step for step in plan.steps if step.name == "control-seed0" and step.command == "train"]
+    assert train.settings["distillation_alpha"] == 0.4
 
 
 def test_the_same_images_for_training_and_evaluation_are_refused(tmp_path):
@@ -353,14 +385,25 @@ def test_a_budget_is_a_factor_of_the_epochs(tmp_path):
         ("torchrun --nproc-per-node 8 --no-python", 8),
         ("torchrun --nproc_per_node=4 --nnodes=2 --no-python", 8),
         ("srun -n 3", 3),
-        ("nice", 1),
+        ("torchrun --nproc_per_node=2 --nnodes 2", 4),
     ],
 )
 def test_the_number_of_ranks_is_that_of_the_launcher(launcher, ranks):
     assert ranks_of(launcher) == ranks
 
 
-@pytest.mark.parametrize("launcher", ["torchrun --nproc-per-node gpu", "torchrun --nnodes 1:4", "torchrun '"])
+@pytest.mark.parametrize(
+    "launcher", ["accelerate launch --num_processes 8", "srun --ntasks-per-node 4", "torchrun", "nice", ""]
+)
+def test_a_launcher_whose_number_of_ranks_is_not_known_is_refused(launcher):
+    with pytest.raises(UsageError, match="--launcher must be torchrun with --nproc-per-node, or srun with --ntasks"):
+        ranks_of(launcher)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    ["torchrun --nproc-per-node gpu", "torchrun --nproc-per-node 2 --nnodes 1:4", "torchrun --nproc-per-node 2 '"],
+)
 def test_a_number_of_ranks_that_is_no_number_is_refused(launcher):
     with pytest.raises(UsageError, match="must be written as whole numbers"):
         ranks_of(launcher)

@@ -19,7 +19,7 @@ from pipeline.errors import DeitCliError, UsageError
 from pipeline.settings.fields import settings_of
 from pipeline.settings.files import describe_settings, load_recipe
 from pipeline.storage.atomic import make_folder, replace_file, sha256_file
-from pipeline.storage.json import pretty_json, read_json
+from pipeline.storage.json import pretty_json, read_json, sha256_json
 from pipeline.storage.yaml import to_yaml
 from pipeline.text import byte_size, count, duration
 from trainer.config import AnalyseConfig, CompareConfig, ReportConfig, TrainConfig
@@ -107,7 +107,7 @@ def write_page(result: Mapping[str, Any], out: Path, evaluation: str, scale: Sca
 
 def _plan(study: Any, config: CompareConfig, training: Images, evaluation: Images) -> Plan:
     ranks = ranks_of(config.launcher)
-    return plan_study(study, training, evaluation, seeds=config.seeds, chosen=config.cells, ranks=ranks)
+    return plan_study(study, training, evaluation, seeds=config.seed, chosen=config.cell, ranks=ranks)
 
 
 def images_of(scale: Scale, folder: Path) -> tuple[Images, Images]:
@@ -118,12 +118,12 @@ def images_of(scale: Scale, folder: Path) -> tuple[Images, Images]:
     training = str(folder / "training") if training == DIGITS else training
     evaluation = str(folder / "evaluation") if evaluation in (DIGITS, None) else evaluation
     if scale.images is not None:
-        training = _first_images(training, scale.images, folder / f"first-{scale.images}.parquet")
+        training = _first_images(training, scale.images, folder)
     return images_at(training), images_at(evaluation)
 
 
-def _first_images(location: str, number: int, path: Path) -> str:
-    """Write the first images of Parquet files, with their class names, and return the path.
+def _first_images(location: str, number: int, folder: Path) -> str:
+    """Write the first images of Parquet files, with their class names, to a folder, and return the path.
 
     Raises:
         UsageError: the images are not in local Parquet files, or there are too few.
@@ -137,6 +137,8 @@ def _first_images(location: str, number: int, path: Path) -> str:
         raise UsageError(
             f"images: {number} needs --data in local Parquet files, got {location}", fix="Leave out `images`"
         )
+    known = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    path = folder / f"first-{number}-{sha256_json(known)[:12]}.parquet"  # other files have other first images
     if not path.is_file():
         table = pa.concat_tables([pq.read_table(file) for file in files])
         if len(table) < number:
@@ -172,6 +174,11 @@ def summarise(session: Session, command: str) -> dict[str, Any]:
     for cell in cells:
         if cell is not baseline:
             cell["against_baseline"] = against(_by_seed(cell), _by_seed(baseline))
+    by_name = {name: cell for cell in cells for name in (cell["name"], *cell["also"])}
+    comparisons = [
+        {"cell": one, "other": other, **against(_by_seed(by_name[one]), _by_seed(by_name[other]))}
+        for one, other in study.against.items()
+    ]
     failed = [
         {"step": step.kind, "name": step.name, "reason": session.failed[step.key]}
         for step in plan.steps
@@ -188,8 +195,9 @@ def summarise(session: Session, command: str) -> dict[str, Any]:
         "command": command,
         "versions": versions(),
         "cells": cells,
+        "comparisons": comparisons,
         "teachers": [_teacher_result(session, key) for key in plan.teachers],
-        "steps": {"all": len(plan.steps), "done": len(session.records), "failed": len(failed)},
+        "steps": {"all": len(plan.steps), "done": session.done, "failed": len(failed)},
         "failed": failed,
     }
 
@@ -197,7 +205,7 @@ def summarise(session: Session, command: str) -> dict[str, Any]:
 def _cell_result(session: Session, cell: Cell) -> dict[str, Any]:
     plan, records = session.plan, session.records
     seeds, answer = [], None
-    for seed in plan.seeds:
+    for seed in plan.known_seeds:
         train, evaluation = plan.students[cell.name, seed]
         if train.key in records and evaluation.key in records:
             run, scored = records[train.key], records[evaluation.key]
@@ -212,6 +220,7 @@ def _cell_result(session: Session, cell: Cell) -> dict[str, Any]:
                 "seconds": run.seconds,
             })  # fmt: skip
     teachers = plan.teachers_of(cell)
+    stop = max((each.stop for each in plan.students[cell.name, plan.seeds[0]][0].label_sets), default=0)
     return {
         "name": cell.name,
         "also": list(cell.also),
@@ -221,7 +230,7 @@ def _cell_result(session: Session, cell: Cell) -> dict[str, Any]:
         "against_baseline": None,
         "costs": {
             "teacher_s": _sum([_seconds(records.get(each.train.key)) for each in teachers if each.train is not None]),
-            "labelling_s": _sum([_seconds(records.get(each.labels.key)) for each in teachers]),
+            "labelling_s": _sum([_labelling_s(records.get(each.labels.key), stop) for each in teachers]),
             "student_s": statistics.mean(each["seconds"] for each in seeds) if seeds else None,
         },
         "teacher": TOGETHER.join(_teacher_name(each.name, each.labelled_fraction) for each in teachers) or None,
@@ -276,6 +285,11 @@ def _sum(values: Sequence[float | None]) -> float | None:
     """Return the sum, or None if a value is not known yet."""
     known = [value for value in values if value is not None]
     return float(sum(known)) if len(known) == len(values) else None
+
+
+def _labelling_s(record: Record | None, views: int) -> float | None:
+    """Return the seconds of the first views of a label set, of which other cells may use more."""
+    return None if record is None else record.seconds * views / record.done["views"]
 
 
 def _seconds(record: Record | None) -> float | None:
@@ -343,8 +357,17 @@ def study_table(result: Mapping[str, Any]) -> str:
             f"  {top1['answer']}" + (", others failed" if cell["failed"] else ""),
         )
         lines.append(f"{cell['name']:{CELL_WIDTH}}" + "".join(cells))
-    lines += ["", *_cost_lines(result), *_notes(result)]
+    lines += ["", *_comparison_lines(result), *_cost_lines(result), *_notes(result)]
     return "\n".join(lines)
+
+
+def _comparison_lines(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for each in result["comparisons"]:
+        if each["difference"] is not None:
+            p = "-" if each["p"] is None else f"{each['p']:.3f}"
+            lines.append(f"{each['cell']} against {each['other']}: {each['difference']:+.2f} points, p {p}")
+    return [*lines, ""] if lines else []
 
 
 def _cost_lines(result: Mapping[str, Any]) -> list[str]:

@@ -219,8 +219,13 @@ class Session:
         self._launcher = tuple(shlex.split(launcher or ""))
         self._running: dict[int, tuple[Placed, Any]] = {}  # by place: 0 .. jobs - 1
         self._cores = max(1, usable_cores() // jobs)
-        for step in plan.steps:
+        for step in (*plan.steps, *plan.others):
             self._is_done(step)
+
+    @property
+    def done(self) -> int:
+        """Return how many of the steps to run are finished."""
+        return sum(step.key in self.records for step in self.plan.steps)
 
     def run(self) -> None:
         """Run all steps that are left; a step that needs a failed one is left out.
@@ -362,9 +367,7 @@ class Session:
             done["views"] = step.stop
         replace_file(folder / DONE, pretty_json(done))
         self.records[step.key] = Record(folder, done)
-        log.info(
-            "%s %s: done in %.1f s (%d of %d)", step.kind, step.name, seconds, len(self.records), len(self.plan.steps)
-        )
+        log.info("%s %s: done in %.1f s (%d of %d)", step.kind, step.name, seconds, self.done, len(self.plan.steps))
 
     def _fail(self, placed: Placed, reason: str) -> None:
         path = placed.folder / LOG

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -110,14 +109,27 @@ class TaughtBy:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All steps of a study, each after its inputs; and the steps of each cell."""
+    """The steps of a study, each after its inputs; and the steps of each cell.
+
+    Attributes:
+        study: the study.
+        cells: all cells.
+        seeds: seeds of the students to train.
+        known_seeds: these, and the other seeds of the scale, whose students may be there from before.
+        steps: steps to run.
+        others: steps that are not asked for; their results are shown if they are there.
+        teachers: by the key of the labelling.
+        students: cell and seed -> training and evaluation.
+    """
 
     study: Study
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...]
+    known_seeds: tuple[int, ...]
     steps: tuple[Step, ...]
-    teachers: Mapping[str, TaughtBy]  # by the key of the label step
-    students: Mapping[tuple[str, int], tuple[Step, Step]]  # cell and seed -> training and evaluation
+    others: tuple[Step, ...]
+    teachers: Mapping[str, TaughtBy]
+    students: Mapping[tuple[str, int], tuple[Step, Step]]
 
     def teachers_of(self, cell: Cell) -> list[TaughtBy]:
         """Return the teachers of a cell."""
@@ -178,9 +190,9 @@ def plan_study(
     seeds = tuple(seeds) or study.scale.seeds
     cells = maker.distinct(study.cells, seeds[0])
     wanted = {Study.cell(replace(study, cells=cells), name).name for name in chosen} or {cell.name for cell in cells}
-    students = {(cell.name, seed): maker.student(cell, seed) for cell in cells for seed in seeds}
+    known_seeds = tuple(dict.fromkeys((*seeds, *study.scale.seeds)))
+    students = {(cell.name, seed): maker.student(cell, seed) for cell in cells for seed in known_seeds}
     teachers: dict[str, TaughtBy] = {}
-    steps: dict[str, Step] = {}
     for cell in cells:
         train, _ = students[cell.name, seeds[0]]
         for name, labels in zip(cell.teachers, train.label_sets, strict=True):
@@ -190,20 +202,27 @@ def plan_study(
                 labels = replace(labels, stop=most.stop, work=most.work)
             if known is None or cell.name in wanted:
                 teachers[labels.key] = maker.taught_by(name, labels)
-    needed = [
-        teachers[labels.key]
-        for cell in cells
-        if cell.name in wanted
-        for labels in students[cell.name, seeds[0]][0].label_sets
-    ]
-    for pick in ("train", "evaluation", "labels"):
-        steps |= {step.key: step for each in needed if (step := getattr(each, pick)) is not None}
-    for seed in seeds:
-        for cell in cells:
-            if cell.name in wanted:
-                steps |= {step.key: step for step in students[cell.name, seed]}
+
+    def steps_of(those: Sequence[Cell], of_seeds: Sequence[int]) -> dict[str, Step]:
+        taught = [teachers[labels.key] for cell in those for labels in students[cell.name, seeds[0]][0].label_sets]
+        found: dict[str, Step] = {}
+        for pick in ("train", "evaluation", "labels"):
+            found |= {step.key: step for each in taught if (step := getattr(each, pick)) is not None}
+        for seed in of_seeds:
+            found |= {step.key: step for cell in those for step in students[cell.name, seed]}
+        return found
+
+    steps = steps_of([cell for cell in cells if cell.name in wanted], seeds)
+    others = {key: step for key, step in steps_of(cells, known_seeds).items() if key not in steps}
     return Plan(
-        study=study, cells=cells, seeds=seeds, steps=tuple(steps.values()), teachers=teachers, students=students
+        study=study,
+        cells=cells,
+        seeds=seeds,
+        known_seeds=known_seeds,
+        steps=tuple(steps.values()),
+        others=tuple(others.values()),
+        teachers=teachers,
+        students=students,
     )
 
 
@@ -237,7 +256,8 @@ class _Maker:
             settings["model"] = without
         where = f"cell {cell.name}"
         if not cell.teachers:
-            settings = {name: value for name, value in settings.items() if name not in OF_TEACHERS}
+            kept = {"distillation_alpha"} if settings.get("second_token") == "class" else set()
+            settings = {name: value for name, value in settings.items() if name not in set(OF_TEACHERS) - kept}
             train = self._train(
                 "student", f"{cell.name}-seed{seed}", settings, self._recipe_settings(self._scale.labels), where
             )
@@ -439,18 +459,28 @@ def _content_of(location: str) -> str:
 
 
 def ranks_of(launcher: str | None) -> int:
-    """Return the number of processes that a launcher starts: torchrun's --nproc-per-node times --nnodes, or srun's -n.
+    """Return the number of processes that a launcher starts: torchrun's --nproc-per-node times --nnodes, or srun's --ntasks.
 
     Raises:
-        UsageError: the number is not written as a whole number.
+        UsageError: the launcher is another one, or a number is not written as a whole number.
     """
-    words = re.sub(r"=", " ", launcher or "").split()
-    found = 1
+    if launcher is None:
+        return 1
+    words = launcher.replace("=", " ").split()
+    options = {name.replace("_", "-"): value for name, value in itertools.pairwise(words)}
+    name = Path(words[0]).name if words else ""
+    counts = {
+        "torchrun": [options.get("--nproc-per-node"), options.get("--nnodes", "1")],
+        "srun": [options.get("--ntasks", options.get("-n"))],
+    }.get(name, [None])
+    if None in counts:
+        raise UsageError(
+            "--launcher must be torchrun with --nproc-per-node, or srun with --ntasks, because each update is divided among"
+            f" their processes; got {launcher}",
+            fix='Pass --launcher "torchrun --nproc-per-node 8 --no-python"',
+        )
     try:
-        shlex.split(launcher or "")
-        for name, value in itertools.pairwise(words):
-            if name.replace("_", "-") in ("--nproc-per-node", "--nnodes", "-n", "--ntasks"):
-                found *= int(value)
+        shlex.split(launcher)
+        return math.prod(int(each) for each in counts if each is not None)
     except ValueError:
         raise UsageError(f"--launcher {launcher}: the number of processes must be written as whole numbers") from None
-    return found

@@ -22,7 +22,7 @@ from pipeline.text import SAFE_NAME
 from pipeline.views.recipe import Recipe
 from trainer.config import EvaluateConfig, TrainConfig
 
-STUDY_KEYS = ("title", "baseline", "cells", "grid", "scale")
+STUDY_KEYS = ("title", "baseline", "against", "cells", "grid", "scale")
 SCALE_KEYS = ("data", "images", "eval_data", "teachers", "labels", "students", "train", "evaluate", "seeds")
 AXES = ("student", "teacher", "token", "budget")  # axes of a cell that are no settings of `train`
 # Settings of `train` that belong to the scale, or that the study sets itself.
@@ -45,6 +45,7 @@ OF_SEVERAL = ("label_weights", "label_mode")  # what has no meaning with one tea
 OF_TEACHERS = (
     *OF_SEVERAL, "teacher", "views", "view_policy", "distillation_alpha", "distillation_tau", "tail", "soft_reduction",
 )  # fmt: skip
+OF_CONTROL = ("teacher", "views", "view_policy", "distillation_alpha")  # but they have one for two class tokens
 DIGITS = "digits"
 
 
@@ -115,11 +116,21 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study at a scale."""
+    """A study at a scale.
+
+    Attributes:
+        name: name of the file.
+        title: the question.
+        baseline: cell with which all others are compared.
+        against: cell -> another cell with which it is compared as well.
+        cells: all cells.
+        scale: how large everything is.
+    """
 
     name: str
     title: str
     baseline: str
+    against: Mapping[str, str]
     cells: tuple[Cell, ...]
     scale: Scale
 
@@ -155,9 +166,16 @@ def read_study(
     cells = tuple(_cells(values, of_scale, str(path)))
     if not SAFE_NAME.fullmatch(path.stem):
         raise UsageError(f"{path}: the name of the file must be letters, digits, dots, hyphens and underscores")
-    study = Study(name=path.stem, title=values["title"], baseline=values["baseline"], cells=cells, scale=of_scale)
+    against = dict(_named(values.get("against", {}), f"{path}: against"))
+    study = Study(
+        name=path.stem, title=values["title"], baseline=values["baseline"], against=against, cells=cells, scale=of_scale
+    )
     with said_of(f"{path}: baseline"):
         study.cell(study.baseline)
+    with said_of(f"{path}: against"):
+        for pair in against.items():
+            if study.cell(pair[0]) is study.cell(str(pair[1])):
+                raise UsageError(f"{pair[0]} is compared with itself")
     return study
 
 
@@ -260,10 +278,13 @@ def _cell(name: str, values: Any, scale: Scale, where: str) -> Cell:
     axes = {axis: values.pop(axis) for axis in AXES if axis in values}
     train = _settings(values, where, TrainConfig, refused=NOT_COMPARED, known=AXES)
     kind = train.setdefault("distillation_type", scale.train.get("distillation_type", "hard"))
-    if kind == "none" and (useless := [each for each in OF_TEACHERS if each in axes or each in train]):
+    control = train.get("second_token") == "class"  # learns class labels alone, on the views of a teacher's label set
+    alone = [each for each in OF_TEACHERS if not (control and each in OF_CONTROL)]
+    if kind == "none" and (useless := [each for each in alone if each in axes or each in train]):
         raise UsageError(f"{where}: {useless[0]} has no meaning with distillation_type none", fix="Leave it out")
     student = _chosen(axes.get("student"), scale.students, "student", where)
-    teachers = () if kind == "none" else _teachers(axes.get("teacher"), scale, where)
+    taught = kind != "none" or "teacher" in axes
+    teachers = _teachers(axes.get("teacher"), scale, where) if taught else ()
     if len(teachers) < 2 and (useless := [each for each in OF_SEVERAL if each in train]):
         raise UsageError(
             f"{where}: {useless[0]} needs several teachers, such as teacher: {TOGETHER.join(list(scale.teachers)[:2])}"
