@@ -82,3 +82,13 @@ def test_what_is_no_network_is_refused(tmp_path):
 def test_the_current_folder_has_the_name_of_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(write_student(tmp_path / "run"))
     assert [network.name for network in find_networks(["."])] == ["run"]
+
+
+def test_a_step_of_a_study_is_its_run_under_the_name_of_the_step(tmp_path):
+    step = tmp_path / "hard-seed0-0123456789ab"
+    write_student(step / "run" / "last")
+    (step / "run" / "metrics.jsonl").touch()
+    (step / "done.json").write_text("{}")
+    found = find_networks([str(step), str(step / "run"), str(step / "run" / "last")])
+    assert [network.name for network in found] == ["hard-seed0", "hard-seed0-2", "hard-seed0-3"]
+    assert {network.weights for network in found} == {step / "run" / "last"}

@@ -17,6 +17,10 @@ from trainer.student import Student, open_student
 log = logging.getLogger("deit_cli.evidence")
 
 PUBLISHED = "timm:"  # before the name of a model whose published weights are meant
+IN_A_STEP, DONE_NAME = (
+    "run",
+    "done.json",
+)  # in the folder of a step of a study: its run, and the record that it is finished
 WEIGHTS = ("best", "last")  # of a run: the first that is there is used
 
 
@@ -54,7 +58,7 @@ def find_networks(locations: Sequence[str]) -> list[Network]:
     """Return the networks at these locations, with a name for each: the name of its run or folder, numbered if taken.
 
     Args:
-        locations: folders of runs (their best weights, or else their last), folders with config.json and model.safetensors, URLs of
+        locations: folders of runs (their best weights, or else their last) or of steps of studies, folders with config.json and model.safetensors, URLs of
             the latter, or `timm:NAME` for the weights that timm publishes.
 
     Raises:
@@ -72,6 +76,19 @@ def unique(name: str, taken: Container[str]) -> str:
     return name if name not in taken else next(n for i in itertools.count(2) if (n := f"{name}-{i}") not in taken)
 
 
+def run_in(folder: Path) -> Path:
+    """Return the folder of the run that a folder means: a step of a study holds its run in run/, others are the run."""
+    return folder / IN_A_STEP if (folder / IN_A_STEP / METRICS_NAME).is_file() else folder
+
+
+def name_of_run(run: Path) -> str:
+    """Return the name of a run in tables: that of its folder, or of its step in a study, without the id of the step."""
+    run = run.resolve()
+    if run.name == IN_A_STEP and (run.parent / DONE_NAME).is_file():
+        return run.parent.name.rpartition("-")[0] or run.parent.name
+    return run.name
+
+
 def exported_folder(run: Path) -> Path | None:
     """Return the folder with the best weights of a run, or else with its last; None if it has neither."""
     return next((run / part for part in WEIGHTS if (run / part / "model.safetensors").is_file()), None)
@@ -81,15 +98,15 @@ def _find(location: str) -> tuple[str, Path | None, Path | None]:
     """Return name, exported folder and folder of metrics.jsonl of a network."""
     if location.startswith(PUBLISHED):
         return location.removeprefix(PUBLISHED).replace("/", "-"), None, None
-    path = weights_here(location)
+    path = run_in(weights_here(location))
     if (path / "model.safetensors").is_file():
         run = path.resolve().parent
         of_run = path.resolve().name in (*WEIGHTS, "last-ema") and (run / METRICS_NAME).is_file()
-        return (run.name if of_run else path.resolve().name), path, run if of_run else None
+        return (name_of_run(run) if of_run else path.resolve().name), path, run if of_run else None
     inside = exported_folder(path)
     if inside is None:
         raise CheckpointError(
             f"{location} holds no trained network",
             fix="Pass the folder of a run, a folder that `train` exported, or timm:NAME for published weights",
         )
-    return path.resolve().name, inside, path if (path / METRICS_NAME).is_file() else None
+    return name_of_run(path), inside, path if (path / METRICS_NAME).is_file() else None

@@ -22,7 +22,7 @@ from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.urls import local_path
 from trainer.config import ReportConfig
 from trainer.evidence.gallery import Picture, most_apart
-from trainer.evidence.networks import WEIGHTS, unique
+from trainer.evidence.networks import WEIGHTS, name_of_run, run_in, unique
 from trainer.evidence.page import render_page
 from trainer.metrics import METRICS_NAME, read_metrics
 from trainer.run import CONFIG_NAME
@@ -52,6 +52,7 @@ class Found:
         label_sets: location -> label set.
         files: every file that was read, with its hash.
         names: path of a file of `evaluate` -> name of its cell of a study.
+        answers: name of a cell -> the answer by which it is compared.
     """
 
     records: dict[str, list[tuple[Path, dict[str, Any]]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
@@ -59,6 +60,7 @@ class Found:
     label_sets: dict[str, LabelSet] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     names: dict[Path, str] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
 
     def read(self, path: Path) -> dict[str, Any]:
         """Return the content of a JSON file, and note its hash."""
@@ -134,8 +136,11 @@ def _look_into(folder: Path, found: Found) -> None:
     before = sum(map(len, found.records.values())) + len(found.runs)
     for path in sorted(folder.glob("*.json")):
         _add_record(path, found, asked=False)
-    if (folder / METRICS_NAME).is_file() and (folder / CONFIG_NAME).is_file():
-        found.runs[unique(folder.resolve().name, found.runs)] = folder
+    run = run_in(folder)
+    if (run / METRICS_NAME).is_file() and (run / CONFIG_NAME).is_file():
+        found.runs[unique(name_of_run(run), found.runs)] = run
+        for path in sorted(run.glob("*.json")) if run != folder else ():
+            _add_record(path, found, asked=False)
     if sum(map(len, found.records.values())) + len(found.runs) == before:
         raise UsageError(
             f"{folder} is neither a study, a run nor a label set, and has no JSON file of these",
@@ -166,6 +171,8 @@ def _add_parts(folder: Path, study: Mapping[str, Any], found: Found) -> None:
         first = next(iter(cell["seeds"]), {})
         run, scores = folder / (first.get("run") or ""), folder / (first.get("scores_file") or "")
         name = unique(cell["name"], found.runs)
+        if answer := (cell.get("top1") or {}).get("answer"):
+            found.answers[name] = answer
         if first.get("run") and (run / METRICS_NAME).is_file():
             found.runs[name] = run
             for path in sorted(run.glob("*.json")):
@@ -191,7 +198,10 @@ def collect(found: Found, title: str | None, gallery: list[dict[str, Any]]) -> d
         "studies": studies,
         "runs": [_run_row(found, name, folder) for name, folder in found.runs.items()],
         "curves": _curves(found.runs),
-        "scores": [{"name": name, **_without_bulk(content)} for name, content in _scores(found)],
+        "scores": [
+            {"name": name, **_without_bulk(content, _main_answer(found, name, content.get("scores") or {}))}
+            for name, content in _scores(found)
+        ],
         "calibration": [
             {"name": name, "answers": content["calibration"], "ece": _column(content, "ece")}
             for name, content in _scores(found)
@@ -226,14 +236,19 @@ def _results(found: Found) -> list[dict[str, Any]]:
     if not rows:
         for name, content in _scores(found):
             if content.get("scores"):
-                top1 = content["scores"][main_answer(content["scores"])]["top1"]
+                top1 = content["scores"][_main_answer(found, name, content["scores"])]["top1"]
                 rows.append({"name": name, "top1": top1, "low": None, "high": None})
     return rows
 
 
-def main_answer(scores: Mapping[str, Any]) -> str:
-    """Return the answer by which networks are compared: the mean of both heads' logits, or the only head."""
-    return "mean_logits" if "mean_logits" in scores else "class_head"
+def _main_answer(found: Found, name: str, scores: Mapping[str, Any]) -> str:
+    """Return the answer by which a network is compared: the mean of both heads' logits, or the only head that was trained."""
+    if name in found.answers:
+        return found.answers[name]
+    run = found.runs.get(name)
+    config = {} if run is None else read_json(run / CONFIG_NAME)["config"]
+    alone = config.get("distillation_type") == "none" and config.get("second_token", "distillation") != "class"
+    return "mean_logits" if "mean_logits" in scores and not alone else "class_head"
 
 
 def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -272,10 +287,9 @@ def _scores(found: Found) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, content
 
 
-def _without_bulk(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a file of `evaluate` as the page shows it: the weakest classes and largest confusions only."""
+def _without_bulk(content: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """Return a file of `evaluate` as the page shows it: the weakest classes and largest confusions of one answer only."""
     shown = {k: v for k, v in content.items() if k not in ("per_class", "confusion", "calibration", "kind", "version")}
-    answer = main_answer(content.get("scores") or {})
     classes = [row for row in content.get("per_class") or [] if row["top1"].get(answer) is not None]
     weakest = sorted(classes, key=lambda row: row["top1"][answer])[:SHOWN]
     names = {row["class"]: row["name"] for row in content.get("per_class") or []}
@@ -368,7 +382,7 @@ def _tradeoff(found: Found) -> list[dict[str, Any]]:
         for name in {row["name"]: None for row in speed["rows"]}:
             if name in accuracy:
                 fastest = max((r for r in speed["rows"] if r["name"] == name), key=lambda row: row["images_per_s"])
-                top1 = accuracy[name][main_answer(accuracy[name])]["top1"]
+                top1 = accuracy[name][_main_answer(found, name, accuracy[name])]["top1"]
                 rows.append(
                     {
                         "name": name,
