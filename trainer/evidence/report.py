@@ -31,7 +31,10 @@ KINDS = ("study", "scores", "analysis", "audit", "speed")  # of the JSON files t
 PACKAGES = ("deit-cli", "torch", "torchvision", "timm", "numpy", "pyarrow")
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a JSON of another shape raises
 SHOWN = 10  # rows of a table of the weakest, the largest or the most suspect
-CURVE_POINTS = 36  # each is the mean over so many equal parts of a training
+CURVE_POINTS = range(
+    8, 37
+)  # a curve has so many points, each the mean over at least LINES_OF_A_POINT lines if there are enough
+LINES_OF_A_POINT = 5
 COSTS = ("teacher_s", "labelling_s", "student_s")  # of a cell of a study
 CURVES = {  # metric, and kind of distillation where losses of two kinds are unlike -> caption, axis
     "top1": ("Accuracy in training", "top-1, %"),
@@ -344,11 +347,12 @@ def _curves(runs: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _means(name: str, lines: Sequence[Mapping[str, Any]], number: str) -> list[dict[str, Any]]:
-    """Return the curve of a number in metrics.jsonl: its mean over each of CURVE_POINTS equal parts of the lines."""
+    """Return the curve of a number in metrics.jsonl: its means over equal parts of the lines, because one batch is noisy."""
     values = [line[number] for line in lines if line.get(number) is not None]
     if not values:
         return []
-    parts = [part for part in np.array_split(values, CURVE_POINTS) if len(part)]
+    points = min(max(len(values) // LINES_OF_A_POINT, CURVE_POINTS.start), CURVE_POINTS.stop - 1)
+    parts = [part for part in np.array_split(values, points) if len(part)]
     share = [(place + 1) / len(parts) for place in range(len(parts))]
     return [{"name": name, "x": share, "y": [float(part.mean()) for part in parts]}]
 
