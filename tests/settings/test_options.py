@@ -525,7 +525,7 @@ def world(tmp_path_factory) -> dict[str, str]:
     (folder / "speed.yaml").write_text("batch_size: [3]\n")
     (folder / "recipe.yaml").write_text("preset: deit\nimg_size: 16\nscale: [0.4, 1.0]\n")
     write_key(folder, "team")  # team.pem and team.pub
-    scale = {**SCALE, "data": data, "eval_data": data, "seeds": [0, 1]}
+    scale = {**SCALE, "data": data, "eval_data": write_tars(folder / "val", (12,)), "seeds": [0, 1]}
     study = {**STUDY, "cells": {**STUDY["cells"], "hard": {**STUDY["cells"]["hard"], "teacher": "published"}}}
     write_study(folder / "studies", study, scale)
     shutil.copy(folder / "studies/scale.yaml", folder / "studies/other.yaml")
