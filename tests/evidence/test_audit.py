@@ -131,7 +131,7 @@ def in_numbers(found: Audit) -> dict[str, Any]:
     return {
         "judged": found.judged,
         "suspects": [
-            (s.image.shard, s.image.row, s.image.class_label, s.answer, s.score, s.share) for s in found.suspects
+            (s.image.shard, s.image.row, s.image.class_label, s.answer, s.score, s.contradicted) for s in found.suspects
         ],
         "unsure": [(u.image.shard, u.image.row, u.entropy) for u in found.unsure],
         "confused": {(c.class_label, c.answer): (c.images, c.share) for c in found.confused},
@@ -267,7 +267,7 @@ def test_planted_suspects_are_found_and_ranked_and_no_other(clean, tmp_path):
         return sure_of(own + 1 if place == ("0", 7) and view % 2 else own)
 
     found = audit(set_of(tmp_path / "set", clean, answer))
-    assert [(s.image.key, s.image.class_label, s.answer, s.share) for s in found.suspects] == [
+    assert [(s.image.key, s.image.class_label, s.answer, s.contradicted) for s in found.suspects] == [
         ("img-0015", 0, 2, 1.0),
         ("img-0005", 2, 0, 1.0),
     ]
@@ -309,7 +309,7 @@ def test_an_unlabelled_partner_may_explain_an_answer(tmp_path):
     assert sum(view.weight[3] for view in seen) == pytest.approx(shown)
     assert shown < sum(view.shown[3] for view in seen)
     (suspect,) = audit(label_set).suspects
-    assert (suspect.image.row, suspect.answer, suspect.share) == (3, 1, 1.0)
+    assert (suspect.image.row, suspect.answer, suspect.contradicted) == (3, 1, 1.0)
 
 
 def relabel(folder: Path, labels: dict[str, int]) -> None:
@@ -386,8 +386,8 @@ def test_a_set_of_hard_labels_ranks_by_the_share_and_calls_no_image_unsure(clean
     label_set = make_labels(tmp_path / "set", clean, recipe=PLAIN, topk=0)
     found = audit(label_set)
     assert found.suspects
-    assert all(suspect.score == suspect.share for suspect in found.suspects)
-    assert (found.to_dict()["unsure"], found.score) == (None, "share")
+    assert all(suspect.score == suspect.contradicted for suspect in found.suspects)
+    assert (found.to_dict()["unsure"], found.score) == (None, "contradicted")
     assert "The set has only hard labels (K = 0)" in found.notes()[-1]
     assert "unsure" not in audit_table(found, 5).replace("called unsure", "")
 
@@ -464,7 +464,7 @@ def test_json_has_everything_whatever_top_says(planted):
     code, output = invoke("labels", "audit", str(planted.folder), "--top", "1", "--json")
     found = json.loads(output[output.index("{\n") :])
     assert code == 0
-    assert (found["kind"], found["version"], found["score"]) == ("audit", 1, "self_confidence")
+    assert (found["kind"], found["version"], found["score"]) == ("audit", 1, "log_self_confidence")
     assert [s["key"] for s in found["suspects"]] == ["img-0022", "img-0005", "img-0002"]
     assert found["suspects"][0] == {
         "shard": "train-000001",
@@ -475,7 +475,7 @@ def test_json_has_everything_whatever_top_says(planted):
         "answer": 2,
         "answer_name": "cat",
         "score": pytest.approx(0.985, abs=1e-3),
-        "share": 1.0,
+        "contradicted": 1.0,
     }
 
 
@@ -492,7 +492,16 @@ def test_the_csv_holds_every_suspect_and_audit_json_the_whole_result(planted, cl
     assert found == audit(planted).to_dict()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out/suspects.csv").read_text())))
     assert rows == [{name: str(each[name]) for name in rows[0]} for each in found["suspects"]]
-    assert list(rows[0]) == ["key", "class_label", "class_name", "answer", "answer_name", "score", "share", "shard"]
+    assert list(rows[0]) == [
+        "key",
+        "class_label",
+        "class_name",
+        "answer",
+        "answer_name",
+        "score",
+        "contradicted",
+        "shard",
+    ]
 
 
 SCRIPT = "<script>alert('x')</script>"

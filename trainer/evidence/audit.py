@@ -1,4 +1,4 @@
-"""`labels audit`: the images whose class label is probably wrong, judged by the stored answers alone.
+"""`labels audit`: the images whose class label the teacher contradicts, judged by the stored answers alone.
 
 No image is opened. The label files are read shard by shard and view by view. What is kept of an image is a hash and a place, and
 one entry if it is listed: memory grows with the images, not with the views.
@@ -14,13 +14,13 @@ are known (`pipeline.views.pairs`), and three rules follow from them:
 With w the weight of a view, p the probability of the image's class label and q that of the partner's (0 if there is none, or if
 both are the same), sums over views:
 
-    share = sum(w [the hard label is neither of the two]) / sum(w)
+    contradicted = sum(w [the hard label is neither of the two]) / sum(w)
     score = 1 - exp(sum(w (1 - q) ln(p / (1 - q))) / sum(w (1 - q)))
 
 p / (1 - q) is the probability of the class label among the classes that count, at least LEAST, and 1 - q says how much of the answer
-they make up. An image is a suspect if its share is above a half. Suspects are ranked by their score: 1 minus the self-confidence of
+they make up. An image is a suspect if `contradicted` is above a half. Suspects are ranked by their score: 1 minus the self-confidence of
 confident learning (Northcutt et al., JAIR 70, 2021), averaged over the views by its logarithm. With K = 0 there are no
-probabilities, and the share is the score. `benchmarks/audit.py` compares this score with others. An image of which all views
+probabilities, and `contradicted` is the score. `benchmarks/audit.py` compares this score with others. An image of which all views
 together show less than half (the sum of w is below a half) is not judged.
 """
 
@@ -147,13 +147,13 @@ class Suspect:
         image: the image.
         answer: the class that contradicts most, by weight.
         score: 0..1, larger is more suspicious.
-        share: share of what the views show of the image that contradicts, 0..1.
+        contradicted: share of what the views show of the image that contradicts, 0..1.
     """
 
     image: Image
     answer: int
     score: float
-    share: float
+    contradicted: float
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ class Audit:
 
     @property
     def score(self) -> str:
-        """Name of the score that ranks the suspects."""
-        return "self_confidence" if self.label_set.plan.topk else "share"
+        """Name of the score that ranks the suspects; `benchmarks/audit.py` compares it with others."""
+        return "log_self_confidence" if self.label_set.plan.topk else "contradicted"
 
     def class_name(self, label: int | None) -> str | None:
         """Return the name of a class; None if it has none."""
@@ -231,7 +231,9 @@ class Audit:
                 "More than half of the class labels are contradicted: are they numbered as the teacher's classes?"
             )
         if not self.label_set.plan.topk:
-            found.append("The set has only hard labels (K = 0): the score is the share, and no image is called unsure.")
+            found.append(
+                "The set has only hard labels (K = 0): the score is the share of contradicting answers, and no image is called unsure."
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -347,10 +349,10 @@ def _audit_shard(label_set: LabelSet, shard: str, views: range) -> _Findings:
         sums.add(seen)
     classes = _class_labels(samples)[rows]
     judged = (classes >= 0) & (sums.weight >= HALF)
-    share, score, answers = sums.share(), sums.score(), sums.votes.winners(len(rows))
+    contradicted, score, answers = sums.contradicted(), sums.score(), sums.votes.winners(len(rows))
     suspects = [
-        Suspect(_image(samples, shard, int(rows[at])), int(answers[at]), float(score[at]), float(share[at]))
-        for at in np.flatnonzero(judged & (share > HALF))
+        Suspect(_image(samples, shard, int(rows[at])), int(answers[at]), float(score[at]), float(contradicted[at]))
+        for at in np.flatnonzero(judged & (contradicted > HALF))
     ]
     unsure = [
         Unsure(_image(samples, shard, int(rows[at])), float(sums.surest[at]))
@@ -393,14 +395,14 @@ class _Sums:
             entropy = entropy_of(seen.answers, self._classes) / math.log(max(2, self._classes))
             np.minimum(self.surest, entropy, out=self.surest, where=seen.shown >= HALF)
 
-    def share(self) -> NDArray[np.float64]:
+    def contradicted(self) -> NDArray[np.float64]:
         """Return the share of what is shown that contradicts, 0..1; 0 if nothing is shown."""
         return np.divide(self.against, self.weight, out=np.zeros_like(self.weight), where=self.weight > 0)
 
     def score(self) -> NDArray[np.float64]:
         """Return the score, 0..1."""
         if not self._topk:
-            return self.share()
+            return self.contradicted()
         # Where the answers speak of nothing but the partners, nothing is suspicious.
         return 1 - np.exp(np.divide(self.logs, self.room, out=np.zeros_like(self.room), where=self.room > 0))
 
@@ -519,7 +521,7 @@ def _tables(found: Audit, top: int) -> Iterator[tuple[str, tuple[str, ...], list
         (
             f"{rank:,}",
             f"{each.score:.4f}",
-            percent(each.share),
+            percent(each.contradicted),
             class_text(found, each.image.class_label),
             class_text(found, each.answer),
             place(each.image),

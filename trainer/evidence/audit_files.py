@@ -28,7 +28,7 @@ from trainer.evidence.page import templates
 log = logging.getLogger("deit_cli.audit")
 
 PIXELS = 128  # of the longer side of a picture
-COLUMNS = ("key", "class_label", "class_name", "answer", "answer_name", "score", "share", "shard")
+COLUMNS = ("key", "class_label", "class_name", "answer", "answer_name", "score", "contradicted", "shard")
 
 
 def write_audit(found: Audit, folder: Path, *, top: int, data: str | None = None) -> None:
