@@ -71,7 +71,7 @@ def commands(verbose: bool) -> None:
 
 
 @commands.command(continues=CONTINUES)
-@config_option(PrecomputeConfig, TeacherConfig)
+@config_option(PrecomputeConfig, TeacherConfig, recipe=True)
 @options_of(TeacherConfig)
 @options_of(PrecomputeConfig)
 @recipe_options("deit")
@@ -108,7 +108,7 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
 
 
 @commands.command(continues=f"{CONTINUES}, with --resume if a checkpoint was written")
-@config_option(TrainConfig)
+@config_option(TrainConfig, recipe=True)
 @options_of(TrainConfig)
 @recipe_options(RECIPE_OF_TRAIN)
 @LOG_JSON
@@ -170,20 +170,21 @@ def evaluate(as_json: bool, **values: Any) -> None:
 @commands.command(continues=CONTINUES)
 @click.argument("study", metavar="STUDY.yaml", type=click.Path(path_type=Path))
 @options_of(CompareConfig)
-@plain_option("--dry-run", is_flag=True, help="Print cells, steps, hours and bytes, without doing it.", group="Run")
+@plain_option("--dry-run", is_flag=True, help="Print the plan with its time and space; run nothing.", group="Run")
 @AS_JSON
 def compare(study: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Run a study: train and compare many students.
 
     Each step is a command of its own: train and evaluate teachers, label, train and evaluate students. Finished steps are kept and
-    used again. The table has the top-1 accuracy of each cell over the seeds, and the difference to the baseline.
+    used again. The table has the top-1 accuracy of each cell over the seeds, and the difference to the baseline. To compare runs that
+    you have already, pass them to `report` and `analyse`.
 
     \b
     Examples:
       deit-cli compare configs/studies/distillation.yaml --dry-run
-      deit-cli compare configs/studies/distillation.yaml --out studies/digits
-      deit-cli compare configs/studies/sizes.yaml --scale configs/scales/imagenet.yaml --data imagenet/train \\
-        --eval-data imagenet/val --launcher "torchrun --nproc-per-node 8 --no-python"
+      deit-cli compare configs/studies/distillation.yaml
+      deit-cli compare configs/studies/sizes.yaml --scale configs/scales/imagenet.yaml \\
+        --launcher "torchrun --nproc-per-node 8 --no-python"
     """
     (config,) = split_values(values, CompareConfig)
     from trainer.studies.compare import check_all_done, forecast_table, foresee, study_table
@@ -202,12 +203,13 @@ def compare(study: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
 def report(paths: tuple[str, ...], **values: Any) -> None:
     """Write a page with the results of studies, runs and label sets.
 
-    PATH is the folder of a study, a run or a label set, or a JSON file that evaluate, analyse, audit, compare or bench wrote. The page
-    is one file and needs no network. The JSON file beside it holds every number of the page.
+    PATH is the folder of a study, a run or a label set, or a JSON file that `evaluate`, `analyse`, `labels audit`, `compare` or
+    `bench inference` wrote. The page is one file and needs no network. FILE-data.json beside it holds every number of the page.
 
     \b
     Examples:
-      deit-cli report runs/deit-s shards --out report.html
+      deit-cli report runs/deit-s shards
+      deit-cli report runs/hard runs/soft --out two-runs.html
       deit-cli report studies/digits/distillation.json --out distillation.html
     """
     config = ReportConfig(**values)
@@ -224,8 +226,8 @@ def report(paths: tuple[str, ...], **values: Any) -> None:
 def analyse(runs: tuple[str, ...], as_json: bool, **values: Any) -> None:
     """Compare the two tokens of students, and the answers of networks.
 
-    It measures how similar class token and distillation token are from block to block, and how many images two networks
-    answer differently. RUN is the folder of a run (its best/, or else its last/ is used), a folder that `train` exported, or
+    It measures how similar class token and distillation token are from block to block, and on which share of the images two
+    networks disagree. RUN is the folder of a run (its best/, or else its last/ is used), a folder that `train` exported, or
     timm:NAME for published weights. Networks with one head are compared by their answers only.
 
     \b
@@ -243,7 +245,7 @@ def analyse(runs: tuple[str, ...], as_json: bool, **values: Any) -> None:
 
 
 @commands.command()
-@config_option(PrecomputeConfig, TeacherConfig, EstimateConfig)
+@config_option(PrecomputeConfig, TeacherConfig, EstimateConfig, recipe=True)
 @options_of(TeacherConfig)
 @options_of(PrecomputeConfig, where=attrgetter("timed"))
 @recipe_options("deit")
@@ -252,8 +254,8 @@ def analyse(runs: tuple[str, ...], as_json: bool, **values: Any) -> None:
 def estimate(as_json: bool, **values: Any) -> None:
     """Estimate the cost of labelling, and when it pays off.
 
-    The result says how long labelling takes here, how many bytes the labels have before compression, and from how many
-    students on stored labels save time. The first images are labelled as a test, in seven measurements of about --seconds
+    The result says how long labelling takes here, how many bytes the labels have before compression, and how many
+    students you must train before stored labels save time. The first images are labelled as a test, in seven measurements of about --seconds
     each. On a GPU the student is timed, too; on a CPU the operations of both networks are counted. Nothing is written.
 
     \b
@@ -275,7 +277,7 @@ def bench() -> None:
 
 
 @bench.command()
-@config_option(PrecomputeConfig, TeacherConfig, BenchConfig)
+@config_option(PrecomputeConfig, TeacherConfig, BenchConfig, recipe=True)
 @options_of(TeacherConfig)
 @options_of(PrecomputeConfig, where=attrgetter("timed"), helps={"views": BENCHED_VIEWS})
 @recipe_options("deit")
@@ -300,7 +302,7 @@ def stage1(as_json: bool, **values: Any) -> None:
 
 
 @bench.command()
-@config_option(TrainConfig, TimingConfig)
+@config_option(TrainConfig, TimingConfig, recipe=True)
 @options_of(TrainConfig, where=attrgetter("timed"))
 @recipe_options(RECIPE_OF_TRAIN)
 @options_of(TimingConfig)
@@ -331,7 +333,8 @@ def stage2(as_json: bool, **values: Any) -> None:
 def inference(networks: tuple[str, ...], as_json: bool, **values: Any) -> None:
     """Time trained networks: images per second at inference.
 
-    RUN is the folder of a run, whose best weights are used, or a folder that it exported; timm:NAME means the weights that timm publishes.
+    RUN is the folder of a run (its best/, or else its last/ is used), or a folder that it exported; timm:NAME means the weights that timm
+    publishes.
     The networks take turns in five rounds, so that their speeds can be compared.
 
     \b
@@ -475,7 +478,11 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
     group="Views",
 )
 @plain_option(
-    "--top", type=click.IntRange(1), default=20, help="Number of entries to show of each list.", group="Output"
+    "--top",
+    type=click.IntRange(1),
+    default=20,
+    help="Number of entries of each list in the tables and in gallery.html.",
+    group="Output",
 )
 @plain_option(
     "--data",
@@ -491,7 +498,7 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
 )
 @AS_JSON
 def audit(folder: str, expect_manifest: str | None, as_json: bool, **values: Any) -> None:
-    """List images whose class label is probably wrong.
+    """List images whose class label the teacher contradicts.
 
     The stored answers of the teacher alone decide; no image is opened, except for the page in --out. The other lists are
     the classes that are confused, images of which no view has a clear answer, and images with the same bytes.
@@ -532,7 +539,7 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
 
     \b
     Example:
-      deit-cli labels show shards --out labels.png
+      deit-cli labels show shards
     """
     from pipeline.labels.labelset import LabelSet
     from pipeline.labels.sheet import contact_sheet
@@ -804,7 +811,7 @@ def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
     "--out",
     type=click.Path(path_type=Path),
     default=Path("deit-demo"),
-    help="Folder for everything that the demo makes.",
+    help="Folder for everything that the demo makes; it must be new or empty.",
     group="Output",
 )
 @plain_option(
@@ -817,7 +824,7 @@ def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
 def demo(out: Path, seed: int) -> None:
     """Run precompute and train on scikit-learn's digits.
 
-    It takes about a minute and needs no download, only the extra deit-cli[demo]. The last table compares students with and without the teacher, and report.html shows everything.
+    It takes one to two minutes on two cores and needs no download, only the extra deit-cli[demo]. The table compares students with and without the teacher, and report.html shows everything.
 
     \b
     Example:

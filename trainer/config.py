@@ -509,7 +509,9 @@ class EvaluateConfig(AnsweringConfig):
         " is refused.",
         metavar="sha256:HEX",
     )
-    agreement_samples: int = data_option(10_000, "Maximum number of views for the agreement.", low=2)
+    agreement_samples: int = data_option(
+        10_000, "Maximum number of views for the agreement, in whole batches only.", low=2
+    )
     fit_data: str | None = data_option(
         None,
         "Images with class labels, usually those of the training, on which the linear classifier of both tokens"
@@ -588,7 +590,10 @@ class AnalyseConfig(AnsweringConfig):
         metavar="PATH|URL",
     )
     samples: int = data_option(
-        2000, "Maximum number of images, spread evenly over --data, or of views of --labels; 0 means all.", low=0
+        2000,
+        "Maximum number of images, spread evenly over --data; 0 means all. With --labels the number of views, in whole"
+        " batches only: 2000 are 1792 in batches of 256.",
+        low=0,
     )
     attention: int = output_option(
         0,
@@ -698,8 +703,7 @@ class CompareConfig:
 
     scale: Path | None = data_option(
         None,
-        "YAML file that says how large everything is: data, teachers, labels, students, training and seeds; by default"
-        " the one that the study names.",
+        "YAML file with the data, teachers, students, training settings and seeds; by default the one that the study names.",
         metavar="FILE.yaml",
     )
     data: str | None = data_option(
@@ -742,7 +746,9 @@ class CompareConfig:
         "local", "Engine that runs the steps: processes of this machine (local), or tasks of a Ray cluster (ray)."
     )
     device: str = run_option(
-        "auto", "Device of all steps: cpu, cuda or cuda:1; auto means the GPUs, or the CPU if there is none."
+        "auto",
+        "Device of all steps: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU. Without --launcher a training"
+        " uses one GPU.",
     )
 
     def __post_init__(self) -> None:

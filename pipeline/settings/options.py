@@ -159,16 +159,19 @@ AS_JSON = plain_option("--json", "as_json", is_flag=True, help="Print JSON inste
 RECIPE_FIELDS = "deit_cli.recipe_fields"  # key in the command's context for the settings under `set` in a file
 
 
-def config_option(*kinds: type) -> Callable[[Any], Any]:
-    """Return a decorator that adds -c/--config: a file with settings of these configs, which the other options override."""
+def config_option(*kinds: type, recipe: bool = False) -> Callable[[Any], Any]:
+    """Return a decorator that adds -c/--config: a file with settings of these configs, which the other options override.
+
+    `recipe` says whether the command has a recipe, so that the file may have `recipe` and, below `set`, fields of it.
+    """
+    fields = ", and recipe fields below `set:`" if recipe else ""
 
     def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is None:
             return
         from pipeline.settings.files import read_settings
 
-        has_recipe = any(parameter.name == "recipe" for parameter in context.command.params)
-        settings = read_settings(path, *kinds, recipe=has_recipe)
+        settings = read_settings(path, *kinds, recipe=recipe)
         context.meta[RECIPE_FIELDS] = {str(k).replace("-", "_"): v for k, v in settings.pop("set", {}).items()}
         context.default_map = settings
 
@@ -180,7 +183,7 @@ def config_option(*kinds: type) -> Callable[[Any], Any]:
         is_eager=True,
         expose_value=False,
         callback=read,
-        help="YAML file with options, one per line, such as `batch_size: 256`, and recipe fields below `set:`. Options on the command line override it.",
+        help=f"YAML file with options, one per line, such as `batch_size: 256`{fields}. Options on the command line override it.",
         group="Run",
     )
 

@@ -6,6 +6,7 @@ stands in the text is run as it stands, but for the substitutions below. What ca
 what a page shows that is no command is compared with what was printed, numbers aside.
 """
 
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -30,7 +32,8 @@ from support.web_server import web_server
 
 import cli
 from pipeline.labels.labelset import LabelSet
-from trainer.studies.study import read_scale, read_study
+from pipeline.storage.yaml import read_yaml
+from trainer.studies.study import SCALE_KEYS, read_scale, read_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
@@ -253,6 +256,18 @@ def scale_file(page: Page, lines: list[str]) -> None:
     assert scale.images == 16384
 
 
+def scale_of_ones_own(page: Page, lines: list[str]) -> None:
+    """The example is a complete scale; smaller networks and images stand for its own when a study is run with it."""
+    path = page.folder / "flowers.yaml"
+    path.write_text("\n".join(lines))
+    read_scale(path)
+    values: Any = read_yaml(path)
+    assert set(values) < set(SCALE_KEYS)
+    for part in ("labels", "teachers", "students", "train"):
+        values[part] = {**values[part], **SCALE[part]}
+    path.write_text(json.dumps({**values, "evaluate": SCALE["evaluate"]}))
+
+
 def files_made(page: Page, lines: list[str]) -> None:
     """The folder holds the files of this tree."""
     folder = page.folder / lines[0].strip()
@@ -282,7 +297,8 @@ SHOWN: dict[tuple[str, str], Callable[[Page, list[str]], None]] = {
     ("docs/import.md", "fkd-labels/"): files_made,
     ("docs/trust.md", "manifest  "): manifest_then_pinned,
     ("docs/studies.md", "title: "): study_file,
-    ("docs/studies.md", "data: "): scale_file,
+    ("docs/studies.md", "data: cifar10"): scale_file,
+    ("docs/studies.md", "data: flowers"): scale_of_ones_own,
     ("docs/studies.md", "cell  "): printed_somewhere,
 }
 LATER = {printed_somewhere}  # a page may say what is printed before it shows the command
@@ -531,10 +547,18 @@ def before_studies(page: Page, _: Path) -> None:
     write_study(page.folder / "small", scale=scale)
 
 
+def before_studies_page(page: Page, served: Path) -> None:
+    """Two runs that somebody has already."""
+    before_studies(page, served)
+    for name in "ab":
+        page.run(f"deit-cli train --labels shards --model deit-s --output runs/{name}")
+
+
 GIVEN: dict[str, Callable[[Page, Path], None]] = {
+    "README.md": before_studies,
     "docs/recipes.md": before_recipes,
     "docs/training.md": before_training,
-    "docs/studies.md": before_studies,
+    "docs/studies.md": before_studies_page,
     "docs/teachers.md": before_teachers,
     "docs/sharing.md": before_sharing,
     "docs/import.md": before_import,

@@ -187,7 +187,7 @@ def test_recipe_fields_of_the_file_and_of_the_command_line_add_up(tmp_path):
     path = str(written(tmp_path, "recipe: crop-flip\nset: {img-size: 32, scale: [0.4, 1.0]}\nlabels: x"))
 
     @cli.commands.command("show-recipe")
-    @options.config_option(TrainConfig)
+    @options.config_option(TrainConfig, recipe=True)
     @options.recipe_options("deit")
     def show(**values):
         click.echo(json.dumps(options.chosen_recipe(values).model_dump(mode="json")))

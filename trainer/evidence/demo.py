@@ -1,4 +1,4 @@
-"""The demo: labelling and training on scikit-learn's digits, offline, in 45 seconds to two minutes on two cores.
+"""The demo: labelling and training on scikit-learn's digits, offline, in one to two minutes on two cores.
 
 Few images have class labels and many have none, so a teacher helps: a small CNN learns from 100 class labels and
 labels all 1,000 training images once, and a small DeiT learns from its labels. For comparison, the same DeiT learns
