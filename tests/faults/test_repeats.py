@@ -134,10 +134,17 @@ ONCE = {
     "pipeline.repeats.warn_counted",
     "pipeline.sharing.transfer._carry",
     "pipeline.teacher.teacher._launch_or_halve",  # halves a batch
+    "pipeline.labels.combined._common_records",
+    "pipeline.labels.combined._common_views",
     "trainer.evaluate._compare_names",
+    "trainer.evidence.analyse._labels_fit",
+    "trainer.evidence.audit_files._open",
+    "trainer.evidence.linear._check_images",
+    "trainer.evidence.scores._read_linear",
     "trainer.metrics._each",  # removes a tracker
     "trainer.run.announce",
     "trainer.run.open_data",
+    "trainer.studies.running._stop",
     "trainer.trackers.__init__",
 }
 

@@ -29,6 +29,7 @@ from typing import Any
 
 from pipeline.errors import DeitCliError, StorageError, UsageError, WorkerError
 from pipeline.machine.threads import usable_cores
+from pipeline.repeats import warn_counted
 from pipeline.settings.program import Terminated
 from pipeline.storage.atomic import locked, make_folder, replace_file, sha256_file
 from pipeline.storage.json import parse_json, pretty_json, read_json
@@ -166,7 +167,7 @@ class RayEngine:
         try:
             return int(self._ray.get(running))
         except self._ray.exceptions.RayError as error:
-            log.warning("a Ray task was lost: %s", str(error).splitlines()[0])
+            warn_counted(log, "lost Ray tasks", "a Ray task was lost: %s", str(error).splitlines()[0])
             return 1
 
     def stop(self, running: Any, number: int) -> None:
