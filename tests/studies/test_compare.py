@@ -328,13 +328,25 @@ def test_the_table_has_the_numbers_of_study_json(tmp_path):
 def test_the_first_images_of_parquet_files_are_a_source_with_their_classes(tmp_path):
     files = shared_data("cifar10")
     scale = {**SCALE, "data": str(next(files.glob("test-*.parquet"))), "images": 100}
-    read = read_study(write_study(tmp_path, scale=scale), eval_data=scale["data"])
+    read = read_study(write_study(tmp_path, scale=scale), eval_data=str(next(files.glob("train-*.parquet"))))
     first, everything = images_of(read.scale, tmp_path / "data")
-    assert (first.count, everything.count) == (100, open_source(scale["data"]).num_samples)
+    assert (first.count, everything.count) == (100, 50_000)
     mine, whole = open_source(first.location), open_source(scale["data"])
     assert mine.class_names == whole.class_names
     assert [label for shard in mine.shards for label in shard.class_labels] == list(whole.shards[0].class_labels[:100])
     assert mine.shards[0][99].image == whole.shards[0][99].image
+
+
+def test_the_first_images_are_those_of_the_files_that_are_asked_for(tmp_path):
+    """The same number of images of other files is another file, of the same name, which is a part of the source's id."""
+    files = shared_data("cifar10")
+    found = []
+    for name, other in (("test", "train"), ("train", "test")):
+        scale = {**SCALE, "data": str(next(files.glob(f"{name}-*.parquet"))), "images": 100}
+        read = read_study(write_study(tmp_path, scale=scale), eval_data=str(next(files.glob(f"{other}-*.parquet"))))
+        found.append(images_of(read.scale, tmp_path / "data")[0])
+    assert found[0].id != found[1].id
+    assert {Path(each.location).name for each in found} == {"first-100.parquet"}
 
 
 def test_the_first_images_of_other_sources_are_refused(tmp_path):

@@ -138,7 +138,8 @@ def _first_images(location: str, number: int, folder: Path) -> str:
             f"images: {number} needs --data in local Parquet files, got {location}", fix="Leave out `images`"
         )
     known = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    path = folder / f"first-{number}-{sha256_json(known)[:12]}.parquet"  # other files have other first images
+    # A folder for each choice of files. The name of the file stays the same, because it is a part of the source's id.
+    path = folder / sha256_json(known)[:12] / f"first-{number}.parquet"
     if not path.is_file():
         table = pa.concat_tables([pq.read_table(file) for file in files])
         if len(table) < number:
