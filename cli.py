@@ -395,7 +395,7 @@ def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
       deit-cli labels info shards
     """
     from pipeline.labels.labelset import LabelSet
-    from pipeline.labels.summary import info_table, summarise
+    from pipeline.overview.summary import info_table, summarise
 
     summary = summarise(LabelSet.open(folder, expect_manifest=expect_manifest))
     click.echo(json.dumps(summary, indent=1) if as_json else info_table(summary))
@@ -542,7 +542,7 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
       deit-cli labels show shards
     """
     from pipeline.labels.labelset import LabelSet
-    from pipeline.labels.sheet import contact_sheet
+    from pipeline.overview.sheet import contact_sheet
 
     label_set = LabelSet.open(folder)
     contact_sheet(label_set, label_set.open_source(data), out, samples=samples, views=views)
@@ -600,8 +600,8 @@ def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str
       deit-cli labels pull s3://bucket/shards shards
       deit-cli labels pull https://host/shards shards --views 0:100 --shards 'train-0000*'
     """
-    from pipeline.labels.card import refresh_card
     from pipeline.labels.labelset import LabelSet
+    from pipeline.overview.card import refresh_card
     from pipeline.sharing.transfer import moved_line
     from pipeline.sharing.transfer import pull as pull_set
 
@@ -769,8 +769,8 @@ def card(folder: str, identifier: str | None, name: str | None, link: str | None
     Example:
       deit-cli labels card shards --license cc-by-4.0
     """
-    from pipeline.labels.card import CARD_NAME, Licence, write_card
     from pipeline.labels.labelset import LabelSet
+    from pipeline.overview.card import CARD_NAME, Licence, write_card
 
     if identifier is None and (name or link):
         raise UsageError("--license-name and --license-link are of a --license: pass --license other as well")

@@ -20,7 +20,6 @@ from pipeline.errors import UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import Source
 from pipeline.images.tar_archive import check_member_key, member_extension
-from pipeline.labels.card import CARD_NAME, code_span
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image, check_replay
@@ -28,6 +27,7 @@ from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, in_processes
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import ProgressCounter, usable_cores
+from pipeline.overview.card import CARD_NAME, code_span
 from pipeline.settings.configs import Encoding, ExportConfig, Pixels
 from pipeline.stage1.rendering import Block, BlockRenderer
 from pipeline.storage.atomic import publish_file, replace_file, sweep_temporaries

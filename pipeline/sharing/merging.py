@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetMismatch, UsageError
-from pipeline.labels.card import refresh_card
 from pipeline.labels.checked_files import check_rows, checked_labels_footer, checked_samples
 from pipeline.labels.format import PLAN_NAME, damaged_file
 from pipeline.labels.labelset import LabelSet
@@ -39,6 +38,7 @@ from pipeline.labels.sealing import check_replaceable, check_untouched, claim, s
 from pipeline.labels.tables import Contents, read_all_views
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import ProgressCounter
+from pipeline.overview.card import refresh_card
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
 from pipeline.storage.urls import local_path
 from pipeline.text import count, first_few

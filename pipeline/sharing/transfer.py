@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import LabelSetMismatch, RemoteFileRefused, UsageError
-from pipeline.labels.card import CARD_NAME
 from pipeline.labels.format import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, SIGNATURE_NAME
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import FileEntry, Manifest, Plan, parse_manifest, parse_plan, short
 from pipeline.machine.progress import Progress, Tick
 from pipeline.machine.threads import in_threads
+from pipeline.overview.card import CARD_NAME
 from pipeline.sharing.manifests import contains, probes_in, subset_manifest, unite
 from pipeline.storage.json import pretty_json
 from pipeline.storage.place import File, Place, open_place

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from pipeline.errors import BadImageError, TeacherError, UsageError
 from pipeline.images.source import Sample, Source
-from pipeline.labels.card import refresh_card
 from pipeline.labels.format import MANIFEST_NAME
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan
@@ -22,6 +21,7 @@ from pipeline.labels.sealing import check_replaceable, check_untouched, claim, s
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
+from pipeline.overview.card import refresh_card
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.engines import limit, run_processes
 from pipeline.stage1.indexing import Reading, index_samples

@@ -14,7 +14,7 @@ from support.label_sets import problems_in
 from pipeline.errors import StoppedError, StorageError, UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.sheet import Tile
+from pipeline.overview.sheet import Tile
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
 from trainer.evidence.demo import TITLES, draw_results, run_demo, three_seeds_top1, write_digits

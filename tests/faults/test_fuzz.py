@@ -24,8 +24,8 @@ from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import parse_manifest, parse_plan
 from pipeline.labels.parquet_guard import Chunk, largest_page
-from pipeline.labels.summary import summarise
 from pipeline.labels.tables import Contents, read_all_views, read_samples
+from pipeline.overview.summary import summarise
 
 pytestmark = pytest.mark.slow
 GROWTH_MIB = 600  # of this process over all examples of a test

@@ -124,7 +124,7 @@ def test_a_process_that_nobody_hears_goes_on(monkeypatch, capsys):
 # A warning that stands here can come only a few times in a command, whatever the size of the data. All others go through
 # `warn_counted`.
 ONCE = {
-    "pipeline.labels.card.refresh_card",
+    "pipeline.overview.card.refresh_card",
     "pipeline.exchange.export.export_labels",
     "pipeline.exchange.fkd.list_files",
     "pipeline.stage1.indexing.index_samples",

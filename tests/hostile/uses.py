@@ -9,7 +9,7 @@ from pipeline.errors import LabelSetError
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.summary import summarise
+from pipeline.overview.summary import summarise
 from pipeline.settings.configs import TeacherConfig, VerifyConfig
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher

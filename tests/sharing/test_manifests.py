@@ -25,8 +25,8 @@ from pipeline.labels.comparing import check_source, labelled_part
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Manifest
 from pipeline.labels.replay import check_replay
-from pipeline.labels.sheet import contact_sheet
-from pipeline.labels.summary import info_table, summarise
+from pipeline.overview.sheet import contact_sheet
+from pipeline.overview.summary import info_table, summarise
 from pipeline.sharing.manifests import choose_blocks, choose_shards, probes_in, subset_manifest
 from pipeline.stage1.precompute import precompute
 from pipeline.storage.json import pretty_json

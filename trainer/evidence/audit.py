@@ -37,10 +37,10 @@ from pipeline.errors import LabelSetError, UsageError
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.format import pin_of
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.summary import entropy_of
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import ProgressCounter
+from pipeline.overview.summary import entropy_of
 from pipeline.text import CONTROL_CHARACTERS, count, two_columns
 from pipeline.views.pairs import pairs_of
 from pipeline.views.recipe import Recipe

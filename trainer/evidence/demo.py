@@ -17,8 +17,8 @@ from pipeline.errors import StoppedError, UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.sheet import Tile, contact_sheet, draw_tile, tiles
 from pipeline.machine.ranks import resolve_device
+from pipeline.overview.sheet import Tile, contact_sheet, draw_tile, tiles
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
 from pipeline.storage.atomic import refusals_named, replace_file

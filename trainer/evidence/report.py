@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.errors import StorageError, UsageError
 from pipeline.labels.format import PLAN_NAME
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.summary import summarise
+from pipeline.overview.summary import summarise
 from pipeline.storage.atomic import replace_file, sha256_file
 from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.urls import local_path

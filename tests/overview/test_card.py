@@ -16,7 +16,8 @@ from support.label_sets import colour_teacher, make_label_set, problems_in, writ
 from support.training import TINY
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.labels.card import (
+from pipeline.labels.labelset import LabelSet
+from pipeline.overview.card import (
     NOT_STATED,
     Licence,
     code_span,
@@ -26,7 +27,6 @@ from pipeline.labels.card import (
     size_category,
     write_card,
 )
-from pipeline.labels.labelset import LabelSet
 from pipeline.storage.yaml import parse_yaml
 
 READERS = ("pyarrow", "DuckDB", "Polars", "datasets")

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import labels_path
-from pipeline.labels.summary import summarise
+from pipeline.overview.summary import summarise
 from pipeline.storage.atomic import publish_file, refusals_named, replace_file
 from pipeline.storage.yaml import parse_yaml, to_yaml
 from pipeline.text import byte_size

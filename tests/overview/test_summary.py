@@ -19,11 +19,11 @@ from support.builders import CLASSES, encoded, make_labels, photo, small_recipe,
 from pipeline.errors import LabelSetMismatch
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.labels import sheet as drawing
-from pipeline.labels import summary as summarising
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.sheet import _tile, contact_sheet
-from pipeline.labels.summary import summarise
+from pipeline.overview import sheet as drawing
+from pipeline.overview import summary as summarising
+from pipeline.overview.sheet import _tile, contact_sheet
+from pipeline.overview.summary import summarise
 from pipeline.settings.files import load_recipe
 from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.pairs import draw_mix, pairs_of
