@@ -187,8 +187,9 @@ def compare(study: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
         --launcher "torchrun --nproc-per-node 8 --no-python"
     """
     (config,) = split_values(values, CompareConfig)
-    from trainer.studies.compare import check_all_done, forecast_table, foresee, study_table
     from trainer.studies.compare import compare as run
+    from trainer.studies.forecast import forecast_table, foresee
+    from trainer.studies.results import check_all_done, study_table
 
     result = foresee(study, config) if dry_run else run(study, config)
     table = forecast_table if dry_run else study_table

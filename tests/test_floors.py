@@ -45,7 +45,7 @@ KEEPERS = {
     "click": {"cli", "pipeline.settings", "trainer.console"},
     "rich": {"trainer.console"},
     "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export"},
-    "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet", "trainer.evidence.scores", "trainer.studies.compare"},
+    "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet", "trainer.evidence.scores", "trainer.studies.images"},
     "pydantic": {"pipeline.exchange.import_record", "pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.comparing"},
     "yaml": {"pipeline.storage.yaml"},
     "fsspec": {"pipeline.storage.remote", "pipeline.storage.stores"},
@@ -59,12 +59,12 @@ KEEPERS = {
     "ray": {"pipeline.stage1.ray", "trainer.studies.running"},
     "model_signing": {"pipeline.sharing.signing"},
     "webdataset": {"pipeline.exchange.export", "trainer.evidence.demo"},
-    "scipy": {"trainer.studies.compare"},
+    "scipy": {"trainer.studies.results"},
     "sklearn": {"trainer.evidence.demo"},
 }  # fmt: skip
 NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixels and networks are elsewhere
 NO_TORCH_MODULES = {
-    "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "trainer.studies.study", "trainer.studies.steps", "trainer.studies.keeper", "pipeline.views.draws", "pipeline.views.recipe", "pipeline.views.pairs",
+    "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "trainer.studies.study", "trainer.studies.images", "trainer.studies.steps", "trainer.studies.keeper", "pipeline.views.draws", "pipeline.views.recipe", "pipeline.views.pairs",
     "pipeline.labels.format", "pipeline.labels.encoding", "pipeline.labels.tables", "pipeline.labels.manifest",
     "pipeline.labels.labelset", "pipeline.labels.checked_files", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.overview.summary",
     "pipeline.overview.card", "pipeline.labels.combined",

@@ -557,7 +557,7 @@ def tried(command: str, trial: Trial, world: dict[str, str], folder: Path, monke
     monkeypatch.setattr("trainer.evidence.demo.run_demo", lambda out, *, seed, **_: f"{out} {seed}")
     monkeypatch.setattr("trainer.studies.running.Session.run", lambda _: None)  # a study takes minutes
     monkeypatch.setattr("trainer.studies.compare.RayEngine", lambda: None)
-    monkeypatch.setattr("trainer.studies.compare.measured", lambda *_: None)
+    monkeypatch.setattr("trainer.studies.forecast.measured", lambda *_: None)
     for name, value in {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)

@@ -23,9 +23,11 @@ from pipeline.errors import DeitCliError, StorageError, UsageError
 from pipeline.images.source import open_source
 from pipeline.settings.program import Terminated
 from pipeline.storage.json import pretty_json
-from trainer.studies.compare import against, check_all_done, forecast_table, images_of, spread, study_table, summarise
+from trainer.studies.forecast import forecast_table
+from trainer.studies.images import Images, images_of
+from trainer.studies.results import against, check_all_done, spread, study_table, summarise
 from trainer.studies.running import KEEPER, Job, Session, only_study_in, share_of_gpus
-from trainer.studies.steps import Images, Plan, plan_study
+from trainer.studies.steps import Plan, plan_study
 from trainer.studies.study import read_study
 
 # --- statistics -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from support.studies import SCALE, STUDY, write_study
 
 from pipeline.errors import UsageError
 from trainer.config import CompareConfig
-from trainer.studies.steps import Images, Plan, plan_study, ranks_of
+from trainer.studies.images import Images
+from trainer.studies.steps import Plan, plan_study, ranks_of
 from trainer.studies.study import read_study
 
 ROOT = Path(__file__).parents[2]

@@ -24,9 +24,11 @@ from pipeline.storage.atomic import sha256_file
 from pipeline.storage.json import sha256_json
 from pipeline.storage.urls import local_path
 from trainer.config import TrainConfig
+from trainer.studies.images import Images
 from trainer.studies.study import OF_TEACHERS, Cell, Study, said_of, views_of
 
 # Settings of `precompute` that decide the labels, besides recipe and teacher; the number of views may grow.
+OF_NETWORK = ("model", "img_size", "patch_size", "embed_dim", "depth", "num_heads")  # settings of `train`
 DECIDE_LABELS = ("topk", "precision", "views_per_shard", "include_images", "on_bad_image", "teacher_img_size", "dtype")
 LABELS = "labels"  # role of the label set of a training; of several sets labels-0, labels-1 ...
 Kind = Literal["teacher", "labels", "student", "evaluation"]
@@ -137,28 +139,6 @@ class Plan:
         return [self.teachers[labels.key] for labels in train.label_sets]
 
 
-@dataclass(frozen=True)
-class Images:
-    """A source of images: its location, the id of its content, and its number of images."""
-
-    location: str
-    id: str
-    count: int
-
-
-def images_at(location: str) -> Images:
-    """Open a source and return what identifies it: the id that a label set records, for a remote one its location."""
-    from pipeline.images.source import open_source
-    from pipeline.labels.comparing import record_of
-
-    source = open_source(location)
-    if source.is_remote:  # its keys are known only after all of it was downloaded
-        names = [shard.name for shard in source.shards]
-        return Images(location, sha256_json([location, names, source.class_names]), 0)
-    here = str(Path(location).absolute()) if local_path(location) is not None and Path(location).exists() else location
-    return Images(here, record_of(source).id, source.num_samples)
-
-
 def plan_study(
     study: Study,
     training: Images,
@@ -189,31 +169,13 @@ def plan_study(
     maker = _Maker(study, training, evaluation, ranks)
     seeds = tuple(seeds) or study.scale.seeds
     cells = maker.distinct(study.cells, seeds[0])
-    wanted = {Study.cell(replace(study, cells=cells), name).name for name in chosen} or {cell.name for cell in cells}
+    names = {Study.cell(replace(study, cells=cells), name).name for name in chosen}
+    wanted = [cell for cell in cells if cell.name in names or not chosen]
     known_seeds = tuple(dict.fromkeys((*seeds, *study.scale.seeds)))
     students = {(cell.name, seed): maker.student(cell, seed) for cell in cells for seed in known_seeds}
-    teachers: dict[str, TaughtBy] = {}
-    for cell in cells:
-        train, _ = students[cell.name, seeds[0]]
-        for name, labels in zip(cell.teachers, train.label_sets, strict=True):
-            known = teachers.get(labels.key)
-            if known is not None and cell.name in wanted:
-                most = max(labels, known.labels, key=lambda step: step.stop)
-                labels = replace(labels, stop=most.stop, work=most.work)
-            if known is None or cell.name in wanted:
-                teachers[labels.key] = maker.taught_by(name, labels)
-
-    def steps_of(those: Sequence[Cell], of_seeds: Sequence[int]) -> dict[str, Step]:
-        taught = [teachers[labels.key] for cell in those for labels in students[cell.name, seeds[0]][0].label_sets]
-        found: dict[str, Step] = {}
-        for pick in ("train", "evaluation", "labels"):
-            found |= {step.key: step for each in taught if (step := getattr(each, pick)) is not None}
-        for seed in of_seeds:
-            found |= {step.key: step for cell in those for step in students[cell.name, seed]}
-        return found
-
-    steps = steps_of([cell for cell in cells if cell.name in wanted], seeds)
-    others = {key: step for key, step in steps_of(cells, known_seeds).items() if key not in steps}
+    teachers = maker.teachers(cells, wanted, seeds[0])
+    steps = _in_order(wanted, seeds, students, teachers)
+    others = {key: step for key, step in _in_order(cells, known_seeds, students, teachers).items() if key not in steps}
     return Plan(
         study=study,
         cells=cells,
@@ -224,6 +186,19 @@ def plan_study(
         teachers=teachers,
         students=students,
     )
+
+
+def _in_order(
+    cells: Sequence[Cell],
+    seeds: Sequence[int],
+    students: Mapping[tuple[str, int], tuple[Step, Step]],
+    teachers: Mapping[str, TaughtBy],
+) -> dict[str, Step]:
+    """Return the steps of some cells by their keys: teachers first, then students, seed by seed."""
+    taught = [teachers[labels.key] for cell in cells for labels in students[cell.name, seeds[0]][0].label_sets]
+    steps = [getattr(each, step) for step in ("train", "evaluation", "labels") for each in taught]
+    steps += [step for seed in seeds for cell in cells for step in students[cell.name, seed]]
+    return {step.key: step for step in steps if step is not None}
 
 
 class _Maker:
@@ -268,6 +243,16 @@ class _Maker:
             sets = [self._labels(name, fraction, views[1]) for name in cell.teachers]
             train = self._train("student", f"{cell.name}-seed{seed}", settings, None, where, sets)
         return train, self._evaluate(train, train.name)
+
+    def teachers(self, cells: Sequence[Cell], wanted: Sequence[Cell], seed: int) -> dict[str, TaughtBy]:
+        """Return the teachers of all cells by the key of the labelling, which has as many views as a wanted cell needs at most."""
+        found: dict[str, TaughtBy] = {}
+        for cell in (*wanted, *cells):
+            for name, labels in zip(cell.teachers, self.student(cell, seed)[0].label_sets, strict=True):
+                known = found.get(labels.key)
+                if known is None or (cell in wanted and labels.stop > known.labels.stop):
+                    found[labels.key] = self.taught_by(name, labels)
+        return found
 
     def taught_by(self, name: str, labels: Step) -> TaughtBy:
         """Return the steps of a teacher, which end with its label set."""
@@ -387,7 +372,7 @@ class _Maker:
             decides=decides | {"source": self._evaluation.id},
             inputs={"of": of},
             work=self._evaluation.count,
-            like={"of": of.like},
+            like={"of": {name: value for name, value in of.like.items() if name in OF_NETWORK}},
         )
 
     def _evaluate_published(self, name: str, entry: Mapping[str, Any]) -> Step | None:

@@ -134,6 +134,11 @@ class Study:
     cells: tuple[Cell, ...]
     scale: Scale
 
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the studies at this scale, unless --out is passed."""
+        return Path("studies") / self.scale.path.stem
+
     def cell(self, name: str) -> Cell:
         """Return the cell with this name, which may be another name of it."""
         for cell in self.cells:

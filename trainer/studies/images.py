@@ -1,0 +1,107 @@
+"""The images of a study: what identifies them, and the files that a scale makes of them.
+
+scikit-learn's digits and the first images of Parquet files are written to a folder, from which all steps read.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.storage.atomic import make_folder, replace_file
+from pipeline.storage.json import sha256_json
+from pipeline.storage.urls import local_path
+from trainer.studies.study import DIGITS, Scale
+
+
+@dataclass(frozen=True)
+class Images:
+    """A source of images: its location, the id of its content, and its number of images."""
+
+    location: str
+    id: str
+    count: int
+
+
+def images_at(location: str) -> Images:
+    """Open a source and return what identifies it: the id that a label set records, for a remote one its location."""
+    from pipeline.images.source import open_source
+    from pipeline.labels.comparing import record_of
+
+    source = open_source(location)
+    if source.is_remote:  # its keys are known only after all of it was downloaded
+        names = [shard.name for shard in source.shards]
+        return Images(location, sha256_json([location, names, source.class_names]), 0)
+    here = str(Path(location).absolute()) if local_path(location) is not None and Path(location).exists() else location
+    return Images(here, record_of(source).id, source.num_samples)
+
+
+def images_of(scale: Scale, folder: Path) -> tuple[Images, Images]:
+    """Return training and evaluation images; scikit-learn's digits are written to a folder."""
+    training, evaluation = scale.data, scale.eval_data
+    if DIGITS in (training, evaluation):
+        _write_digits(folder)
+    training = str(folder / "training") if training == DIGITS else training
+    evaluation = str(folder / "evaluation") if evaluation in (DIGITS, None) else evaluation
+    if scale.images is not None:
+        training = _first_images(training, scale.images, folder)
+    return images_at(training), images_at(evaluation)
+
+
+def _first_images(location: str, number: int, folder: Path) -> str:
+    """Write the first images of Parquet files, with their class names, to a folder, and return the path.
+
+    Raises:
+        UsageError: the images are not in local Parquet files, or there are too few.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = Path(location)
+    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    if not files or not all(file.suffix == ".parquet" and file.is_file() for file in files):
+        raise UsageError(
+            f"images: {number} needs --data in local Parquet files, got {location}", fix="Leave out `images`"
+        )
+    known = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    # A folder for each choice of files. The name of the file stays the same, because it is a part of the source's id.
+    path = folder / sha256_json(known)[:12] / f"first-{number}.parquet"
+    if not path.is_file():
+        table = pa.concat_tables([pq.read_table(file) for file in files])
+        if len(table) < number:
+            raise UsageError(f"{location} has {len(table):,} images, the scale asks for {number:,}")
+        replace_file(path, lambda file: pq.write_table(table.slice(0, number), file, row_group_size=1024))
+    return str(path)
+
+
+def _write_digits(folder: Path) -> None:
+    """Write the digits, all with their class labels; each folder appears whole."""
+    if (folder / "training").is_dir():
+        return
+    from trainer.evidence.demo import TRAINING, write_digits
+
+    make_folder(folder)
+    for remains in folder.glob(".tmp-digits-*"):
+        shutil.rmtree(remains)
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-digits-", dir=folder))
+    write_digits(temporary, labelled=TRAINING)
+    os.replace(temporary / "evaluation", folder / "evaluation")
+    os.replace(temporary / "training", folder / "training")  # last: it says that both are there
+    shutil.rmtree(temporary)
+
+
+@contextlib.contextmanager
+def data_folder(scale: Scale, out: Path) -> Iterator[Path]:
+    """Return the folder for such files: that of the study, or else one that is removed at the end."""
+    if (DIGITS not in (scale.data, scale.eval_data) and scale.images is None) or (out / "data").is_dir():
+        yield out / "data"
+        return
+    temporary = Path(tempfile.mkdtemp(prefix="deit-cli-compare-"))
+    try:
+        yield temporary / "data"
+    finally:
+        shutil.rmtree(temporary)
