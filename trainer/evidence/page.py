@@ -122,9 +122,20 @@ def plain(found: Any) -> str:
 
 def _charts(report: Mapping[str, Any]) -> dict[str, str]:
     """Return the SVG of each chart that the values allow; the page lists the numbers behind each."""
-    found: dict[str, str] = {}
     names = [each["name"] for each in (*report["results"], *report["runs"])]
     colours = {name: number for number, name in enumerate(dict.fromkeys(names))}  # of a run, the same in every chart
+    charts = (
+        _result_charts(report, colours)
+        | _token_charts(report, colours)
+        | _calibration_charts(report)
+        | _cost_charts(report)
+    )
+    return {name: Markup(svg) for name, svg in charts.items()}
+
+
+def _result_charts(report: Mapping[str, Any], colours: Mapping[str, int]) -> dict[str, str]:
+    """Return the bars of the results and the curves of the trainings."""
+    found: dict[str, str] = {}
     if shown := report["results"]:
         found["results"] = plots.bars(
             [each["name"] for each in shown],
@@ -137,22 +148,31 @@ def _charts(report: Mapping[str, Any]) -> dict[str, str]:
         found[f"curve {name}"] = plots.lines(
             series, x="progress of the training", y=curve["label"], colours=colours, percent=True
         )
+    return found
+
+
+def _token_charts(report: Mapping[str, Any], colours: Mapping[str, int]) -> dict[str, str]:
+    """Return the cosine of the two tokens by block, and along the training."""
+    found: dict[str, str] = {}
     if tokens := report["tokens"]:
         series = {each["name"]: (each["depth"], each["cosine"]) for each in tokens}
         found["tokens"] = plots.lines(
             series, x="block (0: what enters the first)", y="cosine of the two tokens", colours=colours, high=1.02
         )
-    if along := [each for each in report["tokens"] if each["along_training"]]:
+    if along := {each["name"]: each["along_training"] for each in report["tokens"] if each["along_training"]}:
         series = {
-            each["name"]: (
-                [point["update"] for point in each["along_training"]],
-                [point["output"] for point in each["along_training"]],
-            )
-            for each in along
+            name: ([point["update"] for point in points], [point["output"] for point in points])
+            for name, points in along.items()
         }
         found["tokens along training"] = plots.lines(
             series, x="updates", y="cosine at the output", colours=colours, high=1.02
         )
+    return found
+
+
+def _calibration_charts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the share of right answers by confidence, a chart for each network."""
+    found: dict[str, str] = {}
     for number, each in enumerate(report["calibration"]):
         series = {
             plain(answer): (
@@ -164,6 +184,12 @@ def _charts(report: Mapping[str, Any]) -> dict[str, str]:
         found[f"calibration {number}"] = plots.lines(
             series, x="confidence", y="share of right answers", diagonal=True, percent=True, low=0, high=1
         )
+    return found
+
+
+def _cost_charts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return accuracy against the speed of inference, and against the cost of training."""
+    found: dict[str, str] = {}
     if rows := report["tradeoff"]:
         found["tradeoff"] = plots.frontier(
             [each["name"] for each in rows],
@@ -182,4 +208,4 @@ def _charts(report: Mapping[str, Any]) -> dict[str, str]:
             label="seconds: teacher, labels and student",
             more=False,
         )
-    return {name: Markup(svg) for name, svg in found.items()}
+    return found
