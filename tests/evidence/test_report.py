@@ -183,6 +183,15 @@ def test_one_file_alone_makes_a_report(files, tmp_path, kind):
     assert Page(page.read_text()).numbers
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_column_without_any_value_is_left_out(tmp_path, known):
+    path = tmp_path / "scores.json"
+    content = {name: value for name, value in scores().items() if known or not name.startswith("agreement")}
+    path.write_bytes(pretty_json(content))
+    text = write_report(config(tmp_path / "report.html"), [str(path)]).read_text()
+    assert ("agrees with the teacher" in text) == known
+
+
 def test_a_report_beside_a_file_of_its_name_leaves_it_alone(tmp_path):
     (tmp_path / "study.json").write_bytes(pretty_json(study()))
     write_report(config(tmp_path / "study.html"), [str(tmp_path)])

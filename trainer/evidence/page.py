@@ -128,7 +128,7 @@ def _charts(report: Mapping[str, Any]) -> dict[str, str]:
         _result_charts(report, colours)
         | _token_charts(report, colours)
         | _calibration_charts(report)
-        | _cost_charts(report)
+        | _cost_charts(report, colours)
     )
     return {name: Markup(svg) for name, svg in charts.items()}
 
@@ -182,12 +182,12 @@ def _calibration_charts(report: Mapping[str, Any]) -> dict[str, str]:
             for answer, bins in each["answers"].items()
         }
         found[f"calibration {number}"] = plots.lines(
-            series, x="confidence", y="share of right answers", diagonal=True, percent=True, low=0, high=1
+            series, x="confidence", y="share of right answers", diagonal=True, percent=True, low=-0.03, high=1.03
         )
     return found
 
 
-def _cost_charts(report: Mapping[str, Any]) -> dict[str, str]:
+def _cost_charts(report: Mapping[str, Any], colours: Mapping[str, int]) -> dict[str, str]:
     """Return accuracy against the speed of inference, and against the cost of training."""
     found: dict[str, str] = {}
     if rows := report["tradeoff"]:
@@ -198,14 +198,15 @@ def _cost_charts(report: Mapping[str, Any]) -> dict[str, str]:
             [each["parameters"] for each in rows],
             label="images/s",
             more=True,
+            colours=colours,
         )
     if rows := report["costs"]:
         found["costs"] = plots.frontier(
             [each["name"] for each in rows],
             [each["total_s"] for each in rows],
             [each["top1"] for each in rows],
-            [1.0] * len(rows),
             label="seconds: teacher, labels and student",
             more=False,
+            colours=colours,
         )
     return found

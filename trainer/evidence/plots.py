@@ -102,7 +102,7 @@ def lines(
                 up,
                 label=name,
                 color=_colour(colours.get(name, number)),
-                marker="o",
+                marker=_marker(colours.get(name, number)),
                 markersize=2.6,
                 linewidth=1.5,
             )
@@ -120,9 +120,16 @@ def lines(
 
 
 def frontier(
-    names: Sequence[str], x: Sequence[float], top1: Sequence[float], size: Sequence[float], *, label: str, more: bool
+    names: Sequence[str],
+    x: Sequence[float],
+    top1: Sequence[float],
+    size: Sequence[float] | None = None,
+    *,
+    label: str,
+    more: bool,
+    colours: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
-    """Return accuracy over speed or cost: a disc for each network, and the frontier.
+    """Return accuracy over speed or cost: a point for each network, the frontier, and a legend.
 
     A network is on the frontier if no other is at least as good in both, and better in one.
 
@@ -130,25 +137,33 @@ def frontier(
         names: names of the networks.
         x: speed or cost, above 0.
         top1: accuracy in percent.
-        size: areas of the discs, in any unit.
+        size: areas of the points, in any unit; None: all are small.
         label: name and unit of the x axis.
         more: whether more of x is better, as for a speed.
+        colours: name -> number of its colour; others get the number of their place.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     def draw(axes: Any) -> None:
-        areas = [25 + 400 * each / max(size) for each in size]
-        axes.scatter(x, top1, s=areas, c=[_colour(i) for i in range(len(names))], alpha=0.75, linewidths=0)
+        areas = [45.0] * len(names) if size is None else [25 + 400 * each / max(size) for each in size]
+        for i, name in enumerate(names):
+            number = colours.get(name, i)
+            axes.scatter(
+                x[i], top1[i], s=areas[i], color=_colour(number), marker=_marker(number), alpha=0.75, linewidths=0
+            )
+            axes.scatter([], [], color=_colour(number), marker=_marker(number), linewidths=0, label=name)
         best = sorted((x[i], top1[i]) for i in frontier_of([each if more else -each for each in x], top1))
         axes.plot(*zip(*best, strict=True), color=_INK, linewidth=0.9, linestyle="--")
-        for name, across, up in zip(names, x, top1, strict=True):
-            axes.annotate(textwrap.fill(name, 22), (across, up), (5, 5), textcoords="offset points", fontsize=7.5)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.margins(x=0.3, y=0.2)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.15, y=0.15)
         axes.set_xlabel(label)
         axes.set_ylabel("top-1, %")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
-    return _drawn(draw, height=3.0, salt=label + "".join(names))
+    return _drawn(draw, height=2.6 + 0.17 * -(-len(names) // 2), salt=label + "".join(names))
 
 
 def frontier_of(x: Sequence[float], top1: Sequence[float]) -> list[int]:
@@ -159,6 +174,11 @@ def frontier_of(x: Sequence[float], top1: Sequence[float]) -> list[int]:
 
 def _colour(number: int) -> str:
     return _COLOURS[number % SERIES]
+
+
+def _marker(number: int) -> str:
+    """Return another marker when the colours begin again."""
+    return "osD^"[number // SERIES % 4]
 
 
 def _start(values: Sequence[float]) -> float:
