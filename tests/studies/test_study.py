@@ -195,6 +195,13 @@ def test_without_a_teacher_a_grid_has_one_cell_for_all_teachers(tmp_path):
     assert views == {"cnn": 2, "published": 2}  # one set for both numbers of views
     trained = {step.name: step.settings.get("views") for step in plan.steps if step.kind == "student"}
     assert (trained["cnn-hard-views-1-seed0"], trained["none-seed0"]) == ("0:1", None)
+    for chosen, stop in (
+        (["cnn-hard-views-1"], 1),
+        (["cnn-hard-views-2"], 2),
+        (["cnn-hard-views-1", "cnn-hard-views-2"], 2),
+    ):
+        plan = plan_of(tmp_path, study, chosen=chosen)  # a cell that is not run needs no views
+        assert [step.stop for step in plan.steps if step.kind == "labels"] == [stop]
 
 
 def test_a_cell_with_two_teachers_learns_from_both_label_sets_in_order(tmp_path):
