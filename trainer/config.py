@@ -1,4 +1,4 @@
-"""Settings of a training run and of an evaluation: frozen, validated, and saved in the run.
+"""Settings of training and of the commands that show its results: frozen, validated, and those of a run are saved in it.
 
 Names and defaults are DeiT's and timm's where the meaning is the same (Touvron et al. 2021, table 9). Each setting is
 written once, here: the command line takes its options, helps and defaults from these fields.

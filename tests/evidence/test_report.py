@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from support.evidence import analysis, audit, scores, speed, study
+from support.pages import Page, check_numbers, data_of
 from support.training import TINY
 
 from pipeline.errors import DeitCliError, StorageError, UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import pair_of, rendered_view
 from pipeline.storage.json import pretty_json
-from pipeline.text import byte_size
 from pipeline.views.mixing import apply_mix, mix_batch
 from trainer.config import ReportConfig, TrainConfig
 from trainer.evidence.gallery import dense, most_apart
@@ -64,51 +63,8 @@ def config(out: Path, **changes: Any) -> ReportConfig:
     return ReportConfig(out=out, workers=0, device="cpu", **changes)
 
 
-class Page(HTMLParser):
-    """Every `<data>` element with its text, every address, every id."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.numbers: list[tuple[dict[str, str | None], str]] = []
-        self.addresses: list[str] = []
-        self.ids: list[str] = []
-        self.tags: list[str] = []
-        self._open: dict[str, str | None] | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        known = dict(attrs)
-        self.tags.append(tag)
-        self.ids += [str(known["id"])] if "id" in known else []
-        self.addresses += [str(known[name]) for name in ("href", "src", "srcset", "action") if name in known]
-        self._open = known if tag == "data" else None
-
-    def handle_data(self, data: str) -> None:
-        if self._open is not None:
-            self.numbers.append((self._open, data))
-            self._open = None
-
-
-def data_of(page: Path) -> Path:
-    return page.with_name(f"{page.stem}-data.json")
-
-
-def looked_up(report: Any, pointer: str) -> Any:
-    """Return the value at a JSON pointer (RFC 6901)."""
-    for step in pointer.split("/")[1:]:
-        step = step.replace("~1", "/").replace("~0", "~")
-        report = report[int(step)] if isinstance(report, list) else report[step]
-    return report
-
-
 def test_every_number_of_the_page_is_in_the_json_beside_it(written):
-    report = json.loads(data_of(written).read_bytes())
-    numbers = Page(written.read_text()).numbers
-    assert len(numbers) > 150
-    for known, text in numbers:
-        value = looked_up(report, str(known["data-from"]))
-        assert repr(value) == known["value"], known
-        assert text == (format(value, known["data-form"]) if known.get("data-form") else byte_size(value)), known
+    assert check_numbers(written) > 150
 
 
 def test_the_json_beside_the_page_has_the_values_of_the_files(written, files):
