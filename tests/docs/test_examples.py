@@ -23,7 +23,7 @@ def table_of(study: dict[str, Any]) -> str:
     for cell in study["cells"]:
         top1, other = cell["top1"], cell["against_baseline"]
         difference = "" if other is None else f"{other['difference']:+.1f}"
-        p = "" if other is None else f"{other['p']:.3f}"
+        p = "" if other is None else f"{other['p']:.2g}"
         rows.append([cell["name"], f"{top1['mean']:.1f}", f"{top1['low']:.1f} to {top1['high']:.1f}", difference, p])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -214,7 +214,7 @@ def study_table(result: Mapping[str, Any]) -> str:
             f"{top1['low']:.2f}..{top1['high']:.2f}".rjust(16),
             f"{len(cell['seeds']):7}",
             f"  {'' if delta is None else f'{delta:+.2f}':>20}",
-            f"{'' if delta is None else '-' if p is None else f'{p:.3f}':>8}",
+            f"{'' if delta is None else '-' if p is None else f'{p:.2g}':>8}",
             f"  {top1['answer']}" + (", others failed" if cell["failed"] else ""),
         )
         lines.append(f"{cell['name']:{CELL_WIDTH}}" + "".join(cells))
@@ -226,7 +226,7 @@ def _comparison_lines(result: Mapping[str, Any]) -> list[str]:
     lines = []
     for each in result["comparisons"]:
         if each["difference"] is not None:
-            p = "-" if each["p"] is None else f"{each['p']:.3f}"
+            p = "-" if each["p"] is None else f"{each['p']:.2g}"
             lines.append(f"{each['cell']} against {each['other']}: {each['difference']:+.2f} points, p {p}")
     return [*lines, ""] if lines else []
 
