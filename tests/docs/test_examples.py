@@ -49,7 +49,8 @@ def test_a_study_has_the_cells_and_the_seeds_of_the_ready_one(path):
     }
     assert (result["title"], result["baseline"]) == (ready.title, ready.baseline)
     assert tuple(result["seeds"]) == ready.scale.seeds
-    assert result["steps"]["done"] == result["steps"]["all"] and not result["failed"]
+    assert result["steps"]["done"] == result["steps"]["all"]
+    assert not result["failed"]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=of_path)
