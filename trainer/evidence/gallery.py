@@ -61,7 +61,7 @@ def most_apart(run: Path, label_set: LabelSet, config: ReportConfig) -> list[Pic
         logits = answers.get("mean_logits", answers["class_head"]).cpu()
         found += _compared(batch, logits, images.cpu(), label_set)
         found = sorted(found, key=lambda each: (-each[0], each[1], each[2]))[: config.gallery]
-    return [_picture(place, entry | {"run": str(run)}, pixels) for place, (*_, entry, pixels) in enumerate(found)]
+    return [_picture(place, entry, pixels) for place, (*_, entry, pixels) in enumerate(found)]
 
 
 def _compared(

@@ -7,7 +7,7 @@ import base64
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ LINES_OF_A_POINT = 5
 COSTS = ("teacher_s", "labelling_s", "student_s")  # of a cell of a study
 CURVES = {  # metric, and kind of distillation where losses of two kinds are unlike -> caption, axis
     "top1": ("Accuracy in training", "top-1, %"),
-    "teacher_agreement": ("Share of the views on which student and teacher agree", "agreement"),
-    "class_loss": ("Class loss of students without a teacher", "class loss, nats"),
+    "teacher_agreement": ("Share of the training views on which student and teacher agree", "share, 0 to 1"),
+    "class_loss": ("Class loss of students that learn only class labels", "class loss, nats"),
     "distill_loss hard": ("Hard distillation loss", "loss, nats"),
     "distill_loss soft": ("Soft distillation loss", "loss, nats"),
 }
@@ -169,7 +169,7 @@ def _add_record(path: Path, found: Found, *, asked: bool) -> None:
 
 
 def _add_parts(folder: Path, study: Mapping[str, Any], found: Found) -> None:
-    """Add what is still there of a study: run and scores of the first seed of each cell, and the first label set."""
+    """Add what is still there of a study: run and scores of the first seed of each cell, and the label sets."""
     for cell in study.get("cells", []):
         first = next(iter(cell["seeds"]), {})
         run, scores = folder / (first.get("run") or ""), folder / (first.get("scores_file") or "")
@@ -185,7 +185,7 @@ def _add_parts(folder: Path, study: Mapping[str, Any], found: Found) -> None:
             found.names[scores] = name
     for teacher in study.get("teachers", []):
         location = folder / ((teacher.get("labels") or {}).get("path") or "")
-        if (location / PLAN_NAME).is_file() and not found.label_sets:
+        if (location / PLAN_NAME).is_file():
             found.label_sets[str(location)] = LabelSet.open(location)
 
 
@@ -268,13 +268,15 @@ def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[st
             "low": best["top1"]["low"],
             "high": best["top1"]["high"],
             "seeds": len(best["seeds"]),
+            "among": len(cells),
             "baseline": studies[0].get("baseline"),
             "against": best.get("against_baseline"),
         }
     if not results:
         return None
     best = max(results, key=lambda row: row["top1"])
-    return {"name": best["name"], "top1": best["top1"], "answer": None, "low": None, "high": None, "seeds": 1}
+    only = {"answer": None, "low": None, "high": None, "seeds": 1}
+    return {"name": best["name"], "top1": best["top1"], "among": len(results), **only}
 
 
 def _scores(found: Found) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -315,7 +317,11 @@ def _run_row(found: Found, name: str, folder: Path) -> dict[str, Any]:
     config = described["config"]
     evaluations = [line for line in read_metrics(folder) if line["kind"] == "eval"]
     found.files[str(folder / METRICS_NAME)] = sha256_file(folder / METRICS_NAME)
-    shown = ("model", "distillation_type", "distillation_alpha", "distillation_tau", "epochs", "batch_size", "seed")
+    shown = ["model", "distillation_type", "epochs", "batch_size", "seed"]
+    if config.get("distillation_type") != "none" or config.get("second_token") == "class":
+        shown.append("distillation_alpha")
+    if config.get("distillation_type") == "soft":
+        shown.append("distillation_tau")
     best = max(evaluations, key=lambda line: line["top1"], default=None)
     return {
         "name": name,
@@ -365,6 +371,7 @@ def _token_row(run: Mapping[str, Any]) -> dict[str, Any]:
         "name": run["name"],
         "depth": list(range(len(blocks) + 1)),
         "cosine": [cosine["input"], *blocks],
+        "learned": cosine.get("learned"),
         "input": cosine["input"],
         "output": cosine.get("output"),
         "cka": run["tokens"].get("cka"),
@@ -374,8 +381,9 @@ def _token_row(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _audit_head(audit: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first rows of each table of an audit."""
-    return {name: value[:SHOWN] if isinstance(value, list) else value for name, value in audit.items()}
+    """Return the first rows of each table of an audit, and the number of suspects."""
+    head = {name: value[:SHOWN] if isinstance(value, list) else value for name, value in audit.items()}
+    return head | {"suspects_in_all": len(audit.get("suspects") or ())}
 
 
 def _tradeoff(found: Found) -> list[dict[str, Any]]:
@@ -408,11 +416,11 @@ def _costs(study: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _reproduce(found: Found) -> Iterator[dict[str, Any]]:
     """Yield the commands that make studies and runs again."""
-    for path, study in found.records["study"]:
+    for study in found.all("study"):
         if study.get("command"):
-            yield {"what": path.parent.name, "command": study["command"]}
+            yield {"what": f"the study {study['name']}", "command": study["command"]}
     for name, folder in found.runs.items():
-        yield {"what": name, "command": f"deit-cli train -c {folder}/config.yaml --output {folder}-again"}
+        yield {"what": f"the run {name}", "command": f"deit-cli train -c {folder}/config.yaml --output {folder}-again"}
 
 
 def _names(found: Found) -> str:
@@ -432,12 +440,13 @@ def _gallery(config: ReportConfig, found: Found) -> list[Picture]:
         return []
     label_set = next(iter(found.label_sets.values()))
     distilled = [
-        folder
-        for folder in found.runs.values()
+        name
+        for name, folder in found.runs.items()
         if read_json(folder / CONFIG_NAME)["config"]["distillation_type"] != "none"
     ]
-    run = next(iter([*distilled, *found.runs.values()]))
-    return most_apart(run, label_set, config)
+    name = next(iter([*distilled, *found.runs]))
+    pictures = most_apart(found.runs[name], label_set, config)
+    return [replace(picture, entry=picture.entry | {"run": name}) for picture in pictures]
 
 
 def _drawn(found: Found) -> dict[tuple[str, str], Path]:
