@@ -12,7 +12,8 @@ import cli
 
 ROOT = Path(__file__).parents[2]
 README_LINES = 150  # a reader who is new here decides on this page
-PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")), "benchmarks/README.md")
+DOCS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("docs/examples/*.md")))
+PAGES = ("README.md", *DOCS, "benchmarks/README.md")
 
 
 def shown_in(page: str) -> list[str]:

@@ -200,9 +200,11 @@ def against(mine: Mapping[int, float], baseline: Mapping[int, float]) -> dict[st
 def study_table(result: Mapping[str, Any]) -> str:
     """Return the result of a study as a table for people."""
     lines = [result["title"], ""]
-    against_name = f"against {result['baseline']}"
-    head = f"{'cell':{CELL_WIDTH}}{'top-1, %':>9}{'low..high':>16}{'seeds':>7}  {against_name:>20}{'p':>8}  answer"
-    lines.append(head)
+    against_name = f"against {result['baseline']}, points"
+    wide = len(against_name) + 2
+    lines.append(
+        f"{'cell':{CELL_WIDTH}}{'top-1, %':>9}{'low..high, %':>16}{'seeds':>7}{against_name:>{wide}}{'p':>9}  answer"
+    )
     for cell in result["cells"]:
         top1, difference = cell["top1"], cell["against_baseline"] or {}
         if top1["mean"] is None:
@@ -213,8 +215,8 @@ def study_table(result: Mapping[str, Any]) -> str:
             f"{top1['mean']:9.2f}",
             f"{top1['low']:.2f}..{top1['high']:.2f}".rjust(16),
             f"{len(cell['seeds']):7}",
-            f"  {'' if delta is None else f'{delta:+.2f}':>20}",
-            f"{'' if delta is None else '-' if p is None else f'{p:.2g}':>8}",
+            f"{'' if delta is None else f'{delta:+.2f}':>{wide}}",
+            f"{'' if delta is None else '-' if p is None else f'{p:.2g}':>9}",
             f"  {top1['answer']}" + (", others failed" if cell["failed"] else ""),
         )
         lines.append(f"{cell['name']:{CELL_WIDTH}}" + "".join(cells))
