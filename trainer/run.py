@@ -24,6 +24,7 @@ from pipeline.storage.cache import open_cache
 from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.prefetch import Prefetch
 from pipeline.storage.yaml import to_yaml
+from pipeline.text import count
 from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
@@ -220,7 +221,7 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
     check_repeats(data.recipe, repeats, views)
     if config.view_policy == "once" and views is not None and config.epochs > len(views):
         raise UsageError(
-            f"--view-policy once allows one epoch per view: the label set has {len(views)} views,"
+            f"--view-policy once allows one epoch per view: the labels have {count(len(views), 'view')},"
             f" --epochs is {config.epochs}",
             fix="Label more views with deit-cli precompute --views, or pass --view-policy cycle",
         )
@@ -473,7 +474,8 @@ def announce(config: TrainConfig, data: Data, order: Order, state: State, share:
         heads = " and ".join(student.head_names)
         log.info("linear probe: only %s learn (%d parameters), the rest is frozen", heads, learning)
     if order.views is not None and len(order.views) < config.epochs:
-        log.warning("the label set has %d views: from epoch %d on they repeat", len(order.views), len(order.views))
+        number = len(order.views)
+        log.warning("the labels have %s of each image: from epoch %d on they repeat", count(number, "view"), number)
     if config.distillation_type != "none" and not student.has_distillation_head:
         log.warning("%s has no distillation token: its one head learns from class labels and teacher", config.model)
     if config.second_token == "class":

@@ -183,7 +183,7 @@ train(TrainConfig(labels=Path({str(label_set.folder)!r}), output=Path({str(tmp_p
 
 def test_views_that_repeat_are_said(label_set, tmp_path, caplog):
     train(config(label_set, tmp_path / "run", epochs=4))
-    assert "the label set has 3 views: from epoch 3 on they repeat" in caplog.text
+    assert "the labels have 3 views of each image: from epoch 3 on they repeat" in caplog.text
 
 
 def test_the_config_and_what_it_came_to_are_saved(label_set, tmp_path):
@@ -286,7 +286,7 @@ def test_each_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch, asked):
 
 def test_views_may_be_used_once_only(label_set, tmp_path, caplog):
     with pytest.raises(
-        UsageError, match=r"--view-policy once allows one epoch per view: the label set has 3 views, --epochs is"
+        UsageError, match=r"--view-policy once allows one epoch per view: the labels have 3 views, --epochs is"
     ):
         train(config(label_set, tmp_path / "run", view_policy="once", epochs=4))
     train(config(label_set, tmp_path / "run", view_policy="once"))
