@@ -140,6 +140,12 @@ def test_one_file_alone_makes_a_report(files, tmp_path, kind):
     assert Page(page.read_text()).numbers
 
 
+def test_the_similarity_of_the_tokens_is_a_table(written):
+    text = re.sub(r"<[^>]*>", "|", written.read_text())
+    assert "CKA of the outputs" in text
+    assert re.search(r"\|soft\|+0\.050\|+0\.930\|+0\.800\|", text)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_column_without_any_value_is_left_out(tmp_path, known):
     path = tmp_path / "scores.json"
@@ -147,6 +153,17 @@ def test_a_column_without_any_value_is_left_out(tmp_path, known):
     path.write_bytes(pretty_json(content))
     text = write_report(config(tmp_path / "report.html"), [str(path)]).read_text()
     assert ("agrees with the teacher" in text) == known
+
+
+@pytest.mark.parametrize("evaluations", [0, 2])
+def test_the_best_accuracy_in_training_is_a_column_if_there_was_an_evaluation(run, tmp_path, evaluations):
+    copy = shutil.copytree(run, tmp_path / "run")
+    with (copy / "metrics.jsonl").open("a") as file:
+        for number in range(evaluations):
+            line = {"kind": "eval", "index": number + 1, "epoch": number, "weights": "student", "top1": 51.25 - number}
+            file.write(json.dumps(line) + "\n")
+    text = write_report(config(tmp_path / "report.html", gallery=0), [str(copy)]).read_text()
+    assert ("best top-1, %" in text) == ("Accuracy in training" in text) == (">51.25<" in text) == bool(evaluations)
 
 
 def test_a_report_beside_a_file_of_its_name_leaves_it_alone(tmp_path):

@@ -50,7 +50,7 @@ def scores(checkpoint: str = "runs/soft/best", **changes: Any) -> dict[str, Any]
 def analysis(**changes: Any) -> dict[str, Any]:
     """Return the tokens of a student, and how often three networks disagree."""
     along = [{"update": n, "epoch": 0, "input": 0.1, "blocks": [0.2, 0.3], "output": 0.2 + n / 100} for n in (10, 20)]
-    cosine = {"input": 0.06, "blocks": [0.4, 0.7], "output": 0.93}
+    cosine = {"learned": 0.05, "input": 0.06, "blocks": [0.4, 0.7], "output": 0.93}
     tokens = {"images": 100, "cosine": cosine, "along_training": along, "cka": 0.8}
     share = [[0.0, 0.1, 0.25], [0.1, 0.0, 0.2], [0.25, 0.2, 0.0]]
     names = ["teacher", "soft class head", "alone"]
