@@ -825,7 +825,7 @@ def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
 def demo(out: Path, seed: int) -> None:
     """Run precompute and train on scikit-learn's digits.
 
-    It takes one to two minutes on two cores and needs no download, only the extra deit-cli[demo]. The table compares students with and without the teacher, and report.html shows everything.
+    It takes about a minute on two cores and needs no download, only the extra deit-cli[demo]. The table compares students with and without the teacher, and report.html shows everything.
 
     \b
     Example:
@@ -835,9 +835,7 @@ def demo(out: Path, seed: int) -> None:
     from pipeline.teacher.loading import load_teacher
     from trainer.evidence.demo import run_demo
 
-    with shown_progress() as progress:
-        table = run_demo(out, seed=seed, load_teacher=load_teacher, precompute=label, progress=progress)
-    click.echo(table)
+    click.echo(run_demo(out, seed=seed, load_teacher=load_teacher, precompute=label, shown=shown_progress))
 
 
 if __name__ == "__main__":

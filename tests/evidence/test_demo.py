@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def demo(out) -> str:
         seed=0,
         load_teacher=load_teacher,
         precompute=precompute,
-        progress=lambda *_: None,
+        shown=lambda: nullcontext(lambda *_: None),
     )
 
 
@@ -78,16 +79,23 @@ def test_a_stopped_demo_says_how_to_start_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_table_comes_after_the_last_line_of_progress(tmp_path):
+def test_what_a_step_says_last_comes_before_the_next_step_and_the_table(tmp_path):
     script = """
-import cli, trainer.evidence.demo
+import logging, cli, trainer.evidence.demo
 from pipeline.machine.progress import Tick
-trainer.evidence.demo.run_demo = lambda *_, progress, **__: progress(Tick("label", 1, 2)) or "the table"
+def run_demo(*_, shown, **__):
+    for step in ("label", "index"):
+        with shown() as progress:
+            progress(Tick(step, 1, 2))
+        logging.getLogger("deit_cli.demo").info("after %s", step)
+    return "the table"
+trainer.evidence.demo.run_demo = run_demo
 cli.main()
 """
     command = [sys.executable, "-c", script, "demo", "--out", str(tmp_path / "demo")]
     done = subprocess.run(command, env=with_checkout(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.stdout.splitlines() == ["label 1 of 2  1 of them there before", "the table"]
+    there = "1 of 2  1 of them there before"
+    assert done.stdout.splitlines() == [f"label {there}", "after label", f"index {there}", "after index", "the table"]
 
 
 def small_runs(folder: Path) -> tuple[dict, dict]:

@@ -8,6 +8,7 @@ from the 100 class labels alone. The demo calls the same functions as the comman
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from trainer.loop import train
 from trainer.metrics import read_metrics
 
 log = logging.getLogger("deit_cli.demo")
+Shown = Callable[[], AbstractContextManager[Callable[[Any], None]]]
 
 LABELLED, TRAINING = 100, 1000  # of 1,797 digits; the other 797 are for evaluation
 EVALUATION = 1797 - TRAINING
@@ -90,7 +92,7 @@ def run_demo(
     seed: int,
     load_teacher: Callable[..., Any],
     precompute: Callable[..., LabelSet | None],
-    progress: Callable[[Any], None],
+    shown: Shown,
 ) -> str:
     """Run the demo, write its report, and return its table as text.
 
@@ -101,7 +103,7 @@ def run_demo(
         seed: random seed of weights, order and stochastic depth.
         load_teacher: `pipeline.teacher.loading.load_teacher`.
         precompute: `pipeline.stage1.precompute.precompute`.
-        progress: called with the progress of labelling and training.
+        shown: opens a display of progress; each step has its own, whose last line comes before the next step.
 
     Raises:
         UsageError: `out` is not empty, scikit-learn is not installed, or a launcher started several processes.
@@ -116,20 +118,20 @@ def run_demo(
     clock = _Clock()
     alone = {"data": str(data["labelled"]), "distillation_type": "none"}
     log.info("1. a CNN teacher learns from %d labelled digits", LABELLED)
-    runs = {"teacher": _train(out / "teacher", seed, recipe, progress, **alone, **TEACHER)}
+    runs = {"teacher": _train(out / "teacher", seed, recipe, shown, **alone, **TEACHER)}
     clock.note("teacher")
     log.info("2. the teacher labels %d views of each of %d digits, once", VIEWS, TRAINING)
-    label_set = _label(out, data["training"], recipe, load_teacher, precompute, progress)
+    label_set = _label(out, data["training"], recipe, load_teacher, precompute, shown)
     clock.note("labels")
     for kind in ("hard", "soft"):
         log.info("3. a DeiT learns from the teacher's %s labels, without the teacher", kind)
         labelled = {"labels": label_set.folder, "distillation_type": kind, "model": "deit-ti", "probe_interval": 75}
-        runs[kind] = _train(out / kind, seed, recipe, progress, **labelled, **STUDENT, epochs=VIEWS, warmup_epochs=3)
+        runs[kind] = _train(out / kind, seed, recipe, shown, **labelled, **STUDENT, epochs=VIEWS, warmup_epochs=3)
         clock.note(kind)
     log.info("4. the same DeiT learns from the %d class labels alone, with the same number of updates", LABELLED)
     epochs = VIEWS * TRAINING // LABELLED
     plain = {"model": "deit_tiny_patch16_224", "epochs": epochs, "warmup_epochs": epochs / 12}
-    runs["alone"] = _train(out / "alone", seed, recipe, progress, **alone, **STUDENT, **plain)
+    runs["alone"] = _train(out / "alone", seed, recipe, shown, **alone, **STUDENT, **plain)
     clock.note("alone")
     log.info("5. all of them answer %d other digits", EVALUATION)
     results = {name: _evaluate(run, data["evaluation"]) for name, run in runs.items()}
@@ -321,13 +323,14 @@ def _color(name: str) -> str:
     return f"C{list(TITLES).index(name)}"
 
 
-def _train(output: Path, seed: int, recipe: Recipe, progress: Callable[[Any], None], **settings: Any) -> Path:
+def _train(output: Path, seed: int, recipe: Recipe, shown: Shown, **settings: Any) -> Path:
     # Without DeiT's EMA: it averages over 25,000 updates, more than the demo has.
     config = TrainConfig(
         output=str(output), seed=seed, model_ema=False, log_interval=1, checkpoint_interval=50, **settings
     )
     try:
-        return train(config, None if config.labels else recipe, progress=progress)
+        with shown() as progress:
+            return train(config, None if config.labels else recipe, progress=progress)
     except StoppedError as error:
         raise StoppedError(
             f"the demo was stopped and cannot be resumed: to start again, delete {output.parent} or choose another --out",
@@ -341,11 +344,12 @@ def _label(
     recipe: Recipe,
     load_teacher: Callable[..., Any],
     precompute: Callable[..., LabelSet | None],
-    progress: Callable[[Any], None],
+    shown: Shown,
 ) -> LabelSet:
     config = PrecomputeConfig(data=str(training), out=str(out / "labels"), views=(0, VIEWS))
     teacher = load_teacher(TeacherConfig(teacher=(str(out / "teacher" / "last"),), device=str(resolve_device("auto"))))
-    label_set = precompute(config, recipe, teacher, open_source(config.data), progress=progress)
+    with shown() as progress:
+        label_set = precompute(config, recipe, teacher, open_source(config.data), progress=progress)
     if label_set is None:
         raise UsageError("the demo runs in one process", fix="Unset RANK and WORLD_SIZE, or run it without a launcher")
     return label_set
