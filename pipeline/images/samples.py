@@ -35,6 +35,33 @@ class Sample:
     class_label: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How a source is read where its layout leaves a choice. The default takes what is plainly meant, and refuses the rest.
+
+    Attributes:
+        image_key: the image of a sample. Tars: extensions such as `jpg;png`, the first that a sample has is its image.
+            Parquet: the name of a column. None: any extension of IMAGE_EXTENSIONS; the one column that holds images.
+        label_key: the class label of a sample. Tars: the extension of a member, such as `cls.txt`, or the name of a field of the
+            `.json` member. Parquet: the name of a column. None: what is plainly the label.
+        image_root: folder for the paths in Parquet rows that hold no image bytes; None: such rows are refused.
+        labels_file: file with the class labels of the images; None: the source itself has them, or there are none.
+        class_depth: number of folder levels that make up the class name of an image folder; None: images must lie in class/name.jpg.
+        class_order: order of the class names: `text`, `natural` (by the numbers in the names), or a file with one name per line.
+            None: `text`, with a warning where the two orders differ.
+    """
+
+    image_key: str | None = None
+    label_key: str | None = None
+    image_root: str | None = None
+    labels_file: str | None = None
+    class_depth: int | None = None
+    class_order: str | None = None
+
+
+NO_OPTIONS = SourceOptions()
+
+
 @dataclass(frozen=True)
 class ShardIndex(Generic[Where]):
     """The samples of one source shard in order, without their images, as three sequences of the same length."""

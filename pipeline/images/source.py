@@ -21,8 +21,10 @@ from pipeline.errors import SourceError
 from pipeline.images.parquet import open_parquets
 from pipeline.images.samples import (
     IMAGE_EXTENSIONS,
+    NO_OPTIONS,
     Sample,
     ShardIndex,
+    SourceOptions,
     SourceShard,
     check_image_bytes,
     keys_sha256,
@@ -36,7 +38,7 @@ from pipeline.storage.remote import list_url
 from pipeline.storage.urls import local_path
 from pipeline.text import check_name
 
-__all__ = ["Sample", "Source", "SourceShard", "open_source"]
+__all__ = ["Sample", "Source", "SourceOptions", "SourceShard", "open_source"]
 
 SAMPLES_PER_SHARD = 1024
 MAX_FILES = 100_000  # limit of one brace expression; ImageNet-21k has 2,048 tars
@@ -110,13 +112,16 @@ class Source:
         return sha256_json(self.identity())
 
 
-def open_source(location: str | os.PathLike[str], *, cache: Cache | None = None) -> Source:
+def open_source(
+    location: str | os.PathLike[str], *, options: SourceOptions = NO_OPTIONS, cache: Cache | None = None
+) -> Source:
     """Return the source at a location; the path decides its kind.
 
     Args:
         location: a folder of images `class/name.jpg` (or without class folders: no labels), one `.tar` or `.parquet` file,
             a folder of such files (read in sorted order), or a brace expression for them. Links to images are followed.
             Tars and Parquet files may be http(s)://, s3://, gs:// or hf:// URLs.
+        options: how to read what the layout leaves open.
         cache: cache for files that are read from URLs; None: the default cache.
     """
     text, path = os.fspath(location), local_path(location)
