@@ -21,6 +21,15 @@ def _one_thread():
     cv2.setNumThreads(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory) -> Iterator[None]:
+    """No test writes into the user's cache, where indexes of sources are kept."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("XDG_CACHE_HOME") if before is None else os.environ.__setitem__("XDG_CACHE_HOME", before)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """Two tars of coloured noise, nine samples; no test changes them."""

@@ -138,12 +138,13 @@ class Head(SourceShard[Any]):
 
     def __init__(self, shard: SourceShard[Any], num_samples: int) -> None:
         self.name, self._shard, self._num_samples = shard.name, shard, num_samples
+        self.place_type = shard.place_type  # pyright: ignore[reportAttributeAccessIssue]
 
     def build_index(self) -> ShardIndex[Any]:
         """Return the index of the first samples only."""
         index, stop = self._shard.index, self._num_samples
         return ShardIndex(index.keys[:stop], index.class_labels[:stop], index.places[:stop])
 
-    def read_image(self, place: Any) -> bytes:
+    def read_image(self, position: int) -> bytes:
         """Read an image as the shard does."""
-        return self._shard.read_image(place)
+        return self._shard.read_image(position)

@@ -11,15 +11,25 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.errors import RemoteFileMissing, SourceError, StorageError
-from pipeline.images.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_image_bytes, check_label, reading
+from pipeline.images.samples import (
+    IMAGE_EXTENSIONS,
+    Kept,
+    ShardIndex,
+    SourceShard,
+    check_image_bytes,
+    check_label,
+    file_state,
+    reading,
+)
 from pipeline.storage.place import File, RemoteFile
 from pipeline.text import check_name
 
@@ -96,11 +106,18 @@ class ParquetShard(SourceShard[ParquetPlace]):
     first_group: int
     group_rows: tuple[int, ...]
     cache: RowGroupCache
+    kept: Kept | None = None
+    place_type: ClassVar[type[ParquetPlace]] = ParquetPlace
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
         """The Parquet file if it is remote, else nothing."""
         return self.file.to_download
+
+    @property
+    def state(self) -> tuple[int, ...] | None:
+        """Length and date of a local file."""
+        return file_state(self.file)
 
     def __len__(self) -> int:
         return sum(self.group_rows)
@@ -108,13 +125,40 @@ class ParquetShard(SourceShard[ParquetPlace]):
     def build_index(self) -> ShardIndex[ParquetPlace]:
         """Read the paths and labels; if the paths cannot be keys, read the images too and name them by content."""
         places = self._places()
-        labels = self._class_labels() if self.columns.label else [None] * len(places)
-        keys = _path_keys(self._read_all(f"{self.columns.image}.path")) or self._content_keys(places)
+        keys = self._path_keys() or self._content_keys(places)
         for place, key in zip(places, keys, strict=True):
             check_name(key, f"{self._where(place)}: sample key")
-        return ShardIndex(tuple(keys), tuple(labels), places)
+        return ShardIndex(tuple(keys), self._class_labels(), places)
 
-    def read_image(self, place: ParquetPlace) -> bytes:
+    def read_image(self, position: int) -> bytes:
+        """Return the image of one sample; keys and class labels in the file must be as in the index.
+
+        They are compared when this process reads the first image, and a key that is the hash of an image with each image.
+        """
+        by_content = self._checked_keys == "content"
+        image = self._image_at(place := self.index.places[position])
+        if by_content and self.index.keys[position].partition("-")[0] != xxhash.xxh3_128_hexdigest(image):
+            raise self.changed(self._where(place))
+        return image
+
+    @cached_property
+    def _checked_keys(self) -> Literal["path", "content"]:
+        """Compare a kept index with the paths and class labels in the file, and return what the keys are."""
+        index = self.index
+        if not self.index_is_kept:
+            return "path"  # this process made it from the file
+        keys = self._path_keys()
+        if index.places != self._places() or index.class_labels != self._class_labels():
+            raise self.changed(self.file)
+        if keys is not None and index.keys != keys:
+            raise self.changed(self.file)
+        return "content" if keys is None else "path"
+
+    def _path_keys(self) -> list[str] | None:
+        """Return the paths without their extensions, or None if one is missing or two are equal."""
+        return _path_keys(self._read_all(f"{self.columns.image}.path"))
+
+    def _image_at(self, place: ParquetPlace) -> bytes:
         """Return the image of one row; its row group stays in memory for the next rows."""
         column = self.cache.get((self.file, place.group), lambda: self._read_group(place.group))
         with _named_errors(self.file):
@@ -160,7 +204,8 @@ class ParquetShard(SourceShard[ParquetPlace]):
         return pa.chunked_array(batches)
 
     def _class_labels(self) -> list[int | None]:
-        assert self.columns.label is not None
+        if self.columns.label is None:
+            return [None] * sum(self.group_rows)
         values = zip(self._places(), self._read_all(self.columns.label), strict=True)
         # Hugging Face writes -1 for the labels of a hidden test set.
         return [
@@ -173,7 +218,7 @@ class ParquetShard(SourceShard[ParquetPlace]):
         copies: Counter[str] = Counter()
         keys = []
         for place in places:
-            name = xxhash.xxh3_128_hexdigest(self.read_image(place))
+            name = xxhash.xxh3_128_hexdigest(self._image_at(place))
             keys.append(f"{name}-{copies[name]}" if copies[name] else name)
             copies[name] += 1
         return keys

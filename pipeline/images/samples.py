@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import pyarrow as pa
 
 from pipeline.errors import SourceError, StorageError
-from pipeline.storage.place import RemoteFile
+from pipeline.images.columns import Column, Records, records_of
+from pipeline.storage.place import File, RemoteFile
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million uncompressed pixels need a quarter of this
@@ -66,19 +70,83 @@ NO_OPTIONS = SourceOptions()
 class ShardIndex(Generic[Where]):
     """The samples of one source shard in order, without their images, as three sequences of the same length."""
 
-    keys: tuple[str, ...]
-    class_labels: tuple[int | None, ...]
+    keys: Sequence[str]
+    class_labels: Sequence[int | None]
     places: Sequence[Where]
+
+    def to_batch(self, kind: type[Any]) -> pa.RecordBatch:
+        """Return the same as Arrow columns: key, class_label, and the place (its fields, or one text)."""
+        if kind is str:
+            places = {"place": pa.array(self.places, pa.string())}
+        else:
+            places = dict(zip(kind._fields, records_of(kind, self.places), strict=True))
+        columns = {"key": pa.array(self.keys, pa.string()), "class_label": pa.array(self.class_labels, pa.int32())}
+        return pa.record_batch(columns | places)
+
+    @classmethod
+    def of_batch(cls, batch: pa.RecordBatch, kind: type[Where]) -> "ShardIndex[Where]":
+        """Return the index that these columns hold; its values are converted when they are asked for."""
+        key, label, *places = batch.columns
+        return cls(Column(key), Column(label), Column(places[0]) if kind is str else Records(kind, places))
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What the index of a source shard holds in all.
+
+    Attributes:
+        num_samples: number of samples.
+        num_labelled: number of samples with a class label.
+        max_label: largest class label, None if there is none.
+        keys_sha256: hash of keys and class labels in order.
+    """
+
+    num_samples: int
+    num_labelled: int
+    max_label: int | None
+    keys_sha256: str
+
+    @classmethod
+    def of(cls, index: ShardIndex[Any]) -> "ShardSummary":
+        """Return the summary of an index."""
+        labels = [label for label in index.class_labels if label is not None]
+        digest = keys_sha256(index.keys, index.class_labels)
+        return cls(len(index.keys), len(labels), max(labels, default=None), digest)
+
+
+class Kept(Protocol):
+    """An index on disk of a whole source, from which its shards take their parts."""
+
+    def load(self, shard: "SourceShard[Any]") -> ShardIndex[Any] | None:
+        """Return the index of a source shard, or None if it is not there or its file has changed since."""
+        ...
+
+    def summary(self, shard: "SourceShard[Any]") -> ShardSummary | None:
+        """Return the summary of a source shard, or None if it is not there or its file has changed since."""
+        ...
+
+    def discard(self) -> str:
+        """Delete the index because it does not fit its source, and return what the user can do."""
+        ...
+
+
+_FOUND = frozenset({"index", "index_is_kept", "summary", "_checked_keys"})  # what a process finds out for itself
 
 
 class SourceShard(ABC, Generic[Where]):
-    """An ordered run of samples. Only its few fields are pickled: each process builds the index again when it needs it.
+    """An ordered run of samples. Only its few fields are pickled: each process finds the index again when it needs it.
 
     Attributes:
         name: unique name in the source, matches [A-Za-z0-9._-]+.
+        kept: index on disk of the source, or None.
+        place_type: type of the places: a named tuple of integers, or str.
+        index_is_kept: whether `index` came from `kept`, so that nothing of it was read from the files in this process.
     """
 
     name: str
+    kept: Kept | None = None
+    place_type: ClassVar[type[Any]] = str
+    index_is_kept: ClassVar[bool] = False
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
@@ -87,29 +155,51 @@ class SourceShard(ABC, Generic[Where]):
 
     @abstractmethod
     def build_index(self) -> ShardIndex[Where]:
-        """Return the index of the samples. The same files give the same index."""
+        """Return the index of the samples, from the files themselves. The same files give the same index."""
 
     @abstractmethod
-    def read_image(self, place: Where) -> bytes:
-        """Return the encoded image at one place of the index."""
+    def read_image(self, position: int) -> bytes:
+        """Return the encoded image of one sample, after checking that the files have what the index says of it."""
+
+    @property
+    def state(self) -> tuple[int, ...] | None:
+        """What must be unchanged for a kept index to be used: length and date of the file; None: it cannot be kept."""
+        return None
 
     @cached_property
     def index(self) -> ShardIndex[Where]:
-        """Index of the samples, built when this process first uses it."""
-        return self.build_index()
+        """Index of the samples: the kept one, or else built when this process first uses it."""
+        kept = self.kept.load(self) if self.kept else None
+        object.__setattr__(self, "index_is_kept", kept is not None)  # the shards are frozen dataclasses
+        return kept or ShardIndex.of_batch(self.build_index().to_batch(self.place_type), self.place_type)
+
+    def use_index(self, index: ShardIndex[Where]) -> None:
+        """Use an index that was just built elsewhere."""
+        object.__setattr__(self, "index", index)
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def has_index(self) -> bool:
+        """Return whether this process has the index already."""
+        return "index" in self.__dict__
+
+    @cached_property
+    def summary(self) -> ShardSummary:
+        """Summary of the index."""
+        kept = None if self.has_index or not self.kept else self.kept.summary(self)
+        return kept or ShardSummary.of(self.index)
+
+    @property
+    def keys(self) -> Sequence[str]:
         """Sample keys in order."""
         return self.index.keys
 
     @property
-    def class_labels(self) -> tuple[int | None, ...]:
+    def class_labels(self) -> Sequence[int | None]:
         """Class labels in the order of `keys`."""
         return self.index.class_labels
 
     def __len__(self) -> int:
-        return len(self.index.keys)
+        return self.summary.num_samples
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))
@@ -121,11 +211,29 @@ class SourceShard(ABC, Generic[Where]):
                 f"source shard {self.name} has {len(index.keys)} samples, there is no sample {position} in it",
                 fix="Pass the --data that was labelled",
             )
-        image = self.read_image(index.places[position])
-        return Sample(index.keys[position], image, index.class_labels[position])
+        return Sample(index.keys[position], self.read_image(position), index.class_labels[position])
+
+    def changed(self, where: object) -> SourceError:
+        """Return the error for files that are not as the index says; a kept index is deleted, so that the next use makes it anew."""
+        fix = self.kept.discard() if self.kept and self.index_is_kept else "Run the command again"
+        return SourceError(
+            f"{where}: its samples are not those of the index: the file was changed after it was indexed", fix=fix
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field: value for field, value in self.__dict__.items() if field != "index"}
+        """Return the fields alone, without what this process found."""
+        return {field: value for field, value in self.__dict__.items() if field not in _FOUND}
+
+
+def file_state(file: File) -> tuple[int, ...] | None:
+    """Return length and date (ns) of a local file; None for a remote or missing one."""
+    if file.path is None:
+        return None
+    try:
+        found = os.stat(file.path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 @contextmanager

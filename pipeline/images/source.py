@@ -10,28 +10,30 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from braceexpand import braceexpand  # webdataset uses it too, but importing it from there would import torch (7 s)
 
 from pipeline.errors import SourceError
+from pipeline.images.index import SIDECAR_NAME, KeptIndex
 from pipeline.images.parquet import open_parquets
 from pipeline.images.samples import (
     IMAGE_EXTENSIONS,
     NO_OPTIONS,
     Sample,
     ShardIndex,
+    ShardSummary,
     SourceOptions,
     SourceShard,
     check_image_bytes,
-    keys_sha256,
     reading,
 )
 from pipeline.images.tars import open_tars
-from pipeline.storage.cache import Cache
+from pipeline.storage.cache import Cache, open_cache
 from pipeline.storage.json import sha256_json
 from pipeline.storage.place import File, RemoteFile, open_file, open_place
 from pipeline.storage.remote import list_url
@@ -61,11 +63,34 @@ class Source:
     kind: Literal["folder", "tar", "parquet"]
     class_names: tuple[str, ...] | None
     shards: tuple[SourceShard[Any], ...]
+    kept: KeptIndex | None = None
 
     @property
     def num_samples(self) -> int:
         """Number of samples of all shards; the first use may read the headers of every tar."""
-        return sum(map(len, self.shards))
+        if self.kind == "parquet":  # the footers say it
+            return sum(map(len, self.shards))
+        return sum(summary.num_samples for summary in self.summaries)
+
+    @property
+    def num_labelled(self) -> int:
+        """Number of samples that have a class label."""
+        return sum(summary.num_labelled for summary in self.summaries)
+
+    @property
+    def max_label(self) -> int | None:
+        """Largest class label, None if no sample has one."""
+        return max((s.max_label for s in self.summaries if s.max_label is not None), default=None)
+
+    @cached_property
+    def summaries(self) -> tuple[ShardSummary, ...]:
+        """Summary of every source shard, in order: from the kept index, which is made or completed where it has to be."""
+        if self.kept is not None:
+            self.kept.complete(self.shards)
+        return tuple(shard.summary for shard in self.shards)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field: value for field, value in self.__dict__.items() if field != "summaries"}
 
     @property
     def num_classes(self) -> int | None:
@@ -101,8 +126,8 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """Return the names, keys and class labels, which identify this source independently of its kind and location."""
         shards = [
-            {"name": shard.name, "num_samples": len(shard), "keys_sha256": keys_sha256(shard.keys, shard.class_labels)}
-            for shard in self.shards
+            {"name": shard.name, "num_samples": summary.num_samples, "keys_sha256": summary.keys_sha256}
+            for shard, summary in zip(self.shards, self.summaries, strict=True)
         ]
         return {"class_names": self.class_names and list(self.class_names), "shards": shards}
 
@@ -129,8 +154,28 @@ def open_source(
         if path is None:
             return _open_urls(text, cache)
         if path.is_dir():
-            return _open_directory(text, path)
-        return _open_files(text, [open_file(name) for name in ([text] if path.is_file() else _existing(text))])
+            source = _open_directory(text, path)
+        else:
+            source = _open_files(text, [open_file(name) for name in ([text] if path.is_file() else _existing(text))])
+        return _with_index(source, options, cache or open_cache())
+
+
+def _with_index(source: Source, options: SourceOptions, cache: Cache) -> Source:
+    """Return a source of local tars or Parquet files whose shards use the kept index."""
+    if source.kind == "folder":
+        return source
+    names = source.class_names and list(source.class_names)
+    identity = sha256_json({"kind": source.kind, "options": asdict(options), "class_names": names})
+    location = os.path.abspath(source.location)
+    path = cache.folder / "index" / f"{sha256_json([location, identity])[:32]}.arrow"
+    kept = KeptIndex(path, identity, _sidecar(source.location))
+    return replace(source, shards=tuple(replace(cast(Any, shard), kept=kept) for shard in source.shards), kept=kept)
+
+
+def _sidecar(location: str) -> Path:
+    """Return the path of the index beside a source: in the folder, or in that of the first file."""
+    path = Path(location)
+    return (path if path.is_dir() else path.parent) / SIDECAR_NAME
 
 
 def _open_urls(location: str, cache: Cache | None) -> Source:
@@ -245,9 +290,9 @@ class FolderShard(SourceShard[str]):
         labels = {name: label for label, name in enumerate(self.class_names or ())}
         return ShardIndex(tuple(map(_key, paths)), tuple(labels.get(path.split("/")[0]) for path in paths), paths)
 
-    def read_image(self, place: str) -> bytes:
+    def read_image(self, position: int) -> bytes:
         """Return the content of one file."""
-        path = self.root / place
+        path = self.root / self.index.places[position]
         with reading(path):
             check_image_bytes(path.stat().st_size, path)
             if not path.is_file():  # reading a pipe would block

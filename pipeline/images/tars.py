@@ -14,10 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pipeline.errors import RemoteFileRefused, SourceError
-from pipeline.images.samples import IMAGE_EXTENSIONS, ShardIndex, SourceShard, check_image_bytes, check_label, reading
+from pipeline.images.samples import (
+    IMAGE_EXTENSIONS,
+    Kept,
+    ShardIndex,
+    SourceShard,
+    check_image_bytes,
+    check_label,
+    file_state,
+    reading,
+)
 from pipeline.storage.place import File, RemoteFile
 from pipeline.text import check_name
 
@@ -39,9 +48,21 @@ _PAX_KEYWORDS = frozenset(
 
 
 class TarPlace(NamedTuple):
-    """The position of an image in its tar, in bytes."""
+    """The position of a sample in its tar, in bytes.
 
-    offset: int
+    The samples of a tar cover it without gaps: `stop` is the `start` of the next one, or the end marker. So nothing that an
+    index leaves out can stay unnoticed.
+
+    Attributes:
+        start: first header that belongs to the sample; 0 for the first sample.
+        stop: end of the sample and of what follows it without being a sample.
+        data: first byte of the image.
+        size: length of the image.
+    """
+
+    start: int
+    stop: int
+    data: int
     size: int
 
 
@@ -74,6 +95,7 @@ class Archive:
     def __init__(self, file: File, descriptor: int) -> None:
         self.file, self.descriptor = file, descriptor
         self.size = os.fstat(descriptor).st_size
+        self.end = self.size  # offset of the end marker, once it was reached
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`. pread uses no file position, so threads and processes do not disturb each other."""
@@ -109,26 +131,50 @@ class TarShard(SourceShard[TarPlace]):
     name: str
     file: File
     num_classes: int | None
+    kept: Kept | None = None
+    place_type: ClassVar[type[TarPlace]] = TarPlace
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
         """The tar if it is remote, else nothing."""
         return self.file.to_download
 
+    @property
+    def state(self) -> tuple[int, ...] | None:
+        """Length and date of a local tar."""
+        return file_state(self.file)
+
     def build_index(self) -> ShardIndex[TarPlace]:
         """Return the index, from all headers and labels of the tar."""
         with opened(self.file) as archive:
             found = list(_samples(archive, self.num_classes))
+            end = archive.end
         if not found:
             raise SourceError(f"{self.file}: no image in this tar (.jpg, .jpeg, .png and .webp members are read)")
-        keys, labels, places = zip(*found, strict=True)
+        keys, labels, starts, images = zip(*found, strict=True)
+        bounds = [0, *starts[1:], end]
+        places = [
+            TarPlace(start, stop, image.data, image.size)
+            for start, stop, image in zip(bounds, bounds[1:], images, strict=False)
+        ]
         return ShardIndex(keys, labels, places)
 
-    def read_image(self, place: TarPlace) -> bytes:
-        """Return the data of one member."""
-        check_image_bytes(place.size, f"{self.file}: byte {place.offset}")
+    def read_image(self, position: int) -> bytes:
+        """Return the image of one sample; its headers and its class label are read again, and must be as in the index."""
+        index = self.index
+        place = index.places[position]
         with opened(self.file) as archive:
-            return archive.read(place.offset, place.size)
+            try:
+                found = list(_samples(archive, self.num_classes, place.start, place.stop))
+            except (SourceError, OSError) as error:
+                if not self.index_is_kept:
+                    raise
+                raise self.changed(f"{self.file}: byte {place.start}") from error
+            expected = (index.keys[position], index.class_labels[position], place.data, place.size)
+            if [(key, label, image.data, image.size) for key, label, _, image in found] != [expected]:
+                raise self.changed(f"{self.file}: byte {place.start}")
+            check_image_bytes(place.size, f"{self.file}: byte {place.data}")
+            return archive.read(place.data, place.size)
 
 
 def open_tars(files: Sequence[File]) -> tuple[tuple[str, ...] | None, tuple[TarShard, ...]]:
@@ -172,10 +218,19 @@ def _parse_class_names(content: bytes, file: File) -> tuple[str, ...]:
     return tuple(check_name(name, f"{file}: line {number}: class name") for number, name in enumerate(names, start=1))
 
 
-def _samples(archive: Archive, num_classes: int | None) -> Iterator[tuple[str, int | None, TarPlace]]:
-    """Yield (key, class label, place) of every image; consecutive members with the same key are one sample."""
+def _samples(
+    archive: Archive, num_classes: int | None, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[str, int | None, int, Member]]:
+    """Yield key, class label, first byte and image of every sample; consecutive members with the same key are one sample.
+
+    Args:
+        archive: the tar.
+        num_classes: number of classes, None if it is unknown.
+        start: offset of a header, from which on the tar is read.
+        stop: offset of a header or of the end marker, at which reading stops; None: read all, up to a valid end of the tar.
+    """
     seen: set[str] = set()
-    for key, group in groupby(_named_members(archive), key=attrgetter("key")):
+    for key, group in groupby(_named_members(archive, start, stop), key=attrgetter("key")):
         members = list(group)
         if key in seen:
             raise archive.refusal(members[0], f"belongs to key {key!r}, which ended earlier: keep its files together")
@@ -183,14 +238,14 @@ def _samples(archive: Archive, num_classes: int | None) -> Iterator[tuple[str, i
         image, label = _image(archive, members), _label(archive, members, num_classes)
         if image is not None:
             check_name(key, f"{archive.file}: byte {image.offset}: sample key")
-            yield key, label, TarPlace(image.data, image.size)
+            yield key, label, members[0].offset, image
         elif label is not None:
             raise archive.refusal(members[0], "is a label without an image")
 
 
-def _named_members(archive: Archive) -> Iterator[Member]:
+def _named_members(archive: Archive, start: int, stop: int | None) -> Iterator[Member]:
     """Yield the members with a key and an extension; others (`.DS_Store`, `README`) cannot belong to a sample."""
-    for member in _members(archive):
+    for member in _members(archive, start, stop):
         parts = member.name.split("/")
         if member.name.startswith("/") or not {"", ".", ".."}.isdisjoint(parts):
             raise archive.refusal(member, "has an unsafe name: it must be relative, without empty, '.' or '..' parts")
@@ -262,10 +317,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _members(archive: Archive) -> Iterator[Member]:
-    """Yield the files from the first header to the end marker; skip folders, and raise an error for anything else."""
-    offset = 0
-    while (block := _block(archive, offset)) != ZEROS:
+def _members(archive: Archive, offset: int, stop: int | None) -> Iterator[Member]:
+    """Yield the files from a header to `stop` or the end marker; skip folders, and raise an error for anything else."""
+    while offset != stop and (block := _block(archive, offset)) != ZEROS:
         start, header, extra = offset, _header(archive, offset, block), {}
         if header.kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
             extra = _extension(archive, offset, header)
@@ -283,7 +337,11 @@ def _members(archive: Archive) -> Iterator[Member]:
             raise archive.refusal(
                 member, f"must be a plain file, got tar type {header.kind!r} (link, device or sparse)"
             )
-    _check_end(archive, offset)
+    archive.end = offset
+    if stop is None:
+        _check_end(archive, offset)
+    elif offset != stop:
+        raise archive.error(offset, f"the tar ends here, its index goes on to byte {stop}")
 
 
 def _member(name: str, offset: int, data: int, size: int) -> Member:

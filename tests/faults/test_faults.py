@@ -885,15 +885,19 @@ class Trapped(SourceShard[Any]):
     def build_index(self) -> ShardIndex[Any]:
         return self.shard.build_index()
 
-    def read_image(self, place: Any) -> bytes:
-        if place == self.index.places[self.index.keys.index(self.key)] and self.armed.exists():
+    @property
+    def place_type(self) -> type[Any]:
+        return self.shard.place_type
+
+    def read_image(self, position: int) -> bytes:
+        if self.index.keys[position] == self.key and self.armed.exists():
             if self.harm == "hangs":
                 time.sleep(10 * PATIENCE_S)
             self.armed.unlink()
             if self.harm == "exits":
                 os._exit(3)
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.shard.read_image(place)
+        return self.shard.read_image(position)
 
 
 def trapped(source: Source, key: str, harm: str, armed: Path) -> Source:
