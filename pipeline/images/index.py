@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -313,7 +313,7 @@ def write_sidecar(source: Any, progress: Progress | None = None) -> Path:
     return kept.sidecar
 
 
-def index_shards(shards: Sequence[SourceShard[Any]], progress: Progress) -> Iterator[Indexed]:
+def index_shards(shards: Sequence[SourceShard[Any]], progress: Progress) -> Generator[Indexed, None, None]:
     """Index source shards, many of them in several processes; they come in any order.
 
     Raises:
