@@ -99,15 +99,20 @@ class Source:
 
     def shard(self, name: str) -> SourceShard[Any]:
         """Return the source shard with this name."""
-        for shard in self.shards:
-            if shard.name == name:
-                return shard
-        raise SourceError(f"{self.location} has no source shard {name!r}")
+        if name not in self._by_name:
+            raise SourceError(f"{self.location} has no source shard {name!r}")
+        return self._by_name[name]
 
     def only(self, names: Sequence[str]) -> "Source":
         """Return a source that has only the source shards with these names, in this order."""
-        found = {shard.name: shard for shard in self.shards}
-        return replace(self, shards=tuple(found[name] for name in names))
+        return replace(self, shards=tuple(self._by_name[name] for name in names))
+
+    @cached_property
+    def _by_name(self) -> dict[str, SourceShard[Any]]:
+        return {shard.name: shard for shard in self.shards}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_by_name"}
 
     @property
     def is_remote(self) -> bool:

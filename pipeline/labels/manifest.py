@@ -7,6 +7,7 @@ JSON; `labelset_id` covers recipe, teacher, source and the stored precision, so 
 
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -218,10 +219,19 @@ class Plan(Record):
 
     def shard(self, name: str) -> ShardRecord:
         """Return the plan's record of one source shard, or raise LabelSetMismatch."""
-        for record in self.source.shards:
-            if record.name == name:
-                return record
-        raise LabelSetMismatch(f"the plan has no source shard {name!r}")
+        if name not in self.shards_by_name:
+            raise LabelSetMismatch(f"the plan has no source shard {name!r}")
+        return self.shards_by_name[name]
+
+    @cached_property
+    def shards_by_name(self) -> dict[str, ShardRecord]:
+        """The records of the source shards by name."""
+        return {record.name: record for record in self.source.shards}
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        fields = {name: value for name, value in state["__dict__"].items() if name != "shards_by_name"}
+        return state | {"__dict__": fields}
 
     def check_same(self, other: "Plan", *, folder: str | Path) -> None:
         """Raise LabelSetMismatch with the first part that differs, unless `other` is the same label set."""
