@@ -99,7 +99,8 @@ class BlockRenderer:
         layout = lay_out(pairs_of(recipe, keys, np.arange(len(keys)), view), range(view, view + 1))
         images = out[: len(layout.rows)]
         pixels = images.numpy()
-        for at, position in enumerate(layout.rows.tolist()):
+        positions: list[int] = layout.rows.tolist()
+        for at, position in enumerate(positions):
             held = self._held[position]
             if held.ndim == 4:
                 pixels[at] = held[view - block.chunk.start]
