@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -130,18 +130,18 @@ class KeptIndex:
         try:
             make_folder(self.path.parent)
             _sweep(self.path.parent)
-            old = self._old(shards, by_name)
+            old = self._old(by_name)
             replace_file(self.path, lambda file: _write(file, self.identity, chain(first, old, found)))
         except StorageError as error:  # each process then indexes what it uses
             log.debug("%s cannot be written: %s", self.path, error)
 
-    def _old(self, shards: Sequence[SourceShard[Any]], without: dict[str, Any]) -> Iterator[Indexed]:
-        """Yield what the present files still have."""
-        for shard in shards:
-            for mapped, entry in [] if shard.name in without else self._entries(shard):
-                if (batch := mapped.batch(entry.batch)) is not None:
-                    yield Indexed(shard.name, shard.state, entry.summary, batch)
-                    break
+    def _old(self, without: Container[str]) -> Iterator[Indexed]:
+        """Yield what the present file has of other source shards; whether it is still good is decided where it is used."""
+        if (mapped := _mapped(self.path, self.identity)) is None:
+            return
+        for name, entry in mapped.entries.items():
+            if name not in without and (batch := mapped.batch(entry.batch)) is not None:
+                yield Indexed(name, entry.state, entry.summary, batch)
 
     def _entries(self, shard: SourceShard[Any]) -> Iterator[tuple["_Mapped", Entry]]:
         """Yield the entries of a source shard whose file is as it was."""

@@ -148,9 +148,9 @@ class ParquetShard(SourceShard[ParquetPlace]):
         if not self.index_is_kept:
             return "path"  # this process made it from the file
         keys = self._path_keys()
-        if index.places != self._places() or index.class_labels != self._class_labels():
+        if index.places != self._places() or list(index.class_labels) != self._class_labels():
             raise self.changed(self.file)
-        if keys is not None and index.keys != keys:
+        if keys is not None and list(index.keys) != keys:
             raise self.changed(self.file)
         return "content" if keys is None else "path"
 

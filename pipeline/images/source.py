@@ -89,9 +89,6 @@ class Source:
             self.kept.complete(self.shards)
         return tuple(shard.summary for shard in self.shards)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {field: value for field, value in self.__dict__.items() if field != "summaries"}
-
     @property
     def num_classes(self) -> int | None:
         """Number of class names, or None if the source has no names."""
@@ -112,7 +109,7 @@ class Source:
         return {shard.name: shard for shard in self.shards}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_by_name"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("summaries", "_by_name")}
 
     @property
     def is_remote(self) -> bool:

@@ -76,7 +76,9 @@ def test_nothing_is_written_through_a_folder_that_is_a_link(folder, part):
 
 @pytest.mark.parametrize(("name", "build", "error", "text"), SOURCES, ids=[name for name, *_ in SOURCES])
 def test_a_source_that_lies_is_refused(tmp_path, name, build, error, text):
-    (tmp_path / "data").mkdir()  # some return the folder itself: what other tests left running may write beside tmp_path
+    (
+        tmp_path / "data"
+    ).mkdir()  # some return the folder itself: what other tests left running may write beside tmp_path
     path = build(tmp_path / "data")
     if error is not None:
         return refused(uses.read_source, path, text, error)
