@@ -19,6 +19,7 @@ from pipeline.labels.manifest import (
     in_order,
     labels_path,
     parse_plan,
+    path_of,
     read_manifest,
     read_plan,
     read_probes,
@@ -214,11 +215,16 @@ def _check_same_samples(sealed: Manifest, files: list[FileEntry], out: Path) -> 
 def _entry(
     out: Path, kind: Literal["samples", "labels", "images"], shard: str, *, rows: int, views: range = range(0)
 ) -> FileEntry:
-    entry = FileEntry(
-        kind=kind, shard=shard, view_start=views.start, view_stop=views.stop, rows=rows, bytes=0, sha256="0" * 64
+    path = out / path_of(kind, shard, views)
+    return FileEntry(
+        kind=kind,
+        shard=shard,
+        view_start=views.start,
+        view_stop=views.stop,
+        rows=rows,
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
     )
-    path = out / entry.path
-    return entry.model_copy(update={"bytes": path.stat().st_size, "sha256": sha256_file(path)})
 
 
 def sealed_manifest(out: Path) -> Manifest | None:
