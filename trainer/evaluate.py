@@ -9,7 +9,6 @@ from torch import Tensor
 from pipeline.errors import UsageError
 from pipeline.images.source import Source
 from pipeline.labels.labelset import LabelSet
-from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from trainer.order import Order
 from trainer.parallel import Running, World
@@ -236,7 +235,8 @@ def replayed_batches(
     ):
         if mine != theirs:
             raise UsageError(f"the student has {mine} {what}, {label_set.place} has {theirs}")
-    units = tuple(count_pairs(recipe, label_set.samples(name).usable) for name in label_set.shards)
+    catalogue = Catalogue(source, label_set)
+    units = catalogue.units(recipe)
     order = Order(
         shard_units=units,
         unit_size=2 if recipe.mixes else 1,
@@ -247,7 +247,7 @@ def replayed_batches(
         seed=0,
     )
     steps = max(1, min(order.steps_per_epoch, limit // order.batch_size))
-    renderer = BatchRenderer(Catalogue(source, label_set), recipe, order)
+    renderer = BatchRenderer(catalogue, recipe, order)
     yield from stream_batches(renderer, range(steps), workers=running.world.workers)
 
 

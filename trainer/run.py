@@ -16,16 +16,14 @@ from pipeline.images.source import Source, open_source
 from pipeline.labels.combined import CombinedLabels, Labels, in_words, open_labels, sets_of
 from pipeline.labels.comparing import record_of
 from pipeline.labels.manifest import first_difference, short
-from pipeline.labels.replay import check_replay
+from pipeline.labels.replay import check_start
 from pipeline.settings.fields import settings_of
 from pipeline.settings.files import plain_settings, recipe_settings
 from pipeline.storage.atomic import refusals_named, replace_file
 from pipeline.storage.cache import open_cache
 from pipeline.storage.json import pretty_json, read_json
-from pipeline.storage.prefetch import Prefetch
 from pipeline.storage.yaml import to_yaml
 from pipeline.text import count
-from pipeline.views.pairs import count_pairs
 from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
 from trainer.checkpoint import load_state, unpack_training
@@ -123,7 +121,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
             fix="Leave out --recipe and --set, on the command line and in the -c file: the recipe comes from the label set",
         )
     source = label_set.open_source(config.data, cache=cache)
-    difference = check_replay(label_set, source)
+    difference = check_start(label_set, source)
     if not difference:
         shards = {*label_set.shards}
         probes = sum(probe.shard in shards for each in sets_of(label_set) for probe in each.manifest.probes)
@@ -204,17 +202,12 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
     """
     catalogue = Catalogue(data.source, data.label_set, config.labelled_fraction)
     views = _views_to_train_on(config, data)
-    units: list[int] = []
-    labelled = 0
-    with Prefetch(file for name in catalogue.names if data.label_set for file in data.label_set.remote_files(name)):
-        for table in map(catalogue.table, range(len(catalogue.names))):
-            units.append(count_pairs(data.recipe, table.usable))
-            labelled += int(table.labelled.sum())
-    if config.labelled_fraction < 1 and not labelled:
+    if config.labelled_fraction < 1 and not catalogue.any_labelled():
         raise UsageError(
             f"--labelled-fraction {config.labelled_fraction:g} leaves no image with a class label",
             fix="Pass a larger share, or images with more class labels",
         )
+    units = catalogue.units(data.recipe)
     repeats = config.repeated_aug or default_repeats(data.recipe, views)
     if config.repeated_aug is None and sum(units) < repeats * share.parts:
         repeats = 1  # with repeats, an epoch would have fewer units than an update has forward passes
@@ -226,7 +219,7 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
             fix="Label more views with deit-cli precompute --views, or pass --view-policy cycle",
         )
     order = Order(
-        shard_units=tuple(units),
+        shard_units=units,
         unit_size=2 if data.recipe.mixes else 1,
         batch_size=config.batch_size * share.parts,
         repeated_aug=repeats,

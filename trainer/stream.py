@@ -6,7 +6,7 @@ remaining batches.
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import SourceError
+from pipeline.errors import LabelSetCorrupt, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
 from pipeline.labels.combined import CombinedLabels, Labels
-from pipeline.labels.comparing import labelled_part
+from pipeline.labels.comparing import check_shard, labelled_part
 from pipeline.labels.encoding import Answers, LabelRows
+from pipeline.labels.format import DAMAGED_MANIFEST
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, SlotStream
@@ -29,7 +30,7 @@ from pipeline.storage.place import RemoteFile
 from pipeline.storage.prefetch import Prefetch
 from pipeline.views.draws import stream_of
 from pipeline.views.mixing import Layout, MixBatch, apply_mix, lay_out
-from pipeline.views.pairs import Pairs, pairs_of
+from pipeline.views.pairs import Pairs, count_pairs, count_units, pairs_of
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import render_encoded, render_view, render_views
 from trainer.losses import ClassTarget, TeacherTarget
@@ -121,7 +122,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 class ShardTable:
     """The samples of a source shard, by row."""
 
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     class_label: NDArray[np.int64]
     labelled: NDArray[np.bool_]
     usable: NDArray[np.int64]
@@ -159,13 +160,46 @@ class Catalogue:
                 yield from label_set.remote_files(name, view)
 
     def table(self, shard: int) -> ShardTable:
-        """Return the samples of one source shard."""
-        name = self.names[shard]
+        """Return the samples of one source shard, after its source was compared with its samples in the label set.
+
+        Raises:
+            LabelSetMismatch: the source has other keys or class labels.
+        """
+        table = self._stored_table(shard)
+        if self.label_set is not None and table.samples is not None:
+            check_shard(self.label_set, self.source, self.names[shard], table.samples)
+        return table
+
+    def units(self, recipe: Recipe) -> tuple[int, ...]:
+        """Return the number of units (pairs, or single samples) of each source shard.
+
+        With a label set, the manifest says it, except where images are bad: which ones they are is in the samples file. So neither
+        the source nor (where no image is bad) a file of the label set is read. `BatchRenderer` compares the number with the samples.
+        """
+        if self.label_set is None:
+            if self._fraction == 1:
+                return tuple(count_units(recipe, len(shard)) for shard in self.source.shards)
+            return tuple(count_pairs(recipe, self._stored_table(shard).usable) for shard in range(len(self.names)))
+        label_set, partly = self.label_set, self.label_set.partly_usable
+        with Prefetch(file for name in self.names if name in partly for file in label_set.remote_files(name)):
+            return tuple(
+                count_pairs(recipe, label_set.samples(record.name).usable)
+                if record.name in partly
+                else count_units(recipe, record.num_samples)
+                for record in label_set.records
+            )
+
+    def any_labelled(self) -> bool:
+        """Return whether a sample has a class label that is used; the search ends at the first one."""
+        return any(self._stored_table(shard).labelled.any() for shard in range(len(self.names)))
+
+    def _stored_table(self, shard: int) -> ShardTable:
+        """Return the samples of one source shard, with a label set without looking at the source."""
         if self.label_set is None:
             keys, labels = self.source.shards[shard].keys, self.source.shards[shard].class_labels
             table = _table(keys, labels, np.arange(len(keys)), None, self._fraction)
             return table if self._fraction == 1 else replace(table, usable=np.flatnonzero(table.labelled))
-        samples = self.label_set.samples(name)
+        samples = self.label_set.samples(self.names[shard])
         return _table(samples.key, samples.class_label, samples.usable, samples, self._fraction)
 
 
@@ -230,11 +264,23 @@ class BatchRenderer:
         """Return rows, mixes and labels of the units of one source shard, without decoding images."""
         table = self._tables.get(shard, lambda: self._catalogue.table(shard))
         group = views.start // self._recipe.views_per_pairing
-        pairs = self._pairs.get(
-            (shard, group), lambda: pairs_of(self._recipe, table.keys, table.usable, views.start)
-        ).take(units)
+        pairs = self._pairs.get((shard, group), lambda: self._pairs_of(shard, table, views.start)).take(units)
         layout = lay_out(pairs, views)
         return _Part(shard, table, pairs.rows, layout, self._labels_of(shard, table, pairs.rows, layout, views))
+
+    def _pairs_of(self, shard: int, table: ShardTable, view: int) -> Pairs:
+        """Return all pairs of a source shard; their number must be the one that the order of the run was made with."""
+        pairs = pairs_of(self._recipe, table.keys, table.usable, view)
+        expected, name = self._order.shard_units[shard], self._catalogue.names[shard]
+        if len(pairs.rows) == expected:
+            return pairs
+        if table.samples is None:
+            raise SourceError(f"source shard {name} has {len(pairs.rows)} units, it had {expected} at the start")
+        raise LabelSetCorrupt(
+            f"{self._catalogue.label_set and self._catalogue.label_set.place}: the manifest promises rows for {expected} units of"
+            f" {name}, its samples file has {len(pairs.rows)}",
+            fix=DAMAGED_MANIFEST,
+        )
 
     def _labels_of(
         self, shard: int, table: ShardTable, pairs: NDArray[np.int64], layout: Layout, views: range
@@ -386,7 +432,7 @@ def _joined(index: int, views: range, images: Tensor, parts: list[_Part], teache
     return Batch(
         index=index,
         views=views,
-        keys=tuple(table.keys[row] for table, at in rows for row in at.tolist()),
+        keys=tuple(table.keys[int(row)] for table, at in rows for row in at),
         images=images,
         mix=mix,
         classes=ClassTarget(class_label, labelled, mix.partner, mix.lam),
@@ -403,8 +449,8 @@ def keeps_label(key: str, fraction: float) -> bool:
 
 
 def _table(
-    keys: tuple[str, ...],
-    labels: tuple[int | None, ...],
+    keys: Sequence[str],
+    labels: Sequence[int | None],
     usable: NDArray[np.int64],
     samples: SampleRows | None,
     fraction: float,

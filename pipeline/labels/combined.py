@@ -217,6 +217,11 @@ class CombinedLabels:
         """Whether the sets have only some source shards of the source in common."""
         return len(self.records) < len(self.source_record.shards)
 
+    @property
+    def partly_usable(self) -> frozenset[str]:
+        """Names of the source shards that have bad images by the manifest of any set."""
+        return frozenset[str]().union(*(each.partly_usable for each in self.sets))
+
     def samples(self, shard: str) -> SampleRows:
         """Read the samples of a source shard.
 

@@ -16,6 +16,7 @@ from pipeline.errors import LabelSetMismatch, SourceError
 from pipeline.images.source import Source
 from pipeline.labels.combined import Labels
 from pipeline.labels.manifest import SourceRecord, short
+from pipeline.labels.tables import SampleRows
 from pipeline.storage.json import canonical_json
 from pipeline.storage.urls import local_path
 from pipeline.text import first_few
@@ -40,10 +41,51 @@ def check_source(label_set: Labels, source: Source) -> None:
         *([] if found is None else _compare_keys(label_set, source, found)),
     ]
     other = "" if found is None or label_set.is_part else f" (id {short(found.id)})"
-    raise LabelSetMismatch(
-        f"{label_set.place} was made from source {short(label_set.source_record.id)}, {source.location}{other} is"
-        f" another: {'; '.join(filter(None, differences))}",
-        fix="Pass the --data that was labelled",
+    raise _another(label_set, f"{source.location}{other}", differences, fix="Pass the --data that was labelled")
+
+
+def check_names(label_set: Labels, source: Source) -> None:
+    """Raise LabelSetMismatch unless the source has the source shards and the class names that were labelled.
+
+    This takes milliseconds, because no key is read. `check_shard` compares the rest when a source shard is first used.
+    """
+    names = tuple(shard.name for shard in labelled_part(label_set, source).shards)
+    if (source.class_names, names) != (label_set.source_record.class_names, label_set.shards):
+        check_source(label_set, source)  # it names the samples of the missing or new source shards, too
+
+
+def check_shard(label_set: Labels, source: Source, name: str, samples: SampleRows) -> None:
+    """Raise LabelSetMismatch unless one source shard has the keys and class labels that were labelled.
+
+    Training uses the class labels of the label set, so a copy may have lost all of its own, but may not have others.
+
+    Args:
+        label_set: the label set, for the error.
+        source: the source.
+        name: name of the source shard.
+        samples: its samples, from the label set.
+    """
+    shard = source.shard(name)
+    keys, labels, labelled = list(shard.keys), list(shard.class_labels), list(samples.class_label)
+    if labels.count(None) == len(labels):
+        labelled = [None] * len(labelled)
+    if keys == list(samples.key) and labels == labelled:
+        return
+    if source.kind == "folder":  # one image more or less moves all later ones, so one source shard does not show which
+        check_source(label_set, source)
+    comparison = Comparison()
+    comparison.add(name, Listing(list(samples.key), labelled), Listing(keys, labels))
+    differences = comparison.result().describe(limit=3)
+    fix = "Pass the --data that was labelled; deit-cli labels verify --data lists all differences"
+    raise _another(label_set, source.location, differences, fix=fix)
+
+
+def _another(label_set: Labels, location: str, differences: Sequence[str], *, fix: str) -> LabelSetMismatch:
+    """Return the error for a source that is not the labelled one."""
+    return LabelSetMismatch(
+        f"{label_set.place} was made from source {short(label_set.source_record.id)}, {location} is another:"
+        f" {'; '.join(filter(None, differences))}",
+        fix=fix,
     )
 
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,19 @@ class LabelSet:
         """The view numbers that every sample has."""
         blocks = self.manifest.blocks
         return range(blocks[0].start, blocks[-1].stop) if blocks else range(0)
+
+    @cached_property
+    def partly_usable(self) -> frozenset[str]:
+        """Names of the source shards that have bad images by the manifest: their label shards have fewer rows than samples.
+
+        A manifest may lie. Reading samples and labels compares both with it.
+        """
+        size = {record.name: record.num_samples for record in self.records}
+        return frozenset(
+            entry.shard
+            for entry in self.manifest.files
+            if entry.kind == "labels" and entry.rows != size[entry.shard] * (entry.view_stop - entry.view_start)
+        )
 
     def check_complete(self) -> None:
         """Raise LabelSetIncomplete or LabelSetCorrupt unless the set is sealed and the manifest lists all of its files."""

@@ -7,7 +7,7 @@ are taken from the same batches that the teacher answered for, and rendered agai
 import base64
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import xxhash
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
 from pipeline.images.source import Sample, Source
 from pipeline.labels.combined import Labels, sets_of
-from pipeline.labels.comparing import check_source
+from pipeline.labels.comparing import check_names, check_shard, check_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Probe
 from pipeline.labels.tables import SampleRows
@@ -64,7 +64,7 @@ def check_image(sample: Sample, samples: SampleRows, row: int, *, shard: str) ->
 
 
 def check_replay(labels: Labels, source: Source) -> float:
-    """Render every probe of the manifests again, and return the maximum difference.
+    """Compare the whole source with the labelled one, render every probe again, and return the maximum difference.
 
     Of several label sets, only probes in source shards that all sets have are rendered.
 
@@ -76,7 +76,29 @@ def check_replay(labels: Labels, source: Source) -> float:
         LabelSetMismatch: an image has other bytes than the one that was labelled.
     """
     check_source(labels, source)
-    shards, worst = {*labels.shards}, 0.0
+    return max(
+        compare_probes(probes, labels.recipe, source, label_set.samples) for label_set, probes in _probes_of(labels)
+    )
+
+
+def check_start(labels: Labels, source: Source) -> float:
+    """Check what can be checked in a second, however large the source is; return and raise as `check_replay` does.
+
+    Compared are the names of source shards and classes, and of the source shards that have probes (eight at most for
+    each label set that this version wrote) keys, class labels, images and pixels. Whoever uses another source shard calls `check_shard` first.
+    """
+    check_names(labels, source)
+    worst = 0.0
+    for label_set, probes in _probes_of(labels):
+        for name in dict.fromkeys(probe.shard for probe in probes):
+            check_shard(labels, source, name, label_set.samples(name))
+        worst = max(worst, compare_probes(probes, labels.recipe, source, label_set.samples))
+    return worst
+
+
+def _probes_of(labels: Labels) -> Iterator[tuple[LabelSet, list[Probe]]]:
+    """Yield each label set with its probes in source shards that all label sets have."""
+    shards = {*labels.shards}
     for label_set in sets_of(labels):
         if not label_set.manifest.probes:
             raise LabelSetCorrupt(
@@ -89,8 +111,7 @@ def check_replay(labels: Labels, source: Source) -> float:
                 "no replay probe of %s is in a source shard that all label sets have: no pixels were compared for it"
             )
             log.warning(message, label_set.place)
-        worst = max(worst, compare_probes(probes, labels.recipe, source, label_set.samples))
-    return worst
+        yield label_set, probes
 
 
 def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samples_of) -> float:

@@ -67,6 +67,14 @@ def count_pairs(recipe: Recipe, usable: NDArray[np.int64]) -> int:
     return sum((len(block) + 1) // 2 for block in mix_blocks(recipe, usable))
 
 
+def count_units(recipe: Recipe, num_samples: int) -> int:
+    """Return what `count_pairs` returns for a source shard of which every sample is usable."""
+    if not recipe.mixes:
+        return num_samples
+    blocks, rest = divmod(num_samples, recipe.mix_block)
+    return blocks * ((recipe.mix_block + 1) // 2) + (rest + 1) // 2
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of samples of one source shard, for the views that share a pairing.
@@ -100,9 +108,9 @@ def pairs_of(recipe: Recipe, keys: Sequence[str], usable: NDArray[np.int64], vie
         usable: rows of the usable samples, in ascending order.
         view: view number.
     """
-    rows = [np.empty((0, 2), np.int64)]
+    rows, names = [np.empty((0, 2), np.int64)], list(keys)
     for block in mix_blocks(recipe, usable):
-        positions = draw_pairs(recipe, tuple(keys[int(row)] for row in block), view)
+        positions = draw_pairs(recipe, [names[row] for row in block.tolist()], view)
         rows.append(np.where(positions < 0, -1, block[positions]))
     return Pairs(recipe, keys, np.concatenate(rows))
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import itertools
+import json
 import os
 import pickle
 import random
@@ -23,7 +24,7 @@ from pipeline.errors import SourceError
 from pipeline.images import parquet as parquet_source
 from pipeline.images import source as sources
 from pipeline.images.parquet import RowGroupCache
-from pipeline.images.samples import Sample
+from pipeline.images.samples import Sample, keys_sha256
 from pipeline.images.source import Source, open_source
 
 BLOCK = 512
@@ -762,3 +763,47 @@ def test_the_imagenet_sample_is_read(data):
     assert len(samples) == source.num_samples == 125
     assert len({sample.class_label for sample in samples}) == 125
     assert all(sample.image.startswith(b"\xff\xd8\xff") and sample.key[0] == "n" for sample in samples)
+
+
+def slow_keys_sha256(keys: list[str], labels: list[int | None]) -> str:
+    lines = [
+        json.dumps([key, label], ensure_ascii=False, separators=(",", ":"))
+        for key, label in zip(keys, labels, strict=True)
+    ]
+    return hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("number", [0, 1, 4095, 4096, 4097, 9000])
+def test_keys_are_hashed_as_json_lines(number):
+    rng = random.Random(number)
+    nasty = [
+        '"',
+        "\\",
+        "\n",
+        "\r",
+        "\t",
+        "\0",
+        "\x1f",
+        "\x7f",
+        "\x80",
+        "/",
+        "ü",
+        "\u2028",
+        "\ufeff",
+        "😀",
+        "%s",
+        "{}",
+        "],[",
+        "",
+    ]
+    keys = ["".join(rng.choices([*nasty, "a", "1"], k=rng.randrange(6))) for _ in range(number)]
+    labels = [rng.choice([None, 0, 1, 999, 2**31 - 1]) for _ in keys]
+    assert keys_sha256(keys, labels) == keys_sha256(iter(keys), iter(labels)) == slow_keys_sha256(keys, labels)
+
+
+def test_only_keys_that_are_text_and_as_many_labels_are_hashed():
+    with pytest.raises(UnicodeEncodeError):
+        keys_sha256(["\ud800"], [0])
+    for labels in ([], [0, 1]):
+        with pytest.raises(ValueError, match="zip"):
+            keys_sha256(["a"], labels)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import pickle
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -553,6 +554,42 @@ def test_samples_come_back_as_they_were(tmp_path):
         a, b = getattr(found, field.name), getattr(rows, field.name)
         assert a.tolist() == b.tolist() if isinstance(b, np.ndarray) else a == b, field.name
     assert found.usable.tolist() == [0, 1]
+
+
+def test_columns_of_a_samples_file_are_sequences_of_python_values(tmp_path):
+    """They stay in Arrow, and are the tuples that were written to all who use them."""
+    rows, footer = samples()
+    found = read_samples(write_samples_file(tmp_path / "a.parquet", rows, footer))
+    for name in ("key", "class_label", "image_xxh3", "bad"):
+        column, expected = getattr(found, name), getattr(rows, name)
+        assert column == expected
+        assert expected == column
+        assert column != expected[:2]
+        assert column == getattr(pickle.loads(pickle.dumps(found)), name)
+        assert (len(column), list(column), tuple(reversed(column))) == (3, list(expected), expected[::-1])
+        assert [column[row] for row in (0, 1, 2, -1)] == [expected[row] for row in (0, 1, 2, -1)]
+        assert [type(value) for value in column] == [type(value) for value in expected]
+        assert (column[1:], column[::-1], repr(column)) == (expected[1:], expected[::-1], repr(expected))
+        assert (column.index(expected[2]), expected[1] in column) == (2, True)
+        assert hash(column) == hash(expected)
+        with pytest.raises(IndexError):
+            column[3]
+    again = write_samples_file(tmp_path / "b.parquet", found, footer)
+    assert again.read_bytes() == (tmp_path / "a.parquet").read_bytes()
+    assert write_samples_file(tmp_path / "c.parquet", found.take(np.array([2, 0, 1])), footer).is_file()
+    assert found.take(np.array([2, 0])).key == ("c" * 1000, "n01/a")
+
+
+@pytest.mark.parametrize("name", ["key", "bad"])
+def test_text_that_is_not_utf8_is_damage(tmp_path, name):
+    rows, footer = samples(key=("a", "b", "c"), bad=("x", None, None))
+    path = write_samples_file(tmp_path / "a.parquet", rows, footer)
+    table = pq.read_table(path)
+    broken = pa.array([b"\xff\xfe", b"b", b"c"]).view(pa.string())
+    at = SAMPLES_SCHEMA.get_field_index(name)
+    pq.write_table(table.set_column(at, SAMPLES_SCHEMA.field(name), broken), path)
+    with pytest.raises(LabelSetCorrupt, match="damaged Parquet"):
+        read_samples(path)
 
 
 def test_no_samples_come_back_as_none(tmp_path):

@@ -10,7 +10,7 @@ from timm.data.mixup import cutmix_bbox_and_lam
 from pipeline.views import pairs
 from pipeline.views.draws import Draws
 from pipeline.views.mixing import MixBatch, apply_mix, lay_out, mix_batch
-from pipeline.views.pairs import Mix, Pairs, draw_mix, draw_pairs, mix_blocks, pairs_of
+from pipeline.views.pairs import Mix, Pairs, count_pairs, count_units, draw_mix, draw_pairs, mix_blocks, pairs_of
 from pipeline.views.recipe import PRESETS, Recipe
 
 SMALL = Recipe(img_size=32, mix_block=8)
@@ -87,6 +87,15 @@ BLOCKS = [
 def test_bad_rows_leave_gaps_and_move_no_row_to_another_block(usable, blocks):
     cut = mix_blocks(SMALL, np.array(usable, np.int64))
     assert [block.tolist() for block in cut] == [list(block) for block in blocks]
+
+
+@pytest.mark.parametrize("mix_block", [2, 3, 4, 5, 256])
+@pytest.mark.parametrize("mixes", [True, False])
+def test_units_follow_from_the_number_of_samples_where_all_are_usable(mix_block, mixes):
+    recipe = SMALL.with_fields(mix_block=mix_block, **({} if mixes else {"mixup": 0.0, "cutmix": 0.0}))
+    assert recipe.mixes == mixes
+    for size in (*range(40), 255, 256, 257, 511, 512, 513, 1000):
+        assert count_units(recipe, size) == count_pairs(recipe, np.arange(size)), size
 
 
 def test_pairs_of_a_shard_stay_within_their_blocks():

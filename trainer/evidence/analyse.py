@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.errors import UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.replay import check_replay
+from pipeline.labels.replay import check_start
 from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.storage.atomic import refusals_named, replace_file
@@ -201,7 +201,7 @@ def _open_images(config: AnalyseConfig) -> Crops | Views | None:
         return None
     label_set = LabelSet.open(config.labels)
     source = label_set.open_source(config.labels_data)
-    check_replay(label_set, source)
+    check_start(label_set, source)
     return Views(label_set, source, config.samples)
 
 

@@ -27,7 +27,7 @@ from pipeline.errors import CheckpointError, StorageError, UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.labels.comparing import check_source, labelled_part
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.replay import check_replay
+from pipeline.labels.replay import check_start
 from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.storage.atomic import replace_file
@@ -100,7 +100,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
         result |= _measure(config, student, source, running, linear)
     if label_set:
         images = label_set.open_source(config.labels_data)
-        check_replay(label_set, images)
+        check_start(label_set, images)
         result["agreement"], result["agreement_views"] = measure_agreement(
             student,
             label_set,
