@@ -99,8 +99,17 @@ class Order:
 
     def step_units(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Return the units of one step, int64 [U, 2]: source shard and unit in it, grouped by shard."""
-        units = _epoch_units(self, epoch)[step * self.units_per_step : (step + 1) * self.units_per_step]
-        return units[np.argsort(_shard_places(self, epoch)[units[:, 0]], kind="stable")]
+        group, part = divmod(epoch, self.repeated_aug)
+        places, starts = _shuffle(self, group)
+        # The epochs of a group take turns: epoch `part` has every R-th unit of the shuffle.
+        at = part + self.repeated_aug * np.arange(step * self.units_per_step, (step + 1) * self.units_per_step)
+        at = at[at < starts[-1]]
+        window = np.searchsorted(starts, at, side="right") - 1
+        units = np.concatenate(
+            [np.empty((0, 2), np.int64)]
+            + [_window_units(self, group, int(each))[at[window == each] - starts[each]] for each in np.unique(window)]
+        )
+        return units[np.argsort(places[units[:, 0]], kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -145,28 +154,29 @@ def check_repeats(recipe: Recipe, repeats: int, views: range | None) -> None:
 
 
 @lru_cache(maxsize=2)
-def _epoch_units(order: Order, epoch: int) -> NDArray[np.int64]:
-    """Shuffle the shards, then the units within each window of shards, and take this epoch's part."""
-    group, part = divmod(epoch, order.repeated_aug)
+def _shuffle(order: Order, group: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the shuffle of the source shards for a group of epochs.
+
+    Returns:
+        the position of each source shard in the shuffle; the number of units before each window, and of all units.
+    """
     shards = _shuffled_shards(order, group)
-    windows = []
-    for number, start in enumerate(range(0, len(shards), order.window)):
-        members = shards[start : start + order.window].tolist()
-        units = np.concatenate([_units_of(shard, order.shard_units[shard]) for shard in members])
-        shuffle = stream_of("order", str(order.seed), str(group), f"window {number}").permutation(len(units))
-        windows.append(units[shuffle])
-    return np.concatenate(windows)[part :: order.repeated_aug]
+    places = np.empty(len(shards), np.int64)
+    places[shards] = np.arange(len(shards))
+    units = np.array(order.shard_units, np.int64)[shards]
+    of_windows = np.add.reduceat(units, np.arange(0, len(units), order.window))
+    return places, np.concatenate([[0], np.cumsum(of_windows)])
+
+
+@lru_cache(maxsize=4)  # a step has units of few windows, and the next steps have units of the same
+def _window_units(order: Order, group: int, number: int) -> NDArray[np.int64]:
+    """Return the shuffled units of one window, int64 [U, 2]. No process holds the units of a whole epoch."""
+    members = _shuffled_shards(order, group)[number * order.window : (number + 1) * order.window].tolist()
+    units = np.concatenate([_units_of(shard, order.shard_units[shard]) for shard in members])
+    return units[stream_of("order", str(order.seed), str(group), f"window {number}").permutation(len(units))]
 
 
 @lru_cache(maxsize=2)
-def _shard_places(order: Order, epoch: int) -> NDArray[np.int64]:
-    """Return the position of each shard in the shuffle of an epoch; a window is a run of neighbouring positions."""
-    shards = _shuffled_shards(order, epoch // order.repeated_aug)
-    places = np.empty(len(shards), np.int64)
-    places[shards] = np.arange(len(shards))
-    return places
-
-
 def _shuffled_shards(order: Order, group: int) -> NDArray[np.int64]:
     return stream_of("order", str(order.seed), str(group), "shards").permutation(len(order.shard_units))
 

@@ -804,6 +804,6 @@ def test_keys_are_hashed_as_json_lines(number):
 def test_only_keys_that_are_text_and_as_many_labels_are_hashed():
     with pytest.raises(UnicodeEncodeError):
         keys_sha256(["\ud800"], [0])
-    for labels in ([], [0, 1]):
+    for other in ([], [0, 1]):
         with pytest.raises(ValueError, match="zip"):
-            keys_sha256(["a"], labels)
+            keys_sha256(["a"], other)

@@ -1,10 +1,12 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from pipeline.errors import UsageError
 from pipeline.settings.files import load_recipe
+from pipeline.views.draws import stream_of
 from pipeline.views.pairs import count_pairs
 from trainer.order import Order, Share, check_repeats, default_repeats
 
@@ -33,6 +35,53 @@ def test_an_epoch_takes_no_unit_twice_and_leaves_out_less_than_a_batch():
     units = units_of_epoch(o, 0)
     assert len(set(units)) == len(units) == 120  # 30 batches of 4 pairs; one pair of 121 is left out
     assert set(units) <= {(s, u) for s, size in enumerate(o.shard_units) for u in range(size)}
+
+
+def whole_epoch(o: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Slow reference: all units of an epoch in order, and the place of each source shard in the shuffle."""
+    group, part = divmod(epoch, o.repeated_aug)
+    shards = stream_of("order", str(o.seed), str(group), "shards").permutation(len(o.shard_units))
+    windows = []
+    for number, start in enumerate(range(0, len(shards), o.window)):
+        units = [(shard, unit) for shard in shards[start : start + o.window] for unit in range(o.shard_units[shard])]
+        shuffle = stream_of("order", str(o.seed), str(group), f"window {number}").permutation(len(units))
+        windows.append(np.array(units, np.int64).reshape(-1, 2)[shuffle])
+    return np.concatenate(windows)[part :: o.repeated_aug], np.argsort(shards)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"repeated_aug": 3, "batch_size": 12},
+        {"window": 1},
+        {"window": 64, "seed": 5},
+        {"shard_units": (3,) * 40, "window": 3, "batch_size": 64},  # a step has units of several windows
+        {"shard_units": (3,) * 40, "window": 3, "batch_size": 120, "repeated_aug": 3},
+        {"shard_units": (0, 5, 0, 0, 7, 0), "window": 2},  # a source shard, and a window, without a usable image
+        {"shard_units": (2, 1), "batch_size": 64},  # too few for a full step
+    ],
+    ids=str,
+)
+def test_steps_are_parts_of_one_shuffle_of_the_whole_epoch(changes):
+    o = order(**changes)
+    for epoch in range(7):
+        units, places = whole_epoch(o, epoch)
+        for step in range(o.steps_per_epoch + 2):
+            part = units[step * o.units_per_step : (step + 1) * o.units_per_step]
+            expected = part[np.argsort(places[part[:, 0]], kind="stable")]
+            found = o.step_units(epoch, step)
+            assert (found.dtype, found.tolist()) == (np.int64, expected.tolist())
+
+
+def test_a_step_takes_the_memory_of_a_window_and_not_of_an_epoch():
+    """A loader process of an ImageNet-22k run would hold 220 MB of units otherwise."""
+    o = order(shard_units=(500,) * 4000, window=8)
+    tracemalloc.start()
+    o.step_units(0, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # the units of the epoch are 32 MB
 
 
 def test_a_step_is_a_function_of_seed_epoch_and_step_alone():
