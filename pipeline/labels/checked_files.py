@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import os
+import stat
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,9 @@ class CheckedFiles:
 
     def _read_checked(self, entry: FileEntry, file: File, path: Path) -> "_Read":
         with path.open("rb") as opened:
-            stat = os.fstat(opened.fileno())
+            found = os.fstat(opened.fileno())
             # The bytes in memory stay correct if a cached copy changes; a local file of the set that changes must be reported.
-            state = () if file.path is None else _state(stat)
+            state = () if file.path is None else _state(found)
             read = self._recent.get(entry)
             if read is None or read.state != state:
                 with fits_in_memory(file):
@@ -210,8 +211,8 @@ class _Read:
     views: ViewsInOrder | None = None
 
 
-def _state(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @contextlib.contextmanager
@@ -240,6 +241,34 @@ def check_length(file: File, entry: FileEntry, place: Place) -> None:
             f"{file} has {size} bytes, the manifest says {entry.bytes}: it was cut or changed",
             fix=damaged_file(entry.views),
         )
+
+
+def check_lengths(entries: Iterable[FileEntry], place: Place) -> None:
+    """Check the length of many files as `check_length` does; the folder of a file is looked at once, not once for each file.
+
+    Raises:
+        LabelSetCorrupt: a file is missing, outside the set, or has another length.
+    """
+    if place.path is None:
+        return
+    inside: set[str] = set()
+    root, real_root = str(place.path), os.path.realpath(place.path)
+    for entry in entries:
+        name = f"{root}/{entry.path}"
+        folder = os.path.dirname(name)
+        if folder not in inside and _is_inside(os.path.realpath(folder), real_root):
+            inside.add(folder)
+        try:
+            found = os.lstat(name)
+        except (OSError, ValueError):
+            found = None
+        plain = found is not None and stat.S_ISREG(found.st_mode) and found.st_size == entry.bytes
+        if not plain or folder not in inside:
+            check_length(place.file(entry.path), entry, place)  # a link, or the error
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return Path(path).is_relative_to(root)
 
 
 def check_num_samples(file: object, samples: SampleRows, entry: FileEntry) -> None:

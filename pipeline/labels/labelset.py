@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetIncomplete, LabelSetMismatch, UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.images.tars import TarShard
-from pipeline.labels.checked_files import CheckedFiles, check_length
+from pipeline.labels.checked_files import CheckedFiles, check_lengths
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.format import (
     DAMAGED_PLAN,
@@ -94,8 +94,7 @@ class LabelSet:
         """
         label_set = cls(open_place(location, cache), expect_manifest=expect_manifest)
         label_set.check_complete()
-        for entry in label_set.manifest.files:
-            check_length(label_set.file_of(entry), entry, label_set.place)
+        check_lengths(label_set.manifest.files, label_set.place)
         return label_set
 
     def __getstate__(self) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def seal(
     while manifest is None or not known.issuperset(_sealed_blocks(out)):
         known |= _sealed_blocks(out)
         manifest = _list_files(out, plan, in_order(known), shards, images)
-    listed = {folder for entry in manifest.files for folder in (out / entry.path).parents}
+    one_of_each = {(entry.kind, entry.views): entry for entry in manifest.files}  # the files of a folder
+    listed = {folder for entry in one_of_each.values() for folder in (out / entry.path).parents}
     for folder in sorted(folder for folder in listed if folder.is_relative_to(out)):
         sync_folder(folder)  # a killed run may have named its last file without syncing the folder
     replace_file(out / MANIFEST_NAME, pretty_json(manifest.to_json()))

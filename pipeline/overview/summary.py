@@ -1,6 +1,7 @@
 """A summary of a label set in numbers, for people and as JSON."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,9 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
     Agreement, entropy and kept mass are means over the first views, read until there are MAX_ROWS labels.
     """
     plan, manifest = label_set.plan, label_set.manifest
-    tables = {name: label_set.samples(name) for name in label_set.shards}
+    samples = _count_samples(label_set)
     labels = [entry for entry in manifest.files if entry.kind == "labels"]
     rows, size = sum(entry.rows for entry in labels), sum(entry.bytes for entry in labels)
-    bad = [f"{key}: {why}" for table in tables.values() for key, why in zip(table.key, table.bad, strict=True) if why]
     return {
         "labelset_id": plan.labelset_id,
         "manifest": pin_of(label_set.manifest_sha256),
@@ -37,11 +37,11 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
         "source": {
             "kind": plan.source.kind,
             "location": plan.source.location,
-            "shards": len(tables),
+            "shards": len(label_set.shards),
             "shards_of_plan": len(plan.source.shards),
-            "images": sum(map(len, tables.values())),
-            "unlabelled": sum(label is None for table in tables.values() for label in table.class_label),
-            "bad": bad,
+            "images": samples.images,
+            "unlabelled": samples.unlabelled,
+            "bad": samples.bad,
         },
         "views": [label_set.views.start, label_set.views.stop],
         "topk": plan.topk,
@@ -51,8 +51,38 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
         "image_bytes": sum(entry.bytes for entry in manifest.files if entry.kind == "images") or None,
         "bytes_per_label": size / rows if rows else None,
         "environments": list(manifest.environments),
-        **_look_at_labels(label_set, tables),
+        **_look_at_labels(label_set, samples.tables),
     }
+
+
+@dataclass
+class _Samples:
+    """What the samples files say.
+
+    Attributes:
+        images: number of samples.
+        unlabelled: number of samples without a class label.
+        bad: key and reason of each image that cannot be used.
+        tables: samples of the first source shards, as many as have MAX_ROWS usable samples: only their labels are read.
+    """
+
+    images: int = 0
+    unlabelled: int = 0
+    bad: list[str] = field(default_factory=list)
+    tables: dict[str, SampleRows] = field(default_factory=dict)
+
+
+def _count_samples(label_set: LabelSet) -> _Samples:
+    found, usable = _Samples(), 0
+    for name in label_set.shards:
+        table = label_set.samples(name)
+        found.images += len(table)
+        found.unlabelled += sum(label is None for label in table.class_label)
+        found.bad += [f"{key}: {why}" for key, why in zip(table.key, table.bad, strict=True) if why]
+        if usable < MAX_ROWS:
+            found.tables[name] = table
+            usable += len(table.usable)
+    return found
 
 
 def info_table(summary: Mapping[str, Any]) -> str:

@@ -88,12 +88,15 @@ def choose_shards(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     Raises:
         UsageError: a name or pattern matches no source shard, or no pattern is given.
     """
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+    known, chosen = set(names), set()
+    for pattern in patterns:  # thousands of names may be listed, and none of them is a pattern
+        found = {pattern} if pattern in known else {name for name in names if fnmatchcase(name, pattern)}
+        if not found:
             raise UsageError(f"--shards {pattern!r} matches none of the {len(names)} source shards: {_few(names)}")
+        chosen |= found
     if not patterns:
         raise UsageError(f"--shards must name at least one of {len(names)} source shards: {_few(names)}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if name in chosen]
 
 
 def probes_in(file: Contents, entry: FileEntry) -> tuple[Probe, ...]:
@@ -159,7 +162,7 @@ def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]
             return large
     held = {record.name for each in (ours, there) for record in shards_of(each, plan, names[0])}
     shards = tuple(record.name for record in plan.source.shards if record.name in held)
-    blocks = in_order([*ours.blocks, *there.blocks])
+    blocks, places = in_order([*ours.blocks, *there.blocks]), {name: at for at, name in enumerate(shards)}
     files = {entry.path: entry for entry in (*there.files, *ours.files)}
     _check_whole(shards, blocks, files.values(), names)
     probes = {(p.shard, p.row, p.view): p for p in (*there.probes, *ours.probes)}
@@ -168,9 +171,7 @@ def unite(ours: Manifest, there: Manifest, plan: Plan, *, names: tuple[str, str]
         update={
             "shards": shards if len(shards) < len(plan.source.shards) else None,
             "view_blocks": stored_blocks(blocks),
-            "files": tuple(
-                sorted(files.values(), key=lambda e: (e.kind != "samples", e.view_start, shards.index(e.shard)))
-            ),
+            "files": tuple(sorted(files.values(), key=lambda e: (e.kind != "samples", e.view_start, places[e.shard]))),
             "probes": thin_probes([probes[key] for key in sorted(probes)]),
             "environments": tuple(environments.values()),
             "content_sha256": None,

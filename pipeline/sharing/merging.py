@@ -175,7 +175,7 @@ class _UnsealedFolder(_Input):
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._folder = folder
-        self._usable: dict[str, NDArray[np.int64]] = {}
+        self._usable: dict[str, NDArray[np.uint32]] = {}
         super().__init__(folder, plan, _lying_files(folder, plan))
 
     def read(self, file: _File) -> Contents:
@@ -191,9 +191,10 @@ class _UnsealedFolder(_Input):
             checked_samples(contents, self.plan, file.shard)
         return contents
 
-    def _usable_rows(self, shard: str) -> NDArray[np.int64]:
+    def _usable_rows(self, shard: str) -> NDArray[np.uint32]:
         if shard not in self._usable:
-            self._usable[shard] = checked_samples(self._folder / samples_path(shard), self.plan, shard).usable
+            samples = checked_samples(self._folder / samples_path(shard), self.plan, shard)
+            self._usable[shard] = samples.usable.astype(np.uint32)  # kept for all source shards
         return self._usable[shard]
 
 

@@ -1,8 +1,9 @@
 """Write the samples files: every image is read, decoded once and hashed before the teacher sees any image."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +52,42 @@ class Reading:
             count_one()
 
 
-def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRows]:
-    """Write the samples files that are missing for these source shards, and return their samples.
+@dataclass
+class Census:
+    """Counts of the samples of many source shards. The samples themselves are not kept: they would take gigabytes.
+
+    Attributes:
+        usable: number of usable samples of each source shard, by its name.
+        images: number of all samples.
+        neighbours: number of pairs of neighbours in a source shard that both have a class label.
+        same_class: number of these pairs whose class labels are equal.
+        classes: the class labels that occur, and None if a sample has none.
+    """
+
+    usable: dict[str, int] = field(default_factory=dict)
+    images: int = 0
+    neighbours: int = 0
+    same_class: int = 0
+    classes: set[int | None] = field(default_factory=set)
+
+    def add(self, name: str, samples: SampleRows) -> None:
+        """Count the samples of one source shard."""
+        self.usable[name] = len(samples.usable)
+        self.images += len(samples)
+        labels = list(samples.class_label)
+        pairs = [(a, b) for a, b in itertools.pairwise(labels) if a is not None and b is not None]
+        self.neighbours += len(pairs)
+        self.same_class += sum(a == b for a, b in pairs)
+        self.classes.update(labels)
+
+    @property
+    def bad(self) -> int:
+        """Number of samples whose image cannot be decoded."""
+        return self.images - sum(self.usable.values())
+
+
+def index_samples(out: Path, plan: Plan, reading: Reading) -> Census:
+    """Write the samples files that are missing for these source shards, check all of them, and return what they hold.
 
     Raises:
         SourceError: an image cannot be decoded and `on_bad_image` is `fail`; or no image can be decoded.
@@ -62,16 +97,18 @@ def index_samples(out: Path, plan: Plan, reading: Reading) -> dict[str, SampleRo
     for name, samples in reading.each("index", partial(scan_shard, source, reading.on_bad_image), missing):
         footer = SamplesFooter(labelset_id=plan.labelset_id, source_id=plan.source_id, shard=name, rows=len(samples))
         publish_file(out / samples_path(name), partial(write_samples, samples=samples, footer=footer))
-    tables = {name: checked_samples(out / samples_path(name), plan, name) for name in shards}
-    images = sum(map(len, tables.values()))
-    bad = images - sum(len(samples.usable) for samples in tables.values())
-    if bad:
+    census = Census()
+    for name in shards:
+        census.add(name, checked_samples(out / samples_path(name), plan, name))
+    if census.bad:
         log.warning(
-            "%d of %d images cannot be decoded and are left out; `deit-cli labels info` lists them", bad, images
+            "%d of %d images cannot be decoded and are left out; `deit-cli labels info` lists them",
+            census.bad,
+            census.images,
         )
-    if tables and bad == images:
+    if shards and census.bad == census.images:
         raise SourceError(f"{source.location}: no image can be decoded")
-    return tables
+    return census
 
 
 def scan_shard(source: Source, on_bad_image: BadImagePolicy, name: str, note: Note) -> SampleRows:

@@ -1,30 +1,30 @@
 """Stage 1 from plan to seal: run the engine and commit the label set."""
 
 import contextlib
-import itertools
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import BadImageError, TeacherError, UsageError
-from pipeline.images.source import Sample, Source
+from pipeline.images.source import Sample, Source, SourceShard
 from pipeline.labels.format import MANIFEST_NAME
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Plan
 from pipeline.labels.sealing import check_replaceable, check_untouched, claim, seal
-from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.overview.card import refresh_card
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.engines import limit, run_processes
-from pipeline.stage1.indexing import Reading, index_samples
+from pipeline.stage1.indexing import Census, Reading, index_samples
 from pipeline.stage1.loop import Job, LabelTask, label_shards, paths_of
 from pipeline.stage1.packing import pack_images
 from pipeline.stage1.plan import Work, plan_work
@@ -61,9 +61,9 @@ def precompute(
         _check_accuracy(config, teacher, work.source)
         tasks = _claim_tasks(config, work, mirror)
         mine = _share_of(tasks)
-        job, samples = _read_images(config, work, recipe, resources, mine, progress)
-        _warn_of_sorted_classes(recipe, samples)
-        _label(job, teacher, resources.devices, mine, samples, progress)
+        job, census = _read_images(config, work, recipe, resources, mine, progress)
+        _warn_of_sorted_classes(recipe, census)
+        _label(job, teacher, resources.devices, mine, census, progress)
         if mirror:
             mirror.send()
             mirror.bring()  # files that other machines have made
@@ -126,8 +126,8 @@ def _read_images(
     resources: Resources,
     tasks: list[LabelTask],
     progress: Progress,
-) -> tuple[Job, dict[str, SampleRows]]:
-    """Pack the images of these label shards if requested, index them, and return job and samples."""
+) -> tuple[Job, Census]:
+    """Pack the images of these label shards if requested, index them, and return the job and what was counted."""
     shards = tuple(dict.fromkeys(task.shard for task in tasks))
     workers = resources.loaders * len(resources.devices)
     reading = Reading(work.source, shards, config.on_bad_image, workers, progress)
@@ -151,10 +151,10 @@ def _label(
     teacher: Teacher,
     devices: list[str],
     tasks: list[LabelTask],
-    samples: dict[str, SampleRows],
+    census: Census,
     progress: Progress,
 ) -> None:
-    total = sum(len(samples[task.shard].usable) * len(task.views) for task in tasks)
+    total = sum(census.usable[task.shard] * len(task.views) for task in tasks)
     tally = Tally(total, processes=max(1, min(len(devices), len(tasks))), progress=progress)
     if job.config.engine == "ray":
         run_ray(job, teacher, job.config.processes, tasks, tally)
@@ -170,10 +170,7 @@ def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[floa
     Samples are spread evenly over the source, so that a source sorted by class is covered. Images that cannot be decoded are
     ignored here; indexing stops at them or leaves them out.
     """
-    labelled = [
-        (shard, row) for shard in source.shards for row, label in enumerate(shard.class_labels) if label is not None
-    ]
-    chosen = [labelled[i * len(labelled) // limit] for i in range(limit)] if len(labelled) > limit else labelled
+    chosen = list(_spread(source, limit))
     size = teacher.img_size
     recipe = PRESETS["none"].with_fields(img_size=size, crop_pct=teacher.crop_pct)
     right = seen = 0
@@ -187,6 +184,19 @@ def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[floa
         right += int((answer.hard == np.array([label for _, label in views])).sum())
         seen += len(views)
     return (100 * right / seen, seen) if seen else None
+
+
+def _spread(source: Source, limit: int) -> Iterator[tuple[SourceShard[Any], int]]:
+    """Yield source shard and row of at most `limit` labelled samples, spread evenly, in the order of the source."""
+    counts = [sum(label is not None for label in shard.class_labels) for shard in source.shards]
+    total, before = sum(counts), 0
+    places = deque(i * total // limit for i in range(limit)) if total > limit else deque(range(total))
+    for shard, count in zip(source.shards, counts, strict=True):
+        if places and places[0] < before + count:
+            rows = [row for row, label in enumerate(shard.class_labels) if label is not None]
+            while places and places[0] < before + count:
+                yield shard, rows[places.popleft() - before]
+        before += count
 
 
 def _centre_view(sample: Sample, recipe: Recipe) -> tuple[NDArray[np.uint8], int | None] | None:
@@ -211,16 +221,13 @@ def _check_accuracy(config: PrecomputeConfig, teacher: Teacher, source: Source) 
         )
 
 
-def _warn_of_sorted_classes(recipe: Recipe, samples: dict[str, SampleRows]) -> None:
+def _warn_of_sorted_classes(recipe: Recipe, census: Census) -> None:
     """Warn if most neighbours have the same class: partners come from one mix block, so mixup would mix only one class."""
-    labels = [table.class_label for table in samples.values()]
-    pairs = [(a, b) for shard in labels for a, b in itertools.pairwise(shard) if a is not None and b is not None]
-    same = sum(a == b for a, b in pairs)
-    if recipe.mixes and len({label for shard in labels for label in shard}) > 1 and same > 0.5 * len(pairs):
+    if recipe.mixes and len(census.classes) > 1 and census.same_class > 0.5 * census.neighbours:
         log.warning(
             "%.0f %% of neighbours have the same class: the source seems to be sorted, and mixup partners are chosen among %d"
             " neighbours. For labels as good as DeiT's, shuffle the samples into new shards",
-            100 * same / len(pairs),
+            100 * census.same_class / census.neighbours,
             recipe.mix_block,
         )
 

@@ -189,11 +189,11 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Looked:
-    """The result for one file: its size, its problem if any, and for a samples file the usable rows, int64 [N]."""
+    """The result for one file: its size, its problem if any, and for a samples file the usable rows, uint32 [N]."""
 
     bytes: int
     problem: Problem | None
-    usable: NDArray[np.int64] | None = None
+    usable: NDArray[np.uint32] | None = None
 
 
 def _tasks(folder: Path | None, plan: Plan | None, manifest: Manifest | None) -> Iterator[_Task]:
@@ -220,7 +220,7 @@ def _check_files(
 ) -> None:
     """Check every file: samples first, because they define the rows of the label shards."""
     count_one = ProgressCounter("verify", len(tasks), progress, unit="files")
-    usable: dict[str, NDArray[np.int64] | None] = {}
+    usable: dict[str, NDArray[np.uint32] | None] = {}
     found: dict[_Task, Problem] = {}
     first = [task for task in tasks if task.kind == "samples"]
     for part in (first, [task for task in tasks if task.kind != "samples"]):
@@ -235,7 +235,7 @@ def _check_files(
     report.problems += [found[task] for task in tasks if task in found]
 
 
-def _look(place: Place, plan: Plan | None, task: _Task, usable: dict[str, NDArray[np.int64] | None]) -> _Looked:
+def _look(place: Place, plan: Plan | None, task: _Task, usable: dict[str, NDArray[np.uint32] | None]) -> _Looked:
     """Check that one file exists, its length and hash, and then its content; return the result."""
     views = task.views if task.kind == "labels" else None
     name, size = place / task.path, 0
@@ -290,15 +290,15 @@ class _Nowhere(io.RawIOBase):
 
 
 def _check_table(
-    file: Contents, plan: Plan, task: _Task, usable: dict[str, NDArray[np.int64] | None]
-) -> NDArray[np.int64] | None:
+    file: Contents, plan: Plan, task: _Task, usable: dict[str, NDArray[np.uint32] | None]
+) -> NDArray[np.uint32] | None:
     """Check footer, schema and all rows against plan, manifest and samples; return the usable rows of a samples file."""
     plan.shard(task.shard)  # raises if the plan has no such source shard
     if task.kind == "samples":
         samples = checked_samples(file, plan, task.shard)
         if task.entry:
             check_num_samples(file, samples, task.entry)
-        return samples.usable
+        return samples.usable.astype(np.uint32)  # kept for all source shards
     footer = checked_labels_footer(file, plan, task.shard, task.views)
     if task.entry:
         check_num_rows(file, footer, task.entry)
