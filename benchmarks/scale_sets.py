@@ -10,6 +10,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def make_set(folder: Path, images: Path, case: Case) -> Plan:
     source = open_source(images)
     pooled = source.only(case.names[: case.pool])
     shards = record_of(pooled).shards
-    records = [shards[number % case.pool].model_copy(update={"name": name}) for number, name in enumerate(case.names)]
+    records = [replace(shards[number % case.pool], name=name) for number, name in enumerate(case.names)]
     plan = case.plan(
         SourceRecord(kind="tar", location=str(images.absolute()), class_names=source.class_names, shards=tuple(records))
     )

@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,11 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.images.source import open_source
-from pipeline.labels.checked_files import checked_samples
+from pipeline.labels.checked_files import check_length, check_lengths, checked_samples
 from pipeline.labels.comparing import check_source, record_of
 from pipeline.labels.encoding import LabelRows, codec_of
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import samples_path
+from pipeline.labels.manifest import FileEntry, samples_path
 from pipeline.labels.tables import (
     LabelsFooter,
     read_all_views,
@@ -57,7 +58,7 @@ from pipeline.labels.tables import (
     write_samples,
 )
 from pipeline.stage1.plan import plan_work
-from pipeline.storage.place import open_place
+from pipeline.storage.place import Place, open_place
 from pipeline.views.recipe import Recipe
 
 FIRST = "labels/views-00000-00001/train-0.parquet"
@@ -349,6 +350,67 @@ def test_a_link_to_the_outside_is_refused(copied, tmp_path, name):
     (copied / name).symlink_to(outside)
     with pytest.raises(LabelSetCorrupt, match=f"{name} points outside the label set"):
         LabelSet.open(copied)
+
+
+def as_it_is(copied: Path) -> None:
+    pass
+
+
+def is_gone(copied: Path) -> None:
+    (copied / FIRST).unlink()
+
+
+def is_cut(copied: Path) -> None:
+    os.truncate(copied / FIRST, 100)
+
+
+def is_a_folder(copied: Path) -> None:
+    (copied / FIRST).unlink()
+    (copied / FIRST).mkdir()
+
+
+def is_a_link_inside(copied: Path) -> None:
+    (copied / FIRST).rename(copied / "other")
+    (copied / FIRST).symlink_to(copied / "other")
+
+
+def is_a_link_to_nothing(copied: Path) -> None:
+    (copied / FIRST).unlink()
+    (copied / FIRST).symlink_to(copied / "nothing")
+
+
+def is_in_a_folder_linked_inside(copied: Path) -> None:
+    (copied / "labels").rename(copied / "other")
+    (copied / "labels").symlink_to("other")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [as_it_is, is_gone, is_cut, is_a_folder, is_a_link_inside, is_a_link_to_nothing, is_in_a_folder_linked_inside],
+)
+def test_all_files_are_checked_together_as_each_is_alone(copied, monkeypatch, change):
+    """The text of an error is that of the file alone, in a set whose path has a link and is relative, too."""
+    label_set = LabelSet.open(copied)
+    change(copied)
+    (copied.parent / "link").symlink_to(copied)
+    monkeypatch.chdir(copied.parent)
+    for folder in (copied, copied.parent / "link", Path(copied.name)):
+        assert error_of(check_lengths, label_set, open_place(folder)) == error_of(
+            one_by_one, label_set, open_place(folder)
+        )
+
+
+def one_by_one(entries: Sequence[FileEntry], place: Place) -> None:
+    for entry in entries:
+        check_length(place.file(entry.path), entry, place)
+
+
+def error_of(check: Callable[[Sequence[FileEntry], Place], None], label_set: LabelSet, place: Place) -> str | None:
+    try:
+        check(label_set.manifest.files, place)
+    except LabelSetError as error:
+        return str(error)
+    return None
 
 
 def test_a_linked_folder_that_lies_outside_is_refused(copied, tmp_path):

@@ -4,11 +4,14 @@ import copy
 import dataclasses
 import hashlib
 import json
+import pickle
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, StorageError
 from pipeline.labels.manifest import (
@@ -481,3 +484,22 @@ def test_the_environment_names_what_pixels_depend_on():
     environment = pixel_environment(device="cpu", dtype="float32", compiled=False)
     assert (environment["device"], environment["dtype"]) == ("cpu", "float32")
     assert {"numpy", "opencv-python-headless", "simplejpeg", "torch"} <= set(environment)
+
+
+def test_an_entry_of_a_file_takes_little_memory_and_is_still_a_frozen_value():
+    entries = [
+        {"kind": "labels", "shard": f"train-{number:06}", "view_start": 0, "view_stop": 30, "rows": 30_000}
+        | {"bytes": 1_000_000 + number, "sha256": f"{number:064x}"}
+        for number in range(5000)
+    ]
+    text = pretty_json(entries)
+    kind = TypeAdapter(tuple[FileEntry, ...])
+    tracemalloc.start()
+    found = kind.validate_json(text)
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken / len(found) < 450  # a pydantic model takes 1,300 bytes
+    assert [dataclasses.asdict(entry) for entry in found] == entries
+    assert set(found) == set(pickle.loads(pickle.dumps(found)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found[0].rows = 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from pipeline.labels.manifest import Manifest
 from pipeline.labels.replay import check_replay
 from pipeline.overview.sheet import contact_sheet
 from pipeline.overview.summary import info_table, summarise
+from pipeline.sharing import manifests as sharing_manifests
 from pipeline.sharing.manifests import choose_blocks, choose_shards, probes_in, subset_manifest
 from pipeline.stage1.precompute import precompute
 from pipeline.storage.json import pretty_json
@@ -188,6 +190,15 @@ def test_views_that_are_not_there_are_refused_with_those_that_are(views):
 )
 def test_source_shards_are_chosen_by_name_or_pattern(patterns, chosen):
     assert choose_shards(NAMES, patterns) == chosen
+
+
+def test_listed_names_are_looked_up_and_only_patterns_are_compared_with_all_names(monkeypatch):
+    """With 14,000 source shards, comparing every listed name with every name would take hours."""
+    compared = []
+    monkeypatch.setattr(sharing_manifests, "fnmatchcase", lambda *pair: compared.append(pair) or fnmatchcase(*pair))
+    names = [f"train-{number:06}" for number in range(1000)]
+    assert choose_shards(names, [*names[::-3], "train-00050?"]) == sorted({*names[::-3], *names[500:510]})
+    assert len(compared) == len(names)
 
 
 def test_a_name_of_no_source_shard_is_refused_with_those_that_are():
