@@ -103,6 +103,13 @@ class TrainConfig:
         free=True,
         metavar="SIZE",
     )
+    min_rate: str = data_option(
+        "10kB",
+        "Minimum rate a second, over a minute, at which files from URLs must arrive, such as 10kB or 1MB; a slower"
+        " transfer is started again, as after an error.",
+        free=True,
+        metavar="SIZE",
+    )
     output: str = output_option(
         "runs/student",
         "Folder or URL for checkpoints, metrics, and the exported students (last/, last-ema/, best/).",
@@ -384,6 +391,7 @@ class TrainConfig:
         object.__setattr__(self, "label_weights", tuple(map(float, self.label_weights)))
         check_settings(self)
         parse_bytes(self.cache_size, what="--cache-size")
+        parse_bytes(self.min_rate, what="--min-rate")
         if self.distillation_type != "none" and not self.labels:
             raise UsageError(
                 f"--distillation-type {self.distillation_type} needs --labels; without a teacher pass none"

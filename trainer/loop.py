@@ -16,7 +16,6 @@ from pipeline.errors import DeitCliError, StoppedError, TrainingError, UsageErro
 from pipeline.images.source import Source, open_source
 from pipeline.machine.ranks import forward_dtype, rank_from
 from pipeline.storage.atomic import replace_file, sweep_temporaries
-from pipeline.storage.cache import open_cache
 from pipeline.storage.json import pretty_json
 from pipeline.storage.mirror import Mirror, OneWriterMirror
 from pipeline.views.draws import stream_of
@@ -45,6 +44,7 @@ from trainer.run import (
     State,
     announce,
     build_state,
+    cache_of,
     check_output,
     make_order,
     only_run_in,
@@ -232,7 +232,7 @@ class Run:
 
     def _open_eval_data(self, location: str) -> Source:
         """Open the evaluation images; raise now if the evaluation would fail after an epoch."""
-        source = open_source(location, cache=open_cache(self.config.cache_dir, self.config.cache_size))
+        source = open_source(location, cache=cache_of(self.config))
         labelled_places(source, self.state.student)
         return source
 

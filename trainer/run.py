@@ -20,7 +20,7 @@ from pipeline.labels.replay import check_start
 from pipeline.settings.fields import settings_of
 from pipeline.settings.files import plain_settings, recipe_settings
 from pipeline.storage.atomic import refusals_named, replace_file
-from pipeline.storage.cache import open_cache
+from pipeline.storage.cache import Cache, open_cache
 from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.yaml import to_yaml
 from pipeline.text import count
@@ -86,6 +86,11 @@ class State:
     best_top1: float = -1.0
 
 
+def cache_of(config: TrainConfig) -> Cache:
+    """Return the cache for files from URLs."""
+    return open_cache(config.cache_dir, config.cache_size, config.min_rate)
+
+
 def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     """Open the label set and the source, and check that this machine renders the pixels that the teacher saw.
 
@@ -97,7 +102,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
         LabelSetError: the label set is incomplete or damaged, or has other images, another recipe or other pixels.
         UsageError: no label set is given, and the source has no class labels.
     """
-    cache = open_cache(config.cache_dir, config.cache_size)
+    cache = cache_of(config)
     if not config.labels:
         source = open_source(config.data or "", cache=cache)
         labels = [label for shard in source.shards for label in shard.class_labels if label is not None]

@@ -24,6 +24,7 @@ from pipeline.repeats import warn_counted
 from pipeline.storage import remote
 from pipeline.storage.atomic import TEMPORARY_PREFIX, locked, refusals_named, replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json
+from pipeline.storage.patience import MIN_RATE
 from pipeline.storage.remote import NO_PROMISE, Promise
 from pipeline.storage.urls import url_name, user_cache
 from pipeline.text import byte_size, parse_bytes
@@ -31,9 +32,11 @@ from pipeline.text import byte_size, parse_bytes
 log = logging.getLogger("deit_cli.cache")
 
 DEFAULT_SIZE = "100GB"
+DEFAULT_RATE = "10kB"
 IN_USE_S = 60.0  # files used within this time are not evicted for a file fetched ahead
 AHEAD_S = 900.0  # a file fetched ahead is dated this far into the future until its first use
 POLL_S = 0.2
+LONG_WAIT_S = 60.0  # whoever waits longer for a file is told
 _OPENINGS = 8  # if a file is evicted between `fetch` and `open` this often, the cache is much too small
 
 Result = TypeVar("Result")
@@ -45,14 +48,16 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of downloaded files that may hold at most `max_bytes`. It has two fields, so it pickles small.
+    """A folder of downloaded files that may hold at most `max_bytes`. It has three fields, so it pickles small.
 
+    Files must arrive at `min_rate` bytes a second, or they are requested again.
     The limit includes downloads. A download of known length reserves its space before the first byte; a download of
     unknown length is counted once it is complete.
     """
 
     folder: Path
     max_bytes: int
+    min_rate: int = MIN_RATE
 
     def use(self, url: str, promise: Promise, use: Callable[[Path], Result]) -> Result:
         """Return `use(path)` of the local copy of a remote file; it raises the errors of `fetch`.
@@ -97,6 +102,8 @@ class Cache:
                             fix="Raise --cache-size",
                         ) from error
                     time.sleep(POLL_S)
+            if (waited := time.monotonic() - began) >= LONG_WAIT_S:
+                warn_counted(log, "files that somebody waited for", "%s: waited %.0f s for this file", url, waited)
         return path
 
     def fetch_ahead(self, url: str, promise: Promise, stop: threading.Event) -> Path | None:
@@ -181,6 +188,7 @@ class Cache:
                 size=promise.bytes,
                 begin=lambda announced: self._take_room(url, file, announced or promise.bytes, ahead),
                 check=check,
+                min_rate=self.min_rate,
             )
             with contextlib.suppress(NoRoom), locked(self.folder / ".lock"):
                 self._make_room(0, older_than=None)  # for downloads without an announced length
@@ -259,10 +267,16 @@ class Cache:
             return ours
 
 
-def open_cache(folder: Path | None = None, size: str = DEFAULT_SIZE) -> Cache:
-    """Return the cache in a folder (None: `deit-cli` in the user's cache folder) of a size such as `50GB`."""
+def open_cache(folder: Path | None = None, size: str = DEFAULT_SIZE, min_rate: str = DEFAULT_RATE) -> Cache:
+    """Return the cache in a folder (None: `deit-cli` in the user's cache folder) of a size such as `50GB`.
+
+    Args:
+        folder: folder of the cache.
+        size: maximum size.
+        min_rate: bytes a second at which files must arrive, such as `10kB`.
+    """
     folder = folder.expanduser().absolute() if folder else user_cache() / "deit-cli"
-    return Cache(folder, parse_bytes(size, what="--cache-size"))
+    return Cache(folder, parse_bytes(size, what="--cache-size"), parse_bytes(min_rate, what="--min-rate"))
 
 
 def _sidecar(path: Path) -> Path:

@@ -73,7 +73,7 @@ class RemoteFile:
         Raises:
             StorageError: the file has more than `max_bytes`, or cannot be read.
         """
-        return read_url(self.url, max_bytes=max_bytes)
+        return read_url(self.url, max_bytes=max_bytes, min_rate=self.cache.min_rate)
 
     def use(self, use: Callable[[Path], Result]) -> Result:
         """Return `use(path)` of the local copy, which may be evicted while it is open; see `Cache.fetch` for its errors."""
@@ -85,7 +85,7 @@ class RemoteFile:
         Raises:
             StorageError: the file cannot be read, or its server does not support ranges.
         """
-        return read_ranges(self.url, use)
+        return read_ranges(self.url, use, min_rate=self.cache.min_rate)
 
     def discard(self) -> None:
         """Delete the local copy because it is damaged."""
@@ -93,7 +93,7 @@ class RemoteFile:
 
     def copy_to(self, out: BinaryIO) -> Received:
         """Write the current content to an open file from its start; return length and hash of the received bytes."""
-        return receive_whole(self.url, out, size=self.promise.bytes)
+        return receive_whole(self.url, out, size=self.promise.bytes, min_rate=self.cache.min_rate)
 
     def holds(self, copy: Path | None = None) -> bool | None:
         """Return True if the file has the promised content, None if it does not exist; `copy` is a local file of that content.
@@ -109,7 +109,7 @@ class RemoteFile:
 
     def fetch(self, path: Path, stop: threading.Event) -> bool:
         """Download the file to a path, create-only; return False if the path exists. An interrupted download is continued."""
-        return download(self.url, path, self.promise, stop=stop)
+        return download(self.url, path, self.promise, stop=stop, min_rate=self.cache.min_rate)
 
     def put(self, data: bytes, *, replace: bool = False) -> bool:
         """Store a small file; return False if the name has other content."""

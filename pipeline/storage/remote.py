@@ -4,7 +4,7 @@ Writing is in `uploads`.
 
 Libraries handle failures differently: fsspec does not retry after a 503, and a truncated body without Content-Length
 passes as complete. Here every answer is compared with the announced length, every wait has a limit, and an error
-names the address, the expected value and the received one.
+names the address, the expected value and the received one. A transfer that is slower than a minimum rate counts as failed.
 
 `download` creates a local file. Its partial content is beside it as `.part-HASH`, named after the promised content, and is
 locked while a process works on it. A later run requests only the rest. The hash of the whole file shows if the first part
@@ -25,7 +25,17 @@ from typing import Any, BinaryIO, TypeVar
 from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError
 from pipeline.repeats import warn_counted
 from pipeline.storage.atomic import locked, make_folder, publish_partial, refusals_named, replace_file
-from pipeline.storage.stores import Interrupted, store_of
+from pipeline.storage.patience import (
+    ANSWER_S,
+    LISTING_S,
+    MIN_RATE,
+    WINDOW_S,
+    Interrupted,
+    Rate,
+    longer_than,
+    watched,
+)
+from pipeline.storage.stores import store_of
 
 log = logging.getLogger("deit_cli.remote")
 
@@ -68,6 +78,7 @@ def receive(
     start: int = 0,
     begin: Callable[[int | None], None] = lambda announced: None,
     check: Callable[[int], None] = lambda received: None,
+    min_rate: float = MIN_RATE,
 ) -> Received:
     """Write a remote file to a local one in one attempt, check its length, and return length and hash.
 
@@ -79,20 +90,26 @@ def receive(
             if these bytes were right. If a server sends the whole file anyway, all of it is received.
         begin: function called before the first byte with the announced length, or None without one.
         check: function called before every block with the number of bytes including the block; it may raise.
+        min_rate: bytes a second that must arrive.
 
     Raises:
-        Interrupted: the transfer failed, and a retry may succeed.
+        Interrupted: the transfer failed or is too slow, and a retry may succeed.
         RemoteFileMissing: the file does not exist.
         RemoteFileRefused: access was denied.
         RemoteFileCorrupt: the length is not the promised one.
         StorageError: the server refused the transfer permanently.
     """
-    sink = _Sink(url, file, size, start, begin, check)
     store = store_of(url)
+    sink = _Sink(url, file, size, start, begin, check)
+    if start and start == size:
+        return Received(start, sink.digest.hexdigest())
+    rate = sink.rate = Rate(min_rate, grain=store.grain)
     try:
-        store.receive(url, sink)
+        watched(lambda: store.receive(url, sink), rate.too_slow)
     except Exception as error:
         raise sink.error or store.named(url, error) from error
+    finally:
+        sink.end()
     sink.begin()  # also for an empty file, which sends no block
     if sink.announced not in (None, sink.received) or (sink.announced is None and sink.received < (size or 0)):
         expected = size if sink.announced is None else sink.announced
@@ -104,6 +121,8 @@ def receive(
 def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float], Any] = time.sleep) -> Result:
     """Return what `attempt` returns; if it is interrupted, try again after increasing pauses.
 
+    A pause is at least as long as the server asks for, but no try begins later than DEADLINE_S after the first.
+
     Raises:
         StorageError: every attempt was interrupted.
     """
@@ -111,30 +130,42 @@ def retried(url: str, attempt: Callable[[], Result], *, pause: Callable[[float],
     for delay in (*RETRY_DELAYS_S, None):
         try:
             tries += 1
-            return attempt()
+            result = attempt()
         except Interrupted as error:
             spent = time.monotonic() - began
-            if delay is None or spent > DEADLINE_S:
+            if delay is None or spent >= DEADLINE_S:
                 raise StorageError(
                     f"{url}: gave up after {tries} tries in {spent:.0f} s: {error}",
                     fix="Run the same command again when it answers",
                 ) from error
+            delay = min(max(delay, error.retry_after_s), DEADLINE_S - spent)
             warn_counted(
-                log, "interrupted requests that were tried again", "%s: %s; trying again in %g s", url, error, delay
+                log, "interrupted requests that were tried again", "%s: %s; trying again in %.3g s", url, error, delay
             )
             pause(delay)
+        else:
+            if tries > 1:
+                spent = time.monotonic() - began
+                message = "%s: it took %d tries and %.0f s"
+                warn_counted(log, "files that took more than one try", message, url, tries, spent)
+            return result
     raise AssertionError("the last try returns or raises")
 
 
 def receive_whole(
-    url: str, file: BinaryIO, *, size: int | None = None, check: Callable[[int], None] = lambda received: None
+    url: str,
+    file: BinaryIO,
+    *,
+    size: int | None = None,
+    check: Callable[[int], None] = lambda received: None,
+    min_rate: float = MIN_RATE,
 ) -> Received:
     """Write a remote file to an open local one as `receive` does; an interrupted attempt begins again at the start."""
 
     def attempt() -> Received:
         file.seek(0)
         file.truncate()
-        return receive(url, file, size=size, check=check)
+        return receive(url, file, size=size, check=check, min_rate=min_rate)
 
     return retried(url, attempt)
 
@@ -144,8 +175,13 @@ def receive_file(url: str, path: Path) -> None:
     replace_file(path, lambda file: receive_whole(url, file))
 
 
-def read_url(url: str, *, max_bytes: int) -> bytes | None:
+def read_url(url: str, *, max_bytes: int, min_rate: float = MIN_RATE) -> bytes | None:
     """Return the current bytes of a small remote file (a plan, manifest or list of class names); None if it does not exist.
+
+    Args:
+        url: URL of the file.
+        max_bytes: largest permitted size.
+        min_rate: bytes a second that must arrive.
 
     Raises:
         StorageError: the file is too large, or could not be read.
@@ -157,14 +193,14 @@ def read_url(url: str, *, max_bytes: int) -> bytes | None:
 
     buffer = io.BytesIO()
     try:
-        receive_whole(url, buffer, check=check)
+        receive_whole(url, buffer, check=check, min_rate=min_rate)
     except RemoteFileMissing:
         return None
     return buffer.getvalue()
 
 
-def read_ranges(url: str, use: Callable[[Any], Result]) -> Result:
-    """Return `use(file)` of an open remote file; only the ranges that `use` reads are received.
+def read_ranges(url: str, use: Callable[[Any], Result], *, min_rate: float = MIN_RATE) -> Result:
+    """Return `use(file)` of an open remote file; only the ranges that `use` reads are received, at `min_rate` bytes a second.
 
     Raises:
         RemoteFileMissing: the file does not exist.
@@ -173,10 +209,11 @@ def read_ranges(url: str, use: Callable[[Any], Result]) -> Result:
 
     def attempt() -> Result:
         system, path = store_of(url).file_system(url)
-        with system.open(path, "rb", block_size=RANGE_BYTES, cache_type="readahead") as file:
-            return use(file)
+        settings = {"block_size": RANGE_BYTES, "cache_type": "readahead"}
+        with watched(lambda: system.open(path, "rb", **settings), longer_than(ANSWER_S)) as file:
+            return use(_WatchedFile(file, min_rate))
 
-    return _asked(url, attempt)
+    return _named(url, attempt)
 
 
 def list_url(url: str) -> list[str]:
@@ -196,7 +233,7 @@ def list_url(url: str) -> list[str]:
         files = [entry["name"] for entry in entries if entry["type"] == "file"]
         return sorted(name.rstrip("/").rpartition("/")[2] for name in files)
 
-    return _asked(url, attempt)
+    return _named(url, lambda: watched(attempt, longer_than(LISTING_S)))
 
 
 def list_tree(url: str) -> dict[str, str]:
@@ -216,10 +253,29 @@ def list_tree(url: str) -> dict[str, str]:
         files = {name.strip("/"): entry for name, entry in found.items() if entry["type"] == "file"}
         return {name.removeprefix(top): store.token(entry) for name, entry in files.items() if name.startswith(top)}
 
-    return _asked(url, attempt)
+    return _named(url, lambda: watched(attempt, longer_than(LISTING_S)))
 
 
-def _asked(url: str, ask: Callable[[], Result]) -> Result:
+class _WatchedFile:
+    """An open remote file whose reads end: each has the time that its bytes, or those read ahead, need at the minimum rate."""
+
+    def __init__(self, file: Any, min_rate: float) -> None:
+        self._file, self._min_rate = file, min_rate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, length: int = -1) -> bytes:
+        """Read at most `length` bytes; -1: up to the end.
+
+        Raises:
+            Interrupted: they do not arrive in time.
+        """
+        ahead = RANGE_BYTES + (length if length >= 0 else self._file.size or 0)
+        return watched(lambda: self._file.read(length), longer_than(max(WINDOW_S, ahead / self._min_rate)))
+
+
+def _named(url: str, ask: Callable[[], Result]) -> Result:
     """Return what a store answers; its errors become ours, and temporary ones are retried."""
 
     def attempt() -> Result:
@@ -245,9 +301,12 @@ def token_of(url: str) -> str | None:
 class _Sink:
     """A file-like object for fsspec that counts and hashes the bytes written to it.
 
-    `error` is a failure on this side (a full disk, no room, a wrong length), so that it is not treated as a network
-    failure.
+    Attributes:
+        error: a failure on this side (a full disk, no room, a wrong length), so that it is not treated as a network failure.
+        rate: the rate at which bytes arrive.
     """
+
+    rate: Rate
 
     def __init__(
         self, url: str, file: BinaryIO, size: int | None, start: int, begin: Callable, check: Callable
@@ -259,7 +318,8 @@ class _Sink:
         self.digest = hashlib.sha256()
         self.received = self.start = start
         self.error: Exception | None = None
-        self._begun = False
+        self._begun = self._ended = False
+        self._turn = threading.Lock()
         while start:  # `file` is at its start
             block = file.read(min(start, RANGE_BYTES))
             self.digest.update(block)
@@ -293,16 +353,25 @@ class _Sink:
             )
 
     def write(self, data: bytes) -> int:
-        try:
-            self.begin()
-            self._check(self.received + len(data))
-            self._file.write(data)
-        except Exception as error:
-            self.error = error
-            raise
-        self.digest.update(data)
-        self.received += len(data)
-        return len(data)
+        with self._turn:
+            if self._ended:
+                raise Stopped
+            self.rate.add(len(data))
+            try:
+                self.begin()
+                self._check(self.received + len(data))
+                self._file.write(data)
+            except Exception as error:
+                self.error = error
+                raise
+            self.digest.update(data)
+            self.received += len(data)
+            return len(data)
+
+    def end(self) -> None:
+        """Take no more bytes: a transfer that was given up may go on for a while, and the file is used again."""
+        with self._turn:
+            self._ended = True
 
     def read(self) -> bytes:
         raise io.UnsupportedOperation("written only")
@@ -318,7 +387,9 @@ class Stopped(Exception):
     """Error: a transfer was told to stop."""
 
 
-def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | None = None) -> bool:
+def download(
+    url: str, path: Path, promise: Promise, *, stop: threading.Event | None = None, min_rate: float = MIN_RATE
+) -> bool:
     """Download a remote file to its final name, create-only.
 
     Args:
@@ -326,6 +397,7 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
         path: final local name.
         promise: promised length and hash.
         stop: event that ends the download when it is set.
+        min_rate: bytes a second that must arrive.
 
     Returns:
         True if the file was downloaded, False if another process created `path` meanwhile.
@@ -349,7 +421,7 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
             if not trusted:
                 os.truncate(partial, 0)
             try:
-                received = retried(url, lambda: _continue(url, partial, size, stop), pause=stop.wait)
+                received = retried(url, lambda: _continue(url, partial, size, stop, min_rate), pause=stop.wait)
             except RemoteFileCorrupt:
                 if not trusted:
                     raise
@@ -366,7 +438,7 @@ def download(url: str, path: Path, promise: Promise, *, stop: threading.Event | 
     )
 
 
-def _continue(url: str, partial: Path, size: int, stop: threading.Event) -> Received:
+def _continue(url: str, partial: Path, size: int, stop: threading.Event, min_rate: float) -> Received:
     """Append the missing rest of a file to its partial download; return length and hash of the whole."""
 
     def check(_: int) -> None:
@@ -380,7 +452,7 @@ def _continue(url: str, partial: Path, size: int, stop: threading.Event) -> Rece
             here = 0
         check(here)
         try:
-            return receive(url, file, size=size, start=here, check=check)
+            return receive(url, file, size=size, start=here, check=check, min_rate=min_rate)
         except Interrupted:
             check(here)  # a process that is being ended loses its connections first
             raise

@@ -17,10 +17,12 @@ from urllib.parse import unquote
 
 from pipeline.errors import DeitCliError, RemoteFileCorrupt, RemoteFileMissing, RemoteFileRefused, StorageError
 from pipeline.storage.atomic import refusals_named, sha256_file
+from pipeline.storage.patience import ANSWER_S, Interrupted, longer_than, retry_after_s, watched
 
 CONNECT_TIMEOUT_S = 20.0
 STALL_TIMEOUT_S = 60.0  # without receiving a byte
-BLOCK_BYTES = 16 << 20  # size of one request to an object store
+BLOCK_BYTES = 4 << 20  # size of one request to a store whose library delivers a request as a whole
+STREAM_BYTES = 1 << 20  # largest part of an answer that is delivered at once where a library passes on what has arrived
 PART_BYTES = 16 << 20  # size of one request of an upload; a file of up to two parts is sent in one request
 PARTS_AT_ONCE = 4
 _MAY_PASS = frozenset({408, 425, 429})  # temporary 4xx errors; 5xx are temporary, too
@@ -36,10 +38,6 @@ _MAY_PASS_S3 = frozenset(
     }
 )
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"})  # of botocore
-
-
-class Interrupted(Exception):
-    """Error: a transfer failed in a way that may be temporary, so a retry may succeed."""
 
 
 class Sink(Protocol):
@@ -139,12 +137,15 @@ class Store:
         takes_files: True if files can be written to it.
         lists_files: True if it can list the files of a folder.
         commits: True if each written file is a commit on top of the previous one.
+        grain: bytes that the library of the store delivers at once, so a slow transfer is noticed after the time that as many
+            bytes may take.
     """
 
     extra = "http"
     takes_files = True
     lists_files = True
     commits = False
+    grain = BLOCK_BYTES
 
     def file_system(self, url: str) -> tuple[Any, str]:
         """Return fsspec's file system for a URL and the path in it; credentials and settings are fsspec's own.
@@ -168,7 +169,7 @@ class Store:
     def receive(self, url: str, sink: Sink) -> None:
         """Write a file from byte `sink.start` on to a sink; it raises the errors of the file system."""
         system, path = self.file_system(url)
-        with system.open(path, "rb", block_size=BLOCK_BYTES) as remote:
+        with system.open(path, "rb", block_size=BLOCK_BYTES, cache_type="none") as remote:  # a request for each block
             size = getattr(remote, "size", None)
             sink.callback.set_size(None if size is None else size - sink.start)
             remote.seek(sink.start)
@@ -183,7 +184,7 @@ class Store:
             StorageError: the store cannot be accessed.
         """
         try:
-            info = self._info(*self.file_system(url))
+            info = watched(lambda: self._info(*self.file_system(url)), longer_than(ANSWER_S))
         except Exception as error:
             found = self.named(url, error)
             if isinstance(found, RemoteFileMissing):
@@ -257,7 +258,7 @@ class Store:
             status is not None and 300 <= status < 500 and status not in _MAY_PASS
         ):
             return StorageError(f"{url}: cannot be {doing}: {self._reason(error)}")
-        return Interrupted(self._reason(error))
+        return Interrupted(self._reason(error), retry_after_s(error))
 
     def is_taken(self, error: BaseException) -> bool:
         """Return True if a condition failed: the name is taken, or the file has another version."""
@@ -294,6 +295,7 @@ class WebStore(Store):
 
     takes_files = False
     lists_files = False
+    grain = STREAM_BYTES
 
     def _options(self, url: str) -> dict[str, Any]:
         import aiohttp  # installed by the extra `http`
@@ -309,13 +311,30 @@ class WebStore(Store):
         # Without this a server may compress, and the announced length would be that of the compressed file.
         headers = {**getattr(system, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={sink.start}-"} if sink.start else {}
-        system.get_file(path, sink, callback=sink.callback, chunk_size=1 << 20, headers=headers)
+        system.get_file(path, sink, callback=sink.callback, chunk_size=STREAM_BYTES, headers=headers)
 
 
 class S3Store(Store):
     """Amazon S3 and compatible stores."""
 
     extra = "s3"
+    grain = STREAM_BYTES
+
+    def receive(self, url: str, sink: Sink) -> None:
+        """Write a file to a sink in one request, part by part as it arrives; s3fs itself waits for whole blocks."""
+        from fsspec.asyn import sync
+
+        system, path = self.file_system(url)
+        bucket, key, _ = system.split_path(path)
+        rest = {"Range": f"bytes={sink.start}-"} if sink.start else {}
+        answer = system.call_s3("get_object", system.req_kw, Bucket=bucket, Key=key, **rest)
+        body = answer["Body"]
+        try:
+            sink.callback.set_size(answer.get("ContentLength"))
+            while part := sync(system.loop, body.read, STREAM_BYTES):
+                sink.write(part)
+        finally:
+            system.loop.call_soon_threadsafe(body.close)  # it belongs to the thread of that loop
 
     def _info(self, system: Any, path: str) -> dict[str, Any]:
         return system.info(path, refresh=True)
@@ -355,7 +374,7 @@ class S3Store(Store):
             )
         if type(error).__name__ in _NO_CREDENTIALS:
             return RemoteFileRefused(f"{url}: no credentials are known for it: {self._reason(error)}")
-        return Interrupted(self._reason(error)) if code in _MAY_PASS_S3 else None
+        return Interrupted(self._reason(error), retry_after_s(error)) if code in _MAY_PASS_S3 else None
 
 
 class GoogleStore(Store):

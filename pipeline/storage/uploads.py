@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import RemoteFileCorrupt, RemoteFileMissing, StorageError
+from pipeline.storage.patience import Interrupted
 from pipeline.storage.remote import NO_PROMISE, Promise, info_of, read_url, receive, retried
-from pipeline.storage.stores import Interrupted, Store, Upload, store_of
+from pipeline.storage.stores import Store, Upload, store_of
 
 _SWAPS = 100  # maximum number of attempts when other writers are faster
 

@@ -241,6 +241,7 @@ SPECIAL = {
     "label_weights": st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=2).map(tuple),
     "expect_manifest": st.just(("sha256:" + "0a" * 32, "sha256:" + "0b" * 32)),
     "cache_size": st.sampled_from(["1MB", "2TB", "64GiB"]),
+    "min_rate": st.sampled_from(["1B", "10kB", "2MiB"]),
     "include_images": st.sampled_from(["original", "256"]),
     "views": st.tuples(st.integers(0, 100), st.integers(101, 2**20)),
     "teacher": st.lists(TEXT, min_size=1, max_size=3).map(tuple),

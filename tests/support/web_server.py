@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 
+DRIBBLE_S = 0.02  # time between two sendings of a slow answer
+LATE_S = 5.0
+
+
 class FailingServer(ThreadingHTTPServer):
     """A server on a free port of this machine that fails as it is told; `web_server` and `s3_server` say how.
 
@@ -60,7 +64,9 @@ class WebServer(FailingServer):
         faults: for each path, what goes wrong with its next answers, one word or number each: a status such as 503;
             `cut` ends after half of the body, `cut-unannounced` does so without Content-Length; `flip` changes a byte;
             `stall` waits in the middle until `go` is set; `no-length` is a whole answer without Content-Length;
-            `reset` closes without any answer.
+            `reset` closes without any answer; `late` begins to answer after LATE_S; a pair is a status and its headers;
+            `dribble` sends a byte of the body every 20 ms, `dribble-headers` of the whole answer (`dribble-head` only to HEAD), and `steady` sends 1,000
+            bytes every 20 ms, for ever, until the client goes away.
         always: the same for all answers.
         ranges: whether parts of files may be asked for.
         sent_bytes: of all bodies.
@@ -86,8 +92,14 @@ class _Handler(BaseHTTPRequestHandler):
             queue = self.server.faults[name]
             fault = queue.pop(0) if queue else self.server.always.get(name)
         path = self.server.folder / name
+        if fault == "late":
+            time.sleep(LATE_S)
         if fault == "reset":
             self.connection.close()
+        elif isinstance(fault, tuple):
+            self._refuse(*fault)
+        elif fault in ("dribble", "dribble-headers", "steady"):
+            self._dribble(path.read_bytes(), str(fault))
         elif isinstance(fault, int) or not path.is_file():
             self.send_error(fault or 404)
         elif self.server.ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
@@ -95,8 +107,27 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(path.read_bytes(), fault)
 
+    def _refuse(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _dribble(self, body: bytes, fault: str) -> None:
+        head = f"HTTP/1.0 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        whole = 0 if fault == "dribble-headers" else len(head)
+        slow, step = (head + body)[whole:], 1000 if fault == "steady" else 1
+        with contextlib.suppress(OSError):
+            self.wfile.write(head[:whole])
+            for start in range(0, len(slow), step):
+                self.wfile.write(slow[start : start + step])
+                if self.server.go.wait(DRIBBLE_S):
+                    break
+
     def do_HEAD(self) -> None:
         path = self.server.folder / self.path.lstrip("/")
+        if self.server.always.get(self.path.lstrip("/")) == "dribble-head":
+            return self._dribble(path.read_bytes(), "dribble-headers")
         if not self.server.ranges or not path.is_file():
             return self.send_error(404 if self.server.ranges else 501)
         self.send_response(200)
