@@ -41,11 +41,12 @@ class Rate:
 
     Args:
         minimum: bytes a second that must arrive.
-        grain: bytes that a library delivers at once; the window is as long as that many bytes take at the minimum rate.
+        grain: bytes that a library delivers at once; the window is as long as that many bytes take at the minimum rate, and
+            the part of them that is on its way is not missed.
     """
 
     def __init__(self, minimum: float, *, grain: int = 0) -> None:
-        self._minimum, self._window = minimum, max(WINDOW_S, grain / minimum)
+        self._minimum, self._grain, self._window = minimum, grain, max(WINDOW_S, grain / minimum)
         self._received = 0
         self._looks = deque([(time.monotonic(), 0)])  # when, and the bytes that had arrived
 
@@ -60,7 +61,8 @@ class Rate:
         while len(self._looks) > 1 and now - self._looks[1][0] >= self._window:
             self._looks.popleft()
         began, before = self._looks[0]
-        if now - began < self._window or self._received - before >= self._minimum * (now - began):
+        needed = max(self._grain, self._minimum * (now - began) - self._grain)
+        if now - began < self._window or self._received - before >= needed:
             return None
         rate = (self._received - before) / (now - began)
         return (

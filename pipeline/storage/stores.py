@@ -138,7 +138,7 @@ class Store:
         lists_files: True if it can list the files of a folder.
         commits: True if each written file is a commit on top of the previous one.
         grain: bytes that the library of the store delivers at once, so a slow transfer is noticed after the time that as many
-            bytes may take.
+            bytes may take; 0: it passes on what has arrived.
     """
 
     extra = "http"
@@ -295,7 +295,7 @@ class WebStore(Store):
 
     takes_files = False
     lists_files = False
-    grain = STREAM_BYTES
+    grain = 0
 
     def _options(self, url: str) -> dict[str, Any]:
         import aiohttp  # installed by the extra `http`
@@ -318,7 +318,7 @@ class S3Store(Store):
     """Amazon S3 and compatible stores."""
 
     extra = "s3"
-    grain = STREAM_BYTES
+    grain = 0
 
     def receive(self, url: str, sink: Sink) -> None:
         """Write a file to a sink in one request, part by part as it arrives; s3fs itself waits for whole blocks."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from support.web_server import FailingServer
+from support.web_server import DRIBBLE_S, FailingServer
 
 KEY, SECRET, BUCKET = "deit-tests", "deit-tests-secret", "labels"
 S3 = pytest.param("s3", marks=pytest.mark.slow)  # a test with the store, which takes seconds to start
@@ -126,7 +126,8 @@ class Proxy(FailingServer):
         faults: for each `METHOD name` (the last part of the path), what goes wrong with its next answers: a status such as
             503; `reset` closes before anything is passed on; `lost` passes the request on and closes without the answer;
             `cut` ends in the middle of the answer's body; `stall` waits there until `go` is set; `cut-request` closes in
-            the middle of the request's; None is an answer as it should be.
+            the middle of the request's; `dribble` sends a byte of the answer's body every 20 ms, and `steady` 64 kB; a pair is a
+            status and its headers; None is an answer as it should be.
         requests: how often each `METHOD name` came.
         sent_bytes: of all bodies of answers.
     """
@@ -158,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._close()
         if isinstance(fault, int):
             return self._answer(fault, {}, b"", None)
+        if isinstance(fault, tuple):
+            return self._answer(*fault, b"", None)
         with contextlib.closing(http.client.HTTPConnection(self.server.upstream, timeout=60)) as connection:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for header, value in self.headers.items():
@@ -183,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": "0"} | headers).items():
             self.send_header(name, value)
         self.end_headers()
+        if fault in ("dribble", "steady"):
+            return self._trickle(body, 1 if fault == "dribble" else 64_000)
         half = len(body) // 2
         sent = body[:half] if fault == "cut" else body
         with self.server.lock:
@@ -194,6 +199,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(sent[half:])
         if fault == "cut":
             self._close()
+
+    def _trickle(self, data: bytes, step: int) -> None:
+        with contextlib.suppress(OSError):  # the client has gone away
+            for start in range(0, len(data), step):
+                self.wfile.write(data[start : start + step])
+                if self.server.go.wait(DRIBBLE_S):
+                    break
 
     def _close(self) -> None:
         self.close_connection = True

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
-
 DRIBBLE_S = 0.02  # time between two sendings of a slow answer
 LATE_S = 5.0
 
@@ -66,7 +65,7 @@ class WebServer(FailingServer):
             `stall` waits in the middle until `go` is set; `no-length` is a whole answer without Content-Length;
             `reset` closes without any answer; `late` begins to answer after LATE_S; a pair is a status and its headers;
             `dribble` sends a byte of the body every 20 ms, `dribble-headers` of the whole answer (`dribble-head` only to HEAD), and `steady` sends 1,000
-            bytes every 20 ms, for ever, until the client goes away.
+            bytes every 20 ms.
         always: the same for all answers.
         ranges: whether parts of files may be asked for.
         sent_bytes: of all bodies.
@@ -98,12 +97,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif isinstance(fault, tuple):
             self._refuse(*fault)
-        elif fault in ("dribble", "dribble-headers", "steady"):
-            self._dribble(path.read_bytes(), str(fault))
         elif isinstance(fault, int) or not path.is_file():
             self.send_error(fault or 404)
         elif self.server.ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
-            self._send_range(path.read_bytes(), int(asked[1]), int(asked[2]) + 1)
+            self._send_range(path.read_bytes(), int(asked[1]), int(asked[2]) + 1, fault)
+        elif fault in ("dribble", "dribble-headers", "steady"):
+            self._dribble(path.read_bytes(), str(fault))
         else:
             self._send(path.read_bytes(), fault)
 
@@ -116,11 +115,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _dribble(self, body: bytes, fault: str) -> None:
         head = f"HTTP/1.0 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         whole = 0 if fault == "dribble-headers" else len(head)
-        slow, step = (head + body)[whole:], 1000 if fault == "steady" else 1
-        with contextlib.suppress(OSError):
-            self.wfile.write(head[:whole])
-            for start in range(0, len(slow), step):
-                self.wfile.write(slow[start : start + step])
+        self.wfile.write(head[:whole])
+        self._trickle((head + body)[whole:], 1000 if fault == "steady" else 1)
+
+    def _trickle(self, data: bytes, step: int) -> None:
+        with contextlib.suppress(OSError):  # the client has gone away
+            for start in range(0, len(data), step):
+                self.wfile.write(data[start : start + step])
                 if self.server.go.wait(DRIBBLE_S):
                     break
 
@@ -135,12 +136,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         return self.end_headers()
 
-    def _send_range(self, body: bytes, start: int, stop: int) -> None:
+    def _send_range(self, body: bytes, start: int, stop: int, fault: str | None) -> None:
         part = body[start:stop]
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(body)}")
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
+        if fault == "dribble":
+            return self._trickle(part, 1)
         self.wfile.write(part)
         self.server.sent_bytes += len(part)
 
