@@ -15,6 +15,7 @@ from pipeline.settings.configs import (
     BenchConfig,
     EstimateConfig,
     ExportConfig,
+    PackConfig,
     PrecomputeConfig,
     TeacherConfig,
     TimingConfig,
@@ -805,6 +806,38 @@ def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
     with shown_progress() as progress:
         count = export_labels(label_set, label_set.open_source(data), out, config, progress=progress)
     click.echo(f"{out}: {count:,} images in {config.format} tars")
+
+
+@commands.command(continues=CONTINUES)
+@click.argument("source", metavar="PATH|URL")
+@click.argument("out", type=click.Path(path_type=Path))
+@options_of(PackConfig)
+@plain_option("--dry-run", is_flag=True, help="Print what would be written; write nothing.", group="Run")
+@LOG_JSON
+@AS_JSON
+def pack(source: str, out: Path, dry_run: bool, log_json: Path | None, as_json: bool, **values: Any) -> None:
+    """Write images as WebDataset tars of even size, shuffled.
+
+    The source is whatever `precompute --data` takes: an image folder, tars or Parquet, here or behind a URL. The same images,
+    options and versions give the same bytes. OUT gets the tars, the class names, and SHA256SUMS last.
+
+    \b
+    Examples:
+      deit-cli pack imagenet/train imagenet-tars
+      deit-cli pack imagenet/val imagenet-val-tars --prefix val --shorter-side 256 --quality 90
+      deit-cli pack hf://datasets/timm/mini-imagenet/data mini-imagenet --samples-per-shard 500
+    """
+    config = PackConfig(**values)
+    from pipeline.exchange.pack import pack as write_pack
+    from pipeline.exchange.pack import plan_pack
+
+    with shown_progress(log_json) as progress:
+        if dry_run:
+            plan = plan_pack(source, out, config, progress=progress)
+            click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan.table)
+        else:
+            packed = write_pack(source, out, config, progress=progress)
+            click.echo(json.dumps(packed.to_dict(), indent=1) if as_json else packed.line)
 
 
 @commands.command()

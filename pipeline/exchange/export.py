@@ -19,7 +19,7 @@ import torch
 from pipeline.errors import UsageError
 from pipeline.images.decode import encode
 from pipeline.images.source import Source
-from pipeline.images.tar_archive import check_member_key, member_extension
+from pipeline.images.tar_archive import INFO_NAME, check_member_key, member_extension, timm_info
 from pipeline.labels.encoding import LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_image, check_replay
@@ -40,7 +40,6 @@ from pipeline.views.recipe import Recipe
 log = logging.getLogger("deit_cli.exporting")
 
 ABOUT_NAME = "export.json"
-INFO_NAME = "_info.json"  # the name that timm reads
 SPLIT = "train"
 
 
@@ -126,7 +125,8 @@ def export_labels(
         count_one()
     files = {tar_name(*task): count for task, count in zip(tasks, counts, strict=True)}
     replace_file(out / CARD_NAME, _readme(label_set, export, labelled).encode())
-    replace_file(out / INFO_NAME, pretty_json(timm_info(files)))  # written last: timm needs it
+    info = timm_info(files, split=SPLIT, label_field="hard")
+    replace_file(out / INFO_NAME, pretty_json(info))  # written last: timm needs it
     return sum(counts)
 
 
@@ -182,18 +182,6 @@ def begin(out: Path, export: Export) -> None:
 def tar_name(shard: str, view: int) -> str:
     """Return the name of the tar of one view of one source shard."""
     return f"{shard}-view-{view:05d}.tar"
-
-
-def timm_info(files: dict[str, int]) -> dict[str, Any]:
-    """Return timm's `_info.json` for these tars and their numbers of images; without --target-key it reads `hard`."""
-    split = {
-        "name": SPLIT,
-        "num_samples": sum(files.values()),
-        "filenames": list(files),
-        "shard_lengths": list(files.values()),
-        "alt_label": "hard",
-    }
-    return {"splits": {SPLIT: split}}
 
 
 def _export_one(job: _Job, task: tuple[str, int], note: Note) -> int:

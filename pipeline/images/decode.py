@@ -24,7 +24,7 @@ from pipeline.images.turbojpeg import decode_region
 # classification set is nearly as large.
 MAX_PIXELS = 89_478_485
 
-JPEG_QUALITY = 95  # quality of the JPEG files that are encoded here
+JPEG_QUALITY = 95  # quality of the JPEG files that are encoded here, unless the user chooses another
 
 # Encoders write about ten. The decoder goes over all pixels for each scan of a progressive JPEG, even for an empty one: 350 kB
 # of empty scans took a minute.
@@ -32,6 +32,8 @@ MAX_SCANS = 100
 
 # Colour spaces for which libjpeg-turbo and Pillow return the same RGB. For CMYK and YCCK they differ: Pillow is the reference.
 _TURBO_COLOURS = frozenset({"YCbCr", "Gray"})
+
+_KERNELS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 _JPEG = b"\xff\xd8\xff"
 _SCAN = b"\xff\xda"
@@ -81,8 +83,15 @@ def decode_around(image: bytes, box: Box, *, key: str) -> tuple[NDArray[np.uint8
     return part or (decode(image, key=key), 0, 0)
 
 
-def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
-    """Return an image with its shorter side resized to `shorter` pixels, as a JPEG of quality 95 (4:2:0), RGB.
+def shrink(
+    image: bytes,
+    shorter: int,
+    *,
+    key: str,
+    kernel: Literal["bicubic", "lanczos"] = "bicubic",
+    quality: int = JPEG_QUALITY,
+) -> bytes:
+    """Return an image with its shorter side resized to `shorter` pixels, as a JPEG (4:2:0), RGB.
 
     An image that is not larger is returned byte for byte: no image is enlarged, or encoded again without need.
 
@@ -90,6 +99,8 @@ def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
         image: the encoded file.
         shorter: length of the shorter side, pixels.
         key: the sample key, for the error.
+        kernel: Pillow's kernel for the resize; it is antialiased.
+        quality: JPEG quality, 1..100.
 
     Raises:
         BadImageError: the image cannot be decoded.
@@ -100,17 +111,21 @@ def shrink(image: bytes, shorter: int, *, key: str) -> bytes:
     if least <= shorter:
         return image
     size = (shorter * width // least, shorter * height // least)
-    with _named_errors(key):  # Pillow's bicubic resize is antialiased
-        resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-        return encode(np.asarray(resized), "JPEG", subsampling="4:2:0")
+    with _named_errors(key):
+        resized = Image.fromarray(pixels).resize(size, _KERNELS[kernel])
+        return encode(np.asarray(resized), "JPEG", subsampling="4:2:0", quality=quality)
 
 
 def encode(
-    pixels: NDArray[np.uint8], kind: Literal["PNG", "JPEG"], *, subsampling: Literal["4:4:4", "4:2:0"] = "4:4:4"
+    pixels: NDArray[np.uint8],
+    kind: Literal["PNG", "JPEG"],
+    *,
+    subsampling: Literal["4:4:4", "4:2:0"] = "4:4:4",
+    quality: int = JPEG_QUALITY,
 ) -> bytes:
-    """Return encoded pixels (uint8 [H, W, 3], RGB, or [H, W], grey): as lossless PNG, or as JPEG of quality 95."""
+    """Return encoded pixels (uint8 [H, W, 3], RGB, or [H, W], grey): as lossless PNG, or as JPEG of a quality in 1..100."""
     buffer = io.BytesIO()
-    options = {"quality": JPEG_QUALITY, "subsampling": subsampling} if kind == "JPEG" else {}
+    options = {"quality": quality, "subsampling": subsampling} if kind == "JPEG" else {}
     Image.fromarray(pixels).save(buffer, kind, **options)
     return buffer.getvalue()
 

@@ -4,15 +4,24 @@ Members are written one by one, so memory holds only one of them (`tarfile` keep
 """
 
 import tarfile
-from collections.abc import Iterable
-from typing import BinaryIO
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO, Protocol
 
 from pipeline.errors import SourceError
 
 BLOCK = tarfile.BLOCKSIZE
+INFO_NAME = "_info.json"  # the file beside tars in which timm looks for their names and sizes
 
 
-def write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]], *, comment: str | None = None) -> None:
+class Writable(Protocol):
+    """What a tar is written to: an open file, or an object that passes the bytes on to one."""
+
+    def write(self, data: bytes, /) -> Any:
+        """Write all bytes."""
+        ...
+
+
+def write_tar(file: Writable, members: Iterable[tuple[str, bytes]], *, comment: str | None = None) -> None:
     """Write a whole tar.
 
     Args:
@@ -64,3 +73,22 @@ def member_extension(image: bytes) -> str:
     if image[:8] == b"\x89PNG\r\n\x1a\n":
         return ".png"
     return ".webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else ".jpg"
+
+
+def timm_info(files: Mapping[str, int], *, split: str, label_field: str | None = None) -> dict[str, Any]:
+    """Return timm's `_info.json` for tars.
+
+    Args:
+        files: number of images of each tar, by its name, in order.
+        split: name of the split that they make up, which users pass to timm.
+        label_field: field of the `.json` members that timm reads as the label unless it is told otherwise; None: `.cls`.
+    """
+    about: dict[str, Any] = {
+        "name": split,
+        "num_samples": sum(files.values()),
+        "filenames": list(files),
+        "shard_lengths": list(files.values()),
+    }
+    if label_field is not None:
+        about["alt_label"] = label_field
+    return {"splits": {split: about}}

@@ -1,6 +1,7 @@
 """Settings of all commands except `train` and `evaluate`. The command line takes its options from these fields."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["local", "ray"]
 Pixels = Literal["views", "originals"]
 Encoding = Literal["png", "jpeg"]
+PackBadImagePolicy = Literal["fail", "skip", "keep"]
 ORIGINAL = "original"  # --include-images: keep the encoded files unchanged
 MAX_SHORTER = 4096
 
@@ -325,3 +327,51 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Settings of `pack`: how a source is written as tars."""
+
+    samples_per_shard: int = output_option(
+        1000, "Maximum number of images in a tar; the sizes of the tars differ by at most one.", low=1, high=10**6
+    )
+    prefix: str = output_option(
+        "train",
+        "Beginning of the names of the tars, PREFIX-000000.tar, and the name of the split for timm.",
+        metavar="PREFIX",
+    )
+    shorter_side: int | None = output_option(
+        None,
+        "Shrink larger images to this length of the shorter side, in pixels (Lanczos, JPEG); by default all images are"
+        " copied as they are.",
+        low=1,
+        high=MAX_SHORTER,
+    )
+    quality: int | None = output_option(
+        None, "JPEG quality of the images that --shorter-side shrinks; by default 95.", low=1, high=100
+    )
+    seed: int = output_option(0, "Random seed of the order of the images.", low=0, high=2**63 - 1)
+    prefix_keys: bool = data_option(
+        False, "Put the name of the source shard before each key; for sources that use a key in several shards."
+    )
+    replace_dots: bool = data_option(
+        False, "Replace dots in the file names of keys by _, because WebDataset ends a key at the first dot."
+    )
+    on_bad_image: PackBadImagePolicy = data_option(
+        "fail",
+        "Policy for an image that cannot be decoded: stop with an error (fail), leave it out (skip), or copy it"
+        " unchanged (keep). keep decodes only the images that may have to be shrunk, so copying is faster.",
+    )
+    workers: int | None = run_option(
+        None, "Number of loader processes; by default one for each core.", "-j", "--num-workers", low=0, high=1024
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.prefix):
+            raise UsageError(
+                f"--prefix must have 1 to 100 characters A-Z a-z 0-9 . _ - and begin with a letter, digit or _, got {self.prefix!r}"
+            )
+        if self.quality is not None and self.shorter_side is None:
+            raise UsageError("--quality is that of the images that --shorter-side shrinks: pass it too")
