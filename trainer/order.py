@@ -186,5 +186,5 @@ def _view_groups(seed: int, turn: int, groups: int) -> NDArray[np.int64]:
     return stream_of("order", str(seed), str(turn), "views").permutation(groups)
 
 
-def _units_of(shard: int, count: int) -> NDArray[np.int32]:
-    return np.stack([np.full(count, shard, np.int32), np.arange(count, dtype=np.int32)], axis=1)
+def _units_of(shard: int, count: int) -> NDArray[np.int64]:
+    return np.stack([np.full(count, shard), np.arange(count)], axis=1)

@@ -544,7 +544,7 @@ def _places(shard: SourceShard[Any]) -> list[Place] | None:
     elif isinstance(shard, TarShard) and shard.file.path is not None:
         path = os.path.abspath(shard.file.path)
         _, changed = _size_and_time(path)
-        places = [(path, int(place.offset), int(place.size), changed) for place in shard.index.places]
+        places = [(path, place.data, place.size, changed) for place in shard.index.places]
     else:
         return None
     for path, offset, size, _ in places:
