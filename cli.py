@@ -35,6 +35,7 @@ from pipeline.settings.options import (
     split_values,
 )
 from pipeline.settings.program import CONTINUES
+from pipeline.text import byte_size
 from trainer.config import AnalyseConfig, CompareConfig, EvaluateConfig, InferenceConfig, ReportConfig, TrainConfig
 from trainer.console import ToStderr, say_counts, shown_progress
 
@@ -838,6 +839,38 @@ def pack(source: str, out: Path, dry_run: bool, log_json: Path | None, as_json: 
         else:
             packed = write_pack(source, out, config, progress=progress)
             click.echo(json.dumps(packed.to_dict(), indent=1) if as_json else packed.line)
+
+
+@commands.command()
+@click.argument("source", metavar="PATH")
+@LOG_JSON
+@AS_JSON
+def index(source: str, log_json: Path | None, as_json: bool) -> None:
+    """Write the index of tars or Parquet files beside them.
+
+    Every command indexes a large source once and keeps the index in the user's cache folder. An index beside the data serves everyone
+    who reads it: other users, other machines, and copies of the folder. It says where the images are; what is read is compared
+    with the files, so an index that does not fit can only be an error. PATH is a folder, a file, or a brace expression.
+
+    \b
+    Examples:
+      deit-cli index imagenet-tars
+      deit-cli index "imagenet-tars/train-{000000..001281}.tar"
+    """
+    from pipeline.images.index import write_sidecar
+    from pipeline.images.source import open_source
+
+    opened = open_source(source)
+    with shown_progress(log_json) as progress:
+        path = write_sidecar(opened, progress)
+    record = {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "samples": opened.num_samples,
+        "labelled": opened.num_labelled,
+    }
+    line = f"{path}: {record['samples']:,} samples, {record['labelled']:,} with a class label, {byte_size(record['bytes'])}"
+    click.echo(json.dumps(record, indent=1) if as_json else line)
 
 
 @commands.command()

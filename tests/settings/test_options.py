@@ -100,6 +100,7 @@ BEGIN = {
     "labels card": "{mine}",
     "labels export": "{labels} out -j 0",
     "doctor": "",
+    "index": "{copy}",
     "compare": "{study} --out out",
     "demo": "",
 }
@@ -403,6 +404,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--encoding jpeg --workers 1", seen=exists("out/_info.json")),
         Trial("--pixels originals", seen=lambda got: "the recipe crops, changes or mixes images" in got.said),
     ],
+    "index": [Trial("--json --log-json log.jsonl", seen=is_json)],
     "doctor": [
         Trial("--out here --labels {labels} --data {copy} --json", seen=is_json),
     ],
