@@ -28,6 +28,7 @@ from pipeline.errors import SourceError, StorageError, UsageError
 from pipeline.images.samples import ShardIndex, ShardSummary, SourceShard
 from pipeline.machine.progress import Progress, Tick
 from pipeline.machine.threads import ProgressCounter, in_threads, usable_cores
+from pipeline.repeats import forward_messages, log_forwarded
 from pipeline.storage.atomic import locked, make_folder, refusals_named, replace_file, sweep_temporaries
 from pipeline.storage.json import canonical_json, load_json
 
@@ -378,7 +379,8 @@ class _Worker:
         try:
             pickle.dump(shard, self._process.stdin)
             self._process.stdin.flush()
-            found = pickle.load(self._process.stdout)
+            while isinstance(found := pickle.load(self._process.stdout), logging.LogRecord):
+                log_forwarded(found)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise SourceError(
                 f"a process that indexed {shard.name} ended early (exit {self._process.poll()})",
@@ -404,6 +406,8 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
+    logging.getLogger("deit_cli").setLevel(logging.INFO)
+    forward_messages(lambda record: pickle.dump(record, answers))
     with contextlib.suppress(EOFError):
         while True:
             shard = pickle.load(sys.stdin.buffer)

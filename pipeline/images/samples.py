@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,13 @@ from pipeline.images.columns import Column, Records, records_of
 from pipeline.storage.place import File, RemoteFile
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+# Files that people call images and that are not read: they are counted, so that none is missed in silence.
+OTHER_PICTURES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jxl", ".pbm", ".pgm", ".ppm"}
+    | {".svg", ".tga", ".tif", ".tiff"}
+)
+NO_LABELS = "none"  # as label_key: the class labels of the source are not read
+LFS_POINTER = b"version https://git-lfs"  # a clone without Git LFS has these small files in place of the large ones
 MAX_IMAGE_BYTES = 1 << 30  # an encoded image is read as a whole; 89 million uncompressed pixels need a quarter of this
 _ROWS_AT_ONCE = 4096  # of keys that are hashed
 MAX_LABEL = 2**31 - 1  # class labels are stored as int32
@@ -49,10 +57,11 @@ class SourceOptions:
         image_key: the image of a sample. Tars: extensions such as `jpg;png`, the first that a sample has is its image.
             Parquet: the name of a column. None: any extension of IMAGE_EXTENSIONS; the one column that holds images.
         label_key: the class label of a sample. Tars: the extension of a member, such as `cls.txt`, or the name of a field of the
-            `.json` member. Parquet: the name of a column. None: what is plainly the label.
+            `.json` member. Parquet: the name of a column. `none`: no class labels are read. None: what is plainly the label.
         image_root: folder for the paths in Parquet rows that hold no image bytes; None: such rows are refused.
         labels_file: file with the class labels of the images; None: the source itself has them, or there are none.
-        class_depth: number of folder levels that make up the class name of an image folder; None: images must lie in class/name.jpg.
+        class_depth: number of folder levels that make up the class name of an image folder; images may lie anywhere below.
+            None: images must lie in class/name.jpg.
         class_order: order of the class names: `text`, `natural` (by the numbers in the names), or a file with one name per line.
             None: `text`, with a warning where the two orders differ.
     """
@@ -66,6 +75,12 @@ class SourceOptions:
 
 
 NO_OPTIONS = SourceOptions()
+_LABEL_LIKE = re.compile(r"(?:^|[^a-z])(?:cls|class|label|target|categor)", re.IGNORECASE)
+
+
+def is_label_like(name: str) -> bool:
+    """Return True for the name of a member, field or column that may hold class labels: `cls_id`, `my_label`, `targets`."""
+    return _LABEL_LIKE.search(name) is not None
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,11 @@ class SourceShard(ABC, Generic[Where]):
     def class_labels(self) -> Sequence[int | None]:
         """Class labels in the order of `keys`."""
         return self.index.class_labels
+
+    @property
+    def num_labelled(self) -> int:
+        """Number of samples that have a class label."""
+        return self.summary.num_labelled
 
     def __len__(self) -> int:
         return self.summary.num_samples

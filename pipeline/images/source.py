@@ -5,6 +5,7 @@ paths, and each process finds the samples again when it needs them.
 """
 
 import hashlib
+import logging
 import os
 import re
 import zlib
@@ -19,6 +20,7 @@ from typing import Any, Literal, cast
 from braceexpand import braceexpand  # webdataset uses it too, but importing it from there would import torch (7 s)
 
 from pipeline.errors import SourceError
+from pipeline.images.folders import ARCHIVES, list_folder, packed_suffix, refuse_several_splits, unpack_first
 from pipeline.images.index import SIDECAR_NAME, KeptIndex
 from pipeline.images.parquet import open_parquets
 from pipeline.images.samples import (
@@ -33,14 +35,17 @@ from pipeline.images.samples import (
     reading,
 )
 from pipeline.images.tars import open_tars
+from pipeline.repeats import warn_counted
 from pipeline.storage.cache import Cache, open_cache
 from pipeline.storage.json import sha256_json
 from pipeline.storage.place import File, RemoteFile, open_file, open_place
 from pipeline.storage.remote import list_url
 from pipeline.storage.urls import local_path
-from pipeline.text import check_name
+from pipeline.text import first_few
 
 __all__ = ["Sample", "Source", "SourceOptions", "SourceShard", "open_source"]
+
+log = logging.getLogger("deit_cli.source")
 
 SAMPLES_PER_SHARD = 1024
 MAX_FILES = 100_000  # limit of one brace expression; ImageNet-21k has 2,048 tars
@@ -123,7 +128,18 @@ class Source:
     def describe(self) -> str:
         """Return a one-line summary for people."""
         classes = "no class names" if self.num_classes is None else f"{self.num_classes:,} classes"
-        return f"{self.location}: {self.kind}, {len(self.shards):,} shards, {self.num_samples:,} samples, {classes}"
+        labelled = self.num_labelled
+        known = f"{labelled:,} with a class label{'' if labelled or self.kind != 'tar' else self._why_unlabelled()}"
+        return f"{self.location}: {self.kind}, {len(self.shards):,} shards, {self.num_samples:,} samples, {known}, {classes}"
+
+    def _why_unlabelled(self) -> str:
+        """Return a hint on tars in which folders, or the names of the tars, look like classes."""
+        keys = self.shards[0].keys
+        if any("/" in key for key in keys):
+            return " (folders in a tar are no classes: unpack it for that)"
+        if len(self.shards) > 1 and all(key.startswith(f"{self.shards[0].name}_") for key in keys):
+            return " (names of tars are no classes: unpack each into a folder of its name)"
+        return ""
 
     def identity(self) -> dict[str, Any]:
         """Return the names, keys and class labels, which identify this source independently of its kind and location."""
@@ -154,11 +170,13 @@ def open_source(
     text, path = os.fspath(location), local_path(location)
     with reading(text):
         if path is None:
-            return _open_urls(text, cache)
+            return _open_urls(text, options, cache)
         if path.is_dir():
-            source = _open_directory(text, path)
+            source = _open_directory(text, path, options)
         else:
-            source = _open_files(text, [open_file(name) for name in ([text] if path.is_file() else _existing(text))])
+            source = _open_files(
+                text, [open_file(name) for name in ([text] if path.is_file() else _existing(text))], options
+            )
         return _with_index(source, options, cache or open_cache())
 
 
@@ -180,13 +198,13 @@ def _sidecar(location: str) -> Path:
     return (path if path.is_dir() else path.parent) / SIDECAR_NAME
 
 
-def _open_urls(location: str, cache: Cache | None) -> Source:
+def _open_urls(location: str, options: SourceOptions, cache: Cache | None) -> Source:
     """Return a source of remote tars or Parquet files; a missing file is found only when it is used."""
     files = [open_file(name, cache) for name in (_expand(location) if "{" in location else [location])]
-    if files[0].suffix in (".tar", ".parquet") or len(files) > 1:
-        return _open_files(location, files)
+    if files[0].suffix in ARCHIVES or len(files) > 1 or packed_suffix(str(files[0])):
+        return _open_files(location, files, options)
     folder, found = open_place(location, cache), list_url(location)
-    archives = [name for name in found if Path(name).suffix in (".tar", ".parquet")]
+    archives = [name for name in found if Path(name).suffix in ARCHIVES]
     if not archives:
         raise SourceError(
             f"{location}: no .tar or .parquet file in this folder",
@@ -194,13 +212,18 @@ def _open_urls(location: str, cache: Cache | None) -> Source:
         )
     if images := [name for name in found if Path(name).suffix.lower() in IMAGE_EXTENSIONS]:
         raise SourceError(f"{location}: holds both images ({images[0]}) and {archives[0]}: give each its own folder")
-    return _open_files(location, [folder / name for name in archives])
+    refuse_several_splits(location, archives)
+    return _open_files(location, [folder / name for name in archives], options)
 
 
 def _existing(pattern: str) -> list[str]:
     """Return the files of a brace expression, all of which must exist."""
     names = _expand(pattern)
     missing = [name for name in names if not Path(name).is_file()]
+    if names == [pattern] and set("*?[") & set(pattern):
+        raise SourceError(
+            f"{pattern}: does not exist", fix="Pass the folder, or a brace expression like train-{000..127}.tar"
+        )
     if names == [pattern]:
         raise SourceError(f"{pattern}: does not exist. A source is {ACCEPTED}")
     if missing:
@@ -220,27 +243,38 @@ def _expand(pattern: str) -> list[str]:
     return names
 
 
-def _open_files(location: str, files: Sequence[File]) -> Source:
+def _open_files(location: str, files: Sequence[File], options: SourceOptions) -> Source:
     suffixes = {file.suffix for file in files}
     if odd := next((file for file in files if file.path is not None and not file.path.is_file()), None):
         raise SourceError(f"{odd}: named like a file of images, but not a file (a broken link, a folder, or a pipe)")
     if suffixes == {".tar"}:
-        return _checked(Source(location, "tar", *open_tars(files)))
+        return _checked(Source(location, "tar", *open_tars(files, options)))
     if suffixes == {".parquet"}:
-        return _checked(Source(location, "parquet", *open_parquets(files)))
+        return _checked(Source(location, "parquet", *open_parquets(files, options)))
+    for file in files:
+        if packed_suffix(str(file)):
+            raise unpack_first(str(file))
     raise SourceError(f"{location}: cannot tell what these {sorted(suffixes)} files are. A source is {ACCEPTED}")
 
 
-def _open_directory(location: str, folder: Path) -> Source:
+def _open_directory(location: str, folder: Path, options: SourceOptions) -> Source:
     """Return the source in a folder of images, of tars or of Parquet files; a folder may not mix them."""
-    names = [entry.name for entry in _entries(folder)]
-    archives = sorted(name for name in names if Path(name).suffix in (".tar", ".parquet"))
+    with reading(folder):
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    archives = [name for name in names if Path(name).suffix in ARCHIVES]
+    packed = [name for name in names if packed_suffix(name)]
     images = [name for name in names if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
     if archives and images:
         raise SourceError(f"{location}: holds both images ({min(images)}) and {archives[0]}: give each its own folder")
+    if packed and not images and (archives or not any((folder / name).is_dir() for name in names)):
+        raise unpack_first(str(folder / packed[0]), more=len(packed) - 1)
     if archives:
-        return _open_files(location, [open_file(folder / name) for name in archives])
-    return _checked(Source(location, "folder", *_open_folder(folder)))
+        refuse_several_splits(location, archives)
+        return _open_files(location, [open_file(folder / name) for name in archives], options)
+    if packed:
+        what = "packed files that are not read"
+        warn_counted(log, what, "%s: packed files are not read: %s", folder, first_few(packed, 3))
+    return _checked(Source(location, "folder", *_open_folder(folder, options)))
 
 
 def _checked(source: Source) -> Source:
@@ -257,26 +291,6 @@ def _checked(source: Source) -> Source:
     return source
 
 
-def _images(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the image files directly in a folder; other files are ignored."""
-    images = [entry for entry in _entries(folder) if Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS]
-    for entry in images:
-        if not entry.is_file():
-            raise SourceError(f"{entry.path}: named like an image, but not a file (a broken link, or a folder)")
-    return images
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder that are not hidden."""
-    with reading(folder), os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
-
-
-def _folders(folder: Path) -> list[str]:
-    """Return the names of the folders directly in a folder, sorted."""
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
-
-
 @dataclass(frozen=True)
 class FolderShard(SourceShard[str]):
     """A run of the images of a folder, with their paths, so that no process lists the folder again."""
@@ -285,12 +299,14 @@ class FolderShard(SourceShard[str]):
     root: Path
     class_names: tuple[str, ...] | None
     packed_paths: bytes  # paths relative to the root, one per line, deflated: 10 MB in all for ImageNet
+    class_depth: int = 1  # parts of a path that are the name of its class
 
     def build_index(self) -> ShardIndex[str]:
         """Return the index from the unpacked paths; a class label is the position of the folder's name."""
         paths = tuple(zlib.decompress(self.packed_paths).decode().split("\n"))
         labels = {name: label for label, name in enumerate(self.class_names or ())}
-        return ShardIndex(tuple(map(_key, paths)), tuple(labels.get(path.split("/")[0]) for path in paths), paths)
+        classes = ("/".join(path.split("/")[: self.class_depth]) for path in paths)
+        return ShardIndex(tuple(map(_key, paths)), tuple(map(labels.get, classes)), paths)
 
     def read_image(self, position: int) -> bytes:
         """Return the content of one file."""
@@ -302,47 +318,20 @@ class FolderShard(SourceShard[str]):
             return path.read_bytes()
 
 
-def _open_folder(root: Path) -> tuple[tuple[str, ...] | None, tuple[FolderShard, ...]]:
+def _open_folder(root: Path, options: SourceOptions) -> tuple[tuple[str, ...] | None, tuple[FolderShard, ...]]:
     """Return the class names of an image folder (None: no class folders) and its shards.
 
     Images are ordered by a hash of their keys. In the order of their names, a thousand neighbours would have the same class,
     and neighbours become partners in mixup and CutMix.
     """
-    class_names = _class_folders(root)
-    paths = [path for folder in class_names or ("",) for path in _paths(root, folder)]
-    if not paths:
-        raise SourceError(f"{root}: no image in this folder. A source is {ACCEPTED}")
+    class_names, paths, depth = list_folder(root, options)
     paths.sort(key=lambda path: (hashlib.blake2b(_key(path).encode(), digest_size=16).digest(), path))
     shards = []
     for number, start in enumerate(range(0, len(paths), SAMPLES_PER_SHARD)):
         packed = zlib.compress("\n".join(paths[start : start + SAMPLES_PER_SHARD]).encode())
-        shards.append(FolderShard(f"images-{number:06}", root, class_names or None, packed))
-    return class_names or None, tuple(shards)
-
-
-def _paths(root: Path, folder: str) -> list[str]:
-    """Return the paths of the images of one class folder, relative to the root ("" is the root itself)."""
-    found: dict[str, str] = {}
-    for entry in _images(root / folder):
-        path = f"{folder}/{entry.name}" if folder else entry.name
-        key = check_name(_key(path), f"{root}: sample key")
-        if key in found:
-            raise SourceError(f"{root}: {found[key]} and {path} share the key {key!r}", fix="Rename one")
-        found[key] = path
-    return list(found.values())
+        shards.append(FolderShard(f"images-{number:06}", root, class_names, packed, depth))
+    return class_names, tuple(shards)
 
 
 def _key(path: str) -> str:
     return os.path.splitext(path)[0]
-
-
-def _class_folders(root: Path) -> tuple[str, ...]:
-    """Return the class folders, sorted by name; they may contain only images, and images may not be outside them."""
-    names, images = _folders(root), _images(root)
-    if names and images:
-        raise SourceError(f"{root}: holds both images ({images[0].name}) and folders ({names[0]}): classes are folders")
-    for name in names:
-        check_name(name, f"{root}: class name")
-        for inner in _folders(root / name):
-            raise SourceError(f"{root}: images must lie in class/name.jpg, but {name}/{inner} is a folder")
-    return tuple(names)

@@ -2,42 +2,53 @@
 
 `tarfile` treats a damaged header as the end of the archive and requires no end marker: it reads only a part of a cut or
 damaged tar, without an error. Here every header must be valid up to the two zero blocks that end an archive. Nothing is
-extracted to disk, and only image, `.cls` and `.json` members are read.
+extracted to disk, and only images and members that may be class labels are read.
 """
 
-import json
-import os
+import logging
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-from pipeline.errors import RemoteFileRefused, SourceError
+from pipeline.errors import SourceError
+from pipeline.images.class_names import class_numbers, names_of_order, read_class_names, reordered
 from pipeline.images.samples import (
-    IMAGE_EXTENSIONS,
+    LFS_POINTER,
+    NO_OPTIONS,
+    OTHER_PICTURES,
     Kept,
     ShardIndex,
+    SourceOptions,
     SourceShard,
     check_image_bytes,
-    check_label,
     file_state,
     reading,
 )
+from pipeline.images.tar_members import PLAIN, Archive, LabelReader, Member, TarLayout, find_image, layout_of, no_image
+from pipeline.repeats import warn_counted
 from pipeline.storage.place import File, RemoteFile
 from pipeline.text import check_name
+
+log = logging.getLogger("deit_cli.tars")
 
 BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)
 MAX_EXTENSION_BYTES = 1 << 20  # PAX records and long names: 1 MiB is a thousand times as much as names need
-MAX_CLS_BYTES = 32
-MAX_JSON_BYTES = 16 << 20
 MAX_PADDING_BYTES = 64 << 20  # zeros after the end marker; tar writes 10 kB, but a sparse file could have any number
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_UNPACKED_BY = {
+    "gzip": "gunzip",
+    "bzip2": "bunzip2",
+    "xz": "unxz",
+    "zstd": "unzstd",
+}
 _USTAR = b"ustar\x0000"  # also the magic of PAX tars
 _MAGICS = (_USTAR, b"ustar  \x00")  # magic of GNU tar
 # POSIX reserves keywords without a dot. An unknown one is a damaged keyword, perhaps a damaged "path".
@@ -45,6 +56,10 @@ _PAX_KEYWORDS = frozenset(
     {"atime", "charset", "comment", "ctime", "gid", "gname", "hdrcharset"}
     | {"linkpath", "mtime", "path", "size", "uid", "uname"}
 )
+
+
+_UNSAFE = frozenset({"", ".", ".."})  # parts of a name; an absolute one begins with an empty part
+_OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 
 
 class TarPlace(NamedTuple):
@@ -66,51 +81,12 @@ class TarPlace(NamedTuple):
     size: int
 
 
-class Member(NamedTuple):
-    """A file of a tar: header at `offset`, `size` bytes at `data`; its name is `key` + `extension`.
-
-    The key is defined as in webdataset: the name up to the first dot of its last part. The extension is in lower case and
-    includes the dot: ".jpg", ".seg.png", "" for none.
-    """
-
-    name: str
-    key: str
-    extension: str
-    offset: int
-    data: int
-    size: int
-
-
 class Header(NamedTuple):
     """The fields of a header block that are used here; the rest (owner, times, links) is covered by its checksum and ignored."""
 
     name: str
     kind: bytes
     size: int
-
-
-class Archive:
-    """An open tar, with reads of an exact length and errors that name the position."""
-
-    def __init__(self, file: File, descriptor: int) -> None:
-        self.file, self.descriptor = file, descriptor
-        self.size = os.fstat(descriptor).st_size
-        self.end = self.size  # offset of the end marker, once it was reached
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes at `offset`. pread uses no file position, so threads and processes do not disturb each other."""
-        data = os.pread(self.descriptor, size, offset)
-        if len(data) != size:
-            raise self.error(offset, f"the file is cut off: {size} bytes should be here, {len(data)} are")
-        return data
-
-    def error(self, offset: int, text: str) -> SourceError:
-        """Return an error for the byte at `offset` of this tar."""
-        return SourceError(f"{self.file}: byte {offset}: {text}")
-
-    def refusal(self, member: Member, text: str) -> SourceError:
-        """Return an error for one member of this tar."""
-        return self.error(member.offset, f"member {member.name!r} {text}")
 
 
 @contextmanager
@@ -131,6 +107,7 @@ class TarShard(SourceShard[TarPlace]):
     name: str
     file: File
     num_classes: int | None
+    layout: TarLayout = PLAIN
     kept: Kept | None = None
     place_type: ClassVar[type[TarPlace]] = TarPlace
 
@@ -147,12 +124,9 @@ class TarShard(SourceShard[TarPlace]):
     def build_index(self) -> ShardIndex[TarPlace]:
         """Return the index, from all headers and labels of the tar."""
         with opened(self.file) as archive:
-            found = list(_samples(archive, self.num_classes))
-            end = archive.end
-        if not found:
-            raise SourceError(f"{self.file}: no image in this tar (.jpg, .jpeg, .png and .webp members are read)")
+            found = list(_all_samples(archive, self.num_classes, self.layout))
         keys, labels, starts, images = zip(*found, strict=True)
-        bounds = [0, *starts[1:], end]
+        bounds = [0, *starts[1:], archive.end]
         places = [
             TarPlace(start, stop, image.data, image.size)
             for start, stop, image in zip(bounds, bounds[1:], images, strict=False)
@@ -164,8 +138,9 @@ class TarShard(SourceShard[TarPlace]):
         index = self.index
         place = index.places[position]
         with opened(self.file) as archive:
+            labels = LabelReader(archive, self.layout, self.num_classes)
             try:
-                found = list(_samples(archive, self.num_classes, place.start, place.stop))
+                found = list(_samples(archive, self.layout, labels, Counter(), place.start, place.stop))
             except (SourceError, OSError) as error:
                 if not self.index_is_kept:
                     raise
@@ -177,21 +152,28 @@ class TarShard(SourceShard[TarPlace]):
             return archive.read(place.data, place.size)
 
 
-def open_tars(files: Sequence[File]) -> tuple[tuple[str, ...] | None, tuple[TarShard, ...]]:
-    """Return the class names, from `classes.txt` in the folder of the tars if it exists, and one shard per tar."""
-    class_names = _class_names(dict.fromkeys(file.beside("classes.txt") for file in files))
-    num_classes = None if class_names is None else len(class_names)
-    return class_names, tuple(TarShard(file.stem, file, num_classes) for file in files)
+def open_tars(
+    files: Sequence[File], options: SourceOptions = NO_OPTIONS
+) -> tuple[tuple[str, ...] | None, tuple[TarShard, ...]]:
+    """Return the class names and one shard per tar.
+
+    The names are in `classes.txt` in the folder of the tars, if it exists, or in the file that `class_order` names.
+    """
+    names = _class_names(dict.fromkeys(file.beside("classes.txt") for file in files))
+    renumbered = None
+    if names is None:
+        names = names_of_order(options)
+    elif options.class_order is not None:
+        names, renumbered = reordered(names, options, where=files[0].beside("classes.txt"))
+    num_classes = None if names is None else len(names)
+    layout = layout_of(options, numbers=None if names is None else class_numbers(names), renumbered=renumbered)
+    return names, tuple(TarShard(file.stem, file, num_classes, layout) for file in files)
 
 
 def _class_names(files: Iterable[File]) -> tuple[str, ...] | None:
     """Return the class names in the files that exist."""
-    found: dict[str, tuple[str, ...]] = {}
-    for file in sorted(files, key=str):
-        with reading(file):
-            content = _read_if_there(file)
-        if content is not None:
-            found[str(file)] = _parse_class_names(content, file)
+    read = {str(file): read_class_names(file) for file in sorted(files, key=str)}
+    found = {name: names for name, names in read.items() if names is not None}
     if len(set(found.values())) > 1:
         raise SourceError(
             f"the tars of one source must share their classes; these differ: {', '.join(map(str, found))}"
@@ -199,33 +181,38 @@ def _class_names(files: Iterable[File]) -> tuple[str, ...] | None:
     return next(iter(found.values()), None)
 
 
-def _read_if_there(file: File) -> bytes | None:
-    if file.path is not None and file.path.exists() and not file.path.is_file():
-        raise SourceError(f"{file}: class names must be a plain file")
-    try:
-        return file.read(max_bytes=MAX_JSON_BYTES)
-    except RemoteFileRefused:  # without permission to list, S3 answers 403 for missing files
-        return None
-
-
-def _parse_class_names(content: bytes, file: File) -> tuple[str, ...]:
-    """Return the class names, one per line; the first line is for label 0. Names may repeat: ImageNet has two cranes."""
-    try:
-        lines = content.decode().removesuffix("\n").split("\n")
-    except UnicodeDecodeError:
-        raise SourceError(f"{file}: class names must be valid UTF-8") from None
-    names = (line.removesuffix("\r") for line in lines)
-    return tuple(check_name(name, f"{file}: line {number}: class name") for number, name in enumerate(names, start=1))
+def _all_samples(
+    archive: Archive, num_classes: int | None, layout: TarLayout
+) -> Iterator[tuple[str, int | None, int, Member]]:
+    """Yield every sample as `_samples` does; raise SourceError for a tar without images, or without the labels that it seems to have."""
+    others: Counter[str] = Counter()
+    labels, images = LabelReader(archive, layout, num_classes), 0
+    for sample in _samples(archive, layout, labels, others, 0, None):
+        images += 1
+        yield sample
+    if not images:
+        raise no_image(archive.file, others, layout)
+    if unread := sum(others[extension] for extension in OTHER_PICTURES):
+        warn_counted(
+            log,
+            "tars with pictures that are not read",
+            "%s: %s not read, because they are not JPEG, PNG or WebP: convert them",
+            archive.file,
+            "1 picture is" if unread == 1 else f"{unread:,} pictures are",
+        )
+    labels.check()
 
 
 def _samples(
-    archive: Archive, num_classes: int | None, start: int = 0, stop: int | None = None
+    archive: Archive, layout: TarLayout, labels: LabelReader, others: Counter[str], start: int, stop: int | None
 ) -> Iterator[tuple[str, int | None, int, Member]]:
     """Yield key, class label, first byte and image of every sample; consecutive members with the same key are one sample.
 
     Args:
         archive: the tar.
-        num_classes: number of classes, None if it is unknown.
+        layout: which members are read.
+        labels: reader of the class labels.
+        others: receives the extensions in what has no image.
         start: offset of a header, from which on the tar is read.
         stop: offset of a header or of the end marker, at which reading stops; None: read all, up to a valid end of the tar.
     """
@@ -233,88 +220,35 @@ def _samples(
     for key, group in groupby(_named_members(archive, start, stop), key=attrgetter("key")):
         members = list(group)
         if key in seen:
-            raise archive.refusal(members[0], f"belongs to key {key!r}, which ended earlier: keep its files together")
+            raise archive.refusal(
+                members[0],
+                f"belongs to key {key!r}, which ended earlier: keep its files together",
+                "GNU tar does so with --sort=name",
+            )
         seen.add(key)
-        image, label = _image(archive, members), _label(archive, members, num_classes)
+        files = {member.extension: member for member in members}
+        if len(files) < len(members):
+            copy = next(member for member in members if files[member.extension] is not member)
+            raise archive.refusal(copy, "stands twice in this tar")
+        image = find_image(archive, files, layout)
+        label = labels.label(files, of_image=image is not None)
         if image is not None:
             check_name(key, f"{archive.file}: byte {image.offset}: sample key")
             yield key, label, members[0].offset, image
         elif label is not None:
-            raise archive.refusal(members[0], "is a label without an image")
+            raise archive.refusal(members[0], f"is a label without an image (of {key!r} there is {', '.join(files)})")
+        else:
+            others.update(files.keys())
 
 
 def _named_members(archive: Archive, start: int, stop: int | None) -> Iterator[Member]:
     """Yield the members with a key and an extension; others (`.DS_Store`, `README`) cannot belong to a sample."""
     for member in _members(archive, start, stop):
         parts = member.name.split("/")
-        if member.name.startswith("/") or not {"", ".", ".."}.isdisjoint(parts):
+        if not _UNSAFE.isdisjoint(parts):
             raise archive.refusal(member, "has an unsafe name: it must be relative, without empty, '.' or '..' parts")
         if member.extension and not parts[-1].startswith("."):
             yield member
-
-
-def _image(archive: Archive, members: Sequence[Member]) -> Member | None:
-    extensions = [member.extension for member in members]
-    for member in members:
-        if extensions.count(member.extension) > 1:
-            raise archive.refusal(member, "stands twice in this tar")
-        last = "." + member.extension.rpartition(".")[2]
-        if last != member.extension and last in IMAGE_EXTENSIONS | {".cls"}:
-            raise archive.refusal(
-                member,
-                f"has a dot in its key: webdataset reads it as key {member.key!r} with extension "
-                f"{member.extension[1:]!r}. Rename it",
-            )
-    images = [member for member in members if member.extension in IMAGE_EXTENSIONS]
-    if len(images) > 1:
-        raise archive.refusal(images[1], f"is a second image for key {images[1].key!r}")
-    return images[0] if images else None
-
-
-def _label(archive: Archive, members: Sequence[Member], num_classes: int | None) -> int | None:
-    """Return the class label of a sample; its `.cls` and `.json` files must agree."""
-    found: dict[int, Member] = {}
-    for member in members:
-        if member.extension == ".cls":
-            found[_cls_label(archive, member)] = member
-        elif member.extension == ".json":
-            found.update(dict.fromkeys(_json_labels(archive, member), member))
-    if len(found) > 1:
-        raise archive.refusal(members[0], f"has several class labels: {', '.join(map(str, sorted(found)))}")
-    for label, member in found.items():
-        check_label(label, num_classes, f"{archive.file}: byte {member.offset}: member {member.name!r}")
-    return next(iter(found), None)
-
-
-def _cls_label(archive: Archive, member: Member) -> int:
-    text = archive.read(member.data, min(member.size, MAX_CLS_BYTES + 1)).strip()
-    if member.size > MAX_CLS_BYTES or not re.fullmatch(rb"[0-9]+", text):
-        raise archive.refusal(member, f"must hold one class number, 0 or more, got {text!r}")
-    return int(text)
-
-
-def _json_labels(archive: Archive, member: Member) -> list[int]:
-    """Return the values of "label" and "cls"; a file with neither gives no label."""
-    if member.size > MAX_JSON_BYTES:
-        raise archive.refusal(member, f"must be at most {MAX_JSON_BYTES} bytes, got {member.size}")
-    try:
-        content = json.loads(archive.read(member.data, member.size).decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise archive.refusal(member, f"is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        return []
-    labels = [content[field] for field in ("label", "cls") if content.get(field) is not None]
-    for label in labels:
-        if type(label) is not int:  # isinstance would accept True as an int
-            raise archive.refusal(member, f"must have an integer label, got {label!r}")
-    return labels
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a field stands twice")
-    return content
 
 
 def _members(archive: Archive, offset: int, stop: int | None) -> Iterator[Member]:
@@ -352,6 +286,8 @@ def _member(name: str, offset: int, data: int, size: int) -> Member:
 
 
 def _block(archive: Archive, offset: int) -> bytes:
+    if 0 == offset < archive.size < BLOCK:
+        raise _not_a_header(archive, 0, archive.read(0, archive.size))
     if offset >= archive.size:
         raise archive.error(
             offset, "the file is cut off: it has no end-of-archive marker (two zero blocks). Copy it again"
@@ -373,7 +309,7 @@ def _number(field: bytes) -> int | None:
     """Return a number from a header: octal digits, or (GNU, from 8 GiB on) 0x80 and a big-endian integer."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    match = re.fullmatch(rb" *([0-7]*)[ \0]*", field)
+    match = _OCTAL.fullmatch(field)
     return int(match[1] or b"0", 8) if match else None
 
 
@@ -384,9 +320,12 @@ def _text(field: bytes) -> str:
 def _not_a_header(archive: Archive, offset: int, block: bytes) -> SourceError:
     if offset:
         return archive.error(offset, "damaged tar header. Copy the file again")
+    if block.startswith(LFS_POINTER):
+        return archive.error(offset, "a pointer of Git LFS and not the tar itself", "Run git lfs pull")
     packed = next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), None)
     advice = f"compressed with {packed}: decompress it first" if packed else "it does not begin with a tar header"
-    return archive.error(offset, f"not a plain USTAR, GNU or PAX tar ({advice})")
+    fix = f"{_UNPACKED_BY[packed]} < {archive.file} > unpacked.tar" if packed else None
+    return archive.error(offset, f"not a plain USTAR, GNU or PAX tar ({advice})", fix)
 
 
 def _end_of(archive: Archive, offset: int, size: int) -> int:

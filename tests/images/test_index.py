@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,17 @@ def test_an_error_in_another_process_is_the_same_error(tmp_path, cache, monkeypa
         _ = open_source(tmp_path / "data", cache=cache).num_samples
     assert str(together.value) == str(alone.value)
     assert list((cache.folder / "index").iterdir()) == []
+
+
+def test_a_warning_in_another_process_is_said_by_this_one(tmp_path, cache, monkeypatch, caplog):
+    for number in range(3):
+        write_tar(tmp_path / f"data/t{number}.tar", NAMES)
+        with tarfile.open(tmp_path / f"data/t{number}.tar", "a") as tar:
+            tar.addfile(tarfile.TarInfo("z.gif"))
+    monkeypatch.setattr(index, "SHARDS_FOR_WORKERS", 2)
+    monkeypatch.setattr(index, "usable_cores", lambda: 2)
+    assert open_source(tmp_path / "data", cache=cache).num_samples == 12
+    assert sum("1 picture is not read" in message for message in caplog.messages) == 3
 
 
 def test_a_process_that_dies_is_an_error(tmp_path, cache, monkeypatch):
