@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import DeitCliError, StoppedError, TrainingError, UsageError
 from pipeline.images.source import Source, open_source
+from pipeline.machine.loaders import prepare_loaders
 from pipeline.machine.ranks import forward_dtype, rank_from
 from pipeline.storage.atomic import replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json
@@ -89,6 +90,8 @@ def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: StepPr
         lost_ranks_named(world),
     ):
         check_output(config)
+        if world.workers:
+            prepare_loaders(BatchRenderer.__module__)  # while this process opens the data and builds the student
         share = Share(world.rank, world.size, config.grad_accum_steps)
         running = Running(
             world=world, dtype=forward_dtype(config.amp_dtype, world.device), batch_size=config.batch_size

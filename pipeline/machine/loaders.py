@@ -279,11 +279,9 @@ def _start_loader(work: Dataset[Any], items: Iterable[Any], *, workers: int, mod
     """
     options: dict[str, Any] = {}
     if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, *([module] if module != "__main__" else [])])
-        _start_server()
+        prepare_loaders(module)
         options = {
-            "multiprocessing_context": context,
+            "multiprocessing_context": multiprocessing.get_context("forkserver"),
             "worker_init_fn": _start_worker,
             "prefetch_factor": PREFETCH,
             "timeout": LOOK_S,
@@ -360,6 +358,16 @@ def _lost(error: RuntimeError, whereabouts: _Whereabouts) -> WorkerError:
         + (f", at {', '.join(notes[:8])}" if notes else "")
         + ". Killed for memory? Use fewer --workers, or enlarge /dev/shm; the same command continues (train: with --resume)"
     )
+
+
+def prepare_loaders(module: str) -> None:
+    """Start the server that forks loaders. Its imports take seconds: called early, they go on while this process does other work.
+
+    Args:
+        module: name of the module that defines the work of the loaders.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *({module} - {"__main__"})])
+    _start_server()
 
 
 def _start_server() -> None:
