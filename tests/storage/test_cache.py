@@ -23,7 +23,7 @@ from pipeline.storage import prefetch, remote, stores
 from pipeline.storage.cache import Cache, open_cache
 from pipeline.storage.place import LocalFile, RemoteFile
 from pipeline.storage.prefetch import Prefetch
-from pipeline.storage.remote import Promise
+from pipeline.storage.remote import NO_PROMISE, Promise
 from pipeline.text import parse_bytes
 
 SIZE = 100_000
@@ -481,6 +481,62 @@ def test_no_more_than_half_of_the_cache_is_fetched_ahead(server, tmp_path, monke
         wait_until(lambda: "4.tar" in held(cache), "the fifth file")
         time.sleep(0.5)
         assert len(server.requests) == 5
+
+
+def test_files_are_fetched_ahead_by_their_bytes_not_by_their_number(server, tmp_path):
+    """Many tiny files and a few large ones keep the connections equally busy."""
+    names = [f"tiny-{number}" for number in range(300)]
+    for name in names:
+        (server.folder / name).write_bytes(b"tiny")
+    cache = Cache(tmp_path / "cache", 10**9)
+    with Prefetch(RemoteFile(f"{server.url}/{name}", cache, Promise(4)) for name in names) as ahead:
+        ahead.wait()
+    assert set(server.requests) == set(names)
+    assert len(ahead._ahead) == 300
+
+
+@pytest.mark.parametrize(
+    ("small", "promise", "at_once"),
+    [
+        (100 * SIZE, Promise(SIZE), 8),  # all small: as many as there are
+        (5 * SIZE, Promise(SIZE), 5),
+        (SIZE, Promise(SIZE), 4),  # large
+        (100 * SIZE, NO_PROMISE, 4),  # nobody knows
+    ],
+)
+def test_small_files_come_more_at_once_than_large_ones(server, cache, monkeypatch, small, promise, at_once):
+    monkeypatch.setattr(prefetch, "SMALL_BYTES", small)
+    monkeypatch.setattr("support.web_server.LATE_S", 1.0)
+    server.always.update(dict.fromkeys(BODIES, "late"))
+    large = Cache(cache.folder, 10**9)
+    with Prefetch(RemoteFile(f"{server.url}/{number}.tar", large, promise) for number in range(8)):
+        wait_until(lambda: len(server.requests) >= at_once, "so many requests")
+        time.sleep(0.3)
+        assert len(server.requests) == at_once
+
+
+def test_the_size_of_files_without_a_promise_is_learned(server, cache):
+    with Prefetch(files_of(server, cache, 0, 1)) as ahead:
+        assert ahead._expected(files_of(server, cache, 2)[0]) == prefetch.TYPICAL_BYTES
+        ahead.wait()
+    assert ahead._expected(files_of(server, cache, 2)[0]) == SIZE
+    assert ahead._expected(RemoteFile("http://x", cache, Promise(7))) == 7
+
+
+def test_a_slow_file_does_not_stop_the_others(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("support.web_server.LATE_S", 5.0)
+    monkeypatch.setattr(stores, "STALL_TIMEOUT_S", 20.0)
+    cache = Cache(tmp_path / "cache", 100 * SIZE)
+    server.always["0.tar"] = "late"
+    began = time.monotonic()
+    with Prefetch(files_of(server, cache, *range(8))):
+        wait_until(lambda: len(held(cache)) == 7, "the others")
+        for name in sorted(BODIES)[1:]:
+            assert cache.fetch(f"{server.url}/{name}").read_bytes() == BODIES[name]
+        assert time.monotonic() - began < 4
+        assert cache.fetch(f"{server.url}/0.tar").read_bytes() == BODIES["0.tar"]  # whoever needs it waits for it
+    assert 5 <= time.monotonic() - began < 9
+    assert set(server.requests.values()) == {1}
 
 
 def test_what_is_in_use_is_not_given_up_for_later_files(server, tmp_path, monkeypatch):
