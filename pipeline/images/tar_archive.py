@@ -32,12 +32,31 @@ def write_tar(file: Writable, members: Iterable[tuple[str, bytes]], *, comment: 
     if comment is not None:
         file.write(tarfile.TarInfo.create_pax_global_header({"comment": comment}))
     for name, content in members:
-        info = tarfile.TarInfo(name)  # mode 644, owner 0, mtime 0
-        info.size = len(content)
-        file.write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+        file.write(_header(name, len(content)))
         file.write(content)
         file.write(bytes(-len(content) % BLOCK))
     file.write(bytes(2 * BLOCK))
+
+
+def _header(name: str, size: int) -> bytes:
+    """Return the header of a member: mode 644, owner 0, mtime 0."""
+    if not name.isascii() or len(name) > tarfile.LENGTH_NAME or size >= _MAX_OCTAL:
+        return _library_header(name, size)
+    # Most names need no PAX header. For these, the header is put together here, a quarter of the time that the library takes.
+    fields = name.encode().ljust(tarfile.LENGTH_NAME, b"\0"), b"%011o\0" % size
+    checksum = _REST_SUM + sum(map(sum, fields))
+    return b"".join((fields[0], _EMPTY[100:124], fields[1], _EMPTY[136:148], b"%06o\0 " % checksum, _EMPTY[156:]))
+
+
+def _library_header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+
+
+_MAX_OCTAL = 8**11  # sizes from 8 GiB on do not fit into the field
+_EMPTY = _library_header("", 0)
+_REST_SUM = sum(_EMPTY[100:124]) + sum(_EMPTY[136:148]) + 8 * ord(" ") + sum(_EMPTY[156:])
 
 
 def read_comment(file: BinaryIO) -> str | None:

@@ -43,7 +43,7 @@ INJECTED = {
     "labels import": ("pipeline.exchange.imports.import_labels", ["fkd", "path", "out"]),
     "labels card": ("pipeline.overview.card.write_card", [LABELS]),
     "labels export": ("pipeline.exchange.export.plan_export", [LABELS, "out"]),
-    "pack": ("pipeline.exchange.pack.pack", [DATA, "out"]),
+    "pack": ("pipeline.exchange.pack.open_source", [DATA, "out"]),
     "index": ("pipeline.images.index.write_sidecar", [DATA]),
     "doctor": ("pipeline.doctor.findings.report_table", []),
     "compare": ("trainer.studies.compare.read_study", ["study.yaml"]),

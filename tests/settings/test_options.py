@@ -99,6 +99,7 @@ BEGIN = {
     "labels import": "",
     "labels card": "{mine}",
     "labels export": "{labels} out -j 0",
+    "pack": "{data} out -j 0",
     "doctor": "",
     "index": "{copy}",
     "compare": "{study} --out out",
@@ -405,6 +406,16 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--pixels originals", seen=lambda got: "the recipe crops, changes or mixes images" in got.said),
     ],
     "index": [Trial("--json --log-json log.jsonl", seen=is_json)],
+    "pack": [
+        Trial(
+            "--samples-per-shard 8 --prefix val --seed 1 --prefix-keys --replace-dots --workers 1",
+            seen=exists("out/val-000002.tar"),
+        ),
+        Trial("--shorter-side 20 --quality 80 --on-bad-image skip", seen=exists("out/SHA256SUMS")),
+        Trial("--quality 80", "--quality is that of the images that --shorter-side shrinks"),
+        Trial("--on-bad-image keep --log-json log.json", seen=exists("out/SHA256SUMS", "log.json")),
+        Trial("--dry-run --json", seen=is_json),
+    ],
     "doctor": [
         Trial("--out here --labels {labels} --data {copy} --json", seen=is_json),
     ],

@@ -117,6 +117,11 @@ deit-cli labels card shards --license cc-by-4.0
 deit-cli labels card shards --license-name none
 deit-cli labels export shards exported --views 0:1 -j 0
 deit-cli labels export hard originals --pixels originals -j 0
+deit-cli pack tars packed-tars -j 0 --samples-per-shard 9 --dry-run
+deit-cli pack tars packed-tars -j 0 --samples-per-shard 9
+deit-cli pack tars packed-tars -j 0 --samples-per-shard 9
+deit-cli pack tars packed-tars -j 0 --samples-per-shard 8
+deit-cli pack broken packed-broken -j 0
 deit-cli labels sign shards --private-key key.pem
 deit-cli labels verify shards --public-key key.pub
 deit-cli labels import fkd nothing fkd-labels
