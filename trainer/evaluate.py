@@ -158,7 +158,7 @@ def labelled_places(source: Source, student: Student, *, why: str = "evaluate on
     ]
     if not labelled:
         raise UsageError(f"{source.location} has no class labels to {why}")
-    highest = max(label for shard in source.shards for label in shard.class_labels if label is not None)
+    highest = source.max_label or 0
     if highest >= student.num_classes or source.num_classes not in (None, student.num_classes):
         raise UsageError(
             f"the student has {student.num_classes} classes, {source.location} has {source.num_classes or f'labels up to {highest}'}"

@@ -105,10 +105,10 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     cache = cache_of(config)
     if not config.labels:
         source = open_source(config.data or "", cache=cache)
-        labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
-        if not labels:
+        if source.max_label is None:
             raise UsageError(f"{source.location} has no class labels to train on")
-        return Data(source, None, recipe or PRESETS["deit"], source.num_classes or max(labels) + 1, source.class_names)
+        num_classes = source.num_classes or source.max_label + 1
+        return Data(source, None, recipe or PRESETS["deit"], num_classes, source.class_names)
     label_set = open_labels(
         config.labels,
         pins=config.expect_manifest,

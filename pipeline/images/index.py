@@ -107,6 +107,7 @@ class KeptIndex:
         Raises:
             SourceError: a file cannot be read as a source.
         """
+        shards = [shard for shard in shards if shard.kept == self]  # not those that show a part of others, or other labels
         if not self._missing(shards):
             return
         with self._alone():  # of several ranks that start together, one works and the others wait

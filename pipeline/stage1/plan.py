@@ -91,8 +91,7 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
         UsageError: K or the views are out of range, or the folder cannot be used.
     """
     source, record = _held_part(config.folder, source)
-    labels = (label for shard in source.shards for label in shard.class_labels if label is not None)
-    check_classes(teacher.identity, source.class_names, max(labels, default=None))
+    check_classes(teacher.identity, source.class_names, source.max_label)
     topk = choose_topk(config.topk, teacher.identity.num_classes)
     asked = Plan.make(recipe=recipe, teacher=teacher.identity, source=record, topk=topk, precision=config.precision)
     plan = _plan_in(config, asked)

@@ -188,7 +188,7 @@ def measure_accuracy(teacher: Teacher, source: Source, limit: int) -> tuple[floa
 
 def _spread(source: Source, limit: int) -> Iterator[tuple[SourceShard[Any], int]]:
     """Yield source shard and row of at most `limit` labelled samples, spread evenly, in the order of the source."""
-    counts = [sum(label is not None for label in shard.class_labels) for shard in source.shards]
+    counts = [summary.num_labelled for summary in source.summaries]
     total, before = sum(counts), 0
     places = deque(i * total // limit for i in range(limit)) if total > limit else deque(range(total))
     for shard, count in zip(source.shards, counts, strict=True):

@@ -221,10 +221,10 @@ def _check_same(first: Classes, other: Classes) -> None:
 
 def _labels_fit(source: Source, student: Student) -> bool:
     """Return whether class labels of a source can be the student's classes; warn if not."""
-    labels = [label for shard in source.shards for label in shard.class_labels if label is not None]
-    fits = source.num_classes in (None, student.num_classes) and max(labels, default=0) < student.num_classes
-    if labels and not fits:
-        found = source.num_classes or f"labels up to {max(labels)}"
+    highest = source.max_label
+    fits = source.num_classes in (None, student.num_classes) and (highest or 0) < student.num_classes
+    if highest is not None and not fits:
+        found = source.num_classes or f"labels up to {highest}"
         log.warning(
             "%s has %s classes, the networks have %d: its class labels are not compared with their answers",
             source.location, found, student.num_classes,
