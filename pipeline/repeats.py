@@ -6,9 +6,10 @@ processes forward their messages to the process that started them, which filters
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from logging.handlers import QueueHandler
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 _KIND = "repeats"  # attribute of a log record that holds its kind
 
@@ -48,6 +49,39 @@ class FirstOfEachKind(logging.Filter):
         for kind, count in counts.items():
             if count > 1:
                 log.warning("%s: %s in all", kind, f"{count:,}")
+
+
+class Told(NamedTuple):
+    """A message that was logged, to be said again where its cause is found in a cache: logger, level, text, kind of repeats."""
+
+    logger: str
+    level: int
+    text: str
+    kind: str | None
+
+
+@contextmanager
+def heard() -> Iterator[list[Told]]:
+    """Give a list that receives what is logged inside the block."""
+    told: list[Told] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(Told(record.name, record.levelno, record.getMessage(), getattr(record, _KIND, None)))
+
+    listener = Listener()
+    log.addHandler(listener)
+    try:
+        yield told
+    finally:
+        log.removeHandler(listener)
+
+
+def say_again(told: Iterable[Sequence[Any]]) -> None:
+    """Log messages that were heard before."""
+    for message in map(Told._make, told):
+        extra = None if message.kind is None else {_KIND: message.kind}
+        logging.getLogger(message.logger).log(message.level, "%s", message.text, extra=extra)
 
 
 def forward_messages(send: Callable[[logging.LogRecord], object]) -> None:

@@ -1,19 +1,26 @@
 """Lists the images of a folder: which folders are classes, which files are images, and what is passed over."""
 
+import json
 import logging
 import os
 import re
 import shlex
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.errors import SourceError
+import xxhash
+
+from pipeline.errors import SourceError, StorageError
 from pipeline.images.class_names import names_of_order, ordered_class_names
-from pipeline.images.samples import IMAGE_EXTENSIONS, OTHER_PICTURES, SourceOptions, reading
-from pipeline.repeats import warn_counted
+from pipeline.images.samples import IMAGE_EXTENSIONS, OTHER_PICTURES, ShardSummary, SourceOptions, reading
+from pipeline.repeats import Told, say_again, warn_counted
+from pipeline.storage.atomic import make_folder, replace_file
+from pipeline.storage.json import canonical_json
 from pipeline.text import check_name, count, first_few, listed
 
 log = logging.getLogger("deit_cli.folders")
@@ -28,6 +35,8 @@ SPLITS = {
 }  # fmt: skip
 IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "jpg", "data"})  # which name no class
 ARCHIVES = (".tar", ".parquet")
+_VERSION = 1  # of kept listings, and of how a folder is listed: a change of either makes them useless
+_SETTLED_NS = 3_000_000_000  # some file systems count dates in steps of two seconds
 UNPACK = {
     ".tar.gz": ("tar -xzf {file} -C {folder}", "gunzip"),
     ".tgz": ("tar -xzf {file} -C {folder}", "gunzip"),
@@ -54,13 +63,42 @@ class Listing(NamedTuple):
     class_depth: int
 
 
-def list_folder(root: Path, options: SourceOptions) -> Listing:
+class KeptListing(NamedTuple):
+    """The images of a folder in the form in which a large folder is kept.
+
+    Attributes:
+        class_names: as in `Listing`.
+        class_depth: as in `Listing`.
+        packed_paths: for each source shard, its paths in order, one per line, deflated.
+        summaries: for each source shard, what it holds in all.
+    """
+
+    class_names: tuple[str, ...] | None
+    class_depth: int
+    packed_paths: tuple[bytes, ...]
+    summaries: tuple[ShardSummary | None, ...]
+
+
+class FolderStates(dict[str, int]):
+    """The date (ns) of each folder that was listed, by its path below the root: it changes if a file comes or goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began_ns = time.time_ns()
+
+
+def list_folder(root: Path, options: SourceOptions, states: FolderStates | None = None) -> Listing:
     """Return the images below a folder, and their classes.
+
+    Args:
+        root: the folder.
+        options: how it is read.
+        states: receives the date of each folder, from before it was listed.
 
     Raises:
         SourceError: it has no image, or its layout can be read in several ways.
     """
-    walk = _Walk(root)
+    walk = _Walk(root, states=FolderStates() if states is None else states)
     top = walk.scan("")
     if options.labels_file is not None:
         listing = Listing(None, walk.below("", frozenset()), 0)
@@ -93,11 +131,14 @@ class _Walk:
     root: Path
     not_ours: Counter[str] = field(default_factory=Counter)
     pictures: Counter[str] = field(default_factory=Counter)  # by extension, of those that are not read
+    states: FolderStates = field(default_factory=FolderStates)
 
     def scan(self, folder: str) -> _Scan:
         """Return the folders and images directly in a folder ("" is the root); hidden ones and other files are ignored."""
         scan = _Scan([], [])
         keys: dict[str, str] = {}
+        with reading(self.root / folder):
+            self.states[folder] = os.stat(self.root / folder).st_mtime_ns
         with reading(self.root / folder), os.scandir(self.root / folder) as entries:
             for entry in entries:
                 path = f"{folder}/{entry.name}" if folder else entry.name
@@ -309,3 +350,56 @@ def _brace_expression(names: Sequence[str]) -> str:
             middle = f"{{{numbers[0]}..{numbers[-1]}}}"
             return "".join([*parts[0][:place], middle, *parts[0][place + 1 :]])
     return names[0]
+
+
+# The listing of a large folder, kept
+
+
+def load_listing(path: Path, identity: str, root: Path) -> KeptListing | None:
+    """Return a kept listing, with the messages of when it was made; None if there is none, or a folder has changed since.
+
+    It is believed as a whole or not at all: the file ends with the hash of what is before.
+    """
+    try:
+        data = path.read_bytes()
+        body, digest = data[:-16], data[-16:]
+        if xxhash.xxh3_128_digest(body) != digest:
+            return None
+        size = int.from_bytes(body[:8], "little")
+        about = json.loads(body[8 : 8 + size])  # ours, as its hash says
+        if about["version"] != _VERSION or about["identity"] != identity:
+            return None
+        if any(os.stat(root / folder).st_mtime_ns != state for folder, state in about["folders"].items()):
+            return None
+        os.utime(path)  # the date of its last use
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.debug("%s cannot be used: %s", path, error)
+        return None
+    say_again(about["told"])
+    ends = [0, *accumulate(about["packed_bytes"])]
+    packed = tuple(body[8 + size + a : 8 + size + b] for a, b in pairwise(ends))
+    names = None if about["class_names"] is None else tuple(about["class_names"])
+    return KeptListing(names, about["class_depth"], packed, tuple(ShardSummary(**each) for each in about["summaries"]))
+
+
+def keep_listing(path: Path, identity: str, listing: KeptListing, states: FolderStates, told: Sequence[Told]) -> None:
+    """Write a listing, unless a folder had just changed when it was listed: it could have changed again with the same date."""
+    if max(states.values()) > states.began_ns - _SETTLED_NS:
+        return
+    about = {
+        "version": _VERSION,
+        "identity": identity,
+        "class_names": listing.class_names,
+        "class_depth": listing.class_depth,
+        "packed_bytes": [len(packed) for packed in listing.packed_paths],
+        "summaries": [asdict(summary) for summary in listing.summaries if summary],
+        "folders": states,
+        "told": told,
+    }
+    head = canonical_json(about)
+    body = b"".join([len(head).to_bytes(8, "little"), head, *listing.packed_paths])
+    try:
+        make_folder(path.parent)
+        replace_file(path, body + xxhash.xxh3_128_digest(body))
+    except StorageError as error:  # each command then lists the folder again
+        log.debug("%s cannot be written: %s", path, error)

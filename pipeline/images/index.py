@@ -107,7 +107,9 @@ class KeptIndex:
         Raises:
             SourceError: a file cannot be read as a source.
         """
-        shards = [shard for shard in shards if shard.kept == self]  # not those that show a part of others, or other labels
+        shards = [
+            shard for shard in shards if shard.kept == self
+        ]  # not those that show a part of others, or other labels
         if not self._missing(shards):
             return
         with self._alone():  # of several ranks that start together, one works and the others wait
@@ -278,7 +280,7 @@ def _sweep(folder: Path) -> None:
     sweep_temporaries(folder)
     with refusals_named(folder):
         for entry in os.scandir(folder):
-            if entry.name.endswith((".arrow", ".lock")) and time.time() - entry.stat().st_mtime > UNUSED_S:
+            if entry.name.endswith((".arrow", ".listing", ".lock")) and time.time() - entry.stat().st_mtime > UNUSED_S:
                 os.unlink(entry.path)
 
 

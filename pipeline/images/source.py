@@ -20,8 +20,20 @@ from typing import Any, Literal, cast
 from braceexpand import braceexpand  # webdataset uses it too, but importing it from there would import torch (7 s)
 
 from pipeline.errors import SourceError
-from pipeline.images.folders import ARCHIVES, list_folder, packed_suffix, refuse_several_splits, unpack_first
-from pipeline.images.index import SIDECAR_NAME, KeptIndex
+from pipeline.images.class_names import names_of_order
+from pipeline.images.folders import (
+    ARCHIVES,
+    FolderStates,
+    KeptListing,
+    Listing,
+    keep_listing,
+    list_folder,
+    load_listing,
+    packed_suffix,
+    refuse_several_splits,
+    unpack_first,
+)
+from pipeline.images.index import LEAST_KEPT, SIDECAR_NAME, KeptIndex
 from pipeline.images.parquet import open_parquets
 from pipeline.images.samples import (
     IMAGE_EXTENSIONS,
@@ -35,7 +47,7 @@ from pipeline.images.samples import (
     reading,
 )
 from pipeline.images.tars import open_tars
-from pipeline.repeats import warn_counted
+from pipeline.repeats import heard, warn_counted
 from pipeline.storage.cache import Cache, open_cache
 from pipeline.storage.json import sha256_json
 from pipeline.storage.place import File, RemoteFile, open_file, open_place
@@ -172,7 +184,7 @@ def open_source(
         if path is None:
             return _open_urls(text, options, cache)
         if path.is_dir():
-            source = _open_directory(text, path, options)
+            source = _open_directory(text, path, options, cache or open_cache())
         else:
             source = _open_files(
                 text, [open_file(name) for name in ([text] if path.is_file() else _existing(text))], options
@@ -257,7 +269,7 @@ def _open_files(location: str, files: Sequence[File], options: SourceOptions) ->
     raise SourceError(f"{location}: cannot tell what these {sorted(suffixes)} files are. A source is {ACCEPTED}")
 
 
-def _open_directory(location: str, folder: Path, options: SourceOptions) -> Source:
+def _open_directory(location: str, folder: Path, options: SourceOptions, cache: Cache) -> Source:
     """Return the source in a folder of images, of tars or of Parquet files; a folder may not mix them."""
     with reading(folder):
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -274,7 +286,7 @@ def _open_directory(location: str, folder: Path, options: SourceOptions) -> Sour
     if packed:
         what = "packed files that are not read"
         warn_counted(log, what, "%s: packed files are not read: %s", folder, first_few(packed, 3))
-    return _checked(Source(location, "folder", *_open_folder(folder, options)))
+    return _checked(Source(location, "folder", *_open_folder(folder, options, cache)))
 
 
 def _checked(source: Source) -> Source:
@@ -300,6 +312,7 @@ class FolderShard(SourceShard[str]):
     class_names: tuple[str, ...] | None
     packed_paths: bytes  # paths relative to the root, one per line, deflated: 10 MB in all for ImageNet
     class_depth: int = 1  # parts of a path that are the name of its class
+    known: ShardSummary | None = None  # from a kept listing
 
     def build_index(self) -> ShardIndex[str]:
         """Return the index from the unpacked paths; a class label is the position of the folder's name."""
@@ -307,6 +320,11 @@ class FolderShard(SourceShard[str]):
         labels = {name: label for label, name in enumerate(self.class_names or ())}
         classes = ("/".join(path.split("/")[: self.class_depth]) for path in paths)
         return ShardIndex(tuple(map(_key, paths)), tuple(map(labels.get, classes)), paths)
+
+    @cached_property
+    def summary(self) -> ShardSummary:
+        """Summary of the index."""
+        return self.known or ShardSummary.of(self.index)
 
     def read_image(self, position: int) -> bytes:
         """Return the content of one file."""
@@ -318,19 +336,43 @@ class FolderShard(SourceShard[str]):
             return path.read_bytes()
 
 
-def _open_folder(root: Path, options: SourceOptions) -> tuple[tuple[str, ...] | None, tuple[FolderShard, ...]]:
-    """Return the class names of an image folder (None: no class folders) and its shards.
+def _open_folder(
+    root: Path, options: SourceOptions, cache: Cache
+) -> tuple[tuple[str, ...] | None, tuple[FolderShard, ...]]:
+    """Return the class names of an image folder (None: no class folders) and its shards; the listing of a large folder is kept."""
+    decides = {"options": asdict(options), "names": names_of_order(options), "samples_per_shard": SAMPLES_PER_SHARD}
+    identity = sha256_json(decides)
+    path = cache.folder / "index" / f"{sha256_json([os.path.abspath(root), identity])[:32]}.listing"
+    listing = load_listing(path, identity, root)
+    if listing is None:
+        states = FolderStates()
+        with heard() as told:
+            listing = _packed(list_folder(root, options, states))
+        if len(listing.packed_paths) * SAMPLES_PER_SHARD >= LEAST_KEPT:
+            shards = _folder_shards(root, listing)
+            listing = listing._replace(summaries=tuple(shard.summary for shard in shards))
+            keep_listing(path, identity, listing, states, told)
+    return listing.class_names, _folder_shards(root, listing)
+
+
+def _packed(listing: Listing) -> KeptListing:
+    """Return a listing with its images in the order of the source, cut into source shards.
 
     Images are ordered by a hash of their keys. In the order of their names, a thousand neighbours would have the same class,
     and neighbours become partners in mixup and CutMix.
     """
-    class_names, paths, depth = list_folder(root, options)
+    paths = listing.paths
     paths.sort(key=lambda path: (hashlib.blake2b(_key(path).encode(), digest_size=16).digest(), path))
-    shards = []
-    for number, start in enumerate(range(0, len(paths), SAMPLES_PER_SHARD)):
-        packed = zlib.compress("\n".join(paths[start : start + SAMPLES_PER_SHARD]).encode())
-        shards.append(FolderShard(f"images-{number:06}", root, class_names, packed, depth))
-    return class_names, tuple(shards)
+    parts = (paths[start : start + SAMPLES_PER_SHARD] for start in range(0, len(paths), SAMPLES_PER_SHARD))
+    packed = tuple(zlib.compress("\n".join(part).encode()) for part in parts)
+    return KeptListing(listing.class_names, listing.class_depth, packed, (None,) * len(packed))
+
+
+def _folder_shards(root: Path, listing: KeptListing) -> tuple[FolderShard, ...]:
+    return tuple(
+        FolderShard(f"images-{number:06}", root, listing.class_names, packed, listing.class_depth, known)
+        for number, (packed, known) in enumerate(zip(listing.packed_paths, listing.summaries, strict=True))
+    )
 
 
 def _key(path: str) -> str:

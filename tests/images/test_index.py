@@ -16,9 +16,10 @@ import webdataset as wds
 
 from pipeline.errors import SourceError
 from pipeline.images import index
+from pipeline.images import source as source_module
 from pipeline.images.index import SIDECAR_NAME, KeptIndex, write_sidecar
 from pipeline.images.parquet import ParquetShard
-from pipeline.images.samples import SourceShard
+from pipeline.images.samples import SourceOptions, SourceShard
 from pipeline.images.source import Source, open_source
 from pipeline.images.tars import TarShard
 from pipeline.storage.cache import Cache
@@ -473,3 +474,88 @@ def test_a_long_indexing_says_so(tmp_path, cache, monkeypatch, caplog):
 
 def test_a_kept_index_is_compared_by_its_fields(tmp_path):
     assert KeptIndex(tmp_path, "a") == KeptIndex(tmp_path, "a")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An image folder of two classes and an empty one, that was not changed for a while."""
+    monkeypatch.setattr(source_module, "LEAST_KEPT", 1)
+    monkeypatch.setattr(source_module, "SAMPLES_PER_SHARD", 3)
+    for name in ("cat/1.jpg", "cat/2.png", "dog/1.jpg", "dog/3.JPEG", "dog/4.webp"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(name.encode())
+    (tmp_path / "data/eel").mkdir()
+    settle(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def settle(folder: Path) -> None:
+    for path in (folder, *folder.iterdir()):
+        date = path.stat().st_mtime_ns - 10**10
+        os.utime(path, ns=(date, date))
+
+
+def no_listing(monkeypatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the folder was listed again")
+
+    monkeypatch.setattr(source_module, "list_folder", refuse)
+
+
+def test_a_folder_that_is_opened_again_is_not_listed_again(folder, cache, monkeypatch, caplog):
+    truth = open_source(folder, cache=cache)
+    expected, identity, said = contents(truth), truth.identity(), caplog.messages.copy()
+    assert len(truth.shards) == 2
+    assert any("1 class folder without an image: eel" in message for message in said)
+    caplog.clear()
+    no_listing(monkeypatch)
+    again = open_source(folder, cache=cache)
+    assert again.identity() == identity
+    assert again.num_labelled == 5
+    assert contents(again) == expected
+    assert caplog.messages == said  # what was passed over is said each time
+
+
+CHANGES = [
+    ("a file more", lambda folder: (folder / "cat/9.jpg").touch()),
+    ("a file less", lambda folder: (folder / "cat/1.jpg").unlink()),
+    ("a file renamed", lambda folder: (folder / "cat/1.jpg").rename(folder / "cat/5.jpg")),
+    ("a folder more", lambda folder: (folder / "ant").mkdir()),
+    ("a file in the empty class", lambda folder: (folder / "eel/1.jpg").touch()),
+    ("a class renamed", lambda folder: (folder / "cat").rename(folder / "zebra")),
+]
+
+
+@pytest.mark.parametrize(("what", "change"), CHANGES, ids=[name for name, _ in CHANGES])
+def test_a_folder_that_has_changed_is_listed_again(what, change, folder, cache, tmp_path):
+    assert open_source(folder, cache=cache).num_samples == 5
+    change(folder)
+    truth = open_source(folder, cache=Cache(tmp_path / "other", 1))
+    assert open_source(folder, cache=cache).identity() == truth.identity()
+    assert contents(open_source(folder, cache=cache)) == contents(truth)
+
+
+def test_a_folder_that_changes_while_it_is_listed_is_not_kept(folder, cache):
+    (folder / "cat/9.jpg").touch()
+    assert open_source(folder, cache=cache).num_samples == 6
+    assert not (cache.folder / "index").exists()
+
+
+def test_other_options_are_another_listing(folder, cache, monkeypatch):
+    assert open_source(folder, cache=cache).class_names == ("cat", "dog")
+    names = folder.parent / "names.txt"
+    names.write_text("dog\neel\ncat\n")
+    options = SourceOptions(class_order=str(names))
+    assert open_source(folder, cache=cache, options=options).class_names == ("dog", "eel", "cat")
+    names.write_text("eel\ndog\ncat\n")
+    assert open_source(folder, cache=cache, options=options).class_names == ("eel", "dog", "cat")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_listing_that_is_torn_or_damaged_is_ignored(seed, folder, cache):
+    truth = open_source(folder, cache=cache)
+    (path,) = (cache.folder / "index").iterdir()
+    damaged(path, seed)
+    found = open_source(folder, cache=cache)
+    assert found.identity() == truth.identity()
+    assert contents(found) == contents(truth)
