@@ -24,7 +24,7 @@ ROOMS = {
     "views": GROUND | {"storage", "images"},
     "labels": GROUND | {"storage", "images", "views"},
     "overview": GROUND | {"storage", "images", "views", "labels"},
-    "settings": GROUND | {"storage", "views", "labels"},
+    "settings": GROUND | {"storage", "images", "views", "labels"},
     "sharing": GROUND | {"storage", "machine", "labels", "overview"},
     "doctor": GROUND | {"storage", "images", "labels"},
     "teacher": GROUND | {"weights", "machine", "views", "labels", "settings"},
@@ -45,7 +45,7 @@ KEEPERS = {
     "click": {"cli", "pipeline.settings", "trainer.console"},
     "rich": {"trainer.console"},
     "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export"},
-    "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet", "pipeline.images.index", "pipeline.images.columns", "pipeline.images.samples", "trainer.evidence.scores", "trainer.studies.images"},
+    "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet", "pipeline.images.index", "pipeline.images.columns", "pipeline.images.labels_file", "pipeline.images.samples", "trainer.evidence.scores", "trainer.studies.images"},
     "pydantic": {"pipeline.exchange.import_record", "pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.comparing"},
     "yaml": {"pipeline.storage.yaml"},
     "fsspec": {"pipeline.storage.remote", "pipeline.storage.stores"},
@@ -59,7 +59,7 @@ KEEPERS = {
     "ray": {"pipeline.stage1.ray", "trainer.studies.running"},
     "model_signing": {"pipeline.sharing.signing"},
     "webdataset": {"pipeline.exchange.export", "trainer.evidence.demo"},
-    "scipy": {"trainer.studies.results"},
+    "scipy": {"trainer.studies.results", "pipeline.images.labels_file"},
     "sklearn": {"trainer.evidence.demo"},
 }  # fmt: skip
 NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixels and networks are elsewhere

@@ -34,6 +34,7 @@ from pipeline.images.folders import (
     unpack_first,
 )
 from pipeline.images.index import LEAST_KEPT, SIDECAR_NAME, KeptIndex
+from pipeline.images.labels_file import label_shards
 from pipeline.images.parquet import open_parquets
 from pipeline.images.samples import (
     IMAGE_EXTENSIONS,
@@ -55,7 +56,7 @@ from pipeline.storage.remote import list_url
 from pipeline.storage.urls import local_path
 from pipeline.text import first_few
 
-__all__ = ["Sample", "Source", "SourceOptions", "SourceShard", "open_source"]
+__all__ = ["NO_OPTIONS", "Sample", "Source", "SourceOptions", "SourceShard", "open_source"]
 
 log = logging.getLogger("deit_cli.source")
 
@@ -74,12 +75,14 @@ class Source:
     Attributes:
         location: path or URL from which it was opened; not part of its identity.
         class_names: name of every class label, or None where the source does not say.
+        options: how the user asked to read it.
     """
 
     location: str
     kind: Literal["folder", "tar", "parquet"]
     class_names: tuple[str, ...] | None
     shards: tuple[SourceShard[Any], ...]
+    options: SourceOptions = NO_OPTIONS
     kept: KeptIndex | None = None
 
     @property
@@ -179,7 +182,16 @@ def open_source(
         options: how to read what the layout leaves open.
         cache: cache for files that are read from URLs; None: the default cache.
     """
-    text, path = os.fspath(location), local_path(location)
+    source = replace(_open_location(os.fspath(location), options, cache), options=options)
+    if options.labels_file is None:
+        return source
+    _ = source.summaries  # completes the kept index, on all cores
+    names, shards = label_shards(source.shards, source.class_names, options, where=source.location, cache=cache)
+    return replace(source, class_names=names, shards=shards, kept=None)  # the index has no class labels of the file
+
+
+def _open_location(text: str, options: SourceOptions, cache: Cache | None) -> Source:
+    path = local_path(text)
     with reading(text):
         if path is None:
             return _open_urls(text, options, cache)
