@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import LabelSetMismatch
-from pipeline.images.source import Source
+from pipeline.images.source import NO_OPTIONS, Source, SourceOptions
 from pipeline.labels.encoding import Answers, LabelRows
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import ShardRecord, SourceRecord, first_difference
@@ -252,10 +252,12 @@ class CombinedLabels:
         """Return the remote files of all sets that hold the samples (and, with a view, the labels) of a source shard."""
         return tuple(file for each in self.sets for file in each.remote_files(shard, view))
 
-    def open_source(self, data: str | None = None, *, cache: Cache | None = None) -> Source:
+    def open_source(
+        self, data: str | None = None, *, options: SourceOptions = NO_OPTIONS, cache: Cache | None = None
+    ) -> Source:
         """Open the images: those at `data`, else those in the first set that has images, else those of the first set."""
         owner = next((each for each in self.sets if each.has_images), self.sets[0])
-        return owner.open_source(data, cache=cache)
+        return owner.open_source(data, options=options, cache=cache)
 
 
 Labels = LabelSet | CombinedLabels

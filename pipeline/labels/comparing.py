@@ -9,13 +9,16 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.errors import LabelSetMismatch, SourceError
-from pipeline.images.source import Source
+from pipeline.images.class_names import ORDERS
+from pipeline.images.source import Source, SourceOptions, SourceShard
 from pipeline.labels.combined import Labels
-from pipeline.labels.manifest import SourceRecord, short
+from pipeline.labels.manifest import ShardRecord, SourceRecord, short
 from pipeline.labels.tables import SampleRows
 from pipeline.storage.json import canonical_json
 from pipeline.storage.urls import local_path
@@ -33,7 +36,7 @@ def check_source(label_set: Labels, source: Source) -> None:
     found = None if source.is_remote else record_of(source)
     classes, names = label_set.source_record.class_names, tuple(shard.name for shard in source.shards)
     same = (source.class_names, names) == (classes, label_set.shards)
-    if same and (found is None or found.shards == label_set.records):
+    if same and (found is None or all(map(partial(_is_same, label_set, source), found.shards, label_set.records))):
         return
     differences = [
         compare_names("class", classes, source.class_names),
@@ -89,6 +92,30 @@ def _another(label_set: Labels, location: str, differences: Sequence[str], *, fi
     )
 
 
+def _is_same(label_set: Labels, source: Source, found: ShardRecord, labelled: ShardRecord) -> bool:
+    """Return whether a source shard has the keys and class labels that were labelled; it may have lost all class labels.
+
+    Labels from a labels file are in no copy of the images, and those of the label set are used anyway.
+    """
+    if found == labelled:
+        return True
+    shard = source.shard(found.name)
+    return not has_labels(shard.class_labels) and list(shard.keys) == list(label_set.samples(labelled.name).key)
+
+
+def has_labels(class_labels: Sequence[int | None]) -> bool:
+    """Return whether any sample has a class label."""
+    return any(label is not None for label in class_labels)
+
+
+def listing_of(shard: SourceShard[Any], labelled: SampleRows | None, hashes: Sequence[bytes] = ()) -> "Listing":
+    """Return the listing of a source shard of a copy; without class labels of its own it has those that were labelled."""
+    if labelled is None or has_labels(shard.class_labels):
+        return Listing(shard.keys, shard.class_labels, hashes)
+    known = dict(zip(labelled.key, labelled.class_label, strict=True))
+    return Listing(shard.keys, [known.get(key) for key in shard.keys], hashes)
+
+
 def _compare_keys(label_set: Labels, source: Source, found: SourceRecord) -> list[str]:
     """Return the differing samples of a local source as text; only the samples files of differing source shards are read."""
     comparison = Comparison()
@@ -100,7 +127,7 @@ def _compare_keys(label_set: Labels, source: Source, found: SourceRecord) -> lis
             comparison.add(
                 name,
                 Listing(table.key, table.class_label) if table else Listing(),
-                Listing(shard.keys, shard.class_labels) if shard else Listing(),
+                Listing() if shard is None else listing_of(shard, table),
             )
     return comparison.result().describe(limit=3)
 
@@ -127,13 +154,30 @@ def record_of(source: Source) -> SourceRecord:
     """Return the record of a source for plan and manifest."""
     path = local_path(source.location)
     location = source.location if path is None else os.path.abspath(source.location)
-    record = source.identity() | {"kind": source.kind, "location": location}
+    record = source.identity() | {"kind": source.kind, "location": location, **_reading_of(source.options)}
     try:
         return SourceRecord.model_validate_json(canonical_json(record))
     except (ValidationError, UnicodeEncodeError) as error:
         raise SourceError(
             f"{source.location!r} cannot be recorded in a label set: {' '.join(str(error).split())[:200]}"
         ) from error
+
+
+def _reading_of(options: SourceOptions) -> dict[str, Any]:
+    """Return the field `reading` of a source's record; nothing for a source that is read without options.
+
+    A labels file is not recorded (nor its columns), nor is a file of class names: the label set holds what they said.
+    """
+    root = options.image_root
+    reading = {
+        "image_key": options.image_key,
+        "label_key": options.label_key if options.labels_file is None else None,
+        "image_root": root if root is None or local_path(root) is None else os.path.abspath(root),
+        "class_depth": options.class_depth,
+        "class_order": options.class_order if options.class_order in ORDERS else None,
+    }
+    reading = {name: value for name, value in reading.items() if value is not None}
+    return {"reading": reading} if reading else {}
 
 
 @dataclass(frozen=True)

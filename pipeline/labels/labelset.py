@@ -3,12 +3,15 @@
 import copy
 import hashlib
 import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import LabelSetCorrupt, LabelSetError, LabelSetIncomplete, LabelSetMismatch, UsageError
-from pipeline.images.source import Source, open_source
+from pipeline.images.class_names import class_numbers
+from pipeline.images.labels_file import RenumberedShard
+from pipeline.images.source import NO_OPTIONS, Source, SourceOptions, open_source
 from pipeline.images.tars import TarShard
 from pipeline.labels.checked_files import CheckedFiles, check_lengths
 from pipeline.labels.encoding import LabelRows
@@ -202,16 +205,53 @@ class LabelSet:
         """Return whether the set is self-contained: it has the labelled images."""
         return any(entry.kind == "images" for entry in self.manifest.files)
 
-    def open_source(self, data: str | None = None, *, cache: Cache | None = None) -> Source:
+    def open_source(
+        self, data: str | None = None, *, options: SourceOptions = NO_OPTIONS, cache: Cache | None = None
+    ) -> Source:
         """Open the images of the set, and return them.
 
         Args:
             data: source to use; None: the set's own images if it has any, else those at the location in the plan.
+            options: how `data` is read; without options, as the plan says that the labelled images were.
             cache: cache for a remote `data`; None: the default cache.
+
+        Raises:
+            UsageError: the plan has a URL, which may be a stranger's.
         """
         if data is None and self.has_images:
             return self._own_images()
-        return open_source(self.images_location() if data is None else data, cache=cache)
+        if data is None:
+            return self._with_classes(open_source(self.images_location(), options=self._reading(), cache=cache))
+        source = open_source(data, options=self._reading() if options == NO_OPTIONS else options, cache=cache)
+        return source if source.class_names is not None else self._with_classes(source)
+
+    def _reading(self) -> SourceOptions:
+        """Return how the images were read at labelling."""
+        reading = self.plan.source.reading
+        if reading is None:
+            return NO_OPTIONS
+        if reading.image_root is not None and local_path(reading.image_root) is None:
+            raise UsageError(
+                f"{self.place} was labelled with images below {reading.image_root}. A label set may be a stranger's, so its"
+                " URLs are opened only on request: pass --data and --image-root"
+            )
+        return SourceOptions(**reading.model_dump())
+
+    def _with_classes(self, source: Source) -> Source:
+        """Return a source with the class numbers of the plan if it has the same names in another order, or no names.
+
+        The order may come from a file that the plan does not have, as may the names: what the plan says is meant.
+        """
+        names, own = self.plan.source.class_names, source.class_names
+        if names is None or own == names:
+            return source
+        if own is None:
+            return replace(source, class_names=names)
+        numbers = class_numbers(names)
+        if not numbers.keys() >= set(own):
+            return source
+        shards = (RenumberedShard(shard.name, shard, tuple(numbers[name] for name in own)) for shard in source.shards)
+        return replace(source, class_names=names, shards=tuple(shards))
 
     def images_location(self) -> str:
         """Return the location of the images in the plan.

@@ -13,7 +13,15 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
 from pipeline.labels.encoding import Codec, codec_of
@@ -157,13 +165,47 @@ class ShardRecord:
     keys_sha256: Sha256
 
 
+class ReadingRecord(Record):
+    """How the source was read where its layout left a choice; what is None was left to the reader, and is absent from the file.
+
+    Attributes are those of `SourceOptions`; `image_root` is absolute. A labels file and a file of class names are not here: class
+    labels are in the samples files, and names in the plan.
+    """
+
+    image_key: Annotated[Text, Field(min_length=1, max_length=1000)] | None = None
+    label_key: Annotated[Text, Field(min_length=1, max_length=1000)] | None = None
+    image_root: Annotated[Text, Field(min_length=1)] | None = None
+    class_depth: Annotated[int, Field(ge=1, le=100)] | None = None
+    class_order: Literal["text", "natural"] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.model_fields_set or any(getattr(self, name) is None for name in self.model_fields_set):
+            raise ValueError("each field must have a value or be absent, and one must be there")
+        return self
+
+
 class SourceRecord(Record):
-    """The source of the images. The location of the images at labelling is not part of the identity."""
+    """The source of the images. Their location at labelling and how they were read are not part of the identity."""
 
     kind: Literal["folder", "tar", "parquet"]
     location: Text
     class_names: tuple[Text, ...] | None
     shards: tuple[ShardRecord, ...]
+    reading: ReadingRecord | None = None
+
+    @model_validator(mode="after")
+    def _reading_is_there_or_absent(self) -> Self:
+        if self.reading is None and "reading" in self.model_fields_set:
+            raise ValueError("reading must be an object or be absent")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_reading(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is None: a source that needs no choice is written as before there were any."""
+        values = dump(self)
+        reading = values.pop("reading", None)
+        return values | ({"reading": {k: v for k, v in reading.items() if v is not None}} if reading else {})
 
     @property
     def id(self) -> str:

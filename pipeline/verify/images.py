@@ -7,9 +7,10 @@ import xxhash
 
 from pipeline.errors import DeitCliError, SourceError
 from pipeline.images.source import Source
-from pipeline.labels.comparing import Comparison, Listing, check_source, compare_names, labelled_part
+from pipeline.labels.comparing import Comparison, Listing, check_source, compare_names, labelled_part, listing_of
 from pipeline.labels.format import DAMAGED_MANIFEST, MANIFEST_NAME
 from pipeline.labels.labelset import LabelSet
+from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import ProgressCounter, in_threads
 from pipeline.settings.configs import VerifyConfig
@@ -33,7 +34,7 @@ def check_images(
     location = label_set.place if own else config.data or label_set.plan.source.location
     source, before = None, len(report.problems)
     with report.noting(location, "source", "Pass --data, or --no-probes to leave the images out"):
-        source = labelled_part(label_set, label_set.open_source(config.data))
+        source = labelled_part(label_set, label_set.open_source(config.data, options=config.options))
         if config.data is None:
             check_source(label_set, source)
     if source is None:
@@ -76,8 +77,11 @@ def compare_images(
     def read(shard: str) -> tuple[Listing, Listing] | DeitCliError:
         own = local.__dict__.setdefault("label_set", copy.copy(label_set))  # one cache of recent files per thread
         try:
-            labelled = _labelled(own, shard) if shard in label_set.shards else Listing()
-            found = _listed(source, shard) if shard in names else Listing()
+            samples = own.samples(shard) if shard in label_set.shards else None
+            labelled = (
+                Listing(samples.key, samples.class_label, samples.image_xxh3) if samples is not None else Listing()
+            )
+            found = _listed(source, shard, samples) if shard in names else Listing()
         except DeitCliError as error:
             return error
         return labelled, found
@@ -98,15 +102,11 @@ def compare_images(
     ]
 
 
-def _labelled(label_set: LabelSet, shard: str) -> Listing:
-    samples = label_set.samples(shard)
-    return Listing(samples.key, samples.class_label, samples.image_xxh3)
-
-
-def _listed(source: Source, shard: str) -> Listing:
+def _listed(source: Source, shard: str, labelled: SampleRows | None) -> Listing:
     """Read every image of a source shard in order, and return the listing with their hashes."""
     there = source.shard(shard)
-    return Listing(there.keys, there.class_labels, [xxhash.xxh3_128_digest(sample.image) for sample in there])
+    hashes = [xxhash.xxh3_128_digest(sample.image) for sample in there]
+    return listing_of(there, labelled, hashes)
 
 
 def _check_probes(report: Report, label_set: LabelSet, source: Source) -> None:

@@ -17,6 +17,7 @@ from pipeline.labels.manifest import (
     Manifest,
     Plan,
     Probe,
+    ReadingRecord,
     ShardRecord,
     SourceRecord,
     TeacherIdentity,
@@ -58,7 +59,7 @@ FIELDS = {
         model.__name__: tuple(model.model_fields)
         for model in (Plan, Manifest, Probe, TeacherIdentity, EnsembleIdentity, Recipe)
     },
-    **{kind.__name__: tuple(kind.model_fields) for kind in (SourceRecord, SamplesFooter, LabelsFooter)},
+    **{kind.__name__: tuple(kind.model_fields) for kind in (SourceRecord, ReadingRecord, SamplesFooter, LabelsFooter)},
     **{kind.__name__: tuple(field.name for field in fields(kind)) for kind in (FileEntry, ShardRecord)},
     "samples table": tuple(SAMPLES_SCHEMA.names),
     "labels table": tuple(labels_schema(codec_of("float16", 10, 2)).names),
