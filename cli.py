@@ -17,6 +17,7 @@ from pipeline.settings.configs import (
     ExportConfig,
     PackConfig,
     PrecomputeConfig,
+    SourceConfig,
     TeacherConfig,
     TimingConfig,
     VerifyConfig,
@@ -493,6 +494,7 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
     help="Images of the page in --out: path or URL; by default those in the label set, or else the local path stored in it.",
     group="Data",
 )
+@options_of(SourceConfig)
 @plain_option(
     "--out",
     type=click.Path(path_type=Path),
@@ -512,30 +514,31 @@ def audit(folder: str, expect_manifest: str | None, as_json: bool, **values: Any
       deit-cli labels audit shards --views 0:10 --top 50 --out audit
     """
     views, top, data, out = (values[name] for name in ("views", "top", "data", "out"))
+    options = split_values(values, SourceConfig)[0].options_for(data)
     if data is not None and out is None:
         raise UsageError("--data names the images of the page in --out: pass --out too")
     from pipeline.labels.labelset import LabelSet
-    from trainer.evidence.audit import audit as audit_set
-    from trainer.evidence.audit import audit_table
+    from trainer.evidence import audit as auditing
 
     with shown_progress() as progress:
-        found = audit_set(LabelSet.open(folder, expect_manifest=expect_manifest), views, progress=progress)
+        found = auditing.audit(LabelSet.open(folder, expect_manifest=expect_manifest), views, progress=progress)
     if out is not None:
         from trainer.evidence.audit_files import write_audit
 
-        write_audit(found, out, top=top, data=data)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else audit_table(found, top))
+        write_audit(found, out, top=top, data=data, options=options)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else auditing.audit_table(found, top))
 
 
 @labels.command()
 @LABELS
 @IMAGES
+@options_of(SourceConfig)
 @plain_option(
     "--out", type=click.Path(path_type=Path), default=Path("labels.png"), help="PNG file to write.", group="Output"
 )
 @plain_option("--samples", type=click.IntRange(1, 64), default=4, help="Number of images, one per row.", group="Data")
 @plain_option("--views", type=click.IntRange(1, 64), default=6, help="Number of views of each image.", group="Views")
-def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> None:
+def show(folder: str, data: str | None, out: Path, samples: int, views: int, **values: Any) -> None:
     """Draw views as the teacher saw them, with its answers.
 
     Above each view are its class labels and the teacher's five most probable classes.
@@ -547,8 +550,9 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int) -> 
     from pipeline.labels.labelset import LabelSet
     from pipeline.overview.sheet import contact_sheet
 
+    options = split_values(values, SourceConfig)[0].options_for(data)
     label_set = LabelSet.open(folder)
-    contact_sheet(label_set, label_set.open_source(data), out, samples=samples, views=views)
+    contact_sheet(label_set, label_set.open_source(data, options=options), out, samples=samples, views=views)
     click.echo(str(out))
 
 
@@ -668,13 +672,13 @@ def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path
       deit-cli labels extend shards --views 30:60
     """
     from pipeline.stage1.engines import load_here
-    from pipeline.stage1.plan import extension
+    from pipeline.stage1.plan import extended_source, extension
     from pipeline.stage1.precompute import ended_line
     from pipeline.stage1.precompute import precompute as label
 
     config, asked, recipe = extension(folder, values, data=data, views=views)
     with shown_progress(log_json) as progress:
-        teacher, source = load_here(config, asked)
+        teacher, source = load_here(config, asked, extended_source(config, data))
         label_set = label(config, recipe, teacher, source, progress=progress)
     click.echo(ended_line(config, label_set))
 
@@ -728,9 +732,12 @@ def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) 
     help="Images of --labels: path or URL; by default those in the label set, or else the local path stored in it.",
     group="Data",
 )
+@options_of(SourceConfig)
 @AS_JSON
 @click.pass_context
-def doctor(context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool) -> None:
+def doctor(
+    context: click.Context, out: str | None, labels: str | None, data: str | None, as_json: bool, **values: Any
+) -> None:
     """Check this machine before a long run.
 
     It looks at packages, GPUs, image decoders, memory, the limit of open files, and modules whose names clash with ours. The exit code is 1 if there is a problem; warnings alone do not change it.
@@ -745,7 +752,8 @@ def doctor(context: click.Context, out: str | None, labels: str | None, data: st
 
     if data is not None and labels is None:
         raise UsageError("--data names the images of --labels: pass that too")
-    sections = examine(out=out, labels=labels, data=data)
+    options = split_values(values, SourceConfig)[0].options_for(data)
+    sections = examine(out=out, labels=labels, data=data, options=options)
     click.echo(json.dumps(report_json(sections), indent=1) if as_json else report_table(sections))
     context.exit(1 if verdict(sections)[0] else 0)
 
@@ -789,6 +797,7 @@ def card(folder: str, identifier: str | None, name: str | None, link: str | None
 @LABELS
 @click.argument("out", type=click.Path(path_type=Path))
 @IMAGES
+@options_of(SourceConfig)
 @options_of(ExportConfig)
 def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
     """Write images and hard labels as tars for other programs.
@@ -799,13 +808,15 @@ def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
     Example:
       deit-cli labels export shards exported --views 0:10
     """
-    config = ExportConfig(**values)
+    config, reading = split_values(values, ExportConfig, SourceConfig)
+    options = reading.options_for(data)
     from pipeline.exchange.export import export_labels
     from pipeline.labels.labelset import LabelSet
 
     label_set = LabelSet.open(folder)
     with shown_progress() as progress:
-        count = export_labels(label_set, label_set.open_source(data), out, config, progress=progress)
+        source = label_set.open_source(data, options=options)
+        count = export_labels(label_set, source, out, config, progress=progress)
     click.echo(f"{out}: {count:,} images in {config.format} tars")
 
 

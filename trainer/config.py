@@ -5,12 +5,13 @@ written once, here: the command line takes its options, helps and defaults from 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import UsageError
 from pipeline.labels.format import parse_pin
+from pipeline.settings.configs import SourceConfig
 from pipeline.settings.fields import (
     as_written,
     check_settings,
@@ -29,6 +30,9 @@ from pipeline.settings.fields import (
 from pipeline.storage.urls import working_folder
 from pipeline.text import parse_bytes
 
+if TYPE_CHECKING:
+    from pipeline.images.samples import SourceOptions
+
 DistillationType = Literal["none", "soft", "hard"]
 Tail = Literal["spread", "renormalise"]
 Reduction = Literal["batchmean", "deit"]
@@ -41,7 +45,7 @@ CompareEngine = Literal["local", "ray"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(SourceConfig):
     """Settings of a training run.
 
     A resumed run may change the settings that are `free`: they set locations and speed, and do not change the result.
@@ -287,6 +291,14 @@ class TrainConfig:
         timed=False,
         metavar="PATH|URL",
     )
+    eval_labels_file: str | None = evaluation_option(
+        None,
+        "File with the class labels of --eval-data, as --labels-file has those of --data. The other options for reading images"
+        " are for both.",
+        free=True,
+        timed=False,
+        metavar="FILE|URL",
+    )
     crop_pct: float | None = evaluation_option(
         None,
         "Size of the centre crop as a fraction of the shorter side, such as 0.9; by default that of the model.",
@@ -405,6 +417,11 @@ class TrainConfig:
                 fix="Pass --distillation-type none as well, or leave out --second-token",
             )
         self._check_label_sets()
+        self.options_for(self.data, self.eval_data)
+        if self.labels_file is not None and self.data is None:
+            raise UsageError("--labels-file has the class labels of --data: pass that too")
+        if self.eval_labels_file is not None and self.eval_data is None:
+            raise UsageError("--eval-labels-file has the class labels of --eval-data: pass that too")
         if self.warmup > self.epochs:
             raise UsageError(f"--warmup-epochs must be at most --epochs ({self.epochs}), got {self.warmup:g}")
         if self.init is not None and self.pretrained:
@@ -434,6 +451,11 @@ class TrainConfig:
     def warmup(self) -> float:
         """Return the epochs of linear warm-up: the user's value, else DeiT's 5, or a tenth of all epochs in short runs."""
         return min(5.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def eval_options(self) -> "SourceOptions":
+        """How --eval-data is read, for `open_source`."""
+        return replace(self.options, labels_file=self.eval_labels_file)
 
     @property
     def trains_both_heads(self) -> bool:
@@ -480,7 +502,7 @@ class AnsweringConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(AnsweringConfig):
+class EvaluateConfig(AnsweringConfig, SourceConfig):
     """Settings of an evaluation: the student and the data."""
 
     checkpoint: str | None = student_option(
@@ -565,6 +587,9 @@ class EvaluateConfig(AnsweringConfig):
         check_settings(self)
         if self.data is None and self.labels is None:
             raise UsageError("pass --data to measure accuracy, --labels to measure agreement with the teacher, or both")
+        self.options_for(self.data, self.labels_data, self.fit_data)
+        if self.labels_file is not None and self.data is None:
+            raise UsageError("--labels-file has the class labels of --data: pass that too")
         if self.data is None and (unused := [name for name in _ACCURACY if getattr(self, name)]):
             raise UsageError(f"--{unused[0].replace('_', '-')} is about the accuracy: pass --data too")
         if self.fit_data is not None and self.fit_labels is not None:
@@ -572,12 +597,17 @@ class EvaluateConfig(AnsweringConfig):
         if len(set(self.img_size)) < len(self.img_size):
             raise UsageError(f"each --img-size must be passed once, got {' '.join(map(str, self.img_size))}")
 
+    @property
+    def other_options(self) -> "SourceOptions":
+        """How the images beside --data are read, for `open_source`: --labels-file has the class labels of --data only."""
+        return replace(self.options, labels_file=None)
+
 
 _ACCURACY = ("img_size", "flip", "csv", "predictions")  # settings of an evaluation that only --data uses
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyseConfig(AnsweringConfig):
+class AnalyseConfig(AnsweringConfig, SourceConfig):
     """Settings of `analyse`: the images that all networks see, and what is drawn."""
 
     data: str | None = data_option(
@@ -634,6 +664,7 @@ class AnalyseConfig(AnsweringConfig):
             )
         if self.labels_data is not None and self.labels is None:
             raise UsageError("--labels-data names the images of --labels: pass that too")
+        self.options_for(self.data, self.labels_data)
         if self.key and self.data is None:
             raise UsageError("--key names an image of --data: pass that too")
         draws = bool(self.attention or self.key)
@@ -670,7 +701,7 @@ class InferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig(AnsweringConfig):
+class ReportConfig(AnsweringConfig, SourceConfig):
     """Settings of a report."""
 
     out: Path = output_option(
@@ -696,6 +727,7 @@ class ReportConfig(AnsweringConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self.options_for(self.data)
         if self.out.suffix.lower() not in (".html", ".htm"):
             raise UsageError(f"--out must be a page, FILE.html, got {self.out}", fix=f"Pass --out {self.out}.html")
 

@@ -235,7 +235,7 @@ class Run:
 
     def _open_eval_data(self, location: str) -> Source:
         """Open the evaluation images; raise now if the evaluation would fail after an epoch."""
-        source = open_source(location, cache=cache_of(self.config))
+        source = open_source(location, options=self.config.eval_options, cache=cache_of(self.config))
         labelled_places(source, self.state.student)
         return source
 

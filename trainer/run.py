@@ -104,7 +104,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
     """
     cache = cache_of(config)
     if not config.labels:
-        source = open_source(config.data or "", cache=cache)
+        source = open_source(config.data or "", options=config.options, cache=cache)
         if source.max_label is None:
             raise UsageError(f"{source.location} has no class labels to train on")
         num_classes = source.num_classes or source.max_label + 1
@@ -125,7 +125,7 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
             f"{label_set.place} was made with another recipe{difference}",
             fix="Leave out --recipe and --set, on the command line and in the -c file: the recipe comes from the label set",
         )
-    source = label_set.open_source(config.data, cache=cache)
+    source = label_set.open_source(config.data, options=config.options, cache=cache)
     difference = check_start(label_set, source)
     if not difference:
         shards = {*label_set.shards}

@@ -17,6 +17,7 @@ from pipeline.doctor.packages import examine_packages, version_of
 from pipeline.doctor.places import examine_folder
 from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
+from pipeline.images.samples import NO_OPTIONS, SourceOptions
 from pipeline.storage.urls import local_path, working_folder
 
 LABELS_TIMEOUT_S = 900.0  # the images may have to be downloaded
@@ -24,13 +25,20 @@ LABELS_TIMEOUT_S = 900.0  # the images may have to be downloaded
 log = logging.getLogger("deit_cli.doctor")
 
 
-def examine(*, out: str | None = None, labels: str | None = None, data: str | None = None) -> list[Section]:
+def examine(
+    *,
+    out: str | None = None,
+    labels: str | None = None,
+    data: str | None = None,
+    options: SourceOptions = NO_OPTIONS,
+) -> list[Section]:
     """Check machine, packages and decoders, and on request a folder and a label set; return the findings.
 
     Args:
         out: folder or URL to write to, or None.
         labels: folder or URL of the label set whose replay probes are rendered again, or None.
         data: images of the label set; None: their location at labelling.
+        options: how `data` is read.
     """
     sections = [
         *_looked("machine", lambda: [examine_machine()]),
@@ -39,7 +47,7 @@ def examine(*, out: str | None = None, labels: str | None = None, data: str | No
     if out is not None:
         sections += _looked(f"writing to {out}", lambda: _examine_place(out))
     if labels is not None:
-        sections += _looked(f"labels {labels}", lambda: [_examine_apart(labels, data)])
+        sections += _looked(f"labels {labels}", lambda: [_examine_apart(labels, data, options)])
     return sections
 
 
@@ -63,9 +71,9 @@ def _examine_place(out: str) -> list[Section]:
     return [examine_bucket(out), examine_folder(working_folder(out))]
 
 
-def _examine_apart(labels: str, data: str | None) -> Section:
+def _examine_apart(labels: str, data: str | None, options: SourceOptions) -> Section:
     """Examine a label set in another process, because a broken decoder may end it; return the findings."""
-    arguments = json.dumps([labels, data])
+    arguments = json.dumps([labels, data, dataclasses.asdict(options)])
     (trial,) = try_all([f"{__name__}:tell_labels {arguments}"], timeout_s=LABELS_TIMEOUT_S)
     section = Section(f"labels {labels}")
     if trial.result is None:
@@ -76,12 +84,12 @@ def _examine_apart(labels: str, data: str | None) -> Section:
     return section
 
 
-def tell_labels(labels: str, data: str | None) -> dict[str, Any]:
+def tell_labels(labels: str, data: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """Return the findings of `examine_labels` as plain JSON values."""
-    return dataclasses.asdict(examine_labels(labels, data))
+    return dataclasses.asdict(examine_labels(labels, data, SourceOptions(**options)))
 
 
-def examine_labels(labels: str, data: str | None) -> Section:
+def examine_labels(labels: str, data: str | None, options: SourceOptions = NO_OPTIONS) -> Section:
     """Open a label set, render its replay probes again, compare package versions, and return the findings."""
     section = Section(f"labels {labels}")
     try:
@@ -97,7 +105,7 @@ def examine_labels(labels: str, data: str | None) -> Section:
         section.row("teacher", plan.teacher.name)
         for name, text, value in compare_environments(label_set.manifest.environments):
             section.row(name, text, value)
-        source = label_set.open_source(data)
+        source = label_set.open_source(data, options=options)
         section.row("images", source.location)
         difference = check_replay(label_set, source)
     except DeitCliError as error:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import BadImageError, SourceError, StorageError, UsageError
 from pipeline.images.decode import JPEG_QUALITY, decode, shrink
+from pipeline.images.labels_file import OtherLabels
 from pipeline.images.samples import Sample, check_image_bytes, keys_sha256, reading
 from pipeline.images.source import FolderShard, Source, SourceShard, open_source
 from pipeline.images.tar_archive import (
@@ -168,7 +169,7 @@ def pack(source: str, out: Path, config: PackConfig, *, progress: Progress = lam
     """
     began = time.monotonic()
     _check_claim(out, config)
-    images = open_source(source)
+    images = open_source(source, options=config.options)
     if _is_complete(out):
         return _check_complete(out, images, config, progress, began)
     with _claimed(out, source, config) as scratch:
@@ -186,7 +187,7 @@ def pack(source: str, out: Path, config: PackConfig, *, progress: Progress = lam
 def plan_pack(source: str, out: Path, config: PackConfig, *, progress: Progress = lambda _: None) -> PackPlan:
     """Return what `pack` would write; keys are read and checked, images are not. Nothing is written. Raises as `pack` does."""
     _check_claim(out, config)
-    images = open_source(source)
+    images = open_source(source, options=config.options)
     task = _Task(images, None, config, workers=_workers(config), progress=progress)
     with task.rows(read_images=False) as rows:
         sizes = rows.shard_sizes(config.samples_per_shard)
@@ -538,6 +539,8 @@ def _packed_image(sample: Sample, config: PackConfig) -> bytes:
 
 def _places(shard: SourceShard[Any]) -> list[Place] | None:
     """Return where the images of a source shard are, if they are in local files that can be read anywhere; else None."""
+    if isinstance(shard, OtherLabels):
+        return _places(shard.shard)
     if isinstance(shard, FolderShard):
         files = [os.path.abspath(shard.root / path) for path in shard.index.places]
         places = [(path, 0, *_size_and_time(path)) for path in files]

@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import UsageError
 from pipeline.labels.format import Precision, parse_pin
@@ -15,6 +15,7 @@ from pipeline.settings.fields import (
     measurement_option,
     output_option,
     run_option,
+    settings_of,
     signature_option,
     stored_option,
     student_option,
@@ -22,6 +23,9 @@ from pipeline.settings.fields import (
     views_option,
 )
 from pipeline.storage.urls import working_folder
+
+if TYPE_CHECKING:
+    from pipeline.images.samples import SourceOptions
 
 MAX_VIEW = 2**20  # a million epochs; the plan of a run lists every block of views
 BadImagePolicy = Literal["fail", "skip"]
@@ -32,6 +36,75 @@ Encoding = Literal["png", "jpeg"]
 PackBadImagePolicy = Literal["fail", "skip", "keep"]
 ORIGINAL = "original"  # --include-images: keep the encoded files unchanged
 MAX_SHORTER = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """How the images are read that a command names, where their layout leaves a choice. Most configs with images inherit this."""
+
+    image_key: str | None = data_option(
+        None,
+        "Image of a sample: in tars the extensions to look for, such as `jpg;png`, the first that a sample has; in Parquet the"
+        " name of the column. By default the only image there is.",
+        "--input-key",
+        free=True,
+        metavar="KEY",
+    )
+    label_key: str | None = data_option(
+        None,
+        "Class label of a sample: in tars the extension of its member, such as `cls.txt`, or a field of its .json member; in"
+        " Parquet or --labels-file the name of the column. By default what is plainly the label.",
+        "--target-key",
+        free=True,
+        metavar="KEY",
+    )
+    image_root: str | None = data_option(
+        None,
+        "Folder of the image files, for Parquet rows that hold paths instead of images.",
+        free=True,
+        metavar="FOLDER",
+    )
+    labels_file: str | None = data_option(
+        None,
+        "File with the class labels of --data, instead of its own: CSV, TSV or JSON lines with a path and a label for each image,"
+        " or ILSVRC2012_validation_ground_truth.txt.",
+        free=True,
+        metavar="FILE|URL",
+    )
+    class_depth: int | None = data_option(
+        None,
+        "Number of folder levels whose names make up the class in an image folder: 2 means a/b/name.jpg. By default 1.",
+        free=True,
+        low=1,
+        high=100,
+    )
+    class_order: str | None = data_option(
+        None,
+        "Order of the classes by their names: as text (0, 1, 10, 2; torchvision), natural (0, 1, 2, 10; timm), or a file with one"
+        " class name per line. By default text.",
+        "--class-names",
+        "--class-map",
+        free=True,
+        metavar="text|natural|FILE",
+    )
+
+    @property
+    def options(self) -> "SourceOptions":
+        """How a source is read, for `open_source`."""
+        from pipeline.images.samples import SourceOptions  # not above: --help would load pydantic
+
+        return SourceOptions(**{setting.name: getattr(self, setting.name) for setting in settings_of(SourceConfig)})
+
+    def options_for(self, *locations: str | None) -> "SourceOptions":
+        """Return `options` for images at any of these locations, which the user named or did not.
+
+        Raises:
+            UsageError: options are set, and no location is: the images of a label set are read as when they were labelled.
+        """
+        said = next((each for each in settings_of(SourceConfig) if getattr(self, each.name) is not None), None)
+        if said is not None and not any(locations):
+            raise UsageError(f"{said.flag} says how the images at --data are read: pass that too")
+        return self.options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +154,7 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig:
+class PrecomputeConfig(SourceConfig):
     """Settings of `precompute`: the data to label, and how."""
 
     data: str = data_option(
@@ -261,7 +334,7 @@ class BenchConfig(TimingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(SourceConfig):
     """Optional checks of a label set, in addition to its files and rows."""
 
     data: str | None = data_option(
@@ -303,6 +376,7 @@ class VerifyConfig:
         if (self.identity is None) != (self.identity_provider is None):
             raise UsageError("--identity and --identity-provider belong together: pass both or none")
         check_settings(self)
+        self.options_for(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +404,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackConfig:
+class PackConfig(SourceConfig):
     """Settings of `pack`: how a source is written as tars."""
 
     samples_per_shard: int = output_option(

@@ -5,6 +5,7 @@ Command-line options, files of settings, range checks and the list of settings t
 
 import dataclasses
 import functools
+import inspect
 import math
 import types
 import typing
@@ -170,11 +171,13 @@ def as_written(value: Any, setting: Setting) -> Any:
 
 @functools.cache
 def settings_of(config: type) -> tuple[Setting, ...]:
-    """Return the settings of a config dataclass, in the order of its fields."""
+    """Return the settings of a config dataclass in the order of its fields, its own before those that it inherits."""
     hints = typing.get_type_hints(config)
+    own = inspect.get_annotations(config)
+    fields = sorted(dataclasses.fields(config), key=lambda field: field.name not in own)
     return tuple(
         Setting(name=field.name, default=field.default, **field.metadata, **_read_hint(hints[field.name]))
-        for field in dataclasses.fields(config)
+        for field in fields
     )
 
 

@@ -215,9 +215,9 @@ def limit(teacher: Teacher, config: PrecomputeConfig, cores: int) -> None:
     teacher.limit_threads(min(int(asked), usable_cores()) if asked.isdecimal() else cores)
 
 
-def load_here(config: PrecomputeConfig, asked: TeacherConfig) -> tuple[Teacher, Source]:
-    """Open the source, load the teacher onto this process's device, log both, and return them."""
-    source = open_source(config.data)
+def load_here(config: PrecomputeConfig, asked: TeacherConfig, source: Source | None = None) -> tuple[Teacher, Source]:
+    """Open the source (unless it is open), load the teacher onto this process's device, log both, and return them."""
+    source = source or open_source(config.data, options=config.options)
     log.info("source %s", source.describe())
     rank = rank_from(os.environ)
     devices = plan_devices(asked.device, config.processes, rank)

@@ -3,16 +3,18 @@
 import itertools
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import LabelSetMismatch, UsageError
-from pipeline.images.source import Source
-from pipeline.labels.comparing import check_source, labelled_part, record_of
+from pipeline.errors import LabelSetMismatch, TeacherError, UsageError
+from pipeline.images.class_names import natural_key
+from pipeline.images.labels_file import LabelledShard
+from pipeline.images.source import Source, SourceShard
+from pipeline.labels.comparing import check_source, has_labels, labelled_part, record_of
 from pipeline.labels.format import IMAGES_FOLDER, MAX_TOPK, PLAN_NAME
 from pipeline.labels.labelset import LabelSet
-from pipeline.labels.manifest import Plan, SourceRecord, label_blocks, read_plan
+from pipeline.labels.manifest import AnyTeacher, Plan, SourceRecord, label_blocks, read_plan
 from pipeline.labels.sealing import sealed_manifest
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.fields import settings_of
@@ -21,7 +23,7 @@ from pipeline.storage.atomic import TEMPORARY_PREFIX
 from pipeline.storage.place import Place, open_place
 from pipeline.teacher.loading import names_function
 from pipeline.teacher.teacher import Teacher, check_classes
-from pipeline.text import byte_size, count, two_columns
+from pipeline.text import byte_size, count, first_few, two_columns
 from pipeline.views.recipe import Recipe
 
 log = logging.getLogger("deit_cli.precompute")
@@ -92,6 +94,8 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     """
     source, record = _held_part(config.folder, source)
     check_classes(teacher.identity, source.class_names, source.max_label)
+    if not (config.folder / PLAN_NAME).is_file():  # the plan of a set that is continued has decided the order
+        check_order(teacher.identity, source, config.class_order)
     topk = choose_topk(config.topk, teacher.identity.num_classes)
     asked = Plan.make(recipe=recipe, teacher=teacher.identity, source=record, topk=topk, precision=config.precision)
     plan = _plan_in(config, asked)
@@ -116,6 +120,30 @@ def _held_part(out: Path, source: Source) -> tuple[Source, SourceRecord]:
         "%s holds %d of %d source shards: only these are labelled", out, len(held.shards), len(held.plan.source.shards)
     )
     return labelled_part(held, source), held.plan.source
+
+
+def check_order(teacher: AnyTeacher, source: Source, class_order: str | None) -> None:
+    """Raise TeacherError if the order of the classes is a guess: no name of the teacher's shows that it is right.
+
+    Classes that were sorted as text (torchvision) and by the numbers in their names (timm) often have other numbers, and each
+    label would then stand for another class.
+
+    Args:
+        teacher: identity of the teacher.
+        source: images to label.
+        class_order: order that the user asked for; None: none.
+    """
+    names = source.class_names
+    if class_order is not None or names is None or teacher.class_names is not None:
+        return
+    text, natural = sorted(names), sorted(names, key=natural_key)
+    if list(names) == text != natural:
+        raise TeacherError(
+            f"the order of the classes of {source.location} is open: as text {first_few(text, 4)}, by numbers"
+            f" {first_few(natural, 4)}; and teacher {teacher.name} has no class names to compare with",
+            fix="Pass the order with which it was trained: --class-order text (torchvision), --class-order natural (timm), or a"
+            " file with one class name per line",
+        )
 
 
 def _plan_in(config: PrecomputeConfig, asked: Plan) -> Plan:
@@ -225,6 +253,26 @@ def extension(
         **_named(PrecomputeConfig, values),
     )
     return config, _teacher_of(plan, _named(TeacherConfig, values)), plan.recipe
+
+
+def extended_source(config: PrecomputeConfig, data: str | None) -> Source:
+    """Open the images for an extension: those at `data`, else those of the label set. Class labels that the images lack come
+    from the label set, as do those that a labels file gave.
+    """
+    label_set = LabelSet(open_place(config.out))
+    source = label_set.open_source(data, options=config.options_for(data))
+    known = {entry.shard for entry in label_set.manifest.files if entry.kind == "samples"}
+    return replace(
+        source, shards=tuple(_with_labels(each, label_set) if each.name in known else each for each in source.shards)
+    )
+
+
+def _with_labels(shard: SourceShard[Any], label_set: LabelSet) -> SourceShard[Any]:
+    if has_labels(shard.class_labels):
+        return shard
+    samples = label_set.samples(shard.name)
+    same = has_labels(samples.class_label) and list(samples.key) == list(shard.keys)
+    return LabelledShard.make(shard, samples.class_label) if same else shard
 
 
 def _named(kind: type, values: dict[str, Any]) -> dict[str, Any]:

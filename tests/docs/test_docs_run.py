@@ -24,7 +24,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from support.builders import CLASSES, encoded, photo, with_checkout, write_tars
+from support.builders import CLASSES, encoded, photo, with_checkout, write_tars, write_unlabelled
 from support.imports import write_fkd, write_tinyvit
 from support.s3_server import BUCKET, credentials, s3_server
 from support.studies import SCALE, write_study
@@ -288,6 +288,7 @@ def checked_elsewhere(page: Page, lines: list[str]) -> None:
 SHOWN: dict[tuple[str, str], Callable[[Page, list[str]], None]] = {
     # page, beginning of the first line
     ("README.md", "top-1, %"): table_of_the_demo,
+    ("docs/data.md", "photos: folder"): printed_somewhere,
     ("docs/labelling.md", "preset: deit"): recipe_file,
     ("docs/architecture.md", "cli.py  "): checked_elsewhere,
     ("docs/architecture.md", "image -> decode"): checked_elsewhere,
@@ -513,6 +514,14 @@ def before_teachers(page: Page, _: Path) -> None:
     page.run("deit-cli train --distillation-type none --data flowers/train --model test_resnet --output runs/teacher")
 
 
+def before_data(page: Page, _: Path) -> None:
+    """Images without class folders, their classes by name, and the names of all classes."""
+    write_unlabelled(page.folder / "photos", page.folder / "numbers.csv")
+    rows = "".join(f"img-{number:04}.jpg,{CLASSES[number % 3]}\n" for number in range(23))
+    (page.folder / "labels.csv").write_text(rows)
+    (page.folder / "names.txt").write_text("".join(f"{name}\n" for name in sorted(CLASSES)))
+
+
 def before_trust(page: Page, _: Path) -> None:
     page.run("deit-cli labels push shards s3://bucket/shards")
 
@@ -556,6 +565,7 @@ def before_studies_page(page: Page, served: Path) -> None:
 
 GIVEN: dict[str, Callable[[Page, Path], None]] = {
     "README.md": before_studies,
+    "docs/data.md": before_data,
     "docs/recipes.md": before_recipes,
     "docs/training.md": before_training,
     "docs/studies.md": before_studies_page,

@@ -23,7 +23,7 @@ import torch
 from click.core import ParameterSource
 from click.testing import CliRunner
 from safetensors.torch import save_file
-from support.builders import make_labels, small_teacher, with_checkout, write_tars
+from support.builders import encoded, make_labels, photo, small_teacher, with_checkout, write_tars, write_unlabelled
 from support.command_tree import COMMANDS
 from support.imports import write_fkd, write_tinyvit
 from support.signing import write_key
@@ -105,6 +105,11 @@ BEGIN = {
     "compare": "{study} --out out",
     "demo": "",
 }
+READING = (  # every option for reading images: what it says is how {data} and {copy} are anyway
+    "--image-key jpg --label-key cls --image-root {folder} --class-depth 1 --class-order {data}/classes.txt"
+    " --labels-file {folder}/labels.csv"
+)
+UNREAD = Trial("--label-key cls", "--label-key says how the images at --data are read: pass that too")
 OFFLINE = "Hub|published weights"  # the tests have no network
 
 
@@ -123,6 +128,11 @@ def plan(path: str, value: Any) -> Callable[[Outcome], bool]:
         return found == value
 
     return look
+
+
+def plan_has(got: Outcome, name: str) -> bool:
+    """Whether the plan says of the source how it is read in this respect."""
+    return name in json.loads((got.out / "plan.json").read_text())["source"]["reading"]
 
 
 def exists(*names: str) -> Callable[[Outcome], bool]:
@@ -170,6 +180,7 @@ MEASURED = [
     Trial("--dtype float16 --teacher-checkpoint {folder}/teacher.safetensors"),
     Trial("--pretrained", OFFLINE),
     Trial("--compile", seen=lambda got: got.compiled == 1),
+    Trial(f"--data {{copy}} {READING}"),
 ]
 
 TRIALS: dict[str, list[Trial]] = {
@@ -186,6 +197,13 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--labels {second} --expect-manifest {manifest}", "must have one value for each of the 2 --labels"),
         Trial(f"--expect-manifest sha256:{'0' * 64}", "is not the pinned manifest"),
         Trial("--data {copy}"),
+        Trial(f"--data {{copy}} {READING}"),
+        UNREAD,
+        Trial("--labels-file {folder}/labels.csv --eval-data {data}", "--labels-file has the class labels of --data"),
+        Trial("--eval-labels-file {folder}/labels.csv", "--eval-labels-file has the class labels of --eval-data"),
+        Trial("--eval-data {images} --eval-labels-file {folder}/labels.csv --class-order {data}/classes.txt",
+              seen=lambda got: metrics(got, "eval")[0]["images"] == 23),
+        Trial("--eval-data {images}", "no class labels"),
         Trial("--cache-dir cache --cache-size 1GB --min-rate 1kB"),
         Trial("--cache-size much", "--cache-size"),
         Trial("--min-rate slow", "--min-rate"),
@@ -239,6 +257,11 @@ TRIALS: dict[str, list[Trial]] = {
     "precompute": [
         Trial("-c {folder}/labels.yaml", seen=plan("topk", 1)),
         Trial("--data {copy} --out elsewhere", seen=exists("elsewhere/manifest.json")),
+        Trial(READING, seen=lambda got: plan("source.reading.image_key", "jpg")(got) and not plan_has(got, "label_key")),
+        Trial("--data {images} --labels-file {folder}/labels.csv", seen=lambda got: "of 23 labelled images" in got.said),
+        Trial("--label-key cls --class-order natural", seen=plan("source.reading", {"class_order": "natural", "label_key": "cls"})),
+        Trial("--data {digits} --set mix_block=2", "the order of the classes of .* is open: as text 0, 1, 10, 11 and 8 more, by numbers 0, 1, 2, 3"),
+        Trial("--data {digits} --set mix_block=2 --class-order natural", seen=plan("source.class_names", [str(n) for n in range(12)])),
         Trial("--views 1:3 --views-per-shard 1", seen=exists("out/labels/views-00002-00002")),
         Trial("--topk 2 --precision float16", seen=plan("topk", 2)),
         Trial("--topk 0 --precision float32", seen=plan("precision", "float32")),
@@ -289,6 +312,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("-b 6 --grad-accum-steps 2 --recipe deit --set img_size=16 --set mix_block=8"),
         Trial("--labels {second} --label-mode mean"),
         Trial("--labels {second} --label-mode random"),
+        Trial(f"--data {{copy}} {READING}"),
         Trial("--pretrained", OFFLINE),
         Trial("--compile", seen=lambda got: got.compiled > 0),
     ],
@@ -297,6 +321,9 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--checkpoint {folder}/teacher.safetensors --model test_resnet --num-classes 3 --crop-pct 1 --batch-size 4"),
         Trial("--labels {labels} --labels-data {copy} --expect-manifest {manifest} --agreement-samples 6 --workers 1"),
         Trial("--data {copy} --device cpu --amp-dtype auto --json", seen=is_json),
+        Trial(READING),
+        Trial("--data {images} --labels-file {folder}/labels.csv --class-order {data}/classes.txt --json",
+              seen=lambda got: json.loads(got.output)["images"] == 23),
         Trial("--amp-dtype float32"),
         Trial("--amp-dtype bfloat16"),
         Trial("--pretrained", "--checkpoint and --pretrained exclude each other"),
@@ -319,6 +346,8 @@ TRIALS: dict[str, list[Trial]] = {
             seen=lambda got: (got.folder / "sub/page.html").read_text().count('alt="View') == 2,
         ),
         *(Trial(f"--gallery-views 4 --amp-dtype {dtype}") for dtype in ("auto", "float32", "bfloat16")),
+        Trial(f"--data {{copy}} {READING} --gallery-views 4"),
+        UNREAD,
         Trial("--out page", "--out must be a page, FILE.html, got page"),
     ],
     "bench inference": [
@@ -339,6 +368,8 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--data {data} --key img-0007 --out here", seen=lambda got: "attention maps: attention-run.png" in got.output),
         Trial("--labels {labels} --labels-data {copy} --workers 1", seen=lambda got: "1 teacher" in got.output),
         Trial("--data {data} --labels {labels}", "pass --data or --labels, not both"),
+        Trial(f"--data {{data}} {READING}"),
+        UNREAD,
         Trial("--data {data} --crop-pct 1 --device cpu --amp-dtype auto"),
         Trial("-c {folder}/evaluate.yaml --data {data} --amp-dtype float32", seen=lambda got: got.settings["crop_pct"] == 0.5),
         Trial("--data {data} --amp-dtype bfloat16"),
@@ -348,6 +379,8 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--expect-manifest {manifest} --json", seen=is_json),
     ],
     "labels verify": [
+        Trial(f"--data {{copy}} {READING}", seen=lambda got: "23 images" in got.output),
+        UNREAD,
         Trial("--data {copy} --threads 1", seen=lambda got: "23 images" in got.output),
         Trial("--no-probes --expect-manifest {manifest} --json", seen=is_json),
         Trial("--public-key {folder}/team.pub", "1 problem"),
@@ -370,11 +403,15 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--views 1:3 --top 2", seen=lambda got: "views 1:3 of 23 images" in got.output and "the first 2 of" in got.output),
         Trial("--out out --data {copy} --expect-manifest {manifest}", seen=exists("out/audit.json", "out/suspects.csv", "out/gallery.html")),
         Trial("--data {copy}", "pass --out too"),
+        Trial(f"--data {{copy}} --out out {READING}", seen=exists("out/gallery.html")),
+        UNREAD,
         Trial("--views 1:9", "--views must be START:STOP within the labelled views 0:3, got 1:9"),
         Trial("--json", seen=is_json),
     ],
     "labels show": [
         Trial("--data {copy} --out sheet.png --samples 2 --views 1", seen=exists("sheet.png")),
+        Trial(f"--data {{copy}} {READING}", seen=exists("labels.png")),
+        UNREAD,
     ],
     "labels push": [Trial("--workers 2", seen=exists("out/manifest.json"))],
     "labels pull": [
@@ -388,6 +425,8 @@ TRIALS: dict[str, list[Trial]] = {
         Trial(f"{MINE} --teacher-img-size 16 --processes 1 --min-teacher-accuracy 1 --dtype float32"),
         Trial(f"{MINE} --engine ray --address 127.0.0.1:1", "no Ray cluster answers"),
         Trial(f"{MINE} --on-bad-image skip --dtype bfloat16"),
+        Trial(f"{MINE} --data {{copy}} {READING}"),
+        Trial(f"{MINE} {UNREAD.args}", UNREAD.refused),
         Trial(f"{MINE} --on-bad-image fail --dtype float16 --compile", seen=lambda got: got.compiled == 1),
         Trial("--teacher test_resnet --no-pretrained --teacher-checkpoint {folder}/teacher.safetensors", "teacher"),
     ],
@@ -403,6 +442,8 @@ TRIALS: dict[str, list[Trial]] = {
     "labels export": [
         Trial("--data {copy} --views 1:2 --pixels views --encoding png --format webdataset", seen=exists("out/_info.json")),
         Trial("--encoding jpeg --workers 1", seen=exists("out/_info.json")),
+        Trial(f"--data {{copy}} {READING}", seen=exists("out/_info.json")),
+        UNREAD,
         Trial("--pixels originals", seen=lambda got: "the recipe crops, changes or mixes images" in got.said),
     ],
     "index": [Trial("--json --log-json log.jsonl", seen=is_json)],
@@ -412,12 +453,15 @@ TRIALS: dict[str, list[Trial]] = {
             seen=exists("out/val-000002.tar"),
         ),
         Trial("--shorter-side 20 --quality 80 --on-bad-image skip", seen=exists("out/SHA256SUMS")),
+        Trial(f"{READING} --on-bad-image fail", seen=exists("out/SHA256SUMS")),
         Trial("--quality 80", "--quality is that of the images that --shorter-side shrinks"),
         Trial("--on-bad-image keep --log-json log.json", seen=exists("out/SHA256SUMS", "log.json")),
         Trial("--dry-run --json", seen=is_json),
     ],
     "doctor": [
         Trial("--out here --labels {labels} --data {copy} --json", seen=is_json),
+        Trial(f"--labels {{labels}} --data {{copy}} {READING}", seen=lambda got: "every pixel equal" in got.output),
+        Trial("--labels {labels} --label-key cls", UNREAD.refused),
     ],
     "compare": [
         Trial("--device cpu --engine local", seen=study("steps", {"all": 10, "done": 0, "failed": 0})),
@@ -539,6 +583,10 @@ def world(tmp_path_factory) -> dict[str, str]:
     (folder / "speed.yaml").write_text("batch_size: [3]\n")
     (folder / "recipe.yaml").write_text("preset: deit\nimg_size: 16\nscale: [0.4, 1.0]\n")
     write_key(folder, "team")  # team.pem and team.pub
+    write_unlabelled(folder / "images", folder / "labels.csv")
+    for number in range(12):
+        (folder / "digits" / str(number)).mkdir(parents=True)
+        (folder / "digits" / str(number) / "1.jpg").write_bytes(encoded(photo(number)))
     scale = {**SCALE, "data": data, "eval_data": write_tars(folder / "val", (12,)), "seeds": [0, 1]}
     study = {**STUDY, "cells": {**STUDY["cells"], "hard": {**STUDY["cells"]["hard"], "teacher": "published"}}}
     write_study(folder / "studies", study, scale)
@@ -549,6 +597,8 @@ def world(tmp_path_factory) -> dict[str, str]:
         "folder": str(folder),
         "data": data,
         "copy": str(shutil.copytree(data, folder / "copy")),
+        "images": str(folder / "images"),
+        "digits": str(folder / "digits"),
         "bad": write_tars(folder / "bad", bad=(4,)),
         "labels": str(labels.folder),
         "second": str(second.folder),

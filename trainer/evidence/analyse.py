@@ -196,11 +196,11 @@ def disagreement(answers: Mapping[str, NDArray[np.int64]], location: str) -> dic
 
 def _open_images(config: AnalyseConfig) -> Crops | Views | None:
     if config.data is not None:
-        return Crops.spread(open_source(config.data), config.samples, config.crop_pct)
+        return Crops.spread(open_source(config.data, options=config.options), config.samples, config.crop_pct)
     if config.labels is None:
         return None
     label_set = LabelSet.open(config.labels)
-    source = label_set.open_source(config.labels_data)
+    source = label_set.open_source(config.labels_data, options=config.options)
     check_start(label_set, source)
     return Views(label_set, source, config.samples)
 

@@ -18,7 +18,7 @@ import PIL.Image
 
 from pipeline.errors import SourceError, UsageError
 from pipeline.images.decode import decode, encode
-from pipeline.images.source import Source
+from pipeline.images.source import NO_OPTIONS, Source, SourceOptions
 from pipeline.labels.replay import check_image
 from pipeline.storage.atomic import refusals_named, replace_file
 from pipeline.storage.json import pretty_json
@@ -31,7 +31,9 @@ PIXELS = 128  # of the longer side of a picture
 COLUMNS = ("key", "class_label", "class_name", "answer", "answer_name", "score", "contradicted", "shard")
 
 
-def write_audit(found: Audit, folder: Path, *, top: int, data: str | None = None) -> None:
+def write_audit(
+    found: Audit, folder: Path, *, top: int, data: str | None = None, options: SourceOptions = NO_OPTIONS
+) -> None:
     """Write `audit.json`, `suspects.csv` and `gallery.html`.
 
     Args:
@@ -44,7 +46,7 @@ def write_audit(found: Audit, folder: Path, *, top: int, data: str | None = None
         SourceError: `data` cannot be opened.
         LabelSetMismatch: an image has other bytes than the one that was labelled.
     """
-    source = _open(found, data)
+    source = _open(found, data, options)
     shown = _shown(found, top)
     pictures = {} if source is None else _pictures(found, source, shown)
     page = _page(found, top, pictures, has_pictures=source is not None)
@@ -56,10 +58,10 @@ def write_audit(found: Audit, folder: Path, *, top: int, data: str | None = None
     log.info("wrote %s in %s", ", ".join(files), folder)
 
 
-def _open(found: Audit, data: str | None) -> Source | None:
+def _open(found: Audit, data: str | None, options: SourceOptions) -> Source | None:
     """Return the images; None if none were asked for and those of the label set cannot be opened."""
     try:
-        return found.label_set.open_source(data)
+        return found.label_set.open_source(data, options=options)
     except (SourceError, UsageError) as error:
         if data is not None:
             raise

@@ -53,7 +53,7 @@ def most_apart(run: Path, label_set: LabelSet, config: ReportConfig) -> list[Pic
     student = find_networks([str(run)])[0].open(device)
     world = World(0, 1, device, plan_workers(config.workers, device))
     running = Running(world=world, dtype=forward_dtype(config.amp_dtype, device), batch_size=config.batch_size)
-    source = label_set.open_source(config.data)
+    source = label_set.open_source(config.data, options=config.options)
     found: list[tuple[float, str, int, dict[str, Any], Tensor]] = []
     for batch in replayed_batches(student, label_set, source, running, limit=config.gallery_views):
         images = mixed_images(batch, device)

@@ -78,7 +78,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     for path in filter(None, (config.out, config.csv, config.predictions)):
         LocalFile(path).refuse_unwritable()
     label_set = None if config.labels is None else LabelSet.open(config.labels, expect_manifest=config.expect_manifest)
-    source = None if config.data is None else open_source(config.data)
+    source = None if config.data is None else open_source(config.data, options=config.options)
     fitting = _fit_images(config)
     here = weights_here(config.checkpoint) if config.checkpoint else None
     student = _open(config, here, [each.num_classes for each in (source, label_set, fitting and fitting[0]) if each])
@@ -99,7 +99,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     if source:
         result |= _measure(config, student, source, running, linear)
     if label_set:
-        images = label_set.open_source(config.labels_data)
+        images = label_set.open_source(config.labels_data, options=config.other_options)
         check_start(label_set, images)
         result["agreement"], result["agreement_views"] = measure_agreement(
             student,
@@ -134,7 +134,7 @@ def _fit_images(config: EvaluateConfig) -> tuple[Source, LabelSet | None] | None
     classes, for which the tokens of no single class stand.
     """
     if config.fit_data is not None:
-        return open_source(config.fit_data), None
+        return open_source(config.fit_data, options=config.other_options), None
     if config.fit_labels is None:
         return None
     label_set = LabelSet.open(config.fit_labels)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DeitCliError, UsageError
-from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.settings.configs import PrecomputeConfig, SourceConfig, TeacherConfig
 from pipeline.settings.fields import Setting, settings_of
 from pipeline.settings.files import load_recipe, settings_in
 from pipeline.settings.options import ViewsType
@@ -25,10 +25,13 @@ from trainer.config import EvaluateConfig, TrainConfig
 STUDY_KEYS = ("title", "baseline", "against", "cells", "grid", "scale")
 SCALE_KEYS = ("data", "images", "eval_data", "teachers", "labels", "students", "train", "evaluate", "seeds")
 AXES = ("student", "teacher", "token", "budget")  # axes of a cell that are no settings of `train`
+OF_IMAGES = {setting.name for setting in settings_of(SourceConfig)}  # all steps of a study read images as they are
 # Settings of `train` that belong to the scale, or that the study sets itself.
 NOT_COMPARED = {"labels", "data", "output", "resume", "seed", "eval_data", "expect_manifest", "model", "device"}
-NOT_LABELLED = {"data", "out", "teacher", "teacher_checkpoint", "pretrained", "device", "engine", "address"}
+NOT_COMPARED |= OF_IMAGES | {"eval_labels_file"}
+NOT_LABELLED = {"data", "out", "teacher", "teacher_checkpoint", "pretrained", "device", "engine", "address", *OF_IMAGES}
 NOT_EVALUATED = {
+    *OF_IMAGES,
     "checkpoint",
     "model",
     "pretrained",
