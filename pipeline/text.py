@@ -70,6 +70,11 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def printable(text: str) -> str:
+    """Return a text in which control characters are replaced, so that a name in somebody's data cannot drive a terminal."""
+    return CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def first_few(names: Sequence[str], limit: int) -> str:
     """Return at most `limit` names as text, and the number of the others: `a, b and 2 more`."""
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""

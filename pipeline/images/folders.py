@@ -21,7 +21,7 @@ from pipeline.images.samples import IMAGE_EXTENSIONS, OTHER_PICTURES, ShardSumma
 from pipeline.repeats import Told, say_again, warn_counted
 from pipeline.storage.atomic import make_folder, replace_file
 from pipeline.storage.json import canonical_json
-from pipeline.text import check_name, count, first_few, listed
+from pipeline.text import check_name, count, first_few, listed, printable
 
 log = logging.getLogger("deit_cli.folders")
 
@@ -174,7 +174,7 @@ class _Walk:
         with reading(self.root / folder):
             state = (self.root / folder).stat()
         if (state.st_dev, state.st_ino) in above:
-            raise SourceError(f"{self.root / folder}: a link to a folder above it", fix="Remove it")
+            raise SourceError(printable(f"{self.root / folder}: a link to a folder above it"), fix="Remove it")
         scan = self.scan(folder)
         inner = (self.below(name, above | {(state.st_dev, state.st_ino)}) for name in scan.folders)
         return [*scan.images, *(path for paths in inner for path in paths)]
@@ -235,7 +235,7 @@ def _flat_class(walk: _Walk, folder: str, folders: Sequence[str]) -> list[str]:
         inner = scan.folders[0]
         rest = f", or {walk.root / folder} for the folder below" if len(folders) == 1 else ""
         raise SourceError(
-            f"{walk.root}: images must lie in class/name.jpg, but {inner} is a folder",
+            printable(f"{walk.root}: images must lie in class/name.jpg, but {inner} is a folder"),
             fix=f"Pass --class-depth 1 if {folder!r} is the class, or --class-depth 2 if {inner!r} is{rest}",
         )
     return scan.images
@@ -296,7 +296,8 @@ def _no_image(walk: _Walk, folders: Sequence[str]) -> SourceError:
             break
     if number := walk.pictures.total():
         fix = f"It has {count(number, 'picture')} ({_kinds(walk.pictures)}): convert them to JPEG, PNG or WebP"
-    return SourceError(f"{walk.root}: no image in this folder (.jpg, .jpeg, .png and .webp are read)", fix=fix)
+    what = f"{walk.root}: no image in this folder (.jpg, .jpeg, .png and .webp are read)"
+    return SourceError(what, fix=fix and printable(fix))
 
 
 def packed_suffix(name: str) -> str | None:
@@ -319,7 +320,7 @@ def unpack_first(name: str, more: int = 0) -> SourceError:
     if decompress:
         fix += f". If it is a WebDataset tar:  {decompress} {shlex.quote(name)}  and pass {stem}.tar"
     others = f" ({more:,} more in this folder)" if more else ""
-    return SourceError(f"{name}{others}: a {suffix} file is not read as it is", fix=fix)
+    return SourceError(printable(f"{name}{others}: a {suffix} file is not read as it is"), fix=printable(fix))
 
 
 def refuse_several_splits(location: str, names: Iterable[str]) -> None:
@@ -334,8 +335,8 @@ def refuse_several_splits(location: str, names: Iterable[str]) -> None:
         told = listed([f"{len(files):,} of {split!r} ({files[0]})" for split, files in found.items()])
         one = found.get("train") or next(iter(found.values()))
         raise SourceError(
-            f"{location}: holds files of several splits of a data set: {told}",
-            fix=f"Pass one split, such as {location.rstrip('/')}/{_brace_expression(one)}",
+            printable(f"{location}: holds files of several splits of a data set: {told}"),
+            fix=printable(f"Pass one split, such as {location.rstrip('/')}/{_brace_expression(one)}"),
         )
 
 

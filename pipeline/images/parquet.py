@@ -40,7 +40,7 @@ from pipeline.images.samples import (
 )
 from pipeline.storage.place import File, RemoteFile
 from pipeline.storage.urls import local_path
-from pipeline.text import check_name
+from pipeline.text import check_name, printable
 
 log = logging.getLogger("deit_cli.parquet_source")
 
@@ -340,7 +340,7 @@ def _agreed(columns: dict[File, Columns], options: SourceOptions) -> dict[File, 
         if other.class_names != found.class_names:
             raise SourceError(f"{file}: its class names differ from those of {first}; one source has one list")
         if (other.label, other.by_name) != (found.label, found.by_name):
-            told = [f"{each.label or 'none'}{' (text)' if each.by_name else ''}" for each in (other, found)]
+            told = [f"{printable(each.label or 'none')}{' (text)' if each.by_name else ''}" for each in (other, found)]
             raise SourceError(
                 f"{file}: its label column is {told[0]}, that of {first} is {told[1]}",
                 fix="One source has one label column",
@@ -471,7 +471,7 @@ def _image_column(file: File, schema: pa.Schema, image_key: str | None) -> pa.Fi
             raise SourceError(f"{file}: no column {image_key!r} for --image-key among {schema.names}")
         if not any(_leaves(chosen[0])):
             raise SourceError(
-                f"{file}: column {chosen[0].name!r} holds {chosen[0].type}, and --image-key needs bytes, a struct of bytes"
+                f"{file}: column {chosen[0].name!r} holds {printable(str(chosen[0].type))}, and --image-key needs bytes, a struct of bytes"
                 " and path, or paths"
             )
         return chosen[0]
@@ -488,7 +488,7 @@ def _no_image_column(file: File, schema: pa.Schema, found: list[str]) -> SourceE
     lists = [field.name for field in schema if _is_list(field.type) and _is_image(field.type.value_type)]
     texts = [field.name for field in schema if _is_text(field.type)]
     if found:
-        fix = f"Choose one: --image-key {found[0]}"
+        fix = printable(f"Choose one: --image-key {found[0]}")
     elif lists:
         fix = f"Column {lists[0]!r} has a list of images in each row: write a row for each image"
     elif texts:
@@ -579,14 +579,15 @@ def _label_column(file: File, schema: pa.Schema, features: dict[str, Any], label
     found = [name for name in named if name in usual] if len(named) > 1 else named or usual or texts
     if len(found) > 1 or (named and not found):
         raise SourceError(
-            f"{file}: several label columns, {found or named}", fix=f"Choose one: --label-key {(found or named)[0]}"
+            f"{file}: several label columns, {found or named}",
+            fix=printable(f"Choose one: --label-key {(found or named)[0]}"),
         )
     if not found and (like := [field for field in schema if is_label_like(field.name)]):
-        told = ", ".join(f"{field.name!r} ({field.type})" for field in like)
+        told = printable(", ".join(f"{field.name!r} ({field.type})" for field in like))
         raise SourceError(
             f"{file}: no column holds class labels that can be read (numbers in a column such as `label`, or names), but there"
             f" are {told}",
-            fix=f"Choose one, such as --label-key {like[0].name}, or pass --label-key {NO_LABELS} to read the images alone",
+            fix=f"Choose one, such as --label-key {printable(like[0].name)}, or pass --label-key {NO_LABELS} to read the images alone",
         )
     return found[0] if found else None
 
@@ -597,7 +598,7 @@ def _chosen_label(file: File, schema: pa.Schema, label_key: str) -> str:
     kind = schema.field(label_key).type
     if not (_is_integer(kind) or _is_text(kind)):
         raise SourceError(
-            f"{file}: column {label_key!r} holds {kind}, and --label-key needs whole numbers or names of classes"
+            f"{file}: column {label_key!r} holds {printable(str(kind))}, and --label-key needs whole numbers or names of classes"
         )
     return label_key
 

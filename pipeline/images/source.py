@@ -54,7 +54,7 @@ from pipeline.storage.json import sha256_json
 from pipeline.storage.place import File, RemoteFile, open_file, open_place
 from pipeline.storage.remote import list_url
 from pipeline.storage.urls import local_path
-from pipeline.text import first_few
+from pipeline.text import first_few, printable
 
 __all__ = ["NO_OPTIONS", "Sample", "Source", "SourceOptions", "SourceShard", "open_source"]
 
@@ -297,7 +297,7 @@ def _open_directory(location: str, folder: Path, options: SourceOptions, cache: 
         return _open_files(location, [open_file(folder / name) for name in archives], options)
     if packed:
         what = "packed files that are not read"
-        warn_counted(log, what, "%s: packed files are not read: %s", folder, first_few(packed, 3))
+        warn_counted(log, what, "%s: packed files are not read: %s", folder, printable(first_few(packed, 3)))
     return _checked(Source(location, "folder", *_open_folder(folder, options, cache)))
 
 

@@ -19,7 +19,7 @@ from pipeline.images.samples import (
     is_label_like,
 )
 from pipeline.storage.place import File
-from pipeline.text import first_few, listed
+from pipeline.text import first_few, listed, printable
 
 IMAGE_KEY = (".jpg", ".jpeg", ".png", ".webp")  # the first that a sample has is its image, as in timm's "jpg;png;webp"
 LABEL_EXTENSIONS = frozenset(
@@ -165,7 +165,7 @@ def _dotted(archive: Archive, member: Member, layout: TarLayout) -> SourceError:
     return archive.refusal(
         member,
         f"has a dot in its key: webdataset reads it as key {member.key!r} with extension {extension!r}",
-        f"Rename it; or pass --image-key {extension} if every sample has its image there",
+        printable(f"Rename it; or pass --image-key {extension} if every sample has its image there"),
     )
 
 
@@ -224,14 +224,14 @@ class LabelReader:
         if self._texts["number"] and self._texts["number"] == self._texts["all"]:
             self.unread["txt"] = "members '.txt' that hold only numbers"
         if self.unread:
-            key = next(iter(self.unread))
+            key = printable(next(iter(self.unread)))
             raise SourceError(
                 f"{file}: no sample has a class label that can be read, but there are {'; '.join(self.unread.values())}",
                 fix=f"Choose one, such as --label-key {key}, or pass --label-key {NO_LABELS} to read the images alone",
             )
 
     def _seen(self) -> str:
-        return first_few(list(self.unread), 5) or "nothing like a label"
+        return printable(first_few(list(self.unread), 5)) or "nothing like a label"
 
     def _plain(self, files: Mapping[str, Member]) -> dict[str, int]:
         """Return the label in each member or field whose name says that it is the label."""
@@ -250,15 +250,15 @@ class LabelReader:
         return found
 
     def _chosen(self, files: Mapping[str, Member], key: str) -> dict[str, int]:
-        """Return the label in the member or field that the user chose."""
+        """Return the label in the member that the user chose, or else in the field of that name."""
         found: dict[str, int] = {}
         unknown: list[SourceError] = []
         member = files.get("." + key.lstrip(".").lower())
-        label = self._member_label(member, unknown) if member is not None and member.extension != ".json" else None
-        if member is not None and label is not None:
-            found[member.extension[1:]] = label
-        if ".json" in files:
-            found |= self._field_labels(files[".json"], (key,), unknown)
+        if member is not None and member.extension != ".json":
+            label = self._member_label(member, unknown)
+            found = {} if label is None else {member.extension[1:]: label}
+        elif ".json" in files:
+            found = self._field_labels(files[".json"], (key,), unknown)
         if unknown:
             raise unknown[0]
         return found
@@ -410,5 +410,6 @@ def no_image(file: File, others: Counter[str], layout: TarLayout) -> SourceError
             "; TIFF, GIF and the like must be converted" if OTHER_PICTURES & set(others) else ""
         )
     return SourceError(
-        f"{file}: no image in this tar ({read} members are read{f'; it has {told}' if told else ''})", fix=fix
+        f"{file}: no image in this tar ({read} members are read{f'; it has {printable(told)}' if told else ''})",
+        fix=fix,
     )

@@ -215,6 +215,8 @@ TARS = [
     Kind("a number and a name", tar("a.jpg", ("a.cls", b"4"), ("a.json", json_of(label="tabby, tabby cat"))), {}, {"a": 4}),
     Kind("two labels that differ", tar("a.jpg", ("a.cls", b"4"), ("a.cls.txt", b"5")), {}, r"several class labels: 4, 5 \(4 in cls, 5 in cls.txt\). Choose one: --label-key cls"),
     Kind("two labels that differ, chosen", tar("a.jpg", ("a.cls", b"4"), ("a.cls.txt", b"5")), {"label_key": "cls.txt"}, {"a": 5}),
+    Kind("a member and a field that differ", tar("a.jpg", ("a.cls", b"4"), ("a.json", json_of(cls=5))), {}, r"several class labels: 4, 5 \(4 in cls, 5 in json cls\)"),
+    Kind("a member and a field that differ, chosen", tar("a.jpg", ("a.cls", b"4"), ("a.json", json_of(cls=5))), {"label_key": "cls"}, {"a": 4}),
     Kind("a coarse and a fine label", tar("a.jpg", ("a.json", json_of(coarse_label=1, fine_label=5))), {}, "no sample has a class label that can be read, but there are a field 'coarse_label' in 'a.json'; a field 'fine_label'.* --label-key coarse_label, or pass --label-key none"),
     Kind("a coarse and a fine label, chosen", tar("a.jpg", ("a.json", json_of(coarse_label=1, fine_label=5))), {"label_key": "fine_label"}, {"a": 5}),
     Kind("no class labels, on purpose", tar("a.jpg", ("a.json", json_of(coarse_label=1)), ("a.cls", b"x")), {"label_key": "none"}, {"a": None}),
@@ -375,3 +377,28 @@ def test_a_line_on_a_tar_with_folders_says_that_they_are_no_classes(tmp_path):
     assert source.describe().endswith(
         "2 samples, 0 with a class label (folders in a tar are no classes: unpack it for that), no class names"
     )
+
+
+DRIVES_A_TERMINAL = [
+    # what has an escape character in a name
+    tar("a.\x1b[2J"),
+    tar("a.jpg", ("a.json", json_of(**{"label\x1b[2J": 1}))),
+    tar("a.jpg", ("a.label\x1b[2J", b"x")),
+    tar("a.\x1b[2J.jpg"),
+    table({"image\x1b[2J": ONE, "mask\x1b[2J": ONE}),
+    table({"image": ONE, "label\x1b[2J": [1]}),
+    table({"image": ONE, "label": [{"a\x1b[2J": 1}]}),
+    folder("a\x1b[2J/b\x1b[2J/1.jpg"),
+    folder("a/b\x1b[2J/1.jpg"),
+    folder("a.\x1b[2J"),
+    folder("a\x1b[2J.zip"),
+    folder("a/b\x1b[2J.parquet"),
+]
+
+
+@pytest.mark.parametrize("build", DRIVES_A_TERMINAL, ids=range(len(DRIVES_A_TERMINAL)))
+def test_a_name_in_the_data_cannot_drive_the_terminal(tmp_path, build: Build):
+    with pytest.raises(SourceError) as caught:
+        read(open_source(build(tmp_path)))
+    assert "\x1b" not in str(caught.value)
+    assert "[2j" in str(caught.value).lower()
