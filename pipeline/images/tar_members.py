@@ -184,7 +184,10 @@ class LabelReader:
     num_classes: int | None
     num_labels: int = 0
     unread: dict[str, str] = field(default_factory=dict)
-    _texts: Counter[str] = field(default_factory=Counter)
+    _captions: int = 0  # .txt members of samples without another label
+    _number_captions: int = 0  # those that hold a number
+    _name_captions: int = 0  # those that hold the name of a class
+    _others: set[str] = field(default_factory=set)  # names that are not like a label, or were noted
     _last_json: tuple[int, dict[str, Any]] = (-1, {})
 
     def label(self, files: Mapping[str, Member], *, of_image: bool) -> int | None:
@@ -200,7 +203,7 @@ class LabelReader:
         key = self.layout.label
         if key == NO_LABELS:
             return None
-        found = self._plain(files) if key is None else self._chosen(files, key)
+        found = self._plain(files, of_image) if key is None else self._chosen(files, key)
         if not found:
             if of_image and not self.num_labels:
                 self._note_unread(files)
@@ -221,7 +224,7 @@ class LabelReader:
                 f"{file}: no sample has a member .{key.lstrip('.')}, or a field {key!r} in its .json member",
                 fix=f"--label-key takes the extension of a member or the name of a field; this tar has {self._seen()}",
             )
-        if self._texts["number"] and self._texts["number"] == self._texts["all"]:
+        if 0 < self._number_captions == self._captions:
             self.unread["txt"] = "members '.txt' that hold only numbers"
         if self.unread:
             key = printable(next(iter(self.unread)))
@@ -233,7 +236,7 @@ class LabelReader:
     def _seen(self) -> str:
         return printable(first_few(list(self.unread), 5)) or "nothing like a label"
 
-    def _plain(self, files: Mapping[str, Member]) -> dict[str, int]:
+    def _plain(self, files: Mapping[str, Member], of_image: bool) -> dict[str, int]:
         """Return the label in each member or field whose name says that it is the label."""
         found: dict[str, int] = {}
         unknown: list[SourceError] = []
@@ -246,7 +249,7 @@ class LabelReader:
         if not found:
             if unknown:
                 raise unknown[0]
-            found = self._caption_label(files)
+            found = self._caption_label(files) if of_image else {}
         return found
 
     def _chosen(self, files: Mapping[str, Member], key: str) -> dict[str, int]:
@@ -342,13 +345,15 @@ class LabelReader:
         member = files.get(".txt")
         if member is None or (self.layout.numbers is None and self.num_labels):
             return {}
-        self._texts["all"] += 1
-        limit = MAX_DIGITS if self.layout.numbers is None else MAX_LABEL_BYTES
-        text = self.archive.read(member.data, member.size).strip() if member.size <= limit else b""
-        self._texts["number"] += re.fullmatch(rb"[0-9]{1,10}", text) is not None
-        number = self._by_name(text, member)
-        self._texts["name"] += number is not None
-        if self._texts["name"] not in (0, self._texts["all"]):
+        self._captions += 1
+        if member.size > (MAX_DIGITS if self.layout.numbers is None else MAX_LABEL_BYTES):
+            text, number = b"", None
+        else:
+            text = self.archive.read(member.data, member.size).strip()
+            number = self._by_name(text, member)
+            self._number_captions += text.isdigit()
+            self._name_captions += number is not None
+        if 0 < self._name_captions < self._captions:
             raise self.archive.refusal(
                 member,
                 f"holds {text[:MAX_DIGITS]!r}: some '.txt' members of this tar are names of classes, and others are not",
@@ -357,13 +362,19 @@ class LabelReader:
         return {} if number is None else {"txt": number}
 
     def _note_unread(self, files: Mapping[str, Member]) -> None:
+        """Note what looks like a label; a name that was looked at does not count again."""
         for extension, member in files.items():
-            if is_label_like(extension) and extension not in LABEL_EXTENSIONS:
-                self.unread.setdefault(extension[1:], f"members {extension!r}, such as {member.name!r}")
-            elif extension == ".json":
-                for name, value in self._json(member).items():
-                    if value is not None and is_label_like(name) and not isinstance(value, dict):
+            if extension == ".json":
+                content = self._json(member)
+                for name in content.keys() - self._others:
+                    if not is_label_like(name):
+                        self._others.add(name)
+                    elif content[name] is not None and not isinstance(content[name], dict):
                         self.unread.setdefault(name, f"a field {name!r} in {member.name!r}")
+            elif extension not in self._others:
+                if is_label_like(extension) and extension not in LABEL_EXTENSIONS:
+                    self.unread.setdefault(extension[1:], f"members {extension!r}, such as {member.name!r}")
+                self._others.add(extension)
 
     def _several(self, files: Mapping[str, Member], found: Mapping[str, int]) -> SourceError:
         values = ", ".join(map(str, sorted(set(found.values()))))

@@ -226,6 +226,7 @@ TARS = [
     Kind("a name without a list of names", tar("a.jpg", ("a.cls", b"tabby cat")), {}, "must hold one class number, 0 or more, got b'tabby cat'. If it is the name of a class, write classes.txt beside the tars, or pass --class-order FILE"),
     Kind("a name, and classes.txt", tar("a.jpg", ("a.cls", b"dog"), "b.jpg", ("b.json", json_of(label="cat")), beside={"classes.txt": "cat\ndog\n"}), {}, {"a": 1, "b": 0}, CATS_AND_DOGS),
     Kind("a name in .txt, and classes.txt", tar("a.jpg", ("a.txt", b"dog"), "b.jpg", ("b.txt", b"cat\n"), beside={"classes.txt": "cat\ndog\n"}), {}, {"a": 1, "b": 0}, CATS_AND_DOGS),
+    Kind("a name in .txt, and a README.txt", tar(("README.txt", b"hello"), "a.jpg", ("a.txt", b"dog"), beside={"classes.txt": "cat\ndog\n"}), {}, {"a": 1}, CATS_AND_DOGS),
     Kind("a name, and --class-order", also(tar("a.jpg", ("a.cls", b"n02")), lambda root: (root / "synsets.txt").write_text("n01\nn02\n")), {"class_order": "{root}/synsets.txt"}, {"a": 1}, ("n01", "n02")),
     Kind("a name that no list has", tar("a.jpg", ("a.cls", b"bird"), beside={"classes.txt": "cat\ndog\n"}), {}, "got b'bird', which names none of the 2 classes"),
     Kind("two classes of one name", tar("a.jpg", ("a.cls", b"crane"), beside={"classes.txt": "crane\ncrane\n"}), {}, "got b'crane', which names none of the 2 classes"),
