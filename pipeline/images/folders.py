@@ -17,7 +17,7 @@ import xxhash
 
 from pipeline.errors import SourceError, StorageError
 from pipeline.images.class_names import names_of_order, ordered_class_names
-from pipeline.images.samples import IMAGE_EXTENSIONS, OTHER_PICTURES, ShardSummary, SourceOptions, reading
+from pipeline.images.samples import IMAGE_EXTENSIONS, NO_LABELS, OTHER_PICTURES, ShardSummary, SourceOptions, reading
 from pipeline.repeats import Told, say_again, warn_counted
 from pipeline.storage.atomic import make_folder, replace_file
 from pipeline.storage.json import canonical_json
@@ -102,6 +102,8 @@ def list_folder(root: Path, options: SourceOptions, states: FolderStates | None 
     top = walk.scan("")
     if options.labels_file is not None:
         listing = Listing(None, walk.below("", frozenset()), 0)
+    elif not top.folders and options.class_depth is not None and top.images:
+        raise SourceError(f"{root}: has no class folders for --class-depth {options.class_depth}")
     elif not top.folders:
         listing = Listing(None, top.images, 0)
     elif top.images:
@@ -114,7 +116,7 @@ def list_folder(root: Path, options: SourceOptions, states: FolderStates | None 
     if not listing.paths:
         raise _no_image(walk, top.folders)
     walk.say_what_was_passed_over()
-    return listing
+    return Listing(None, listing.paths, 0) if options.label_key == NO_LABELS else listing
 
 
 class _Scan(NamedTuple):
@@ -260,12 +262,25 @@ def _classes_below(walk: _Walk, folder: str, depth: int) -> dict[str, list[str]]
 
 def _refuse_splits(root: Path, folders: Sequence[str]) -> None:
     """Raise SourceError for a root whose folders are splits of a data set: they are no classes."""
-    splits = [name for name in folders if name.lower() in SPLITS]
-    if len(splits) == len(folders) or len({SPLITS[name.lower()] for name in splits}) > 1:
-        raise SourceError(
-            f"{root}: its folders {listed(splits)} are splits of a data set and no classes",
-            fix=f"Pass {root / splits[0]}, or --class-depth 1 if they are classes",
-        )
+    found = {name: _splits_in(name) for name in folders}
+    plain = [name for name, parts in found.items() if parts and len(parts) == len(_words(name))]  # train, test1
+    kinds = {split for name in plain for split in found[name]}
+    if all(found.values()) and len(set().union(*found.values())) > 1:  # ILSVRC2012_img_train and ILSVRC2012_img_val
+        plain = list(folders)
+    elif len(plain) < len(folders) and len(kinds) < 2:
+        return
+    raise SourceError(
+        f"{root}: its folders {listed(plain)} are splits of a data set and no classes",
+        fix=f"Pass {root / plain[0]}, or --class-depth 1 if they are classes",
+    )
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split("[^a-z]+", name.lower()) if word]
+
+
+def _splits_in(name: str) -> set[str]:
+    return {SPLITS[word] for word in _words(name) if word in SPLITS}
 
 
 def _refuse_one_folder_of_all(root: Path, folder: str) -> None:
@@ -327,7 +342,7 @@ def refuse_several_splits(location: str, names: Iterable[str]) -> None:
     """Raise SourceError if the files of a folder belong to several splits, such as train-0.tar and validation-0.tar."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
-        splits = {SPLITS[part] for part in re.split("[-_.]", name.lower()) if part in SPLITS}
+        splits = _splits_in(name)
         if len(splits) != 1:
             return
         found.setdefault(splits.pop(), []).append(name)

@@ -582,7 +582,8 @@ def _label_column(file: File, schema: pa.Schema, features: dict[str, Any], label
             f"{file}: several label columns, {found or named}",
             fix=printable(f"Choose one: --label-key {(found or named)[0]}"),
         )
-    if not found and (like := [field for field in schema if is_label_like(field.name)]):
+    like = [field for field in schema if is_label_like(field.name) and not pa.types.is_null(field.type)]
+    if not found and like:
         told = printable(", ".join(f"{field.name!r} ({field.type})" for field in like))
         raise SourceError(
             f"{file}: no column holds class labels that can be read (numbers in a column such as `label`, or names), but there"

@@ -260,8 +260,10 @@ class LabelReader:
         if member is not None and member.extension != ".json":
             label = self._member_label(member, unknown)
             found = {} if label is None else {member.extension[1:]: label}
-        elif ".json" in files:
-            found = self._field_labels(files[".json"], (key,), unknown)
+        else:
+            for extension, member in files.items():
+                if extension.endswith(".json"):
+                    found |= self._field_labels(member, (key,), unknown)
         if unknown:
             raise unknown[0]
         return found
@@ -364,12 +366,13 @@ class LabelReader:
     def _note_unread(self, files: Mapping[str, Member]) -> None:
         """Note what looks like a label; a name that was looked at does not count again."""
         for extension, member in files.items():
-            if extension == ".json":
-                content = self._json(member)
-                for name in content.keys() - self._others:
+            if extension.endswith(".json"):
+                for name, value in self._json(member).items():
+                    if name in self._others:
+                        continue
                     if not is_label_like(name):
                         self._others.add(name)
-                    elif content[name] is not None and not isinstance(content[name], dict):
+                    elif value is not None and not isinstance(value, dict):
                         self.unread.setdefault(name, f"a field {name!r} in {member.name!r}")
             elif extension not in self._others:
                 if is_label_like(extension) and extension not in LABEL_EXTENSIONS:
