@@ -360,18 +360,19 @@ def _names_in(columns: dict[File, Columns], options: SourceOptions) -> tuple[str
     names: set[str] = set()
     for file, each in columns.items():
         assert each.label is not None
-        found = _use(file, partial(_values, label=each.label))
-        names |= {check_name(name, f"{file}: class name of column {each.label!r}") for name in found}
+        names |= _use(file, partial(_values, label=each.label, where=f"{file}: class name of column {each.label!r}"))
     return ordered_class_names(names, options, where=next(iter(columns)))
 
 
-def _values(parquet: pq.ParquetFile, label: str) -> set[str]:
+def _values(parquet: pq.ParquetFile, label: str, where: str) -> set[str]:
+    """Return the names in a text column, each a valid one."""
     found: set[str] = set()
     for batch in parquet.iter_batches(_BATCH_ROWS, columns=[label], use_threads=False):
-        found.update(batch.column(label).unique().to_pylist())
+        new = set(batch.column(label).unique().to_pylist()) - found - {None}
+        found |= {check_name(name, where) for name in new}
         if len(found) > MAX_CLASSES:
-            raise SourceError(f"the text column {label!r} has more than {MAX_CLASSES} values: it holds no classes")
-    return found - {None}
+            raise SourceError(f"{where}: more than {MAX_CLASSES} names: the column holds no classes")
+    return found
 
 
 def _read_footer(file: File, options: SourceOptions) -> tuple[Columns, list[int]]:

@@ -295,6 +295,7 @@ PARQUET = [
     Kind("target", table({"image": ONE, "target": pa.array([3], pa.uint8())}), {}, {"1": 3}),
     Kind("Label in capitals", table({"image": ONE, "Label": [3]}), {}, {"1": 3}),
     Kind("names of classes", table({"image": TWO, "label": ["dog", "cat"]}), {}, {"1": 1, "2": 0}, CATS_AND_DOGS),
+    Kind("texts that are no names", table({"image": TWO, "label": ["dog", "x" * 2000]}), {}, "class name of column 'label' must have 1 to 1024 bytes, got 2000"),
     Kind("names of classes as categories", table({"image": TWO, "label": pa.array(["dog", "cat"]).dictionary_encode()}), {}, {"1": 1, "2": 0}, CATS_AND_DOGS),
     Kind("names of classes, one missing", table({"image": TWO, "label": ["dog", None]}), {}, {"1": 0, "2": None}, ("dog",)),
     Kind("names of classes over files", tables({"image": pictures("a.jpg"), "label": ["dog"]}, {"image": pictures("b.jpg"), "label": ["cat"]}), {}, {"a": 1, "b": 0}, CATS_AND_DOGS),
