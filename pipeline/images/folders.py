@@ -211,8 +211,11 @@ def _class_folders(walk: _Walk, folders: Sequence[str], options: SourceOptions) 
             found[folder] = _flat_class(walk, folder, folders)
         else:
             found |= _classes_below(walk, folder, options.class_depth)
+    used = [name for name, paths in found.items() if paths]
+    if options.class_depth is None and used == list(folders) and len(used) == 1:
+        _refuse_one_folder_of_all(walk.root, used[0])
     known = names_of_order(options) or ()
-    if empty := sorted(name for name, paths in found.items() if not paths and name not in known):
+    if used and (empty := sorted(name for name, paths in found.items() if not paths and name not in known)):
         warn_counted(
             log,
             "folders with empty class folders",
@@ -222,9 +225,6 @@ def _class_folders(walk: _Walk, folders: Sequence[str], options: SourceOptions) 
             first_few(empty, 5),
             "It is" if len(empty) == 1 else "They are",
         )
-    used = [name for name, paths in found.items() if paths]
-    if options.class_depth is None and used == list(folders) and len(used) == 1:
-        _refuse_one_folder_of_all(walk.root, used[0])
     paths = [path for paths in found.values() for path in paths]
     names = ordered_class_names(used, options, where=walk.root) if used else None
     return Listing(names, paths, options.class_depth or 1)

@@ -120,6 +120,18 @@ def test_opening_parquet_receives_footers_where_the_server_gives_ranges(server, 
 
 
 @pytest.mark.parametrize("ranges", [True, False])
+def test_names_of_classes_are_read_from_all_remote_parquet_files(server, cache, ranges):
+    server.ranges = ranges
+    (server.folder / "names").mkdir()
+    for number, names in enumerate((["dog", "bird"], ["cat", "dog"])):
+        images = pa.array([{"bytes": coloured_png(row), "path": f"{number}-{row}.png"} for row in range(2)])
+        pq.write_table(pa.table({"image": images, "label": names}), server.folder / f"names/{number}.parquet")
+    source = open_source(f"{server.url}/names/{{0..1}}.parquet", cache=cache)
+    assert source.class_names == ("bird", "cat", "dog")
+    assert [shard.class_labels for shard in source.shards] == [(2, 0), (1, 2)]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
 def test_remote_parquet_that_is_missing_or_damaged_is_named(server, cache, ranges):
     server.ranges = ranges
     with pytest.raises(SourceError, match=rf"{server.url}/parquet/part-7\.parquet: there is no such file \(404\)"):
