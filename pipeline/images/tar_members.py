@@ -269,41 +269,42 @@ class LabelReader:
         return found
 
     def _member_label(self, member: Member, unknown: list[SourceError]) -> int | None:
+        """Return the label in a member that holds nothing else; None, and a refusal in `unknown`, if it holds no label."""
         text = self.archive.read(member.data, min(member.size, MAX_LABEL_BYTES + 1)).strip()
-        if text.isdigit() and len(text) <= MAX_DIGITS and member.size <= MAX_LABEL_BYTES:
-            return self._number(int(text), member, text.decode(), named=member.extension != ".cls")
-        known = self._by_name(text, member) if member.size <= MAX_LABEL_BYTES else None
-        if known is not None:
-            return known
-        unknown.append(
-            self.archive.refusal(
-                member,
-                f"must hold one class number, 0 or more, got {text[:MAX_DIGITS]!r}{self._among()}",
-                _WRITE_NAMES if self.layout.numbers is None else None,
-            )
-        )
+        if member.size <= MAX_LABEL_BYTES:
+            if text.isdigit() and len(text) <= MAX_DIGITS:
+                return self._number(int(text), member, text.decode(), named=member.extension != ".cls")
+            if (number := self._by_name(text.decode(errors="surrogateescape"))) is not None:
+                return number
+        what = f"must hold one class number, 0 or more, got {text[:MAX_DIGITS]!r}{self._no_name()}"
+        unknown.append(self.archive.refusal(member, what, _WRITE_NAMES if self.layout.numbers is None else None))
         return None
 
     def _field_labels(self, member: Member, fields: Iterable[str], unknown: list[SourceError]) -> dict[str, int]:
+        """Return the labels in fields of a JSON member by their place; a field that holds no label adds to `unknown`."""
         content = self._json(member)
         found: dict[str, int] = {}
         for name in fields:
             value = content.get(name)
+            if value is None:
+                continue
             if type(value) is int:  # isinstance would accept True as an int
-                found[f"json {name}"] = self._number(value, member)
-            elif isinstance(value, str) and re.fullmatch("[0-9]{1,32}", value, re.ASCII):
-                found[f"json {name}"] = self._number(int(value), member, value, named=True)
-            elif (
-                isinstance(value, str)
-                and (number := self._by_name(value.encode("utf-8", "replace"), member)) is not None
-            ):
-                found[f"json {name}"] = number
-            elif value is not None:
-                text = (
-                    f"must have an integer label, got {value!r:.100}{self._among() if isinstance(value, str) else ''}"
-                )
-                names = isinstance(value, str) and self.layout.numbers is None
-                unknown.append(self.archive.refusal(member, text, _WRITE_NAMES if names else None))
+                label = self._number(value, member)
+            elif not isinstance(value, str):
+                label = None
+            elif re.fullmatch("[0-9]{1,32}", value, re.ASCII):
+                label = self._number(int(value), member, value, named=True)
+            else:
+                label = self._by_name(value.strip())
+            if label is not None:
+                found[f"{member.extension[1:]} {name}"] = label
+                continue
+            what = f"must have an integer label, got {value!r:.100}"
+            if isinstance(value, str):
+                fix = _WRITE_NAMES if self.layout.numbers is None else None
+                unknown.append(self.archive.refusal(member, what + self._no_name(), fix))
+            else:
+                unknown.append(self.archive.refusal(member, what))
         return found
 
     def _json(self, member: Member) -> dict[str, Any]:
@@ -311,12 +312,8 @@ class LabelReader:
             self._last_json = (member.offset, read_json(self.archive, member))
         return self._last_json[1]
 
-    def _among(self) -> str:
-        return (
-            ""
-            if self.num_classes is None or self.layout.numbers is None
-            else f", which names none of the {self.num_classes} classes"
-        )
+    def _no_name(self) -> str:
+        return "" if self.layout.numbers is None else f", which names none of the {self.num_classes} classes"
 
     def _number(self, label: int, member: Member, text: str = "", *, named: bool = False) -> int:
         """Return a label that is in range. Names such as `0`, `1`, `10` make a number in a text ambiguous."""
@@ -333,10 +330,8 @@ class LabelReader:
             )
         return label
 
-    def _by_name(self, text: bytes, member: Member) -> int | None:
-        if self.layout.numbers is None:
-            return None
-        return self.layout.numbers.get(text.decode("utf-8", "replace").strip())
+    def _by_name(self, name: str) -> int | None:
+        return None if self.layout.numbers is None else self.layout.numbers.get(name)
 
     def _caption_label(self, files: Mapping[str, Member]) -> dict[str, int]:
         """Return the label in a `.txt` member that holds the name of a class. Other texts are captions.
@@ -352,7 +347,7 @@ class LabelReader:
             text, number = b"", None
         else:
             text = self.archive.read(member.data, member.size).strip()
-            number = self._by_name(text, member)
+            number = self._by_name(text.decode(errors="surrogateescape"))
             self._number_captions += text.isdigit()
             self._name_captions += number is not None
         if 0 < self._name_captions < self._captions:
@@ -382,7 +377,7 @@ class LabelReader:
     def _several(self, files: Mapping[str, Member], found: Mapping[str, int]) -> SourceError:
         values = ", ".join(map(str, sorted(set(found.values()))))
         told = ", ".join(f"{label} in {place}" for place, label in found.items())
-        key = next(iter(found)).removeprefix("json ")
+        key = next(iter(found)).rpartition(" ")[2]
         return self.archive.refusal(
             next(iter(files.values())), f"has several class labels: {values} ({told})", f"Choose one: --label-key {key}"
         )

@@ -246,6 +246,7 @@ TARS = [
     Kind("a label that was not found", tar("a.jpg", ("a.cls", b"7")), {"label_key": "class_id"}, "no sample has a member .class_id, or a field 'class_id' in its .json member"),
     Kind("a label in another JSON member", tar("a.jpg", ("a.meta.json", json_of(label=7))), {}, "but there are a field 'label' in 'a.meta.json'"),
     Kind("a label in another JSON member, chosen", tar("a.jpg", ("a.meta.json", json_of(label=7))), {"label_key": "label"}, {"a": 7}),
+    Kind("two JSON members that differ", tar("a.jpg", ("a.json", json_of(class_id=1)), ("a.meta.json", json_of(class_id=2))), {"label_key": "class_id"}, r"several class labels: 1, 2 \(1 in json class_id, 2 in meta.json class_id\)"),
     Kind("a number as text in JSON", tar("a.jpg", ("a.json", json_of(label="7"))), {}, {"a": 7}),
     Kind("a text that is number and name", tar("a.jpg", ("a.json", json_of(label="10")), beside={"classes.txt": "\n".join(TEXT_ORDER)}), {}, "holds '10', which is both the number of a class and the name of class 2"),
     Kind("other order than classes.txt", tar("a.jpg", ("a.cls", b"0"), "b.jpg", ("b.txt", b"x"), beside={"classes.txt": "dog\ncat\n"}), {"class_order": "text"}, {"a": 1, "b": None}, CATS_AND_DOGS),
