@@ -21,7 +21,10 @@ from pipeline.labels.format import DAMAGED_FILE
 
 MAX_PAGE_BYTES = 16 << 20  # the default page size of every writer is about 1 MiB
 MAX_SAMPLES_BYTES = 1 << 30
-_BATCH_ROWS = 16  # rows of a samples file to read before the limit is checked again: each text may be a page long
+_BATCH_ROWS = (
+    16  # rows of a samples file to read before the limit is checked again, if each text may be MAX_PAGE_BYTES long
+)
+_MOST_ROWS = 1 << 16
 _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 12
 _WHOLE = (4, 5, 6)  # int16, int32, int64: zigzag varints
 _HEADER_BYTES = 256  # bytes of a header; other data in so few bytes unpacks to some MiB at most
@@ -60,8 +63,8 @@ def refuse_extension_types(data: bytes, name: str) -> None:
         raise LabelSetCorrupt(f"{name} has Arrow extension types, which may run code: no label set has any")
 
 
-def check_pages(data: bytes, groups: list[list[Chunk]], group: int, name: str) -> None:
-    """Raise LabelSetCorrupt if a page of a row group unpacks to more than MAX_PAGE_BYTES."""
+def check_pages(data: bytes, groups: list[list[Chunk]], group: int, name: str) -> int:
+    """Return the unpacked size of the largest page of a row group; raise LabelSetCorrupt if it is above MAX_PAGE_BYTES."""
     if group >= len(groups):
         raise LabelSetCorrupt(f"{name}: damaged Parquet: its footer lists {len(groups)} row groups", fix=DAMAGED_FILE)
     largest = guarded(name, lambda: largest_page(data, groups[group]))
@@ -69,16 +72,27 @@ def check_pages(data: bytes, groups: list[list[Chunk]], group: int, name: str) -
         raise LabelSetCorrupt(
             f"{name}: a page in it unpacks to {largest} bytes, the maximum is {MAX_PAGE_BYTES}", fix=DAMAGED_FILE
         )
+    return largest
 
 
-def bounded_rows(parquet: pq.ParquetFile, schema: pa.Schema, name: str) -> pa.Table:
+def bounded_rows(parquet: pq.ParquetFile, schema: pa.Schema, name: str, *, largest: int) -> pa.Table:
     """Read a whole file and count its bytes meanwhile: a dictionary or shared prefixes can unpack to any length.
+
+    A single text is never longer than the page that has it, or has its entry of a dictionary. So the smaller the pages of a file, the
+    more rows can be read at once; a call of the library costs as much as a hundred rows.
+
+    Args:
+        parquet: the open file.
+        schema: its schema.
+        name: its name, for the error.
+        largest: size of its largest page, unpacked, as `check_pages` returns it.
 
     Raises:
         LabelSetCorrupt: the file unpacks to more than MAX_SAMPLES_BYTES.
     """
     batches, size = [], 0
-    for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
+    rows = _BATCH_ROWS * MAX_PAGE_BYTES // max(1, largest)
+    for batch in parquet.iter_batches(min(rows, _MOST_ROWS), use_threads=False):
         size += batch.nbytes
         if size > MAX_SAMPLES_BYTES:
             raise LabelSetCorrupt(f"{name} unpacks to more than {MAX_SAMPLES_BYTES} bytes", fix=DAMAGED_FILE)

@@ -270,9 +270,9 @@ def read_samples(file: Path | Contents) -> SampleRows:
         raise LabelSetCorrupt(f"{name} has {parquet.metadata.num_rows} rows, its footer says {footer.rows}")
     if footer.rows > MAX_SHARD_SAMPLES:
         raise LabelSetCorrupt(f"{name} has {footer.rows} rows, the maximum is {MAX_SHARD_SAMPLES}")
-    for group in range(parquet.metadata.num_row_groups):
-        check_pages(contents.data, contents.chunks, group, name)
-    table = guarded(name, lambda: bounded_rows(parquet, SAMPLES_SCHEMA, name))
+    groups = range(parquet.metadata.num_row_groups)
+    largest = max((check_pages(contents.data, contents.chunks, group, name) for group in groups), default=0)
+    table = guarded(name, lambda: bounded_rows(parquet, SAMPLES_SCHEMA, name, largest=largest))
     guarded(name, lambda: table.validate(full=True))  # every text is UTF-8
     columns = {field.name: _whole(table[field.name]) for field in SAMPLES_SCHEMA}
     if not np.array_equal(columns["row"].to_numpy(), np.arange(footer.rows)):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from support.tables import FIELDS, assert_equal, encode_rows, footer_of, write
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch
+from pipeline.labels import parquet_guard
 from pipeline.labels.encoding import LabelRows, codec_of, index_dtype
 from pipeline.labels.tables import (
     FOOTER_KEY,
@@ -37,6 +38,7 @@ from pipeline.labels.tables import (
     write_labels,
     write_samples,
 )
+from pipeline.storage.json import canonical_json
 
 
 def answers(rows: int, classes: int, topk: int, seed: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
@@ -578,6 +580,39 @@ def test_columns_of_a_samples_file_are_sequences_of_python_values(tmp_path):
     assert again.read_bytes() == (tmp_path / "a.parquet").read_bytes()
     assert write_samples_file(tmp_path / "c.parquet", found.take(np.array([2, 0, 1])), footer).is_file()
     assert found.take(np.array([2, 0])).key == ("c" * 1000, "n01/a")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dictionary": ["key"]}, {"use_dictionary": False, "column_encoding": {"key": "DELTA_BYTE_ARRAY"}}],
+    ids=["dictionary", "shared prefixes"],
+)
+def test_a_samples_file_that_unpacks_to_too_much_is_refused_while_it_is_read(tmp_path, monkeypatch, options):
+    """2,000 keys of 100 kB, stored once. Small pages are read many rows at once."""
+    number = 2000
+    rows, footer = samples(
+        key=("k" * 100_000,) * number, class_label=(0,) * number, image_xxh3=(bytes(16),) * number, bad=(None,) * number,
+        **dict.fromkeys(("image_bytes", "height", "width"), np.ones(number, np.uint32)),
+    )  # fmt: skip
+    table = pa.table({"row": np.arange(number), **vars(rows)}, schema=SAMPLES_SCHEMA)
+    metadata = {b"deit_cli": canonical_json(footer.model_dump(mode="json"))}
+    path = tmp_path / "a.parquet"
+    pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd", **options)
+    assert path.stat().st_size < 1e6
+    monkeypatch.setattr(parquet_guard, "MAX_SAMPLES_BYTES", 50 << 20)
+    monkeypatch.setattr(parquet_guard, "MAX_PAGE_BYTES", 1 << 20)
+    sizes, read = [], pq.ParquetFile.iter_batches
+
+    def spy(file, *arguments, **keywords):
+        for batch in read(file, *arguments, **keywords):
+            sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    with pytest.raises(LabelSetCorrupt, match=f"unpacks to more than {50 << 20} bytes"):
+        read_samples(path)
+    assert max(sizes) <= 17 << 20  # 16 rows of the largest page, as if each text were that long
+    assert 50 << 20 < sum(sizes) <= 67 << 20
 
 
 @pytest.mark.parametrize("name", ["key", "bad"])
