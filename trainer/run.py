@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
