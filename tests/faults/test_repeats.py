@@ -136,7 +136,7 @@ ONCE = {
     "pipeline.teacher.teacher._launch_or_halve",  # halves a batch
     "pipeline.labels.combined._common_records",
     "pipeline.labels.combined._common_views",
-    "pipeline.labels.replay.check_replay",
+    "pipeline.labels.replay._probes_of",
     "trainer.evaluate._compare_names",
     "trainer.evidence.analyse._labels_fit",
     "trainer.evidence.audit_files._open",

@@ -405,7 +405,7 @@ def test_an_epoch_from_afar_is_the_epoch_from_here(trained, cache):
 
 
 def test_another_image_in_a_remote_tar_stops_the_batch(trained, cache, tmp_path):
-    """Keys of a remote source are not compared before: each image is when it is used."""
+    """Keys of a remote source are compared when its tar is here: when a batch first uses it."""
     write_tars(tmp_path / "web/images", (8, 12), unlabelled=5)
     with web_server(tmp_path / "web") as server:
         source = open_source(f"{server.url}/images/train-{{000000..000001}}.tar", cache=cache)
@@ -417,8 +417,9 @@ def test_another_image_in_a_remote_tar_stops_the_batch(trained, cache, tmp_path)
             except (LabelSetMismatch, SourceError) as error:
                 errors.append(error)
     texts = " ".join(map(str, errors))
-    assert "source shard train-000000 has 8 samples, there is no sample" in texts
-    assert re.search("train-000001: the label belongs to 'img-00..', the source has 'img-00..' in this row", texts)
+    assert len(errors) == steps
+    assert "4 samples are missing: 'img-0008' of train-000000" in texts
+    assert re.search("4 samples are new: 'img-0008' of train-000001", texts)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
