@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
