@@ -226,7 +226,7 @@ def _warn_of_sorted_classes(recipe: Recipe, census: Census) -> None:
     if recipe.mixes and len(census.classes) > 1 and census.same_class > 0.5 * census.neighbours:
         log.warning(
             "%.0f %% of neighbours have the same class: the source seems to be sorted, and mixup partners are chosen among %d"
-            " neighbours. For labels as good as DeiT's, shuffle the samples into new shards",
+            " neighbours. For labels as good as DeiT's, shuffle the samples into new shards with `deit-cli pack`",
             100 * census.same_class / census.neighbours,
             recipe.mix_block,
         )

@@ -57,6 +57,7 @@ SUBSTITUTIONS = [
     # pixels
     (r"--teacher-img-size 384", "--teacher-img-size 32"),
     (r"--include-images 256", "--include-images 20"),
+    (r"--shorter-side 256", "--shorter-side 20"),
     # servers: an S3 store and a web server on this machine
     (r"s3://bucket/", "{bucket}/"),
     (r"https://host/", "{web}/"),
@@ -91,6 +92,7 @@ ADDED = {
     "bench inference": "--device cpu --seconds 0.01",
     "labels extend": "-j 0 --device cpu",
     "labels export": "-j 0",
+    "pack": "-j 0",
     "compare": "--device cpu --seed 0",
 }
 

@@ -29,6 +29,7 @@ from support.web_server import web_server
 
 from pipeline.errors import SourceError, StorageError, UsageError
 from pipeline.exchange import pack as packing
+from pipeline.exchange import pack_rows
 from pipeline.exchange.pack import Packed, pack, plan_pack
 from pipeline.images.parquet import ParquetShard
 from pipeline.images.source import open_source
@@ -285,11 +286,19 @@ def test_we_webdataset_and_timm_read_it(folder, tmp_path):
     assert {int(label): number for label, number in counts.items()} == Counter(labels.values())
 
 
+@pytest.mark.slow
 def test_a_packed_source_is_labelled_and_trained_from(folder, tmp_path):
+    from trainer.config import TrainConfig
+    from trainer.loop import train
+
     packed(folder, tmp_path / "out")
     label_set = make_labels(tmp_path / "labels", str(tmp_path / "out"))
     assert len(label_set.shards) == 5
     assert sum(len(label_set.samples(name)) for name in label_set.shards) == COUNT
+    tiny: dict[str, Any] = {"model": "deit-ti", "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    settings: dict[str, Any] = {"batch_size": 12, "epochs": 1, "warmup_epochs": 0, "workers": 0, "device": "cpu"}
+    train(TrainConfig(labels=tmp_path / "labels", output=tmp_path / "run", **tiny, **settings))
+    assert (tmp_path / "run/last").is_dir()
 
 
 def test_a_source_behind_a_url_gives_the_same_bytes(tmp_path):
@@ -440,7 +449,7 @@ def test_an_interrupted_run_is_continued(source, tmp_path, monkeypatch):
     packed(source, tmp_path / "whole")
     begun(source, tmp_path / "out", monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_usable", lambda *_: pytest.fail("an image was read again"))
+        patch.setattr(pack_rows, "_usable", lambda *_: pytest.fail("an image was read again"))
         result = packed(source, tmp_path / "out")
     assert (result.written, result.num_shards) == (3, 5)
     assert "2 tars of them there before" in result.line
@@ -523,6 +532,39 @@ def test_a_file_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypatch
         packed(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("damage", [b"", b"{}\n", b"[1]\n[2]\n", b"\xff"])
+def test_what_an_earlier_run_kept_is_checked(folder, tmp_path, monkeypatch, damage):
+    begun(folder, tmp_path / "out", monkeypatch)
+    kept = tmp_path / "out/.pack/read/images-000000.jsonl"
+    kept.write_bytes(damage)
+    with pytest.raises(
+        SourceError, match=r"images-000000.jsonl is not the file that was written when this pack was begun"
+    ):
+        packed(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("shorter", [None, 30])
+def test_a_row_of_a_stranger_does_not_name_a_file_elsewhere(folder, tmp_path, monkeypatch, shorter):
+    begun(folder, tmp_path / "out", monkeypatch, shorter_side=shorter)
+    kept = tmp_path / "out/.pack/read/images-000000.jsonl"
+    (tmp_path / "secret").write_bytes(b"secret")
+    head, *rows = kept.read_text().splitlines()
+    key, label, *_ = json.loads(rows[0])
+    rows[0] = json.dumps([key, label, str(tmp_path / "secret"), 0, 6, 0])
+    kept.write_text("\n".join([head, *rows]) + "\n")
+    with pytest.raises(SourceError, match="secret is not the file that it was when this pack was begun"):
+        packed(folder, tmp_path / "out", shorter_side=shorter)
+
+
+def test_a_pack_json_of_somebody_else_is_refused(folder, tmp_path):
+    packed(folder, tmp_path / "out")
+    about = json.loads((tmp_path / "out/pack.json").read_text())
+    for changed in ([], {}, about | {"num_shards": "5"}):
+        (tmp_path / "out/pack.json").write_text(json.dumps(changed))
+        with pytest.raises(StorageError, match=r"out/pack.json was not written by deit-cli pack: move it away"):
+            packed(folder, tmp_path / "out")
+
+
 def test_a_folder_with_other_things_is_refused(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
@@ -599,18 +641,18 @@ def test_settings_out_of_range_are_refused(settings, said):
 # --- memory -----------------------------------------------------------------------------------------------------------------
 
 
-def reads(shards: int, samples: int) -> Iterator[packing._Read]:
+def reads(shards: int, samples: int) -> Iterator[pack_rows.Read]:
     for shard in range(shards):
         row = '["%012d",1,"/a/folder/of/some/length/train-000000.tar",123456789,123456,1234567890123456789]\n'
         rows = "".join(row % (shard * samples + number) for number in range(samples)).encode()
-        yield packing._Read(f"shard-{shard}", samples, "0" * 64, rows, [])
+        yield pack_rows.Read(f"shard-{shard}", samples, "0" * 64, rows, [])
 
 
 def test_the_order_takes_less_than_100_bytes_for_each_sample(tmp_path):
     shards, samples = 100, 2000
     with (tmp_path / "rows").open("w+b") as file:
         tracemalloc.start()
-        rows = packing._Rows(file, 0)
+        rows = pack_rows.Rows(file, 0)
         for read in reads(shards, samples):
             rows.add(read)
         del read
