@@ -1,6 +1,6 @@
 """Writing tars: `deit-cli pack` beside webdataset's ShardWriter in a loop, and the memory of `pack`.
 
-    OMP_NUM_THREADS=1 python benchmarks/pack.py --data imagenet-sample --rounds 5 --out benchmarks/results/pack.json
+    OMP_NUM_THREADS=1 python benchmarks/pack.py --data imagenet-sample --rounds 3 --out benchmarks/results/pack.json
 
 *copy*: an image folder of small PNG files (32 x 32) in ten classes, copied as it is. *resize*: photographs of --data, repeated
 under new keys in one tar, with the shorter side at 256 pixels, Lanczos, JPEG quality 95. The loop reads the same images in the
@@ -72,15 +72,17 @@ def shuffled(keys: list[str]) -> list[int]:
     )
 
 
-def files_of(folder: Path) -> Iterator[dict[str, Any]]:
+def files_of(folder: Path, *, decoded: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the samples of an image folder in a shuffled order, as a script of a few lines does it."""
     names = sorted(path.name for path in folder.iterdir())
     paths = [path for name in names for path in sorted((folder / name).iterdir())]
     keys = [f"{path.parent.name}/{path.stem}" for path in paths]
     labels = {name: label for label, name in enumerate(names)}
     for i in shuffled(keys):
-        label = labels[paths[i].parent.name]
-        yield {"__key__": keys[i], "png": paths[i].read_bytes(), "cls": str(label).encode()}
+        label, image = labels[paths[i].parent.name], paths[i].read_bytes()
+        if decoded:
+            Image.open(io.BytesIO(image)).convert("RGB")
+        yield {"__key__": keys[i], "png": image, "cls": str(label).encode()}
 
 
 def resized_of(tar: Path) -> Iterator[dict[str, Any]]:
@@ -125,6 +127,17 @@ def packed(source: Path, **settings: Any) -> Callable[[Path], object]:
     return lambda out: pack(str(source), out, PackConfig(samples_per_shard=PER_TAR, **settings))
 
 
+def start_seconds(scratch: Path) -> dict[str, float]:
+    """Return the seconds that `pack` takes for one file: what a rate for few images is made of."""
+    one, found = write_folder(scratch / "one", 1), {}
+    for workers in (0, 1, 2):
+        began = time.monotonic()
+        packed(one, workers=workers)(scratch / "out")
+        found[f"-j {workers}"] = round(time.monotonic() - began, 3)
+        shutil.rmtree(scratch / "out")
+    return found
+
+
 def peak(source: Path, out: Path, workers: int) -> dict[str, Any]:
     """Return peak memory in bytes and seconds of the command."""
     began, highest = time.monotonic(), 0
@@ -141,29 +154,29 @@ def peak(source: Path, out: Path, workers: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options(__doc__, rounds=5)
+    parser = options(__doc__, rounds=3)
     parser.add_argument("--data", required=True, help="folder with a tar of JPEG photographs")
-    parser.add_argument(
-        "--files", type=int, default=10_000, help="files of *copy*, and of the smaller source of *memory*"
-    )
+    parser.add_argument("--files", type=int, default=40_000, help="files of *copy*")
     parser.add_argument("--photographs", type=int, default=500, help="photographs of *resize*")
+    parser.add_argument("--small", type=int, default=10_000, help="files of the smaller source of *memory*")
     parser.add_argument("--large", type=int, default=100_000, help="files of the larger source of *memory*")
     args = parser.parse_args()
     result: dict[str, Any] = {"what": "images per second; peak PSS in bytes", "machine": machine()}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         scratch = Path(folder)
-        small, tar = write_folder(scratch / "small", args.files), scratch / "photographs.tar"
+        files, tar = write_folder(scratch / "files", args.files), scratch / "photographs.tar"
         write_source(args.data, tar, args.photographs)
         packed(tar, workers=2)(scratch / "warm")  # starts the server of the loader processes
         result["copy"] = compare(
             args.files,
             args.rounds,
             {
-                "shardwriter": lambda out: loop(files_of(small), out),
-                "pack -j 1 --on-bad-image keep": packed(small, workers=1, on_bad_image="keep"),
-                "pack -j 2 --on-bad-image keep": packed(small, workers=2, on_bad_image="keep"),
-                "pack -j 1": packed(small, workers=1),
-                "pack -j 2": packed(small, workers=2),
+                "shardwriter": lambda out: loop(files_of(files), out),
+                "pack -j 1 --on-bad-image keep": packed(files, workers=1, on_bad_image="keep"),
+                "pack -j 2 --on-bad-image keep": packed(files, workers=2, on_bad_image="keep"),
+                "shardwriter, each image decoded": lambda out: loop(files_of(files, decoded=True), out),
+                "pack -j 1": packed(files, workers=1),
+                "pack -j 2": packed(files, workers=2),
             },
             scratch,
         )
@@ -177,10 +190,11 @@ def main() -> None:
             },
             scratch,
         )
-        large = write_folder(scratch / "large", args.large)
-        result["memory"] = {
-            str(count): peak(source, scratch / "out", 2) for count, source in ((args.files, small), (args.large, large))
-        }
+        result["start_s"] = start_seconds(scratch)
+        result["memory"] = {}
+        for count in (args.small, args.large):
+            source = write_folder(scratch / str(count), count)
+            result["memory"][str(count)] = peak(source, scratch / "out", 2)
         print(result["memory"])
     write_json(args.out, result)
 

@@ -449,7 +449,7 @@ TRIALS: dict[str, list[Trial]] = {
     "index": [Trial("--json --log-json log.jsonl", seen=is_json)],
     "pack": [
         Trial(
-            "--samples-per-shard 8 --prefix val --seed 1 --prefix-keys --replace-dots --workers 1",
+            "--samples-per-shard 8 --prefix val --seed 1 --prefix-keys --replace-dots --on-bad-image fail --workers 1",
             seen=exists("out/val-000002.tar"),
         ),
         Trial("--shorter-side 20 --quality 80 --on-bad-image skip", seen=exists("out/SHA256SUMS")),
