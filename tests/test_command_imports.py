@@ -39,6 +39,7 @@ COMMANDS = [
     ("labels audit --json SET", TABLES),
     ("labels verify --no-probes SET", TABLES),
     ("labels verify SET --data IMAGES", TABLES | {"torch", "cv2"}),  # replay probes are rendered
+    ("pack IMAGES OUT -j 0 --on-bad-image skip", TABLES | {"torch", "cv2"}),  # those of the loader processes
     ("labels push SET OUT", TABLES),
     ("labels pull SET OUT", TABLES),
     ("labels merge OUT SET", TABLES),

@@ -169,7 +169,7 @@ def pack(source: str, out: Path, config: PackConfig, *, progress: Progress = lam
                 _check_same_source(out, about["source_id"])
             tars = _write(task, out, rows, _COMMENT + sha256_json(about))
             packed = _finish(task, out, about, rows, tars)
-    shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)  # while it is locked: nobody else has begun anything in it
     return dataclasses.replace(packed, seconds=time.monotonic() - began)
 
 
