@@ -126,6 +126,7 @@ def test_a_process_that_nobody_hears_goes_on(monkeypatch, capsys):
 ONCE = {
     "pipeline.overview.card.refresh_card",
     "pipeline.exchange.export.export_labels",
+    "pipeline.exchange.pack.rows",
     "pipeline.exchange.fkd.list_files",
     "pipeline.stage1.indexing.index_samples",
     "pipeline.sharing.merging._has_images",
