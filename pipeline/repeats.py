@@ -4,14 +4,17 @@ A person reads the first warning of each kind, and at the end how many there wer
 processes forward their messages to the process that started them, which filters and counts them.
 """
 
+import contextlib
 import logging
+import pickle
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from logging.handlers import QueueHandler
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 _KIND = "repeats"  # attribute of a log record that holds its kind
+_TEXT_BYTES = 2000  # longest message of a process that shares a pipe; Linux writes 4,096 bytes to a pipe as a whole
 
 log = logging.getLogger("deit_cli")
 
@@ -60,7 +63,7 @@ class Told(NamedTuple):
     kind: str | None
 
 
-@contextmanager
+@contextlib.contextmanager
 def heard() -> Iterator[list[Told]]:
     """Give a list that receives what is logged inside the block."""
     told: list[Told] = []
@@ -84,6 +87,21 @@ def say_again(told: Iterable[Sequence[Any]]) -> None:
         logging.getLogger(message.logger).log(message.level, "%s", message.text, extra=extra)
 
 
+@contextlib.contextmanager
+def counted_at_the_end() -> Iterator[None]:
+    """Say repeated warnings once, and their counts at the end of the block, also in a program that has not set up logging."""
+    handler, first = logging.lastResort, FirstOfEachKind()
+    if handler is None:
+        yield
+        return
+    handler.addFilter(first)
+    try:
+        yield
+    finally:
+        handler.removeFilter(first)
+        first.log_counts()
+
+
 def forward_messages(send: Callable[[logging.LogRecord], object]) -> None:
     """Send all log messages of this worker process to the process that started it, and to no other handler.
 
@@ -104,3 +122,43 @@ def forward_messages(send: Callable[[logging.LogRecord], object]) -> None:
 def log_forwarded(record: logging.LogRecord) -> None:
     """Log a message of a worker process in this process."""
     logging.getLogger(record.name).handle(record)
+
+
+class MessagePipe:
+    """The messages of worker processes, which this process logs as its own, as they come, while a block runs.
+
+    All processes write to one pipe. None of them locks it, because a process that is killed would never unlock it: a short
+    write is whole, and a long text is cut.
+    """
+
+    def __init__(self) -> None:
+        from multiprocessing import Pipe  # here, so that commands without processes start sooner
+
+        self._receiver, self._sender = Pipe(duplex=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_sender": self._sender}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def send(self, record: logging.LogRecord) -> None:
+        """Send a message from a worker process."""
+        record.msg = str(record.msg).encode()[:_TEXT_BYTES].decode(errors="ignore")
+        record.message = record.msg
+        self._sender.send_bytes(pickle.dumps(record))
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._log, daemon=True, name="messages")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sender.send_bytes(b"")
+        self._thread.join(timeout=5)
+        self._sender.close()
+        self._receiver.close()
+
+    def _log(self) -> None:
+        while data := self._receiver.recv_bytes():
+            log_forwarded(pickle.loads(data))

@@ -16,6 +16,7 @@ from pipeline.errors import DeitCliError, StoppedError, TrainingError, UsageErro
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import prepare_loaders
 from pipeline.machine.ranks import forward_dtype, rank_from
+from pipeline.repeats import counted_at_the_end
 from pipeline.storage.atomic import replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json
 from pipeline.storage.mirror import Mirror, OneWriterMirror
@@ -66,6 +67,7 @@ log = logging.getLogger("deit_cli.train")
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
+@counted_at_the_end()
 def train(config: TrainConfig, recipe: Recipe | None = None, *, progress: StepProgress | None = None) -> Path:
     """Train a student, or continue its run; return the run's folder.
 

@@ -7,7 +7,6 @@ lie in shared memory, and only the rest of a batch is sent from process to proce
 import contextlib
 import io
 import itertools
-import logging
 import math
 import multiprocessing
 import os
@@ -36,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pipeline.errors import DeitCliError, WorkerError
 from pipeline.machine.ranks import plan_loaders
 from pipeline.machine.threads import usable_cores
-from pipeline.repeats import FirstOfEachKind
+from pipeline.repeats import MessagePipe, forward_messages
 
 # A batch that takes longer than this never comes: a process hangs, or a network file system does.
 TIMEOUT_S = 900
@@ -78,8 +77,10 @@ def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, w
         WorkerError: a process was lost or hangs; the error names the images that the processes worked on.
     """
     whereabouts = _Whereabouts(workers)
-    loader = _start_loader(_Work(work, whereabouts), items, workers=workers, module=_module_of(work))
-    yield from _checked(loader, whereabouts)
+    with MessagePipe() if workers else contextlib.nullcontext() as messages:
+        start = partial(_start_worker, messages)
+        loader = _start_loader(_Work(work, whereabouts), items, workers=workers, module=_module_of(work), start=start)
+        yield from _checked(loader, whereabouts)
 
 
 class SlotStream(Generic[AnyBatch]):
@@ -271,7 +272,9 @@ def _module_of(work: Callable[..., Any]) -> str:
     return _module_of(work.func) if isinstance(work, partial) else work.__module__
 
 
-def _start_loader(work: Dataset[Any], items: Iterable[Any], *, workers: int, module: str) -> DataLoader[Any]:
+def _start_loader(
+    work: Dataset[Any], items: Iterable[Any], *, workers: int, module: str, start: Callable[[int], None]
+) -> DataLoader[Any]:
     """Return a loader that uses worker processes; with 0 workers it loads in this process.
 
     Workers are forked from a clean server process, which runs no threads and has imported the module of the work. Each
@@ -282,7 +285,7 @@ def _start_loader(work: Dataset[Any], items: Iterable[Any], *, workers: int, mod
         prepare_loaders(module)
         options = {
             "multiprocessing_context": multiprocessing.get_context("forkserver"),
-            "worker_init_fn": _start_worker,
+            "worker_init_fn": start,
             "prefetch_factor": PREFETCH,
             "timeout": LOOK_S,
         }
@@ -402,11 +405,10 @@ def _kill_loaders() -> None:
             process.kill()
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(messages: MessagePipe, _: int) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    if logging.lastResort is not None:  # the handler that prints warnings where logging is not configured
-        logging.lastResort.addFilter(FirstOfEachKind())
+    forward_messages(messages.send)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -22,6 +22,7 @@ from pipeline.labels.sealing import check_replaceable, check_untouched, claim, s
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.overview.card import refresh_card
+from pipeline.repeats import counted_at_the_end
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.engines import limit, run_processes
 from pipeline.stage1.indexing import Census, Reading, index_samples
@@ -45,6 +46,7 @@ def look_ahead(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, sourc
         return plan_work(config, recipe, teacher, source)
 
 
+@counted_at_the_end()
 def precompute(
     config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source: Source, *, progress: Progress = lambda _: None
 ) -> LabelSet | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.builders import with_checkout, write_tars
 
+from pipeline.machine.loaders import in_processes
 from pipeline.repeats import FirstOfEachKind, forward_messages, log_forwarded, warn_counted
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def label(folder: Path, name: str, *options: str, verbose: bool = False) -> str:
-    """Label six label shards with a teacher that knows one class; return what a person reads."""
+    """Label forty label shards with a teacher that knows one class; return what a person reads."""
     command = [
         sys.executable,
         "-c",
@@ -49,7 +50,7 @@ def label(folder: Path, name: str, *options: str, verbose: bool = False) -> str:
         "--data",
         "data",
     ]
-    command += ["--teacher", "constant:network", "--set", "img_size=16", "--views", "3", "--views-per-shard", "1"]
+    command += ["--teacher", "constant:network", "--set", "img_size=16", "--views", "20", "--views-per-shard", "1"]
     command += ["-j", "0", "--out", name, "--log-json", f"{name}.json", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=with_checkout(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
@@ -61,14 +62,60 @@ def label(folder: Path, name: str, *options: str, verbose: bool = False) -> str:
 def test_a_warning_of_every_label_shard_is_said_once_and_counted(folder, processes):
     said = label(folder, f"out{processes}", "--processes", str(processes))
     assert said.count(SAID) == 1
-    assert said.endswith("label shards in which the teacher gave one class to all views: 6 in all\n")
+    assert said.endswith("label shards in which the teacher gave one class to all views: 40 in all\n")
     messages = [json.loads(line) for line in (folder / f"out{processes}.json").read_text().splitlines()]
-    assert sum(SAID in message.get("text", "") for message in messages) == 6  # for a machine, all of them
+    assert sum(SAID in message.get("text", "") for message in messages) == 40  # for a machine, all of them
 
 
 @pytest.mark.slow
 def test_verbose_says_every_one(folder):
-    assert label(folder, "verbose", verbose=True).count(SAID) == 6
+    assert label(folder, "verbose", verbose=True).count(SAID) == 40
+
+
+PROGRAM = """
+import logging
+from pathlib import Path
+from pipeline.images.source import open_source
+from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
+from pipeline.settings.files import load_recipe
+from pipeline.stage1.precompute import precompute
+from pipeline.teacher.loading import load_teacher
+
+teacher = load_teacher(TeacherConfig(teacher=("constant:network",)), num_classes=None, device="cpu")
+config = PrecomputeConfig(data="data", out=Path("library"), views=(0, 20), views_per_shard=1, workers=0)
+precompute(config, load_recipe("deit", {"img_size": 16}), teacher, open_source("data"))
+logging.getLogger("deit_cli.tests").warning("from here on as before")
+assert not logging.lastResort.filters
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_has_not_set_up_logging_reads_the_same(folder):
+    """Python itself prints warnings there, each time."""
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=with_checkout(folder, OMP_NUM_THREADS="1")
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(SAID) == 1
+    assert "label shards in which the teacher gave one class to all views: 40 in all\n" in done.stderr
+    assert done.stderr.endswith("from here on as before\n")
+
+
+def warn(item: int, _: object) -> int:
+    """Work of a loader process."""
+    text = "x" * 100_000 if item == 3 else "short"
+    warn_counted(logging.getLogger("deit_cli.tests"), "slow files", "file %d: %s", item, text)
+    return item
+
+
+def test_warnings_of_all_loader_processes_are_counted_together(caplog):
+    assert list(in_processes(warn, range(10), workers=2)) == list(range(10))
+    said = [record for record in caplog.records if getattr(record, "repeats", "") == "slow files"]
+    assert sorted(record.getMessage()[:6] for record in said) == [f"file {item}" for item in range(10)]
+    first = FirstOfEachKind()
+    assert [first.filter(record) for record in said] == [True] + 9 * [False]
+    assert max(len(record.getMessage()) for record in said) == 2000  # a longer text is cut
 
 
 def test_each_kind_is_said_once_and_counted_if_it_came_again(caplog):
