@@ -26,10 +26,11 @@ class MetricsLog:
         replace_file(self._path, text.encode())
 
     def add(self, kind: str, index: int, **values: Any) -> None:
-        """Append one line with values measured after update `index`."""
+        """Append one line with values measured after update `index`; it is in the file at once, and never in parts."""
+        line = _line({"kind": kind, "index": index, **_finite(values)}).encode()
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line({"kind": kind, "index": index, **_finite(values)}))
+            with self._path.open("ab", buffering=len(line) + 1) as file:  # one write
+                file.write(line)
         except OSError as error:
             raise StorageError(f"{self._path}: {error.strerror}") from error
 

@@ -77,7 +77,7 @@ def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, w
         WorkerError: a process was lost or hangs; the error names the images that the processes worked on.
     """
     whereabouts = _Whereabouts(workers)
-    with MessagePipe() if workers else contextlib.nullcontext() as messages:
+    with MessagePipe() as messages:
         start = partial(_start_worker, messages)
         loader = _start_loader(_Work(work, whereabouts), items, workers=workers, module=_module_of(work), start=start)
         yield from _checked(loader, whereabouts)

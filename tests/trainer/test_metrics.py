@@ -5,12 +5,17 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
-from support.builders import with_checkout
+from support.background import in_background
+from support.builders import before_update, make_labels, with_checkout, write_tars
+from support.training import TINY
 
 from pipeline.errors import StorageError
+from trainer.config import TrainConfig
+from trainer.loop import train
 from trainer.metrics import METRICS_NAME, MetricsLog, Recorder, open_recorder, read_metrics
 
 
@@ -66,6 +71,39 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=with_checkout())
     assert done.returncode == -signal.SIGKILL
     assert [line["index"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_a_reader_sees_whole_lines_only(tmp_path):
+    log, cut = MetricsLog(tmp_path, next_index=0), []
+
+    def watch(ended: threading.Event) -> None:
+        while not ended.is_set():
+            data = (tmp_path / METRICS_NAME).read_bytes()
+            if data and not data.endswith(b"\n"):
+                cut.append(len(data))
+
+    with in_background(watch):
+        for index in range(300):
+            log.add("eval", index, scores=["x" * 1000] * 30)
+    assert cut == []
+    assert len(read_metrics(tmp_path)) == 300
+
+
+def test_the_numbers_of_an_update_are_in_the_file_when_the_next_one_begins(tmp_path):
+    labels = make_labels(tmp_path / "set", write_tars(tmp_path / "data", (24,)))
+    seen: list[list[int]] = []
+
+    def look() -> None:
+        seen.append([line["index"] for line in read_metrics(tmp_path / "run")])
+
+    with before_update(1, look):
+        train(
+            TrainConfig(
+                labels=str(labels.folder), output=str(tmp_path / "run"), batch_size=6, epochs=1, warmup_epochs=0,
+                workers=0, log_interval=1, log_tensorboard=True, **TINY,
+            )
+        )  # fmt: skip
+    assert seen == [[0]]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
