@@ -182,16 +182,24 @@ class Cache:
     def _download_once(self, url: str, path: Path, promise: Promise, ahead: threading.Event | None) -> None:
         def write(file: BinaryIO) -> None:
             nonlocal received
+            reserved = 0
+
+            def begin(announced: int | None) -> None:
+                nonlocal reserved
+                reserved = announced or promise.bytes or 0
+                self._take_room(url, file, reserved, ahead)
+
             received = remote.receive(
                 url,
                 file,
                 size=promise.bytes,
-                begin=lambda announced: self._take_room(url, file, announced or promise.bytes, ahead),
+                begin=begin,
                 check=check,
                 min_rate=self.min_rate,
             )
-            with contextlib.suppress(NoRoom), locked(self.folder / ".lock"):
-                self._make_room(0, older_than=None)  # for downloads without an announced length
+            if not reserved:
+                with contextlib.suppress(NoRoom), locked(self.folder / ".lock"):
+                    self._make_room(0, older_than=None)
             if promise.sha256 is not None and received.sha256 != promise.sha256:
                 raise RemoteFileCorrupt(
                     f"{url} has SHA-256 {received.sha256[:12]}…, {promise.sha256[:12]}… is promised: it was changed or replaced"
@@ -209,11 +217,11 @@ class Cache:
         about = {"url": url, "bytes": received.bytes, "sha256": received.sha256}
         replace_file(_sidecar(path), pretty_json(about))
 
-    def _take_room(self, url: str, file: BinaryIO, need: int | None, ahead: threading.Event | None) -> None:
+    def _take_room(self, url: str, file: BinaryIO, need: int, ahead: threading.Event | None) -> None:
         """Make room for a download and reserve it: the file gets its full length before the first byte."""
-        self._refuse_larger(url, need or 0)
+        self._refuse_larger(url, need)
         with locked(self.folder / ".lock"):
-            self._make_room(need or 0, older_than=None if ahead is None else time.time() - IN_USE_S)
+            self._make_room(need, older_than=None if ahead is None else time.time() - IN_USE_S)
             if need:
                 file.truncate(need)
 

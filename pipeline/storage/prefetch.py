@@ -18,7 +18,7 @@ log = logging.getLogger("deit_cli.cache")
 AHEAD_THREADS = 16  # transfers at once, of small files: each waits for its server most of the time
 LARGE_AT_ONCE = 4  # transfers at once, of files of any size
 SMALL_BYTES = 256 << 20  # more transfers than LARGE_AT_ONCE are begun only while all of them have fewer bytes than this
-TYPICAL_BYTES = 64 << 20  # expected size of the first file that nobody promises a size of
+TYPICAL_BYTES = 64 << 20  # expected size of a file without a promise, until one has arrived
 _LOOKS = 1024  # files whose use is looked for at once; they are used about in order, so these are the next ones
 
 
@@ -105,7 +105,8 @@ class Prefetch:
         if file.promise.bytes is not None:
             return file.promise.bytes
         total, files = self._sizes
-        return total // files if files else TYPICAL_BYTES
+        # At first not so much that the first file would fill the room alone: it may be the slow one.
+        return total // files if files else min(TYPICAL_BYTES, file.cache.max_bytes // (2 * LARGE_AT_ONCE))
 
     def _is_busy(self, file: RemoteFile) -> bool:
         """Return True if enough files are on their way; large ones side by side would only delay the first."""

@@ -160,8 +160,12 @@ def _holds(upload: Upload, size: int | None = None) -> bool | None:
         return None
     if info.get("size") != size:
         return False
-    same = store_of(upload.url).same_checksum(upload, info)
-    return same or _received_sha256(upload, size) == upload.sha256  # a damaged local file has another checksum
+    if store_of(upload.url).same_checksum(upload, info):
+        return True
+    try:
+        return _received_sha256(upload, size) == upload.sha256  # a damaged local file has another checksum
+    except RemoteFileCorrupt:  # another writer has replaced it since the question
+        return False
 
 
 def _received_sha256(upload: Upload, size: int) -> str:

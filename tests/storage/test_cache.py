@@ -517,7 +517,9 @@ def test_small_files_come_more_at_once_than_large_ones(server, cache, monkeypatc
 
 def test_the_size_of_files_without_a_promise_is_learned(server, cache):
     with Prefetch(files_of(server, cache, 0, 1)) as ahead:
-        assert ahead._expected(files_of(server, cache, 2)[0]) == prefetch.TYPICAL_BYTES
+        large = Cache(cache.folder, 10**12)
+        assert Prefetch([])._expected(files_of(server, large, 2)[0]) == prefetch.TYPICAL_BYTES
+        assert Prefetch([])._expected(files_of(server, cache, 2)[0]) == cache.max_bytes // 8
         ahead.wait()
     assert ahead._expected(files_of(server, cache, 2)[0]) == SIZE
     assert ahead._expected(RemoteFile("http://x", cache, Promise(7))) == 7
