@@ -5,9 +5,9 @@
     python benchmarks/scale.py --table benchmarks/results/scale.json                 # the results as Markdown
 
 Sources and sets are made by `scale_sets.py` in --work, which needs 35 GB for all scales, and are used again by a later run. Each
-operation runs in a process of its own, which reports how long the operation took, how far its memory rose above what the
-imports took (peak), and how much of that stayed when it was done (kept). Files come from the page cache, so the figures are of the
-work and not of a disk. Results of another run are kept in --out where this run does not measure them again.
+operation runs in a process of its own, which reports how long the operation took, how long it computed (on a machine that others
+share, only this can be compared), how far its memory rose above what the imports took (peak), and how much of that stayed when it
+was done (kept). Files come from the page cache, so the figures are of the work and not of a disk. Results of another run are kept in --out where this run does not measure them again.
 """
 
 import argparse
@@ -131,7 +131,7 @@ class Place:
 
 
 class Meter:
-    """Measures the calls of one process: seconds, and MiB above what it had before."""
+    """Measures the calls of one process: seconds, CPU seconds, and MiB above what it had before."""
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
@@ -141,13 +141,14 @@ class Meter:
         gc.collect()
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         result = call()
-        seconds = time.perf_counter() - began
+        seconds, worked = time.perf_counter() - began, time.process_time() - worked
         peak = _status("VmHWM")
         gc.collect()
         self.found[name] = {
             "seconds": round(seconds, 4),
+            "cpu_seconds": round(worked, 4),
             "peak_mib": round(peak - before, 1),
             "kept_mib": round(_status("VmRSS") - before, 1),
         }
@@ -376,7 +377,7 @@ def run(name: str, operation: str, work: Path, rehearse: bool) -> dict[str, Any]
 
 
 def table(results: dict[str, Any]) -> Iterator[str]:
-    """Yield the results as Markdown: seconds and peak MiB of each step, and the growth between the last two scales."""
+    """Yield the results as Markdown: CPU seconds and peak MiB of each step."""
     names = list(results["cases"])
     yield "| | " + " | ".join(names) + " |"
     yield "|---|" + "--:|" * len(names)
@@ -389,7 +390,7 @@ def table(results: dict[str, Any]) -> Iterator[str]:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{value['seconds']:,.3g} s, {value['peak_mib']:,.0f} MiB"
+        return f"{value['cpu_seconds']:,.3g} s, {value['peak_mib']:,.0f} MiB"
     return f"{value:,.3g}" if isinstance(value, (int, float)) else "" if value is None else str(value)
 
 
