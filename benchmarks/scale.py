@@ -102,7 +102,7 @@ class Case:
 
 CASES = {
     "10k": Case(samples=10_000, views=30, classes=1000),
-    "10k, 300 views": Case(samples=10_000, views=300, classes=1000),
+    "10k-300": Case(samples=10_000, views=300, classes=1000),
     "100k": Case(samples=100_000, views=30, classes=1000),
     "1.28m": Case(samples=1_281_000, views=30, classes=1000),
     "14m": Case(samples=14_000_000, views=30, classes=21_841),
@@ -119,7 +119,7 @@ class Place:
     """The files of one case."""
 
     def __init__(self, work: Path, name: str) -> None:
-        self.folder = work / name.replace(", ", "-").replace(" ", "-")
+        self.folder = work / name
         self.images = self.folder / "images"
         self.set = self.folder / "set"
 
