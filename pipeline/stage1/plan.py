@@ -3,6 +3,7 @@
 import itertools
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.fields import settings_of
 from pipeline.stage1.packing import Packing, check_packable, plan_packing
 from pipeline.storage.atomic import TEMPORARY_PREFIX
+from pipeline.storage.json import MAX_JSON_BYTES
 from pipeline.storage.place import Place, open_place
 from pipeline.teacher.loading import names_function
 from pipeline.teacher.teacher import Teacher, check_classes
@@ -29,6 +31,7 @@ from pipeline.views.recipe import Recipe
 log = logging.getLogger("deit_cli.precompute")
 
 DEFAULT_TOPK = 10
+ENTRY_BYTES = 205  # of a file in manifest.json, without its name
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def plan_work(config: PrecomputeConfig, recipe: Recipe, teacher: Teacher, source
     asked = Plan.make(recipe=recipe, teacher=teacher.identity, source=record, topk=topk, precision=config.precision)
     plan = _plan_in(config, asked)
     blocks, views_to_label = _blocks_of(config)
+    _check_manifest_fits(config, [shard.name for shard in source.shards], blocks)
     packing = plan_packing(config.folder, config.include_images)
     if packing:
         check_packable(source)
@@ -188,6 +192,20 @@ def _begun(out: Path, sealed: list[range], views: tuple[int, int]) -> list[range
     begun = [block for block in inside if block not in sealed]
     together = sorted((*sealed, *begun), key=lambda block: block.start)
     return begun if all(a.stop <= b.start for a, b in itertools.pairwise(together)) else []
+
+
+def _check_manifest_fits(config: PrecomputeConfig, names: Sequence[str], blocks: Sequence[range]) -> None:
+    """Raise UsageError if the set would have more files than a manifest can list: it could not be read when it is sealed."""
+    kinds = 2 if config.include_images else 1  # beside the label shards
+    all_blocks = {*blocks, *label_blocks(config.folder)}
+    files = len(names) * (kinds + len(all_blocks))
+    size = files * (ENTRY_BYTES + max(map(len, names), default=0))
+    if size > MAX_JSON_BYTES:
+        raise UsageError(
+            f"{len(names):,} source shards and {count(len(all_blocks), 'block')} of views would make a label set of {files:,} files, whose"
+            f" list has about {byte_size(size)}; at most {byte_size(MAX_JSON_BYTES)} can be read",
+            fix=f"Pass a larger --views-per-shard than {config.views_per_shard}, or pack the images into larger tars",
+        )
 
 
 def _check_no_gap(sealed: list[range], asked: list[int], views: tuple[int, int]) -> None:

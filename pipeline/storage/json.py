@@ -18,8 +18,8 @@ from pipeline.errors import StorageError
 from pipeline.storage.atomic import refusals_named
 from pipeline.text import SAFE_NAME
 
-MAX_JSON_BYTES = 64 * 2**20  # an ImageNet manifest of 300 views is about 10 MB
-MAX_JSON_VALUES = 4_000_000  # a manifest of that size has half as many; 64 MiB of brackets would become 4 GB of objects
+MAX_JSON_BYTES = 64 * 2**20  # a manifest of 300,000 files; ImageNet's of 300 views has 3 MB
+MAX_JSON_VALUES = 4_000_000  # a manifest of that size has fewer; 64 MiB of brackets would become 4 GB of objects
 _CONTAINERS = (dict, list, tuple)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]

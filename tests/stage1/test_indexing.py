@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 from support.label_sets import make_label_set, write_source
 
+from pipeline.errors import UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.tables import SampleRows
-from pipeline.stage1 import indexing
+from pipeline.stage1 import indexing, plan
 from pipeline.stage1.indexing import Census, Reading, index_samples
 from pipeline.stage1.precompute import _spread
+from pipeline.storage.json import pretty_json
 
 
 def test_samples_of_at_most_two_source_shards_are_in_memory_at_a_time(tmp_path, monkeypatch):
@@ -73,3 +75,29 @@ def test_samples_for_the_accuracy_are_spread_as_over_the_list_of_all_labelled_sa
     labelled = [(shard, row) for shard in shards for row, label in enumerate(shard.class_labels) if label is not None]
     expected = [labelled[i * len(labelled) // limit] for i in range(limit)] if len(labelled) > limit else labelled
     assert list(_spread(SimpleNamespace(shards=shards), limit)) == expected  # pyright: ignore[reportArgumentType]
+
+
+def test_a_set_of_more_files_than_a_manifest_can_list_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    data = write_source(tmp_path / "images", (3,) * 12)
+    monkeypatch.setattr(plan, "MAX_JSON_BYTES", 12 * 4 * 214)
+    make_label_set(data, tmp_path / "set", views=(0, 6), views_per_shard=2)
+    with pytest.raises(UsageError) as caught:
+        make_label_set(data, tmp_path / "set", views=(6, 8), views_per_shard=2)  # together with those that are there
+    assert str(caught.value) == (
+        "12 source shards and 4 blocks of views would make a label set of 60 files, whose list has about 12.8 kB; at most 10.3 kB can"
+        " be read. Pass a larger --views-per-shard than 2, or pack the images into larger tars"
+    )
+    with pytest.raises(UsageError, match="would make a label set of 60 files"):
+        make_label_set(data, tmp_path / "other", views=(0, 8), views_per_shard=2)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_size_of_a_manifest_is_foreseen_within_a_tenth(tmp_path):
+    """Of a large set: rows, bytes and views have more digits there than in the sets of tests."""
+    entries = [
+        {"kind": "labels", "shard": f"train-{number:06}", "view_start": 120, "view_stop": 150, "rows": 30_000}
+        | {"bytes": 1_000_000 + number, "sha256": "0" * 64}
+        for number in range(1000)
+    ]
+    size = len(pretty_json({"files": entries})) / len(entries)
+    assert 0.9 < size / (plan.ENTRY_BYTES + len("train-000000")) < 1.1
