@@ -107,10 +107,7 @@ CASES = {
     "1.28m": Case(samples=1_281_000, views=30, classes=1000),
     "14m": Case(samples=14_000_000, views=30, classes=21_841),
 }
-REHEARSAL = {
-    "tiny": Case(samples=40, views=4, classes=11, per_shard=8, blocks=2, pool=2),
-    "small": Case(samples=80, views=4, classes=11, per_shard=8, blocks=2, pool=2),
-}
+REHEARSAL = {"tiny": Case(samples=80, views=4, classes=11, per_shard=8, blocks=2, pool=2)}
 SECONDS = 600  # of one operation
 MIB = 2**20
 
