@@ -854,14 +854,16 @@ def pack(source: str, out: Path, dry_run: bool, log_json: Path | None, as_json: 
 
 @commands.command()
 @click.argument("source", metavar="PATH")
+@options_of(SourceConfig, where=lambda setting: setting.name not in ("labels_file", "class_depth"))
 @LOG_JSON
 @AS_JSON
-def index(source: str, log_json: Path | None, as_json: bool) -> None:
+def index(source: str, log_json: Path | None, as_json: bool, **values: Any) -> None:
     """Write the index of tars or Parquet files beside them.
 
     Every command indexes a large source once and keeps the index in the user's cache folder. An index beside the data serves everyone
     who reads it: other users, other machines, and copies of the folder. It says where the images are; what is read is compared
-    with the files, so an index that does not fit can only be an error. PATH is a folder, a file, or a brace expression.
+    with the files, so an index that does not fit can only be an error. PATH is a folder, a file, or a brace expression. The options are
+    those of the commands that use the index.
 
     \b
     Examples:
@@ -871,7 +873,7 @@ def index(source: str, log_json: Path | None, as_json: bool) -> None:
     from pipeline.images.index import write_sidecar
     from pipeline.images.source import open_source
 
-    opened = open_source(source)
+    opened = open_source(source, options=SourceConfig(**values).options)
     with shown_progress(log_json) as progress:
         path = write_sidecar(opened, progress)
     record = {

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 from pipeline.errors import SourceError, StorageError, UsageError
 from pipeline.exchange.pack_rows import Reader, Rows, read_place, read_shard
 from pipeline.images.decode import JPEG_QUALITY
+from pipeline.images.index import write_sidecar
 from pipeline.images.source import Source, open_source
 from pipeline.images.tar_archive import (
     INFO_NAME,
@@ -328,6 +329,7 @@ def _finish(task: "_Task", out: Path, about: dict[str, Any], rows: Rows, tars: S
         small[LEFT_OUT_NAME] = "".join(f"{line}\n" for line in lines).encode()
     for name, content in small.items():
         _put(out / name, content)
+    write_sidecar(open_source(out))  # not in the list of hashes: `deit-cli index` may write it anew
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
     sums |= {tar.name: tar.sha256 for tar in tars}
     _put(out / SUMS_NAME, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())

@@ -69,13 +69,13 @@ class KeptIndex:
     Attributes:
         path: the file that is read, and written where it lacks something.
         identity: hash of what decides the samples beside the files: options and class names.
-        sidecar: a second file that is read but never written here: the one that `deit-cli index` wrote beside the source, perhaps on
-            another machine, where the files have other dates; only their lengths are compared. None: there is none.
+        sidecar: a second file that is read but not written by `complete`: the one that `deit-cli index` writes beside the source. It
+            may come from another machine, where the files have other dates: only their lengths are compared.
     """
 
     path: Path
     identity: str
-    sidecar: Path | None = None
+    sidecar: Path
 
     def load(self, shard: SourceShard[Any]) -> ShardIndex[Any] | None:
         """Return the index of a source shard, or None if it is not there or its file has changed since."""
@@ -93,7 +93,7 @@ class KeptIndex:
         """Delete the index because it does not fit its source, and return what the user can do."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
-        if self.sidecar is not None and self.sidecar.is_file():
+        if self.sidecar.is_file():
             return f"Delete {self.sidecar}, or write it anew with deit-cli index, and run the command again"
         return "Run the command again: it indexes the file anew"
 
@@ -114,7 +114,7 @@ class KeptIndex:
             return
         with self._alone():  # of several ranks that start together, one works and the others wait
             if missing := self._missing(shards):
-                self._extend(shards, missing, progress or _Teller(self.path))
+                self._extend(shards, missing, progress or _Teller())
 
     def _missing(self, shards: Sequence[SourceShard[Any]]) -> list[SourceShard[Any]]:
         """Return the source shards without an index, here and in the file."""
@@ -152,7 +152,7 @@ class KeptIndex:
         state = shard.state
         if state is None:
             return
-        for path in filter(None, (self.path, self.sidecar)):
+        for path in (self.path, self.sidecar):
             mapped = _mapped(path, self.identity)
             entry = mapped.entries.get(shard.name) if mapped else None
             if mapped and entry and (entry.state == state or (path == self.sidecar and entry.state[0] == state[0])):
@@ -287,8 +287,8 @@ def _sweep(folder: Path) -> None:
 class _Teller:
     """Progress of an indexing as messages: none for a short one."""
 
-    def __init__(self, path: Path) -> None:
-        self._told, self._path = time.monotonic(), path
+    def __init__(self) -> None:
+        self._told = time.monotonic()
 
     def __call__(self, tick: Tick) -> None:
         if time.monotonic() - self._told > _TOLD_S:
@@ -297,24 +297,38 @@ class _Teller:
 
 
 def write_sidecar(source: Any, progress: Progress | None = None) -> Path:
-    """Write the index of a local source beside it, and return its path.
+    """Write the index of a local source beside it, and return its path. The same files give the same bytes.
 
     Args:
-        source: the source, opened without a sidecar or with one that is replaced.
+        source: the source of tars or Parquet files.
         progress: receives the number of indexed source shards.
 
     Raises:
-        UsageError: the source has no files that could be indexed.
+        UsageError: the source has no files of this kind, or its class labels come from another file.
         SourceError: a file cannot be read as a source.
         StorageError: the index cannot be written.
     """
     kept = source.kept
-    if kept is None or kept.sidecar is None:
-        raise UsageError(f"{source.location} has no index: only local tars and Parquet files are indexed")
-    found = index_shards(source.shards, progress or _Teller(kept.path))
+    if kept is None:
+        raise UsageError(
+            f"{source.location} gets no index: it is for local tars and Parquet files with class labels of their own",
+            fix="An image folder needs none, because its listing is kept in the cache folder",
+        )
+    found = index_shards(source.shards, progress or _Teller())
     with contextlib.closing(found):
-        replace_file(kept.sidecar, lambda file: _write(file, kept.identity, found))
+        undated = (each._replace(state=each.state and (each.state[0], 0)) for each in _in_order(found, source.shards))
+        replace_file(kept.sidecar, lambda file: _write(file, kept.identity, undated))
     return kept.sidecar
+
+
+def _in_order(found: Iterator[Indexed], shards: Sequence[SourceShard[Any]]) -> Iterator[Indexed]:
+    """Yield indexed source shards in the order of the source; those that come too soon are held."""
+    early: dict[str, Indexed] = {}
+    for shard in shards:
+        while shard.name not in early:
+            each = next(found)
+            early[each.name] = each
+        yield early.pop(shard.name)
 
 
 def index_shards(shards: Sequence[SourceShard[Any]], progress: Progress) -> Generator[Indexed, None, None]:

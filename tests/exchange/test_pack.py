@@ -31,6 +31,7 @@ from pipeline.errors import SourceError, StorageError, UsageError
 from pipeline.exchange import pack as packing
 from pipeline.exchange import pack_rows
 from pipeline.exchange.pack import Packed, pack, plan_pack
+from pipeline.images.index import SIDECAR_NAME
 from pipeline.images.parquet import ParquetShard
 from pipeline.images.source import open_source
 from pipeline.settings.configs import PackConfig
@@ -255,7 +256,7 @@ def test_the_hashes_are_those_of_sha256sum(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     listed = {line.split(":")[0] for line in done.stdout.splitlines()}
-    assert listed == set(files_of(tmp_path / "out")) - {"SHA256SUMS"}
+    assert listed == set(files_of(tmp_path / "out")) - {"SHA256SUMS", SIDECAR_NAME}
     assert {"classes.txt", "_info.json", "pack.json", "train-000004.tar"} <= listed
 
 
@@ -319,10 +320,10 @@ def test_a_source_behind_a_url_is_received_once(tmp_path):
 
 def test_a_row_group_is_read_once_although_the_order_is_shuffled(tmp_path, monkeypatch):
     source, groups, real = write_kind("parquet", tmp_path / "data"), [], ParquetShard._read_group
-    monkeypatch.setattr(ParquetShard, "_read_group", lambda self, group: groups.append(group) or real(self, group))
+    monkeypatch.setattr(ParquetShard, "_read_group", lambda self, *where: groups.append(where) or real(self, *where))
     monkeypatch.setattr("pipeline.images.parquet.CACHE_BYTES", 1)
     packed(source, tmp_path / "out")
-    assert groups == list(range(6))
+    assert groups == [(group, "image.bytes") for group in range(6)]
 
 
 # --- images that cannot be decoded --------------------------------------------------------------------------------------

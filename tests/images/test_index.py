@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, UsageError
 from pipeline.images import index
 from pipeline.images import source as source_module
-from pipeline.images.index import SIDECAR_NAME, KeptIndex, write_sidecar
+from pipeline.images.index import SIDECAR_NAME, write_sidecar
 from pipeline.images.parquet import ParquetShard
 from pipeline.images.samples import SourceOptions, SourceShard
 from pipeline.images.source import Source, open_source
@@ -472,8 +472,23 @@ def test_a_long_indexing_says_so(tmp_path, cache, monkeypatch, caplog):
     assert "indexing the source: 1 of 2 source shards" in caplog.messages
 
 
-def test_a_kept_index_is_compared_by_its_fields(tmp_path):
-    assert KeptIndex(tmp_path, "a") == KeptIndex(tmp_path, "a")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_index_beside_the_source_has_the_same_bytes_each_time(workers, tmp_path, monkeypatch):
+    for number in range(6):
+        write_tar(tmp_path / f"data/t{number}.tar", [(f"{key}{number}", label) for key, label in NAMES])
+    first = write_sidecar(open_source(tmp_path / "data")).read_bytes()
+    for path in (tmp_path / "data").glob("*.tar"):
+        os.utime(path, (7, 7))
+    monkeypatch.setattr(index, "SHARDS_FOR_WORKERS", 2)
+    monkeypatch.setattr(index, "usable_cores", lambda: workers)
+    assert write_sidecar(open_source(tmp_path / "data")).read_bytes() == first
+
+
+def test_an_image_folder_gets_no_index_beside_it(folder):
+    with pytest.raises(
+        UsageError, match=r"gets no index: it is for local tars and Parquet files.*An image folder needs none"
+    ):
+        write_sidecar(open_source(folder))
 
 
 @pytest.fixture

@@ -446,7 +446,10 @@ TRIALS: dict[str, list[Trial]] = {
         UNREAD,
         Trial("--pixels originals", seen=lambda got: "the recipe crops, changes or mixes images" in got.said),
     ],
-    "index": [Trial("--json --log-json log.jsonl", seen=is_json)],
+    "index": [
+        Trial("--json --log-json log.jsonl", seen=is_json),
+        Trial("--image-key jpg --label-key cls --image-root nowhere --class-order text"),
+    ],
     "pack": [
         Trial(
             "--samples-per-shard 8 --prefix val --seed 1 --prefix-keys --replace-dots --on-bad-image fail --workers 1",
