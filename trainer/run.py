@@ -127,6 +127,8 @@ def open_data(config: TrainConfig, recipe: Recipe | None = None) -> Data:
         )
     source = label_set.open_source(config.data, options=config.options, cache=cache)
     difference = check_start(label_set, source)
+    if source.kept is not None:
+        source.kept.complete_beside(source.shards)
     if not difference:
         shards = {*label_set.shards}
         probes = sum(probe.shard in shards for each in sets_of(label_set) for probe in each.manifest.probes)

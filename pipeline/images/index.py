@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Thread
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -115,6 +116,19 @@ class KeptIndex:
         with self._alone():  # of several ranks that start together, one works and the others wait
             if missing := self._missing(shards):
                 self._extend(shards, missing, progress or _Teller())
+
+    def complete_beside(self, shards: Sequence[SourceShard[Any]]) -> None:
+        """Do the same in a thread, for a process that goes on meanwhile: it and its loader processes use the file once it is there.
+
+        Until then each of them indexes the source shards that it uses. A file that cannot be read is an error there.
+        """
+
+        def work() -> None:
+            with contextlib.suppress(SourceError, StorageError):
+                self.complete(shards)
+
+        if len(shards) >= SHARDS_FOR_WORKERS:
+            Thread(target=work, daemon=True, name="index").start()
 
     def _missing(self, shards: Sequence[SourceShard[Any]]) -> list[SourceShard[Any]]:
         """Return the source shards without an index, here and in the file."""
@@ -421,6 +435,7 @@ class _Worker:
 def serve() -> None:
     """Index the source shards that arrive on standard input, until it ends: the main function of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    os.nice(5)  # training may go on beside it
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     logging.getLogger("deit_cli").setLevel(logging.INFO)

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,40 @@ def test_several_processes_index_as_one_does(tmp_path, cache, monkeypatch):
     assert source.num_samples == 24
     assert contents(source) == contents(open_source(tmp_path / "data"))
     assert source.source_id == open_source(tmp_path / "data").source_id
+
+
+def test_an_index_is_made_beside_other_work_and_then_used(tmp_path, cache, monkeypatch):
+    for number in range(3):
+        write_tar(tmp_path / f"data/t{number}.tar", NAMES)
+    source = open_source(tmp_path / "data", cache=cache)
+    assert source.kept is not None
+    source.kept.complete_beside(source.shards)  # too few source shards: nothing happens
+    assert not (cache.folder / "index").exists()
+    monkeypatch.setattr(index, "SHARDS_FOR_WORKERS", 3)
+    monkeypatch.setattr(index, "usable_cores", lambda: 2)
+    source.kept.complete_beside(source.shards)
+    for thread in threading.enumerate():
+        if thread.name == "index":
+            thread.join()
+    truth = contents(open_source(tmp_path / "data"))
+    no_building(monkeypatch)
+    assert contents(source) == truth
+
+
+def test_a_damaged_file_is_no_error_of_the_index_beside_but_of_its_use(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(index, "SHARDS_FOR_WORKERS", 2)
+    for number in range(2):
+        write_tar(tmp_path / f"data/t{number}.tar", NAMES)
+    (tmp_path / "data/t1.tar").write_bytes((tmp_path / "data/t1.tar").read_bytes()[:-700])
+    source = open_source(tmp_path / "data", cache=cache)
+    assert source.kept is not None
+    source.kept.complete_beside(source.shards)
+    for thread in threading.enumerate():
+        if thread.name == "index":
+            thread.join()
+    assert len(source.shard("t0").keys) == 4
+    with pytest.raises(SourceError, match="cut off"):
+        _ = source.shard("t1").keys
 
 
 def test_an_error_in_another_process_is_the_same_error(tmp_path, cache, monkeypatch):
