@@ -4,6 +4,7 @@ import gc
 import random
 import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.label_sets import make_label_set, write_source
@@ -74,7 +75,9 @@ def test_samples_for_the_accuracy_are_spread_as_over_the_list_of_all_labelled_sa
     shards = tuple(SimpleNamespace(name=str(at), class_labels=column) for at, column in enumerate(columns))
     labelled = [(shard, row) for shard in shards for row, label in enumerate(shard.class_labels) if label is not None]
     expected = [labelled[i * len(labelled) // limit] for i in range(limit)] if len(labelled) > limit else labelled
-    assert list(_spread(SimpleNamespace(shards=shards), limit)) == expected  # pyright: ignore[reportArgumentType]
+    summaries = [SimpleNamespace(num_labelled=sum(label is not None for label in column)) for column in columns]
+    source: Any = SimpleNamespace(shards=shards, summaries=summaries)
+    assert list(_spread(source, limit)) == expected
 
 
 def test_a_set_of_more_files_than_a_manifest_can_list_is_refused_before_anything_is_made(tmp_path, monkeypatch):
