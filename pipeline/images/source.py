@@ -210,10 +210,15 @@ def _with_index(source: Source, options: SourceOptions, cache: Cache) -> Source:
         return source
     names = source.class_names and list(source.class_names)
     identity = sha256_json({"kind": source.kind, "options": asdict(options), "class_names": names})
-    location = os.path.abspath(source.location)
-    path = cache.folder / "index" / f"{sha256_json([location, identity])[:32]}.arrow"
+    path = _kept_path(cache, source.location, identity, ".arrow")
     kept = KeptIndex(path, identity, _sidecar(source.location))
     return replace(source, shards=tuple(replace(cast(Any, shard), kept=kept) for shard in source.shards), kept=kept)
+
+
+def _kept_path(cache: Cache, location: str | Path, identity: str, suffix: str) -> Path:
+    """Return the path of what is kept of a local source."""
+    where = os.fsencode(os.path.abspath(location)).hex()  # a path need not be UTF-8
+    return cache.folder / "index" / f"{sha256_json([where, identity])[:32]}{suffix}"
 
 
 def _sidecar(location: str) -> Path:
@@ -354,7 +359,7 @@ def _open_folder(
     """Return the class names of an image folder (None: no class folders) and its shards; the listing of a large folder is kept."""
     decides = {"options": asdict(options), "names": names_of_order(options), "samples_per_shard": SAMPLES_PER_SHARD}
     identity = sha256_json(decides)
-    path = cache.folder / "index" / f"{sha256_json([os.path.abspath(root), identity])[:32]}.listing"
+    path = _kept_path(cache, root, identity, ".listing")
     listing = load_listing(path, identity, root)
     if listing is None:
         states = FolderStates()

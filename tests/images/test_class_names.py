@@ -19,7 +19,7 @@ from pipeline.images.class_names import class_numbers, natural_key, ordered_clas
 from pipeline.images.samples import SourceOptions
 from pipeline.images.source import open_source
 
-NAMES = ["10", "9", "009", "class2", "Class10", "class 1", "a1b2", "a1b10", "A01b3", "x", "X1", "b-b", "b", "n01440764"]
+NAMES = ["10", "9", "007", "class2", "Class10", "class 1", "a1b2", "a1b10", "A01b3", "x", "X1", "b-b", "b", "n01440764"]
 ALPHABET = "aB01 29-_é"
 
 

@@ -332,7 +332,7 @@ def test_the_pictures_of_a_sheet_are_the_tiles_row_by_row(label_set, data, tmp_p
 
 
 def test_text_stays_within_the_paper_and_beside_its_neighbour(tmp_path, monkeypatch):
-    label_set, data = named(tmp_path, ("M" * 40, "W" * 40, "hen-of-the-woods, Polyporus frondosus"))
+    label_set, data = named(tmp_path, ("M" * 40, "W" * 40, "Zen-of-the-woods, Polyporus frondosus"))
     found = drawn(label_set, data, tmp_path / "sheet.png", monkeypatch, samples=2, views=2)
     for x0, _, x1, y1 in found["captions"]:
         assert x0 >= 0

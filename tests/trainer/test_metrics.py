@@ -1,15 +1,15 @@
 """metrics.jsonl: what is written is read back, after a crash and a continuation too."""
 
+import io
 import json
 import math
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.background import in_background
 from support.builders import before_update, make_labels, with_checkout, write_tars
 from support.training import TINY
 
@@ -73,20 +73,19 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [line["index"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
 
 
-def test_a_reader_sees_whole_lines_only(tmp_path):
-    log, cut = MetricsLog(tmp_path, next_index=0), []
+def test_a_line_is_one_write(tmp_path, monkeypatch):
+    log, written = MetricsLog(tmp_path, next_index=0), []
 
-    def watch(ended: threading.Event) -> None:
-        while not ended.is_set():
-            data = (tmp_path / METRICS_NAME).read_bytes()
-            if data and not data.endswith(b"\n"):
-                cut.append(len(data))
+    class Counting(io.FileIO):
+        def write(self, data: Any) -> int:
+            written.append(bytes(data))
+            return super().write(data)
 
-    with in_background(watch):
-        for index in range(300):
-            log.add("eval", index, scores=["x" * 1000] * 30)
-    assert cut == []
-    assert len(read_metrics(tmp_path)) == 300
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: io.BufferedWriter(Counting(path, mode), buffering))
+    for index in range(3):
+        log.add("eval", index, scores=["x" * 1000] * 30)
+    assert [line.count(b"\n") for line in written] == [1, 1, 1]
+    assert len(read_metrics(tmp_path)) == 3
 
 
 def test_the_numbers_of_an_update_are_in_the_file_when_the_next_one_begins(tmp_path):

@@ -12,8 +12,8 @@ from support.training import TINY, assert_same_state
 from webdataset import TarWriter
 
 from pipeline.errors import DeitCliError, LabelSetCorrupt, LabelSetMismatch, SourceError, UsageError
-from pipeline.images.samples import SourceShard
 from pipeline.images.source import open_source
+from pipeline.images.tars import TarShard
 from pipeline.labels.checked_files import CheckedFiles
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
@@ -90,7 +90,7 @@ def rewrite(tar: Path, **changes) -> None:
 def looked_at(monkeypatch) -> dict[str, set[str]]:
     """The source shards whose index was built, and those whose samples file was read."""
     found: dict[str, set[str]] = {"indexed": set(), "samples": set()}
-    index, samples = SourceShard.__dict__["index"].func, CheckedFiles.samples
+    index, samples = TarShard.build_index, CheckedFiles.samples
 
     def build(shard):
         found["indexed"].add(shard.name)
@@ -100,7 +100,7 @@ def looked_at(monkeypatch) -> dict[str, set[str]]:
         found["samples"].add(entry.shard)
         return samples(files, entry)
 
-    monkeypatch.setattr(SourceShard, "index", property(build))
+    monkeypatch.setattr(TarShard, "build_index", build)
     monkeypatch.setattr(CheckedFiles, "samples", read)
     return found
 
