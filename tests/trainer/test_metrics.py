@@ -81,9 +81,13 @@ def test_a_line_is_one_write(tmp_path, monkeypatch):
             written.append(bytes(data))
             return super().write(data)
 
-    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: io.BufferedWriter(Counting(path, mode), buffering))
-    for index in range(3):
-        log.add("eval", index, scores=["x" * 1000] * 30)
+    def opened(path: Path, mode: str, buffering: int) -> io.BufferedWriter:
+        return io.BufferedWriter(Counting(path, mode), buffering)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        for index in range(3):
+            log.add("eval", index, scores=["x" * 1000] * 30)
     assert [line.count(b"\n") for line in written] == [1, 1, 1]
     assert len(read_metrics(tmp_path)) == 3
 
