@@ -7,7 +7,7 @@
 Sources and sets are made by `scale_sets.py` in --work, which needs 35 GB for all scales, and are used again by a later run. Each
 operation runs in a process of its own, which reports how long the operation took, how long it computed (on a machine that others
 share, only this can be compared), how far its memory rose above what the imports took (peak), and how much of that stayed when it
-was done (kept). Files come from the page cache, so the figures are of the work and not of a disk. Results of another run are kept in --out where this run does not measure them again.
+was done (kept; kept_own without mapped files, which processes share). Files come from the page cache, so the figures are of the work and not of a disk. Results of another run are kept in --out where this run does not measure them again.
 """
 
 import argparse
@@ -136,11 +136,11 @@ class Meter:
     def __call__(self, name: str, call: Callable[[], Any]) -> Any:
         """Return `call()`, and note what it cost."""
         gc.collect()
-        before = _status("VmRSS")
+        before, own = _status("VmRSS"), _status("RssAnon")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-        began, worked = time.perf_counter(), time.process_time()
+        began, worked = time.perf_counter(), _computed()
         result = call()
-        seconds, worked = time.perf_counter() - began, time.process_time() - worked
+        seconds, worked = time.perf_counter() - began, _computed() - worked
         peak = _status("VmHWM")
         gc.collect()
         self.found[name] = {
@@ -148,8 +148,14 @@ class Meter:
             "cpu_seconds": round(worked, 4),
             "peak_mib": round(peak - before, 1),
             "kept_mib": round(_status("VmRSS") - before, 1),
+            "kept_own_mib": round(_status("RssAnon") - own, 1),
         }
         return result
+
+
+def _computed() -> float:
+    """Return the CPU seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _status(field: str) -> float:
@@ -342,8 +348,11 @@ def link(folder: Path, out: Path, wanted: Callable[[Path], bool]) -> None:
 # The program
 
 
-def make(place: Place, case: Case) -> dict[str, Any]:
-    """Make source and set of a case where they are not there yet; return what that took."""
+OF_SOURCES = {"source", "source again", "plan"}  # operations that need no label set
+
+
+def make(place: Place, case: Case, phases: list[str]) -> dict[str, Any]:
+    """Make source and set of a case where they are needed and not there yet; return what that took."""
     from scale_sets import make_set, make_source  # imports torch, which the operations do not all need
 
     found: dict[str, Any] = {}
@@ -351,7 +360,7 @@ def make(place: Place, case: Case) -> dict[str, Any]:
         ("source", place.images, lambda folder: make_source(folder, case)),
         ("set", place.set, lambda folder: make_set(folder, place.images, case)),
     ):
-        if not folder.is_dir():
+        if not folder.is_dir() and (name == "source" or not OF_SOURCES.issuperset(phases)):
             draft, began = place.new(f"{name}-draft"), time.perf_counter()
             write(draft)
             draft.rename(folder)
@@ -414,7 +423,7 @@ def measure_all(args: argparse.Namespace, cases: dict[str, Case]) -> int:
         found = results["cases"].setdefault(name, {})
         found["case"] = asdict(case) | {"shards": case.shards, "label_shards": case.label_shards}
         with noted(args.out, results):
-            found["made"] = found.get("made", {}) | make(place, case)
+            found["made"] = found.get("made", {}) | make(place, case, args.phases)
         if "source" in args.phases:
             shutil.rmtree(place.folder / "cache", ignore_errors=True)
         for operation in args.phases:

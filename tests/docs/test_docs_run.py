@@ -517,11 +517,12 @@ def before_teachers(page: Page, _: Path) -> None:
 
 
 def before_data(page: Page, _: Path) -> None:
-    """Images without class folders, their classes by name, and the names of all classes."""
+    """Images without class folders, their classes by name, and the names of all classes; and tars."""
     write_unlabelled(page.folder / "photos", page.folder / "numbers.csv")
     rows = "".join(f"img-{number:04}.jpg,{CLASSES[number % 3]}\n" for number in range(23))
     (page.folder / "labels.csv").write_text(rows)
     (page.folder / "names.txt").write_text("".join(f"{name}\n" for name in sorted(CLASSES)))
+    write_tars(page.folder / "imagenet-tars", (12, 12))
 
 
 def before_trust(page: Page, _: Path) -> None:
