@@ -295,6 +295,18 @@ def test_a_file_that_is_larger_than_the_cache_is_refused(server, tmp_path, fault
     assert server.requests["0.tar"] == 1
 
 
+def test_a_folder_in_the_cache_stays_when_there_is_no_room(server, tmp_path):
+    """The indexes of sources are in one; it is old, so it would be the first to go."""
+    cache = Cache(tmp_path / "cache", 2 * SIZE)
+    (cache.folder / "index").mkdir(parents=True)
+    (cache.folder / "index/a.arrow").write_bytes(bytes(3 * SIZE))
+    os.utime(cache.folder / "index", (5, 5))
+    for name in list(BODIES)[:3]:
+        cache.fetch(f"{server.url}/{name}")
+    assert len(held(cache)) == 2
+    assert (cache.folder / "index/a.arrow").stat().st_size == 3 * SIZE
+
+
 def test_a_file_that_is_being_downloaded_is_not_evicted(server, tmp_path):
     cache = Cache(tmp_path / "cache", 2 * SIZE)
     stores.STALL_TIMEOUT_S = 20.0
