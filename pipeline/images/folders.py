@@ -17,6 +17,7 @@ import xxhash
 
 from pipeline.errors import SourceError, StorageError
 from pipeline.images.class_names import names_of_order, ordered_class_names
+from pipeline.images.index import note_use
 from pipeline.images.samples import IMAGE_EXTENSIONS, NO_LABELS, OTHER_PICTURES, ShardSummary, SourceOptions, reading
 from pipeline.repeats import Told, say_again, warn_counted
 from pipeline.storage.atomic import make_folder, replace_file
@@ -387,7 +388,7 @@ def load_listing(path: Path, identity: str, root: Path) -> KeptListing | None:
             return None
         if any(os.stat(root / folder).st_mtime_ns != state for folder, state in about["folders"].items()):
             return None
-        os.utime(path)  # the date of its last use
+        note_use(path, path.stat().st_mtime)
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.debug("%s cannot be used: %s", path, error)
         return None

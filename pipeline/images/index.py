@@ -38,7 +38,8 @@ log = logging.getLogger("deit_cli.index")
 VERSION = 1  # of the file and of what readers take for a sample: a change of either makes old files useless
 LEAST_KEPT = 10_000  # samples; a smaller source is indexed in a fraction of a second
 SHARDS_FOR_WORKERS = 32  # source shards to index from which on processes are worth their start
-UNUSED_S = 90 * 86400.0  # an index that was not used for so long is deleted
+_DAY_S = 86400.0
+UNUSED_S = 90 * _DAY_S  # an index that was not used for so long is deleted
 SIDECAR_NAME = ".deit-cli-index.arrow"  # hidden, so that it is no part of the source beside which it lies
 _TOLD_S = 10.0  # between two messages about a long indexing
 _KEY = b"deit-cli-index"
@@ -230,18 +231,23 @@ def _mapped(path: Path, identity: str) -> _Mapped | None:
     except OSError:
         _OPEN.pop(path, None)
         return None
-    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    state = (found.st_dev, found.st_ino, found.st_size)  # a replacement has another inode while this one is mapped
     if path not in _OPEN or _OPEN[path][:2] != (state, identity):
         try:
             mapped = _Mapped(path, identity)
-            os.utime(path)  # the date of its last use
-            found = path.stat()
-            state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
         except _UNUSABLE as error:
             log.debug("%s cannot be used: %s", path, error)
             mapped = None
         _OPEN[path] = (state, identity, mapped)
+        note_use(path, found.st_mtime)
     return _OPEN[path][2]
+
+
+def note_use(path: Path, last_s: float) -> None:
+    """Date a kept file by its last use, to the day: nobody else has a reason to look at it again."""
+    if time.time() - last_s > _DAY_S:
+        with contextlib.suppress(OSError):  # beside the data it may belong to somebody else
+            os.utime(path)
 
 
 def _entry(number: int, about: Any) -> tuple[str, Entry]:

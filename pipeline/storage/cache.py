@@ -257,7 +257,9 @@ class Cache:
                 sweep_temporaries(self.folder)
             used, files = 0, []
             for entry in os.scandir(self.folder):
-                if entry.name.endswith((".lock", ".json")) or entry.is_dir():  # indexes of sources are in a folder of their own
+                if (
+                    entry.name.endswith((".lock", ".json")) or entry.is_dir()
+                ):  # indexes of sources are in a folder of their own
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     stat = entry.stat()

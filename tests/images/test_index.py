@@ -480,6 +480,31 @@ def test_an_index_that_was_not_used_for_long_is_deleted(tmp_path, cache):
     assert kept_file(cache) != old
 
 
+def test_an_index_is_mapped_once_while_others_use_it_too(tmp_path, cache, monkeypatch):
+    write_tar(tmp_path / "data/t0.tar", NAMES)
+    assert open_source(tmp_path / "data", cache=cache).num_samples == 4
+    mapped = []
+    real = index._Mapped.__init__
+    monkeypatch.setattr(index._Mapped, "__init__", lambda self, *how: mapped.append(how) or real(self, *how))
+    monkeypatch.setattr(index, "_OPEN", {})
+    for day in range(3):
+        os.utime(kept_file(cache), (day, day))  # another process has used it
+        assert open_source(tmp_path / "data", cache=cache).num_samples == 4
+    assert len(mapped) == 1
+
+
+def test_an_index_that_may_not_be_dated_is_used(tmp_path, cache, monkeypatch):
+    write_tar(tmp_path / "data/t0.tar", NAMES)
+    os.utime(write_sidecar(open_source(tmp_path / "data")), (5, 5))
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("it belongs to somebody else")
+
+    monkeypatch.setattr(index.os, "utime", refuse)
+    no_building(monkeypatch)
+    assert open_source(tmp_path / "data", cache=cache).num_samples == 4
+
+
 def test_the_class_names_are_part_of_an_index(tmp_path, cache):
     write_tar(tmp_path / "data/t0.tar", NAMES)
     assert open_source(tmp_path / "data", cache=cache).num_samples == 4
