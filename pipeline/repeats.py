@@ -9,7 +9,7 @@ import logging
 import pickle
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from logging.handlers import QueueHandler
 from typing import Any, NamedTuple, Self, cast
 
@@ -80,9 +80,9 @@ def heard() -> Iterator[list[Told]]:
         log.removeHandler(listener)
 
 
-def say_again(told: Iterable[Sequence[Any]]) -> None:
+def say_again(told: Iterable[Told]) -> None:
     """Log messages that were heard before."""
-    for message in map(Told._make, told):
+    for message in told:
         extra = None if message.kind is None else {_KIND: message.kind}
         logging.getLogger(message.logger).log(message.level, "%s", message.text, extra=extra)
 

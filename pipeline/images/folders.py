@@ -80,8 +80,11 @@ class KeptListing(NamedTuple):
     summaries: tuple[ShardSummary | None, ...]
 
 
-class FolderStates(dict[str, int]):
-    """The date (ns) of each folder that was listed, by its path below the root: it changes if a file comes or goes."""
+class FolderStates(dict[str, list[int]]):
+    """The state of each folder that was listed, by its path below the root.
+
+    It has both dates (ns), inode and device: the date of the content can be set, the other one cannot, and a link may lead elsewhere.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ class _Walk:
         scan = _Scan([], [])
         keys: dict[str, str] = {}
         with reading(self.root / folder):
-            self.states[folder] = os.stat(self.root / folder).st_mtime_ns
+            self.states[folder] = _state(self.root / folder)
         with reading(self.root / folder), os.scandir(self.root / folder) as entries:
             for entry in entries:
                 path = f"{folder}/{entry.name}" if folder else entry.name
@@ -372,12 +375,19 @@ def _brace_expression(names: Sequence[str]) -> str:
 # The listing of a large folder, kept
 
 
+def _state(folder: Path) -> list[int]:
+    found = os.stat(folder)
+    return [found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
+
+
 def load_listing(path: Path, identity: str, root: Path) -> KeptListing | None:
     """Return a kept listing, with the messages of when it was made; None if there is none, or a folder has changed since.
 
     It is believed as a whole or not at all: the file ends with the hash of what is before.
     """
     try:
+        if not path.is_file():  # opening a pipe would wait
+            return None
         data = path.read_bytes()
         body, digest = data[:-16], data[-16:]
         if xxhash.xxh3_128_digest(body) != digest:
@@ -386,22 +396,27 @@ def load_listing(path: Path, identity: str, root: Path) -> KeptListing | None:
         about = json.loads(body[8 : 8 + size])  # ours, as its hash says
         if about["version"] != _VERSION or about["identity"] != identity:
             return None
-        if any(os.stat(root / folder).st_mtime_ns != state for folder, state in about["folders"].items()):
+        if any(_state(root / folder) != state for folder, state in about["folders"].items()):
             return None
+        ends = [0, *accumulate(about["packed_bytes"])]
+        listing = KeptListing(
+            class_names=None if about["class_names"] is None else tuple(about["class_names"]),
+            class_depth=about["class_depth"],
+            packed_paths=tuple(body[8 + size + a : 8 + size + b] for a, b in pairwise(ends)),
+            summaries=tuple(ShardSummary(**each) for each in about["summaries"]),
+        )
+        told = [Told(*each) for each in about["told"]]
         note_use(path, path.stat().st_mtime)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         log.debug("%s cannot be used: %s", path, error)
         return None
-    say_again(about["told"])
-    ends = [0, *accumulate(about["packed_bytes"])]
-    packed = tuple(body[8 + size + a : 8 + size + b] for a, b in pairwise(ends))
-    names = None if about["class_names"] is None else tuple(about["class_names"])
-    return KeptListing(names, about["class_depth"], packed, tuple(ShardSummary(**each) for each in about["summaries"]))
+    say_again(told)
+    return listing
 
 
 def keep_listing(path: Path, identity: str, listing: KeptListing, states: FolderStates, told: Sequence[Told]) -> None:
     """Write a listing, unless a folder had just changed when it was listed: it could have changed again with the same date."""
-    if max(states.values()) > states.began_ns - _SETTLED_NS:
+    if max(max(state[:2]) for state in states.values()) > states.began_ns - _SETTLED_NS:
         return
     about = {
         "version": _VERSION,

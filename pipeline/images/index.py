@@ -7,10 +7,12 @@ can only lead to an error.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -82,9 +84,11 @@ class KeptIndex:
     def load(self, shard: SourceShard[Any]) -> ShardIndex[Any] | None:
         """Return the index of a source shard, or None if it is not there or its file has changed since."""
         for mapped, entry in self._entries(shard):
-            batch = mapped.batch(entry.batch)
-            if batch is not None and batch.num_rows == entry.summary.num_samples:
-                return ShardIndex.of_batch(batch, shard.place_type)
+            batch = mapped.batch(entry.batch, _schema(shard.place_type))
+            if batch is not None:
+                index = ShardIndex.of_batch(batch, shard.place_type)
+                if ShardSummary.of(index) == entry.summary:
+                    return index
         return None
 
     def summary(self, shard: SourceShard[Any]) -> ShardSummary | None:
@@ -144,22 +148,22 @@ class KeptIndex:
         if sum(each.batch.num_rows for each in first) < LEAST_KEPT and len(missing) == len(shards):
             for each in first:  # small enough to stay in memory
                 shard = by_name[each.name]
-                shard.use_index(ShardIndex.of_batch(each.batch, shard.place_type))
+                shard.use_index(ShardIndex.of_batch(each.batch, shard.place_type), each.state)
             return
         try:
             make_folder(self.path.parent)
             _sweep(self.path.parent)
-            old = self._old(by_name)
+            old = self._old(by_name, _schema(shards[0].place_type))
             replace_file(self.path, lambda file: _write(file, self.identity, chain(first, old, found)))
         except StorageError as error:  # each process then indexes what it uses
             log.debug("%s cannot be written: %s", self.path, error)
 
-    def _old(self, without: Container[str]) -> Iterator[Indexed]:
+    def _old(self, without: Container[str], schema: pa.Schema) -> Iterator[Indexed]:
         """Yield what the present file has of other source shards; whether it is still good is decided where it is used."""
         if (mapped := _mapped(self.path, self.identity)) is None:
             return
         for name, entry in mapped.entries.items():
-            if name not in without and (batch := mapped.batch(entry.batch)) is not None:
+            if name not in without and (batch := mapped.batch(entry.batch, schema)) is not None:
                 yield Indexed(name, entry.state, entry.summary, batch)
 
     def _entries(self, shard: SourceShard[Any]) -> Iterator[tuple["_Mapped", Entry]]:
@@ -205,20 +209,22 @@ class _Mapped:
             name, entry = _entry(number, load_json(more[_KEY], str(path)))
             self.entries[name] = entry
 
-    def batch(self, number: int) -> pa.RecordBatch | None:
-        """Return a record batch whose values are sound as such, or None."""
+    def batch(self, number: int, schema: pa.Schema) -> pa.RecordBatch | None:
+        """Return a record batch of these columns whose values are sound as such, or None."""
         try:
             batch = self._reader.get_batch(number)
             batch.validate(full=True)  # lengths and offsets, UTF-8
         except _UNUSABLE as error:
             log.debug("a batch of an index cannot be used: %s", error)
             return None
-        sound = batch.nbytes <= self._bytes and not any(
-            column.null_count
-            for name, column in zip(batch.schema.names, batch.columns, strict=True)
-            if name != "class_label"
-        )
-        return batch if sound else None
+        whole = all(column.null_count == 0 for column in batch.columns if column.type != pa.int32())
+        return batch if whole and batch.nbytes <= self._bytes and batch.schema.equals(schema) else None
+
+
+@functools.cache
+def _schema(place_type: type[Any]) -> pa.Schema:
+    """Return the columns of an index."""
+    return ShardIndex[Any]((), (), ()).to_batch(place_type).schema
 
 
 _OPEN: dict[Path, tuple[tuple[int, ...], str, "_Mapped | None"]] = {}
@@ -229,6 +235,8 @@ def _mapped(path: Path, identity: str) -> _Mapped | None:
     try:
         found = path.stat()
     except OSError:
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):  # opening a pipe would wait
         _OPEN.pop(path, None)
         return None
     state = (found.st_dev, found.st_ino, found.st_size)  # a replacement has another inode while this one is mapped

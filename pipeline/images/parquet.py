@@ -7,15 +7,16 @@ An image column is a struct of `bytes` and `path`, as Hugging Face's `datasets` 
 import json
 import logging
 import os
+import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -186,26 +187,29 @@ class ParquetShard(SourceShard[ParquetPlace]):
     def read_image(self, position: int) -> bytes:
         """Return the image of one sample; keys and class labels in the file must be as in the index.
 
-        They are compared when this process reads the first image, and a key that is the hash of an image with each image.
+        They are compared when this process reads the first image through a kept index, and when the file has changed since;
+        a key that is the hash of an image is compared with each image.
         """
-        by_content = self._checked_keys == "content"
+        if (self.index_is_kept and "_keys" not in self.__dict__) or self.state != self.indexed_state:
+            self._compare()
         image = self._image_at(place := self.index.places[position])
-        if by_content and self.index.keys[position].partition("-")[0] != xxhash.xxh3_128_hexdigest(image):
-            raise self.changed(self._where(place))
+        if self.__dict__.get("_keys") == "content":
+            name = self.index.keys[position].partition("-")[0]
+            if name != xxhash.xxh3_128_hexdigest(image):
+                raise self.changed(self._where(place))
         return image
 
-    @cached_property
-    def _checked_keys(self) -> Literal["path", "content"]:
-        """Compare a kept index with the paths and class labels in the file, and return what the keys are."""
-        index = self.index
-        if not self.index_is_kept:
-            return "path"  # this process made it from the file
-        keys = self._path_keys()
+    def _compare(self) -> None:
+        """Compare the index with the paths and class labels in the file as it is now, and note what the keys are."""
+        index, state, keys = self.index, self.state, self._path_keys()
         if index.places != self._places() or list(index.class_labels) != self._class_labels():
             raise self.changed(self.file)
         if keys is not None and list(index.keys) != keys:
             raise self.changed(self.file)
-        return "content" if keys is None else "path"
+        if keys is None and not all(re.fullmatch(r"[0-9a-f]{32}(-[1-9][0-9]*)?", key) for key in index.keys):
+            raise self.changed(self.file)
+        object.__setattr__(self, "_keys", "content" if keys is None else "path")
+        object.__setattr__(self, "indexed_state", state)
 
     def _image_at(self, place: ParquetPlace) -> bytes:
         """Return the image of one row; its row group stays in memory for the next rows."""

@@ -147,7 +147,8 @@ class Kept(Protocol):
         ...
 
 
-_FOUND = frozenset({"index", "index_is_kept", "summary", "_checked_keys"})  # what a process finds out for itself
+# What a process finds out for itself.
+_FOUND = frozenset({"index", "index_is_kept", "summary", "indexed_state", "_checked_cover", "_keys"})
 
 
 class SourceShard(ABC, Generic[Where]):
@@ -157,6 +158,7 @@ class SourceShard(ABC, Generic[Where]):
         name: unique name in the source, matches [A-Za-z0-9._-]+.
         kept: index on disk of the source, or None.
         place_type: type of the places: a named tuple of integers, or str.
+        indexed_state: `state` when `index` was made or loaded.
         index_is_kept: whether `index` came from `kept`, so that nothing of it was read from the files in this process.
     """
 
@@ -164,6 +166,7 @@ class SourceShard(ABC, Generic[Where]):
     kept: Kept | None = None
     place_type: ClassVar[type[Any]] = str
     index_is_kept: ClassVar[bool] = False
+    indexed_state: ClassVar[tuple[int, ...] | None] = None
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
@@ -186,13 +189,19 @@ class SourceShard(ABC, Generic[Where]):
     @cached_property
     def index(self) -> ShardIndex[Where]:
         """Index of the samples: the kept one, or else built when this process first uses it."""
+        state = self.state
         kept = self.kept.load(self) if self.kept else None
         object.__setattr__(self, "index_is_kept", kept is not None)  # the shards are frozen dataclasses
-        return kept or ShardIndex.of_batch(self.build_index().to_batch(self.place_type), self.place_type)
+        object.__setattr__(self, "indexed_state", state)
+        index = kept or ShardIndex.of_batch(self.build_index().to_batch(self.place_type), self.place_type)
+        if "summary" in self.__dict__ and self.summary != ShardSummary.of(index):
+            raise self.changed(f"source shard {self.name}")  # what was said of it before was of another file, or false
+        return index
 
-    def use_index(self, index: ShardIndex[Where]) -> None:
-        """Use an index that was just built elsewhere."""
+    def use_index(self, index: ShardIndex[Where], state: tuple[int, ...] | None) -> None:
+        """Use an index that was just built elsewhere, when the file had this state."""
         object.__setattr__(self, "index", index)
+        object.__setattr__(self, "indexed_state", state)
 
     @property
     def has_index(self) -> bool:
@@ -221,10 +230,10 @@ class SourceShard(ABC, Generic[Where]):
         return self.summary.num_labelled
 
     def __len__(self) -> int:
-        return self.summary.num_samples
+        return len(self.index.keys) if self.has_index else self.summary.num_samples
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self[position] for position in range(len(self)))
+        return (self[position] for position in range(len(self.index.keys)))
 
     def __getitem__(self, position: int) -> Sample:
         index = self.index

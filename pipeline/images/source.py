@@ -208,8 +208,13 @@ def _with_index(source: Source, options: SourceOptions, cache: Cache) -> Source:
     """Return a source of local tars or Parquet files whose shards use the kept index."""
     if source.kind == "folder":
         return source
+    first: Any = source.shards[0]
+    read = str(
+        first.layout if source.kind == "tar" else first.columns
+    )  # what is read of each sample, and new class numbers
     names = source.class_names and list(source.class_names)
-    identity = sha256_json({"kind": source.kind, "options": asdict(options), "class_names": names})
+    decides = {"kind": source.kind, "options": asdict(options), "class_names": names, "read": read}
+    identity = sha256_json(decides)
     path = _kept_path(cache, source.location, identity, ".arrow")
     kept = KeptIndex(path, identity, _sidecar(source.location))
     return replace(source, shards=tuple(replace(cast(Any, shard), kept=kept) for shard in source.shards), kept=kept)

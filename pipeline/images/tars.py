@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
 from typing import ClassVar, NamedTuple
@@ -137,6 +138,8 @@ class TarShard(SourceShard[TarPlace]):
         """Return the image of one sample; its headers and its class label are read again, and must be as in the index."""
         index = self.index
         place = index.places[position]
+        if self.index_is_kept:
+            _ = self._checked_cover
         with opened(self.file) as archive:
             labels = LabelReader(archive, self.layout, self.num_classes)
             try:
@@ -150,6 +153,20 @@ class TarShard(SourceShard[TarPlace]):
                 raise self.changed(f"{self.file}: byte {place.start}")
             check_image_bytes(place.size, f"{self.file}: byte {place.data}")
             return archive.read(place.data, place.size)
+
+    @cached_property
+    def _checked_cover(self) -> bool:
+        """Compare a kept index with the tar as a whole: its samples must follow each other up to a valid end of the tar."""
+        bounds = [0, *(place.stop for place in self.index.places)]
+        starts = [place.start for place in self.index.places]
+        with opened(self.file) as archive:
+            try:
+                if starts != bounds[:-1] or archive.read(bounds[-1], BLOCK) != ZEROS:
+                    raise archive.error(bounds[-1], "the tar does not end here")
+                _check_end(archive, bounds[-1])
+            except (SourceError, OSError) as error:
+                raise self.changed(self.file) from error
+        return True
 
 
 def open_tars(

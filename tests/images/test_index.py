@@ -3,10 +3,12 @@ import logging
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ import pytest
 import webdataset as wds
 
 from pipeline.errors import SourceError, UsageError
-from pipeline.images import index
+from pipeline.images import folders, index
 from pipeline.images import source as source_module
 from pipeline.images.index import SIDECAR_NAME, write_sidecar
 from pipeline.images.parquet import ParquetShard
-from pipeline.images.samples import SourceOptions, SourceShard
+from pipeline.images.samples import ShardIndex, ShardSummary, SourceOptions, SourceShard
 from pipeline.images.source import Source, open_source
 from pipeline.images.tars import TarShard
 from pipeline.storage.cache import Cache
@@ -214,8 +216,10 @@ def forged(path: Path, change) -> None:
         for number, (batch, more) in enumerate(batches):
             columns, about = batch.to_pydict(), json.loads(more[b"deit-cli-index"])
             if number == 0:
+                labels = columns["class_label"]
                 change(columns, about)
-                about["summary"]["num_samples"] = len(columns["key"])
+                if about["summary"].pop("fits", True):
+                    about["summary"] = asdict(ShardSummary.of(ShardIndex(columns["key"], labels, ())))
             writer.write_batch(
                 pa.record_batch(columns, schema=batch.schema), custom_metadata={b"deit-cli-index": json.dumps(about)}
             )
@@ -266,26 +270,42 @@ def huge(columns: dict[str, list[Any]], _: Any) -> None:
     columns["size"][0] = 1 << 40
 
 
+def chosen(*rows: int) -> Any:
+    """Return a forgery that has these samples in this order."""
+
+    def change(columns: dict[str, list[Any]], _: Any) -> None:
+        for values in columns.values():
+            values[:] = [values[row] for row in rows]
+
+    change.__name__ = f"only {rows}"
+    return change
+
+
+def false_summary(**values: Any) -> Any:
+    """Return a forgery whose columns are right, and its summary is not."""
+
+    def change(_: Any, about: Any) -> None:
+        about["summary"] |= values | {"fits": False}
+
+    change.__name__ = f"summary {values}"
+    return change
+
+
 FORGERIES = [
-    swap_places,
-    swap_images,
-    leave_out,
-    stand_twice,
-    another_label,
-    no_label,
-    shorter,
-    far_away,
-    negative,
-    huge,
+    *(swap_places, swap_images, leave_out, stand_twice, another_label, no_label, shorter, far_away, negative, huge),
+    *(chosen(0, 2, 3), chosen(1, 2, 3), chosen(0, 1, 2), chosen(0, 0, 2, 3), chosen(3, 2, 1, 0)),
+    *(false_summary(num_samples=2), false_summary(num_labelled=4), false_summary(max_label=999)),
+    false_summary(keys_sha256="0" * 64),
 ]
 
 
-@pytest.mark.parametrize("change", FORGERIES)
+@pytest.mark.parametrize("change", FORGERIES, ids=lambda change: change.__name__)
 def test_an_index_that_lies_is_an_error_where_it_lies(change, tmp_path, cache):
     write_tar(tmp_path / "data/t0.tar", [(f"{key}0", label) for key, label in NAMES])
     assert open_source(tmp_path / "data", cache=cache).num_samples == 4
     forged(kept_file(cache), change)
     found = open_source(tmp_path / "data", cache=cache)
+    _ = found.num_samples
     with pytest.raises(SourceError, match="not those of the index"):
         contents(found)
     assert contents(open_source(tmp_path / "data", cache=cache)) == contents(open_source(tmp_path / "data"))
@@ -293,9 +313,9 @@ def test_an_index_that_lies_is_an_error_where_it_lies(change, tmp_path, cache):
 
 USELESS = [
     ("of another version", lambda columns, about: about.update(state=[*about["state"], 7])),
-    ("with a text for a number", lambda columns, about: about["summary"].update(num_labelled="3")),
-    ("with a negative number", lambda columns, about: about["summary"].update(max_label=-1)),
-    ("with an unknown field", lambda columns, about: about["summary"].update(more=1)),
+    ("with a text for a number", lambda columns, about: about["summary"].update(num_labelled="3", fits=False)),
+    ("with a negative number", lambda columns, about: about["summary"].update(max_label=-1, fits=False)),
+    ("with an unknown field", lambda columns, about: about["summary"].update(more=1, fits=False)),
     ("without samples", lambda columns, about: [values.clear() for values in columns.values()]),
 ]
 
@@ -469,6 +489,93 @@ def test_a_process_that_dies_is_an_error(tmp_path, cache, monkeypatch):
         _ = open_source(tmp_path / "data", cache=cache).num_samples
 
 
+@pytest.mark.parametrize("appended", [True, False], ids=["samples appended in the padding", "a damaged end"])
+def test_what_follows_the_samples_of_an_index_is_looked_at(appended, tmp_path, cache):
+    """GNU tar pads to 10,240 bytes, so that a tar with more samples can have the same length."""
+    path = tmp_path / "data/t0.tar"
+    write_tar(path, NAMES)
+    path.write_bytes(path.read_bytes().ljust(20 * 512, b"\0"))
+    write_sidecar(open_source(tmp_path / "data"))
+
+    def change() -> None:
+        if appended:
+            with tarfile.open(path, "a") as tar:
+                tar.addfile(tarfile.TarInfo("z.jpg"))
+        else:
+            path.write_bytes(path.read_bytes()[:-1] + b"7")
+
+    replaced_unseen(path, change)
+    with pytest.raises(SourceError, match="not those of the index"):
+        contents(open_source(tmp_path / "data", cache=cache))
+
+
+def test_a_parquet_file_that_is_replaced_after_it_was_indexed_is_an_error(tmp_path, cache):
+    path = tmp_path / "data/t0.parquet"
+    write_parquet(path, NAMES)
+    source = open_source(path, cache=cache)
+    assert tuple(source.shards[0].keys) == ("a", "b", "c", "d")
+    write_parquet(path, [NAMES[0], NAMES[3], NAMES[2], NAMES[1]])
+    os.utime(path, (5, 5))
+    with pytest.raises(SourceError, match="not those of the index"):
+        contents(source)
+
+
+def test_a_file_that_is_only_touched_stays_as_it_is(data, cache):
+    source = open_source(data, cache=cache)
+    truth = contents(source)
+    for path in data.iterdir():
+        os.utime(path, (5, 5))
+    assert contents(source) == truth
+
+
+def test_a_tar_that_is_replaced_between_count_and_use_is_an_error(tmp_path, cache):
+    write_tar(tmp_path / "data/t0.tar", NAMES[:3])
+    assert open_source(tmp_path / "data", cache=cache).num_samples == 3
+    source = open_source(tmp_path / "data", cache=cache)
+    assert source.num_samples == 3
+    write_tar(tmp_path / "data/t0.tar", NAMES)
+    with pytest.raises(SourceError, match="not those of the index"):
+        contents(source)
+
+
+def test_new_numbers_of_classes_are_part_of_an_index(tmp_path, cache):
+    write_tar(tmp_path / "data/t0.tar", [("a", 0), ("b", 0)])
+    options = SourceOptions(class_order="text")
+    for names, label in (("dog", "cat", "eel"), 1), (("cat", "dog", "eel"), 0):
+        (tmp_path / "data/classes.txt").write_text("".join(f"{name}\n" for name in names))
+        source = open_source(tmp_path / "data", cache=cache, options=options)
+        assert source.max_label == label
+        assert contents(source)[0][1] == label
+
+
+@pytest.mark.parametrize("column", [pa.float64(), pa.bool_(), pa.int64()])
+def test_an_index_with_columns_of_another_type_is_ignored(column, tmp_path, cache):
+    write_tar(tmp_path / "data/t0.tar", [("a", 1), ("b", 0)])
+    assert open_source(tmp_path / "data", cache=cache).num_samples == 2
+    path = kept_file(cache)
+    reader = pa.ipc.open_file(pa.BufferReader(path.read_bytes()))
+    batch, more = reader.get_batch_with_custom_metadata(0)
+    schema = reader.schema.set(1, pa.field("class_label", column))
+    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+        columns = [batch[0], batch[1].cast(column), *batch.columns[2:]]
+        writer.write_batch(pa.record_batch(columns, schema=schema), custom_metadata=more)
+    labels = [label for _, label, _ in contents(open_source(tmp_path / "data", cache=cache))]
+    assert labels == [1, 0]
+    assert all(type(label) is int for label in labels)
+
+
+@pytest.mark.parametrize("kind", ["index", "sidecar", "listing"])
+def test_a_pipe_in_place_of_an_index_is_not_opened(kind, tmp_path, cache, folder):
+    write_tar(tmp_path / "tars/t0.tar", NAMES)
+    data = folder if kind == "listing" else tmp_path / "tars"
+    truth = contents(open_source(data, cache=Cache(tmp_path / "other", 1)))
+    _ = open_source(data, cache=cache).num_samples
+    path = data / SIDECAR_NAME if kind == "sidecar" else next((cache.folder / "index").glob("*[gw]"))
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert contents(open_source(data, cache=cache)) == truth
+
+
 def test_an_index_that_was_not_used_for_long_is_deleted(tmp_path, cache):
     write_tar(tmp_path / "data/t0.tar", NAMES)
     write_tar(tmp_path / "other/t0.tar", NAMES)
@@ -553,21 +660,15 @@ def test_an_image_folder_gets_no_index_beside_it(folder):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """An image folder of two classes and an empty one, that was not changed for a while."""
+    """An image folder of two classes and an empty one, whose listing is kept although it is new."""
     monkeypatch.setattr(source_module, "LEAST_KEPT", 1)
+    monkeypatch.setattr(folders, "_SETTLED_NS", -(10**12))
     monkeypatch.setattr(source_module, "SAMPLES_PER_SHARD", 3)
     for name in ("cat/1.jpg", "cat/2.png", "dog/1.jpg", "dog/3.JPEG", "dog/4.webp"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_bytes(name.encode())
     (tmp_path / "data/eel").mkdir()
-    settle(tmp_path / "data")
     return tmp_path / "data"
-
-
-def settle(folder: Path) -> None:
-    for path in (folder, *folder.iterdir()):
-        date = path.stat().st_mtime_ns - 10**10
-        os.utime(path, ns=(date, date))
 
 
 def no_listing(monkeypatch) -> None:
@@ -610,7 +711,31 @@ def test_a_folder_that_has_changed_is_listed_again(what, change, folder, cache, 
     assert contents(open_source(folder, cache=cache)) == contents(truth)
 
 
-def test_a_folder_that_changes_while_it_is_listed_is_not_kept(folder, cache):
+def test_a_folder_that_has_equal_dates_is_listed_again(folder, cache):
+    before = {path: path.stat() for path in (folder, *folder.iterdir())}
+    assert open_source(folder, cache=cache).num_samples == 5
+    (folder / "cat/9.jpg").touch()
+    for path, stat in before.items():
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert open_source(folder, cache=cache).num_samples == 6
+
+
+def test_a_link_that_leads_to_another_folder_is_listed_again(folder, cache):
+    other = shutil.copytree(folder, folder.parent / "other")
+    (other / "cat/9.jpg").touch()
+    for path in (other, *other.iterdir()):
+        stat = (folder / path.relative_to(other)).stat()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    assert open_source(link, cache=cache).num_samples == 5
+    link.unlink()
+    link.symlink_to(other)
+    assert open_source(link, cache=cache).num_samples == 6
+
+
+def test_a_folder_that_has_just_changed_is_not_kept(folder, cache, monkeypatch):
+    monkeypatch.setattr(folders, "_SETTLED_NS", 3_000_000_000)
     (folder / "cat/9.jpg").touch()
     assert open_source(folder, cache=cache).num_samples == 6
     assert not (cache.folder / "index").exists()
