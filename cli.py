@@ -752,8 +752,8 @@ def doctor(
 
     if data is not None and labels is None:
         raise UsageError("--data names the images of --labels: pass that too")
-    options = split_values(values, SourceConfig)[0].options_for(data)
-    sections = examine(out=out, labels=labels, data=data, options=options)
+    SourceConfig(**values).check_used(data)
+    sections = examine(out=out, labels=labels, data=data, options=values)
     click.echo(json.dumps(report_json(sections), indent=1) if as_json else report_table(sections))
     context.exit(1 if verdict(sections)[0] else 0)
 

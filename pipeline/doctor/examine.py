@@ -7,8 +7,9 @@ import dataclasses
 import json
 import logging
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.doctor.findings import Finding, Row, Section
@@ -17,7 +18,6 @@ from pipeline.doctor.packages import examine_packages, version_of
 from pipeline.doctor.places import examine_folder
 from pipeline.doctor.probing import first_line, try_all
 from pipeline.errors import DeitCliError
-from pipeline.images.samples import NO_OPTIONS, SourceOptions
 from pipeline.storage.urls import local_path, working_folder
 
 LABELS_TIMEOUT_S = 900.0  # the images may have to be downloaded
@@ -30,7 +30,7 @@ def examine(
     out: str | None = None,
     labels: str | None = None,
     data: str | None = None,
-    options: SourceOptions = NO_OPTIONS,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Section]:
     """Check machine, packages and decoders, and on request a folder and a label set; return the findings.
 
@@ -38,7 +38,7 @@ def examine(
         out: folder or URL to write to, or None.
         labels: folder or URL of the label set whose replay probes are rendered again, or None.
         data: images of the label set; None: their location at labelling.
-        options: how `data` is read.
+        options: how `data` is read: fields of `SourceOptions`, whose module needs packages that may be broken.
     """
     sections = [
         *_looked("machine", lambda: [examine_machine()]),
@@ -71,9 +71,9 @@ def _examine_place(out: str) -> list[Section]:
     return [examine_bucket(out), examine_folder(working_folder(out))]
 
 
-def _examine_apart(labels: str, data: str | None, options: SourceOptions) -> Section:
+def _examine_apart(labels: str, data: str | None, options: Mapping[str, Any]) -> Section:
     """Examine a label set in another process, because a broken decoder may end it; return the findings."""
-    arguments = json.dumps([labels, data, dataclasses.asdict(options)])
+    arguments = json.dumps([labels, data, dict(options)])
     (trial,) = try_all([f"{__name__}:tell_labels {arguments}"], timeout_s=LABELS_TIMEOUT_S)
     section = Section(f"labels {labels}")
     if trial.result is None:
@@ -86,13 +86,14 @@ def _examine_apart(labels: str, data: str | None, options: SourceOptions) -> Sec
 
 def tell_labels(labels: str, data: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """Return the findings of `examine_labels` as plain JSON values."""
-    return dataclasses.asdict(examine_labels(labels, data, SourceOptions(**options)))
+    return dataclasses.asdict(examine_labels(labels, data, options))
 
 
-def examine_labels(labels: str, data: str | None, options: SourceOptions = NO_OPTIONS) -> Section:
+def examine_labels(labels: str, data: str | None, options: Mapping[str, Any] = MappingProxyType({})) -> Section:
     """Open a label set, render its replay probes again, compare package versions, and return the findings."""
     section = Section(f"labels {labels}")
     try:
+        from pipeline.images.samples import SourceOptions
         from pipeline.labels.labelset import LabelSet
         from pipeline.labels.replay import check_replay
     except Exception as error:
@@ -105,7 +106,7 @@ def examine_labels(labels: str, data: str | None, options: SourceOptions = NO_OP
         section.row("teacher", plan.teacher.name)
         for name, text, value in compare_environments(label_set.manifest.environments):
             section.row(name, text, value)
-        source = label_set.open_source(data, options=options)
+        source = label_set.open_source(data, options=SourceOptions(**options))
         section.row("images", source.location)
         difference = check_replay(label_set, source)
     except DeitCliError as error:

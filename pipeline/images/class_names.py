@@ -91,7 +91,7 @@ def read_class_names(file: File) -> tuple[str, ...] | None:
     if content is None:
         return None
     try:
-        lines = content.decode().removesuffix("\n").split("\n")
+        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise SourceError(f"{file}: class names must be valid UTF-8") from None
     names = (line.removesuffix("\r") for line in lines)

@@ -32,7 +32,7 @@ NOT_OURS = frozenset(
 )
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test",
-    "testing": "test",
+    "testing": "test", "eval": "val", "evaluation": "val",
 }  # fmt: skip
 IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "jpg", "data"})  # which name no class
 ARCHIVES = (".tar", ".parquet")
@@ -156,6 +156,8 @@ class _Walk:
                     scan.images.append(self._image(entry, path, keys))
                 elif entry.is_dir():
                     scan.folders.append(path)
+                elif not extension and entry.is_symlink() and not os.path.exists(entry.path):
+                    raise SourceError(f"{entry.path}: a broken link", fix="Remove it, or bring back where it leads")
                 else:
                     self.pictures[extension] += extension in OTHER_PICTURES
         scan.folders.sort()
@@ -347,9 +349,8 @@ def refuse_several_splits(location: str, names: Iterable[str]) -> None:
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         splits = _splits_in(name)
-        if len(splits) != 1:
-            return
-        found.setdefault(splits.pop(), []).append(name)
+        if len(splits) == 1:
+            found.setdefault(splits.pop(), []).append(name)
     if len(found) > 1:
         told = listed([f"{len(files):,} of {split!r} ({files[0]})" for split, files in found.items()])
         one = found.get("train") or next(iter(found.values()))

@@ -44,9 +44,9 @@ NO_LABEL = -1  # of an image whose row says that it has no class
 LABEL_TYPE = "i"  # of `array`: int32
 
 IMAGE_COLUMNS = ("path", "file_name", "filename", "file", "image", "image_path", "image_id", "imageid", "image_name")
-IMAGE_COLUMNS += ("img", "key", "id", "name", "fname")
+IMAGE_COLUMNS += ("img", "key", "id", "name", "fname", "images", "filepath", "file_path", "filenames", "paths")
 LABEL_COLUMNS = ("label", "class", "class_name", "label_name", "category", "target", "cls", "class_id", "label_id")
-LABEL_COLUMNS += ("synset", "wnid", "predictionstring")
+LABEL_COLUMNS += ("labels", "synset", "wnid", "predictionstring")
 KAGGLE_COLUMN = "predictionstring"  # LOC_val_solution.csv: the synset, then boxes
 SYNSET = re.compile("n[0-9]{8}")
 GROUND_TRUTH_IMAGE = "ILSVRC2012_val_{:08}"
@@ -295,6 +295,13 @@ def _columns_of(
     label = _named_column(names, options.label_key, LABEL_COLUMNS)
     if options.label_key is not None and options.label_key.lower() not in names:
         raise table.error(line, f"there is no column {options.label_key!r} (--label-key), got {', '.join(first)[:200]}")
+    several = [name for name in names if name in LABEL_COLUMNS]
+    if options.label_key is None and len(several) > 1:
+        raise table.error(
+            line,
+            f"several columns could be the label: {', '.join(several)}",
+            fix=f"Choose one, such as --label-key {several[0]}",
+        )
     is_header = image is not None or label is not None
     if len(names) == 2:
         image = image if image is not None else 0 if label in (None, 1) else 1
@@ -491,6 +498,17 @@ def _plain_numbers(table: LabelsTable, known: tuple[str, ...] | None, options: S
     return found
 
 
+def _refuse_header(table: LabelsTable, unused: str) -> None:
+    """Raise SourceError if the first row looks like names of columns: it names no image, and its label is in no other row."""
+    first, place = next(iter(table.rows.items()))
+    if unused == first and place != NO_LABEL and list(table.rows.values()).count(place) == 1:
+        raise table.error(
+            table.lines[place],
+            f"{first!r} is no image, and {table.labels[place]!r} is the label of no other row: these seem to be names of columns",
+            fix="Name the columns path and label, or delete the line",
+        )
+
+
 def _matched(table: LabelsTable, shards: Sequence[SourceShard[Any]], where: object) -> list[Sequence[int]]:
     """Return the position of each image's label in `labels`, for every shard in order of its keys.
 
@@ -520,6 +538,7 @@ def _matched(table: LabelsTable, shards: Sequence[SourceShard[Any]], where: obje
         )
     if unused := len(table.rows) - len(used):
         first = next(row for row in table.rows if row not in used)
+        _refuse_header(table, first)
         message = "%s: %d of %d rows name no image of %s, the first is %r"
         warn_counted(
             log, "labels files with rows without an image", message, table.file, unused, len(table.rows), where, first

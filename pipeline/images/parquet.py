@@ -582,6 +582,8 @@ def _label_column(file: File, schema: pa.Schema, features: dict[str, Any], label
     texts = [field.name for field in schema if _is_text(field.type) and field.name.lower() in _NAME_COLUMNS]
     # CIFAR-100 has two ClassLabel columns, fine_label and coarse_label: the usual name decides.
     found = [name for name in named if name in usual] if len(named) > 1 else named or usual or texts
+    if len(named) == 1 and named[0] not in usual:  # `domain` beside `label`
+        found = [*named, *usual, *texts]
     if len(found) > 1 or (named and not found):
         raise SourceError(
             f"{file}: several label columns, {found or named}",

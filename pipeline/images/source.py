@@ -182,6 +182,8 @@ def open_source(
         options: how to read what the layout leaves open.
         cache: cache for files that are read from URLs; None: the default cache.
     """
+    if not os.fspath(location):
+        raise SourceError(f"no source is given: the path is empty. A source is {ACCEPTED}")
     source = replace(_open_location(os.fspath(location), options, cache), options=options)
     if options.labels_file is None:
         return source

@@ -101,10 +101,14 @@ class SourceConfig:
         Raises:
             UsageError: options are set, and no location is: the images of a label set are read as when they were labelled.
         """
+        self.check_used(*locations)
+        return self.options
+
+    def check_used(self, *locations: str | None) -> None:
+        """Raise UsageError if options are set, and none of the locations is given whose images they say how to read."""
         said = next((each for each in settings_of(SourceConfig) if getattr(self, each.name) is not None), None)
         if said is not None and not any(locations):
             raise UsageError(f"{said.flag} says how the images at --data are read: pass that too")
-        return self.options
 
 
 @dataclass(frozen=True, kw_only=True)
