@@ -113,9 +113,8 @@ class KeptIndex:
         Raises:
             SourceError: a file cannot be read as a source.
         """
-        shards = [
-            shard for shard in shards if shard.kept == self
-        ]  # not those that show a part of others, or other labels
+        # Source shards that show a part of others, or other labels, have no index of their own.
+        shards = [shard for shard in shards if shard.kept == self]
         if not self._missing(shards):
             return
         with self._alone():  # of several ranks that start together, one works and the others wait
@@ -240,15 +239,16 @@ def _mapped(path: Path, identity: str) -> _Mapped | None:
         _OPEN.pop(path, None)
         return None
     state = (found.st_dev, found.st_ino, found.st_size)  # a replacement has another inode while this one is mapped
-    if path not in _OPEN or _OPEN[path][:2] != (state, identity):
+    held = _OPEN.get(path)  # another thread may delete it at any time
+    if held is None or held[:2] != (state, identity):
         try:
             mapped = _Mapped(path, identity)
         except _UNUSABLE as error:
             log.debug("%s cannot be used: %s", path, error)
             mapped = None
-        _OPEN[path] = (state, identity, mapped)
+        held = _OPEN[path] = (state, identity, mapped)
         note_use(path, found.st_mtime)
-    return _OPEN[path][2]
+    return held[2]
 
 
 def note_use(path: Path, last_s: float) -> None:
@@ -264,7 +264,7 @@ def _entry(number: int, about: Any) -> tuple[str, Entry]:
     integers = (*about["state"], summary.num_samples, summary.num_labelled, summary.max_label or 0)
     if not all(type(value) is int for value in integers) or min(integers) < 0 or type(about["name"]) is not str:
         raise ValueError("values of another type")
-    if type(summary.keys_sha256) is not str or not summary.num_samples:
+    if type(summary.keys_sha256) is not str or not summary.num_samples or len(about["state"]) != 2:
         raise ValueError("values of another type")
     return about["name"], Entry(number, tuple(about["state"]), summary)
 

@@ -312,6 +312,7 @@ def test_an_index_that_lies_is_an_error_where_it_lies(change, tmp_path, cache):
 
 
 USELESS = [
+    ("without a state", lambda columns, about: about.update(state=[])),
     ("of another version", lambda columns, about: about.update(state=[*about["state"], 7])),
     ("with a text for a number", lambda columns, about: about["summary"].update(num_labelled="3", fits=False)),
     ("with a negative number", lambda columns, about: about["summary"].update(max_label=-1, fits=False)),
