@@ -83,7 +83,7 @@ class Watch:
 
     def grown(self) -> dict[str, str]:
         """Return what grew: kind and process -> how."""
-        assert self.looks >= 25, "too few looks to say anything"
+        assert self.looks >= 15, "too few looks to say anything: each fifth needs three"
         found = {}
         for (pid, kind), at in self.seen.items():
             values = [value for look, value in at.items() if look < self.looks]
