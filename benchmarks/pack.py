@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/pack.py --data imagenet-sample --rounds 3 --out benchmarks/results/pack.json
 
 *copy*: an image folder of small PNG files (32 x 32) in ten classes, copied as it is. *resize*: photographs of --data, repeated
-under new keys in one tar, with the shorter side at 256 pixels, Lanczos, JPEG quality 95. The loop reads the same images in the
+under new keys in tars of 1,024, with the shorter side at 256 pixels, Lanczos, JPEG quality 95. The loop reads the same images in the
 same order (that of `pack`), and writes tars of 1,000 with ShardWriter; for *resize* it decodes, resizes and encodes with Pillow.
 Both fsync each tar when it is complete; `pack` also fsyncs folders and hashes what it writes. Loader processes are forked from
 a server that runs already, and both read files that are in memory. *memory*: the command in a process of its own, for sources of
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from memory import pss_bytes, write_source
+from memory import pss_bytes
+from photographs import write_source
 from PIL import Image
 from rounds import machine, medians, options, ratios, write_json
 from webdataset.writer import ShardWriter
@@ -85,12 +86,13 @@ def files_of(folder: Path, *, decoded: bool = False) -> Iterator[dict[str, Any]]
         yield {"__key__": keys[i], "png": image, "cls": str(label).encode()}
 
 
-def resized_of(tar: Path) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a tar in a shuffled order, resized with Pillow."""
-    (shard,) = open_source(tar).shards
-    keys = list(shard.keys)
+def resized_of(tars: str) -> Iterator[dict[str, Any]]:
+    """Yield the samples of some tars in a shuffled order, resized with Pillow."""
+    places = [(shard, row) for shard in open_source(tars).shards for row in range(len(shard))]
+    keys = [shard.keys[row] for shard, row in places]
     for i in shuffled(keys):
-        sample = shard[i]
+        shard, row = places[i]
+        sample = shard[row]
         image = Image.open(io.BytesIO(sample.image)).convert("RGB")
         width, height = image.size
         least, content = min(width, height), sample.image
@@ -122,7 +124,7 @@ def compare(count: int, rounds: int, competitors: dict[str, Callable[[Path], obj
     return {"images": count, "median": medians(found), "to_shardwriter": ratios(found, "shardwriter"), "rounds": found}
 
 
-def packed(source: Path, **settings: Any) -> Callable[[Path], object]:
+def packed(source: str | Path, **settings: Any) -> Callable[[Path], object]:
     """Return the packing of a source with these settings."""
     return lambda out: pack(str(source), out, PackConfig(samples_per_shard=PER_TAR, **settings))
 
@@ -164,9 +166,9 @@ def main() -> None:
     result: dict[str, Any] = {"what": "images per second; peak PSS in bytes", "machine": machine()}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         scratch = Path(folder)
-        files, tar = write_folder(scratch / "files", args.files), scratch / "photographs.tar"
-        write_source(args.data, tar, args.photographs)
-        packed(tar, workers=2)(scratch / "warm")  # starts the server of the loader processes
+        files = write_folder(scratch / "files", args.files)
+        tars = write_source(scratch / "photographs", args.photographs, Path(args.data))
+        packed(tars, workers=2)(scratch / "warm")  # starts the server of the loader processes
         result["copy"] = compare(
             args.files,
             args.rounds,
@@ -184,9 +186,9 @@ def main() -> None:
             args.photographs,
             args.rounds,
             {
-                "shardwriter": lambda out: loop(resized_of(tar), out),
-                "pack -j 1": packed(tar, workers=1, shorter_side=SHORTER),
-                "pack -j 2": packed(tar, workers=2, shorter_side=SHORTER),
+                "shardwriter": lambda out: loop(resized_of(tars), out),
+                "pack -j 1": packed(tars, workers=1, shorter_side=SHORTER),
+                "pack -j 2": packed(tars, workers=2, shorter_side=SHORTER),
             },
             scratch,
         )
