@@ -23,6 +23,7 @@ from pipeline.errors import SourceError
 from pipeline.images.class_names import names_of_order
 from pipeline.images.folders import (
     ARCHIVES,
+    NOT_OURS,
     FolderStates,
     KeptListing,
     Listing,
@@ -38,6 +39,7 @@ from pipeline.images.labels_file import label_shards
 from pipeline.images.parquet import open_parquets
 from pipeline.images.samples import (
     IMAGE_EXTENSIONS,
+    NO_LABELS,
     NO_OPTIONS,
     Sample,
     ShardIndex,
@@ -54,7 +56,7 @@ from pipeline.storage.json import sha256_json
 from pipeline.storage.place import File, RemoteFile, open_file, open_place
 from pipeline.storage.remote import list_url
 from pipeline.storage.urls import local_path
-from pipeline.text import first_few, printable
+from pipeline.text import first_few, listed, printable
 
 __all__ = ["NO_OPTIONS", "Sample", "Source", "SourceOptions", "SourceShard", "open_source"]
 
@@ -185,6 +187,7 @@ def open_source(
     if not os.fspath(location):
         raise SourceError(f"no source is given: the path is empty. A source is {ACCEPTED}")
     source = replace(_open_location(os.fspath(location), options, cache), options=options)
+    _warn_of_useless(options, source)
     if options.labels_file is None:
         return source
     _ = source.summaries  # completes the kept index, on all cores
@@ -306,11 +309,47 @@ def _open_directory(location: str, folder: Path, options: SourceOptions, cache: 
         raise unpack_first(str(folder / packed[0]), more=len(packed) - 1)
     if archives:
         refuse_several_splits(location, archives)
+        _look_beside(folder, names, archives)
         return _open_files(location, [open_file(folder / name) for name in archives], options)
     if packed:
         what = "packed files that are not read"
         warn_counted(log, what, "%s: packed files are not read: %s", folder, printable(first_few(packed, 3)))
     return _checked(Source(location, "folder", *_open_folder(folder, options, cache)))
+
+
+def _look_beside(folder: Path, names: Sequence[str], archives: Sequence[str]) -> None:
+    """Raise SourceError for files that seem to belong to the archives of a folder; warn of folders beside them, which are not read."""
+    if odd := [name for name in names if name not in archives and name.lower().endswith((*ARCHIVES, ".pq"))]:
+        ending = ".tar" if odd[0].lower().endswith(".tar") else ".parquet"
+        raise SourceError(
+            f"{folder}: {printable(odd[0])} beside {archives[0]} would not be read",
+            fix=f"Rename it to {ending}, or move it away",
+        )
+    if inner := [name for name in names if name not in NOT_OURS and (folder / name).is_dir()]:
+        message = "%s: only its files such as %s are read, not the folders beside them: %s"
+        told = printable(first_few(inner, 3))
+        warn_counted(log, "folders beside tars or Parquet files", message, folder, archives[0], told)
+
+
+def _warn_of_useless(options: SourceOptions, source: Source) -> None:
+    """Warn of options that say nothing about a source of this kind."""
+    of_files = {"image_key": options.image_key, "image_root": options.image_root}
+    useless = {
+        "folder": of_files | ({} if options.labels_file else {"label_key": options.label_key}),
+        "tar": {"image_root": options.image_root, "class_depth": options.class_depth},
+        "parquet": {"class_depth": options.class_depth},
+    }[source.kind]
+    names = [f"--{name.replace('_', '-')}" for name, value in useless.items() if value not in (None, NO_LABELS)]
+    if names:
+        what = {"folder": "an image folder", "tar": "tars", "parquet": "Parquet files"}[source.kind]
+        warn_counted(
+            log,
+            "options without effect",
+            "%s: no effect on %s, which is read as %s",
+            listed(names),
+            source.location,
+            what,
+        )
 
 
 def _checked(source: Source) -> Source:

@@ -1,6 +1,7 @@
 """The members of a tar: which of them is the image of a sample, and which holds its class label."""
 
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -18,8 +19,11 @@ from pipeline.images.samples import (
     check_label,
     is_label_like,
 )
+from pipeline.repeats import warn_counted
 from pipeline.storage.place import File
 from pipeline.text import first_few, listed, printable
+
+log = logging.getLogger("deit_cli.tar_members")
 
 IMAGE_KEY = (".jpg", ".jpeg", ".png", ".webp")  # the first that a sample has is its image, as in timm's "jpg;png;webp"
 LABEL_EXTENSIONS = frozenset(
@@ -188,6 +192,7 @@ class LabelReader:
     _number_captions: int = 0  # those that hold a number
     _name_captions: int = 0  # those that hold the name of a class
     _others: set[str] = field(default_factory=set)  # names that are not like a label, or were noted
+    _num_like: int = 0
     _last_json: tuple[int, dict[str, Any]] = (-1, {})
 
     def label(self, files: Mapping[str, Member], *, of_image: bool) -> int | None:
@@ -207,6 +212,7 @@ class LabelReader:
         if not found:
             if of_image and not self.num_labels:
                 self._note_unread(files)
+            self._num_like += of_image and any(self._is_like(member) for member in files.values())
             return None
         self.num_labels += 1
         labels = list(found.values())
@@ -217,6 +223,14 @@ class LabelReader:
     def check(self) -> None:
         """Raise SourceError if no sample of the tar has a label although the user chose one, or something looks like one."""
         key, file = self.layout.label, self.archive.file
+        if self.num_labels and self._num_like:
+            warn_counted(
+                log,
+                "tars in which images with members like labels have no class label",
+                "%s: %s no class label, although members or fields beside look like one: --label-key chooses it",
+                file,
+                "1 image has" if self._num_like == 1 else f"{self._num_like:,} images have",
+            )
         if self.num_labels or key == NO_LABELS:
             return
         if key is not None:
@@ -357,6 +371,13 @@ class LabelReader:
                 f"Pass --label-key txt to read them as labels, or --label-key {NO_LABELS} to read the images alone",
             )
         return {} if number is None else {"txt": number}
+
+    def _is_like(self, member: Member) -> bool:
+        """Return whether a member, or a field of it, looks like a class label that is not read."""
+        if member.extension.endswith(".json"):
+            fields = self._json(member).items()
+            return any(is_label_like(n) and v is not None and not isinstance(v, dict) for n, v in fields)
+        return is_label_like(member.extension) and member.extension not in LABEL_EXTENSIONS
 
     def _note_unread(self, files: Mapping[str, Member]) -> None:
         """Note what looks like a label; a name that was looked at does not count again."""

@@ -129,6 +129,36 @@ TEXT_ORDER = tuple(sorted(map(str, range(12))))
 NATURAL_ORDER = tuple(map(str, range(12)))
 CATS_AND_DOGS = ("cat", "dog")
 
+
+def tars(*names: str, beside: Sequence[str] = ()) -> Build:
+    """Return a builder of a folder of tars with one image each, and other files."""
+
+    def build(root: Path) -> str:
+        for number, name in enumerate(names):
+            tar(f"{number}.jpg", (f"{number}.cls", b"0"), name=name)(root)
+        folder(*beside)(root)
+        return str(root)
+
+    return build
+
+
+BESIDE = [
+    Kind("tars beside class folders", tars("a.tar", beside=["cat/1.jpg"]), {}, {"0": 0}, None, "only its files such as a.tar are read, not the folders beside them: cat"),
+    Kind("tars beside the folder of a system", tars("a.tar", beside=["@eaDir/x"]), {}, {"0": 0}),
+    Kind("a tar whose ending is in capitals", tars("a.tar", "b.TAR"), {}, "b.TAR beside a.tar would not be read. Rename it to .tar"),
+    Kind("a split and a file without one", tars("train-0.tar", "test-0.tar", "extra.tar"), {}, "holds files of several splits of a data set"),
+    Kind("train and eval", tars("train-0.tar", "eval-0.tar"), {}, "holds files of several splits of a data set"),
+    Kind("train and eval as folders", folder("train/1.jpg", "eval/1.jpg"), {}, "are splits of a data set"),
+    Kind("a broken link to a class", also(folder("cat/1.jpg"), lambda root: (root / "dog").symlink_to("/nowhere/dog")), {}, "dog: a broken link. Remove it"),
+    Kind("a byte order mark in class names", tar("1.jpg", ("1.cls", b"cat"), beside={"classes.txt": "\ufeffcat\ndog\n"}), {}, {"1": 0}, CATS_AND_DOGS),
+    Kind("labels of one kind, then of another", tar("1.jpg", ("1.cls", b"3"), "2.jpg", ("2.class_id.txt", b"4"), "3.jpg", ("3.txt", b"a cat")), {}, {"1": 3, "2": None, "3": None}, None, "1 image has no class label, although members or fields beside look like one"),
+    Kind("labels in one field, then in another", tar("1.jpg", ("1.json", json_of(label=3)), "2.jpg", ("2.json", json_of(class_id=4))), {}, {"1": 3, "2": None}, None, "1 image has no class label"),
+    Kind("--class-depth for a tar", tar("1.jpg", ("1.cls", b"0")), {"class_depth": 1}, {"1": 0}, None, "--class-depth: no effect on"),
+    Kind("--image-key for a folder", folder("cat/1.jpg"), {"image_key": "jpg", "label_key": "cls"}, {"cat/1": 0}, ("cat",), "--image-key and --label-key: no effect on"),
+    Kind("a ClassLabel beside label", table({"image": pictures("1.jpg"), "label": [3], "domain": [0]}, domain=["photo", "art"]), {}, r"several label columns, \['domain', 'label'\]"),
+]  # fmt: skip
+
+
 FOLDERS = [
     # What the class folders are.
     Kind("class folders", folder("cat/1.jpg", "dog/1.jpg"), {}, {"cat/1": 0, "dog/1": 1}, CATS_AND_DOGS),
@@ -329,7 +359,7 @@ PARQUET = [
     Kind("a pointer of Git LFS", folder("t.parquet", text=POINTER), {}, "t.parquet: a pointer of Git LFS and not the file itself. Run git lfs pull"),
     Kind("one path for all rows", table({"image": pictures("x.jpg", "x.jpg"), "label": [1, 1]}), {}, {"*": 1}),
 ]  # fmt: skip
-KINDS = [*FOLDERS, *TARS, *PARQUET]
+KINDS = [*FOLDERS, *TARS, *PARQUET, *BESIDE]
 
 
 def read(source: Source) -> dict[str, int | None]:
@@ -370,7 +400,7 @@ def test_a_kind_of_data_is_read_or_refused_with_the_way_out(tmp_path, caplog, ki
 
 
 def test_every_kind_has_its_own_name():
-    for kinds in (FOLDERS, TARS, PARQUET):
+    for kinds in (FOLDERS, TARS, PARQUET, BESIDE):
         assert len({kind.name for kind in kinds}) == len(kinds)
     assert len(KINDS) > 100
 

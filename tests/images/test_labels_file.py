@@ -171,6 +171,14 @@ BAD = {
         "line 4: 'a/1' has the label '1' here, and '2' in an earlier line",
     ),
     "first no label, then one": ("a/1.jpg,\na/1.jpg,0\n", "line 2: 'a/1' has the label '0' here, and no class in an"),
+    "unknown names of columns": (
+        "photo,species\na/1.jpg,cat\na/2.png,ant\nb/3.jpg,cat\n",
+        "line 1: 'photo' is no image, and 'species' is the label of no other row: these seem to be names of columns",
+    ),
+    "several columns of labels": (
+        "path,class_id,class_name\na/1.jpg,2,cat\na/2.png,0,ant\nb/3.jpg,2,cat\n",
+        "line 1: several columns could be the label: class_id, class_name. Choose one, such as --label-key class_id",
+    ),
     "images without a row": (
         "a/1.jpg,2\n",
         "labels.csv: 2 of 3 images of .* have no row, the first is 'a/2'; the file has 'a/1'. Add their rows",
