@@ -1,7 +1,7 @@
 """Numbers and sizes for people, and checks of names that go into files and messages."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipeline.errors import SourceError, UsageError
 
@@ -84,6 +84,28 @@ def first_few(names: Sequence[str], limit: int) -> str:
 def listed(names: Sequence[str]) -> str:
     """Return all names as text: `a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,), indent: str = "") -> str:
+    """Return rows of cells as a table: columns are as wide on a terminal as their widest cell, with two spaces between.
+
+    Control characters in cells are replaced; characters that take two columns, such as Chinese ones, count as two.
+
+    Args:
+        rows: cells, the same number in each row.
+        left: columns that are aligned to the left; all others are aligned to the right.
+        indent: text in front of each line.
+    """
+    from rich.cells import cell_len
+
+    shown = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*shown, strict=True)]
+    lines = []
+    for row in shown:
+        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = (cell + gap if at in left else gap + cell for at, (cell, gap) in enumerate(zip(row, gaps, strict=True)))
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
 
 
 def two_columns(rows: Sequence[tuple[str, str]]) -> str:

@@ -43,7 +43,7 @@ MOST_MODULES = 13  # in a room; evidence has most
 # Third parties, and the only rooms or modules that may import them.
 KEEPERS = {
     "click": {"cli", "pipeline.settings", "trainer.console"},
-    "rich": {"trainer.console"},
+    "rich": {"trainer.console", "pipeline.text"},
     "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export"},
     "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet", "pipeline.images.index", "pipeline.images.columns", "pipeline.images.labels_file", "pipeline.images.samples", "trainer.evidence.scores", "trainer.studies.images"},
     "pydantic": {"pipeline.exchange.import_record", "pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.comparing"},

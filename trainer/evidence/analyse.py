@@ -20,6 +20,7 @@ from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.storage.atomic import refusals_named, replace_file
 from pipeline.storage.json import pretty_json
+from pipeline.text import aligned
 from trainer.config import AnalyseConfig
 from trainer.evaluate import centre_recipe, fused_logits, replayed_batches
 from trainer.evidence.networks import Network, find_networks
@@ -347,11 +348,10 @@ def _token_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the cosines of both tokens: a line for each place, a column for each run."""
     if not runs:
         return ""
-    names = [run["name"] for run in runs]
-    widths = [max(len(name), 14) + 2 for name in names]
     tokens = [run["tokens"] for run in runs]
-    rows: list[tuple[str, list[str]]] = [
-        (f"{place} tokens" if place == "learned" else place, [_number(each["cosine"][place]) for each in tokens])
+    rows = [["", *(run["name"] for run in runs)]]
+    rows += [
+        [f"{place} tokens" if place == "learned" else place, *(_number(each["cosine"][place]) for each in tokens)]
         for place in ("learned", "input")
     ]
     blocks = [
@@ -359,18 +359,14 @@ def _token_table(runs: Sequence[Mapping[str, Any]]) -> str:
         for each in tokens
     ]
     rows += [
-        (f"block {number}", [_spread(*(each or (None, None))) for each in line])
+        [f"block {number}", *(_spread(*(each or (None, None))) for each in line)]
         for number, line in enumerate(itertools.zip_longest(*blocks), 1)
     ]
     if any(each["std"] for each in tokens):
-        rows.append(("output", [_spread(each["cosine"]["output"], each["std"]["output"]) for each in tokens]))
-        rows.append(("CKA of outputs", [_number(each["cka"]) for each in tokens]))
-    count = f", {tokens[0]['images']:,} images" if tokens[0]["images"] else ""
-    lines = [f"cosine of class token and distillation token{count}: mean ± standard deviation" if count else
-             "cosine of class token and distillation token"]  # fmt: skip
-    lines.append(f"{'':16}" + "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True)))
-    lines += [f"{name:16}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)) for name, cells in rows]
-    return "\n".join(lines)
+        rows.append(["output", *(_spread(each["cosine"]["output"], each["std"]["output"]) for each in tokens)])
+        rows.append(["CKA of outputs", *(_number(each["cka"]) for each in tokens)])
+    over = f", {tokens[0]['images']:,} images: mean ± standard deviation" if tokens[0]["images"] else ""
+    return f"cosine of class token and distillation token{over}\n{aligned(rows)}"
 
 
 def _number(value: float | None) -> str:
@@ -392,9 +388,8 @@ def _along(run: Mapping[str, Any]) -> list[str]:
 
 def _matrix(found: Mapping[str, Any]) -> str:
     """Return the shares of different answers as a table whose columns have the numbers of its lines."""
-    width = max(map(len, found["names"])) + len(str(len(found["names"]))) + 2
-    lines = [f"share of {found['images']:,} images of {found['data']} that two classifiers answer differently"]
-    lines.append(" " * width + "".join(f"{number:>7}" for number in range(1, len(found["names"]) + 1)))
-    for number, (name, row) in enumerate(zip(found["names"], found["share"], strict=True), 1):
-        lines.append(f"{f'{number} {name}':{width}}" + "".join(f"{_number(share):>7}" for share in row))
-    return "\n".join(lines)
+    title = f"share of {found['images']:,} images of {found['data']} that two classifiers answer differently"
+    numbered = [f"{number} {name}" for number, name in enumerate(found["names"], 1)]
+    rows = [["", *map(str, range(1, len(numbered) + 1))]]
+    rows += [[name, *map(_number, shares)] for name, shares in zip(numbered, found["share"], strict=True)]
+    return f"{title}\n{aligned(rows)}"

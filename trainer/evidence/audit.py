@@ -41,7 +41,7 @@ from pipeline.labels.tables import SampleRows
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import ProgressCounter
 from pipeline.overview.summary import entropy_of
-from pipeline.text import CONTROL_CHARACTERS, count, two_columns
+from pipeline.text import aligned, count, printable, two_columns
 from pipeline.views.pairs import pairs_of
 from pipeline.views.recipe import Recipe
 
@@ -484,24 +484,31 @@ def _class_labels(samples: SampleRows) -> NDArray[np.int64]:
     return np.array([-1 if label is None else label for label in samples.class_label], np.int64)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
-# Headings of columns that are aligned to the right.
-NUMBERS = ("", "score", "contradicted", "images", "of the class", "entropy")
+Rows = list[tuple[str, ...]]  # headings, then cells
 
 
 def audit_table(found: Audit, top: int) -> str:
     """Return a summary as text, and as tables the first `top` entries of each list that has any."""
+    unsure = "unsure: images without a clear answer in any view (entropy of the surest view, 1 = all classes equal)"
+    lists = (
+        ("suspects: class labels that most of the answers contradict", found.suspects, _suspect_rows, 3),
+        ("confused classes: suspects by class label and answer", found.confused, _confused_rows, 2),
+        (unsure, found.unsure, _unsure_rows, 2),
+        ("duplicates: images with the same bytes under several keys", found.duplicates, _duplicate_rows, 1),
+    )
     parts = [two_columns(list(_summary(found)))]
-    for title, heads, cells, total in _tables(found, top):
-        if total:
-            more = f", the first {top:,} of {total:,}" if total > top else ""
-            parts.append(f"{title}{more}\n{_aligned(heads, cells)}")
+    for title, entries, rows_of, numbers in lists:
+        if entries:
+            more = f", the first {top:,} of {len(entries):,}" if len(entries) > top else ""
+            rows = rows_of(found, top)
+            parts.append(f"{title}{more}\n{aligned(rows, left=range(numbers, len(rows[0])), indent='  ')}")
     return "\n\n".join(parts)
 
 
 def _summary(found: Audit) -> Iterator[tuple[str, str]]:
-    yield "label set", f"{found.label_set.place}, teacher {plain(found.label_set.plan.teacher.name)}"
+    yield "label set", f"{found.label_set.place}, teacher {printable(found.label_set.plan.teacher.name)}"
     yield "read", f"views {found.views.start}:{found.views.stop} of {found.images:,} images"
     if found.labelled:
         share = percent(len(found.suspects) / found.judged) if found.judged else "-"
@@ -514,73 +521,51 @@ def _summary(found: Audit) -> Iterator[tuple[str, str]]:
     yield from (("note", note) for note in found.notes())
 
 
-def _tables(found: Audit, top: int) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]], int]]:
-    """Yield title, headings, cells and total number of entries of each table."""
-    title = "suspects: class labels that most of the answers contradict"
-    cells = [
-        (
-            f"{rank:,}",
-            f"{each.score:.4f}",
-            percent(each.contradicted),
-            class_text(found, each.image.class_label),
-            class_text(found, each.answer),
-            place(each.image),
-        )
-        for rank, each in enumerate(found.suspects[:top], 1)
-    ]
-    yield title, ("", "score", "contradicted", "class label", "teacher's answer", "key"), cells, len(found.suspects)
-    cells = [
-        (
-            f"{each.images:,}",
-            percent(each.share),
-            class_text(found, each.class_label),
-            class_text(found, each.answer),
-        )
-        for each in found.confused[:top]
-    ]
-    heads = ("images", "of the class", "class label", "teacher's answer")
-    yield "confused classes: suspects by class label and answer", heads, cells, len(found.confused)
-    cells = [
-        (f"{rank:,}", f"{each.entropy:.3f}", class_text(found, each.image.class_label), place(each.image))
-        for rank, each in enumerate(found.unsure[:top], 1)
-    ]
-    title = "unsure: images without a clear answer in any view (entropy of the surest view, 1 = all classes equal)"
-    yield title, ("", "entropy", "class label", "key"), cells, len(found.unsure)
-    cells = [
-        (f"{rank:,}" if first else "", class_text(found, image.class_label), place(image))
-        for rank, group in enumerate(found.duplicates[:top], 1)
-        for first, image in ((image is group[0], image) for image in group)
-    ]
-    title = "duplicates: images with the same bytes under several keys"
-    yield title, ("", "class label", "key"), cells, len(found.duplicates)
+def _suspect_rows(found: Audit, top: int) -> Rows:
+    rows: Rows = [("", "score", "contradicted", "class label", "teacher's answer", "key")]
+    for rank, each in enumerate(found.suspects[:top], 1):
+        classes = class_text(found, each.image.class_label), class_text(found, each.answer)
+        rows.append((f"{rank:,}", f"{each.score:.4f}", percent(each.contradicted), *classes, place(each.image)))
+    return rows
 
 
-def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    sides = [">" if head in NUMBERS else "<" for head in heads]
-    lines = [
-        [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
-        for row in (heads, *rows)
-    ]
-    return "\n".join(f"  {'  '.join(line)}".rstrip() for line in lines)
+def _confused_rows(found: Audit, top: int) -> Rows:
+    rows: Rows = [("images", "of the class", "class label", "teacher's answer")]
+    for each in found.confused[:top]:
+        classes = class_text(found, each.class_label), class_text(found, each.answer)
+        rows.append((f"{each.images:,}", percent(each.share), *classes))
+    return rows
+
+
+def _unsure_rows(found: Audit, top: int) -> Rows:
+    rows: Rows = [("", "entropy", "class label", "key")]
+    for rank, each in enumerate(found.unsure[:top], 1):
+        label = class_text(found, each.image.class_label)
+        rows.append((f"{rank:,}", f"{each.entropy:.3f}", label, place(each.image)))
+    return rows
+
+
+def _duplicate_rows(found: Audit, top: int) -> Rows:
+    """Return a row for each copy; the first of each group has its rank."""
+    rows: Rows = [("", "class label", "key")]
+    for rank, group in enumerate(found.duplicates[:top], 1):
+        for image in group:
+            number = f"{rank:,}" if image is group[0] else ""
+            rows.append((number, class_text(found, image.class_label), place(image)))
+    return rows
 
 
 def class_text(found: Audit, label: int | None) -> str:
     """Return number and name of a class; `-` for no class label."""
     name = found.class_name(label)
-    return "-" if label is None else f"{label} {plain(name)}" if name else str(label)
+    return "-" if label is None else f"{label} {printable(name)}" if name else str(label)
 
 
 def place(image: Image) -> str:
     """Return key and source shard of an image."""
-    return f"{plain(image.key)} ({image.shard})"
+    return f"{image.key} ({image.shard})"
 
 
 def percent(share: float) -> str:
     """Return a share of 0..1 in percent."""
     return f"{100 * share:.1f} %"
-
-
-def plain(text: str) -> str:
-    """Return a text without control characters, which would reach the terminal."""
-    return CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -24,6 +24,7 @@ from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
 from pipeline.storage.atomic import refusals_named, replace_file
 from pipeline.storage.json import pretty_json
+from pipeline.text import aligned
 from pipeline.views.recipe import Recipe
 from trainer.config import AnalyseConfig, EvaluateConfig, ReportConfig, TrainConfig
 from trainer.evaluate import ANSWERS
@@ -363,10 +364,9 @@ def _evaluate(run: Path, data: Path) -> dict[str, Any]:
 
 
 def _table(results: Results, out: Path) -> str:
-    lines = [f"{'top-1, %':38}" + "".join(f"{head:>19}" for head in ANSWERS)]
+    rows = [["top-1, %", *ANSWERS]]
     for name, title in TITLES.items():
         cells = (results[name].get(head, {}).get("top1") for head in ANSWERS)
-        lines.append(f"{title:38}" + "".join(f"{'' if cell is None else f'{cell:.1f}':>19}" for cell in cells))
-    lines.append(f"on {EVALUATION} other digits")
-    lines.append(f"Report: {out / 'report.html'}. Pictures: {out / 'results.png'}, {out / 'labels.png'}")
-    return "\n".join(lines)
+        rows.append([title, *("" if cell is None else f"{cell:.1f}" for cell in cells)])
+    files = f"Report: {out / 'report.html'}. Pictures: {out / 'results.png'}, {out / 'labels.png'}"
+    return f"{aligned(rows)}\non {EVALUATION} other digits\n{files}"

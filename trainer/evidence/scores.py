@@ -33,6 +33,7 @@ from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json
 from pipeline.storage.place import File, LocalFile, open_file, open_place
+from pipeline.text import aligned
 from pipeline.weights import weights_here
 from trainer.config import EvaluateConfig
 from trainer.evaluate import (
@@ -447,7 +448,7 @@ def score_table(result: Mapping[str, Any]) -> str:
         of_answer = scores.get(name, {})
         cells = (of_answer.get("top1"), of_answer.get("top5"), of_answer.get("ece"), agreement.get(name))
         rows.append([name, *("-" if cell is None else f"{cell:.2f}" for cell in cells)])
-    lines = _aligned(rows)
+    lines = [aligned(rows)]
     if scores:
         mirrored = ", each with its mirror image" if result["flip"] else ""
         lines.append(
@@ -462,7 +463,7 @@ def score_table(result: Mapping[str, Any]) -> str:
             [f"{size['img_size']} pixels", *(f"{each['top1']:.2f}" for each in size["scores"].values())]
             for size in result["sizes"]
         ]
-        lines += ["", *_aligned(rows)]
+        lines += ["", aligned(rows)]
     if scores and result["num_classes"] > 2:
         lines += _weak_points(result, primary_head(scores))
     return "\n".join(lines)
@@ -478,21 +479,9 @@ def _weak_points(result: Mapping[str, Any], answer: str) -> list[str]:
     weakest = sorted(result["per_class"], key=lambda row: (row["top1"][answer], row["class"]))[:SHOWN]
     rows = [["top-1, %", "images", f"weakest classes of {answer}"]]
     rows += [[f"{row['top1'][answer]:.2f}", f"{row['images']:,}", named(row["class"])] for row in weakest]
-    lines = ["", *_aligned(rows, left=(2,))]
+    lines = ["", aligned(rows, left=(2,))]
     if pairs := result["confusion"][answer][:SHOWN]:
         rows = [["images", f"largest confusions of {answer}"]]
         rows += [[f"{pair['images']:,}", f"{named(pair['class'])} taken for {named(pair['answer'])}"] for pair in pairs]
-        lines += ["", *_aligned(rows, left=(1,))]
+        lines += ["", aligned(rows, left=(1,))]
     return lines
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Return the lines of a table: the columns `left` are aligned to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if at in left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

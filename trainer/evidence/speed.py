@@ -14,6 +14,7 @@ from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.machine.timing import row_s, synchronise
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json
+from pipeline.text import aligned
 from trainer.config import InferenceConfig
 from trainer.evidence.networks import find_networks
 from trainer.student import Student
@@ -148,18 +149,17 @@ def _rate(name: str, timed: _Timed, size: int, batch_s: float, *, compiled: bool
 
 def speed_table(result: dict[str, Any]) -> str:
     """Return the result of `bench_inference` as a table."""
-    width = max(len("network"), *(len(row["name"]) for row in result["rows"]))
-    lines = [
-        f"{'network':{width}}  {'parameters':>10}  {'pixels':>6}  {'batch':>6}  {'images/s':>10}  {'ms a batch':>10}"
-    ]
+    rows = [("network", "parameters", "pixels", "batch", "images/s", "ms a batch")]
     for row in result["rows"]:
-        millions = f"{row['parameters'] / 1e6:.1f} M"
-        lines.append(
-            f"{row['name']:{width}}  {millions:>10}  {row['img_size']:>6}  {row['batch_size']:>6,}  {row['images_per_s']:>10,.1f}"
-            f"  {row['batch_ms']:>10,.2f}"
-        )
+        rows.append((
+            row["name"],
+            f"{row['parameters'] / 1e6:.1f} M",
+            str(row["img_size"]),
+            f"{row['batch_size']:,}",
+            f"{row['images_per_s']:,.1f}",
+            f"{row['batch_ms']:,.2f}",
+        ))  # fmt: skip
     compiled = ", compiled" if result["rows"][0]["compiled"] else ""
     where = result["gpu"] or f"CPU, {result['threads']} threads"
-    return "\n".join(
-        [*lines, f"{result['rows'][0]['dtype']}{compiled}, {where}: medians of {ROUNDS} alternating rounds"]
-    )
+    measured = f"{result['rows'][0]['dtype']}{compiled}, {where}: medians of {ROUNDS} alternating rounds"
+    return f"{aligned(rows)}\n{measured}"

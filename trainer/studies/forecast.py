@@ -10,10 +10,10 @@ from pipeline.settings.fields import settings_of
 from pipeline.settings.files import load_recipe
 from pipeline.storage.json import read_json
 from pipeline.storage.yaml import to_yaml
-from pipeline.text import byte_size, count, duration
+from pipeline.text import aligned, byte_size, count, duration
 from trainer.config import CompareConfig, TrainConfig
 from trainer.studies.images import data_folder, images_of
-from trainer.studies.results import CELL_WIDTH, label_bytes
+from trainer.studies.results import label_bytes
 from trainer.studies.running import DONE, Session, measured
 from trainer.studies.steps import Step, plan_study, ranks_of
 from trainer.studies.study import read_study
@@ -118,21 +118,19 @@ class _Forecast:
 
 def forecast_table(result: Mapping[str, Any]) -> str:
     """Return the result of `foresee` as a table for people."""
-    lines = [result["title"], "", "cells:"]
+    cells = []
     for cell in result["cells"]:
-        settings = ", ".join(f"{name} {value}" for name, value in cell["settings"].items())
-        lines.append(f"  {cell['name']:{CELL_WIDTH}}{settings}")
-        lines += (
-            [f"  {'':{CELL_WIDTH}}and {', '.join(cell['also'])}, which come to the same commands"]
-            if cell["also"]
-            else []
-        )
-    lines += ["", f"{'step':{CELL_WIDTH + 12}}{'':9}{'time':>10}  from"]
+        cells.append((cell["name"], ", ".join(f"{name} {value}" for name, value in cell["settings"].items())))
+        if cell["also"]:
+            cells.append(("", f"and {', '.join(cell['also'])}, which come to the same commands"))
+    steps = [("step", "", "time", "from")]
     for step in result["steps"]:
-        name = f"{step['step']} {step['name']}"
         time = "unknown" if step["seconds"] is None else duration(step["seconds"] / 3600)
         size = "" if step["label_bytes"] is None else f", {byte_size(step['label_bytes'])} of labels"
-        lines.append(f"{name:{CELL_WIDTH + 12}}{'done' if step['done'] else 'left':9}{time:>10}  {step['from']}{size}")
+        state = "done" if step["done"] else "left"
+        steps.append((f"{step['step']} {step['name']}", state, time, f"{step['from']}{size}"))
+    lines = [result["title"], "", "cells:", aligned(cells, left=(0, 1), indent="  ")]
+    lines += ["", aligned(steps, left=(0, 1, 3))]
     done = sum(step["done"] for step in result["steps"])
     unknown = f", and {count(result['unknown'], 'step')} whose time is unknown" if result["unknown"] else ""
     total = f"{duration(result['seconds'] / 3600)} one after the other{unknown}"

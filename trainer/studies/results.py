@@ -12,11 +12,10 @@ from typing import Any
 from pipeline.errors import DeitCliError
 from pipeline.storage.atomic import sha256_file
 from pipeline.storage.json import read_json
-from pipeline.text import count
+from pipeline.text import aligned, count
 from trainer.studies.running import SCORES, Record, Session, versions
 from trainer.studies.study import TOGETHER, Cell
 
-CELL_WIDTH = 34
 EQUAL = 1e-3  # points; one of 50,000 images is 0.002
 
 
@@ -199,29 +198,26 @@ def against(mine: Mapping[int, float], baseline: Mapping[int, float]) -> dict[st
 
 def study_table(result: Mapping[str, Any]) -> str:
     """Return the result of a study as a table for people."""
-    lines = [result["title"], ""]
-    against_name = f"against {result['baseline']}, points"
-    wide = len(against_name) + 2
-    lines.append(
-        f"{'cell':{CELL_WIDTH}}{'top-1, %':>9}{'low..high, %':>16}{'seeds':>7}{against_name:>{wide}}{'p':>9}  answer"
-    )
-    for cell in result["cells"]:
-        top1, difference = cell["top1"], cell["against_baseline"] or {}
-        if top1["mean"] is None:
-            lines.append(f"{cell['name']:{CELL_WIDTH}}{'failed' if cell['failed'] else 'not run':>9}")
-            continue
-        delta, p = difference.get("difference"), difference.get("p")
-        cells = (
-            f"{top1['mean']:9.2f}",
-            f"{top1['low']:.2f}..{top1['high']:.2f}".rjust(16),
-            f"{len(cell['seeds']):7}",
-            f"{'' if delta is None else f'{delta:+.2f}':>{wide}}",
-            f"{'' if delta is None else '-' if p is None else f'{p:.2g}':>9}",
-            f"  {top1['answer']}" + (", others failed" if cell["failed"] else ""),
-        )
-        lines.append(f"{cell['name']:{CELL_WIDTH}}" + "".join(cells))
-    lines += ["", *_comparison_lines(result), *_cost_lines(result), *_notes(result)]
-    return "\n".join(lines)
+    heads = ["cell", "top-1, %", "low..high, %", "seeds", f"against {result['baseline']}, points", "p", "answer"]
+    table = aligned([heads, *map(_cell_row, result["cells"])], left=(0, 6))
+    lines = [result["title"], "", table, ""]
+    return "\n".join([*lines, *_comparison_lines(result), *_cost_lines(result), *_notes(result)])
+
+
+def _cell_row(cell: Mapping[str, Any]) -> list[str]:
+    top1, difference = cell["top1"], cell["against_baseline"] or {}
+    if top1["mean"] is None:
+        return [cell["name"], "failed" if cell["failed"] else "not run", "", "", "", "", ""]
+    delta, p = difference.get("difference"), difference.get("p")
+    return [
+        cell["name"],
+        f"{top1['mean']:.2f}",
+        f"{top1['low']:.2f}..{top1['high']:.2f}",
+        str(len(cell["seeds"])),
+        "" if delta is None else f"{delta:+.2f}",
+        "" if delta is None else "-" if p is None else f"{p:.2g}",
+        top1["answer"] + (", others failed" if cell["failed"] else ""),
+    ]
 
 
 def _comparison_lines(result: Mapping[str, Any]) -> list[str]:
@@ -234,12 +230,12 @@ def _comparison_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _cost_lines(result: Mapping[str, Any]) -> list[str]:
-    lines = [f"{'seconds':{CELL_WIDTH}}{'teacher':>10}{'labelling':>11}{'one student':>13}{'together':>10}"]
+    rows = [["seconds", "teacher", "labelling", "one student", "together"]]
     for cell in result["cells"]:
         spent = list(cell["costs"].values())
         total = None if None in spent else sum(spent)
-        shown = ["-" if each is None else f"{each:,.1f}" for each in (*spent, total)]
-        lines.append(f"{cell['name']:{CELL_WIDTH}}{shown[0]:>10}{shown[1]:>11}{shown[2]:>13}{shown[3]:>10}")
+        rows.append([cell["name"], *("-" if each is None else f"{each:,.1f}" for each in (*spent, total))])
+    lines = [aligned(rows)]
     for teacher in result["teachers"]:
         top1 = "not measured" if teacher["top1"] is None else f"top-1 {teacher['top1']:.2f} %"
         lines.append(f"teacher {teacher['name']}: {top1}")
