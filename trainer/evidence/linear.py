@@ -15,7 +15,7 @@ The file `concat_linear.safetensors` has the tensors `weight`, float32 [C, 2D], 
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -229,19 +229,12 @@ def fit_linear(
     def mean_of_heads(tokens: Tensor) -> Tensor:
         return nn.functional.linear(tokens, *start)
 
-    held_out = _held_out([source.shards[shard].keys[row] for shard, row in places], student.num_classes)
+    keys = [source.shards[shard].keys[row] for shard, row in places]
+    batches = _tokens(student, centre_crops(student, source, places, running, crop_pct=crop_pct), running)
     sums = Sums(start[0].shape[1], student.num_classes, running.device)
-    rows, labels, at = [], [], 0
-    for images, class_label in centre_crops(student, source, places, running, crop_pct=crop_pct):
-        tokens = answers_of(student, images, running, _finite_tokens)["tokens"]
-        out, label = held_out[at : at + len(tokens)].to(tokens.device), class_label.to(tokens.device)
-        at += len(tokens)
-        rows.append(tokens[out])
-        labels.append(label[out])
-        sums.add(tokens[~out], _residual(mean_of_heads(tokens[~out]), label[~out]))
-    kept_rows, kept_labels = torch.cat(rows), torch.cat(labels)
-    choice = _choose(sums, kept_rows, kept_labels, mean_of_heads)
-    sums.add(kept_rows, _residual(mean_of_heads(kept_rows), kept_labels))
+    rows, labels = _add_all_but(_held_out(keys, student.num_classes), sums, batches, mean_of_heads)
+    choice = _choose(sums, rows, labels, mean_of_heads)
+    sums.add(rows, _residual(mean_of_heads(rows), labels))
     ((ridge, weight, bias),) = ridge_regressions(sums, [choice.factor])
     heads, step = choice.scales
     return Linear(
@@ -255,8 +248,8 @@ def fit_linear(
             "heads": heads,
             "step": step,
             "images": len(places),
-            "held_out": len(kept_rows),
-            "top1": 100 * choice.right / len(kept_rows),
+            "held_out": len(rows),
+            "top1": 100 * choice.right / len(rows),
             "log_loss": choice.log_loss,
             "location": source.location,
             "source_id": source.source_id,
@@ -264,6 +257,32 @@ def fit_linear(
             "crop_pct": centre_recipe(student, crop_pct).crop_pct,
         },
     )
+
+
+def _tokens(
+    student: Student, crops: Iterable[tuple[Tensor, Tensor]], running: Running
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield concatenated tokens, float32 [B, 2D], and class labels, int64 [B], of batches of images, on one device."""
+    for images, class_label in crops:
+        tokens = answers_of(student, images, running, _finite_tokens)["tokens"]
+        yield tokens, class_label.to(tokens.device)
+
+
+def _add_all_but(
+    held_out: Tensor,
+    sums: Sums,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    mean_of_heads: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Add all rows but the held-out ones (bool [N]) to the sums; return the tokens and class labels of the held-out ones."""
+    rows, labels, at = [], [], 0
+    for tokens, label in batches:
+        out = held_out[at : at + len(tokens)].to(tokens.device)
+        at += len(tokens)
+        sums.add(tokens[~out], _residual(mean_of_heads(tokens[~out]), label[~out]))
+        rows.append(tokens[out])
+        labels.append(label[out])
+    return torch.cat(rows), torch.cat(labels)
 
 
 def _check_images(student: Student, source: Source, places: Sequence[tuple[int, int]]) -> None:
