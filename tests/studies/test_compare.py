@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 from scipy.stats import t as student_t
 from support.background import wait_until
-from support.builders import shared_data, with_checkout
+from support.builders import encoded, photo, shared_data, with_checkout
 from support.commands import invoke
 from support.studies import SCALE, STUDY, without_times, write_images, write_study
+from webdataset.writer import TarWriter
 
 from pipeline.errors import DeitCliError, StorageError, UsageError
 from pipeline.images.source import open_source
+from pipeline.labels.labelset import LabelSet
 from pipeline.settings.program import Terminated
 from pipeline.storage.json import pretty_json
 from trainer.studies.forecast import forecast_table
@@ -498,6 +500,32 @@ def test_a_study_ends_with_a_page_of_its_first_students(whole):
     report = json.loads((whole / "out/study.json").with_name("study-analysis").joinpath("analysis.json").read_text())
     assert [run["name"] for run in report["runs"]] == ["alone", "hard", "teacher cnn"]
     assert "hard mean_logits" in report["disagreement"]["names"]
+
+
+@pytest.mark.slow
+def test_a_study_reads_images_and_class_labels_as_its_scale_says(tmp_path):
+    for name, number in (("train", 64), ("val", 30)):
+        (tmp_path / name).mkdir()
+        with TarWriter(str(tmp_path / name / "images.tar"), mtime=0) as tar:  # pyright: ignore[reportArgumentType]
+            for each in range(number):
+                images = {"photo.jpg": encoded(photo(each)), "mask.jpg": encoded(photo(999))}
+                tar.write({"__key__": f"{each:04}"} | images)
+        rows = "".join(f"{each:04},{each % 3},{number}\n" for each in range(number))
+        (tmp_path / f"{name}.csv").write_text(f"path,kind,size\n{rows}")
+    source = {"image_key": "photo.jpg", "label_key": "kind", "labels_file": "train.csv", "eval_labels_file": "val.csv"}
+    write_study(tmp_path, scale=SCALE | {"seeds": [0], "source": source})
+    code, _, said = ended(compare(tmp_path, "--dry-run"))
+    assert code == 0, said
+    code, _, said = ended(compare(tmp_path))
+    assert code == 0, said
+    result = result_in(tmp_path / "out")
+    assert result["steps"] == {"all": 7, "done": 7, "failed": 0}
+    for cell in result["cells"]:
+        assert json.loads((tmp_path / "out" / cell["seeds"][0]["scores_file"]).read_text())["images"] == 30
+    label_set = LabelSet.open(tmp_path / "out" / result["teachers"][0]["labels"]["path"])
+    (samples,) = (label_set.samples(name) for name in label_set.shards)
+    assert list(samples.class_label) == [each % 3 for each in range(64)]
+    assert (tmp_path / "out/study.html").is_file()
 
 
 @pytest.mark.slow

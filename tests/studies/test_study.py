@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from support.builders import encoded, photo
 from support.studies import SCALE, STUDY, write_study
 
 from pipeline.errors import UsageError
 from trainer.config import CompareConfig
-from trainer.studies.images import Images
+from trainer.studies.images import Images, images_at
 from trainer.studies.steps import Plan, plan_study, ranks_of
 from trainer.studies.study import read_study
 
@@ -112,6 +115,10 @@ WRONG_SCALES = [
     ("seeds", [0, 0], "seeds must be a list of different whole numbers"),
     ("seeds", 3, "seeds must be a list"),
     ("images", 0, "images must be a whole number from 1"),
+    ("source", {"imagekey": "jpg"}, r"source: there is no setting 'imagekey'\. Did you mean image_key\?"),
+    ("source", {"epochs": 3}, "source: epochs cannot be set here"),
+    ("source", {"class_depth": 0}, "source: --class-depth must be in 1..100, got 0"),
+    ("train/image_key", "jpg", "train: image_key cannot be set here"),
     ("train/epoch", 3, r"train: there is no setting 'epoch'\. Did you mean epochs\?"),
     ("train/output", "x", "train: output cannot be set here"),
     ("labels/out", "x", "labels: out cannot be set here"),
@@ -428,6 +435,34 @@ def test_an_update_is_the_same_on_any_number_of_ranks(tmp_path, batch, passes, r
     assert keys_of(one) == keys_of(many)
     settings = next(step.settings for step in many.steps if step.kind == "student")
     assert (settings["batch_size"], settings["grad_accum_steps"]) == divided
+
+
+def test_every_step_reads_the_images_as_the_scale_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = {"image_key": "photo", "labels_file": "train.csv", "eval_labels_file": "val.csv", "class_order": "natural"}
+    plan = plan_of(tmp_path, scale=SCALE | {"source": source})
+    both = {"image_key": "photo", "class_order": "natural"}
+    for step in plan.steps:
+        labels = tmp_path / ("val.csv" if step.command == "evaluate" else "train.csv")
+        assert {name: step.settings.get(name) for name in source} == {
+            **both,
+            "labels_file": str(labels),
+            "eval_labels_file": None,
+        }
+
+
+def test_the_digits_are_read_in_one_way(tmp_path):
+    scale = SCALE | {"data": "digits", "eval_data": None, "source": {"image_key": "png"}}
+    with pytest.raises(UsageError, match=r"source: image_key has no meaning with the digits\. Leave it out"):
+        plan_of(tmp_path, scale=scale)
+
+
+def test_images_of_another_column_are_other_images(tmp_path):
+    images = [[encoded(photo(number, 8, 8), "PNG") for number in chosen] for chosen in (range(3), range(3, 6))]
+    file = tmp_path / "images.parquet"
+    pq.write_table(pa.table({"small": images[0], "large": images[1], "label": [0, 1, 2]}), file)
+    small, large, again = (images_at(str(file), {"image_key": name}).id for name in ("small", "large", "small"))
+    assert small == again != large
 
 
 def test_an_update_that_cannot_be_divided_is_refused(tmp_path):

@@ -71,9 +71,7 @@ def write_page(result: Mapping[str, Any], out: Path, evaluation: str, scale: Sca
     runs |= {f"teacher {each['name']}": each["run"] for each in result["teachers"] if each["run"]}
     networks = [Network(name, run, out / run / "last", out / run) for name, run in runs.items()]
     analysis = out / f"{result['name']}-analysis"
-    crop_pct = scale.evaluate.get("crop_pct")
-    analyse_networks(
-        networks, AnalyseConfig(data=evaluation, out=analysis, attention=2, crop_pct=crop_pct, device=device)
-    )
+    settings = {"crop_pct": scale.evaluate.get("crop_pct"), **scale.eval_reading}
+    analyse_networks(networks, AnalyseConfig(data=evaluation, out=analysis, attention=2, device=device, **settings))
     config = ReportConfig(out=out / f"{result['name']}.html", device=device)
     return write_report(config, [str(out / f"{result['name']}.json"), str(analysis)])

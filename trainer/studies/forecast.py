@@ -16,7 +16,7 @@ from trainer.studies.images import data_folder, images_of
 from trainer.studies.results import label_bytes
 from trainer.studies.running import DONE, Session, measured
 from trainer.studies.steps import Step, plan_study, ranks_of
-from trainer.studies.study import read_study
+from trainer.studies.study import OF_IMAGES, read_study
 
 MEASURE_S = "0.5"  # for each measurement
 
@@ -88,11 +88,8 @@ class _Forecast:
                 settings |= {"teacher": trained["model"], "pretrained": False, "teacher_img_size": size}
             arguments, names = ("estimate",), set(settings) - {"out", "accuracy_samples", "min_teacher_accuracy", "on_bad_image", "include_images"}  # fmt: skip
         else:
-            timed = {setting.name for setting in settings_of(TrainConfig) if setting.timed} | {
-                "recipe",
-                "set",
-                "device",
-            }
+            timed = {setting.name for setting in settings_of(TrainConfig) if setting.timed} | OF_IMAGES
+            timed |= {"recipe", "set", "device"}
             if step.label_sets:  # without a label set, which is read in no time
                 labels = step.label_sets[0].settings
                 settings |= {"distillation_type": "none"} | {name: labels[name] for name in ("recipe", "set") if name in labels}  # fmt: skip

@@ -7,11 +7,13 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UsageError
+from pipeline.settings.configs import SourceConfig
 from pipeline.storage.atomic import make_folder, replace_file
 from pipeline.storage.json import sha256_json
 from pipeline.storage.urls import local_path
@@ -27,17 +29,26 @@ class Images:
     count: int
 
 
-def images_at(location: str) -> Images:
-    """Open a source and return what identifies it: the id that a label set records, for a remote one its location."""
+def images_at(location: str, reading: Mapping[str, Any]) -> Images:
+    """Open a source and return what identifies it: the id that a label set records, for a remote one its location.
+
+    Args:
+        location: as in `open_source`.
+        reading: how the images are read, settings of `SourceConfig`.
+    """
     from pipeline.images.source import open_source
     from pipeline.labels.comparing import record_of
 
-    source = open_source(location)
+    source = open_source(location, options=SourceConfig(**reading).options)
     if source.is_remote:  # its keys are known only after all of it was downloaded
         names = [shard.name for shard in source.shards]
-        return Images(location, sha256_json([location, names, source.class_names]), 0)
+        return Images(location, sha256_json([location, names, source.class_names, *([reading] if reading else [])]), 0)
     here = str(Path(location).absolute()) if local_path(location) is not None and Path(location).exists() else location
-    return Images(here, record_of(source).id, source.num_samples)
+    pixels = {
+        name: reading[name] for name in ("image_key", "image_root") if name in reading
+    }  # the record's id has no images
+    identity = record_of(source).id
+    return Images(here, sha256_json([identity, pixels]) if pixels else identity, source.num_samples)
 
 
 def images_of(scale: Scale, folder: Path) -> tuple[Images, Images]:
@@ -49,7 +60,7 @@ def images_of(scale: Scale, folder: Path) -> tuple[Images, Images]:
     evaluation = str(folder / "evaluation") if evaluation in (DIGITS, None) else evaluation
     if scale.images is not None:
         training = _first_images(training, scale.images, folder)
-    return images_at(training), images_at(evaluation)
+    return images_at(training, scale.reading), images_at(evaluation, scale.eval_reading)
 
 
 def _first_images(location: str, number: int, folder: Path) -> str:

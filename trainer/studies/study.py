@@ -6,6 +6,7 @@ A *cell* is one way to train a student. A *scale* says how large everything is: 
 import contextlib
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,22 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DeitCliError, UsageError
+from pipeline.images.class_names import ORDERS
 from pipeline.settings.configs import PrecomputeConfig, SourceConfig, TeacherConfig
-from pipeline.settings.fields import Setting, settings_of
+from pipeline.settings.fields import Setting, check_settings, settings_of
 from pipeline.settings.files import load_recipe, settings_in
 from pipeline.settings.options import ViewsType
+from pipeline.storage.urls import local_path
 from pipeline.storage.yaml import read_yaml
 from pipeline.text import SAFE_NAME
 from pipeline.views.recipe import Recipe
 from trainer.config import EvaluateConfig, TrainConfig
 
 STUDY_KEYS = ("title", "baseline", "against", "cells", "grid", "scale")
-SCALE_KEYS = ("data", "images", "eval_data", "teachers", "labels", "students", "train", "evaluate", "seeds")
+SCALE_KEYS = ("data", "images", "eval_data", "source", "teachers", "labels", "students", "train", "evaluate", "seeds")
 AXES = ("student", "teacher", "token", "budget")  # axes of a cell that are no settings of `train`
-OF_IMAGES = {setting.name for setting in settings_of(SourceConfig)}  # all steps of a study read images as they are
+OF_IMAGES = {setting.name for setting in settings_of(SourceConfig)}  # the key `source` of a scale, for all steps
+EVAL_LABELS = "eval_labels_file"  # in `source`: the `labels_file` of the evaluation images
 # Settings of `train` that belong to the scale, or that the study sets itself.
 NOT_COMPARED = {"labels", "data", "output", "resume", "seed", "eval_data", "expect_manifest", "model", "device"}
-NOT_COMPARED |= OF_IMAGES | {"eval_labels_file"}
+NOT_COMPARED |= OF_IMAGES | {EVAL_LABELS}
+NOT_OF_IMAGES = {setting.name for setting in settings_of(TrainConfig)} - OF_IMAGES - {EVAL_LABELS}
 NOT_LABELLED = {"data", "out", "teacher", "teacher_checkpoint", "pretrained", "device", "engine", "address", *OF_IMAGES}
 NOT_EVALUATED = {
     *OF_IMAGES,
@@ -87,6 +92,7 @@ class Scale:
         data: training images, or `digits`.
         images: number of training images to use, the first ones of Parquet files; None: all.
         eval_data: evaluation images; None only with `digits`.
+        source: how both are read, as settings of `train`.
         teachers: name -> entry.
         labels: settings of `precompute` for every label set.
         students: name -> settings of `train`, with `model` and `without_token`.
@@ -99,12 +105,24 @@ class Scale:
     data: str
     images: int | None
     eval_data: str | None
+    source: Mapping[str, Any]
     teachers: Mapping[str, Mapping[str, Any]]
     labels: Mapping[str, Any]
     students: Mapping[str, Mapping[str, Any]]
     train: Mapping[str, Any]
     evaluate: Mapping[str, Any]
     seeds: tuple[int, ...]
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Return how the training images are read, as settings."""
+        return {name: value for name, value in self.source.items() if name != EVAL_LABELS}
+
+    @property
+    def eval_reading(self) -> dict[str, Any]:
+        """Return how the evaluation images are read, as settings."""
+        own = {name: value for name, value in self.source.items() if name not in ("labels_file", EVAL_LABELS)}
+        return own | ({"labels_file": self.source[EVAL_LABELS]} if EVAL_LABELS in self.source else {})
 
     @property
     def views(self) -> int:
@@ -215,11 +233,15 @@ def read_scale(path: Path, *, data: str | None = None, eval_data: str | None = N
     labels = _settings(
         values.get("labels", {}), f"{where}labels", PrecomputeConfig, TeacherConfig, recipe=True, refused=NOT_LABELLED
     )
+    source = _source(values.get("source", {}), f"{where}source")
+    if source and DIGITS in (own, images):
+        raise UsageError(f"{path}: source: {next(iter(source))} has no meaning with the digits", fix="Leave it out")
     scale = Scale(
         path=path,
         data=own,
         images=limit,
         eval_data=images,
+        source=source,
         teachers={name: _teacher(entry, f"{where}teachers: {name}") for name, entry in _named(values.get("teachers", {}), f"{where}teachers")},
         labels=labels,
         students={name: _student(entry, f"{where}students: {name}") for name, entry in _named(values.get("students"), f"{where}students")},
@@ -232,6 +254,17 @@ def read_scale(path: Path, *, data: str | None = None, eval_data: str | None = N
     with said_of(f"{path}: labels"):
         _ = scale.recipe
     return scale
+
+
+def _source(values: Any, where: str) -> dict[str, Any]:
+    """Return the settings of `source`; paths are absolute, as that of `data`, because an engine may run steps in another folder."""
+    source = _settings(values, where, TrainConfig, refused=NOT_OF_IMAGES)
+    with said_of(where):
+        check_settings(SourceConfig(**{name: value for name, value in source.items() if name != EVAL_LABELS}))
+    names = ["labels_file", EVAL_LABELS, "image_root"]
+    names += ["class_order"] if source.get("class_order") not in ORDERS else []
+    local = [name for name in names if name in source and local_path(source[name]) is not None]
+    return source | {name: os.path.abspath(source[name]) for name in local}
 
 
 def _teacher(values: Any, where: str) -> dict[str, Any]:
