@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from pipeline.errors import CheckpointError, UsageError
 from pipeline.images.source import Source
 from pipeline.labels.labelset import LabelSet
 from pipeline.views.recipe import PRESETS, Recipe
@@ -59,22 +59,17 @@ class Tally:
         self.images = 0
         self._right = torch.zeros(len(self.names), 2, dtype=torch.int64)  # top-1, top-5
 
-    def add(self, answers: Mapping[str, Tensor], class_label: Tensor) -> list[Tensor]:
+    def add(self, answers: Mapping[str, Tensor], class_label: Tensor) -> None:
         """Count a batch.
 
         Args:
-            answers: float [B, C] by name: a larger number is a more probable class.
+            answers: float [B, C] by name: a larger number is a more probable class, of equal ones the first.
             class_label: int64 [B], on the CPU.
-
-        Returns:
-            the five most probable classes of each answer, most probable first, int64 [B, min(5, C)] on the CPU.
         """
-        top5 = [answers[name].topk(min(5, answers[name].shape[1]), dim=1).indices.cpu() for name in self.names]
-        for counts, ranked in zip(self._right, top5, strict=True):
-            hits = ranked == class_label[:, None]
-            counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum()])
+        for counts, name in zip(self._right, self.names, strict=True):
+            rank = _ranks(answers[name], class_label)
+            counts += torch.stack([(rank < 1).sum(), (rank < 5).sum()])
         self.images += len(class_label)
-        return top5
 
     def share(self, world: World) -> None:
         """Add up the counts of all ranks; every rank must call this method."""
@@ -83,8 +78,38 @@ class Tally:
 
     def scores(self) -> Scores:
         """Return top-1 and top-5 in percent by the name of the answer."""
-        percent = (100 * self._right / self.images).tolist()
+        percent = (100 * self._right.double() / self.images).tolist()
         return {name: {"top1": a, "top5": b} for name, (a, b) in zip(self.names, percent, strict=True)}
+
+
+def _ranks(answer: Tensor, class_label: Tensor) -> Tensor:
+    """Return how many classes of each row come before its class label, int64 [B] on the CPU; all of them if it is NaN.
+
+    `topk` orders equal numbers in no certain way. In bfloat16 many are equal, and `argmax` takes the first.
+    """
+    label = class_label.to(answer.device)[:, None]
+    own, numbers = answer.gather(1, label), torch.arange(answer.shape[1], device=answer.device)
+    return (~(answer <= own) | ((answer == own) & (numbers < label))).sum(dim=1).cpu()
+
+
+def chosen_class(answer: Tensor) -> Tensor:
+    """Return the most probable class of each row, of equal ones the first, int64 [B] on the CPU.
+
+    Raises:
+        CheckpointError: an answer is NaN or infinite.
+    """
+    largest, chosen = answer.max(dim=1)
+    check_finite(largest)
+    return chosen.cpu()
+
+
+def check_finite(values: Tensor) -> None:
+    """Raise CheckpointError if a value that a student's answers lead to is NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise CheckpointError(
+            "the student's answers are NaN or infinite for some images",
+            fix="Try --amp-dtype float32, or another checkpoint",
+        )
 
 
 def evaluate(
@@ -202,13 +227,16 @@ def measure_agreement(
 
     Returns:
         percent by the name of the answer, and the number of views.
+
+    Raises:
+        CheckpointError: an answer is NaN or infinite.
     """
     same: dict[str, int] = {}
     seen = 0
     for batch in replayed_batches(student, label_set, source, running, limit=limit):
         assert batch.teacher is not None
         for name, logits in answers_of(student, mixed_images(batch, running.device), running, answering).items():
-            same[name] = same.get(name, 0) + int((logits.argmax(1).cpu() == batch.teacher.hard).sum())
+            same[name] = same.get(name, 0) + int((chosen_class(logits) == batch.teacher.hard).sum())
         seen += len(batch.keys)
     return {name: 100 * count / seen for name, count in same.items()}, seen
 

@@ -194,6 +194,20 @@ def test_options_that_belong_together_are_said(changes, text):
         AnalyseConfig(**changes)
 
 
+@pytest.mark.parametrize("on_views", [False, True])
+def test_a_network_whose_answers_are_no_numbers_is_named(networks, data, tmp_path, on_views):
+    student = open_student(Path(networks[0]))
+    student.model.blocks[1].mlp.fc2.bias.data.fill_(float("nan"))
+    export_model(tmp_path / "diverged", student.model.state_dict(), hub_config=hub_config(student))
+    images = {"labels": str(make_labels(tmp_path / "labels", data).place)} if on_views else {"data": data}
+    with pytest.raises(CheckpointError, match=r"^diverged: the student's answers are NaN or infinite for some images"):
+        analyse([networks[0], str(tmp_path / "diverged")], settings(out=tmp_path / "out", **images))
+    if on_views:
+        config = {"labels": images["labels"], "workers": 0, "batch_size": 7}
+        with pytest.raises(CheckpointError, match=r"answers are NaN or infinite for some images\. Try --amp-dtype"):
+            evaluate_checkpoint(EvaluateConfig(checkpoint=str(tmp_path / "diverged"), **config))
+
+
 def test_names_are_those_of_folders_and_unique(networks, tmp_path):
     for run in ("one/deit-s", "two/deit-s"):
         exported(tmp_path / run / "last", "deit-ti", 0, **TINY)

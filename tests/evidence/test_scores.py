@@ -140,6 +140,32 @@ def test_both_tallies_count_the_same():
     assert short.scores() == {name: {key: way[key] for key in ("top1", "top5")} for name, way in full.items()}
 
 
+@pytest.mark.parametrize("classes", [3, 10, 1000])
+def test_of_equal_answers_the_first_class_is_chosen(classes):
+    """Numbers of bfloat16 are often equal; the same class is chosen by `evaluate`, `analyse` and the agreement."""
+    answers, label = answers_for(60, classes)
+    answers = {name: answer.round() for name, answer in answers.items()}
+    answers["class_head"][:] = 0.0
+    short, full = Tally(NAMES), FullTally(NAMES, classes, keeps=True)
+    short.add(answers, label)
+    full.add(answers, label)
+    ((chosen, _),) = full.kept
+    for at, (name, answer) in enumerate(answers.items()):
+        order = [sorted(range(classes), key=lambda c, row=row: (-row[c], c)) for row in answer.tolist()]
+        assert chosen[at].tolist() == [first for first, *_ in order]
+        ranks = [row.index(right) for row, right in zip(order, label.tolist(), strict=True)]
+        expected = {"top1": 100 * sum(r < 1 for r in ranks) / 60, "top5": 100 * sum(r < 5 for r in ranks) / 60}
+        assert short.scores()[name] == expected  # in float64, to the last digit
+        assert full.scores()[name] | expected == full.scores()[name]
+
+
+def test_an_answer_that_is_no_number_is_never_right():
+    answers = {"class_head": torch.tensor([[float("nan"), 1.0, 0.0], [1.0, float("nan"), 0.0]])}
+    tally = Tally(("class_head",))
+    tally.add(answers, torch.tensor([0, 0]))
+    assert tally.scores()["class_head"]["top1"] == 0
+
+
 def test_many_classes_need_little_memory():
     answers, label = answers_for(64, 21_841)
     tally = tallied(answers, label, 21_841)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from pipeline.errors import CheckpointError, UsageError
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_start
@@ -22,7 +22,7 @@ from pipeline.storage.atomic import refusals_named, replace_file
 from pipeline.storage.json import pretty_json
 from pipeline.text import aligned
 from trainer.config import AnalyseConfig
-from trainer.evaluate import centre_recipe, fused_logits, replayed_batches
+from trainer.evaluate import centre_recipe, chosen_class, fused_logits, replayed_batches
 from trainer.evidence.networks import Network, find_networks
 from trainer.evidence.tokens import TokenStatistics, draw_attention, patch_maps, token_attention
 from trainer.metrics import read_metrics
@@ -143,7 +143,7 @@ def analyse_networks(networks: Sequence[Network], config: AnalyseConfig) -> dict
 
     Raises:
         UsageError: the networks do not fit the images or each other.
-        CheckpointError: the weights of a network are damaged.
+        CheckpointError: the weights of a network are damaged, or its answers are NaN or infinite.
     """
     images, where = _open_images(config), resolve_device(config.device)
     world = World(0, 1, where, plan_workers(config.workers, where))
@@ -240,7 +240,10 @@ def _describe(
     why = why_no_tokens(student)
     tokens = None if why else _tokens_without_images(network, student, running)
     if images is not None:
-        statistics, mine = _look(student, images, running)
+        try:
+            statistics, mine = _look(student, images, running)
+        except CheckpointError as error:
+            raise CheckpointError(f"{network.name}: {error.what}", fix=error.fix) from error
         if images.known in mine:
             answers.setdefault(images.known, mine[images.known])
         answers.update({f"{network.name} {name}": mine[name] for name in COMPARED if name in mine})
@@ -280,7 +283,7 @@ def _look(student: Student, images: Images, running: Running) -> tuple[TokenStat
         heads, tokens = run_with_tokens(student, seen.pixels, running)
         if tokens:
             statistics.add(tokens)
-        chosen = {name: logits.argmax(dim=1).cpu() for name, logits in fused_logits(heads).items()}
+        chosen = {name: chosen_class(logits) for name, logits in fused_logits(heads).items()}
         for name, classes in ({images.known: seen.known} | chosen).items():
             found.setdefault(name, []).append(classes)
     answers = {name: torch.cat(parts).numpy() for name, parts in found.items()}

@@ -40,6 +40,8 @@ from trainer.evaluate import (
     ANSWERS,
     Tally,
     centre_recipe,
+    check_finite,
+    chosen_class,
     count_answers,
     fused_logits,
     labelled_places,
@@ -266,21 +268,17 @@ class FullTally(Tally):
         self._wrong: list[Counter[tuple[int, int]]] = [Counter() for _ in self.names]  # (class, answer) -> images
         self.kept: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, answers: Mapping[str, Tensor], class_label: Tensor) -> list[Tensor]:
+    def add(self, answers: Mapping[str, Tensor], class_label: Tensor) -> None:
         """Count a batch, as `Tally.add` does.
 
         Raises:
             CheckpointError: an answer is NaN or infinite.
         """
-        top5 = super().add(answers, class_label)
-        chosen = torch.stack([ranked[:, 0] for ranked in top5])
+        super().add(answers, class_label)
+        chosen = torch.stack([chosen_class(answers[name]) for name in self.names])
         most = [probabilities(name, answers[name].float()).amax(dim=1) for name in self.names]
         confidence = torch.stack(most).cpu()
-        if not torch.isfinite(confidence).all():
-            raise CheckpointError(
-                "the student's answers are NaN or infinite for some images",
-                fix="Try --amp-dtype float32, or another checkpoint",
-            )
+        check_finite(confidence)
         which = torch.bucketize(confidence.double(), EDGES[1:-1])  # (low, high]
         right = chosen == class_label
         self._of_class[0] += torch.bincount(class_label, minlength=self._of_class.shape[1])
@@ -293,7 +291,6 @@ class FullTally(Tally):
             self._wrong[at].update(zip(class_label[wrong].tolist(), chosen[at][wrong].tolist(), strict=True))
         if self._keeps:
             self.kept.append((chosen, confidence))
-        return top5
 
     def share(self, world: World) -> None:
         """Add up the counts of all ranks."""
