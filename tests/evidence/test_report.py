@@ -21,7 +21,7 @@ from pipeline.storage.json import pretty_json
 from pipeline.views.mixing import apply_mix, mix_batch
 from trainer.config import ReportConfig, TrainConfig
 from trainer.evidence.gallery import dense, most_apart
-from trainer.evidence.plots import frontier_of
+from trainer.evidence.plots import bars, frontier, frontier_of, lines
 from trainer.evidence.report import write_report
 from trainer.loop import train
 from trainer.losses import TeacherTarget
@@ -204,6 +204,51 @@ def test_the_gallery_shows_the_views_that_are_furthest_apart(run, made):
     found = most_apart(run, label_set, config(Path("r.html"), gallery=4))
     assert [each.entry["key"] for each in found] == wanted[:4]
     assert [each.entry["apart"] for each in found] == pytest.approx([apart[key] for key in wanted[:4]], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["none", "soft"])
+def test_the_gallery_shows_the_answer_of_the_heads_that_were_trained(run, made, tmp_path, kind):
+    """The second head of a student without a teacher has its first random weights."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    described = json.loads((folder / "config.json").read_bytes())
+    described["config"]["distillation_type"] = kind
+    (folder / "config.json").write_bytes(pretty_json(described))
+    page = write_report(config(tmp_path / "r.html", gallery=3), [str(folder), str(made)])
+    found = json.loads(data_of(page).read_bytes())["gallery"]
+    expected = most_apart(run, LabelSet.open(made), config(Path("r.html"), gallery=3), class_head=kind == "none")
+    assert [each["apart"] for each in found] == [each.entry["apart"] for each in expected]
+    other = most_apart(run, LabelSet.open(made), config(Path("r.html"), gallery=3), class_head=kind != "none")
+    assert [each["apart"] for each in found] != [each.entry["apart"] for each in other]
+
+
+def test_every_point_of_a_curve_is_in_the_table_with_its_own_progress(run, tmp_path):
+    """Runs of other lengths have other numbers of points."""
+    shorter = tmp_path / "shorter"
+    shutil.copytree(run, shorter)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    more = [{**line, "index": line["index"] + 100 * n} for n in range(15) for line in lines]
+    (shorter / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in more))
+    page = write_report(config(tmp_path / "r.html"), [str(run), str(shorter)])
+    curves = json.loads(data_of(page).read_bytes())["curves"]
+    places = [str(known["data-from"]) for known, _ in Page(page.read_text()).numbers]
+    assert len({len(line["x"]) for line in curves["teacher_agreement"]["lines"]}) == 2
+    for name, curve in curves.items():
+        for at, line in enumerate(curve["lines"]):
+            for point in range(len(line["x"])):
+                x = places.index(f"/curves/{name}/lines/{at}/x/{point}")
+                y = places.index(f"/curves/{name}/lines/{at}/y/{point}")
+                assert y == x + 1  # beside each other
+
+
+@pytest.mark.parametrize("name", ["a$b$c", "$x_{$"])
+def test_a_dollar_sign_in_a_name_is_a_dollar_sign(name):
+    for svg in (
+        lines({name: ([1, 2], [3, 4])}, x="x", y="y"),
+        bars([name], [1.0], [None], label="top-1"),
+        frontier([name], [1.0], [2.0], label="images/s", more=True),
+    ):
+        assert f">{name}</" in svg
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])

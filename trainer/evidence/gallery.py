@@ -34,7 +34,7 @@ class Picture:
     png: bytes
 
 
-def most_apart(run: Path, label_set: LabelSet, config: ReportConfig) -> list[Picture]:
+def most_apart(run: Path, label_set: LabelSet, config: ReportConfig, *, class_head: bool = False) -> list[Picture]:
     """Return the views of a label set on which a student's answer differs most from the teacher's, the most different first.
 
     The difference is the total variation distance: half the sum of |p - q| over all classes. The tail of the stored labels is spread
@@ -44,6 +44,7 @@ def most_apart(run: Path, label_set: LabelSet, config: ReportConfig) -> list[Pic
         run: folder of the student's run; its best weights are used if it has some, else its last.
         label_set: label set whose first views are looked at.
         config: number of pictures and of views, location of the images, device.
+        class_head: whether the class head answers, because the student's second head is not trained; else the mean of both.
 
     Raises:
         UsageError: the student does not fit the label set.
@@ -58,7 +59,7 @@ def most_apart(run: Path, label_set: LabelSet, config: ReportConfig) -> list[Pic
     for batch in replayed_batches(student, label_set, source, running, limit=config.gallery_views):
         images = mixed_images(batch, device)
         answers = answers_of(student, images, running)
-        logits = answers.get("mean_logits", answers["class_head"]).cpu()
+        logits = answers["class_head" if class_head or "mean_logits" not in answers else "mean_logits"].cpu()
         found += _compared(batch, logits, images.cpu(), label_set)
         found = sorted(found, key=lambda each: (-each[0], each[1], each[2]))[: config.gallery]
     return [_picture(place, entry, pixels) for place, (*_, entry, pixels) in enumerate(found)]

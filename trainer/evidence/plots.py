@@ -19,6 +19,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "text.color": _INK,
     "axes.edgecolor": _LINE,
     "axes.labelcolor": _INK,

@@ -248,10 +248,14 @@ def _main_answer(found: Found, name: str, scores: Mapping[str, Any]) -> str:
     """Return the answer by which a network is compared: the mean of both heads' logits, or the only head that was trained."""
     if name in found.answers:
         return found.answers[name]
-    run = found.runs.get(name)
-    config = {} if run is None else read_json(run / CONFIG_NAME)["config"]
-    alone = config.get("distillation_type") == "none" and config.get("second_token", "distillation") != "class"
+    alone = name in found.runs and _only_class_head(found.runs[name])
     return "mean_logits" if "mean_logits" in scores and not alone else "class_head"
+
+
+def _only_class_head(run: Path) -> bool:
+    """Return whether a run trained the class head only, so that any second head has its first random weights."""
+    config = read_json(run / CONFIG_NAME)["config"]
+    return config.get("distillation_type") == "none" and config.get("second_token", "distillation") != "class"
 
 
 def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -445,7 +449,7 @@ def _gallery(config: ReportConfig, found: Found) -> list[Picture]:
         if read_json(folder / CONFIG_NAME)["config"]["distillation_type"] != "none"
     ]
     name = next(iter([*distilled, *found.runs]))
-    pictures = most_apart(found.runs[name], label_set, config)
+    pictures = most_apart(found.runs[name], label_set, config, class_head=_only_class_head(found.runs[name]))
     return [replace(picture, entry=picture.entry | {"run": name}) for picture in pictures]
 
 
