@@ -1,5 +1,6 @@
 """`compare`: its statistics and tables, how it runs steps, and whole studies with the real commands."""
 
+import hashlib
 import json
 import os
 import random
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy.stats import t as student_t
 from support.background import wait_until
-from support.builders import encoded, photo, shared_data, with_checkout
+from support.builders import encoded, photo, shared_data, with_checkout, write_tars
 from support.commands import invoke
 from support.studies import SCALE, STUDY, without_times, write_images, write_study
 from webdataset.writer import TarWriter
@@ -25,8 +27,9 @@ from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.settings.program import Terminated
 from pipeline.storage.json import pretty_json
-from trainer.studies.forecast import forecast_table
-from trainer.studies.images import Images, images_of
+from trainer.config import CompareConfig
+from trainer.studies.forecast import forecast_table, foresee
+from trainer.studies.images import Images, check_remembered, images_at, images_of, remember
 from trainer.studies.results import against, check_all_done, spread, study_table, summarise
 from trainer.studies.running import KEEPER, Job, Session, only_study_in, share_of_gpus
 from trainer.studies.steps import Plan, plan_study
@@ -205,6 +208,18 @@ def test_an_input_with_another_content_makes_what_needs_it_anew(tmp_path):
     assert [job.arguments[0] for job in engine.started] == ["evaluate", "precompute"]  # the same labels came out
 
 
+@pytest.mark.parametrize(("dtype", "again"), [("float32", True), ("auto", False)])
+def test_labels_of_another_number_format_make_the_students_anew(tmp_path, dtype, again):
+    """The answers differ, and the id of the label set does not: it does not cover the format."""
+    session(tmp_path, FakeEngine()).run()
+    scale = {**SCALE, "labels": {**SCALE["labels"], "dtype": dtype}}
+    engine, read = FakeEngine(), read_study(write_study(tmp_path, scale=scale))
+    plan = plan_study(read, Images("/data/train", "a" * 64, 64), Images("/data/val", "b" * 64, 30))
+    Session(plan, tmp_path / "out", engine, device="cpu").run()
+    started = [job.folder.parent.name for job in engine.started if job.arguments[0] == "train"]
+    assert started == (["students"] * 2 if again else [])
+
+
 def test_jobs_run_side_by_side_and_share_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.studies.running.usable_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -327,6 +342,66 @@ def test_the_table_has_the_numbers_of_study_json(tmp_path):
     (row,) = [line for line in lines if line.startswith("hard ") and "mean_logits" in line]
     assert row.split() == ["hard", "54.32", "53.00..55.50", "2", "+4.32", "0.012", "mean_logits"]
     assert "few seeds prove little" in lines[-1]
+
+
+def test_other_bytes_under_the_same_names_are_refused(tmp_path):
+    """Their id is the same, so finished steps would be believed that were made from other images."""
+    before, other = images_at(folder_of(tmp_path / "a", 0)), images_at(folder_of(tmp_path / "b", 1))
+    assert before.id == other.id
+    out = tmp_path / "out"
+    out.mkdir()
+    remember([before], out)
+    remember([replace(before, location="/a/copy")], out)
+    remember([Images("s3://bucket", "c" * 64, 0)], out)  # nothing was read of it
+    assert json.loads((out / "images.json").read_bytes()) == {before.id: before.sha256}
+    refusal = (
+        r"has the names and class labels of images that the steps in .*out used, but other bytes\. Pass another --out"
+    )
+    with pytest.raises(UsageError, match=refusal):
+        remember([other], out)
+    with pytest.raises(UsageError, match=refusal):
+        check_remembered([other], out)
+
+
+def folder_of(folder: Path, first: int) -> str:
+    """Write images of the same names, whose pixels depend on `first`."""
+    for number in range(20):
+        path = folder / f"c{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(photo(first + number)))
+    return str(folder)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 40])
+def test_the_bytes_that_are_remembered_come_from_the_whole_source(tmp_path, number):
+    sizes = (number, 1, number // 2)
+    opened = open_source(write_tars(tmp_path / "data", tuple(size for size in sizes if size)))
+    samples = [shard[row].image for shard in opened.shards for row in range(len(shard))]
+    chosen = sorted({at * len(samples) // 16 for at in range(16)})
+    expected = hashlib.sha256(b"".join(hashlib.sha256(samples[at]).digest() for at in chosen)).hexdigest()
+    assert images_at(str(tmp_path / "data")).sha256 == expected
+
+
+def test_the_time_of_steps_on_an_unknown_number_of_images_is_unknown(tmp_path, monkeypatch):
+    """It was forecast as no time at all."""
+    remote = (Images("s3://bucket/train", "a" * 64, 0), Images("s3://bucket/val", "b" * 64, 0))
+    monkeypatch.setattr("trainer.studies.forecast.images_of", lambda *_: remote)
+    monkeypatch.setattr(
+        "trainer.studies.forecast.measured",
+        lambda arguments: {"hours": 1.0, "label_bytes": 5, "together": {"images_per_s": 9.0}},
+    )
+    session(tmp_path, FakeEngine()).run()  # steps that are alike
+    scale = {
+        **SCALE,
+        "data": "s3://bucket/train",
+        "eval_data": "s3://bucket/val",
+        "train": {**SCALE["train"], "lr": 1.0},
+    }
+    write_study(tmp_path, scale=scale)
+    result = foresee(tmp_path / "study.yaml", CompareConfig(out=tmp_path / "out", device="cpu"))
+    left = {(step["step"], step["seconds"], step["from"]) for step in result["steps"] if not step["done"]}
+    assert left == {("student", None, "unknown"), ("evaluation", None, "unknown")}
+    assert result["unknown"] == 8
 
 
 def test_the_first_images_of_parquet_files_are_a_source_with_their_classes(tmp_path):

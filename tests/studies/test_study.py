@@ -125,6 +125,8 @@ WRONG_SCALES = [
     ("labels/set", {"imgsize": 16}, "labels: .*imgsize"),
     ("labels/views", "2:4", "labels: views must start at 0"),
     ("evaluate/checkpoint", "x", "evaluate: checkpoint cannot be set here"),
+    ("evaluate/predictions", "x.parquet", "evaluate: predictions cannot be set here"),
+    ("evaluate/csv", "x.csv", "evaluate: csv cannot be set here"),
     ("students", None, "students must be a mapping"),
     ("students/ti/model", None, "students: ti needs `model`"),
     ("students/ti/without_token", 3, "without_token must be the name of a model"),
@@ -297,6 +299,7 @@ SAME = [
     ("train/lr", 0.001),
     ("labels/batch_size", 8),
     ("labels/compile", True),
+    ("labels/workers", 1),
     ("evaluate/batch_size", 8),
     ("seeds", [0, 1, 2]),
 ]
@@ -461,7 +464,7 @@ def test_images_of_another_column_are_other_images(tmp_path):
     images = [[encoded(photo(number, 8, 8), "PNG") for number in chosen] for chosen in (range(3), range(3, 6))]
     file = tmp_path / "images.parquet"
     pq.write_table(pa.table({"small": images[0], "large": images[1], "label": [0, 1, 2]}), file)
-    small, large, again = (images_at(str(file), {"image_key": name}).id for name in ("small", "large", "small"))
+    small, large, again = (images_at(str(file), image_key=name).id for name in ("small", "large", "small"))
     assert small == again != large
 
 

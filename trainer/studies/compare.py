@@ -10,7 +10,7 @@ from pipeline.settings.files import describe_settings
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json
 from trainer.config import AnalyseConfig, CompareConfig, ReportConfig
-from trainer.studies.images import images_of
+from trainer.studies.images import images_of, remember
 from trainer.studies.results import summarise
 from trainer.studies.running import LocalEngine, RayEngine, Session, only_study_in
 from trainer.studies.steps import plan_study, ranks_of
@@ -39,6 +39,7 @@ def compare(path: Path, config: CompareConfig) -> dict[str, Any]:
 
     with only_study_in(out):
         images = images_of(study.scale, out / "data")
+        remember(images, out)
         plan = plan_study(study, *images, seeds=config.seed, chosen=config.cell, ranks=ranks_of(config.launcher))
         engine = RayEngine() if config.engine == "ray" else LocalEngine()
         session = Session(

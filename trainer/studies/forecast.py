@@ -12,7 +12,7 @@ from pipeline.storage.json import read_json
 from pipeline.storage.yaml import to_yaml
 from pipeline.text import aligned, byte_size, count, duration
 from trainer.config import CompareConfig, TrainConfig
-from trainer.studies.images import data_folder, images_of
+from trainer.studies.images import check_remembered, data_folder, images_of
 from trainer.studies.results import label_bytes
 from trainer.studies.running import DONE, Session, measured
 from trainer.studies.steps import Step, plan_study, ranks_of
@@ -31,6 +31,7 @@ def foresee(path: Path, config: CompareConfig) -> dict[str, Any]:
     out = config.out or study.folder
     with data_folder(study.scale, out) as folder:
         images = images_of(study.scale, folder)
+        check_remembered(images, out)
         plan = plan_study(study, *images, seeds=config.seed, chosen=config.cell, ranks=ranks_of(config.launcher))
         session = Session(plan, out, None, jobs=config.jobs, device=config.device)
         forecast = _Forecast(session, config.device)
@@ -64,7 +65,7 @@ class _Forecast:
             if step.command == "precompute":
                 found["label_bytes"] = label_bytes(record)
             return found | {"seconds": record.seconds, "from": "done"}
-        alike = [each for each in self._known if each.get("like") == step.like and each.get("work")]
+        alike = [each for each in self._known if step.work and each.get("like") == step.like and each.get("work")]
         cost = self._measure(step) if step.command == "precompute" or not alike else None
         if step.command == "precompute" and cost is not None:
             found["label_bytes"] = cost["label_bytes"]
@@ -77,7 +78,7 @@ class _Forecast:
 
     def _measure(self, step: Step) -> dict[str, Any] | None:
         """Return seconds (and bytes) of a step, from `estimate` or `bench stage2`; None if they cannot say."""
-        if step.command == "evaluate":
+        if step.command == "evaluate" or (step.command == "train" and not step.work):  # of a remote source
             return None
         settings: dict[str, Any] = {**step.settings, "device": self._device}
         if step.command == "precompute":

@@ -1,35 +1,55 @@
 """The images of a study: what identifies them, and the files that a scale makes of them.
 
+The id of images covers their keys and class labels, not their bytes: those of a large source take an hour to read. So a study
+remembers the bytes of a few images, and refuses others under the same names.
+
 scikit-learn's digits and the first images of Parquet files are written to a folder, from which all steps read.
 """
 
+import bisect
 import contextlib
+import hashlib
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
 from pipeline.settings.configs import SourceConfig
 from pipeline.storage.atomic import make_folder, replace_file
-from pipeline.storage.json import sha256_json
+from pipeline.storage.json import pretty_json, read_json, sha256_json
 from pipeline.storage.urls import local_path
 from trainer.studies.study import DIGITS, Scale
+
+if TYPE_CHECKING:
+    from pipeline.images.source import Source
+
+LOOKED_AT = 16  # images whose bytes are remembered
+REMEMBERED = "images.json"  # in the folder of a study: id of images -> SHA-256 of the bytes of some of them
 
 
 @dataclass(frozen=True)
 class Images:
-    """A source of images: its location, the id of its content, and its number of images."""
+    """A source of images.
+
+    Attributes:
+        location: path or URL.
+        id: id of its keys and class labels.
+        count: number of images; 0 if it is not known.
+        sha256: hash of the bytes of some of its images; None if none were read.
+    """
 
     location: str
     id: str
     count: int
+    sha256: str | None = None
 
 
-def images_at(location: str, reading: Mapping[str, Any]) -> Images:
+def images_at(location: str, **reading: Any) -> Images:
     """Open a source and return what identifies it: the id that a label set records, for a remote one its location.
 
     Args:
@@ -44,11 +64,43 @@ def images_at(location: str, reading: Mapping[str, Any]) -> Images:
         names = [shard.name for shard in source.shards]
         return Images(location, sha256_json([location, names, source.class_names, *([reading] if reading else [])]), 0)
     here = str(Path(location).absolute()) if local_path(location) is not None and Path(location).exists() else location
-    pixels = {
-        name: reading[name] for name in ("image_key", "image_root") if name in reading
-    }  # the record's id has no images
+    pixels = {name: reading[name] for name in ("image_key", "image_root") if name in reading}  # not in the record's id
     identity = record_of(source).id
-    return Images(here, sha256_json([identity, pixels]) if pixels else identity, source.num_samples)
+    return Images(
+        here, sha256_json([identity, pixels]) if pixels else identity, source.num_samples, _sha256_of_some(source)
+    )
+
+
+def _sha256_of_some(source: "Source") -> str:
+    """Return the SHA-256 of the bytes of LOOKED_AT images, spread evenly over a source; of all if it has fewer."""
+    starts = list(itertools.accumulate((len(shard) for shard in source.shards), initial=0))
+    found = hashlib.sha256()
+    for at in sorted({number * starts[-1] // LOOKED_AT for number in range(LOOKED_AT)} if starts[-1] else ()):
+        shard = bisect.bisect_right(starts, at) - 1
+        found.update(hashlib.sha256(source.shards[shard][at - starts[shard]].image).digest())
+    return found.hexdigest()
+
+
+def check_remembered(images: Sequence[Images], out: Path) -> dict[str, str]:
+    """Return what a study remembers of its images, with these added: id -> SHA-256 of some bytes.
+
+    Raises:
+        UsageError: images have the keys and class labels of those that finished steps used, and other bytes.
+    """
+    path = out / REMEMBERED
+    known: dict[str, str] = read_json(path) if path.is_file() else {}
+    for each in images:
+        if each.sha256 is not None and known.setdefault(each.id, each.sha256) != each.sha256:
+            raise UsageError(
+                f"{each.location} has the names and class labels of images that the steps in {out} used, but other bytes",
+                fix=f"Pass another --out, or the same images; to use {out} all the same, delete {path}",
+            )
+    return known
+
+
+def remember(images: Sequence[Images], out: Path) -> None:
+    """Check images, see `check_remembered`, and remember them for the next start of a study."""
+    replace_file(out / REMEMBERED, pretty_json(check_remembered(images, out)))
 
 
 def images_of(scale: Scale, folder: Path) -> tuple[Images, Images]:
@@ -60,7 +112,7 @@ def images_of(scale: Scale, folder: Path) -> tuple[Images, Images]:
     evaluation = str(folder / "evaluation") if evaluation in (DIGITS, None) else evaluation
     if scale.images is not None:
         training = _first_images(training, scale.images, folder)
-    return images_at(training, scale.reading), images_at(evaluation, scale.eval_reading)
+    return images_at(training, **scale.reading), images_at(evaluation, **scale.eval_reading)
 
 
 def _first_images(location: str, number: int, folder: Path) -> str:

@@ -70,7 +70,7 @@ def _cell_result(session: Session, cell: Cell) -> dict[str, Any]:
                 "seed": seed,
                 "run": _relative(run.folder / "run", session.out),
                 "scores_file": _relative(scored.folder / SCORES, session.out),
-                "top1": round(scores[answer]["top1"], 4),  # `evaluate` computes in float32
+                "top1": round(scores[answer]["top1"], 4),  # `evaluate` once computed in float32
                 "scores": scores,
                 "seconds": run.seconds,
             })  # fmt: skip

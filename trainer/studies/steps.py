@@ -299,6 +299,9 @@ class _Maker:
         if len(sets) > 1:
             weights = config.label_weights or (1.0,) * len(sets)
             decides |= {"label_mode": config.label_mode, "label_weights": [each / sum(weights) for each in weights]}
+        dtypes = [each.decides.get("dtype", "auto") for each in sets]
+        if any(dtype != "auto" for dtype in dtypes):  # the id of a label set does not cover it
+            decides |= {"teacher_dtype": dtypes}
         share = 1.0 if sets else config.labelled_fraction
         timed = {setting.name for setting in settings_of(TrainConfig) if setting.timed}
         like = {

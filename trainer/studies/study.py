@@ -42,6 +42,10 @@ NOT_EVALUATED = {
     "pretrained",
     "num_classes",
     "data",
+    "out",  # one file, which every evaluation would replace
+    "csv",
+    "predictions",
+    "concat_linear",
     "labels",
     "labels_data",
     "expect_manifest",
