@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import LabelSetMismatch
+from pipeline.errors import LabelSetMismatch, UsageError
 from pipeline.images.source import NO_OPTIONS, Source, SourceOptions
 from pipeline.labels.encoding import Answers, LabelRows
 from pipeline.labels.labelset import LabelSet
@@ -169,19 +169,24 @@ class CombinedLabels:
 
         Args:
             sets: at least two label sets.
-            weights: positive weights, one for each set; none: equal weights.
+            weights: weights above 0 and finite, one for each set; none: equal weights.
             mode: see `Combination`, as the following.
             seed: seed of the draws.
             spread: what the student's loss does with the tail.
 
         Raises:
+            UsageError: the weights are not such numbers.
             LabelSetMismatch: the sets do not belong to the same views, or have no view or no source shard in common.
         """
+        weights = weights or [1.0] * len(sets)
+        if len(weights) != len(sets) or not all(0 < weight < math.inf for weight in (*weights, sum(weights))):
+            raise UsageError(
+                f"weights must be {len(sets)} finite numbers above 0, one for each set, got {list(weights)}"
+            )
         self.sets = tuple(sets)
         self.place = " + ".join(str(each.place) for each in sets)
         _check_same(self.sets)
         self.records, self.views = _common_records(self.sets), _common_views(self.sets)
-        weights = weights or [1.0] * len(sets)
         shares = tuple(weight / math.fsum(weights) for weight in weights)
         kept = tuple(each.plan.topk for each in sets)
         kept = kept if all(kept) else (0,) * len(kept)

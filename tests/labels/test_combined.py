@@ -15,7 +15,7 @@ from support.web_server import web_server
 from torch import Tensor
 from webdataset import TarWriter
 
-from pipeline.errors import LabelSetMismatch
+from pipeline.errors import LabelSetMismatch, UsageError
 from pipeline.images.source import open_source
 from pipeline.labels.combined import Combination, CombinedLabels, open_labels, sets_of
 from pipeline.labels.comparing import labelled_part
@@ -368,6 +368,14 @@ def refusal(*locations: Path, **more) -> str:
     with pytest.raises(LabelSetMismatch) as caught:
         open_labels([str(each) for each in locations], **more)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "weights", [(0, 1), (0, 0), (-1, 2), (float("nan"), 1), (float("inf"), 1), (1e308, 1e308), (1,), (1, 1, 1)]
+)
+def test_weights_of_which_no_mean_is_made_are_refused(folder, weights):
+    with pytest.raises(UsageError, match=r"^weights must be 2 finite numbers above 0, one for each set, got \["):
+        open_labels([str(folder / "a"), str(folder / "b")], weights=weights)
 
 
 def test_other_views_are_refused_with_the_field_that_differs(folder, data, tmp_path):
