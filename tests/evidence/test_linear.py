@@ -169,6 +169,16 @@ def test_scales_are_finite_where_every_row_is_right_or_a_part_is_zero():
     assert loss < 0.1
 
 
+@pytest.mark.parametrize("number", [0.0, 0.1, 1.0, -7.0])
+def test_logits_that_are_all_the_same_number_count_for_nothing(number):
+    """Such as those of heads of zeros: with a large coefficient they drowned the other part in float32."""
+    sure = torch.eye(3)[torch.tensor([0, 1, 2, 0])]
+    scales, loss = best_scales([torch.full((4, 3), number), sure], torch.tensor([0, 1, 2, 0]))
+    assert scales[0] == 0
+    assert scales[1] > 1
+    assert loss < 0.1
+
+
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
 

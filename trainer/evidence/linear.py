@@ -139,13 +139,15 @@ def best_scales(parts: Sequence[Tensor], class_label: Tensor) -> tuple[list[floa
     """Return the coefficients of a sum of logits with the lowest log loss, and this mean log loss in nats.
 
     The function is convex in the coefficients. A weak prior (standard deviation 10, for logits of standard deviation 1) keeps
-    them finite where every row is right.
+    them finite where every row is right. Logits that are all the same number say nothing, and get the coefficient 0.
 
     Args:
         parts: logits, float32 [N, C] each.
         class_label: int64 [N].
     """
-    stds = [max(float(part.std(correction=0)), 1e-12) for part in parts]
+    stds = [
+        std if (std := float(part.std(correction=0))) > 1e-6 * float(part.abs().max()) else math.inf for part in parts
+    ]
     at = torch.ones(len(parts), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([at], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
     losses: list[Tensor] = []
