@@ -64,11 +64,10 @@ def images_at(location: str, **reading: Any) -> Images:
         names = [shard.name for shard in source.shards]
         return Images(location, sha256_json([location, names, source.class_names, *([reading] if reading else [])]), 0)
     here = str(Path(location).absolute()) if local_path(location) is not None and Path(location).exists() else location
-    pixels = {name: reading[name] for name in ("image_key", "image_root") if name in reading}  # not in the record's id
     identity = record_of(source).id
-    return Images(
-        here, sha256_json([identity, pixels]) if pixels else identity, source.num_samples, _sha256_of_some(source)
-    )
+    if source.options.image_key is not None:  # the record's id has no images
+        identity = sha256_json([identity, source.options.image_key])
+    return Images(here, identity, source.num_samples, _sha256_of_some(source))
 
 
 def _sha256_of_some(source: "Source") -> str:
