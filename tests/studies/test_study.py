@@ -255,6 +255,14 @@ def test_results_that_are_not_asked_for_are_looked_up_too(tmp_path):
     assert all(places[each.key] < places[step.key] for step in plan.others for each in step.inputs.values())
 
 
+def test_a_probe_of_the_tokens_is_left_out_where_a_student_has_one(tmp_path):
+    plan = plan_of(tmp_path, scale=changed(SCALE, "train/probe_interval", 5))
+    probes = {step.name: step.settings.get("probe_interval") for step in plan.steps if step.kind == "student"}
+    assert probes == {"alone-seed0": None, "hard-seed0": 5, "alone-seed1": None, "hard-seed1": 5}
+    with pytest.raises(UsageError, match=r"cell alone: probe_interval compares two tokens, .* has one\. Leave it out"):
+        plan_of(tmp_path, changed(STUDY, "cells/alone/probe_interval", 5))
+
+
 def test_the_control_replays_the_views_of_a_label_set(tmp_path):
     control = {
         "student": "ti",

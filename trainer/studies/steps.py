@@ -30,6 +30,7 @@ from trainer.studies.study import OF_TEACHERS, Cell, Study, said_of, views_of
 # Settings of `precompute` that decide the labels, besides recipe and teacher; the number of views may grow.
 OF_NETWORK = ("model", "img_size", "patch_size", "embed_dim", "depth", "num_heads")  # settings of `train`
 DECIDE_LABELS = ("topk", "precision", "views_per_shard", "include_images", "on_bad_image", "teacher_img_size", "dtype")
+OF_TWO_TOKENS = "probe_interval"  # setting of `train` that has no meaning for a student with one token
 LABELS = "labels"  # role of the label set of a training; of several sets labels-0, labels-1 ...
 Kind = Literal["teacher", "labels", "student", "evaluation"]
 
@@ -227,9 +228,12 @@ class _Maker:
             settings["epochs"] = max(1, round(cell.budget * settings.get("epochs", 300)))
             if "warmup_epochs" in settings:
                 settings["warmup_epochs"] = cell.budget * settings["warmup_epochs"]
+        where = f"cell {cell.name}"
         if not cell.token:
             settings["model"] = without
-        where = f"cell {cell.name}"
+            settings.pop(OF_TWO_TOKENS, None)  # of the scale: its other students have two tokens
+            if OF_TWO_TOKENS in cell.train:
+                raise UsageError(f"{where}: {OF_TWO_TOKENS} compares two tokens, this student has one", fix="Leave it out")
         if not cell.teachers:
             kept = {"distillation_alpha"} if settings.get("second_token") == "class" else set()
             settings = {name: value for name, value in settings.items() if name not in set(OF_TEACHERS) - kept}
