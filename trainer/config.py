@@ -590,12 +590,20 @@ class EvaluateConfig(AnsweringConfig, SourceConfig):
         self.options_for(self.data, self.labels_data, self.fit_data)
         if self.labels_file is not None and self.data is None:
             raise UsageError("--labels-file has the class labels of --data: pass that too")
+        if self.labels is None and (of_labels := [name for name in _OF_LABELS if getattr(self, name)]):
+            raise UsageError(f"--{of_labels[0].replace('_', '-')} belongs to --labels: pass that too")
+        fits = self.fit_data is not None or self.fit_labels is not None
+        if self.data is None and self.crop_pct is not None and not fits:
+            raise UsageError("--crop-pct is the centre crop of --data and --fit-data: the views of --labels have their own")
         if self.data is None and (unused := [name for name in _ACCURACY if getattr(self, name)]):
             raise UsageError(f"--{unused[0].replace('_', '-')} is about the accuracy: pass --data too")
         if self.fit_data is not None and self.fit_labels is not None:
             raise UsageError("the linear classifier is fitted on --fit-data or on --fit-labels, not on both")
         if len(set(self.img_size)) < len(self.img_size):
             raise UsageError(f"each --img-size must be passed once, got {' '.join(map(str, self.img_size))}")
+        files = [path for path in (self.out, self.csv, self.predictions) if path is not None]
+        if len(set(files)) < len(files):
+            raise UsageError(f"--out, --csv and --predictions must be different files, got {', '.join(map(str, files))}")
 
     @property
     def other_options(self) -> "SourceOptions":
@@ -604,6 +612,7 @@ class EvaluateConfig(AnsweringConfig, SourceConfig):
 
 
 _ACCURACY = ("img_size", "flip", "csv", "predictions")  # settings of an evaluation that only --data uses
+_OF_LABELS = ("labels_data", "expect_manifest")  # and those that only --labels uses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -667,6 +676,8 @@ class AnalyseConfig(AnsweringConfig, SourceConfig):
         self.options_for(self.data, self.labels_data)
         if self.key and self.data is None:
             raise UsageError("--key names an image of --data: pass that too")
+        if self.crop_pct is not None and self.data is None:
+            raise UsageError("--crop-pct is the centre crop of --data: pass that too, or leave it out")
         draws = bool(self.attention or self.key)
         if self.block is not None and not draws:
             raise UsageError("--block chooses the block whose attention is drawn: pass --attention or --key too")

@@ -183,6 +183,8 @@ def test_chosen_keys_are_drawn_and_an_unknown_one_is_named(networks, data, tmp_p
         ({"data": "a", "labels": "b"}, "pass --data or --labels, not both"),
         ({"labels_data": "a"}, "--labels-data names the images of --labels"),
         ({"labels": "a", "key": ("x",)}, "--key names an image of --data"),
+        ({"labels": "a", "crop_pct": 0.9}, "--crop-pct is the centre crop of --data"),
+        ({"crop_pct": 0.9}, "--crop-pct is the centre crop of --data"),
         ({"data": "a", "block": 1}, "pass --attention or --key too"),
         ({"attention": 1}, "--attention draws images: pass --data or --labels too"),
         ({"data": "a", "attention": 1}, "pass --out too"),
@@ -220,11 +222,12 @@ def test_names_are_those_of_folders_and_unique(networks, tmp_path):
     assert [each.metrics and each.metrics.parent.name for each in found] == [None, "two", "two", None]
 
 
-@pytest.mark.parametrize("location", ["nothing", "."])
-def test_a_folder_without_a_network_is_refused(location, tmp_path, monkeypatch):
+def test_a_folder_without_a_network_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no trained network\. Pass the folder of a run, .*timm:NAME"):
-        find_networks([location])
+        find_networks(["."])
+    with pytest.raises(CheckpointError, match=r"^nothing: no such file or folder\. .*timm:NAME"):
+        find_networks(["nothing"])
 
 
 def test_the_table_has_a_line_for_each_classifier(networks, data):

@@ -426,6 +426,10 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_read(tmp_pa
         ({"labels": "x", "img_size": (24,)}, "--img-size is about the accuracy: pass --data too"),
         ({"labels": "x", "csv": Path("x")}, "--csv is about the accuracy: pass --data too"),
         ({"labels": "x", "predictions": Path("x")}, "--predictions is about the accuracy: pass --data too"),
+        ({"labels": "x", "crop_pct": 0.9}, "--crop-pct is the centre crop of --data and --fit-data"),
+        ({"data": "x", "labels_data": "x"}, "--labels-data belongs to --labels: pass that too"),
+        ({"data": "x", "expect_manifest": "sha256:0"}, "--expect-manifest belongs to --labels: pass that too"),
+        ({"data": "x", "out": Path("y"), "csv": Path("y")}, "must be different files, got y, y"),
         ({"data": "x", "fit_data": "x", "fit_labels": "x"}, "on --fit-data or on --fit-labels, not on both"),
         ({"data": "x", "img_size": (24, 24)}, "each --img-size must be passed once, got 24 24"),
         ({"data": "x", "img_size": (24, 0)}, "--img-size must be in 1..4096, got 0"),
@@ -477,6 +481,25 @@ def test_the_table_is_aligned_and_says_what_is_weak(folder, data):
         == f"{pair['images']}  {pair['class']} class {pair['class']} taken for {pair['answer']} class {pair['answer']}"
     )
     assert len(lines) == at + 13
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("0", "1", "2"), "class 0 taken for class 2"),
+        (("cat", "dog", "hen"), "0 cat taken for 2 hen"),
+        ((None, None, None), "class 0 taken for class 2"),
+        (("2", "0", "1"), "0 2 taken for 2 1"),
+    ],
+)
+def test_a_class_whose_name_is_its_number_is_named_once(names, said):
+    answers = {"class_head": {"top1": 50.0, "top5": 90.0, "ece": 1.0}}
+    result = {"scores": answers, "images": 6, "flip": False, "data": "x", "img_size": 8, "crop_pct": 1.0, "num_classes": 3}
+    result["per_class"] = [
+        {"class": n, "name": name, "images": 2, "top1": {"class_head": 50.0}} for n, name in enumerate(names)
+    ]
+    result["confusion"] = {"class_head": [{"class": 0, "answer": 2, "images": 1}]}
+    assert score_table(result).splitlines()[-1] == f"     1  {said}"
 
 
 def test_two_classes_have_no_weak_ones(tmp_path):

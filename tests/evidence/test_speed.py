@@ -40,9 +40,12 @@ def test_every_network_is_timed_with_every_size_of_batch(tmp_path):
             p.numel() for p in create_student(num_classes=3, img_size=16, **TINY).parameters()
         )
         assert (row["model"], row["img_size"], row["dtype"]) == ("deit_tiny_distilled_patch16_224", 16, "float32")
+    assert [row["weights"] for row in result["rows"][::2]] == [str(tmp_path / "a" / "last"), str(tmp_path / "b")]
     lines = speed_table(result).splitlines()
     assert len({len(line) for line in lines[:-1]}) == 1
-    assert lines[-1] == f"float32, CPU, {torch.get_num_threads()} threads: medians of 5 alternating rounds"
+    assert lines[-1].startswith(f"float32, CPU, {torch.get_num_threads()} thread")
+    assert speed_table(result | {"threads": 1}).splitlines()[-1] == "float32, CPU, 1 thread: medians of 5 alternating rounds"
+    assert speed_table(result | {"threads": 8}).splitlines()[-1] == "float32, CPU, 8 threads: medians of 5 alternating rounds"
 
 
 @pytest.mark.parametrize(("fits", "largest"), [(1, 1), (5, 4), (64, 64), (10**9, LARGEST)])
@@ -69,11 +72,11 @@ def test_a_run_is_its_best_weights_else_its_last(tmp_path):
 
 
 def test_what_is_no_network_is_refused(tmp_path):
-    for location in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(
-            CheckpointError,
-            match=r"holds no trained network\. Pass the folder of a run, .* or timm:NAME for published weights",
-        ):
+    for location, said in (
+        (tmp_path, r"holds no trained network\. Pass the folder of a run, .* or timm:NAME for published weights"),
+        (tmp_path / "nowhere", r"nowhere: no such file or folder\. Published weights are written timm:NAME"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
             find_networks([str(location)])
     with pytest.raises(UsageError, match=r"the student must be a timm model or one of .*, got 'resnet5000'"):
         open_networks(["timm:resnet5000"])

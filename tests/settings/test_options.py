@@ -362,7 +362,7 @@ TRIALS: dict[str, list[Trial]] = {
     "analyse": [
         Trial(seen=lambda got: "learned tokens" in got.output and "block 1" not in got.output),
         Trial("{run}/last timm:resnet18", OFFLINE),
-        Trial("nothing", "nothing holds no trained network"),
+        Trial("nothing", "nothing: no such file or folder"),
         Trial("--data {copy} --samples 9 -b 4 --json", seen=lambda got: json.loads(got.output)["disagreement"]["images"] == 9),
         Trial("--data {data} --attention 2 --block 1 --out here", seen=exists("here/analysis.json", "here/attention-run.png")),
         Trial("--data {data} --key img-0007 --out here", seen=lambda got: "attention maps: attention-run.png" in got.output),

@@ -104,6 +104,8 @@ def _find(location: str) -> tuple[str, Path | None, Path | None]:
         of_run = path.resolve().name in (*WEIGHTS, "last-ema") and (run / METRICS_NAME).is_file()
         return (name_of_run(run) if of_run else path.resolve().name), path, run if of_run else None
     inside = exported_folder(path)
+    if inside is None and not path.exists():
+        raise CheckpointError(f"{location}: no such file or folder", fix="Published weights are written timm:NAME")
     if inside is None:
         raise CheckpointError(
             f"{location} holds no trained network",

@@ -471,7 +471,7 @@ def _weak_points(result: Mapping[str, Any], answer: str) -> list[str]:
     names = {row["class"]: row["name"] for row in result["per_class"]}
 
     def named(number: int) -> str:
-        return f"{number} {names[number]}" if names.get(number) else f"class {number}"
+        return f"{number} {names[number]}" if names.get(number) not in (None, str(number)) else f"class {number}"
 
     weakest = sorted(result["per_class"], key=lambda row: (row["top1"][answer], row["class"]))[:SHOWN]
     rows = [["top-1, %", "images", f"weakest classes of {answer}"]]

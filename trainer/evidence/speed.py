@@ -14,7 +14,7 @@ from pipeline.machine.ranks import forward_dtype, resolve_device
 from pipeline.machine.timing import row_s, synchronise
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json
-from pipeline.text import aligned
+from pipeline.text import aligned, count
 from trainer.config import InferenceConfig
 from trainer.evidence.networks import find_networks
 from trainer.student import Student
@@ -29,6 +29,7 @@ class Rate:
 
     Attributes:
         name: name of the network.
+        weights: folder of its weights, or `timm:NAME`.
         model: timm name of its architecture.
         parameters: number of its parameters.
         img_size: height and width of its images, in pixels.
@@ -40,6 +41,7 @@ class Rate:
     """
 
     name: str
+    weights: str
     model: str
     parameters: int
     img_size: int
@@ -53,8 +55,10 @@ class Rate:
 class _Timed:
     """A network on its device, in evaluation mode, and how it answers a batch."""
 
-    def __init__(self, student: Student, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> None:
-        self.student, self.device, self.dtype = student, device, dtype
+    def __init__(
+        self, student: Student, device: torch.device, dtype: torch.dtype, *, compiled: bool, weights: str = ""
+    ) -> None:
+        self.student, self.device, self.dtype, self.weights = student, device, dtype, weights
         self._answer: Any = torch.compile(self.student) if compiled else self.student
 
     def batch(self, size: int) -> Tensor:
@@ -101,7 +105,9 @@ def bench_inference(config: InferenceConfig, locations: Sequence[str]) -> dict[s
         raise UsageError("--largest looks for the limit of a GPU's memory; here is none", fix="Pass --batch-size")
     dtype = forward_dtype(config.amp_dtype, device)
     timed = {
-        network.name: _Timed(network.open(device), device, dtype, compiled=config.compile)
+        network.name: _Timed(
+            network.open(device), device, dtype, compiled=config.compile, weights=network.shown
+        )
         for network in find_networks(locations)
     }
     rows = [asdict(rate) for rate in _rates(config, timed)]
@@ -136,6 +142,7 @@ def _rate(name: str, timed: _Timed, size: int, batch_s: float, *, compiled: bool
     student = timed.student
     return Rate(
         name=name,
+        weights=timed.weights,
         model=str(student.model.pretrained_cfg.get("architecture")),
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         img_size=student.img_size,
@@ -160,6 +167,6 @@ def speed_table(result: dict[str, Any]) -> str:
             f"{row['batch_ms']:,.2f}",
         ))  # fmt: skip
     compiled = ", compiled" if result["rows"][0]["compiled"] else ""
-    where = result["gpu"] or f"CPU, {result['threads']} threads"
+    where = result["gpu"] or f"CPU, {count(result['threads'], 'thread')}"
     measured = f"{result['rows'][0]['dtype']}{compiled}, {where}: medians of {ROUNDS} alternating rounds"
     return f"{aligned(rows)}\n{measured}"
