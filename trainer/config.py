@@ -594,7 +594,9 @@ class EvaluateConfig(AnsweringConfig, SourceConfig):
             raise UsageError(f"--{of_labels[0].replace('_', '-')} belongs to --labels: pass that too")
         fits = self.fit_data is not None or self.fit_labels is not None
         if self.data is None and self.crop_pct is not None and not fits:
-            raise UsageError("--crop-pct is the centre crop of --data and --fit-data: the views of --labels have their own")
+            raise UsageError(
+                "--crop-pct is the centre crop of --data and --fit-data: the views of --labels have their own"
+            )
         if self.data is None and (unused := [name for name in _ACCURACY if getattr(self, name)]):
             raise UsageError(f"--{unused[0].replace('_', '-')} is about the accuracy: pass --data too")
         if self.fit_data is not None and self.fit_labels is not None:
@@ -603,7 +605,9 @@ class EvaluateConfig(AnsweringConfig, SourceConfig):
             raise UsageError(f"each --img-size must be passed once, got {' '.join(map(str, self.img_size))}")
         files = [path for path in (self.out, self.csv, self.predictions) if path is not None]
         if len(set(files)) < len(files):
-            raise UsageError(f"--out, --csv and --predictions must be different files, got {', '.join(map(str, files))}")
+            raise UsageError(
+                f"--out, --csv and --predictions must be different files, got {', '.join(map(str, files))}"
+            )
 
     @property
     def other_options(self) -> "SourceOptions":

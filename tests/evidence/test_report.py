@@ -1,5 +1,6 @@
 """Reports: every number can be looked up, nothing is loaded from elsewhere, and bad input is refused in words."""
 
+import base64
 import json
 import re
 import shutil
@@ -93,6 +94,10 @@ def test_the_page_loads_nothing_from_elsewhere_and_runs_no_script(written):
     assert re.findall(r"url\((?!#)", text) == []
     assert "&lt;script&gt;alert(1)" in text
     assert "&lt;b&gt;k0" in text
+
+
+def test_the_names_of_rows_stay_in_sight_when_a_table_is_scrolled(written):
+    assert "tr > :first-child { position: sticky; left: 0;" in written.read_text()
 
 
 def test_every_anchor_has_its_section_and_no_id_comes_twice(written):
@@ -222,25 +227,6 @@ def test_the_gallery_shows_the_answer_of_the_heads_that_were_trained(run, made, 
     assert [each["apart"] for each in found] != [each.entry["apart"] for each in other]
 
 
-def test_every_point_of_a_curve_is_in_the_table_with_its_own_progress(run, tmp_path):
-    """Runs of other lengths have other numbers of points."""
-    shorter = tmp_path / "shorter"
-    shutil.copytree(run, shorter)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    more = [{**line, "index": line["index"] + 100 * n} for n in range(15) for line in lines]
-    (shorter / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in more))
-    page = write_report(config(tmp_path / "r.html"), [str(run), str(shorter)])
-    curves = json.loads(data_of(page).read_bytes())["curves"]
-    places = [str(known["data-from"]) for known, _ in Page(page.read_text()).numbers]
-    assert len({len(line["x"]) for line in curves["teacher_agreement"]["lines"]}) == 2
-    for name, curve in curves.items():
-        for at, line in enumerate(curve["lines"]):
-            for point in range(len(line["x"])):
-                x = places.index(f"/curves/{name}/lines/{at}/x/{point}")
-                y = places.index(f"/curves/{name}/lines/{at}/y/{point}")
-                assert y == x + 1  # beside each other
-
-
 @pytest.mark.parametrize("name", ["a$b$c", "$x_{$"])
 def test_a_dollar_sign_in_a_name_is_a_dollar_sign(name):
     for svg in (
@@ -249,6 +235,157 @@ def test_a_dollar_sign_in_a_name_is_a_dollar_sign(name):
         frontier([name], [1.0], [2.0], label="images/s", more=True),
     ):
         assert f">{name}</" in svg
+
+
+def write(path: Path, content: dict[str, Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pretty_json(content))
+    return str(path)
+
+
+def reported(folder: Path, *paths: str) -> dict[str, Any]:
+    return json.loads(data_of(write_report(config(folder / "report.html", gallery=0), list(paths))).read_bytes())
+
+
+def evaluated(path: Path, checkpoint: Path, top1: float) -> str:
+    return write(path, scores(str(checkpoint), scores={"class_head": {"top1": top1, "top5": 90.0, "ece": 2.5}}))
+
+
+def test_runs_of_different_length_have_tables_of_their_own(run, tmp_path):
+    """The numbers of a shorter run must not stand beside the progress of a longer one."""
+    long, short, same = (Path(shutil.copytree(run, tmp_path / name)) for name in ("long", "short", "same"))
+    line = {"kind": "train", "teacher_agreement": 0.25, "distill_loss": 0.5}
+    for folder, count in ((long, 100), (same, 100), (short, 9)):
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line | {"index": n}) + "\n" for n in range(count)))
+    page = write_report(config(tmp_path / "report.html", gallery=0), [str(long), str(short), str(same)])
+    text = page.read_text()
+    assert check_numbers(page)
+    assert text.count("<tr><th>progress</th><th>long</th><th>same</th></tr>") == 2
+    assert text.count("<tr><th>progress</th><th>short</th></tr>") == 2
+    curve = json.loads(data_of(page).read_bytes())["curves"]["teacher_agreement"]["lines"]
+    assert [len(each["x"]) for each in curve] == [20, 8, 20]
+    table = text[text.index("<tr><th>progress</th><th>short</th></tr>") :]
+    assert table[: table.index("</table>")].count("<tr>") == 1 + 8
+
+
+def test_speed_and_accuracy_are_those_of_the_same_weights_whatever_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [
+        evaluated(Path(folder, "net/scores.json"), Path(folder, "net/last"), top1)
+        for folder, top1 in (("b", 20.0), ("a", 10.0))
+    ]
+    rows = [{**speed()["rows"][0], "name": name, "weights": weights, "images_per_s": rate} for name, weights, rate in (
+        ("net", "a/net/best", 100.0), ("net-2", f"{tmp_path}/b/net/last", 200.0))]  # fmt: skip
+    found = reported(tmp_path, *files, write(Path("speed.json"), speed(rows=rows)))["tradeoff"]
+    assert {each["images_per_s"]: each["top1"] for each in found} == {100.0: 10.0, 200.0: 20.0}
+
+
+def test_a_step_of_a_study_that_was_timed_is_its_cell(run, tmp_path):
+    content = study()
+    step = tmp_path / "students/soft-seed0-abc"
+    shutil.copytree(run, step / "run")
+    where = {"run": "students/soft-seed0-abc/run", "scores_file": "students/soft-seed0-abc/scores.json"}
+    content["cells"][1]["seeds"][0] |= where
+    write(step / "scores.json", scores(str(step / "run/last")))
+    rows = [speed()["rows"][0] | {"name": "soft-seed0", "weights": str(step / "run/last")}]
+    found = reported(tmp_path, write(tmp_path / "s.json", content), write(tmp_path / "t.json", speed(rows=rows)))
+    assert [each["name"] for each in found["tradeoff"]] == ["soft"]
+
+
+def test_two_studies_on_a_page_name_their_cells_apart(run, tmp_path):
+    shutil.copytree(run, tmp_path / "students/soft-0")
+    files = [write(tmp_path / f"{name}.json", study(name=name)) for name in ("token", "sizes")]
+    found = reported(tmp_path, *files)
+    names = ["token: teacher cnn", "token: alone", "token: soft", "sizes: teacher cnn", "sizes: alone", "sizes: soft"]
+    assert [each["name"] for each in found["results"]] == names
+    assert [each["name"] for each in found["costs"]] == [name for name in names if "teacher" not in name]
+    assert [each["name"] for each in found["runs"]] == ["token: soft"]  # both studies have the same run
+    same = [write(tmp_path / scale / "token.json", study()) for scale in ("digits", "cifar10")]
+    assert reported(tmp_path, *same)["results"][3]["name"] == "token-2: teacher cnn"
+
+
+def test_two_evaluations_of_a_run_are_named_by_their_files(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "net"))
+    for name in ("scores", "mirrored"):
+        write(folder / f"{name}.json", scores(f"{folder}/last"))
+    found = reported(tmp_path, str(folder))
+    assert [each["name"] for each in found["scores"]] == ["net", "net, scores"]
+    assert found["title"] == "net"
+
+
+def test_pictures_of_the_same_name_are_those_of_their_analyses(tmp_path):
+    paths = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        drawn = [{"run": "soft", "key": "k", "picture": "attention-soft.png"}]
+        paths.append(write(folder / "analysis.json", analysis(attention=drawn)))
+        (folder / "attention-soft.png").write_bytes(b"picture %d" % number)
+    page = write_report(config(tmp_path / "report.html"), paths)
+    assert [
+        base64.b64decode(a.partition(",")[2]) for a in Page(page.read_text()).addresses if a.startswith("data:")
+    ] == [
+        b"picture 0",
+        b"picture 1",
+    ]
+    assert [each["name"] for each in json.loads(data_of(page).read_bytes())["tokens"]] == ["soft", "soft-2"]
+
+
+def test_an_audit_without_a_suspect_has_no_empty_table(tmp_path):
+    text = write_report(
+        config(tmp_path / "r.html"), [write(tmp_path / "audit.json", audit(suspects=[], judged=5))]
+    ).read_text()
+    assert "more than half of their views" in text
+    assert "Suspects" not in text
+    assert "The table has the first" not in text
+
+
+def test_networks_beyond_the_eighth_differ_by_more_than_their_colour():
+    names = [f"n{number}" for number in range(20)]
+    values = [50.0 + number for number in range(20)]
+    drawn = lines({name: ([0.0, 1.0], [0.0, value]) for name, value in zip(names, values, strict=True)}, x="x", y="y")
+    looks = re.findall(r'style="fill: none;( stroke-dasharray: [^;]*;)?[^"]*stroke: (var\(--c\d\))', drawn)
+    assert len(set(looks)) == 20
+    hatched = bars(names, values, [None] * 20, label="top-1, %")
+    fills = re.findall(r'style="fill: (url\(#\w+\)|var\(--c\d\))', hatched)
+    assert len({*fills}) >= 20
+    patterns = re.findall(r'<pattern id="(\w+)".*?</pattern>', hatched, flags=re.DOTALL)
+    assert {f"url(#{name})" for name in patterns} <= set(fills)
+    assert frontier(names, values, values, label="x", more=True).count("<use") >= 20
+
+
+def test_the_gallery_is_of_the_label_set_that_the_student_learned_from(run, made, tmp_path):
+    other = shutil.copytree(made, tmp_path / "other")
+    page = write_report(config(tmp_path / "r.html", gallery=2), [str(other), str(made), str(run)])
+    found = json.loads(data_of(page).read_bytes())["gallery"]
+    assert {each["label_set"] for each in found} == {str(made)}
+    assert f"and the teacher of {made} differ most" in page.read_text()
+
+
+def test_a_run_without_weights_yet_shows_its_curves(run, made, tmp_path):
+    killed = shutil.copytree(run, tmp_path / "killed")
+    for part in ("last", "best"):
+        shutil.rmtree(killed / part, ignore_errors=True)
+    found = json.loads(data_of(write_report(config(tmp_path / "r.html"), [str(killed), str(made)])).read_bytes())
+    assert found["gallery"] == []
+    assert found["curves"]
+    both = json.loads(
+        data_of(write_report(config(tmp_path / "r.html"), [str(killed), str(run), str(made)])).read_bytes()
+    )
+    assert {each["run"] for each in both["gallery"]} == {run.name}
+
+
+def test_a_study_brings_the_analysis_that_compare_wrote_beside_it(tmp_path):
+    write(tmp_path / "token-analysis/analysis.json", analysis())
+    found = reported(tmp_path, write(tmp_path / "token.json", study()))
+    assert [each["name"] for each in found["tokens"]] == ["soft"]
+    assert len(found["disagreement"]) == 1
+    again = reported(tmp_path, str(tmp_path / "token.json"), str(tmp_path / "token-analysis"))
+    assert len(again["disagreement"]) == 1
+
+
+def test_images_without_a_label_set_are_refused(files, tmp_path):
+    with pytest.raises(UsageError, match="--data names the images of a label set: pass the label set too"):
+        write_report(config(tmp_path / "r.html", data="images"), [str(files["scores"])])
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])

@@ -494,7 +494,15 @@ def test_the_table_is_aligned_and_says_what_is_weak(folder, data):
 )
 def test_a_class_whose_name_is_its_number_is_named_once(names, said):
     answers = {"class_head": {"top1": 50.0, "top5": 90.0, "ece": 1.0}}
-    result = {"scores": answers, "images": 6, "flip": False, "data": "x", "img_size": 8, "crop_pct": 1.0, "num_classes": 3}
+    result = {
+        "scores": answers,
+        "images": 6,
+        "flip": False,
+        "data": "x",
+        "img_size": 8,
+        "crop_pct": 1.0,
+        "num_classes": 3,
+    }
     result["per_class"] = [
         {"class": n, "name": name, "images": 2, "top1": {"class_head": 50.0}} for n, name in enumerate(names)
     ]

@@ -44,8 +44,14 @@ def test_every_network_is_timed_with_every_size_of_batch(tmp_path):
     lines = speed_table(result).splitlines()
     assert len({len(line) for line in lines[:-1]}) == 1
     assert lines[-1].startswith(f"float32, CPU, {torch.get_num_threads()} thread")
-    assert speed_table(result | {"threads": 1}).splitlines()[-1] == "float32, CPU, 1 thread: medians of 5 alternating rounds"
-    assert speed_table(result | {"threads": 8}).splitlines()[-1] == "float32, CPU, 8 threads: medians of 5 alternating rounds"
+    assert (
+        speed_table(result | {"threads": 1}).splitlines()[-1]
+        == "float32, CPU, 1 thread: medians of 5 alternating rounds"
+    )
+    assert (
+        speed_table(result | {"threads": 8}).splitlines()[-1]
+        == "float32, CPU, 8 threads: medians of 5 alternating rounds"
+    )
 
 
 @pytest.mark.parametrize(("fits", "largest"), [(1, 1), (5, 4), (64, 64), (10**9, LARGEST)])

@@ -70,7 +70,7 @@ def render_page(report: Mapping[str, Any], images: Mapping[str, str], *, data_fi
         data_file: name of the JSON file beside the page.
     """
     environment = templates()
-    environment.filters |= {"num": number, "size": size, "plain": plain}
+    environment.filters |= {"num": number, "size": size, "plain": plain, "together": together}
     return environment.get_template(TEMPLATE).render(
         report=Traced(report),
         images=images,
@@ -120,6 +120,14 @@ def plain(found: Any) -> str:
     return str(found).replace("_", " ")
 
 
+def together(lines: Traced) -> list[list[Traced]]:
+    """Return the lines of a chart in groups that have the same x values: each group is one table."""
+    groups: dict[tuple[float, ...], list[Traced]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line.x.value), []).append(line)
+    return list(groups.values())
+
+
 def _charts(report: Mapping[str, Any]) -> dict[str, str]:
     """Return the SVG of each chart that the values allow; the page lists the numbers behind each."""
     names = [each["name"] for each in (*report["results"], *report["runs"])]
@@ -142,6 +150,7 @@ def _result_charts(report: Mapping[str, Any], colours: Mapping[str, int]) -> dic
             [each["top1"] for each in shown],
             [None if each["low"] is None else (each["low"], each["high"]) for each in shown],
             label="top-1, %",
+            colours=colours,
         )
     for name, curve in report["curves"].items():
         series = {line["name"]: (line["x"], line["y"]) for line in curve["lines"]}

@@ -1,7 +1,7 @@
 """Plots as SVG text for a page: words stay text, and the page's style sheet decides the colours.
 
 matplotlib writes colours into the SVG. The functions here draw with placeholders, which are then replaced by `currentColor`
-and the style sheet's variables `--c0` to `--c7` and `--line`, so that one SVG serves light and dark pages.
+and the style sheet's variables `--c0` to `--c7`, `--line` and `--card`, so that one SVG serves light and dark pages.
 """
 
 import io
@@ -12,9 +12,11 @@ from types import MappingProxyType
 from typing import Any
 
 SERIES = 8  # colours in the style sheet
-_INK, _LINE = "#010203", "#040506"
+_INK, _LINE, _CARD = "#010203", "#040506", "#070809"
 _COLOURS = tuple(f"#0a0b{number:02x}" for number in range(SERIES))
-_REPLACED = {_INK: "currentColor", _LINE: "var(--line)"} | {c: f"var(--c{i})" for i, c in enumerate(_COLOURS)}
+_REPLACED = {_INK: "currentColor", _LINE: "var(--line)", _CARD: "var(--card)"} | {
+    c: f"var(--c{i})" for i, c in enumerate(_COLOURS)
+}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -36,11 +38,17 @@ _STYLE: Any = {
     "legend.fontsize": 8,
     "figure.facecolor": "none",
 }
+_DASHES, _HATCHES = ("-", "--", ":", "-."), ("", "///", "..", "xxx")
 _WIDTH = 4.2  # inches: at this size the letters can be read on a screen of 360 pixels
 
 
 def bars(
-    names: Sequence[str], middles: Sequence[float], spreads: Sequence[tuple[float, float] | None], *, label: str
+    names: Sequence[str],
+    middles: Sequence[float],
+    spreads: Sequence[tuple[float, float] | None],
+    *,
+    label: str,
+    colours: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """Return horizontal bars, the first on top, with their values and the range of each as a line.
 
@@ -49,11 +57,21 @@ def bars(
         middles: lengths of the bars, finite.
         spreads: lowest and highest value behind each bar; None: no line.
         label: name and unit of the axis.
+        colours: name -> number of its colour; others get the number of their place.
     """
 
     def draw(axes: Any) -> None:
         places = range(len(names))
-        axes.barh(places, middles, color=[_colour(place) for place in places], height=0.62)
+        numbers = [colours.get(name, place) for place, name in enumerate(names)]
+        axes.barh(
+            places,
+            middles,
+            color=[_colour(number) for number in numbers],
+            hatch=[_HATCHES[_turn(number)] for number in numbers],
+            edgecolor=_CARD,
+            linewidth=0,
+            height=0.62,
+        )
         start = _start([*middles, *(low for low, _ in filter(None, spreads))])
         highest = max([*middles, *(high for _, high in filter(None, spreads))])
         axes.set_xlim(start, highest + 0.16 * (highest - start or 1))
@@ -88,7 +106,7 @@ def lines(
         x: name and unit of the x axis.
         y: name and unit of the y axis.
         colours: name -> number of its colour; others get the number of their place.
-        diagonal: whether to draw y = x.
+        diagonal: whether to draw y = x; then both axes have the same ends.
         percent: whether x is a share of 0..1 that is shown in percent.
         low: lower end of the y axis; None: from the values.
         high: upper end of the y axis; None: from the values.
@@ -97,6 +115,7 @@ def lines(
     def draw(axes: Any) -> None:
         if diagonal:
             axes.axline((0, 0), slope=1, color=_INK, linewidth=0.8, linestyle=":")
+            axes.set_xlim(low, high)
         for number, (name, (across, up)) in enumerate(series.items()):
             axes.plot(
                 across,
@@ -104,6 +123,7 @@ def lines(
                 label=name,
                 color=_colour(colours.get(name, number)),
                 marker=_marker(colours.get(name, number)),
+                linestyle=_DASHES[_turn(colours.get(name, number))],
                 markersize=2.6,
                 linewidth=1.5,
             )
@@ -177,9 +197,13 @@ def _colour(number: int) -> str:
     return _COLOURS[number % SERIES]
 
 
+def _turn(number: int) -> int:
+    """Return how often the colours have begun again: then marker, dashes and hatches are others, four of each."""
+    return number // SERIES % 4
+
+
 def _marker(number: int) -> str:
-    """Return another marker when the colours begin again."""
-    return "osD^"[number // SERIES % 4]
+    return "osD^"[_turn(number)]
 
 
 def _start(values: Sequence[float]) -> float:

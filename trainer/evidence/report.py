@@ -22,7 +22,7 @@ from pipeline.storage.json import pretty_json, read_json
 from pipeline.storage.urls import local_path
 from trainer.config import ReportConfig
 from trainer.evidence.gallery import Picture, most_apart
-from trainer.evidence.networks import WEIGHTS, name_of_run, run_in, unique
+from trainer.evidence.networks import WEIGHTS, exported_folder, name_of_run, run_in, unique
 from trainer.evidence.page import render_page
 from trainer.metrics import METRICS_NAME, read_metrics
 from trainer.run import CONFIG_NAME
@@ -73,6 +73,14 @@ class Found:
         self.files[str(path)] = sha256_file(path)
         return content
 
+    @property
+    def prefixes(self) -> list[str]:
+        """Return what stands before the names of the cells of each study: nothing if there is only one."""
+        names: list[str] = []
+        for study in self.all("study"):
+            names.append(unique(str(study.get("name")), names))
+        return [f"{name}: " for name in names] if len(names) > 1 else [""] * len(names)
+
     def all(self, kind: str) -> list[dict[str, Any]]:
         """Return the contents of one kind."""
         return [content for _, content in self.records[kind]]
@@ -91,6 +99,8 @@ def write_report(config: ReportConfig, paths: Sequence[str]) -> Path:
         StorageError: a file is damaged.
     """
     found = look_at(paths)
+    if config.data is not None and not found.label_sets:
+        raise UsageError("--data names the images of a label set: pass the label set too, or leave --data out")
     pictures = _gallery(config, found)
     images = {picture.entry["picture"]: _data_uri(picture.png) for picture in pictures} | _attention(found)
     try:
@@ -130,8 +140,8 @@ def look_at(paths: Sequence[str]) -> Found:
             _add_record(path, found, asked=True)
         else:
             raise UsageError(f"{path}: no such file or folder")
-    for study, content in list(found.records["study"]):
-        _add_parts(study.parent, content, found)
+    for (study, content), prefix in zip(list(found.records["study"]), found.prefixes, strict=True):
+        _add_parts(study.parent, content, prefix, found)
     return found
 
 
@@ -168,21 +178,25 @@ def _add_record(path: Path, found: Found, *, asked: bool) -> None:
         )
 
 
-def _add_parts(folder: Path, study: Mapping[str, Any], found: Found) -> None:
+def _add_parts(folder: Path, study: Mapping[str, Any], prefix: str, found: Found) -> None:
     """Add what is still there of a study: run and scores of the first seed of each cell, and the label sets."""
+    known = {run.resolve() for run in found.runs.values()}  # studies in one folder share the runs of equal cells
     for cell in study.get("cells", []):
         first = next(iter(cell["seeds"]), {})
         run, scores = folder / (first.get("run") or ""), folder / (first.get("scores_file") or "")
-        name = unique(cell["name"], found.runs)
+        name = unique(f"{prefix}{cell['name']}", found.runs)
         if answer := (cell.get("top1") or {}).get("answer"):
             found.answers[name] = answer
-        if first.get("run") and (run / METRICS_NAME).is_file():
+        if first.get("run") and (run / METRICS_NAME).is_file() and run.resolve() not in known:
             found.runs[name] = run
             for path in sorted(run.glob("*.json")):
                 _add_record(path, found, asked=False)
         if first.get("scores_file") and scores.is_file():
             _add_record(scores, found, asked=False)
-            found.names[scores] = name
+            found.names.setdefault(scores, name)
+    analysis = folder / f"{study.get('name')}-analysis" / "analysis.json"
+    if analysis.is_file():
+        _add_record(analysis, found, asked=False)
     for teacher in study.get("teachers", []):
         location = folder / ((teacher.get("labels") or {}).get("path") or "")
         if (location / PLAN_NAME).is_file():
@@ -202,21 +216,21 @@ def collect(found: Found, title: str | None, gallery: list[dict[str, Any]]) -> d
         "runs": [_run_row(found, name, folder) for name, folder in found.runs.items()],
         "curves": _curves(found.runs),
         "scores": [
-            {"name": name, **_without_bulk(content, _main_answer(found, name, content.get("scores") or {}))}
-            for name, content in _scores(found)
+            {"name": name, **_without_bulk(content, _main_answer(found, run, content.get("scores") or {}))}
+            for name, run, content in _scores(found)
         ],
         "calibration": [
             {"name": name, "answers": content["calibration"], "ece": _column(content, "ece")}
-            for name, content in _scores(found)
+            for name, _, content in _scores(found)
             if content.get("calibration")
         ],
-        "tokens": [_token_row(run) for analysis in found.all("analysis") for run in analysis["runs"] if run["tokens"]],
+        "tokens": list(_tokens(found)),
         "disagreement": [each["disagreement"] for each in found.all("analysis") if each.get("disagreement")],
-        "attention": [{"run": run, "picture": name} for run, name in _drawn(found)],
+        "attention": [{"run": run, "picture": name} for name, (run, _) in _drawn(found).items()],
         "audit": [_audit_head(audit) for audit in found.all("audit")],
         "speed": [row for speed in found.all("speed") for row in speed["rows"]],
         "tradeoff": _tradeoff(found),
-        "costs": [row for study in studies for row in _costs(study)],
+        "costs": [row for study, prefix in zip(studies, found.prefixes, strict=True) for row in _costs(study, prefix)],
         "label_sets": [summarise(label_set) | {"location": at} for at, label_set in found.label_sets.items()],
         "gallery": gallery,
         "reproduce": list(_reproduce(found)),
@@ -228,18 +242,20 @@ def collect(found: Found, title: str | None, gallery: list[dict[str, Any]]) -> d
 def _results(found: Found) -> list[dict[str, Any]]:
     """Return name, top-1 and its range of the cells and teachers of the studies, else of the runs with scores."""
     rows: list[dict[str, Any]] = []
-    for study in found.all("study"):
+    for study, prefix in zip(found.all("study"), found.prefixes, strict=True):
         for teacher in study.get("teachers", []):
             if teacher.get("top1") is not None:
-                rows.append({"name": f"teacher {teacher['name']}", "top1": teacher["top1"], "low": None, "high": None})
+                rows.append(
+                    {"name": f"{prefix}teacher {teacher['name']}", "top1": teacher["top1"], "low": None, "high": None}
+                )
         for cell in study["cells"]:
             if (top1 := cell.get("top1")) and top1["mean"] is not None:
                 low, high = (top1["low"], top1["high"]) if top1["low"] != top1["high"] else (None, None)
-                rows.append({"name": cell["name"], "top1": top1["mean"], "low": low, "high": high})
+                rows.append({"name": f"{prefix}{cell['name']}", "top1": top1["mean"], "low": low, "high": high})
     if not rows:
-        for name, content in _scores(found):
+        for name, run, content in _scores(found):
             if content.get("scores"):
-                top1 = content["scores"][_main_answer(found, name, content["scores"])]["top1"]
+                top1 = content["scores"][_main_answer(found, run, content["scores"])]["top1"]
                 rows.append({"name": name, "top1": top1, "low": None, "high": None})
     return rows
 
@@ -283,17 +299,44 @@ def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[st
     return {"name": best["name"], "top1": best["top1"], "among": len(results), **only}
 
 
-def _scores(found: Found) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a name and the content of each file of `evaluate`."""
+def _scores(found: Found) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield a name of its own, the name of its network and the content of each file of `evaluate`."""
     of_runs = {folder: name for name, folder in found.runs.items()}
     taken: set[str] = set()
+    others: dict[Path, str] = {}  # networks that are no run of the report -> name
     for path, content in found.records["scores"]:
         checkpoint = Path(str(content.get("checkpoint") or path.stem))
-        named = checkpoint.parent if checkpoint.name in (*WEIGHTS, "last-ema") else checkpoint
-        name = found.names.get(path) or of_runs.get(path.parent) or named.name
-        name = unique(name, taken)
+        network = found.names.get(path) or of_runs.get(path.parent)
+        if network is None:
+            home = _home(checkpoint).resolve()
+            network = others.setdefault(home, unique(home.name, others.values()))
+        name = unique(network if network not in taken else f"{network}, {path.stem}", taken)
         taken.add(name)
-        yield name, content
+        yield name, network, content
+
+
+def _home(weights: Path) -> Path:
+    """Return the folder of the run that exported some weights, or that of the weights if they belong to no run."""
+    return weights.parent if weights.name in (*WEIGHTS, "last-ema") else weights
+
+
+def _known_weights(found: Found) -> dict[Path, str]:
+    """Return the names of the networks of this report by the folders of their runs or weights."""
+    known = {folder.resolve(): name for name, folder in found.runs.items()}
+    for _, network, content in _scores(found):
+        if content.get("checkpoint"):
+            known.setdefault(_home(Path(content["checkpoint"])).resolve(), network)
+    return known
+
+
+def _names_of(found: Found, networks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names in this report of networks of one file: by their weights, else the file's own name if nothing else has it."""
+    known = _known_weights(found)
+    by_weights = [each.get("weights") and known.get(_home(Path(each["weights"])).resolve()) for each in networks]
+    return [
+        name or (each["name"] if each["name"] not in by_weights else f"{each['name']}, {each['weights']}")
+        for name, each in zip(by_weights, networks, strict=True)
+    ]
 
 
 def _without_bulk(content: Mapping[str, Any], answer: str) -> dict[str, Any]:
@@ -367,12 +410,23 @@ def _means(name: str, lines: Sequence[Mapping[str, Any]], number: str) -> list[d
     return [{"name": name, "x": share, "y": [float(part.mean()) for part in parts]}]
 
 
-def _token_row(run: Mapping[str, Any]) -> dict[str, Any]:
+def _tokens(found: Found) -> Iterator[dict[str, Any]]:
+    """Yield the cosines of each analysed run that has two tokens, under a name of its own."""
+    taken: set[str] = set()
+    for analysis in found.all("analysis"):
+        for name, run in zip(_names_of(found, analysis["runs"]), analysis["runs"], strict=True):
+            if run["tokens"]:
+                name = unique(name, taken)
+                taken.add(name)
+                yield _token_row(name, run)
+
+
+def _token_row(name: str, run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the cosines of a run by depth: 0 is what enters the first block."""
     cosine = run["tokens"]["cosine"]
     blocks = cosine.get("blocks") or []
     return {
-        "name": run["name"],
+        "name": name,
         "depth": list(range(len(blocks) + 1)),
         "cosine": [cosine["input"], *blocks],
         "learned": cosine.get("learned"),
@@ -392,12 +446,14 @@ def _audit_head(audit: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tradeoff(found: Found) -> list[dict[str, Any]]:
     """Return accuracy and the highest speed of each network for which both are known."""
-    accuracy = {name: content["scores"] for name, content in _scores(found) if content.get("scores")}
+    accuracy = {name: content["scores"] for name, _, content in _scores(found) if content.get("scores")}
     rows: list[dict[str, Any]] = []
     for speed in found.all("speed"):
-        for name in {row["name"]: None for row in speed["rows"]}:
+        names = _names_of(found, speed["rows"])
+        for name in dict.fromkeys(names):
             if name in accuracy:
-                fastest = max((r for r in speed["rows"] if r["name"] == name), key=lambda row: row["images_per_s"])
+                mine = [row for row, of in zip(speed["rows"], names, strict=True) if of == name]
+                fastest = max(mine, key=lambda row: row["images_per_s"])
                 top1 = accuracy[name][_main_answer(found, name, accuracy[name])]["top1"]
                 rows.append(
                     {
@@ -409,13 +465,13 @@ def _tradeoff(found: Found) -> list[dict[str, Any]]:
     return rows
 
 
-def _costs(study: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _costs(study: Mapping[str, Any], prefix: str) -> Iterator[dict[str, Any]]:
     """Yield seconds and accuracy of each cell: teacher and labels are counted in full, as if no other cell used them."""
     for cell in study["cells"]:
         costs = cell.get("costs") or {}
         if cell["top1"]["mean"] is not None and all(costs.get(name) is not None for name in COSTS):
             total_s = sum(costs[name] for name in COSTS)
-            yield {"name": cell["name"], "top1": cell["top1"]["mean"], "total_s": total_s, **costs}
+            yield {"name": f"{prefix}{cell['name']}", "top1": cell["top1"]["mean"], "total_s": total_s, **costs}
 
 
 def _reproduce(found: Found) -> Iterator[dict[str, Any]]:
@@ -428,7 +484,8 @@ def _reproduce(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def _names(found: Found) -> str:
-    return ", ".join([*found.runs, *(name for name, _ in _scores(found)), *found.label_sets]) or "Report"
+    names = [*found.runs, *(network for _, network, _ in _scores(found)), *found.label_sets]
+    return ", ".join(dict.fromkeys(names)) or "Report"
 
 
 def _version(package: str) -> str | None:
@@ -439,31 +496,45 @@ def _version(package: str) -> str | None:
 
 
 def _gallery(config: ReportConfig, found: Found) -> list[Picture]:
-    """Return the views on which the first run and the first label set's teacher are furthest apart."""
-    if not (config.gallery and found.runs and found.label_sets):
+    """Return the views on which the first distilled run and the teacher of its labels are furthest apart."""
+    trained = {name: folder for name, folder in found.runs.items() if exported_folder(folder)}
+    if not (config.gallery and trained and found.label_sets):
         return []
-    label_set = next(iter(found.label_sets.values()))
     distilled = [
         name
-        for name, folder in found.runs.items()
+        for name, folder in trained.items()
         if read_json(folder / CONFIG_NAME)["config"]["distillation_type"] != "none"
     ]
-    name = next(iter([*distilled, *found.runs]))
-    pictures = most_apart(found.runs[name], label_set, config, class_head=_only_class_head(found.runs[name]))
-    return [replace(picture, entry=picture.entry | {"run": name}) for picture in pictures]
+    name = next(iter([*distilled, *trained]))
+    run, location = found.runs[name], _labels_of(found.runs[name], found)
+    pictures = most_apart(run, found.label_sets[location], config, class_head=_only_class_head(run))
+    return [replace(picture, entry=picture.entry | {"run": name, "label_set": location}) for picture in pictures]
 
 
-def _drawn(found: Found) -> dict[tuple[str, str], Path]:
-    """Return run and name -> path of each picture that analyses wrote beside their JSON."""
-    return {
-        (each["run"], each["picture"]): path.parent / each["picture"]
-        for path, analysis in found.records["analysis"]
-        for each in analysis.get("attention") or []
-    }
+def _labels_of(run: Path, found: Found) -> str:
+    """Return the location of the label set that a run was trained on, or of the first one if that is not in the report."""
+    labels = read_json(run / CONFIG_NAME)["config"].get("labels") or []
+    trained = {_place_of(each) for each in ([labels] if isinstance(labels, str) else labels)}
+    return next((each for each in found.label_sets if _place_of(each) in trained), next(iter(found.label_sets)))
+
+
+def _place_of(location: str) -> str:
+    path = local_path(location)
+    return location if path is None else str(path.resolve())
+
+
+def _drawn(found: Found) -> dict[str, tuple[str, Path]]:
+    """Return a name of its own -> run and path of each picture that analyses wrote beside their JSON."""
+    drawn: dict[str, tuple[str, Path]] = {}
+    for path, analysis in found.records["analysis"]:
+        pictures = {each["picture"]: each["run"] for each in analysis.get("attention") or []}
+        for picture, run in pictures.items():
+            drawn[unique(picture, drawn)] = run, path.parent / picture
+    return drawn
 
 
 def _attention(found: Found) -> dict[str, str]:
-    return {name: _data_uri(path.read_bytes()) for (_, name), path in _drawn(found).items() if path.is_file()}
+    return {name: _data_uri(path.read_bytes()) for name, (_, path) in _drawn(found).items() if path.is_file()}
 
 
 def _data_uri(png: bytes) -> str:

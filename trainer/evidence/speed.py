@@ -105,9 +105,7 @@ def bench_inference(config: InferenceConfig, locations: Sequence[str]) -> dict[s
         raise UsageError("--largest looks for the limit of a GPU's memory; here is none", fix="Pass --batch-size")
     dtype = forward_dtype(config.amp_dtype, device)
     timed = {
-        network.name: _Timed(
-            network.open(device), device, dtype, compiled=config.compile, weights=network.shown
-        )
+        network.name: _Timed(network.open(device), device, dtype, compiled=config.compile, weights=network.shown)
         for network in find_networks(locations)
     }
     rows = [asdict(rate) for rate in _rates(config, timed)]

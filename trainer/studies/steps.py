@@ -233,7 +233,9 @@ class _Maker:
             settings["model"] = without
             settings.pop(OF_TWO_TOKENS, None)  # of the scale: its other students have two tokens
             if OF_TWO_TOKENS in cell.train:
-                raise UsageError(f"{where}: {OF_TWO_TOKENS} compares two tokens, this student has one", fix="Leave it out")
+                raise UsageError(
+                    f"{where}: {OF_TWO_TOKENS} compares two tokens, this student has one", fix="Leave it out"
+                )
         if not cell.teachers:
             kept = {"distillation_alpha"} if settings.get("second_token") == "class" else set()
             settings = {name: value for name, value in settings.items() if name not in set(OF_TEACHERS) - kept}
