@@ -59,6 +59,7 @@ OF_TEACHERS = (
 )  # fmt: skip
 OF_CONTROL = ("teacher", "views", "view_policy", "distillation_alpha")  # but they have one for two class tokens
 DIGITS = "digits"
+LONGEST_NAME = 100  # characters; a folder of a step has seed and id behind it, and file systems allow 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +187,10 @@ def read_study(
     Raises:
         UsageError: a file cannot be read, a name is unknown, or a value has another type or is out of range.
     """
-    values = _mapping(read_yaml(path), STUDY_KEYS, f"{path}")
+    written = read_yaml(path)
+    if isinstance(written, dict) and "students" in written:
+        raise UsageError(f"{path} is a scale, not a study", fix="Pass a study, and this file with --scale")
+    values = _mapping(written, STUDY_KEYS, f"{path}")
     for key in ("title", "baseline"):
         if not isinstance(values.get(key), str):
             raise UsageError(f"{path}: a study needs `{key}`, a text")
@@ -310,6 +314,7 @@ def _cells(values: dict[str, Any], scale: Scale, where: str) -> Iterable[Cell]:
         if axes.get("distillation_type") == "none":
             axes = {axis: value for axis, value in axes.items() if axis.replace("-", "_") not in OF_TEACHERS}
         name = "-".join(_said(axis, axes[axis]) for axis in varied if axis in axes) or "grid"
+        check_name(name, f"{where}: grid")
         cell = _cell(name, axes, scale, f"{where}: grid: {name}")
         if found.setdefault(name, cell).written != cell.written:
             raise UsageError(f"{where}: two cells have the name {name}", fix="Write one of them under `cells`")
@@ -432,9 +437,19 @@ def _mapping(values: Any, keys: Sequence[str] | None, where: str) -> dict[str, A
 def _named(values: Any, where: str) -> list[tuple[str, Any]]:
     found = _mapping(values, None, where)
     for name in found:
-        if not isinstance(name, str) or not SAFE_NAME.fullmatch(name):
-            raise UsageError(f"{where}: a name must be letters, digits, dots, hyphens and underscores, got {name!r}")
+        check_name(name, where)
     return list(found.items())
+
+
+def check_name(name: object, where: str) -> None:
+    """Raise UsageError unless a name, with what steps add to it, can be that of a folder on every system."""
+    if not isinstance(name, str) or not SAFE_NAME.fullmatch(name):
+        raise UsageError(f"{where}: a name must be letters, digits, dots, hyphens and underscores, got {name!r}")
+    if len(name) > LONGEST_NAME:
+        raise UsageError(
+            f"{where}: a name must have at most {LONGEST_NAME} characters, got {len(name)}: {name[:40]}...",
+            fix="Write a cell of a grid under `cells`, with a short name",
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
