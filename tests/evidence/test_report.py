@@ -1,6 +1,7 @@
 """Reports: every number can be looked up, nothing is loaded from elsewhere, and bad input is refused in words."""
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -337,6 +338,28 @@ def test_an_audit_without_a_suspect_has_no_empty_table(tmp_path):
     assert "more than half of their views" in text
     assert "Suspects" not in text
     assert "The table has the first" not in text
+
+
+@pytest.mark.parametrize("name", ["_hidden", "#010203", 'id="b_1"', "font-family: x;", "xlink:href"])
+def test_a_name_in_a_chart_is_shown_as_it_is(name):
+    for svg in (
+        lines({name: ([1, 2], [3, 4])}, x="x", y="y"),
+        bars([name], [1.0], [None], label="top-1"),
+        frontier([name], [1.0], [2.0], label="images/s", more=True),
+    ):
+        assert f">{name}</" in html.unescape(svg).replace("\N{ZERO WIDTH SPACE}", "")
+
+
+def test_a_long_name_keeps_its_ends_and_leaves_room_for_the_chart():
+    name = f"first-{'x' * 300}-last"
+    for svg in (
+        lines({name: ([1, 2], [3, 4])}, x="x", y="y"),
+        bars([name], [1.0], [None], label="top-1"),
+        frontier([name], [1.0], [2.0], label="images/s", more=True),
+    ):
+        text = re.sub(r"<[^>]*>|\s", "", svg)
+        assert f"first-{'x' * 16}…{'x' * 17}-last" in text
+        assert len(text) < 400
 
 
 def test_networks_beyond_the_eighth_differ_by_more_than_their_colour():

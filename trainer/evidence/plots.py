@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 SERIES = 8  # colours in the style sheet
+LONGEST = 44  # letters of a name in a chart; the tables have whole names
 _INK, _LINE, _CARD = "#010203", "#040506", "#070809"
 _COLOURS = tuple(f"#0a0b{number:02x}" for number in range(SERIES))
 _REPLACED = {_INK: "currentColor", _LINE: "var(--line)", _CARD: "var(--card)"} | {
@@ -80,7 +81,7 @@ def bars(
                 axes.plot(spread, (place, place), color=_INK, linewidth=1.4, marker="|", markersize=7)
             end = max(middle, spread[1]) if spread else middle
             axes.annotate(f"{middle:.1f}", (end, place), (4, 0), textcoords="offset points", va="center", weight="bold")
-        axes.set_yticks(places, [textwrap.fill(name, 24) for name in names])
+        axes.set_yticks(places, [textwrap.fill(_shown(name), 24) for name in names])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"{label} (the axis starts at {start:g})" if start else label)
@@ -120,7 +121,7 @@ def lines(
             axes.plot(
                 across,
                 up,
-                label=name,
+                label=_shown(name),
                 color=_colour(colours.get(name, number)),
                 marker=_marker(colours.get(name, number)),
                 linestyle=_DASHES[_turn(colours.get(name, number))],
@@ -172,7 +173,7 @@ def frontier(
             axes.scatter(
                 x[i], top1[i], s=areas[i], color=_colour(number), marker=_marker(number), alpha=0.75, linewidths=0
             )
-            axes.scatter([], [], color=_colour(number), marker=_marker(number), linewidths=0, label=name)
+            axes.scatter([], [], color=_colour(number), marker=_marker(number), linewidths=0, label=_shown(name))
         best = sorted((x[i], top1[i]) for i in frontier_of([each if more else -each for each in x], top1))
         axes.plot(*zip(*best, strict=True), color=_INK, linewidth=0.9, linestyle="--")
         axes.set_xscale("log")
@@ -191,6 +192,12 @@ def frontier_of(x: Sequence[float], top1: Sequence[float]) -> list[int]:
     """Return the positions of the points that no other beats: at least as large in both, and larger in one."""
     points = list(zip(x, top1, strict=True))
     return [i for i, (a, b) in enumerate(points) if not any(c >= a and d >= b and (c, d) != (a, b) for c, d in points)]
+
+
+def _shown(name: str) -> str:
+    """Return a name for a legend: the middle of a long one is left out, and one that begins with `_` is not hidden."""
+    short = name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 :]}"
+    return f"\N{ZERO WIDTH SPACE}{short}" if short.startswith("_") else short
 
 
 def _colour(number: int) -> str:
@@ -229,10 +236,15 @@ def _drawn(draw: Callable[[Any], None], *, height: float, salt: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the whole page
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # the same in every figure, and nothing refers to them
-    svg = svg.replace("xlink:href", "href")  # the namespace is not declared in a page
+    return re.sub(r"<[^>]*>", lambda tag: _restyled(tag[0]), svg)
+
+
+def _restyled(tag: str) -> str:
+    """Return a tag of matplotlib's SVG with the page's colours and letters; the text between tags stays as it is."""
+    tag = re.sub(r"font-family: [^;\"]*", "font-family: inherit", tag)
+    tag = re.sub(r' id="[\w.]+_\d+"', "", tag)  # the same in every figure, and nothing refers to them
+    tag = tag.replace("xlink:href", "href")  # the namespace is not declared in a page
     for placeholder, colour in _REPLACED.items():
-        svg = svg.replace(placeholder, colour)
-    return svg
+        tag = tag.replace(placeholder, colour)
+    return tag
