@@ -696,7 +696,8 @@ def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path
 @plain_option(
     "--topk", type=int, help="Number of classes to keep for each view; by default all stored classes.", group="Data"
 )
-def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) -> None:
+@AS_JSON
+def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None, as_json: bool) -> None:
     """Convert published labels of FKD or TinyViT to Parquet.
 
     FORMAT is fkd or tinyvit. The command reports what the tables cannot hold. The tables can be read and compared. `train` cannot use them, because their views cannot be rendered again exactly.
@@ -711,7 +712,7 @@ def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None) 
 
     with shown_progress() as progress:
         record = import_labels(kind, path, out, num_classes=num_classes, topk=topk, progress=progress)
-    click.echo(import_table(record, out))
+    click.echo(json.dumps(record.model_dump(mode="json"), indent=1) if as_json else import_table(record, out))
 
 
 @commands.command()
@@ -901,7 +902,8 @@ def index(source: str, log_json: Path | None, as_json: bool, **values: Any) -> N
     help="Random seed of the weights, the order of the data and stochastic depth.",
     group="Run",
 )
-def demo(out: Path, seed: int) -> None:
+@AS_JSON
+def demo(out: Path, seed: int, as_json: bool) -> None:
     """Run precompute and train on scikit-learn's digits.
 
     It takes about a minute on two cores and needs no download, only the extra deit-cli[demo]. The table compares students with and without the teacher, and report.html shows everything.
@@ -912,9 +914,10 @@ def demo(out: Path, seed: int) -> None:
     """
     from pipeline.stage1.precompute import precompute as label
     from pipeline.teacher.loading import load_teacher
-    from trainer.evidence.demo import run_demo
+    from trainer.evidence.demo import demo_table, run_demo
 
-    click.echo(run_demo(out, seed=seed, load_teacher=load_teacher, precompute=label, shown=shown_progress))
+    result = run_demo(out, seed=seed, load_teacher=load_teacher, precompute=label, shown=shown_progress)
+    click.echo(json.dumps(result, indent=1) if as_json else demo_table(result))
 
 
 if __name__ == "__main__":

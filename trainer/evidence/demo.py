@@ -94,8 +94,8 @@ def run_demo(
     load_teacher: Callable[..., Any],
     precompute: Callable[..., LabelSet | None],
     shown: Shown,
-) -> str:
-    """Run the demo, write its report, and return its table as text.
+) -> dict[str, Any]:
+    """Run the demo, write its report, and return its scores and its files as plain JSON values.
 
     The functions of stage 1 are arguments, because the trainer must not import the teacher.
 
@@ -147,7 +147,8 @@ def run_demo(
         results, runs, tiles(label_set, label_set.open_source(), samples=12, views=1), cosines, out / "results.png"
     )
     write_report(ReportConfig(out=out / "report.html", workers=0), [str(out), str(out / "analysis")])
-    return _table(results, out)
+    pictures = [str(out / name) for name in ("results.png", "labels.png")]
+    return {"images": EVALUATION, "scores": results, "report": str(out / "report.html"), "pictures": pictures}
 
 
 class _Clock:
@@ -363,10 +364,11 @@ def _evaluate(run: Path, data: Path) -> dict[str, Any]:
     return evaluate_checkpoint(config)["scores"]
 
 
-def _table(results: Results, out: Path) -> str:
+def demo_table(result: dict[str, Any]) -> str:
+    """Return the result of `run_demo` as a table."""
     rows = [["top-1, %", *ANSWERS]]
     for name, title in TITLES.items():
-        cells = (results[name].get(head, {}).get("top1") for head in ANSWERS)
+        cells = (result["scores"][name].get(head, {}).get("top1") for head in ANSWERS)
         rows.append([title, *("" if cell is None else f"{cell:.1f}" for cell in cells)])
-    files = f"Report: {out / 'report.html'}. Pictures: {out / 'results.png'}, {out / 'labels.png'}"
-    return f"{aligned(rows)}\non {EVALUATION} other digits\n{files}"
+    files = f"Report: {result['report']}. Pictures: {', '.join(result['pictures'])}"
+    return f"{aligned(rows)}\non {result['images']} other digits\n{files}"
