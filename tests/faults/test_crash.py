@@ -189,11 +189,11 @@ def test_a_thread_that_fails_has_no_traceback_either(tmp_path, monkeypatch, caps
         thread = threading.Thread(target=lambda: {}["x"])
         thread.start()
         thread.join()
-        return "done"
+        return {}
 
     monkeypatch.setattr("trainer.evidence.demo.run_demo", starts_a_thread)
     monkeypatch.chdir(tmp_path)
-    code, stderr = run(monkeypatch, capsys, "demo")
+    code, stderr = run(monkeypatch, capsys, "demo", "--json")
     assert code == 0
     assert "Traceback" not in stderr
     assert "error: KeyError: 'x'" in stderr
