@@ -314,7 +314,7 @@ def _cells(values: dict[str, Any], scale: Scale, where: str) -> Iterable[Cell]:
         if axes.get("distillation_type") == "none":
             axes = {axis: value for axis, value in axes.items() if axis.replace("-", "_") not in OF_TEACHERS}
         name = "-".join(_said(axis, axes[axis]) for axis in varied if axis in axes) or "grid"
-        check_name(name, f"{where}: grid")
+        _check_name(name, f"{where}: grid")
         cell = _cell(name, axes, scale, f"{where}: grid: {name}")
         if found.setdefault(name, cell).written != cell.written:
             raise UsageError(f"{where}: two cells have the name {name}", fix="Write one of them under `cells`")
@@ -437,11 +437,11 @@ def _mapping(values: Any, keys: Sequence[str] | None, where: str) -> dict[str, A
 def _named(values: Any, where: str) -> list[tuple[str, Any]]:
     found = _mapping(values, None, where)
     for name in found:
-        check_name(name, where)
+        _check_name(name, where)
     return list(found.items())
 
 
-def check_name(name: object, where: str) -> None:
+def _check_name(name: object, where: str) -> None:
     """Raise UsageError unless a name, with what steps add to it, can be that of a folder on every system."""
     if not isinstance(name, str) or not SAFE_NAME.fullmatch(name):
         raise UsageError(f"{where}: a name must be letters, digits, dots, hyphens and underscores, got {name!r}")
