@@ -23,7 +23,7 @@ from pipeline.labels.manifest import AnyTeacher, EnsembleIdentity, TeacherIdenti
 from pipeline.machine.ranks import resolve_device
 from pipeline.settings.configs import TeacherConfig
 from pipeline.teacher.teacher import Network, Teacher
-from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.views.noise import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.weights import check_size, read_hub_config, read_tensors
 
 # DeiT's own teacher. timm's untagged `regnety_160` is another network, pretrained on ImageNet-12k.

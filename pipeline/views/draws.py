@@ -9,8 +9,8 @@ promise for its distributions.
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -48,10 +48,13 @@ class Draws:
         """Return an integer in [0, stop); the bias of the multiplication is below stop / 2**64."""
         return (self.bits() * stop) >> 64
 
-    def normal(self, mean: float = 0.0, std: float = 1.0) -> float:
-        """Return a normally distributed number, by inversion."""
-        middle = min(((self.bits() >> 11) + 0.5) * 2.0**-53, 1 - 2.0**-53)  # the largest value would round to 1
-        return mean + std * _NORMAL.inv_cdf(middle)
+    def inside(self) -> float:
+        """Return a number in (0, 1), with 53 random bits."""
+        return min(((self.bits() >> 11) + 0.5) * 2.0**-53, 1 - 2.0**-53)  # the largest value would round to 1
+
+    def normal(self, quantile: Callable[[float], float] = _NORMAL.inv_cdf) -> float:
+        """Return a number from N(0, 1), by inversion with a quantile function."""
+        return quantile(self.inside())
 
     def beta(self, alpha: float) -> float:
         """Return a number from Beta(alpha, alpha), as the ratio of two gamma draws."""
@@ -102,23 +105,3 @@ def stream_of(*parts: str) -> Draws:
 def _prefixed(part: str) -> bytes:
     data = part.encode()
     return len(data).to_bytes(4, "little") + data
-
-
-@cache
-def noise_levels(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
-    """Return the table that turns 16 random bits into one pixel of N(mean, std), clipped to 0..255.
-
-    Integer lookups give the same noise on every machine; logarithms and cosines do not.
-
-    Args:
-        mean: mean of each channel, in units of the full range 0..1.
-        std: standard deviation of each channel, in the same units.
-
-    Returns:
-        uint8 [channels, 65536]; entry i is the quantile (i + 0.5) / 65536.
-    """
-    quantiles = np.array([_NORMAL.inv_cdf((i + 0.5) / 65536) for i in range(65536)])
-    levels = np.asarray(mean)[:, None] + np.asarray(std)[:, None] * quantiles[None]
-    table = np.clip(np.rint(levels * 255), 0, 255).astype(np.uint8)
-    table.setflags(write=False)  # all callers share it
-    return table

@@ -14,9 +14,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import (
     Field,
     ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -24,10 +26,12 @@ from pipeline.errors import RecipeError
 from pipeline.storage.json import Record, sha256_json
 
 DEFAULT_RECIPE = "deit"  # a preset
-RENDERER = 1  # increase it when the same recipe would give other pixels, partners or mixes
+RENDERER = 2  # docs/views-v2.md; increase it when the same recipe would give other pixels, partners or mixes
+RENDERERS = (1, RENDERER)
 MAX_IMG_SIZE = 4096
 MAX_LAYERS = 15  # the number of RandAugment operations
 Crop = Literal["random", "center"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,10 @@ class Recipe(Record):
     scale: Annotated[tuple[Area, Area], Field(description="two rising numbers in 0..1")] = (0.08, 1.0)
     ratio: Annotated[tuple[Ratio, Ratio], Field(description="two rising numbers in 0.01..100")] = (3 / 4, 4 / 3)
     crop_pct: Annotated[float, _number(0.01, 1)] = 0.875  # centre crop: share of the resized shorter side
+    # Filter of the resize and of RandAugment's geometric operations; random: either, for each of them.
+    interpolation: Annotated[
+        Literal["random", Interpolation], Field(description="one of random, bilinear, bicubic")
+    ] = "bicubic"
     hflip: Share = 0.5  # probability
     aa: Annotated[str | None, Field(description="text or null")] = "rand-m9-mstd0.5-inc1"  # RandAugment; null: none
     reprob: Share = 0.25  # probability of random erasing (one box, pixel noise)
@@ -119,12 +127,23 @@ class Recipe(Record):
             if not isinstance(values, dict):
                 raise
             raise RecipeError(_sentence(error, values)) from error
-        if recipe.renderer != RENDERER:
+        if recipe.renderer not in RENDERERS:
             raise RecipeError(
-                f"this version renders recipes of renderer {RENDERER}, the recipe asks for {recipe.renderer}"
+                f"this version renders recipes of renderer {' and '.join(map(str, RENDERERS))}, the recipe asks for"
+                f" {recipe.renderer}"
             )
+        if recipe.interpolation != "bicubic" and recipe.renderer == 1:
+            raise RecipeError(f"interpolation must be bicubic in a recipe of renderer 1, got {recipe.interpolation!r}")
+        if recipe.interpolation == "random" and recipe.crop == "center":
+            raise RecipeError("interpolation must be bilinear or bicubic where crop is 'center', got 'random'")
         _ = recipe.randaugment  # parsed now, so that wrong notation is an error here
         return recipe
+
+    @model_serializer(mode="wrap")
+    def _fields_of_its_renderer(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the fields; renderer 1 had no `interpolation`, and the ids of its recipes do not change."""
+        fields = serialize(self)
+        return fields if self.renderer > 1 else {name: fields[name] for name in fields if name != "interpolation"}
 
     @cached_property
     def id(self) -> str:

@@ -5,21 +5,22 @@ order, batch, worker, rank or machine.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.images.decode import decode, decode_around, image_size
 from pipeline.images.samples import Box
-from pipeline.views.draws import Draws, draws_for, noise_levels
-from pipeline.views.randaugment import INCREASING, PLAIN, Pixels, apply_op, mirror, op_argument
-from pipeline.views.recipe import RandAugment, Recipe
+from pipeline.views import exact
+from pipeline.views.draws import Draws, draws_for
+from pipeline.views.randaugment import INCREASING, PLAIN, op_argument
+from pipeline.views.recipe import RENDERER, Interpolation, RandAugment, Recipe
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+Pixels = NDArray[np.uint8]  # uint8 [H, W, 3], RGB
 ATTEMPTS = 10  # as in timm, for crops and for erasing boxes
 ERASE_AREA = (0.02, 1 / 3)  # share of the view (timm's RandomErasing)
 ERASE_ASPECT = (0.3, 1 / 0.3)
@@ -38,6 +39,14 @@ class Erase:
     noise: int
 
 
+class DrawnOp(NamedTuple):
+    """An operation of RandAugment that is applied: its name in timm, its argument (see `Op.argument`), its filter."""
+
+    name: str
+    argument: float = 0.0
+    interpolation: Interpolation = "bicubic"
+
+
 @dataclass(frozen=True)
 class View:
     """Every parameter of one rendering, before mixing.
@@ -50,6 +59,8 @@ class View:
         flip: True if the view is mirrored left to right.
         ops: RandAugment's operations with their arguments, in order.
         erase: the erased box, if any.
+        interpolation: filter of the resize.
+        renderer: version of the definition of pixels.
     """
 
     crop: Box
@@ -57,8 +68,25 @@ class View:
     window: tuple[int, int]
     img_size: int
     flip: bool = False
-    ops: tuple[tuple[str, float], ...] = ()
+    ops: tuple[DrawnOp, ...] = ()
     erase: Erase | None = None
+    interpolation: Interpolation = "bicubic"
+    renderer: int = RENDERER
+
+
+@dataclass(frozen=True)
+class _Functions:
+    """The functions between random bits and parameters that a machine's library could decide."""
+
+    exp: Callable[[float], float]
+    log: Callable[[float], float]
+    normal_quantile: Callable[[float], float]
+
+
+_FUNCTIONS = {
+    1: _Functions(math.exp, math.log, NormalDist().inv_cdf),
+    2: _Functions(exact.exp, exact.log, exact.normal_quantile),
+}
 
 
 def draw_view(recipe: Recipe, key: str, view: int, *, height: int, width: int) -> View:
@@ -71,20 +99,23 @@ def draw_view(recipe: Recipe, key: str, view: int, *, height: int, width: int) -
         height: height of the image, pixels.
         width: width of the image, pixels.
     """
-    recipe_id = recipe.id
+    recipe_id, functions = recipe.id, _FUNCTIONS[recipe.renderer]
     if recipe.crop == "center":
         crop, resize, window = _centre(recipe, height, width)
     else:
-        crop = _random_crop(draws_for(recipe_id, key, view, "crop"), recipe, height, width)
+        crop = _random_crop(draws_for(recipe_id, key, view, "crop"), functions, recipe, height, width)
         resize, window = (recipe.img_size, recipe.img_size), (0, 0)
+    filters = _filters(recipe, key, view)
     return View(
         crop=crop,
         resize=resize,
         window=window,
         img_size=recipe.img_size,
         flip=draws_for(recipe_id, key, view, "flip").chance(recipe.hflip),
-        ops=_random_ops(draws_for(recipe_id, key, view, "randaug"), recipe.randaugment),
-        erase=_random_erase(draws_for(recipe_id, key, view, "erase"), recipe),
+        ops=_random_ops(draws_for(recipe_id, key, view, "randaug"), functions, recipe.randaugment, filters[1:]),
+        erase=_random_erase(draws_for(recipe_id, key, view, "erase"), functions, recipe),
+        interpolation=filters[0],
+        renderer=recipe.renderer,
     )
 
 
@@ -98,14 +129,11 @@ def render(image: Pixels, view: View) -> Pixels:
     Returns:
         uint8 [img_size, img_size, 3], contiguous (channels last, so a batch is a channels-last tensor without a copy).
     """
-    pixels = _crop_and_resize(image, view)
-    if view.flip:
-        pixels = mirror(pixels)
-    for name, argument in view.ops:
-        pixels = apply_op(pixels, name, argument)
-    if view.erase:
-        pixels = _erase(pixels, view.erase)
-    return np.ascontiguousarray(pixels)
+    if view.renderer == 1:
+        from pipeline.views import renderer1  # only old label sets need it, and OpenCV
+
+        return renderer1.render(image, view)
+    raise NotImplementedError
 
 
 def render_view(image: bytes | Pixels, recipe: Recipe, key: str, view: int) -> Pixels:
@@ -157,12 +185,21 @@ def render_views(image: Pixels, recipe: Recipe, key: str, views: range) -> NDArr
     return np.stack([render_view(image, recipe, key, view) for view in views])
 
 
-def _random_crop(draws: Draws, recipe: Recipe, height: int, width: int) -> Box:
+def _filters(recipe: Recipe, key: str, view: int) -> list[Interpolation]:
+    """Return the filters of the resize and of each layer of RandAugment."""
+    layers = recipe.randaugment.layers if recipe.randaugment else 0
+    if recipe.interpolation != "random":
+        return [recipe.interpolation] * (1 + layers)
+    draws = draws_for(recipe.id, key, view, "interpolation")
+    return ["bilinear" if draws.chance(0.5) else "bicubic" for _ in range(1 + layers)]
+
+
+def _random_crop(draws: Draws, functions: _Functions, recipe: Recipe, height: int, width: int) -> Box:
     """Draw a random resized crop like torchvision and timm: ten attempts, then a centre crop."""
-    log_ratio = (math.log(recipe.ratio[0]), math.log(recipe.ratio[1]))
+    log_ratio = (functions.log(recipe.ratio[0]), functions.log(recipe.ratio[1]))
     for _ in range(ATTEMPTS):
         area = draws.uniform(*recipe.scale) * height * width
-        ratio = math.exp(draws.uniform(*log_ratio))
+        ratio = functions.exp(draws.uniform(*log_ratio))
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top, left = draws.integer(height - crop_height + 1), draws.integer(width - crop_width + 1)
@@ -185,62 +222,39 @@ def _centre(recipe: Recipe, height: int, width: int) -> tuple[Box, tuple[int, in
     return crop, resized, (round((resized[0] - recipe.img_size) / 2), round((resized[1] - recipe.img_size) / 2))
 
 
-def _random_ops(draws: Draws, config: RandAugment | None) -> tuple[tuple[str, float], ...]:
+def _random_ops(
+    draws: Draws, functions: _Functions, config: RandAugment | None, filters: list[Interpolation]
+) -> tuple[DrawnOp, ...]:
     if config is None:
         return ()
     names = INCREASING if config.increasing else PLAIN
-    ops: list[tuple[str, float]] = []
-    for _ in range(config.layers):
+    ops: list[DrawnOp] = []
+    for interpolation in filters:
         name = names[draws.integer(len(names))]
-        applied, level, negate = draws.chance(config.prob), _random_level(draws, config), draws.chance(0.5)
+        applied, level, negate = draws.chance(config.prob), _random_level(draws, functions, config), draws.chance(0.5)
         if applied:
-            ops.append((name, op_argument(name, level, negate=negate)))
+            ops.append(DrawnOp(name, op_argument(name, level, negate=negate), interpolation))
     return tuple(ops)
 
 
-def _random_level(draws: Draws, config: RandAugment) -> float:
+def _random_level(draws: Draws, functions: _Functions, config: RandAugment) -> float:
     if config.magnitude_std > 100:
         level = draws.uniform(0, config.magnitude)
     else:
-        level = draws.normal(config.magnitude, config.magnitude_std)
+        level = config.magnitude + config.magnitude_std * draws.normal(functions.normal_quantile)
     return max(0.0, min(level, config.magnitude_max))
 
 
-def _random_erase(draws: Draws, recipe: Recipe) -> Erase | None:
+def _random_erase(draws: Draws, functions: _Functions, recipe: Recipe) -> Erase | None:
     """Return one box of pixel noise with probability `reprob`, as timm's RandomErasing chooses it."""
     if not draws.chance(recipe.reprob):
         return None
-    size, log_aspect = recipe.img_size, (math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1]))
+    size, log_aspect = recipe.img_size, (functions.log(ERASE_ASPECT[0]), functions.log(ERASE_ASPECT[1]))
     for _ in range(ATTEMPTS):
         area = draws.uniform(*ERASE_AREA) * size * size
-        aspect = math.exp(draws.uniform(*log_aspect))
+        aspect = functions.exp(draws.uniform(*log_aspect))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height < size and width < size:
             box = (draws.integer(size - height + 1), draws.integer(size - width + 1), height, width)
             return Erase(box=box, noise=draws.bits())
     return None
-
-
-def _crop_and_resize(image: Pixels, view: View) -> Pixels:
-    """Return the crop, resized with Pillow's antialiased bicubic filter, rows first; on average 0.03 of 255 from Pillow."""
-    top, left, height, width = view.crop
-    image = np.require(image, requirements=["C", "W"])  # decoded images already are; torch accepts no others
-    region = torch.from_numpy(image)[top : top + height, left : left + width].contiguous()
-    tensor = region[None].permute(0, 3, 1, 2)  # contiguous and channels last: no copy, and torch returns the same
-    resized = F.interpolate(tensor, size=view.resize, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    top, left = view.window
-    return resized[top : top + view.img_size, left : left + view.img_size].contiguous().numpy()
-
-
-def _erase(pixels: Pixels, erase: Erase) -> Pixels:
-    """Fill a box with N(0, 1) per channel in ImageNet-normalised space, mapped back to uint8 and clipped."""
-    top, left, height, width = erase.box
-    table = noise_levels(IMAGENET_MEAN, IMAGENET_STD)
-    count = height * width * 3
-    words = Draws(erase.noise.to_bytes(8, "little")).raw(-(-count // 4))
-    quantile = words.astype("<u8", copy=False).view("<u2")[:count].reshape(3, height, width)
-    noise = np.empty((height, width, 3), np.uint8)
-    for channel in range(3):
-        noise[..., channel] = table[channel].take(quantile[channel])
-    pixels[top : top + height, left : left + width] = noise
-    return pixels
