@@ -32,7 +32,7 @@ from pipeline.views.draws import stream_of
 from pipeline.views.mixing import Layout, MixBatch, apply_mix, lay_out
 from pipeline.views.pairs import Pairs, count_pairs, count_units, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import render_encoded, render_view, render_views
+from pipeline.views.view import render_encoded, render_view, render_views_into
 from trainer.losses import ClassTarget, TeacherTarget
 from trainer.order import Order, Share
 
@@ -315,15 +315,18 @@ class BatchRenderer:
         for pair, places in zip(part.pairs.tolist(), part.layout.places, strict=True):
             for row, at in zip(pair, places.T, strict=True):
                 if row >= 0:
-                    pixels[at] = self._rendered(part.shard, row, part.table, views, note)
+                    self._render(part.shard, row, part.table, views, [pixels[i] for i in at.tolist()], note)
 
-    def _rendered(self, shard: int, row: int, table: ShardTable, views: range, note: Note) -> NDArray[np.uint8]:
+    def _render(
+        self, shard: int, row: int, table: ShardTable, views: range, out: list[NDArray[np.uint8]], note: Note
+    ) -> None:
         note(f"image {table.keys[row]!r} of {self._catalogue.names[shard]}")
         sample = self._catalogue.source.shards[shard][row]
         if table.samples is None:  # this image has not been decoded before: decode all of it to check it
-            return render_views(decode(sample.image, key=sample.key), self._recipe, sample.key, views)
+            render_views_into(decode(sample.image, key=sample.key), self._recipe, sample.key, views, out)
+            return
         check_image(sample, table.samples, row, shard=self._catalogue.names[shard])
-        return render_encoded(sample.image, self._recipe, sample.key, views)
+        render_encoded(sample.image, self._recipe, sample.key, views, out)
 
 
 def stream_batches(

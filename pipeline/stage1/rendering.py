@@ -17,7 +17,7 @@ from pipeline.machine.loaders import Note, SlotStream
 from pipeline.views.mixing import MixBatch, lay_out
 from pipeline.views.pairs import mix_blocks, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import render_encoded, render_view, render_views
+from pipeline.views.view import render_encoded, render_views, render_views_into
 
 # Maximum memory of one process for a block between its views: decoded images, or their views if these are smaller. A block
 # of 256 images of ImageNet decodes to about 150 MB; a block of 12-megapixel photographs is rendered eight views at a time.
@@ -98,14 +98,13 @@ class BlockRenderer:
         recipe, keys = self._recipe, block.samples.key
         layout = lay_out(pairs_of(recipe, keys, np.arange(len(keys)), view), range(view, view + 1))
         images = out[: len(layout.rows)]
-        pixels = images.numpy()
         positions: list[int] = layout.rows.tolist()
-        for at, position in enumerate(positions):
+        for pixels, position in zip(images.numpy(), positions, strict=True):
             held = self._held[position]
             if held.ndim == 4:
-                pixels[at] = held[view - block.chunk.start]
+                pixels[:] = held[view - block.chunk.start]
             else:
-                pixels[at] = render_view(held, recipe, keys[position], view)
+                render_views_into(held, recipe, keys[position], range(view, view + 1), [pixels])
         rows = torch.from_numpy(block.rows[layout.rows])
         return ViewBatch(block.shard, block.views, view, rows, images, layout.mix)
 
@@ -115,7 +114,9 @@ class BlockRenderer:
         sample = self._source.shard(block.shard)[int(block.rows[position])]
         check_image(sample, block.samples, position, shard=block.shard)
         if len(block.chunk) == 1:
-            return render_encoded(sample.image, self._recipe, sample.key, block.chunk)
+            view = np.empty((1, self._recipe.img_size, self._recipe.img_size, 3), np.uint8)
+            render_encoded(sample.image, self._recipe, sample.key, block.chunk, list(view))
+            return view
         image = decode(sample.image, key=sample.key)
         if image.nbytes <= len(block.chunk) * self._recipe.img_size**2 * 3:
             return image

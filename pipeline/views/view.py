@@ -5,7 +5,7 @@ order, batch, worker, rank or machine.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import NamedTuple
@@ -129,11 +129,9 @@ def render(image: Pixels, view: View) -> Pixels:
     Returns:
         uint8 [img_size, img_size, 3], contiguous (channels last, so a batch is a channels-last tensor without a copy).
     """
-    if view.renderer == 1:
-        from pipeline.views import renderer1  # only old label sets need it, and OpenCV
-
-        return renderer1.render(image, view)
-    raise NotImplementedError
+    out = np.empty((view.img_size, view.img_size, 3), np.uint8)
+    _render_into(image, [view], [out])
+    return out
 
 
 def render_view(image: bytes | Pixels, recipe: Recipe, key: str, view: int) -> Pixels:
@@ -152,37 +150,65 @@ def render_view(image: bytes | Pixels, recipe: Recipe, key: str, view: int) -> P
         BadImageError: it cannot be decoded.
     """
     pixels = decode(image, key=key) if isinstance(image, bytes) else image
-    height, width = pixels.shape[:2]
-    return render(pixels, draw_view(recipe, key, view, height=height, width=width))
+    (rendered,) = render_views(pixels, recipe, key, range(view, view + 1))
+    return rendered
 
 
-def render_encoded(image: bytes, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:
-    """Render views of an image that is known to decode; for a single view, only the crop may be decoded.
+def render_views(image: Pixels, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:
+    """Draw and render several views of one decoded image, uint8 [V, img_size, img_size, 3]."""
+    out = np.empty((len(views), recipe.img_size, recipe.img_size, 3), np.uint8)
+    render_views_into(image, recipe, key, views, list(out))
+    return out
+
+
+def render_views_into(image: Pixels, recipe: Recipe, key: str, views: range, out: Sequence[Pixels]) -> None:
+    """Draw and render several views of one decoded image.
+
+    Args:
+        image: uint8 [H, W, 3].
+        recipe: the augmentation.
+        key: sample key.
+        views: view numbers, V of them.
+        out: V places for the views, each uint8 [img_size, img_size, 3], contiguous.
+    """
+    height, width = image.shape[:2]
+    _render_into(image, [draw_view(recipe, key, view, height=height, width=width) for view in views], out)
+
+
+def render_encoded(image: bytes, recipe: Recipe, key: str, views: range, out: Sequence[Pixels]) -> None:
+    """Draw and render views of an image that is known to decode: only the part that the crops need may be decoded.
 
     Args:
         image: the encoded file.
         recipe: the augmentation.
         key: sample key.
         views: view numbers, V of them.
-
-    Returns:
-        uint8 [V, img_size, img_size, 3].
+        out: V places for the views, each uint8 [img_size, img_size, 3], contiguous.
 
     Raises:
         BadImageError: it cannot be decoded.
     """
     if len(views) > 1:
-        return render_views(decode(image, key=key), recipe, key, views)
+        render_views_into(decode(image, key=key), recipe, key, views, out)
+        return
     height, width = image_size(image, key=key)
     drawn = draw_view(recipe, key, views.start, height=height, width=width)
     pixels, top, left = decode_around(image, drawn.crop, key=key)
     crop = (drawn.crop[0] - top, drawn.crop[1] - left, *drawn.crop[2:])
-    return render(pixels, replace(drawn, crop=crop))[None]
+    _render_into(pixels, [replace(drawn, crop=crop)], out)
 
 
-def render_views(image: Pixels, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:
-    """Render several views of one decoded image, uint8 [V, img_size, img_size, 3]."""
-    return np.stack([render_view(image, recipe, key, view) for view in views])
+def _render_into(image: Pixels, views: Sequence[View], out: Sequence[Pixels]) -> None:
+    """Render views that were drawn for an image, each into its place."""
+    from pipeline.views import kernel
+
+    if any(view.renderer == 1 for view in views):
+        from pipeline.views import renderer1  # only old label sets need it
+
+        for view, pixels in zip(views, out, strict=True):
+            pixels[:] = renderer1.render(image, view)
+    else:
+        kernel.render_views(np.ascontiguousarray(image), views, out)
 
 
 def _filters(recipe: Recipe, key: str, view: int) -> list[Interpolation]:
