@@ -288,7 +288,7 @@ def philox(key: tuple[int, int], count: int) -> NDArray[np.int64]:
             c0, c1, c2, c3 = second >> 64 ^ c1 ^ k0, second % 2**64, first >> 64 ^ c3 ^ k1, first % 2**64
             k0, k1 = (k0 + 0x9E3779B97F4A7C15) % 2**64, (k1 + 0xBB67AE8584CAA73B) % 2**64
         numbers += [word >> shift & 0xFFFF for word in (c0, c1, c2, c3) for shift in (0, 16, 32, 48)]
-    return np.array(numbers[:count])
+    return np.array(numbers[:count], np.int64)
 
 
 @cache
