@@ -1,0 +1,75 @@
+"""Views of renderer 2 in batches on a device: one call renders many views of many decoded images."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.views import torch_kernels
+from pipeline.views.packed import SHARPNESS, TURN
+from pipeline.views.recipe import MAX_LAYERS
+
+_KINDS = (*range(SHARPNESS + 1), TURN)
+
+
+def render_batch(pixels: Tensor, records: NDArray, out: Tensor | None = None) -> Tensor:
+    """Return the pixels of views; the same on every device, as docs/views-v2.md defines them.
+
+    Args:
+        pixels: uint8 [N], decoded images or regions of them, one after the other; each is RGB in rows, 3 bytes a pixel.
+        records: RECORD [B] (see `pipeline.views.packed`), of one `size` S. Image i begins at `offset`, and its crop is relative to it.
+        out: uint8 [B, S, S, 3], contiguous, on the device of `pixels`; a new tensor if it is None.
+
+    Returns:
+        uint8 [B, S, S, 3] on the device of `pixels`; this is `out` if it was given. An empty batch has no size: [0, 0, 0, 3].
+
+    Raises:
+        ValueError: a record does not fit the pixels, or `out` does not fit the records.
+    """
+    _check(records, pixels)
+    if not len(records):
+        return pixels.new_empty(0, 0, 0, 3) if out is None else out
+    size = int(records["size"][0])
+    shape = (len(records), size, size, 3)
+    if out is None:
+        out = pixels.new_empty(shape)
+    _check_out(out, shape, pixels.device)
+    torch_kernels.render_batch(pixels, records, out)
+    return out
+
+
+def _check(records: NDArray, pixels: Tensor) -> None:
+    """Raise ValueError unless every record stays inside the pixels and its view: a GPU would read other memory."""
+    if pixels.dtype != torch.uint8 or pixels.ndim != 1 or not pixels.is_contiguous():
+        raise ValueError(f"pixels must be contiguous uint8 [N], got {pixels.dtype} {list(pixels.shape)}")
+    image, size = records["image"].astype(np.int64), records["size"][:, None]
+    rules = {
+        "all views must have the same size": records["size"] == records["size"][:1],
+        "the image must lie inside the pixels": (records["offset"] >= 0)
+        & (image[:, 0] * image[:, 1] <= (len(pixels) - records["offset"]) // 3),
+        "the crop must lie inside the image": _inside(records["crop"][:, :2], records["crop"][:, 2:], image),
+        "the window must lie inside the resized crop": _inside(records["window"], size, records["resize"]),
+        "the erased box must lie inside the view": _inside(
+            records["erase"][:, :2], records["erase"][:, 2:], size, least=0
+        ),
+        f"num_ops must be in 0..{MAX_LAYERS}": (records["num_ops"] >= 0) & (records["num_ops"] <= MAX_LAYERS),
+        f"operations must be of the kinds {_KINDS}": np.isin(records["ops"]["kind"], _KINDS).all(1),
+    }
+    for rule, holds in rules.items():
+        if not holds.all():
+            first = int(np.argmin(holds))
+            names = ("offset", "image", "crop", "resize", "window", "size", "erase", "num_ops")
+            fields = {name: records[first][name].tolist() for name in names}
+            raise ValueError(f"{rule}; record {first} has {fields}, and the pixels are {len(pixels)} bytes")
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if out.dtype != torch.uint8 or out.shape != shape or out.device != device or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous uint8 {list(shape)} on {device}, got {out.dtype} {list(out.shape)} on {out.device}"
+        )
+
+
+def _inside(start: NDArray, length: NDArray, whole: NDArray, *, least: int = 1) -> NDArray[np.bool_]:
+    """Return which boxes lie inside their wholes, bool [B]; all are int [B, 2] (vertical, horizontal) or [B, 1]."""
+    return np.all((start >= 0) & (length >= least) & (start.astype(np.int64) + length <= whole), axis=1)
