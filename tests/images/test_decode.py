@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import BadImageError
-from pipeline.images.decode import MAX_PIXELS, decode, image_size
+from pipeline.images.decode import MAX_PIXELS, _has_one_scan, decode, image_size
 
 
 def picture(height: int = 48, width: int = 70) -> Image.Image:
@@ -175,6 +175,66 @@ def test_every_cut_of_a_jpeg_is_an_error(image):
     for length in range(0, len(image), 5):
         with pytest.raises(BadImageError):
             decode(image[:length], key="k")
+
+
+def scans_of(image: bytes) -> bytes:
+    return image[image.index(b"\xff\xda") : -2]
+
+
+def of_one_component(image: bytes) -> bytes:
+    """Return a JPEG of three components whose first scan says that it has only one of them."""
+    scan = image.index(b"\xff\xda") + 4
+    return image[:scan] + b"\1" + image[scan + 1 :]
+
+
+GREY = encoded(picture().convert("L"), "JPEG")
+ONE_SCAN = [
+    # name, JPEG, whether the header says that there is one scan
+    ("4:2:0", JPEG, True),
+    ("4:4:4", encoded(picture(), "JPEG", subsampling=0), True),
+    ("grey", GREY, True),
+    ("cmyk", encoded(picture().convert("CMYK"), "JPEG"), True),
+    ("restarts", encoded(picture(), "JPEG", restart_marker_rows=1), True),
+    ("comment, profile", encoded(picture(), "JPEG", comment=b"\xff\xda", icc_profile=b"p" * 70_000), True),
+    # the marker in an earlier segment is not a scan
+    ("thumbnail", JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(JPEG) + 2) + JPEG + JPEG[2:], True),
+    ("progressive", PROGRESSIVE, False),
+    ("a scan for each component", of_one_component(JPEG), False),
+    # legal, but not worth understanding
+    ("fill bytes", JPEG[:2] + b"\xff" + JPEG[2:], False),
+    ("bytes between segments", JPEG[:2] + b"\0" + JPEG[2:], False),
+    ("no frame", JPEG[:2] + scans_of(JPEG), False),
+    ("arithmetic", JPEG.replace(b"\xff\xc0", b"\xff\xc9", 1), False),
+    ("header alone", JPEG[: JPEG.index(b"\xff\xda")], False),
+    ("cut in its scan header", JPEG[: JPEG.index(b"\xff\xda") + 5], False),
+    ("start alone", JPEG[:3], False),
+    ("no length", JPEG[:2] + b"\xff\xe1\0\0" + JPEG[2:], False),
+]
+
+
+@pytest.mark.parametrize(("name", "image", "one"), ONE_SCAN, ids=[name for name, *_ in ONE_SCAN])
+def test_the_header_says_whether_there_is_one_scan(name, image, one):
+    assert _has_one_scan(image) == one
+
+
+TOO_MANY = "too many scans: 101, at most 100 are read"
+
+
+@pytest.mark.parametrize("image", [PROGRESSIVE, of_one_component(JPEG)], ids=["progressive", "by component"])
+@pytest.mark.parametrize(("scans", "reason"), [(101, TOO_MANY), (100, "damaged or truncated")])
+def test_a_jpeg_of_more_than_100_scans_is_refused_for_their_number(image, scans, reason):
+    """A hundred of them are given to the decoder, which does not accept one twice."""
+    more = scans - image.count(b"\xff\xda")
+    last = image[image.rindex(b"\xff\xda") : -2]
+    with pytest.raises(BadImageError, match=reason):
+        decode(image[:-2] + more * last + image[-2:], key="k")
+
+
+@pytest.mark.parametrize("image", [JPEG, GREY], ids=["colour", "grey"])
+def test_what_follows_a_scan_of_the_whole_image_is_not_decoded(image):
+    """So the number of these scans does not matter: the decoder refuses the second one."""
+    with pytest.raises(BadImageError, match="damaged or truncated"):
+        decode(image[:-2] + 2000 * scans_of(image) + image[-2:], key="k")
 
 
 def test_damage_is_not_reported_by_the_c_library_on_stderr(capfd):

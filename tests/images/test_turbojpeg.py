@@ -3,6 +3,7 @@
 import io
 import random
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from support.builders import encoded, photo, shared_data
 
 from pipeline.errors import BadImageError
 from pipeline.images import turbojpeg
-from pipeline.images.decode import decode, decode_around
+from pipeline.images.decode import decode, decode_around, decode_for, image_size
+from pipeline.images.samples import Box
 from pipeline.settings.files import load_recipe
 from pipeline.views.view import draw_view, render, render_encoded
 
@@ -26,7 +28,7 @@ def installed():
 def always(installed, monkeypatch):
     """Regions are decoded also where it does not pay."""
     monkeypatch.setattr(turbojpeg, "_LEAST_PIXELS", 0)
-    monkeypatch.setattr(turbojpeg, "_MOST_OF_IT", 1.0)
+    monkeypatch.setattr(turbojpeg, "_MOST_TIME", 2.0)
 
 
 def noisy(height: int, width: int) -> Image.Image:
@@ -39,6 +41,21 @@ def jpeg(image: Image.Image, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88, **options)
     return buffer.getvalue()
+
+
+def photographs() -> list[bytes]:
+    with tarfile.open(next(shared_data("imagenet-sample").glob("*.tar"))) as tar:
+        return [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def assert_slices(image: bytes, boxes: list[Box]) -> bool:
+    """Check that the part for some boxes has their pixels in the whole image; return whether it is smaller than that."""
+    whole = decode(image, key="k")
+    pixels, y, x = decode_for(image, boxes, key="k")
+    for top, left, tall, wide in boxes:
+        got = pixels[top - y : top - y + tall, left - x : left - x + wide]
+        np.testing.assert_array_equal(got, whole[top : top + tall, left : left + wide], err_msg=f"{boxes}")
+    return pixels.shape != whole.shape
 
 
 def boxes(height: int, width: int, count: int = 40):
@@ -77,6 +94,33 @@ def test_a_region_is_the_slice_of_the_whole(always, encoding, height, width):
         )
 
 
+def test_the_part_for_several_crops_has_the_pixels_of_the_whole_photograph(installed):
+    recipe, smaller = load_recipe("deit"), Counter()
+    for number, image in enumerate(photographs()):
+        height, width = image_size(image, key="photo")
+        for views in (1, 2, 3):
+            drawn = [draw_view(recipe, f"{number}", view, height=height, width=width) for view in range(views)]
+            smaller[views] += assert_slices(image, [view.crop for view in drawn])
+    assert smaller[1] > smaller[2] > smaller[3] > 60  # of 125
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "grey", "progressive"])
+@pytest.mark.parametrize(("height", "width"), [(17, 1), (16, 16), (33, 47), (241, 321)])
+def test_the_part_for_several_boxes_has_the_pixels_of_the_whole(always, encoding, height, width):
+    picture = noisy(height, width)
+    more = ENCODINGS | {"progressive": {"progressive": True}}
+    image = jpeg(picture.convert("L")) if encoding == "grey" else jpeg(picture, **more[encoding])
+    several = list(boxes(height, width, 24))[1:]
+    smaller = [assert_slices(image, several[first : first + 3]) for first in range(0, len(several), 3)]
+    assert any(smaller) == (encoding != "progressive")
+
+
+def test_the_part_for_several_boxes_is_the_smallest_that_contains_them(always):
+    pixels, y, x = decode_for(jpeg(noisy(240, 320)), [(100, 160, 10, 20), (120, 176, 20, 24)], key="k")
+    assert pixels.shape == (44, 72, 3)
+    assert (y, x) == (98, 144)
+
+
 def test_less_than_the_whole_is_decoded(always):
     part = turbojpeg.decode_region(jpeg(noisy(240, 320)), (100, 150, 40, 50))
     assert part is not None
@@ -94,14 +138,12 @@ def test_views_of_photographs_are_those_of_the_whole_images(installed, monkeypat
         return regions[-1]
 
     monkeypatch.setattr("pipeline.images.decode.decode_region", counted)
-    with tarfile.open(next(shared_data("imagenet-sample").glob("*.tar"))) as tar:
-        images = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")][:60]  # pyright: ignore[reportOptionalMemberAccess]
-    for number, image in enumerate(images):
+    for number, image in enumerate(photographs()[:60]):
         whole = decode(image, key="photo")
         drawn = draw_view(recipe, f"{number}", number, height=whole.shape[0], width=whole.shape[1])
         (pixels,) = render_encoded(image, recipe, f"{number}", range(number, number + 1))
         np.testing.assert_array_equal(pixels, render(whole, drawn))
-    assert 20 < sum(part is not None for part in regions) < 60  # small crops alone are worth it
+    assert sum(part is not None for part in regions) > 50  # nearly every crop is worth it
 
 
 RARE = {
@@ -119,10 +161,22 @@ def test_what_is_no_plain_jpeg_is_left_to_the_other_decoders(installed, what):
     assert turbojpeg.decode_region(RARE[what](), (150, 150, 20, 20)) is None
 
 
-def test_a_large_box_is_decoded_with_the_whole(installed):
-    image = jpeg(noisy(200, 200))
-    assert turbojpeg.decode_region(image, (0, 0, 150, 190)) is None
-    assert turbojpeg.decode_region(image, (0, 0, 150, 185)) is not None
+SAVES = [
+    # box in 200 x 200 pixels, whether it is decoded alone
+    ((0, 0, 192, 192), True),
+    ((0, 0, 194, 194), False),
+    # a little of the last rows: most of the time is saved in the inverse DCT
+    ((180, 0, 20, 200), True),
+    # nothing is saved below, and little above
+    ((30, 0, 170, 200), False),
+    # nothing is saved at the side, but the entropy decoder stops early
+    ((0, 0, 180, 200), True),
+]
+
+
+@pytest.mark.parametrize(("box", "alone"), SAVES)
+def test_a_box_is_decoded_alone_if_that_saves_time(installed, box, alone):
+    assert (turbojpeg.decode_region(jpeg(noisy(200, 200)), box) is not None) == alone
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -138,6 +192,15 @@ def test_without_the_library_the_whole_image_is_decoded(monkeypatch, kind):
 def test_a_damaged_image_is_the_same_error_as_everywhere():
     with pytest.raises(BadImageError, match="image 'k'"):
         decode_around(jpeg(noisy(200, 200))[:2000], (150, 150, 20, 20), key="k")
+
+
+def test_an_image_of_many_scans_is_refused_before_a_part_of_it_is_decoded(always):
+    image = jpeg(noisy(200, 200))
+    scan = image.index(b"\xff\xda")
+    # each scan says that it has one of the three components
+    one = image[scan : scan + 4] + b"\1" + image[scan + 5 : -2]
+    with pytest.raises(BadImageError, match="too many scans: 101, at most 100 are read"):
+        decode_for(image[:scan] + 101 * one + image[-2:], [(150, 150, 20, 20)], key="k")
 
 
 def test_a_library_of_another_version_is_passed_over(monkeypatch):
