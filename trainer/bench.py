@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from pipeline.images.decode import decode, decode_around, image_size
