@@ -40,10 +40,11 @@ from pipeline.images import turbojpeg
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import Note, Slots, _IntoSlot, _Whereabouts, _Work, in_processes
+from pipeline.pixels.render import render, render_encoded, render_view
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.rendering import Block, BlockRenderer, deal
 from pipeline.views import view as rendering
-from pipeline.views.view import draw_view, render, render_encoded, render_view
+from pipeline.views.view import draw_view
 
 RECIPE = load_recipe("deit", {})
 PER_DECODE = (1, 2, 4, 8, 30)

@@ -31,9 +31,9 @@ from pipeline.labels.manifest import (
 from pipeline.labels.replay import make_probe, pair_of
 from pipeline.labels.sealing import claim
 from pipeline.labels.tables import LabelsFooter, SampleRows, SamplesFooter, write_labels, write_samples
+from pipeline.pixels.render import render_view
 from pipeline.stage1.indexing import scan_shard
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import render_view
 
 BLOCK = 512  # of a tar
 PICTURES = 64

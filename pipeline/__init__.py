@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.images.source import open_source
     from pipeline.labels.labelset import LabelSet
+    from pipeline.pixels.render import render_view
     from pipeline.views.recipe import Recipe
-    from pipeline.views.view import render_view
 
 __all__ = ["LabelSet", "Recipe", "open_source", "render_view"]
 
@@ -38,7 +38,7 @@ _HOMES = {
     "LabelSet": "pipeline.labels.labelset",
     "Recipe": "pipeline.views.recipe",
     "open_source": "pipeline.images.source",
-    "render_view": "pipeline.views.view",
+    "render_view": "pipeline.pixels.render",
 }
 
 

@@ -22,18 +22,19 @@ ROOMS = {
     "weights": GROUND | {"storage"},
     "images": GROUND | {"storage", "machine"},
     "views": GROUND | {"storage", "images"},
-    "labels": GROUND | {"storage", "images", "views"},
+    "pixels": GROUND | {"images", "views"},
+    "labels": GROUND | {"storage", "images", "views", "pixels"},
     "overview": GROUND | {"storage", "images", "views", "labels"},
     "settings": GROUND | {"storage", "images", "views", "labels"},
     "sharing": GROUND | {"storage", "machine", "labels", "overview"},
     "doctor": GROUND | {"storage", "images", "labels"},
-    "teacher": GROUND | {"weights", "machine", "views", "labels", "settings"},
-    "stage1": GROUND | {"storage", "machine", "images", "views", "labels", "overview", "settings", "teacher"},
+    "teacher": GROUND | {"weights", "machine", "views", "pixels", "labels", "settings"},
+    "stage1": GROUND | {"storage", "machine", "images", "views", "pixels", "labels", "overview", "settings", "teacher"},
     "verify": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "sharing", "teacher"},
     "exchange": GROUND | {"storage", "machine", "images", "views", "labels", "overview", "settings", "stage1"},
-    "cost": GROUND | {"machine", "images", "views", "labels", "settings", "teacher", "stage1"},
-    "pipeline": {"labels", "views", "images"},  # the public names
-    "trainer": GROUND | {"storage", "machine", "weights", "images", "views", "labels", "settings"},
+    "cost": GROUND | {"machine", "images", "views", "pixels", "labels", "settings", "teacher", "stage1"},
+    "pipeline": {"labels", "views", "pixels", "images"},  # the public names
+    "trainer": GROUND | {"storage", "machine", "weights", "images", "views", "pixels", "labels", "settings"},
     "evidence": GROUND
     | {"storage", "machine", "weights", "images", "views", "labels", "overview", "settings", "trainer"},
     "studies": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "trainer", "evidence"},
@@ -55,7 +56,7 @@ KEEPERS = {
     "jinja2": {"trainer.evidence.page"},
     "markupsafe": {"trainer.evidence.page"},
     "PIL": {"pipeline.images.decode", "pipeline.doctor.probing", "trainer.evidence.demo", "trainer.evidence.audit_files"},
-    "cv2": {"pipeline.views.randaugment", "pipeline.machine.loaders"},
+    "cv2": {"pipeline.pixels.renderer1"},
     "ray": {"pipeline.stage1.ray", "trainer.studies.running"},
     "model_signing": {"pipeline.sharing.signing"},
     "webdataset": {"pipeline.exchange.export", "trainer.evidence.demo"},
@@ -64,7 +65,7 @@ KEEPERS = {
 }  # fmt: skip
 NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixels and networks are elsewhere
 NO_TORCH_MODULES = {
-    "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "trainer.studies.study", "trainer.studies.images", "trainer.studies.steps", "trainer.studies.keeper", "pipeline.views.draws", "pipeline.views.recipe", "pipeline.views.pairs",
+    "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "trainer.studies.study", "trainer.studies.images", "trainer.studies.steps", "trainer.studies.keeper", "pipeline.views.draws", "pipeline.views.exact", "pipeline.views.noise", "pipeline.views.recipe", "pipeline.views.randaugment", "pipeline.views.view", "pipeline.views.pairs", "pipeline.pixels.packed", "pipeline.pixels.kernel", "pipeline.pixels.render",
     "pipeline.labels.format", "pipeline.labels.encoding", "pipeline.labels.tables", "pipeline.labels.manifest",
     "pipeline.labels.labelset", "pipeline.labels.checked_files", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.overview.summary",
     "pipeline.overview.card", "pipeline.labels.combined",

@@ -16,9 +16,10 @@ from pipeline.labels.comparing import check_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_replay
 from pipeline.labels.tables import read_labels_footer, read_samples_footer
+from pipeline.pixels.render import render
 from pipeline.views.draws import stream_of
 from pipeline.views.pairs import Mix, draw_mix, pairs_of
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import draw_view
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden/v1"

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any, Literal
 
@@ -26,9 +27,10 @@ from pipeline.machine.loaders import PREFETCH, one_core
 from pipeline.machine.ranks import forward_dtype
 from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import DOES_NOT_MATCH, Enough, Work, median_s, steady_s, synchronise
+from pipeline.pixels.render import draw_encoded, render_into
 from pipeline.text import count
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import draw_view, render_encoded
+from pipeline.views.view import draw_view
 from trainer.checkpoint import BackgroundWriter
 from trainer.config import TrainConfig
 from trainer.loop import Run, only_deterministic, update_weights
@@ -37,7 +39,7 @@ from trainer.order import Share
 from trainer.pace import Pace, Step
 from trainer.parallel import Running, StopRequest, joined_world
 from trainer.run import Data
-from trainer.stream import Batch, BatchRenderer, Catalogue, ShardTable, stream_batches
+from trainer.stream import Batch, BatchRenderer, Catalogue, ShardTable, on_device, stream_batches
 
 IMAGES = 64  # maximum number of images for timing reading, decoding and rendering
 ENDLESS = 10**6  # epochs: more than fit into the time of a measurement
@@ -269,11 +271,12 @@ def update_on(run: Run, batches: list[Batch]) -> Work:
 
 
 def measure_stream(run: Run, *, seconds: float) -> float:
-    """Return the views/s of the loader processes when nothing uses their batches."""
-    workers = run.running.world.workers
+    """Return the views/s of the loader processes, and of the GPU if it renders, when nothing uses the batches."""
+    workers, device = run.running.world.workers, run.running.device
     turn = max(1, workers)  # batches arrive in bursts, one from each process: count whole bursts
     indices = range(run.order.steps_per_epoch * ENDLESS)
-    batches = stream_batches(_renderer_of(run), indices, workers=workers)
+    stream = stream_batches(_renderer_of(run), indices, workers=workers, device=device, unrendered=run.on_gpu)
+    batches = on_device(stream, device) if run.on_gpu else stream
     for _ in islice(batches, (PREFETCH + 1) * turn):  # processes start, and fill their queues
         pass
     made, began = 0, time.perf_counter()
@@ -319,13 +322,11 @@ def measure_parts(run: Run, *, least_s: float) -> StreamParts:
     places = list(islice(_usable(catalogue), IMAGES))
     samples = [_read(catalogue, *place) for place in places]
     decoding = [_decoding(sample, data, views) for sample in samples]
-    places_of_views = list(np.empty((len(views), data.recipe.img_size, data.recipe.img_size, 3), np.uint8))
+    render = partial(render_into, list(np.empty((len(views), data.recipe.img_size, data.recipe.img_size, 3), np.uint8)))
     work: dict[str, Work] = {
         "read_s": lambda: [_read(catalogue, *place) for place in places],
         "decode_s": lambda: [each() for each in decoding],
-        "made_s": lambda: [
-            render_encoded(sample.image, data.recipe, sample.key, views, places_of_views) for sample in samples
-        ],
+        "made_s": lambda: [draw_encoded(sample.image, data.recipe, sample.key, views, render) for sample in samples],
     }
     with one_core():
         spent = {name: median_s(each, host, least_s) / len(samples) / len(views) for name, each in work.items()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import UsageError
 from pipeline.labels.format import parse_pin
-from pipeline.settings.configs import SourceConfig
+from pipeline.settings.configs import RENDER_HELP, RenderDevice, SourceConfig
 from pipeline.settings.fields import (
     as_written,
     check_settings,
@@ -375,6 +375,7 @@ class TrainConfig(SourceConfig):
         high=1024,
         free=True,
     )
+    render: RenderDevice = run_option("cpu", RENDER_HELP, free=True)
     device: str = run_option(
         "auto", "Device: cpu, cuda or cuda:1; auto means one GPU for each rank, or the CPU if there is none.", free=True
     )

@@ -16,6 +16,7 @@ from pipeline.errors import DeitCliError, StoppedError, TrainingError, UsageErro
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import prepare_loaders
 from pipeline.machine.ranks import forward_dtype, rank_from
+from pipeline.pixels.handover import renders_on_gpu
 from pipeline.repeats import counted_at_the_end
 from pipeline.storage.atomic import replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json
@@ -167,6 +168,7 @@ class Run:
         self.loss_settings = LossSettings.of(config)
         world = running.world
         self.data = open_data(config, recipe)
+        self.on_gpu = renders_on_gpu(config.render, self.data.recipe, world.device)
         self.order = make_order(config, self.data, share)
         self.state = build_state(config, self.data, self.order, world.device)
         self.meta = run_identity(config, self.data, self.order)
@@ -256,7 +258,9 @@ class Run:
         """Yield each remaining update, its batches on the device, and the seconds that the loop waited for them."""
         passes, world = self.share.passes, self.running.world
         left = range(self.state.next_update * passes, total * passes)
-        stream = stream_batches(self.renderer, left, workers=world.workers, held=passes, device=world.device)
+        stream = stream_batches(
+            self.renderer, left, workers=world.workers, held=passes, device=world.device, unrendered=self.on_gpu
+        )
         batches = on_device(stream, world.device)
         for update in range(self.state.next_update, total):
             began = time.monotonic()

@@ -26,13 +26,14 @@ from pipeline.labels.format import DAMAGED_MANIFEST
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, SlotStream
+from pipeline.pixels.handover import RenderedViews, UnrenderedViews, begin_batch, rendered, slot_shape
+from pipeline.pixels.render import Take, draw_decoded, draw_encoded, render_view
 from pipeline.storage.place import RemoteFile
 from pipeline.storage.prefetch import Prefetch
 from pipeline.views.draws import stream_of
 from pipeline.views.mixing import Layout, MixBatch, apply_mix, lay_out
 from pipeline.views.pairs import Pairs, count_pairs, count_units, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import render_encoded, render_view, render_views_into
 from trainer.losses import ClassTarget, TeacherTarget
 from trainer.order import Order, Share
 
@@ -48,7 +49,7 @@ class Batch:
         index: number of the forward pass among those of this rank in the run; the stream can continue from any index.
         views: view numbers in the batch.
         keys: sample keys, B strings.
-        images: uint8 [B, H, W, 3].
+        images: uint8 [B, H, W, 3], or [N] before a device has rendered them.
         mix: partners and mixes.
         classes: class labels, 0 if unlabelled; partners and weights are those of `mix`.
         teacher: the teacher's stored answers; None without a label set.
@@ -63,10 +64,11 @@ class Batch:
     teacher: TeacherTarget | None
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the same batch on a device; copies from page-locked memory run on the current stream."""
+        """Return the same batch on a device, rendered; copies from page-locked memory run on the current stream."""
+        images = rendered(self.images, len(self.keys), device)
         if device.type == "cpu":
-            return self
-        return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+            return replace(self, images=images)
+        return _with_tensors(replace(self, images=images), lambda tensor: tensor.to(device, non_blocking=True))
 
     def record_stream(self, stream: "torch.cuda.Stream") -> None:
         """Tell the allocator that this stream will use the batch, which another stream has made."""
@@ -239,11 +241,11 @@ class BatchRenderer:
 
     def render_here(self, index: int) -> Batch:
         """Return a batch rendered in this process, in newly allocated memory."""
-        out = torch.empty(self.most, self.img_size, self.img_size, 3, dtype=torch.uint8)
+        out = torch.empty(slot_shape(self.most, self.img_size, unrendered=False), dtype=torch.uint8)
         return self(index, out, lambda _: None)
 
     def __call__(self, index: int, out: Tensor, note: Note) -> Batch:
-        """Render a batch into the first rows of `out`, uint8 [at least B, H, W, 3].
+        """Render a batch into `out`, uint8 [at least B, H, W, 3], or hand it over there, uint8 [N].
 
         Raises:
             DeitCliError: an image or a label is missing, damaged or not the expected one.
@@ -254,11 +256,11 @@ class BatchRenderer:
         units = self._share.cut(self._order.step_units(epoch, step), number)
         of_shards = np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1)  # a step has its units grouped by shard
         parts = [self._part(int(chosen[0, 0]), chosen[:, 1], views) for chosen in of_shards]
-        start = 0
+        start, batch = 0, begin_batch(out, sum(len(part.layout.rows) for part in parts), self.img_size)
         for part in parts:
-            self._render_images(part, views, out[start:].numpy(), note)
+            self._draw_images(part, views, batch, start, note)
             start += len(part.layout.rows)
-        return _joined(index, views, out[:start], parts, self._target_of(parts))
+        return _joined(index, views, batch.images, parts, self._target_of(parts))
 
     def _part(self, shard: int, units: NDArray[np.int64], views: range) -> "_Part":
         """Return rows, mixes and labels of the units of one source shard, without decoding images."""
@@ -310,27 +312,35 @@ class BatchRenderer:
             tail_mass=torch.from_numpy(answers.tail_mass.astype(np.float32)),
         )
 
-    def _render_images(self, part: "_Part", views: range, pixels: NDArray[np.uint8], note: Note) -> None:
-        """Decode each image once, and write its views to their places in `pixels`."""
-        for pair, places in zip(part.pairs.tolist(), part.layout.places, strict=True):
-            for row, at in zip(pair, places.T, strict=True):
-                if row >= 0:
-                    self._render(part.shard, row, part.table, views, [pixels[i] for i in at.tolist()], note)
-
-    def _render(
-        self, shard: int, row: int, table: ShardTable, views: range, out: list[NDArray[np.uint8]], note: Note
+    def _draw_images(
+        self, part: "_Part", views: range, batch: RenderedViews | UnrenderedViews, start: int, note: Note
     ) -> None:
+        """Decode each image once, and add its views to the batch, where the part begins at `start`."""
+        for pair, places in zip(
+            part.pairs.tolist(), (part.layout.places + start).transpose(0, 2, 1).tolist(), strict=True
+        ):
+            for row, at in zip(pair, places, strict=True):
+                if row >= 0:
+                    self._draw(part.shard, row, part.table, views, partial(batch.add, at), note)
+
+    def _draw(self, shard: int, row: int, table: ShardTable, views: range, take: Take, note: Note) -> None:
         note(f"image {table.keys[row]!r} of {self._catalogue.names[shard]}")
         sample = self._catalogue.source.shards[shard][row]
         if table.samples is None:  # this image has not been decoded before: decode all of it to check it
-            render_views_into(decode(sample.image, key=sample.key), self._recipe, sample.key, views, out)
+            draw_decoded(decode(sample.image, key=sample.key), self._recipe, sample.key, views, take)
             return
         check_image(sample, table.samples, row, shard=self._catalogue.names[shard])
-        render_encoded(sample.image, self._recipe, sample.key, views, out)
+        draw_encoded(sample.image, self._recipe, sample.key, views, take)
 
 
 def stream_batches(
-    renderer: BatchRenderer, indices: range, *, workers: int, held: int = 1, device: torch.device | None = None
+    renderer: BatchRenderer,
+    indices: range,
+    *,
+    workers: int,
+    held: int = 1,
+    device: torch.device | None = None,
+    unrendered: bool = False,
 ) -> Iterator[Batch]:
     """Render batches in loader processes and yield them in order.
 
@@ -343,11 +353,12 @@ def stream_batches(
         workers: number of loader processes; 0: render in this process.
         held: number of batches that the caller may hold while it requests another one.
         device: device to which the caller copies batches; None: no copies.
+        unrendered: True: `on_device` renders the views on that device.
 
     Raises:
         DeitCliError: a batch failed; raised after all earlier batches have been yielded.
     """
-    shape = (renderer.most, renderer.img_size, renderer.img_size, 3)
+    shape = slot_shape(renderer.most, renderer.img_size, unrendered=unrendered)
     with Prefetch(renderer.remote_files(indices)):
         yield from SlotStream(renderer, indices, shape, workers=workers, held=held, device=device)
 

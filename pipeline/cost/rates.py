@@ -22,11 +22,11 @@ from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
 from pipeline.machine.timing import median_s
+from pipeline.pixels.render import render_view
 from pipeline.teacher.teacher import CPU_BATCH, Teacher, one_thread
 from pipeline.views.mixing import mix_batch
 from pipeline.views.pairs import draw_mix
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import render_view
 
 IMAGES = 64  # maximum number of images for timing reading, decoding and rendering
 GPU_BATCH = 256

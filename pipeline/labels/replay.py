@@ -20,10 +20,10 @@ from pipeline.labels.comparing import check_names, check_shard, check_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import Probe
 from pipeline.labels.tables import SampleRows
+from pipeline.pixels.render import render_view
 from pipeline.repeats import warn_counted
 from pipeline.views.pairs import Mix, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import render_view
 
 log = logging.getLogger("deit_cli.replay")
 

@@ -27,7 +27,6 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-import cv2
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -407,7 +406,6 @@ def _kill_loaders() -> None:
 
 def _start_worker(messages: MessagePipe, _: int) -> None:
     torch.set_num_threads(1)
-    cv2.setNumThreads(0)
     forward_messages(messages.send)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -415,14 +413,12 @@ def _start_worker(messages: MessagePipe, _: int) -> None:
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
     """Use one thread in this process, as a loader process does."""
-    before, before_cv2 = torch.get_num_threads(), cv2.getNumThreads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    cv2.setNumThreads(0)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        cv2.setNumThreads(before_cv2)
 
 
 def _end_with_parent() -> None:

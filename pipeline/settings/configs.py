@@ -157,6 +157,13 @@ class TeacherConfig:
         check_settings(self)
 
 
+RenderDevice = Literal["cpu", "gpu", "auto"]
+RENDER_HELP = (
+    "Device that renders views, with the same pixels: the loader processes (cpu), or the GPU, for which they only decode"
+    " (gpu); auto means the GPU, if it passes a comparison with the CPU first."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig(SourceConfig):
     """Settings of `precompute`: the data to label, and how."""
@@ -220,6 +227,7 @@ class PrecomputeConfig(SourceConfig):
         low=0,
         high=1024,
     )
+    render: RenderDevice = run_option("cpu", RENDER_HELP)
     engine: Engine = run_option(
         "local",
         "Engine that makes the label files: processes of this machine (local), or a Ray cluster (ray), which needs"

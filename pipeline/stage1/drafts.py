@@ -60,7 +60,7 @@ class LabelDraft:
         for row, view in sorted(ends):
             if view == batch.view and (at := (batch.rows == row).nonzero().ravel()).numel():
                 partner, mix = pair_of(recipe, self._samples, row, view)
-                pixels = batch.images[int(at[0])].numpy()
+                pixels = batch.images[int(at[0])].cpu().numpy()
                 self.probes.append(make_probe(pixels, shard=self.shard, row=row, view=view, partner=partner, mix=mix))
 
     def rows_of_views(self) -> list[LabelRows]:

@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from pipeline.labels.manifest import Plan, labels_path, pixel_environment, read_
 from pipeline.labels.replay import compare_probes
 from pipeline.labels.tables import SampleRows, read_all_views
 from pipeline.machine.progress import WorkDone
+from pipeline.pixels.handover import renders_on_gpu
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.drafts import LabelDraft, publish_draft
 from pipeline.stage1.rendering import Block, BlockRenderer, ViewBatch, blocks_of, stream_views
@@ -82,6 +83,7 @@ def label_shards(
         finished: called with each task whose file is complete under its final name.
     """
     in_progress = ShardsInProgress(job, teacher, report, finished)
+    on_gpu = renders_on_gpu(job.config.render, job.recipe, teacher.device)
     batches = stream_views(
         BlockRenderer(job.source, job.recipe),
         in_progress.blocks_of(tasks),
@@ -90,12 +92,15 @@ def label_shards(
         workers=job.workers,
         held=AHEAD,  # the device may not have copied these batches yet
         device=teacher.device,
+        unrendered=on_gpu,
     )
     waiting: deque[tuple[ViewBatch, PendingAnswer]] = deque()
     with one_thread(teacher.device), in_progress:
         for number, batch in enumerate(batches):
             if number == 0:
                 report(WorkDone())
+            if on_gpu:
+                batch = replace(batch, images=teacher.rendered(batch.images, len(batch.rows)))
             waiting.append((batch, teacher.ask(batch.images, batch.mix, job.plan.topk)))
             if len(waiting) > AHEAD:
                 in_progress.store_answer(*waiting.popleft())

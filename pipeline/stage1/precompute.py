@@ -22,6 +22,7 @@ from pipeline.labels.sealing import check_replaceable, check_untouched, claim, s
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.overview.card import refresh_card
+from pipeline.pixels.render import render_view
 from pipeline.repeats import counted_at_the_end
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.engines import limit, run_processes
@@ -35,7 +36,6 @@ from pipeline.storage.mirror import ChangedElsewhere, ManyWritersMirror
 from pipeline.teacher.teacher import Teacher, one_thread
 from pipeline.views.mixing import mix_batch
 from pipeline.views.recipe import PRESETS, Recipe
-from pipeline.views.view import render_view
 
 log = logging.getLogger("deit_cli.precompute")
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ from pipeline.images.source import Source
 from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, SlotStream
+from pipeline.pixels.handover import begin_batch, slot_shape
+from pipeline.pixels.render import draw_decoded, draw_encoded, render_into, render_views
 from pipeline.views.mixing import MixBatch, lay_out
 from pipeline.views.pairs import mix_blocks, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import render_encoded, render_views, render_views_into
 
 # Maximum memory of one process for a block between its views: decoded images, or their views if these are smaller. A block
 # of 256 images of ImageNet decodes to about 150 MB; a block of 12-megapixel photographs is rendered eight views at a time.
@@ -60,7 +62,7 @@ class ViewBatch:
         views: the label shard's block of views.
         view: view number.
         rows: int64 [B], samples' rows; the two samples of a pair are adjacent, pairs start at even positions.
-        images: uint8 [B, H, W, 3].
+        images: uint8 [B, H, W, 3], or [N] before a device has rendered them (`pipeline.pixels.handover.rendered`).
         mix: partners and mixes, by position in the batch.
     """
 
@@ -85,7 +87,7 @@ class BlockRenderer:
         self._held: list[NDArray[np.uint8]] = []
 
     def __call__(self, unit: Unit, out: Tensor, note: Note) -> ViewBatch:
-        """Render one view of a block into the first rows of `out`, uint8 [at least B, H, W, 3].
+        """Render one view of a block into `out`, uint8 [at least B, H, W, 3], or hand it over there, uint8 [N].
 
         Raises:
             DeitCliError: an image is not the one that was indexed, or cannot be read.
@@ -97,16 +99,16 @@ class BlockRenderer:
             self._name = block.name
         recipe, keys = self._recipe, block.samples.key
         layout = lay_out(pairs_of(recipe, keys, np.arange(len(keys)), view), range(view, view + 1))
-        images = out[: len(layout.rows)]
+        batch = begin_batch(out, len(layout.rows), recipe.img_size)
         positions: list[int] = layout.rows.tolist()
-        for pixels, position in zip(images.numpy(), positions, strict=True):
+        for at, position in enumerate(positions):
             held = self._held[position]
             if held.ndim == 4:
-                pixels[:] = held[view - block.chunk.start]
+                batch.add_rendered(at, held[view - block.chunk.start])
             else:
-                render_views_into(held, recipe, keys[position], range(view, view + 1), [pixels])
+                draw_decoded(held, recipe, keys[position], range(view, view + 1), partial(batch.add, [at]))
         rows = torch.from_numpy(block.rows[layout.rows])
-        return ViewBatch(block.shard, block.views, view, rows, images, layout.mix)
+        return ViewBatch(block.shard, block.views, view, rows, batch.images, layout.mix)
 
     def _hold(self, block: Block, position: int, note: Note) -> NDArray[np.uint8]:
         """Return the decoded image [H, W, 3], or all its views [V, size, size, 3] if they take less memory."""
@@ -115,7 +117,7 @@ class BlockRenderer:
         check_image(sample, block.samples, position, shard=block.shard)
         if len(block.chunk) == 1:
             view = np.empty((1, self._recipe.img_size, self._recipe.img_size, 3), np.uint8)
-            render_encoded(sample.image, self._recipe, sample.key, block.chunk, list(view))
+            draw_encoded(sample.image, self._recipe, sample.key, block.chunk, partial(render_into, list(view)))
             return view
         image = decode(sample.image, key=sample.key)
         if image.nbytes <= len(block.chunk) * self._recipe.img_size**2 * 3:
@@ -132,6 +134,7 @@ def stream_views(
     workers: int,
     held: int,
     device: torch.device | None = None,
+    unrendered: bool = False,
 ) -> SlotStream[ViewBatch]:
     """Return a stream of every view of each block, rendered in loader processes.
 
@@ -143,8 +146,9 @@ def stream_views(
         workers: number of loader processes; 0: render in this process.
         held: number of batches that the caller may hold while it requests another one.
         device: device to which the caller copies batches; None: no copies.
+        unrendered: True: the caller renders the views on that device.
     """
-    shape = (most, img_size, img_size, 3)
+    shape = slot_shape(most, img_size, unrendered=unrendered)
     return SlotStream(renderer, deal(blocks, workers), shape, workers=workers, held=held, device=device)
 
 

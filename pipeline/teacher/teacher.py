@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import NonFiniteTeacherError, TeacherError
 from pipeline.labels.manifest import AnyTeacher, TeacherIdentity
 from pipeline.machine.ranks import forward_dtype
+from pipeline.pixels.handover import rendered
 from pipeline.repeats import warn_counted
 from pipeline.settings.configs import TeacherConfig
 from pipeline.views.mixing import MixBatch, apply_mix
@@ -152,7 +153,8 @@ class Teacher:
         """Start to compute the answer for a batch, without waiting for the device.
 
         Args:
-            images: views, uint8 [B, H, W, 3] on the host, pinned if the device is a GPU; each pair starts at an even position.
+            images: views, uint8 [B, H, W, 3] on the host, pinned if the device is a GPU, or on the device; each pair starts at an
+                even position.
             mix: partners and mixes of these views, by position in the batch.
             topk: number of classes to keep, K, 0..C.
 
@@ -175,6 +177,20 @@ class Teacher:
                 passes.append(launched)
                 start = piece.stop
         return PendingAnswer(self, passes)
+
+    def rendered(self, images: Tensor, num_views: int) -> Tensor:
+        """Return the views of an unrendered batch (see `pipeline.pixels.handover`), uint8 [B, H, W, 3] on the device.
+
+        They are rendered while the previous forward pass still runs.
+        """
+        if self._copies is None:
+            return rendered(images, num_views, self.device)
+        with torch.cuda.stream(self._copies):
+            views = rendered(images, num_views, self.device)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        views.record_stream(computing)
+        return views
 
     def answer_of(self, launched: _ForwardPass, start: int) -> Answer:
         """Wait for a forward pass and return its answer; views with non-finite outputs are computed again in float32.

@@ -1,26 +1,21 @@
-"""Views: `draw_view` chooses every parameter of a view at random; `render` makes its pixels without randomness.
+"""Views: `draw_view` chooses every parameter of a view at random. `pipeline.pixels` makes its pixels, without randomness.
 
 A view is a pure function of (recipe id, sample key, view number) and of the image's size; it does not depend on
 order, batch, worker, rank or machine.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pipeline.images.decode import decode, decode_around, image_size
 from pipeline.images.samples import Box
 from pipeline.views import exact
 from pipeline.views.draws import Draws, draws_for
 from pipeline.views.randaugment import INCREASING, PLAIN, op_argument
 from pipeline.views.recipe import RENDERER, Interpolation, RandAugment, Recipe
 
-Pixels = NDArray[np.uint8]  # uint8 [H, W, 3], RGB
 ATTEMPTS = 10  # as in timm, for crops and for erasing boxes
 ERASE_AREA = (0.02, 1 / 3)  # share of the view (timm's RandomErasing)
 ERASE_ASPECT = (0.3, 1 / 0.3)
@@ -117,98 +112,6 @@ def draw_view(recipe: Recipe, key: str, view: int, *, height: int, width: int) -
         interpolation=filters[0],
         renderer=recipe.renderer,
     )
-
-
-def render(image: Pixels, view: View) -> Pixels:
-    """Return the pixels of a view.
-
-    Args:
-        image: uint8 [H, W, 3], the decoded image that the view was drawn for.
-        view: parameters of the view.
-
-    Returns:
-        uint8 [img_size, img_size, 3], contiguous (channels last, so a batch is a channels-last tensor without a copy).
-    """
-    out = np.empty((view.img_size, view.img_size, 3), np.uint8)
-    _render_into(image, [view], [out])
-    return out
-
-
-def render_view(image: bytes | Pixels, recipe: Recipe, key: str, view: int) -> Pixels:
-    """Draw and render one view.
-
-    Args:
-        image: the encoded file, which is decoded completely, or the decoded image, uint8 [H, W, 3].
-        recipe: the augmentation.
-        key: sample key.
-        view: view number, 0 or more.
-
-    Returns:
-        uint8 [img_size, img_size, 3].
-
-    Raises:
-        BadImageError: it cannot be decoded.
-    """
-    pixels = decode(image, key=key) if isinstance(image, bytes) else image
-    (rendered,) = render_views(pixels, recipe, key, range(view, view + 1))
-    return rendered
-
-
-def render_views(image: Pixels, recipe: Recipe, key: str, views: range) -> NDArray[np.uint8]:
-    """Draw and render several views of one decoded image, uint8 [V, img_size, img_size, 3]."""
-    out = np.empty((len(views), recipe.img_size, recipe.img_size, 3), np.uint8)
-    render_views_into(image, recipe, key, views, list(out))
-    return out
-
-
-def render_views_into(image: Pixels, recipe: Recipe, key: str, views: range, out: Sequence[Pixels]) -> None:
-    """Draw and render several views of one decoded image.
-
-    Args:
-        image: uint8 [H, W, 3].
-        recipe: the augmentation.
-        key: sample key.
-        views: view numbers, V of them.
-        out: V places for the views, each uint8 [img_size, img_size, 3], contiguous.
-    """
-    height, width = image.shape[:2]
-    _render_into(image, [draw_view(recipe, key, view, height=height, width=width) for view in views], out)
-
-
-def render_encoded(image: bytes, recipe: Recipe, key: str, views: range, out: Sequence[Pixels]) -> None:
-    """Draw and render views of an image that is known to decode: only the part that the crops need may be decoded.
-
-    Args:
-        image: the encoded file.
-        recipe: the augmentation.
-        key: sample key.
-        views: view numbers, V of them.
-        out: V places for the views, each uint8 [img_size, img_size, 3], contiguous.
-
-    Raises:
-        BadImageError: it cannot be decoded.
-    """
-    if len(views) > 1:
-        render_views_into(decode(image, key=key), recipe, key, views, out)
-        return
-    height, width = image_size(image, key=key)
-    drawn = draw_view(recipe, key, views.start, height=height, width=width)
-    pixels, top, left = decode_around(image, drawn.crop, key=key)
-    crop = (drawn.crop[0] - top, drawn.crop[1] - left, *drawn.crop[2:])
-    _render_into(pixels, [replace(drawn, crop=crop)], out)
-
-
-def _render_into(image: Pixels, views: Sequence[View], out: Sequence[Pixels]) -> None:
-    """Render views that were drawn for an image, each into its place."""
-    from pipeline.views import kernel
-
-    if any(view.renderer == 1 for view in views):
-        from pipeline.views import renderer1  # only old label sets need it
-
-        for view, pixels in zip(views, out, strict=True):
-            pixels[:] = renderer1.render(image, view)
-    else:
-        kernel.render_views(np.ascontiguousarray(image), views, out)
 
 
 def _filters(recipe: Recipe, key: str, view: int) -> list[Interpolation]:

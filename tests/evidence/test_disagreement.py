@@ -11,7 +11,7 @@ from support.builders import make_labels, write_tars
 
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.images.source import open_source
-from pipeline.views.view import render_view
+from pipeline.pixels.render import render_view
 from trainer.config import AnalyseConfig, EvaluateConfig
 from trainer.evaluate import centre_recipe
 from trainer.evidence.analyse import UNKNOWN, analyse, analysis_text, disagreement, find_networks

@@ -24,9 +24,10 @@ from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import pair_of
+from pipeline.pixels.render import render
 from pipeline.settings.configs import ExportConfig
 from pipeline.views.mixing import apply_mix, mix_batch
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import draw_view
 
 ROOT = Path(__file__).parents[2]
 

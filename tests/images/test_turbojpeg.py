@@ -14,8 +14,9 @@ from pipeline.errors import BadImageError
 from pipeline.images import turbojpeg
 from pipeline.images.decode import decode, decode_around, decode_for, image_size
 from pipeline.images.samples import Box
+from pipeline.pixels.render import render, render_encoded
 from pipeline.settings.files import load_recipe
-from pipeline.views.view import draw_view, render, render_encoded
+from pipeline.views.view import draw_view
 
 
 @pytest.fixture

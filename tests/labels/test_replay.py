@@ -21,9 +21,10 @@ from pipeline.labels.manifest import read_probes
 from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_image, check_replay, make_probe, pair_of
 from pipeline.labels.sealing import MANIFEST_PROBES
 from pipeline.labels.tables import read_labels_footer
+from pipeline.pixels.render import render, render_view
 from pipeline.views import view as views
 from pipeline.views.pairs import Mix, Pairs, draw_mix, pairs_of
-from pipeline.views.view import draw_view, render, render_view
+from pipeline.views.view import draw_view
 
 
 @pytest.fixture

@@ -24,10 +24,11 @@ from pipeline.overview import sheet as drawing
 from pipeline.overview import summary as summarising
 from pipeline.overview.sheet import _tile, contact_sheet
 from pipeline.overview.summary import summarise
+from pipeline.pixels.render import render
 from pipeline.settings.files import load_recipe
 from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.pairs import draw_mix, pairs_of
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import draw_view
 
 SIZES = (13, 10)
 PIXEL = 1 / 110  # inches

@@ -24,12 +24,13 @@ from pipeline.images.source import open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_replay
 from pipeline.machine.progress import Tick
+from pipeline.pixels.render import render
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.plan import plan_work
 from pipeline.stage1.precompute import measure_accuracy, precompute
 from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.pairs import draw_mix, pairs_of
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import draw_view
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import in_processes
+from pipeline.pixels.render import render
 from pipeline.settings.files import load_recipe
 from pipeline.stage1 import rendering
 from pipeline.stage1.rendering import (
@@ -30,7 +31,7 @@ from pipeline.stage1.rendering import (
 )
 from pipeline.views.pairs import Mix, draw_mix, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import draw_view
 
 VIEWS = range(4)  # one pairing of three views, and the first view of the next
 

@@ -18,6 +18,7 @@ from webdataset.writer import TarWriter
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
+from pipeline.pixels.render import render_views
 from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
 from pipeline.stage1 import rendering
@@ -26,7 +27,6 @@ from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Network, Teacher
 from pipeline.views import view as views
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import render_views
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("ant", "bee", "cat")

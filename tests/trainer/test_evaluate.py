@@ -30,9 +30,10 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.machine.ranks import forward_dtype
+from pipeline.pixels.render import render
 from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.pairs import draw_mix, pairs_of
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import draw_view
 from trainer import student as student_module
 from trainer.config import EvaluateConfig
 from trainer.evaluate import centre_recipe, evaluate, fused_logits, measure_agreement

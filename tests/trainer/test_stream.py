@@ -16,11 +16,12 @@ from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.labels.checked_files import ViewsInOrder
 from pipeline.labels.labelset import LabelSet
+from pipeline.pixels.render import render
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.rendering import BlockRenderer, blocks_of, stream_views
 from pipeline.views.pairs import Mix, count_pairs, draw_mix, pairs_of
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import draw_view, render
+from pipeline.views.view import draw_view
 from trainer import stream
 from trainer.losses import TeacherTarget
 from trainer.order import Order

@@ -9,9 +9,10 @@ from support.builders import photo, shared_data
 from support.plain_views import grey, operate, render_plainly, warped
 
 from pipeline.images.decode import decode
+from pipeline.pixels.render import render
 from pipeline.settings.files import load_recipe
 from pipeline.views.randaugment import INCREASING, PLAIN, _grey, apply_op, mirror, op_argument
-from pipeline.views.view import View, draw_view, render
+from pipeline.views.view import View, draw_view
 
 RECIPES = [
     ("deit", {"img_size": 48}, 24),

@@ -12,8 +12,9 @@ from support.defined_views import draw_by_definition, render_by_definition
 from support.golden_views import PATH, RECIPES, cases, images, sha256
 from support.pillow_views import render_with_pillow
 
+from pipeline.pixels.render import render_view
 from pipeline.views.recipe import PRESETS, Recipe
-from pipeline.views.view import View, draw_view, render_view
+from pipeline.views.view import View, draw_view
 
 GOLDEN = json.loads(PATH.read_text(encoding="utf-8"))
 IMAGES = images()

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from pipeline.views.noise import fill_with_noise
 from pipeline.views.randaugment import FILL
-from pipeline.views.view import Pixels, View
+from pipeline.views.view import View
 
+Pixels = NDArray[np.uint8]  # uint8 [H, W, 3], RGB
 cv2: Any = _opencv  # its type stubs lose the dtype of every array
+cv2.setNumThreads(0)  # each loader process has one core
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 _LUMA = np.array([19595, 38470, 7471], np.float32)

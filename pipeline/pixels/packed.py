@@ -18,7 +18,9 @@ from pipeline.views.view import DrawnOp, View
 
 # The operations of a record are numbered as in RandAugment's table, with two exceptions: every warp is an AFFINE, and a rotation by a
 # multiple of 90 degrees that only moves pixels is a TURN.
-AUTOCONTRAST, EQUALIZE, INVERT, AFFINE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS = range(11)
+AUTOCONTRAST, EQUALIZE, INVERT, AFFINE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS = (
+    range(11)
+)
 TURN = 15
 BILINEAR, BICUBIC = 0, 1
 
@@ -26,7 +28,10 @@ OP = np.dtype(
     [
         ("kind", "<i4"),
         ("filter", "<i4"),  # BILINEAR or BICUBIC, of an AFFINE
-        ("number", "<i4"),  # POSTERIZE: mask; SOLARIZE: threshold; SOLARIZE_ADD: what is added; TURN: quarter turns, anticlockwise
+        (
+            "number",
+            "<i4",
+        ),  # POSTERIZE: mask; SOLARIZE: threshold; SOLARIZE_ADD: what is added; TURN: quarter turns, anticlockwise
         ("factor", "<f4"),  # of a blend
         ("matrix", "<f8", 6),  # of an AFFINE: a, b, c, d, e, f
     ]
@@ -53,7 +58,7 @@ _FILTERS = {"bilinear": BILINEAR, "bicubic": BICUBIC}
 _NO_MATRIX = (0.0,) * 6
 
 
-def packed(view: View, *, height: int, width: int, offset: int = 0) -> bytes:
+def packed(view: View, *, height: int, width: int, offset: int = 0, origin: tuple[int, int] = (0, 0)) -> bytes:
     """Return the record of a view, RECORD.itemsize bytes.
 
     Args:
@@ -61,11 +66,13 @@ def packed(view: View, *, height: int, width: int, offset: int = 0) -> bytes:
         height: height of the image in the buffer, pixels.
         width: width of the image in the buffer, pixels.
         offset: position of the image in the buffer, bytes.
+        origin: top and left of what is in the buffer, in the image that the view was drawn for.
     """
+    top, left, tall, wide = view.crop
     erase, key = (view.erase.box, noise_key(view.erase.noise)) if view.erase else ((0, 0, 0, 0), (0, 0))
     ops = b"".join(_packed_op(op, view.img_size) for op in view.ops)
     header = _HEADER.pack(
-        offset, height, width, *view.crop, *view.resize, *view.window, view.img_size, view.flip,
+        offset, height, width, top - origin[0], left - origin[1], tall, wide, *view.resize, *view.window, view.img_size, view.flip,
         _FILTERS[view.interpolation], len(view.ops), *erase, *key,
     )  # fmt: skip
     return header + ops + _NO_OPS[len(ops) :]

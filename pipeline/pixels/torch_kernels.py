@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.views.noise import noise_levels
-from pipeline.views.packed import (
+from pipeline.pixels.packed import (
     AFFINE,
     AUTOCONTRAST,
     BICUBIC,
@@ -27,6 +26,7 @@ from pipeline.views.packed import (
     SOLARIZE,
     TURN,
 )
+from pipeline.views.noise import noise_levels
 from pipeline.views.randaugment import FILL
 
 LUMA = (19595, 38470, 7471)
@@ -34,7 +34,7 @@ _FULL_TURN = 4
 
 
 def render_batch(pixels: Tensor, records: NDArray, out: Tensor) -> None:
-    """Render views into `out`, uint8 [B, S, S, 3]; see `pipeline.views.batched.render_batch`."""
+    """Render views into `out`, uint8 [B, S, S, 3]; see `pipeline.pixels.batched.render_batch`."""
     for record, view in zip(records, out, strict=True):
         view.copy_(_resized(pixels, record))
     for layer in range(records["num_ops"].max(initial=0)):

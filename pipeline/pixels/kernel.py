@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.pixels.packed import RECORD, packed
 from pipeline.views.noise import noise_levels
-from pipeline.views.packed import RECORD, packed
 from pipeline.views.view import View
 
 _ALIGNMENT = 64
@@ -45,7 +45,11 @@ def render_views(
         top, left, tall, wide = view.crop
         if min(top, left) < 0 or min(tall, wide) < 1 or top + tall > height or left + wide > width:
             raise ValueError(f"the crop {view.crop} is not inside of an image of {height} x {width}")
-        if pixels.shape != (view.img_size, view.img_size, 3) or pixels.dtype != np.uint8 or not pixels.flags.c_contiguous:
+        if (
+            pixels.shape != (view.img_size, view.img_size, 3)
+            or pixels.dtype != np.uint8
+            or not pixels.flags.c_contiguous
+        ):
             raise ValueError(f"a view of {view.img_size} pixels does not fit into {pixels.dtype} {list(pixels.shape)}")
     library, count = _library(), len(views)
     records = b"".join([packed(view, height=height, width=width) for view in views])
@@ -78,7 +82,7 @@ def _scratch(size: int) -> int:
 @cache
 def _library() -> Any:
     """Return the compiled kernel, or None where it was not compiled."""
-    found = importlib.util.find_spec("pipeline.views._kernel")
+    found = importlib.util.find_spec("pipeline.pixels._kernel")
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)

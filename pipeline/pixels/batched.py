@@ -1,13 +1,17 @@
 """Views of renderer 2 in batches on a device: one call renders many views of many decoded images."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.views import torch_kernels
-from pipeline.views.packed import SHARPNESS, TURN
+from pipeline.pixels import torch_kernels
+from pipeline.pixels.packed import SHARPNESS, TURN, packed
+from pipeline.pixels.packed import records as unpacked
 from pipeline.views.recipe import MAX_LAYERS
+from pipeline.views.view import View
 
 _KINDS = (*range(SHARPNESS + 1), TURN)
 
@@ -17,7 +21,7 @@ def render_batch(pixels: Tensor, records: NDArray, out: Tensor | None = None) ->
 
     Args:
         pixels: uint8 [N], decoded images or regions of them, one after the other; each is RGB in rows, 3 bytes a pixel.
-        records: RECORD [B] (see `pipeline.views.packed`), of one `size` S. Image i begins at `offset`, and its crop is relative to it.
+        records: RECORD [B] (see `pipeline.pixels.packed`), of one `size` S. Image i begins at `offset`, and its crop is relative to it.
         out: uint8 [B, S, S, 3], contiguous, on the device of `pixels`; a new tensor if it is None.
 
     Returns:
@@ -36,6 +40,13 @@ def render_batch(pixels: Tensor, records: NDArray, out: Tensor | None = None) ->
     _check_out(out, shape, pixels.device)
     torch_kernels.render_batch(pixels, records, out)
     return out
+
+
+def render_views(image: NDArray[np.uint8], views: Sequence[View]) -> NDArray[np.uint8]:
+    """Render views of one decoded image, uint8 [H, W, 3], on the CPU; return uint8 [V, S, S, 3]."""
+    height, width = image.shape[:2]
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]).reshape(-1))
+    return render_batch(pixels, unpacked(packed(view, height=height, width=width) for view in views)).numpy()
 
 
 def _check(records: NDArray, pixels: Tensor) -> None:
