@@ -37,9 +37,8 @@ _KERNELS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LAN
 
 _JPEG = b"\xff\xd8\xff"
 _SCAN = b"\xff\xda"
-_ONE_PASS = frozenset(
-    {0xC0, 0xC1}
-)  # frames of a JPEG that is neither progressive nor lossless nor arithmetically coded
+# Frames of a JPEG that is neither progressive nor lossless nor arithmetically coded.
+_ONE_PASS = frozenset({0xC0, 0xC1})
 # Markers of a usual header: these frames, Huffman tables, scan, quantisation tables, restart interval, APP0 to APP15, comment.
 _SEGMENTS = _ONE_PASS | {0xC4, _SCAN[1], 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
 
