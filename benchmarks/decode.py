@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py --data imagenet-sample --rounds 9 --out benchmarks/results/decode.json
 
-One process on one core, microseconds per image; what is compared takes turns at every image. It needs libjpeg-turbo 3. *whole*: all ways of decoding
-whole images, and their parts. The last row of a JPEG alone costs the entropy decoding of all of it, and the inverse DCT of one row of
-blocks; an eighth of the size costs the entropy decoding, too, and one pixel of each block. *crops*: the part that the crops of V
-views of the recipe `deit` need. *packed*: the same for images that were shrunk to a shorter side of 256 pixels as `pack` does it (Lanczos,
-4:2:0), in several encodings.
+One process on one core, microseconds of processor time per image; what is compared takes turns at every image, each time in another
+order. It needs libjpeg-turbo 3. *whole*: all ways of decoding whole images, and their parts. The last row of a JPEG alone costs the
+entropy decoding of all of it, and the inverse DCT of one row of blocks; an eighth of the size costs the entropy decoding, too, and one
+pixel of each block. *crops*: the part that the crops of V views of the recipe `deit` need. *packed*: images that were shrunk to a
+shorter side of 256 pixels as `pack` does it (Lanczos, 4:2:0), in several encodings. *views*: rendering from photographs, from packed
+images, and from the pixels of packed images, which are not decoded.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,12 +35,13 @@ from pipeline.images import turbojpeg
 from pipeline.images.decode import _around_all, _has_one_scan, decode, decode_for, image_size
 from pipeline.images.samples import Box
 from pipeline.settings.files import load_recipe
-from pipeline.views.view import draw_view
+from pipeline.views.view import draw_view, render_encoded, render_views_into
 
 Call = Callable[[], object]
 RECIPE = load_recipe("deit", {})
 VIEWS = (1, 2, 3, 4, 8)
 SHORTER = 256
+QUALITIES = (95, 90)
 ENCODINGS: dict[str, dict[str, Any]] = {
     "as packed": {},
     "optimised Huffman codes": {"optimize": True},
@@ -175,9 +177,9 @@ def microseconds(work: Mapping[str, Sequence[Call]]) -> dict[str, float]:
     for image in range(len(work[names[0]])):
         for name in numbers.sample(names, len(names)):
             call = work[name][image]
-            began = perf_counter()
+            began = thread_time()
             call()
-            spent[name] += perf_counter() - began
+            spent[name] += thread_time() - began
     return {name: 1e6 * seconds / len(work[name]) for name, seconds in spent.items()}
 
 
@@ -190,7 +192,7 @@ def whole(photos: Sequence[Photo], rounds: int) -> dict[str, Any]:
 def of_crops(photos: Sequence[Photo], rounds: int) -> dict[str, Any]:
     """Measure decoding for the crops of 1 to 8 views, other views in each round, and the size of what they need."""
 
-    def work(number: int) -> dict[str, list[Call]]:
+    def work(number: int) -> Mapping[str, Sequence[Call]]:
         several = {f"{views} views": parts(photos, range(number * views, number * views + views)) for views in VIEWS}
         return {"decode": wholes(photo.image for photo in photos)} | several
 
@@ -231,12 +233,37 @@ def of_packed(photos: Sequence[Photo], rounds: int, quality: int) -> dict[str, A
     sets |= {name: [encoded(each, quality, how) for each in pixels] for name, how in ENCODINGS.items()}
     packed = photos_of(sets["as packed"])
 
-    def work(number: int) -> dict[str, list[Call]]:
+    def work(number: int) -> Mapping[str, Sequence[Call]]:
         all_of_them = {name: wholes(images) for name, images in sets.items()}
         return all_of_them | {"as packed, 1 view": parts(packed, range(number, number + 1))}
 
     sizes = {name: round(statistics.mean(map(len, images))) for name, images in sets.items()}
     return {"bytes": sizes} | in_rounds(rounds, work, "as packed")
+
+
+def of_views(photos: Sequence[Photo], rounds: int) -> dict[str, Any]:
+    """Measure one view of photographs, of packed images, and of packed images that are decoded already."""
+    images = [photo.image for photo in photos]
+    sets = {"photographs": images}
+    sets |= {
+        f"packed, quality {quality}": [encoded(shrunk(photo), quality, {}) for photo in photos] for quality in QUALITIES
+    }
+    pixels = [decode(image, key="photo") for image in sets["packed, quality 95"]]
+    out = np.empty((1, RECIPE.img_size, RECIPE.img_size, 3), np.uint8)
+
+    def work(number: int) -> Mapping[str, Sequence[Call]]:
+        views = range(number, number + 1)
+        rendered = {
+            name: [partial(render_encoded, each, RECIPE, str(key), views, list(out)) for key, each in enumerate(images)]
+            for name, images in sets.items()
+        }
+        return rendered | {
+            "pixels": [
+                partial(render_views_into, each, RECIPE, str(key), views, list(out)) for key, each in enumerate(pixels)
+            ]
+        }
+
+    return in_rounds(rounds, work, "photographs")
 
 
 def shrunk(photo: Photo) -> NDArray[np.uint8]:
@@ -262,7 +289,7 @@ def main() -> None:
     photos = photos_of(image for _, _, image in read_photos(next(args.data.glob("*.tar"))))
     kinds = [simplejpeg.decode_jpeg_header(photo.image)[3] for photo in photos]
     result: dict[str, Any] = {
-        "what": "microseconds per image on one core",
+        "what": "microseconds of processor time per image, one process on one core",
         "machine": args.machine or machine(),
         "images": len(photos),
         "bytes": round(statistics.mean(len(photo.image) for photo in photos)),
@@ -271,7 +298,8 @@ def main() -> None:
     }
     result["whole"] = whole(photos, args.rounds)
     result["crops"] = of_crops(photos, args.rounds)
-    result["packed"] = {f"quality {quality}": of_packed(photos, args.rounds, quality) for quality in (95, 90)}
+    result["packed"] = {f"quality {quality}": of_packed(photos, args.rounds, quality) for quality in QUALITIES}
+    result["views"] = of_views(photos, args.rounds)
     write_json(args.out, result)
 
 
