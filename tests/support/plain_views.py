@@ -1,4 +1,4 @@
-"""The plain renderer: what `pipeline.views.view.render` must equal bit for bit, written for reading and not for speed.
+"""The plain renderer 1: what `pipeline.views.renderer1.render` must equal bit for bit, written for reading and not for speed.
 
 It obeys the same `View`, and shares no pixel code with the fast one: NumPy index arithmetic, integer sums, one pass for
 each thought. The two library calls that define the pixels (torch's antialiased resize, OpenCV's cubic warp of rotations)
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.views.draws import Draws, noise_levels
-from pipeline.views.view import IMAGENET_MEAN, IMAGENET_STD, Erase, View
+from pipeline.views.draws import Draws
+from pipeline.views.noise import noise_levels
+from pipeline.views.view import Erase, View
 
 Pixels = NDArray[np.uint8]
 FILL = (124, 116, 104)
@@ -28,8 +29,8 @@ def render_plainly(image: Pixels, view: View) -> Pixels:
     pixels = resized[top : top + view.img_size, left : left + view.img_size].copy()
     if view.flip:
         pixels = pixels[:, ::-1].copy()
-    for name, argument in view.ops:
-        pixels = operate(pixels, name.removesuffix("Increasing"), argument)
+    for op in view.ops:
+        pixels = operate(pixels, op.name.removesuffix("Increasing"), op.argument)
     return erased(pixels, view.erase) if view.erase else pixels
 
 
@@ -139,7 +140,7 @@ def warped(image: Pixels, matrix: list[list[float]]) -> Pixels:
 
 def erased(pixels: Pixels, erase: Erase) -> Pixels:
     top, left, tall, wide = erase.box
-    table = noise_levels(IMAGENET_MEAN, IMAGENET_STD)
+    table = noise_levels()
     words = Draws(erase.noise.to_bytes(8, "little")).raw(-(-tall * wide * 3 // 4))
     quantiles = [int(word) >> shift & 0xFFFF for word in words for shift in (0, 16, 32, 48)]
     result, at = pixels.copy(), iter(quantiles)

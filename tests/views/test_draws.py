@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.views.draws import Draws, draws_for, noise_levels, stream_of
+from pipeline.views import exact
+from pipeline.views.draws import Draws, draws_for, stream_of
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SURE = 1e-4  # smallest p-value that passes; the streams are fixed, so a test that passes once passes always
 
 
@@ -27,7 +27,8 @@ GOLDEN = [
     ("chance", lambda d: [d.chance(0.5) for _ in range(5)], [False, False, False, True, False]),
     ("integer", lambda d: [d.integer(stop) for stop in (10, 1000, 2**40, 1)], [9, 739, 639765778084, 0]),
     ("normal", lambda d: [d.normal() for _ in range(2)], [1.3294423023725057, 0.6403505383360901]),
-    ("normal, scaled", lambda d: [d.normal(9, 0.5)], [9.664721151186253]),
+    ("normal, by another quantile", lambda d: [d.normal(lambda share: 2 * share)], [1.8162979106481551]),
+    ("inside", lambda d: [d.inside() for _ in range(2)], [0.9081489553240776, 0.7390276343092694]),
     # below one: with Marsaglia and Tsang's boost
     ("beta 0.8", lambda d: [d.beta(0.8) for _ in range(2)], [0.975454854129847, 0.1280374343405844]),
     ("beta 1", lambda d: [d.beta(1.0) for _ in range(2)], [0.7422484297272228, 0.7988267436365952]),
@@ -146,7 +147,7 @@ DISTRIBUTIONS = [
     ("uniform", lambda d: d.uniform(), stats.uniform(), stats.uniform(0, 1.04)),
     ("uniform(-2, 5)", lambda d: d.uniform(-2, 5), stats.uniform(-2, 7), stats.uniform(-2.3, 7.3)),
     ("normal", lambda d: d.normal(), stats.norm(), stats.norm(0, 1.1)),
-    ("normal(9, 0.5)", lambda d: d.normal(9, 0.5), stats.norm(9, 0.5), stats.norm(8.97, 0.5)),
+    ("normal(exact)", lambda d: d.normal(exact.normal_quantile), stats.norm(), stats.norm(0.06, 1)),
     ("beta(0.8)", lambda d: d.beta(0.8), stats.beta(0.8, 0.8), stats.beta(1, 1)),
     ("beta(1)", lambda d: d.beta(1.0), stats.beta(1, 1), stats.beta(0.8, 0.8)),
     ("beta(3)", lambda d: d.beta(3.0), stats.beta(3, 3), stats.beta(2.6, 2.6)),
@@ -212,39 +213,3 @@ def test_every_permutation_is_as_likely():
     counts = np.unique(orders, axis=0, return_counts=True)[1]
     assert len(counts) == 24
     assert stats.chisquare(counts).pvalue > SURE
-
-
-def test_noise_table_is_pinned():
-    table = noise_levels(MEAN, STD)
-    assert (table.shape, table.dtype) == ((3, 65536), np.uint8)
-    assert hashlib.sha256(table.tobytes()).hexdigest() == (
-        "6c3c2e5f2e41f2a018055d436ade7816a0d69c18f4d0d3fbf49fdf1ad6c3059e"
-    ), "another table gives other erasing noise, and breaks every label set"
-
-
-def test_noise_table_rises_and_has_the_quantiles_of_a_clipped_normal():
-    table = noise_levels(MEAN, STD).astype(int)
-    assert (np.diff(table, axis=1) >= 0).all()
-    for channel in range(3):
-        edges = (np.arange(257) - 0.5) / 255
-        edges[[0, -1]] = -np.inf, np.inf  # the two ends take what is clipped
-        exact = np.diff(stats.norm(MEAN[channel], STD[channel]).cdf(edges))
-        share = np.bincount(table[channel], minlength=256) / 65536
-        assert np.abs(share - exact).max() <= 1.01 / 65536
-        assert table[channel, 32768] == round(255 * MEAN[channel])
-
-
-def test_noise_table_has_the_mean_and_deviation_of_clipped_rounded_noise():
-    table = noise_levels(MEAN, STD).astype(float)
-    normal = np.random.default_rng(0).standard_normal(1_000_000)
-    for channel in range(3):
-        noise = np.clip(np.round(255 * (MEAN[channel] + STD[channel] * normal)), 0, 255)
-        assert table[channel].mean() == pytest.approx(noise.mean(), abs=0.2)
-        assert table[channel].std() == pytest.approx(noise.std(), abs=0.2)
-
-
-def test_noise_table_of_another_mean_is_another_table():
-    dark = noise_levels((0.0,), (0.1,))
-    assert dark.shape == (1, 65536)
-    assert np.mean(dark == 0) == pytest.approx(0.5, abs=0.01)
-    assert dark.max() < 0.5 * 255

@@ -14,10 +14,10 @@ from pipeline.settings.files import load_recipe, parse_override
 from pipeline.views.recipe import PRESETS, RENDERER, RandAugment, Recipe
 
 IDS = [
-    ("deit", "20ad9f5bf9d15dc7d5b1ee6db1b261d32bd76efab7332f85a25aee2d1ccf9bec"),
-    ("deit-384", "b82591ece12cfbc1e44418099498f7917c4d7a09efdae360a392d982e3eb91e7"),
-    ("crop-flip", "cdaae066d67b163adc40977afda9d0820d8aeb76576285126245bd108bc9bf57"),
-    ("none", "9a0d39e1359cb4ee35b54a2f6100ad4635a973717938f3bcabffb485ff2791cb"),
+    ("deit", "e0b159eacfeb5b543cf2ab54fb653a1676cfb8e72714dad0fe6e31a9402a7792"),
+    ("deit-384", "42f69c851a4bb98597205309efd210eea5fc9fd6e6add763374b7db51c183ad3"),
+    ("crop-flip", "9da66ba3e2cf100346fc45e7c86970540aad4caad66ea57beff3990bf02540cb"),
+    ("none", "6f85d80126a99fa7c5fb068bca1de291506dc83d0dd09aa4a10b0d01bb15026d"),
 ]
 
 
@@ -38,14 +38,40 @@ def test_every_preset_has_a_pinned_id():
     assert sorted(PRESETS) == sorted(name for name, _ in IDS)
 
 
-def test_id_is_the_sha256_of_the_fields_in_canonical_json():
+CANONICAL = [
+    # fields, the fields between img_size and mix_block in canonical JSON, renderer
+    ({}, '"interpolation":"bicubic",', 2),
+    ({"interpolation": "random"}, '"interpolation":"random",', 2),
+    # renderer 1 had no such field
+    ({"renderer": 1}, "", 1),
+    ({"renderer": 1, "interpolation": "bicubic"}, "", 1),
+]
+
+
+@pytest.mark.parametrize(("fields", "interpolation", "renderer"), CANONICAL)
+def test_id_is_the_sha256_of_the_fields_in_canonical_json(fields, interpolation, renderer):
     text = (
         '{"aa":"rand-m9-mstd0.5-inc1","crop":"random","crop_pct":0.875,"cutmix":1.0,"hflip":0.5,"img_size":224,'
-        '"mix_block":256,"mixup":0.8,"mixup_prob":1.0,"mixup_switch_prob":0.5,"ratio":[0.75,1.3333333333333333],'
-        '"renderer":1,"reprob":0.25,"scale":[0.08,1.0],"seed":0,"views_per_pairing":3}'
+        f'{interpolation}"mix_block":256,"mixup":0.8,"mixup_prob":1.0,"mixup_switch_prob":0.5,'
+        f'"ratio":[0.75,1.3333333333333333],"renderer":{renderer},"reprob":0.25,"scale":[0.08,1.0],"seed":0,'
+        '"views_per_pairing":3}'
     )
-    assert Recipe().id == hashlib.sha256(text.encode()).hexdigest()
-    assert json.loads(text) == Recipe().model_dump(mode="json")
+    recipe = Recipe(**fields)
+    assert recipe.id == hashlib.sha256(text.encode()).hexdigest()
+    assert json.loads(text) == recipe.model_dump(mode="json") == json.loads(recipe.model_dump_json())
+    assert Recipe(**json.loads(text)) == recipe
+
+
+def test_the_id_of_an_old_recipe_is_what_it_was():
+    """`test_renderer1.py` has those of all presets."""
+    assert Recipe(renderer=1).id == "20ad9f5bf9d15dc7d5b1ee6db1b261d32bd76efab7332f85a25aee2d1ccf9bec"
+
+
+def test_other_fields_of_an_old_recipe_keep_its_renderer():
+    recipe = Recipe(renderer=1).with_fields(img_size=64)
+    assert recipe.renderer == 1
+    assert "interpolation" not in recipe.model_dump()
+    assert recipe.with_fields(renderer=2).model_dump()["interpolation"] == "bicubic"
 
 
 OTHER_VALUES = {
@@ -54,6 +80,7 @@ OTHER_VALUES = {
     "scale": (0.2, 1.0),
     "ratio": (0.5, 2.0),
     "crop_pct": 0.9,
+    "interpolation": "bilinear",
     "hflip": 0.0,
     "aa": None,
     "reprob": 0.0,
@@ -140,6 +167,9 @@ FILES = [
     # the others start from the named preset
     ("preset: none\nimg_size: 32", PRESETS["none"].with_fields(img_size=32)),
     ("preset: deit", Recipe()),
+    ("renderer: 1", Recipe(renderer=1)),
+    ("interpolation: random", Recipe(interpolation="random")),
+    ("preset: none\ninterpolation: bilinear", PRESETS["none"].with_fields(interpolation="bilinear")),
     ("preset: deit-384\nseed: 7\naa: null", Recipe(img_size=384, seed=7, aa=None)),
     ("scale: [0.2, 1]\nratio: [1, 1]", Recipe(scale=(0.2, 1.0), ratio=(1.0, 1.0))),
     ("aa: rand-m7-n1\nmixup: 0\n# a comment\n", Recipe(aa="rand-m7-n1", mixup=0.0)),
@@ -172,6 +202,7 @@ OVERRIDES = [
     ("img_size=32", ("img_size", 32)),
     ("img-size=32", ("img_size", 32)),
     ("aa=null", ("aa", None)),
+    ("interpolation=random", ("interpolation", "random")),
     ("aa=rand-m9-mstd0.5", ("aa", "rand-m9-mstd0.5")),
     ("scale=[0.1, 1]", ("scale", [0.1, 1])),
     (" mixup = 0.2", ("mixup", 0.2)),
@@ -219,7 +250,24 @@ BAD_FIELDS = [
     ({"ratio": [0.001, 1]}, "ratio must be two rising numbers in 0.01..100, got [0.001, 1]"),
     ({"aa": 9}, "aa must be text or null, got 9"),
     ({"renderer": True}, "renderer must be a whole number in 0..2147483648, got True"),
-    ({"renderer": RENDERER + 1}, "this version renders recipes of renderer 1, the recipe asks for 2"),
+    ({"renderer": RENDERER + 1}, "this version renders recipes of renderer 1 and 2, the recipe asks for 3"),
+    ({"renderer": 0}, "this version renders recipes of renderer 1 and 2, the recipe asks for 0"),
+    ({"interpolation": "lanczos"}, "interpolation must be one of random, bilinear, bicubic, got 'lanczos'"),
+    ({"interpolation": None}, "interpolation must be one of random, bilinear, bicubic, got None"),
+    ({"interpolation": "Bicubic"}, "interpolation must be one of random, bilinear, bicubic, got 'Bicubic'"),
+    (
+        {"interpolation": "bilinear", "renderer": 1},
+        "interpolation must be bicubic in a recipe of renderer 1, got 'bilinear'",
+    ),
+    (
+        {"interpolation": "random", "renderer": 1},
+        "interpolation must be bicubic in a recipe of renderer 1, got 'random'",
+    ),
+    # which filter the view has would be chance, and nothing else about the middle is
+    (
+        {"interpolation": "random", "crop": "center"},
+        "interpolation must be bilinear or bicubic where crop is 'center', got 'random'",
+    ),
 ]
 
 

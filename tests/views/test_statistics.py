@@ -81,7 +81,7 @@ def timms_randaugment(notation: str, count: int) -> list[list[tuple[str, float]]
 
 
 def names_of(views_ops) -> list[str]:
-    return [name for ops in views_ops for name, _ in ops]
+    return [name for ops in views_ops for name, *_ in ops]
 
 
 def test_operations_are_as_many_and_as_frequent_as_timms():
@@ -98,7 +98,7 @@ def test_operations_are_as_many_and_as_frequent_as_timms():
 def test_the_two_operations_of_a_view_are_independent():
     pairs = np.zeros((15, 15))
     for view in drawn(Recipe(aa="rand-m9-mstd0.5-inc1-p1")):
-        first, second = (INCREASING.index(name) for name, _ in view.ops)
+        first, second = (INCREASING.index(op.name) for op in view.ops)
         pairs[first, second] += 1
     assert stats.chi2_contingency(pairs).pvalue > SURE
     assert np.trace(pairs) == pytest.approx(COUNT / 15, rel=0.1), "the same one twice is allowed, as timm allows it"
@@ -119,7 +119,7 @@ def test_arguments_of_every_operation_have_timms_distribution(notation):
     theirs = timms_randaugment(notation, COUNT)
     assert {*names_of(ours)} == {*names_of(theirs)}
     for name in sorted({*names_of(ours)}):
-        one, other = ([value for ops in sample for op, value in ops if op == name] for sample in (ours, theirs))
+        one, other = ([value for ops in sample for op, value, *_ in ops if op == name] for sample in (ours, theirs))
         assert len(one) > 1000
         assert same_shape(one, other) > SURE, name
         if name.startswith("Posterize"):
@@ -131,7 +131,10 @@ def test_both_directions_are_as_likely():
 
     def directions(views_ops) -> list[bool]:
         return [
-            value > (name in enhanced) for ops in views_ops for name, value in ops if name in enhanced or name in FULL
+            value > (name in enhanced)
+            for ops in views_ops
+            for name, value, *_ in ops
+            if name in enhanced or name in FULL
         ]
 
     ours, theirs = directions(view.ops for view in drawn(DEIT)), directions(timms_randaugment(DEIT.aa, COUNT))
@@ -143,8 +146,8 @@ def test_both_directions_are_as_likely():
 
 def levels(notation: str) -> list[float]:
     """Return the magnitudes of our geometric operations, read back from their arguments."""
-    ops = [op for view in drawn(Recipe(aa=notation)) for op in view.ops if op[0] in FULL]
-    return [10 * abs(argument) / FULL[name] for name, argument in ops]
+    ops = [op for view in drawn(Recipe(aa=notation)) for op in view.ops if op.name in FULL]
+    return [10 * abs(op.argument) / FULL[op.name] for op in ops]
 
 
 def timms_levels(magnitude: float, std: float, maximum: float | None = None, count: int = COUNT) -> list[float]:
