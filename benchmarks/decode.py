@@ -35,7 +35,8 @@ from pipeline.images import turbojpeg
 from pipeline.images.decode import _around_all, _has_one_scan, decode, decode_for, image_size
 from pipeline.images.samples import Box
 from pipeline.settings.files import load_recipe
-from pipeline.views.view import draw_view, render_encoded, render_views_into
+from pipeline.pixels.render import draw_decoded, draw_encoded, render_into
+from pipeline.views.view import draw_view
 
 Call = Callable[[], object]
 RECIPE = load_recipe("deit", {})
@@ -211,7 +212,7 @@ def parts(photos: Sequence[Photo], views: range) -> list[Call]:
 
 
 def decode_part(image: bytes, boxes: list[Box]) -> object:
-    """Decode as `render_encoded` may: the size is asked for first, to draw the views."""
+    """Decode as `draw_encoded` may: the size is asked for first, to draw the views."""
     image_size(image, key="photo")
     return decode_for(image, boxes, key="photo")
 
@@ -249,17 +250,17 @@ def of_views(photos: Sequence[Photo], rounds: int) -> dict[str, Any]:
         f"packed, quality {quality}": [encoded(shrunk(photo), quality, {}) for photo in photos] for quality in QUALITIES
     }
     pixels = [decode(image, key="photo") for image in sets["packed, quality 95"]]
-    out = np.empty((1, RECIPE.img_size, RECIPE.img_size, 3), np.uint8)
+    into = partial(render_into, list(np.empty((1, RECIPE.img_size, RECIPE.img_size, 3), np.uint8)))
 
     def work(number: int) -> Mapping[str, Sequence[Call]]:
         views = range(number, number + 1)
         rendered = {
-            name: [partial(render_encoded, each, RECIPE, str(key), views, list(out)) for key, each in enumerate(images)]
+            name: [partial(draw_encoded, each, RECIPE, str(key), views, into) for key, each in enumerate(images)]
             for name, images in sets.items()
         }
         return rendered | {
             "pixels": [
-                partial(render_views_into, each, RECIPE, str(key), views, list(out)) for key, each in enumerate(pixels)
+                partial(draw_decoded, each, RECIPE, str(key), views, into) for key, each in enumerate(pixels)
             ]
         }
 

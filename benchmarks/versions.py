@@ -64,7 +64,7 @@ print(json.dumps([
 FACTS = """
 import json, platform, sys
 from importlib import metadata
-from pipeline.views import kernel
+from pipeline.pixels import kernel
 facts = {name: metadata.version(name) for name in sys.argv[1:]}
 print(json.dumps({"python": platform.python_version()} | facts | {"kernel": kernel.is_compiled()}))
 """

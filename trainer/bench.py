@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipeline.images.decode import decode, decode_around, image_size
+from pipeline.images.decode import decode, decode_for, image_size
 from pipeline.images.samples import Sample
 from pipeline.labels.combined import sets_of
 from pipeline.labels.encoding import Answers
@@ -27,7 +27,7 @@ from pipeline.machine.loaders import PREFETCH, one_core
 from pipeline.machine.ranks import forward_dtype
 from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import DOES_NOT_MATCH, Enough, Work, median_s, steady_s, synchronise
-from pipeline.pixels.render import draw_encoded, render_into
+from pipeline.pixels.render import MOST_IN_A_PART, draw_encoded, render_into
 from pipeline.text import count
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import draw_view
@@ -359,12 +359,12 @@ def _read(catalogue: Catalogue, shard: int, row: int, table: ShardTable) -> Samp
 
 
 def _decoding(sample: Sample, data: Data, views: range) -> Work:
-    """Return a function that decodes an image as the stream does: for a single view, only the part that its crop needs."""
-    if len(views) > 1 or data.label_set is None:
+    """Return a function that decodes an image as the stream does: only the part that its crops need, if there are few."""
+    if len(views) > MOST_IN_A_PART or data.label_set is None:
         return lambda: decode(sample.image, key=sample.key)
     height, width = image_size(sample.image, key=sample.key)
-    crop = draw_view(data.recipe, sample.key, views.start, height=height, width=width).crop
-    return lambda: decode_around(sample.image, crop, key=sample.key)
+    crops = [draw_view(data.recipe, sample.key, view, height=height, width=width).crop for view in views]
+    return lambda: decode_for(sample.image, crops, key=sample.key)
 
 
 class _Planner(BatchRenderer):

@@ -89,11 +89,6 @@ def decode_for(image: bytes, boxes: Sequence[Box], *, key: str) -> tuple[NDArray
         return _decode_whole(image, kind), 0, 0
 
 
-def decode_around(image: bytes, box: Box, *, key: str) -> tuple[NDArray[np.uint8], int, int]:
-    """Decode what one box of an image needs, see `decode_for`."""
-    return decode_for(image, (box,), key=key)
-
-
 def shrink(
     image: bytes,
     shorter: int,

@@ -1,6 +1,11 @@
-"""Views of renderer 2 in batches on a device: one call renders many views of many decoded images."""
+"""Views of renderer 2 in batches on a device: one call renders many views of many decoded images, with Triton or in plain torch."""
 
+import os
+import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,15 +19,19 @@ from pipeline.views.recipe import MAX_LAYERS
 from pipeline.views.view import View
 
 _KINDS = (*range(SHARPNESS + 1), TURN)
+Kernels = Literal["triton", "torch"]
 
 
-def render_batch(pixels: Tensor, records: NDArray, out: Tensor | None = None) -> Tensor:
+def render_batch(
+    pixels: Tensor, records: NDArray, out: Tensor | None = None, *, kernels: Kernels | None = None
+) -> Tensor:
     """Return the pixels of views; the same on every device, as docs/views-v2.md defines them.
 
     Args:
         pixels: uint8 [N], decoded images or regions of them, one after the other; each is RGB in rows, 3 bytes a pixel.
         records: RECORD [B] (see `pipeline.pixels.packed`), of one `size` S. Image i begins at `offset`, and its crop is relative to it.
         out: uint8 [B, S, S, 3], contiguous, on the device of `pixels`; a new tensor if it is None.
+        kernels: what renders. The default is Triton on a CUDA device where it is installed and finds a C compiler, otherwise plain torch.
 
     Returns:
         uint8 [B, S, S, 3] on the device of `pixels`; this is `out` if it was given. An empty batch has no size: [0, 0, 0, 3].
@@ -38,7 +47,7 @@ def render_batch(pixels: Tensor, records: NDArray, out: Tensor | None = None) ->
     if out is None:
         out = pixels.new_empty(shape)
     _check_out(out, shape, pixels.device)
-    torch_kernels.render_batch(pixels, records, out)
+    _module(kernels or _fastest(pixels.device)).render_batch(pixels, records, out)
     return out
 
 
@@ -47,6 +56,20 @@ def render_views(image: NDArray[np.uint8], views: Sequence[View]) -> NDArray[np.
     height, width = image.shape[:2]
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]).reshape(-1))
     return render_batch(pixels, unpacked(packed(view, height=height, width=width) for view in views)).numpy()
+
+
+def _fastest(device: torch.device) -> Kernels:
+    """Return what renders on a device; Triton builds its launcher with a C compiler, which not every machine has."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return "triton" if device.type == "cuda" and find_spec("triton") and compiler else "torch"
+
+
+def _module(kernels: Kernels) -> ModuleType:
+    if kernels == "torch":
+        return torch_kernels
+    from pipeline.pixels import triton_kernels  # it is not installed everywhere
+
+    return triton_kernels
 
 
 def _check(records: NDArray, pixels: Tensor) -> None:

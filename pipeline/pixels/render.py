@@ -11,12 +11,14 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.images.decode import decode, decode_around, image_size
+from pipeline.images.decode import decode, decode_for, image_size
 from pipeline.pixels import kernel
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import View, draw_view
 
 Pixels = NDArray[np.uint8]  # uint8 [H, W, 3], RGB
+# More crops of an image need nearly all of it: those of three views three quarters, those of four four fifths.
+MOST_IN_A_PART = 3
 Take = Callable[
     [Pixels, Sequence[View]], None
 ]  # what becomes of a decoded image (or a part of it) and the views drawn for it
@@ -74,7 +76,7 @@ def draw_encoded(image: bytes, recipe: Recipe, key: str, views: range, take: Tak
     """Draw views of an image that is known to decode, and let `take` make something of them.
 
     Args:
-        image: the encoded file; for a single view, only the part that its crop needs may be decoded.
+        image: the encoded file; only the part that the crops need may be decoded.
         recipe: the augmentation.
         key: sample key.
         views: view numbers.
@@ -83,13 +85,15 @@ def draw_encoded(image: bytes, recipe: Recipe, key: str, views: range, take: Tak
     Raises:
         BadImageError: it cannot be decoded.
     """
-    if len(views) > 1:
+    if len(views) > MOST_IN_A_PART:
         draw_decoded(decode(image, key=key), recipe, key, views, take)
         return
     height, width = image_size(image, key=key)
-    drawn = draw_view(recipe, key, views.start, height=height, width=width)
-    pixels, top, left = decode_around(image, drawn.crop, key=key)
-    take(pixels, [replace(drawn, crop=(drawn.crop[0] - top, drawn.crop[1] - left, *drawn.crop[2:]))])
+    drawn = [draw_view(recipe, key, view, height=height, width=width) for view in views]
+    pixels, top, left = decode_for(image, [view.crop for view in drawn], key=key)
+    if top or left:
+        drawn = [replace(view, crop=(view.crop[0] - top, view.crop[1] - left, *view.crop[2:])) for view in drawn]
+    take(pixels, drawn)
 
 
 def render_into(out: Sequence[Pixels], image: Pixels, views: Sequence[View]) -> None:

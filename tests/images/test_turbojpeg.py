@@ -12,9 +12,9 @@ from support.builders import encoded, photo, shared_data
 
 from pipeline.errors import BadImageError
 from pipeline.images import turbojpeg
-from pipeline.images.decode import decode, decode_around, decode_for, image_size
+from pipeline.images.decode import decode, decode_for, image_size
 from pipeline.images.samples import Box
-from pipeline.pixels.render import render, render_encoded
+from pipeline.pixels.render import draw_encoded, render, render_into
 from pipeline.settings.files import load_recipe
 from pipeline.views.view import draw_view
 
@@ -142,7 +142,7 @@ def test_views_of_photographs_are_those_of_the_whole_images(installed, monkeypat
     for number, image in enumerate(photographs()[:60]):
         whole = decode(image, key="photo")
         drawn = draw_view(recipe, f"{number}", number, height=whole.shape[0], width=whole.shape[1])
-        render_encoded(image, recipe, f"{number}", range(number, number + 1), list(out))
+        draw_encoded(image, recipe, f"{number}", range(number, number + 1), partial(render_into, list(out)))
         np.testing.assert_array_equal(out[0], render(whole, drawn))
     assert sum(part is not None for part in regions) > 50  # nearly every crop is worth it
 
@@ -185,14 +185,14 @@ def test_without_the_library_the_whole_image_is_decoded(monkeypatch, kind):
     monkeypatch.setattr(turbojpeg, "_library", lambda: None)
     assert not turbojpeg.is_installed()
     image = encoded(photo(0, 200, 200), kind)
-    pixels, top, left = decode_around(image, (150, 150, 20, 20), key="k")
+    pixels, top, left = decode_for(image, [(150, 150, 20, 20)], key="k")
     np.testing.assert_array_equal(pixels, decode(image, key="k"))
     assert (top, left) == (0, 0)
 
 
 def test_a_damaged_image_is_the_same_error_as_everywhere():
     with pytest.raises(BadImageError, match="image 'k'"):
-        decode_around(jpeg(noisy(200, 200))[:2000], (150, 150, 20, 20), key="k")
+        decode_for(jpeg(noisy(200, 200))[:2000], [(150, 150, 20, 20)], key="k")
 
 
 def test_an_image_of_many_scans_is_refused_before_a_part_of_it_is_decoded(always):

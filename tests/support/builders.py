@@ -18,6 +18,7 @@ from webdataset.writer import TarWriter
 from pipeline.images.source import Source, open_source
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import TeacherIdentity
+from pipeline.pixels import render
 from pipeline.pixels.render import render_views
 from pipeline.settings.configs import Dtype, PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe
@@ -25,7 +26,6 @@ from pipeline.stage1 import rendering
 from pipeline.stage1.precompute import precompute
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Network, Teacher
-from pipeline.views import view as views
 from pipeline.views.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +183,7 @@ def keys_decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from trainer import stream  # not above: some tests run without the trainer, others without the teacher
 
     keys: list[str] = []
-    for module, name in ((rendering, "decode"), (views, "decode"), (views, "decode_around"), (stream, "decode")):
+    for module, name in ((rendering, "decode"), (render, "decode"), (render, "decode_for"), (stream, "decode")):
         function = getattr(module, name)
 
         def noting(*args: Any, key: str, function: Any = function) -> Any:

@@ -1,4 +1,4 @@
-"""The plain renderer 1: what `pipeline.views.renderer1.render` must equal bit for bit, written for reading and not for speed.
+"""The plain renderer 1: what `pipeline.pixels.renderer1.render` must equal bit for bit, written for reading and not for speed.
 
 It obeys the same `View`, and shares no pixel code with the fast one: NumPy index arithmetic, integer sums, one pass for
 each thought. The two library calls that define the pixels (torch's antialiased resize, OpenCV's cubic warp of rotations)

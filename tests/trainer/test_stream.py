@@ -440,10 +440,10 @@ def test_batches_before_an_error_are_used(tmp_path):
 
 
 def test_only_errors_on_purpose_are_sent_on(source, label_set, monkeypatch):
-    def breaks(image, recipe, key, views):
+    def breaks(image, recipe, key, views, take):
         raise ZeroDivisionError(key)
 
-    monkeypatch.setattr(stream, "render_encoded", breaks)
+    monkeypatch.setattr(stream, "draw_encoded", breaks)
     with pytest.raises(ZeroDivisionError, match="img-00"):  # a defect of ours keeps its traceback
         renderer_of(source, label_set).render_here(0)
 

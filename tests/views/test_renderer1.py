@@ -26,8 +26,9 @@ from pipeline.images.decode import decode
 from pipeline.settings.files import load_recipe
 from pipeline.views.randaugment import FILL, INCREASING, PLAIN, op_argument
 from pipeline.views.recipe import Recipe
-from pipeline.views.renderer1 import _grey, _mirror, apply_op
-from pipeline.views.view import DrawnOp, Erase, View, draw_view, render
+from pipeline.pixels.renderer1 import _grey, _mirror, apply_op
+from pipeline.pixels.render import render
+from pipeline.views.view import DrawnOp, Erase, View, draw_view
 
 NAMES = sorted({*INCREASING, *PLAIN})
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")

@@ -32,7 +32,8 @@ from pipeline.views.draws import Draws, draws_for
 from pipeline.views.noise import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.views.randaugment import FILL
 from pipeline.views.recipe import PRESETS, RENDERER, Recipe
-from pipeline.views.view import DrawnOp, Erase, View, draw_view, render, render_view, render_views
+from pipeline.pixels.render import render, render_view, render_views
+from pipeline.views.view import DrawnOp, Erase, View, draw_view
 
 SMALL = Recipe(img_size=64)
 
@@ -53,7 +54,8 @@ import hashlib, random, sys
 import cv2, numpy as np, torch
 from pipeline.views.pairs import draw_mix, draw_pairs
 from pipeline.views.recipe import PRESETS, RENDERER, Recipe
-from pipeline.views.view import draw_view, render
+from pipeline.pixels.render import render
+from pipeline.views.view import draw_view
 
 order, threads = sys.argv[1], int(sys.argv[2])
 random.seed(threads); np.random.seed(threads); torch.manual_seed(threads)
