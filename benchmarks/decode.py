@@ -34,8 +34,8 @@ from rounds import machine, medians, options, ratios, write_json
 from pipeline.images import turbojpeg
 from pipeline.images.decode import _around_all, _has_one_scan, decode, decode_for, image_size
 from pipeline.images.samples import Box
-from pipeline.settings.files import load_recipe
 from pipeline.pixels.render import draw_decoded, draw_encoded, render_into
+from pipeline.settings.files import load_recipe
 from pipeline.views.view import draw_view
 
 Call = Callable[[], object]
@@ -259,9 +259,7 @@ def of_views(photos: Sequence[Photo], rounds: int) -> dict[str, Any]:
             for name, images in sets.items()
         }
         return rendered | {
-            "pixels": [
-                partial(draw_decoded, each, RECIPE, str(key), views, into) for key, each in enumerate(pixels)
-            ]
+            "pixels": [partial(draw_decoded, each, RECIPE, str(key), views, into) for key, each in enumerate(pixels)]
         }
 
     return in_rounds(rounds, work, "photographs")

@@ -67,7 +67,7 @@ class Batch:
         """Return the same batch on a device, rendered; copies from page-locked memory run on the current stream."""
         images = rendered(self.images, len(self.keys), device)
         if device.type == "cpu":
-            return replace(self, images=images)
+            return self if images is self.images else replace(self, images=images)
         return _with_tensors(replace(self, images=images), lambda tensor: tensor.to(device, non_blocking=True))
 
     def record_stream(self, stream: "torch.cuda.Stream") -> None:

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.pixels import packed
-from pipeline.views.noise import noise_levels
 from pipeline.pixels.packed import OP, RECORD
+from pipeline.pixels.torch_kernels import LUMA, tap_range
+from pipeline.views.noise import noise_levels
 from pipeline.views.randaugment import FILL
 from pipeline.views.recipe import MAX_LAYERS
-from pipeline.pixels.torch_kernels import LUMA, tap_range
 
 
 def _word(name: str) -> tl.constexpr:

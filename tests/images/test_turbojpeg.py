@@ -4,6 +4,7 @@ import io
 import random
 import tarfile
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest

@@ -23,11 +23,11 @@ from support.plain_views import grey, operate, render_plainly, warped
 from timm.data import auto_augment
 
 from pipeline.images.decode import decode
+from pipeline.pixels.render import render
+from pipeline.pixels.renderer1 import _grey, _mirror, apply_op
 from pipeline.settings.files import load_recipe
 from pipeline.views.randaugment import FILL, INCREASING, PLAIN, op_argument
 from pipeline.views.recipe import Recipe
-from pipeline.pixels.renderer1 import _grey, _mirror, apply_op
-from pipeline.pixels.render import render
 from pipeline.views.view import DrawnOp, Erase, View, draw_view
 
 NAMES = sorted({*INCREASING, *PLAIN})

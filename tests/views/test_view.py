@@ -27,12 +27,12 @@ from support.pillow_views import render_with_pillow, resize_rows_first
 import pipeline
 from pipeline.errors import BadImageError
 from pipeline.images.decode import encode
+from pipeline.pixels.render import render, render_view, render_views
 from pipeline.views import view as views
 from pipeline.views.draws import Draws, draws_for
 from pipeline.views.noise import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.views.randaugment import FILL
 from pipeline.views.recipe import PRESETS, RENDERER, Recipe
-from pipeline.pixels.render import render, render_view, render_views
 from pipeline.views.view import DrawnOp, Erase, View, draw_view
 
 SMALL = Recipe(img_size=64)
