@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.defined_views import render_by_definition
-from support.random_views import random_views, together, views_of_each_op
+from support.random_views import random_views, together, views_of_each_op, warp_records, warps_to_whole_numbers
 
 from pipeline.pixels import batched
 from pipeline.pixels.batched import render_batch
@@ -41,6 +41,14 @@ def test_random_views_are_those_of_the_cpu(device, kernels, size, count, scale):
 def test_each_operation_is_that_of_the_cpu(device, kernels, size):
     step = 1 if device.type == "cuda" else 9
     assert_same_as_on_the_cpu(views_of_each_op(size)[::step], device, kernels)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_each_operation_of_a_warp_is_rounded(device, kernels, interpolation):
+    image, matrices = warps_to_whole_numbers(224)
+    records, pixels = warp_records(image, matrices, interpolation), torch.from_numpy(image.reshape(-1))
+    views = render_batch(pixels.to(device), records, kernels=kernels).cpu()
+    assert torch.equal(views, render_batch(pixels, records, kernels="torch"))
 
 
 def test_views_with_all_layers_are_those_of_the_cpu(device, kernels):

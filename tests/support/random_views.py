@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pipeline.images.samples import Box
 from pipeline.pixels.packed import packed, records
 from pipeline.views.randaugment import INCREASING, PLAIN, op_argument
+from pipeline.views.recipe import Interpolation
 from pipeline.views.view import DrawnOp, Erase, View
 from support.photographs import photo
 
@@ -40,8 +41,21 @@ def views_of_each_op(size: int) -> list[tuple[Pixels, View]]:
         for level, negate in ((0.0, False), (9.0, False), (9.3, True), (20.0, False))
         for interpolation in ("bilinear", "bicubic")
     ]
+    # half pixels: the centres of some pixels come from the very edge
+    moves = [DrawnOp(name, half / 2 / size) for name in ("TranslateXRel", "TranslateYRel") for half in (-3, -1, 1, 3)]
     turns = [DrawnOp("Rotate", degrees) for degrees in (0.0, 90.0, -90.0, 180.0, 270.0, 360.0, 45.0, -1e-14)]
-    return [(image, replace(whole, ops=(op,))) for op in ops + turns]
+    return [(image, replace(whole, ops=(op,))) for op in ops + moves + turns]
+
+
+def warps_to_whole_numbers(size: int) -> tuple[Pixels, list[tuple[float, ...]]]:
+    """Return an image, uint8 [size, size, 3], and matrices of affines whose exact values are often whole numbers, or nearly.
+
+    There the last bit of each product and sum decides the pixel, so an operation that is left out, fused or moved is seen.
+    """
+    image = (np.random.default_rng(0).integers(0, 3, (size, size, 3)) * 125).astype(np.uint8)
+    image[: size // 3] = (np.indices((size // 3, size)).sum(0) * 5 % 250)[..., None]
+    fifths = [k / 5 for k in range(-7, 8) if k % 5]
+    return image, [(1.0, b, c, 0.0, 1.0, f) for b, c, f in zip((0.0, 0.2) * 8, fifths, fifths[::-1], strict=False)]
 
 
 def together(images_and_views: list[tuple[Pixels, View]]) -> tuple[Pixels, np.ndarray]:
@@ -52,6 +66,16 @@ def together(images_and_views: list[tuple[Pixels, View]]) -> tuple[Pixels, np.nd
         buffers += [image.reshape(-1), np.zeros(1, np.uint8)]
         offset += image.size + 1
     return np.concatenate(buffers), records(packed_views)
+
+
+def warp_records(image: Pixels, matrices: list[tuple[float, ...]], interpolation: Interpolation) -> np.ndarray:
+    """Return the records of affines of a square image, with any matrices."""
+    size = len(image)
+    ops = (DrawnOp("ShearX", 0.1, interpolation),)
+    view = View(crop=(0, 0, size, size), resize=(size, size), window=(0, 0), img_size=size, ops=ops)
+    made = records([packed(view, height=size, width=size)] * len(matrices)).copy()
+    made["ops"]["matrix"][:, 0] = matrices
+    return made
 
 
 def _random_view(random: Random, number: int, size: int, layers: int, scale: int) -> tuple[Pixels, View]:

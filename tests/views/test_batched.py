@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.defined_views import render_by_definition
-from support.random_views import random_views, together, views_of_each_op
+from support.defined_views import affine, render_by_definition, resize_weights
+from support.random_views import random_views, together, views_of_each_op, warp_records, warps_to_whole_numbers
 
 from pipeline.pixels import batched, torch_kernels
 from pipeline.pixels.batched import render_batch
+from pipeline.pixels.packed import BICUBIC, BILINEAR
 
 
 def defined(images_and_views) -> np.ndarray:
@@ -42,6 +43,26 @@ def test_torch_renders_random_views_as_defined(size, count, scale):
 def test_torch_applies_each_operation_as_defined(size):
     views = views_of_each_op(size)
     assert_same(rendered(views), defined(views), views)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_torch_rounds_each_operation_of_a_warp(interpolation):
+    image, matrices = warps_to_whole_numbers(224)
+    records = warp_records(image, matrices, interpolation)
+    views = render_batch(torch.from_numpy(image.reshape(-1)), records).numpy()
+    for view, matrix in zip(views, matrices, strict=True):
+        assert np.array_equal(view, affine(image, matrix, interpolation)), matrix
+
+
+# from n to m values: larger, the same, odd, one, and so many inputs that the order of the sum decides
+@pytest.mark.parametrize(("n", "m"), [(9, 33), (24, 24), (97, 31), (1, 5), (5, 1), (3001, 64), (1777, 100)])
+def test_weights_are_those_of_the_definition(n, m):
+    for interpolation, filter in (("bilinear", BILINEAR), ("bicubic", BICUBIC)):
+        first, weights = torch_kernels.weights(n, m, filter, 0, m)
+        for i in range(m):
+            begin, defined_weights = resize_weights(i, n, m, interpolation)
+            assert (begin, defined_weights) == (first[i], weights[i, : len(defined_weights)].tolist())
+            assert not weights[i, len(defined_weights) :].any()
 
 
 def test_torch_renders_in_parts_as_at_once(monkeypatch):
@@ -105,22 +126,25 @@ def test_refuses_an_operation_that_is_not_defined():
 # Its interpreter is switched on when the kernels are imported, so it needs a process of its own.
 INTERPRETED = """
 import torch
-from support.random_views import random_views, together, views_of_each_op
+from support.random_views import random_views, together, views_of_each_op, warp_records, warps_to_whole_numbers
 from pipeline.pixels import triton_kernels
 from pipeline.pixels.batched import render_batch
 
-def compare(images_and_views):
-    pixels, records = together(images_and_views)
+def compare(pixels, records):
     pixels = torch.from_numpy(pixels)
     one, other = (render_batch(pixels, records, kernels=kernels) for kernels in ("torch", "triton"))
-    for number, (_, view) in enumerate(images_and_views):
-        assert torch.equal(one[number], other[number]), view
+    for number, record in enumerate(records):
+        assert torch.equal(one[number], other[number]), record
 
-compare(views_of_each_op(9)[::3])
-compare(random_views(1, 20, 17, layers=4))
+views = views_of_each_op(8)
+compare(*together(views[:-16:5] + views[-16:]))
+compare(*together(random_views(1, 15, 17, layers=4)))
+image, matrices = warps_to_whole_numbers(32)
+for interpolation in ("bilinear", "bicubic"):
+    compare(image.reshape(-1), warp_records(image, matrices[::3], interpolation))
 triton_kernels._PART_BYTES = 5000
-compare(random_views(2, 20, 5))
-compare(random_views(3, 5, 1))
+compare(*together(random_views(2, 12, 5)))
+compare(*together(random_views(3, 5, 1)))
 """
 
 
