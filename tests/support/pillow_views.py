@@ -36,7 +36,7 @@ def resize_rows_first(picture: Image.Image, size: tuple[int, int], interpolation
     """Resize to (h, w), every row first and then every column.
 
     Until version 12, Pillow's `resize` does just this in one call. Pillow 13 begins with the columns where they shrink most (H > h and
-    H - h > 2 (W - w)), which differs by a level or two in some values. A resize that changes one dimension is a single pass in all versions.
+    H - h > 2 (W - w)), which gives other levels where it does. A resize that changes one dimension is a single pass in all versions.
     """
     height, width = size
     rows = picture.resize((width, picture.height), FILTERS[interpolation])
