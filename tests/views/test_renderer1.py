@@ -26,6 +26,7 @@ from pipeline.images.decode import decode
 from pipeline.pixels.render import render
 from pipeline.pixels.renderer1 import _grey, _mirror, apply_op
 from pipeline.settings.files import load_recipe
+from pipeline.views.draws import draws_for
 from pipeline.views.randaugment import FILL, INCREASING, PLAIN, op_argument
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import DrawnOp, Erase, View, draw_view
@@ -93,6 +94,21 @@ GOLDEN = [
 def test_views_of_old_recipes_are_pinned(preset, key, view, pinned):
     drawn = draw_view(of_renderer_1(preset), key, view, height=375, width=500)
     assert drawn == pinned, "views of stored labels move"
+
+
+def test_old_crops_are_drawn_with_the_functions_of_the_machine():
+    """In an image so large the size of a crop shows every bit of them."""
+    recipe, side = of_renderer_1("crop-flip"), 2**46
+    for key in ("a", "b", "c", "d"):
+        draws = draws_for(recipe.id, key, 0, "crop")
+        crop = draw_view(recipe, key, 0, height=side, width=side).crop
+        for _ in range(10):
+            area = draws.uniform(*recipe.scale) * side * side
+            ratio = math.exp(draws.uniform(math.log(recipe.ratio[0]), math.log(recipe.ratio[1])))
+            height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if max(height, width) <= side:
+                break
+        assert crop[2:] == (height, width)
 
 
 def test_pixels_of_old_views_are_pinned():

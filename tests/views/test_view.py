@@ -28,6 +28,7 @@ import pipeline
 from pipeline.errors import BadImageError
 from pipeline.images.decode import encode
 from pipeline.pixels.render import render, render_view, render_views
+from pipeline.views import exact
 from pipeline.views import view as views
 from pipeline.views.draws import Draws, draws_for
 from pipeline.views.noise import IMAGENET_MEAN, IMAGENET_STD
@@ -306,10 +307,22 @@ DEFINED = {
 
 @pytest.mark.parametrize("name", DEFINED)
 def test_views_are_drawn_as_they_are_defined(name):
-    for i, (height, width) in enumerate([(375, 500), (90, 61), (1, 1), (1, 700), (900, 3), (224, 224)]):
+    sizes = [(375, 500), (90, 61), (1, 1), (1, 700), (900, 3), (224, 224)]
+    sizes.append((2**46, 2**45))  # its crops show every bit of the functions that are exact
+    for i, (height, width) in enumerate(sizes):
         for view in range(25):
             drawn = draw_view(DEFINED[name], f"key{i}", view, height=height, width=width)
             assert drawn == draw_by_definition(DEFINED[name], f"key{i}", view, height, width)
+
+
+def test_the_logarithm_of_a_ratio_is_rounded_before_it_is_used():
+    """This ratio is one of those where the logarithm of a library gives another crop."""
+    ratios = (1 + k / 5000 for k in range(5000))
+    ratio = next(r for r in ratios if exact.exp(math.log(r)) != exact.exp(exact.log(r)))
+    recipe, side = Recipe(img_size=16, ratio=(ratio, ratio)), 2**46
+    for view in range(5):
+        drawn = draw_view(recipe, "a", view, height=side, width=side)
+        assert drawn == draw_by_definition(recipe, "a", view, side, side)
 
 
 # --- one step at a time ---------------------------------------------------------------------------------------
