@@ -25,10 +25,11 @@ from rounds import machine, options, write_json
 from timm.data import auto_augment
 
 from pipeline.images.decode import decode
+from pipeline.pixels.render import render
 from pipeline.settings.files import load_recipe
 from pipeline.views.randaugment import FILL, INCREASING, op_argument
 from pipeline.views.recipe import Interpolation, Recipe
-from pipeline.views.view import DrawnOp, View, draw_view, render
+from pipeline.views.view import DrawnOp, View, draw_view
 
 Pixels = NDArray[np.uint8]
 SIZE = 224
