@@ -153,11 +153,11 @@ def test_the_quantile_is_odd_about_one_half():
         assert exact.normal_quantile(value) == -exact.normal_quantile(1 - value)
 
 
-def test_the_quantile_has_more_than_30_digits_before_it_is_rounded():
+def test_the_quantile_has_more_than_20_digits_before_it_is_rounded():
     """A wrong coefficient, or a change of polynomials at another place, is far smaller than the grid."""
     for share in EDGES["normal_quantile"] + arguments("normal_quantile", 500):
         expected = defined_views.as241(Decimal(share))
-        assert abs(exact._as241(Decimal(share)) - expected) <= Decimal("1e-30"), share.hex()
+        assert abs(exact._as241(Decimal(share)) - expected) <= Decimal("1e-25"), share.hex()
 
 
 def test_the_coefficients_are_those_of_the_paper():
