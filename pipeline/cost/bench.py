@@ -14,6 +14,7 @@ from pipeline.images.samples import ShardIndex, SourceShard
 from pipeline.images.source import Source
 from pipeline.machine.progress import Tick
 from pipeline.machine.timing import DOES_NOT_MATCH, Enough
+from pipeline.pixels.handover import renders_on_gpu
 from pipeline.settings.configs import MAX_VIEW, BenchConfig, PrecomputeConfig, TeacherConfig
 from pipeline.stage1.engines import load_here
 from pipeline.stage1.loop import AHEAD
@@ -57,12 +58,14 @@ class LabellingBench:
         parts = [
             ("read", rates.read_s / shared, "one core"),
             ("decode", rates.decode_s / shared, "one core"),
-            ("render", rates.render_s, "one core"),
+            ("hand over" if rates.device_render_s else "render", rates.render_s, "one core"),
             ("copy", rates.copy_s, "in memory; not needed here" if threads else f"to one {device}, while it computes"),
             ("teacher", rates.teacher_s, f"one {device}" + (f", {count(threads, 'thread')}" if threads else "")),
             ("top-k", rates.topk_s, f"one {device}"),
             ("write", rates.write_s, "one core"),
         ]
+        if rates.device_render_s:
+            parts[3:4] = [("copy and render", rates.device_render_s, f"one {device}")]
         lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
         lines += [f"{name:17}{1e6 * s:12,.1f}{1 / s if s else 0:12,.1f}  {where}" for name, s, where in parts]
         of_best = together.per_second / reachable.together
@@ -87,7 +90,10 @@ def bench_labelling(
     """Time each part of stage 1 alone on the first images, then all parts together for five times as long; return both."""
     teacher, source = load_here(config, teacher_config)
     topk = choose_topk(config.topk, teacher.identity.num_classes)
-    rates = measure_rates(source, recipe, teacher, topk=topk, precision=config.precision, least_s=asked.seconds)
+    on_gpu = renders_on_gpu(config.render, recipe, teacher.device)
+    rates = measure_rates(
+        source, recipe, teacher, topk=topk, precision=config.precision, least_s=asked.seconds, on_gpu=on_gpu
+    )
     images = min(asked.images, max(2, int(0.5 / rates.answer_s)))  # for at least two answers per second
     together = measure_run(source, recipe, teacher, config, num_images=images, seconds=5 * asked.seconds)
     machine = plan_machine(config, teacher)

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.cost.rates import Rates, forward_flops, measure_rates, training_step_s
 from pipeline.cost.reach import LIMITS, Limit, Machine, ReachableRates, plan_machine, reachable_rates
 from pipeline.labels.encoding import codec_of
+from pipeline.pixels.handover import renders_on_gpu
 from pipeline.settings.configs import EstimateConfig, PrecomputeConfig, TeacherConfig
 from pipeline.stage1.engines import load_here
 from pipeline.stage1.plan import choose_topk
@@ -181,7 +182,10 @@ def estimate_labelling(
     classes = teacher.identity.num_classes
     topk = choose_topk(config.topk, classes)
     student = create_student(asked.model, num_classes=classes, img_size=recipe.img_size).model
-    rates = measure_rates(source, recipe, teacher, topk=topk, precision=config.precision, least_s=asked.seconds)
+    on_gpu = renders_on_gpu(config.render, recipe, teacher.device)
+    rates = measure_rates(
+        source, recipe, teacher, topk=topk, precision=config.precision, least_s=asked.seconds, on_gpu=on_gpu
+    )
     timed = teacher.device.type == "cuda"
     if timed:
         teacher_s, student_s = rates.answer_s, training_step_s(student, recipe.img_size, teacher.device)

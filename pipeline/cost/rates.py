@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
 from pipeline.machine.timing import median_s
-from pipeline.pixels.render import render_view
+from pipeline.pixels.handover import UnrenderedViews, slot_shape
+from pipeline.pixels.render import draw_decoded, render_view
 from pipeline.teacher.teacher import CPU_BATCH, Teacher, one_thread
 from pipeline.views.mixing import mix_batch
 from pipeline.views.pairs import draw_mix
@@ -40,11 +42,12 @@ class Rates:
     Attributes:
         read_s: seconds to read one encoded image, on one core.
         decode_s: seconds to decode one image, on one core.
-        render_s: seconds to draw and render one view of a decoded image, on one core.
+        render_s: seconds to draw one view of a decoded image, and to render it or to hand it over, on one core.
         copy_s: seconds to copy one view to the device.
         teacher_s: seconds to mix and normalise one view and run the teacher on it.
         topk_s: seconds to turn the logits of one view into an answer on the host.
         write_s: seconds to write one label, on one core.
+        device_render_s: seconds to copy one view to the device and render it there; 0 if the cores render.
     """
 
     read_s: float
@@ -54,6 +57,7 @@ class Rates:
     teacher_s: float
     topk_s: float
     write_s: float
+    device_render_s: float = 0.0
 
     def view_s(self, views_per_decode: int) -> float:
         """Return the seconds that one core takes to make one view, if `views_per_decode` views come from one decode."""
@@ -62,13 +66,20 @@ class Rates:
     @property
     def answer_s(self) -> float:
         """Seconds that one device takes to label one view; copies run at the same time."""
-        return self.teacher_s + self.topk_s
+        return self.teacher_s + self.topk_s + self.device_render_s
 
 
 def measure_rates(
-    source: Source, recipe: Recipe, teacher: Teacher, *, topk: int, precision: Precision, least_s: float = 1.0
+    source: Source,
+    recipe: Recipe,
+    teacher: Teacher,
+    *,
+    topk: int,
+    precision: Precision,
+    least_s: float = 1.0,
+    on_gpu: bool = False,
 ) -> Rates:
-    """Time each part alone, for about `least_s` seconds each, and return medians.
+    """Time each part alone, for about `least_s` seconds each, and return medians; `on_gpu`: the teacher's device renders.
 
     Raises:
         SourceError: no image can be decoded.
@@ -79,8 +90,15 @@ def measure_rates(
         keyed = zip(images, samples, strict=True)
         return [render_view(image, recipe, sample.key, number) for image, sample in keyed]
 
+    def handed_over(number: int) -> Tensor:
+        batch = UnrenderedViews(memory, len(samples), recipe.img_size)
+        for at, (image, sample) in enumerate(zip(images, samples, strict=True)):
+            draw_decoded(image, recipe, sample.key, range(number, number + 1), partial(batch.add, [at]))
+        return batch.images
+
     rendered = np.stack(views(0))
     numbers = itertools.count()
+    memory = torch.empty(slot_shape(len(samples), recipe.img_size, unrendered=True), dtype=torch.uint8)
     with torch.inference_mode(), one_thread(teacher.device):
         answer_s = _answer_s(rendered, recipe, teacher, topk, least_s)
         batch = GPU_BATCH if teacher.device.type == "cuda" else CPU_BATCH
@@ -92,11 +110,14 @@ def measure_rates(
         timed = {
             "read_s": (lambda: [shard[row] for shard, row in places], len(places)),
             "decode_s": (lambda: [decode(sample.image, key=sample.key) for sample in samples], len(samples)),
-            "render_s": (lambda: views(next(numbers)), len(samples)),
+            "render_s": (lambda: (handed_over if on_gpu else views)(next(numbers)), len(samples)),
             "copy_s": (lambda: pixels.to(teacher.device, copy=True), batch),
             "topk_s": (lambda: [column.cpu() for column in teacher.top_classes(logits, topk)], batch),
             "write_s": (_writing(teacher.identity.num_classes, topk, precision), WRITTEN[0] * WRITTEN[1]),
         }
+        if on_gpu:
+            batch_of_views = handed_over(0).clone()
+            timed["device_render_s"] = (lambda: teacher.rendered(batch_of_views, len(samples)), len(samples))
         seconds = {name: median_s(work, teacher.device, least_s) / count for name, (work, count) in timed.items()}
     beside = seconds["topk_s"] + (seconds["copy_s"] if teacher.device.type == "cuda" else 0)
     return Rates(**seconds, teacher_s=max(answer_s - beside, 0.01 * answer_s))  # both times are noisy

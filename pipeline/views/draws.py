@@ -16,6 +16,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.views import exact
+
 _WORDS = struct.Struct("<8Q")  # the words of one BLAKE2b digest
 _NORMAL = NormalDist()
 
@@ -62,6 +64,12 @@ class Draws:
         # Both underflow only for a tiny alpha; the distribution is then a fair coin.
         return first / (first + second) if first + second > 0 else float(self.chance(0.5))
 
+    def exact_beta(self, alpha: float) -> float:
+        """Return a number from Beta(alpha, alpha) that no machine's mathematical library decides (docs/views-v2.md, section 4)."""
+        difference = self._log_gamma(alpha) - self._log_gamma(alpha)
+        ratio = exact.exp(-abs(difference))
+        return (1.0 if difference > 0 else ratio) / (1.0 + ratio)
+
     def raw(self, count: int) -> NDArray[np.uint64]:
         """Return `count` random 64-bit words, uint64 [count], from a Philox keyed by the next 128 bits."""
         key = self.bits() | self.bits() << 64
@@ -82,6 +90,19 @@ class Draws:
             v = (1 + c * x) ** 3
             if v > 0 and math.log(1.0 - self.uniform()) < 0.5 * x * x + d - d * v + d * math.log(v):
                 return d * v
+
+    def _log_gamma(self, shape: float) -> float:
+        """Return the logarithm of a gamma draw, as `_gamma` draws it."""
+        if shape < 1:
+            return self._log_gamma(shape + 1) + exact.log(1.0 - self.uniform()) / shape
+        d = shape - 1 / 3
+        c = 1 / math.sqrt(9 * d)
+        while True:
+            x = self.normal(exact.normal_quantile)
+            t = 1 + c * x
+            v = t * t * t
+            if v > 0 and exact.log(1.0 - self.uniform()) < 0.5 * x * x + d - d * v + d * exact.log(v):
+                return exact.log(d * v)
 
 
 def draws_for(recipe_id: str, key: str, view: int, purpose: str) -> Draws:

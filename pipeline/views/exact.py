@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from fractions import Fraction
-from functools import lru_cache
 from statistics import NormalDist
 
-_GUARD = 2.0**-42  # more than any library's error here: arguments of exp are below 10, quantiles below 8.3
+_GUARD = (
+    2.0**-42
+)  # more than any library's error here: results of exp are below 128, logarithms below 64, quantiles below 8.3
 _DIGITS = Context(prec=60, rounding=ROUND_HALF_EVEN)
 _NORMAL = NormalDist()
 _BITS = 160  # fixed point of sine and cosine
@@ -39,11 +40,10 @@ _FAR = (
 
 
 def exp(value: float) -> float:
-    """Return e**value, rounded to a multiple of 2**-32; for values below 10."""
+    """Return e**value, rounded to a multiple of 2**-32; for values below 4.8."""
     return _rounded(math.exp(value), 32, lambda: Decimal(value).exp(_DIGITS))
 
 
-@lru_cache
 def log(value: float) -> float:
     """Return the natural logarithm of a positive number, rounded to a multiple of 2**-40."""
     return _rounded(math.log(value), 40, lambda: Decimal(value).ln(_DIGITS))
@@ -81,7 +81,7 @@ def _as241(share: Decimal) -> Decimal:
         r = number.subtract(Decimal("0.180625"), number.multiply(middle, middle))
         return number.multiply(middle, _ratio(_CENTRE, r))
     tail = share if middle < 0 else number.subtract(Decimal(1), share)
-    r = number.sqrt(-tail.ln(number))
+    r = number.sqrt(number.minus(tail.ln(number)))
     near = r <= 5
     r = number.subtract(r, Decimal("1.6" if near else "5"))
     return _ratio(_NEAR if near else _FAR, r).copy_sign(middle)

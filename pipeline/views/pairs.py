@@ -122,7 +122,8 @@ def draw_mix(recipe: Recipe, key: str, view: int) -> Mix:
         return Mix()
     switch = draws.uniform()
     use_cutmix = recipe.cutmix > 0 and (recipe.mixup == 0 or switch < recipe.mixup_switch_prob)
-    lam = draws.beta(recipe.cutmix if use_cutmix else recipe.mixup)
+    alpha = recipe.cutmix if use_cutmix else recipe.mixup
+    lam = draws.beta(alpha) if recipe.renderer == 1 else draws.exact_beta(alpha)
     return _cut(draws, lam, recipe.img_size) if use_cutmix else Mix(lam=lam)
 
 

@@ -5,9 +5,9 @@ import hashlib
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from support.label_sets import RECIPE, coloured_png, make_label_set, seal_again, write_source, write_tar
@@ -21,8 +21,8 @@ from pipeline.labels.manifest import read_probes
 from pipeline.labels.replay import SAMPLED_BYTES, TOLERANCE, check_image, check_replay, make_probe, pair_of
 from pipeline.labels.sealing import MANIFEST_PROBES
 from pipeline.labels.tables import read_labels_footer
+from pipeline.pixels import kernel
 from pipeline.pixels.render import render, render_view
-from pipeline.views import view as views
 from pipeline.views.pairs import Mix, Pairs, draw_mix, pairs_of
 from pipeline.views.view import draw_view
 
@@ -136,25 +136,21 @@ def test_other_pixels_are_refused_with_the_measured_difference(checked, monkeypa
     assert f"(at most {TOLERANCE} is rounding): the labels do not fit" in str(caught.value)
 
 
+def with_kernel(monkeypatch, change):
+    """Let the kernel render another image or other views: `change(image, views)` returns both."""
+    render_views = kernel.render_views
+    monkeypatch.setattr(kernel, "render_views", lambda image, views, out: render_views(*change(image, views), out))
+
+
 def test_another_resize_is_refused(checked, monkeypatch):
     """Bilinear instead of bicubic: the picture looks the same to a person."""
-
-    def bilinear(image, view):
-        top, left, tall, wide = view.crop
-        return cv2.resize(image[top : top + tall, left : left + wide], view.resize[::-1])
-
-    monkeypatch.setattr(views, "_crop_and_resize", bilinear)
+    with_kernel(monkeypatch, lambda image, views: (image, [replace(view, interpolation="bilinear") for view in views]))
     with pytest.raises(ReplayError, match="differs from the labelled pixels"):
         checked()
 
 
 def test_a_crop_that_is_a_pixel_off_is_refused(checked, monkeypatch):
-    resize = views._crop_and_resize
-
-    def shifted(image, view):
-        return resize(np.roll(image, 1, axis=0), view)
-
-    monkeypatch.setattr(views, "_crop_and_resize", shifted)
+    with_kernel(monkeypatch, lambda image, views: (np.roll(image, 1, axis=0), views))
     with pytest.raises(ReplayError, match="differs from the labelled pixels"):
         checked()
 
@@ -180,7 +176,7 @@ def test_another_mix_is_refused_with_both_mixes(checked, monkeypatch, mixed):
         return mixed(mix, partner)[0], mixed(mix, partner)[1]
 
     monkeypatch.setattr(replay, "pair_of", pair)
-    with pytest.raises(ReplayError, match=r"view 0 of row 0 of train-0 was mixed as \(partner 2, .*this version mixes it as \(partner"):  # fmt: skip
+    with pytest.raises(ReplayError, match=r"view 0 of row 0 of train-0 was mixed as \(partner 1, .*this version mixes it as \(partner"):  # fmt: skip
         checked()
 
 
@@ -265,7 +261,7 @@ HOSTILE = [
     ({"view": 2**31}, ReplayError, f"view {2**31} of "),
     ({"view": 2**47}, LabelSetCorrupt, "probes.0.view: Input should be less than"),
     ({"partner": 3}, ReplayError, "was mixed as (partner 3, "),
-    ({"lam": 0.5}, ReplayError, "was mixed as (partner 2, 0.5, "),
+    ({"lam": 0.5}, ReplayError, "was mixed as (partner 1, 0.5, "),
     ({"box": [0, 0, 0, 0]}, ReplayError, "(0, 0, 0, 0)), this version mixes it as"),
     ({"sample": "", "pixels_sha256": "0" * 64}, ReplayError, "by 255.00 of 255 on average"),
     (
