@@ -64,9 +64,8 @@ print(json.dumps([
 FACTS = """
 import json, platform, sys
 from importlib import metadata
-from pipeline.pixels import kernel
-facts = {name: metadata.version(name) for name in sys.argv[1:]}
-print(json.dumps({"python": platform.python_version()} | facts | {"kernel": kernel.is_compiled()}))
+facts = {"python": platform.python_version()} | {name: metadata.version(name) for name in sys.argv[1:]}
+print(json.dumps(facts | {"kernel": any(file.match("_kernel.*.so") for file in metadata.files("deit-cli"))}))
 """
 
 
@@ -257,8 +256,7 @@ def main() -> None:
     place = Workplace(arguments.work.resolve(), dict(pair.split("=", 1) for pair in arguments.python))
     place.folder.mkdir(parents=True)
     write_source(place.source, arguments.photographs, arguments.data)
-    commit = place.must(["git", "-C", REPOSITORY, "rev-parse", "HEAD"]).strip()
-    results: dict[str, Any] = {"processor": processor(), "commit": commit, "photographs": arguments.photographs}
+    results: dict[str, Any] = {"processor": processor(), "photographs": arguments.photographs}
     results["environments"] = rows = []
     wheels, sets = build_wheels(place), [(renderer, size) for renderer in arguments.renderers for size in SIZES]
     results["wheels"] = {("compiled" if compiled else "no compiler"): wheel.name for compiled, wheel in wheels.items()}
