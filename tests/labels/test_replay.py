@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import logging
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.label_sets import RECIPE, coloured_png, make_label_set, seal_again, write_source, write_tar
 
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, ReplayError
@@ -212,7 +214,9 @@ def test_another_image_under_the_same_key_is_refused(made, tmp_path):
 def test_the_same_pixels_encoded_again_are_refused_too(made, tmp_path):
     """Decoders agree today; nobody promises that for another encoding."""
     pixels = decode(coloured_png(0), key="n000")
-    encoded = cv2.imencode(".png", pixels[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
+    encoded = buffer.getvalue()
     assert (decode(encoded, key="n000") == pixels).all()
     other = source_with(tmp_path / "other", "n000", encoded)
     with pytest.raises(LabelSetMismatch, match="has other bytes"):

@@ -302,7 +302,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--recipe {folder}/recipe.yaml", seen=plan("recipe.scale", [0.4, 1.0])),
         *(Trial(f"--recipe {name}", seen=plan("recipe.hflip", preset.hflip)) for name, preset in PRESETS.items()),
         *(
-            Trial(f"--set '{name}={text}'", seen=plan(f"recipe.{name}", json.loads(text) if name != "crop" else text))
+            Trial(f"--set '{name}={text}'", seen=plan(f"recipe.{name}", text if name in ("crop", "interpolation") else json.loads(text)))
             for name, text in FIELDS.items()
         ),
         Trial("--set renderer=2", "this version renders recipes of renderer 1"),
@@ -572,7 +572,7 @@ def test_no_option_is_left_out(command):
 def test_no_field_of_a_recipe_is_left_out():
     assert {*FIELDS, "renderer"} == set(Recipe.model_fields)
     for name, text in FIELDS.items():
-        assert Recipe(**{name: json.loads(text) if name != "crop" else text}) != Recipe()
+        assert Recipe(**{name: text if name in ("crop", "interpolation") else json.loads(text)}) != Recipe()
 
 
 def test_an_option_without_a_trial_is_found():
