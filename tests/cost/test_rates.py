@@ -30,8 +30,16 @@ def rates_of(folder: Path, **options) -> Rates:
 def test_every_rate_is_a_positive_number(tmp_path):
     rates = rates_of(Path(write_tars(tmp_path / "data", (3, 2))))
     for name, seconds in dataclasses.asdict(rates).items():
-        assert 0 < seconds < math.inf, name
+        assert (0 < seconds < math.inf) == (name != "device_render_s"), name
     assert rates.answer_s == rates.teacher_s + rates.topk_s
+    assert rates.device_render_s == 0
+
+
+def test_a_device_that_renders_has_its_own_time(tmp_path):
+    source = open_source(write_tars(tmp_path / "data", (3, 2)))
+    recipe, teacher = small_recipe(), small_teacher(source)
+    rates = measure_rates(source, recipe, teacher, topk=2, precision="float16", least_s=0.01, on_gpu=True)
+    assert 0 < rates.device_render_s < rates.answer_s
 
 
 def test_one_image_suffices_and_images_that_cannot_be_decoded_are_passed_over(tmp_path):

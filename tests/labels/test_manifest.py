@@ -367,13 +367,16 @@ def test_where_and_how_the_images_lie_changes_no_id():
     assert make_plan(source=moved).labelset_id == make_plan().labelset_id
 
 
-def test_ids_are_pinned():
+@pytest.mark.parametrize(
+    ("renderer", "recipe_id", "labelset_id"), [(1, "20ad9f5bf9d1", "dbb6c092375e"), (2, "e0b159eacfeb", "f2d4e1650dce")]
+)
+def test_ids_are_pinned(renderer, recipe_id, labelset_id):
     """A change here orphans every label set that exists."""
-    plan = make_plan()
-    assert short(plan.recipe_id) == "20ad9f5bf9d1"
+    plan = make_plan(recipe=Recipe(renderer=renderer))
+    assert short(plan.recipe_id) == recipe_id
     assert short(plan.teacher_id) == "63a13851472c"
     assert short(plan.source_id) == "4cf191f07ea2"
-    assert short(plan.labelset_id) == "dbb6c092375e"
+    assert short(plan.labelset_id) == labelset_id
 
 
 CANONICAL = [
