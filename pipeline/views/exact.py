@@ -41,17 +41,17 @@ _FAR = (
 
 def exp(value: float) -> float:
     """Return e**value, rounded to a multiple of 2**-32; for values below 4.8."""
-    return _rounded(math.exp(value), 32, lambda: Decimal(value).exp(_DIGITS))
+    return _rounded(math.exp(value), lambda: Decimal(value).exp(_DIGITS))
 
 
 def log(value: float) -> float:
-    """Return the natural logarithm of a positive number, rounded to a multiple of 2**-40."""
-    return _rounded(math.log(value), 40, lambda: Decimal(value).ln(_DIGITS))
+    """Return the natural logarithm of a positive number, rounded to a multiple of 2**-32."""
+    return _rounded(math.log(value), lambda: Decimal(value).ln(_DIGITS))
 
 
 def normal_quantile(share: float) -> float:
     """Return the quantile of N(0, 1) at 0 < share < 1 by AS 241, rounded to a multiple of 2**-32."""
-    return _rounded(_NORMAL.inv_cdf(share), 32, lambda: _as241(Decimal(share)))
+    return _rounded(_NORMAL.inv_cdf(share), lambda: _as241(Decimal(share)))
 
 
 def rotation(degrees: float) -> tuple[float, float]:
@@ -64,14 +64,13 @@ def rotation(degrees: float) -> tuple[float, float]:
     return round(cos / (1 << _BITS), 15), round(sin / (1 << _BITS), 15)  # a quotient of integers is rounded correctly
 
 
-def _rounded(near: float, bits: int, exact: Callable[[], Decimal]) -> float:
-    """Return the exact value, rounded to a multiple of 2**-bits; `near` is a library's value of it."""
-    unit = 2.0**-bits
-    steps = near / unit  # a power of two: exact
+def _rounded(near: float, exact: Callable[[], Decimal]) -> float:
+    """Return the exact value, rounded to a multiple of 2**-32; `near` is a library's value of it."""
+    steps = near * 2.0**32
     whole = round(steps)
-    if abs(abs(steps - whole) - 0.5) * unit > _GUARD:
-        return whole * unit
-    return int(_DIGITS.multiply(exact(), Decimal(2**bits)).to_integral_value(ROUND_HALF_EVEN)) * unit
+    if abs(abs(steps - whole) - 0.5) <= _GUARD * 2.0**32:  # one value in a thousand
+        whole = int(_DIGITS.multiply(exact(), Decimal(2**32)).to_integral_value(ROUND_HALF_EVEN))
+    return whole * 2.0**-32
 
 
 def _as241(share: Decimal) -> Decimal:

@@ -379,7 +379,7 @@ def filter_of(recipe: Recipe, draws: Stream) -> Interpolation:
 def random_crop(draws: Stream, recipe: Recipe, height: int, width: int) -> Box:
     for _ in range(10):
         area = draws.uniform(*recipe.scale) * height * width
-        aspect = exp_32(draws.uniform(log_40(recipe.ratio[0]), log_40(recipe.ratio[1])))
+        aspect = exp_32(draws.uniform(log_32(recipe.ratio[0]), log_32(recipe.ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             top, left = draws.integer(height - h + 1), draws.integer(width - w + 1)
@@ -443,7 +443,7 @@ def random_erase(draws: Stream, recipe: Recipe) -> Erase | None:
     size = recipe.img_size
     for _ in range(10):
         area = draws.uniform(0.02, 1 / 3) * size * size
-        aspect = exp_32(draws.uniform(log_40(0.3), log_40(1 / 0.3)))
+        aspect = exp_32(draws.uniform(log_32(0.3), log_32(1 / 0.3)))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < size and w < size:
             top, left = draws.integer(size - h + 1), draws.integer(size - w + 1)
@@ -460,9 +460,9 @@ def exp_32(value: float) -> float:
 
 
 @cache
-def log_40(value: float) -> float:
-    """Return the natural logarithm, to 2**-40."""
-    return on_grid(Decimal(value).ln(DIGITS), 40)
+def log_32(value: float) -> float:
+    """Return the natural logarithm, to 2**-32."""
+    return on_grid(Decimal(value).ln(DIGITS), 32)
 
 
 def normal_32(share: float) -> float:
