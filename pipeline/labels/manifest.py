@@ -290,9 +290,12 @@ class Plan(Record):
                 counts = len(self.teacher.members), len(other.teacher.members)
                 if part == "teacher" and counts[0] != counts[1]:  # one teacher and several share no field
                     difference = f" ({counts[0]} of them, not {counts[1]})"
+                fix = f"Use the same {part} or another --out"
+                if part == "recipe" and self.recipe.renderer < other.recipe.renderer:
+                    fix = f"Continue it with --set renderer={self.recipe.renderer}, or use another --out"
                 raise LabelSetMismatch(
                     f"{folder} was made with {part} {short(mine)}, this run asks for {short(theirs)}{difference}",
-                    fix=f"Use the same {part} or another --out",
+                    fix=fix,
                 )
         for part in ("topk", "precision"):
             mine, theirs = getattr(self, part), getattr(other, part)
@@ -577,7 +580,8 @@ def short(digest: str) -> str:
 def first_difference(mine: Any, theirs: Any, path: str = "") -> str:
     """Return ` (path: mine, not theirs)` for the first difference of two JSON values, or an empty text."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
-        pairs: Iterable[tuple[str, Any, Any]] = ((k, mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}))
+        keys = sorted({*mine, *theirs}, key=lambda k: (k not in mine or k not in theirs, k))  # those of both first
+        pairs: Iterable[tuple[str, Any, Any]] = ((k, mine.get(k), theirs.get(k)) for k in keys)
     elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
         pairs = ((str(i), a, b) for i, (a, b) in enumerate(zip(mine, theirs, strict=True)))
     elif isinstance(mine, list) and isinstance(theirs, list):

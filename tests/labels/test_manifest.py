@@ -379,6 +379,12 @@ def test_ids_are_pinned(renderer, recipe_id, labelset_id):
     assert short(plan.labelset_id) == labelset_id
 
 
+def test_a_set_of_the_old_renderer_says_how_to_continue_it():
+    message = r"recipe 20ad9f5bf9d1, this run asks for \w+ \(renderer: 1, not 2\)\. Continue it with --set renderer=1, or use another --out"
+    with pytest.raises(LabelSetMismatch, match=message):
+        make_plan(recipe=Recipe(renderer=1)).check_same(make_plan(), folder="old")
+
+
 CANONICAL = [
     # value, its one text
     ({"b": 1, "a": [1.0, 0.08, 1e-05, 1e22]}, '{"a":[1.0,0.08,1e-05,1e+22],"b":1}'),
