@@ -27,7 +27,7 @@ ROOMS = {
     "overview": GROUND | {"storage", "images", "views", "labels"},
     "settings": GROUND | {"storage", "images", "views", "labels"},
     "sharing": GROUND | {"storage", "machine", "labels", "overview"},
-    "doctor": GROUND | {"storage", "images", "labels"},
+    "doctor": GROUND | {"storage", "images", "views", "pixels", "labels"},
     "teacher": GROUND | {"weights", "machine", "views", "pixels", "labels", "settings"},
     "stage1": GROUND | {"storage", "machine", "images", "views", "pixels", "labels", "overview", "settings", "teacher"},
     "verify": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "sharing", "teacher"},
@@ -36,7 +36,7 @@ ROOMS = {
     "pipeline": {"labels", "views", "pixels", "images"},  # the public names
     "trainer": GROUND | {"storage", "machine", "weights", "images", "views", "pixels", "labels", "settings"},
     "evidence": GROUND
-    | {"storage", "machine", "weights", "images", "views", "labels", "overview", "settings", "trainer"},
+    | {"storage", "machine", "weights", "images", "views", "pixels", "labels", "overview", "settings", "trainer"},
     "studies": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "trainer", "evidence"},
 }
 MOST_MODULES = 13  # in a room; evidence has most

@@ -17,6 +17,7 @@ from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import prepare_loaders
 from pipeline.machine.ranks import forward_dtype, rank_from
 from pipeline.pixels.handover import renders_on_gpu
+from pipeline.pixels.render import warn_without_kernel
 from pipeline.repeats import counted_at_the_end
 from pipeline.storage.atomic import replace_file, sweep_temporaries
 from pipeline.storage.json import pretty_json
@@ -202,6 +203,8 @@ class Run:
                 sweep_temporaries(config.folder)
                 save_config(config, self.data)
                 announce(config, self.data, self.order, self.state, self.share)
+                if self.data.recipe.renderer > 1:
+                    warn_without_kernel()
                 self.recorder = stack.enter_context(self._open_recorder())
             yield
 

@@ -18,9 +18,12 @@ from pipeline.doctor.probing import Trial, try_all
 from pipeline.text import byte_size, count
 
 DRIVER = Path("/proc/driver/nvidia/version")
+WITHOUT_KERNEL = (
+    f"Delete {Path(__file__).parents[1] / 'pixels/_kernel.abi3.so'}: torch renders the same pixels. Report this"
+)
 NEVER_ASKED = frozenset({"test"})  # extras for developers of the project
 _NOT_TRIED = ("sklearn", "wandb")  # slow imports; only the demo's digits and W&B need them
-GPUS, DECODERS = "pipeline.doctor.probing:see_gpus", "pipeline.doctor.probing:compare_decoders"
+GPUS, DECODERS, KERNEL = (f"pipeline.doctor.probing:{name}" for name in ("see_gpus", "compare_decoders", "try_kernel"))
 _SLOW = (
     "torch",
     "torchvision",
@@ -74,13 +77,13 @@ def examine_packages(folder: Path) -> list[Section]:
     fast = [name for name in dict.fromkeys(present) if name not in (*_SLOW, *_NOT_TRIED)]
     with ThreadPoolExecutor(3) as pool:
         heavy = pool.submit(try_all, [*slow, *([GPUS] if "torch" in slow else [])])
-        light = pool.submit(try_all, [*fast, DECODERS])
+        light = pool.submit(try_all, [*fast, DECODERS, KERNEL])
         names = examine_names(folder)
         trials = {trial.name: trial for trial in (*heavy.result(), *light.result())}
     _packages(packages, required, trials)
     _extras(extras, optional, trials)
     _conflicts(packages, [*required, *(package for each in optional.values() for package in each)])
-    return [names, packages, extras, _devices(trials.get(GPUS)), _decoders(trials[DECODERS])]
+    return [names, packages, extras, _devices(trials.get(GPUS)), _decoders(trials[DECODERS]), _kernel(trials[KERNEL])]
 
 
 def _asked_for(section: Section) -> tuple[list[Package], dict[str, list[Package]]]:
@@ -275,4 +278,21 @@ def _decoders(trial: Trial) -> Section:
             f"decoding {name} in the self-test {how}: labels made elsewhere may not fit",
             "pip install --force-reinstall simplejpeg Pillow" + (" turbojpeg" if name == "region" else ""),
         )
+    return section
+
+
+def _kernel(trial: Trial) -> Section:
+    section = Section("views")
+    slowly = "torch renders the views on the CPU, about thirty times slower; the pixels are the same"
+    if trial.result is None:
+        section.row("kernel", "fails")
+        section.problem(f"the kernel for views fails: {trial.error}", WITHOUT_KERNEL)
+    elif trial.result["trouble"]:
+        what, way_out = trial.result["trouble"]
+        section.row("kernel", "cannot be used", False)
+        section.warning(f"{what}: {slowly}", way_out)
+    else:
+        section.row("kernel", f"compiled, uses {trial.result['sets'][-1]}", trial.result["sets"][-1])
+        for name in trial.result["differing"]:
+            section.problem(f"the kernel's pixels with {name} are not those without it", WITHOUT_KERNEL)
     return section

@@ -210,3 +210,30 @@ def compare_decoders() -> dict[str, Any]:
         "region": turbojpeg.is_installed(),
         "differences": differences,
     }
+
+
+def try_kernel() -> dict[str, Any]:
+    """Render a view with each instruction set of the compiled kernel that this processor has.
+
+    Returns:
+        `trouble`: why it cannot be used, and the way out; None if it can. Then `sets`, the names of its instruction sets, the best one last,
+        and `differing`, those whose pixels differ from the plain one's.
+    """
+    import numpy as np
+
+    from pipeline.pixels import kernel
+    from pipeline.views.recipe import PRESETS
+    from pipeline.views.view import draw_view
+
+    if trouble := kernel.trouble():
+        return {"trouble": trouble}
+    recipe, views = PRESETS["deit"].with_fields(img_size=64, aa="rand-m9-mstd0.5-inc1-n4"), range(32)
+    y, x, channel = np.ogrid[:90, :120, :3]
+    image = np.ascontiguousarray((x * (channel + 2) + y * 3 + x * y // 16 + 40 * channel) % 256, np.uint8)
+    drawn = [draw_view(recipe, "kernel", view, height=90, width=120) for view in views]
+    sets = kernel.INSTRUCTION_SETS[: kernel.best_level() + 1]
+    out = np.empty((len(sets), len(views), 64, 64, 3), np.uint8)
+    for level in range(len(sets)):
+        kernel.render_views(image, drawn, list(out[level]), level=level)
+    differing = [name for name, pixels in zip(sets, out, strict=True) if not np.array_equal(pixels, out[0])]
+    return {"trouble": None, "sets": sets, "differing": differing}

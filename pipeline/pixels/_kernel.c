@@ -18,11 +18,15 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+/* VERSION in kernel.py is the same number. Add 1 to both when the record, the functions that kernel.py calls, or any pixel changes: a
+   library that was compiled before is then not used. */
+enum { VERSION = 1 };
+
 enum { AUTOCONTRAST, EQUALIZE, INVERT, AFFINE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, TURN = 15 };
 enum { BILINEAR, BICUBIC };
 enum { MAX_OPS = 15 };
 
-/* The layout of pipeline/views/packed.py. */
+/* The layout of pipeline/pixels/packed.py. */
 struct op {
     int32_t kind, filter, number;
     float factor;
@@ -147,6 +151,8 @@ EXPORT int64_t scratch_bytes(const struct record *views, int32_t count) {
 #pragma GCC pop_options
 #endif
 #endif
+
+EXPORT int32_t kernel_version(void) { return VERSION; }
 
 /* Return the highest level of this processor: 0 plain, 1 AVX2, 2 AVX-512. */
 EXPORT int32_t best_level(void) {

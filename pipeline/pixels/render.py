@@ -4,6 +4,7 @@ The compiled kernel renders them; where it was not compiled, torch does, slower.
 those of old label sets.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,8 @@ from pipeline.images.decode import decode, decode_for, image_size
 from pipeline.pixels import kernel
 from pipeline.views.recipe import Recipe
 from pipeline.views.view import View, draw_view
+
+log = logging.getLogger("deit_cli.render")
 
 Pixels = NDArray[np.uint8]  # uint8 [H, W, 3], RGB
 # More crops of an image need nearly all of it: those of three views three quarters, those of four four fifths.
@@ -116,3 +119,11 @@ def render_into(out: Sequence[Pixels], image: Pixels, views: Sequence[View]) -> 
 
         for pixels, rendered in zip(out, batched.render_views(image, views), strict=True):
             pixels[:] = rendered
+
+
+def warn_without_kernel() -> None:
+    """Warn if the compiled kernel cannot be used. The main process of a run calls this once, because each of its loaders would."""
+    if trouble := kernel.trouble():
+        log.warning(
+            "%s: torch renders the views on the CPU, about thirty times slower; the pixels are the same. %s", *trouble
+        )

@@ -23,6 +23,7 @@ from pipeline.doctor.examine import compare_environments, examine_labels
 from pipeline.doctor.findings import Section, report_json, report_table, verdict
 from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.places import examine_folder
+from pipeline.pixels import kernel
 from pipeline.storage import atomic as storage
 from pipeline.storage.remote import list_tree
 from pipeline.storage.stores import store_of
@@ -358,6 +359,40 @@ simplejpeg.decode_jpeg = lambda data, colour, **_: exact(data, colour, fastdct=T
     (problem,) = told(packages._decoders(trial))
     assert problem.startswith("decoding simplejpeg in the self-test differs by up to ")
     assert "labels made elsewhere may not fit. pip install --force-reinstall simplejpeg Pillow" in problem
+
+
+def tried_kernel() -> Section:
+    (trial,) = probing.try_all([packages.KERNEL])
+    return packages._kernel(trial)
+
+
+@pytest.mark.skipif(not kernel.is_compiled(), reason="the kernel was not compiled")
+def test_the_kernel_of_this_machine_gives_the_same_pixels_with_each_instruction_set():
+    section = tried_kernel()
+    assert section.findings == []
+    assert value(section, "kernel") == f"compiled, uses {kernel.INSTRUCTION_SETS[kernel.best_level()]}"
+
+
+KERNELS = [
+    # what happens when the kernel is tried, row, whether it is a warning, what is said
+    ("kernel._opened = lambda: (None, kernel.Trouble('it is gone', 'Get it'))", "cannot be used", True, "it is gone: torch renders the views on the CPU, about thirty times slower; the pixels are the same. Get it"),
+    ("kernel.render_views = lambda *_, **__: os.kill(os.getpid(), 4)", "fails", False, "the kernel for views fails: it ended the interpreter with SIGILL. Delete "),
+    ("kernel.render_views = lambda image, views, out, level: out[3].fill(level)", "compiled, uses AVX2", False, "the kernel's pixels with AVX2 are not those without it. Delete "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "row", "is_warning", "said"), KERNELS, ids=range(len(KERNELS)))
+def test_a_kernel_that_is_missing_or_broken_is_named_with_the_way_out(
+    change, row, is_warning, said, tmp_path, monkeypatch
+):
+    broken = f"import os\nfrom pipeline.pixels import kernel\nkernel._opened = lambda: (None, None)\n{change}\n"
+    (tmp_path / "sitecustomize.py").write_text(f"{broken}kernel.best_level = lambda: 1\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    section = tried_kernel()
+    assert value(section, "kernel") == row
+    (finding,) = told(section, warnings=is_warning)
+    assert finding.startswith(said)
+    assert len(section.findings) == 1
 
 
 # --- machine -------------------------------------------------------------------------------------------------------

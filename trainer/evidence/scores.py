@@ -30,6 +30,7 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import check_start
 from pipeline.machine.loaders import plan_workers
 from pipeline.machine.ranks import forward_dtype, resolve_device
+from pipeline.pixels.render import warn_without_kernel
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json
 from pipeline.storage.place import File, LocalFile, open_file, open_place
@@ -89,6 +90,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     world = World(0, 1, where, plan_workers(config.workers, where))
     running = Running(world=world, dtype=forward_dtype(config.amp_dtype, where), batch_size=config.batch_size)
     student.to(where)
+    warn_without_kernel()
     linear = _linear(config, here, student, running, fitting)
     linear = None if linear is None else linear.to(where)
     result: dict[str, Any] = {
