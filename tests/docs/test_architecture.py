@@ -35,7 +35,8 @@ def rows_under(title: str) -> list[list[str]]:
 
 def test_the_tree_names_every_module_once_with_a_line():
     named = [path for path, _ in lines_of_the_tree()]
-    there = [path.relative_to(ROOT) for folder in ("pipeline", "trainer") for path in (ROOT / folder).rglob("*.py")]
+    sources = [path for folder in ("pipeline", "trainer") for path in (ROOT / folder).rglob("*.*")]
+    there = [path.relative_to(ROOT) for path in sources if path.suffix in (".py", ".c", ".h")]
     modules = [path.as_posix() for path in there if path.name != "__init__.py"]
     packages = [f"{path.parent.as_posix()}/" for path in there if path.name == "__init__.py"]
     wanted = {*modules, *packages, "cli.py"}
