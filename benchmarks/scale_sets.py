@@ -129,7 +129,7 @@ def _tables(plan: Plan, source: Source, name: str, case: Case) -> Iterator[tuple
             precision=plan.precision,
             content_xxh3=codec.content_xxh3(views),
             probes=[_probe(source, name, samples, case.recipe, block.start).model_dump(mode="json")],
-            environment=pixel_environment(device="cpu", dtype="float32", compiled=False),
+            environment=pixel_environment(renderer=case.recipe.renderer, device="cpu", dtype="float32", compiled=False),
         )
         file = io.BytesIO()
         write_labels(file, views, labels)

@@ -565,9 +565,16 @@ def read_probes(values: list[dict[str, Any]], path: object) -> list[Probe]:
         raise LabelSetCorrupt(f"{path}: a probe in its footer: {error.errors()[0]['msg']}") from error
 
 
-def pixel_environment(*, device: str, dtype: str, compiled: bool) -> dict[str, str]:
-    """Return the environment that pixels and outputs depend on besides the recipe: library versions, device and dtype."""
-    packages = ("numpy", "opencv-python-headless", "pillow", "simplejpeg", "timm", "torch")
+def pixel_environment(*, renderer: int, device: str, dtype: str, compiled: bool) -> dict[str, str]:
+    """Return the environment that pixels and outputs depend on besides the recipe: library versions, device and dtype.
+
+    Args:
+        renderer: the recipe's; only views of renderer 1 depend on OpenCV.
+        device: name of the teacher's device.
+        dtype: of the forward pass.
+        compiled: whether the teacher is compiled.
+    """
+    packages = ["numpy", "pillow", "simplejpeg", "timm", "torch"] + ["opencv-python-headless"] * (renderer == 1)
     how = f"{dtype} compiled" if compiled else dtype
     return {name: metadata.version(name) for name in packages} | {"device": device, "dtype": how}
 

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -28,9 +29,38 @@ from pipeline.views.recipe import Recipe
 log = logging.getLogger("deit_cli.replay")
 
 SAMPLED_BYTES = 768
-# Maximum mean difference, in levels of 255, that rounding explains (for example another SIMD path of a library). One level of
-# brightness is 1.0, and another crop, decoder or resize gives more.
+# Maximum mean difference, in levels of 255, that is accepted: what rounding explains in renderer 1 (for example another SIMD path of a
+# library), and another image decoder in renderer 2. One level of brightness is 1.0, and another crop or resize gives more.
 TOLERANCE = 0.25
+
+
+class _Cause(NamedTuple):
+    """Why pixels differ from the labelled ones, in the words of messages.
+
+    Attributes:
+        small: cause of an accepted difference.
+        limit: what TOLERANCE is.
+        fix: way out of a larger difference.
+    """
+
+    small: str
+    limit: str
+    fix: str
+
+
+_CAUSES = {
+    1: _Cause(
+        "rounding only",
+        f"at most {TOLERANCE} is rounding",
+        "Compare the installed versions with those in `deit-cli labels info`",
+    ),
+    2: _Cause(
+        "another image decoder, or a damaged kernel",
+        f"at most {TOLERANCE} may be another image decoder",
+        "Compare the versions of simplejpeg and Pillow with those in `deit-cli labels info`; if they are equal, install"
+        " deit-cli again",
+    ),
+}  # by renderer
 
 
 def make_probe(pixels: NDArray[np.uint8], *, shard: str, row: int, view: int, partner: int | None, mix: Mix) -> Probe:
@@ -72,7 +102,7 @@ def check_replay(labels: Labels, source: Source) -> float:
         the maximum mean difference over the probes, in levels of 255; 0.0 if every pixel is equal.
 
     Raises:
-        ReplayError: pixels or mixes differ by more than rounding.
+        ReplayError: mixes differ, or pixels by more than TOLERANCE.
         LabelSetMismatch: an image has other bytes than the one that was labelled.
     """
     check_source(labels, source)
@@ -128,8 +158,9 @@ def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samp
         _check_mix(probe, recipe, samples)
         worst = max(worst, _pixel_difference(probe, recipe, sample))
     if worst:
-        message = "replayed views differ from the labelled ones by up to %.3f of 255 on average: rounding only"
-        warn_counted(log, "comparisons of replayed views that differ by rounding", message, worst)
+        message = "replayed views differ from the labelled ones by up to %.3f of 255 on average: %s"
+        cause = _CAUSES[recipe.renderer].small
+        warn_counted(log, "comparisons of replayed views that differ a little", message, worst, cause)
     return worst
 
 
@@ -173,10 +204,11 @@ def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
     now = _sampled(pixels)
     difference = float(np.abs(now.astype(int) - then).mean()) if now.shape == then.shape else 255.0
     if difference > TOLERANCE:
+        cause = _CAUSES[recipe.renderer]
         raise ReplayError(
             f"view {probe.view} of {sample.key!r} differs from the labelled pixels by {difference:.2f} of"
-            f" 255 on average (at most {TOLERANCE} is rounding): the labels do not fit",
-            fix="Compare the installed versions with those in `deit-cli labels info`",
+            f" 255 on average ({cause.limit}): the labels do not fit",
+            fix=cause.fix,
         )
     return max(difference, 1e-3)  # the hash differs, so some pixel differs, even if no sampled one
 

@@ -205,6 +205,7 @@ def _about(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) ->
         ),
         *(["- Their probabilities are averaged with equal weight."] if len(members) > 1 else []),
         f"- **Recipe** `{summary['recipe_id']}`: {code_spans(summary['recipe'])}",
+        f"- **Pixels** of {summary['pixels'].replace('docs/views-v2.md', '`docs/views-v2.md`')}",
         f"- **Views** {start}..{stop - 1}: {summary['labels']:,} labels of {source['images'] - len(source['bad']):,} images"
         f" in {source['shards']:,} source shards",
         f"- **Images**: {source['images']:,}, {len(source['bad']):,} of them cannot be decoded and have no labels,"

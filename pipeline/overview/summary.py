@@ -14,6 +14,11 @@ from pipeline.labels.tables import SampleRows
 from pipeline.text import byte_size, two_columns
 from pipeline.views.pairs import pairs_of
 
+# What the pixels of views depend on, by the renderer of the recipe.
+PIXELS = {
+    1: "renderer 1: the versions that they were made with (torch, OpenCV, the image decoder) decide their last bits",
+    2: "renderer 2: defined by docs/views-v2.md; no library decides a pixel but the image decoder",
+}
 MAX_ROWS = 200_000  # maximum number of labels to read; the error of such a sample is below 0.3 percentage points
 
 
@@ -34,6 +39,7 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
         "teacher": plan.teacher.model_dump(mode="json"),
         "recipe_id": plan.recipe_id,
         "recipe": dict(sorted(plan.recipe.model_dump(mode="json").items())),
+        "pixels": PIXELS[plan.recipe.renderer],
         "source": {
             "kind": plan.source.kind,
             "location": plan.source.location,
@@ -101,6 +107,7 @@ def info_table(summary: Mapping[str, Any]) -> str:
             for each in teacher.get("members", [teacher])
         ),
         ("recipe", f"{summary['recipe_id'][:12]}: " + ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))),
+        ("pixels", summary["pixels"]),
         (
             "source",
             f"{source['kind']} {source['location']}: {source['images']:,} images in {_shards(source)}, {source['unlabelled']:,} unlabelled",

@@ -120,6 +120,7 @@ class ShardsInProgress:
         self._writes: deque[tuple[LabelTask, Future[int]]] = deque()
         self._busy_s = teacher.busy_s
         self._environment = pixel_environment(
+            renderer=job.recipe.renderer,
             device=device_name(teacher.device),
             dtype=str(teacher.dtype).removeprefix("torch."),
             compiled=teacher.config.compile,

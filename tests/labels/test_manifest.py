@@ -489,10 +489,11 @@ def test_probes_of_a_footer_are_checked_like_those_of_the_manifest(tmp_path):
             read_probes([bad], tmp_path)
 
 
-def test_the_environment_names_what_pixels_depend_on():
-    environment = pixel_environment(device="cpu", dtype="float32", compiled=False)
+@pytest.mark.parametrize(("renderer", "opencv"), [(1, {"opencv-python-headless"}), (2, set())])
+def test_the_environment_names_what_pixels_depend_on(renderer, opencv):
+    environment = pixel_environment(renderer=renderer, device="cpu", dtype="float32", compiled=False)
     assert (environment["device"], environment["dtype"]) == ("cpu", "float32")
-    assert {"numpy", "opencv-python-headless", "simplejpeg", "torch"} <= set(environment)
+    assert set(environment) == {"device", "dtype", "numpy", "pillow", "simplejpeg", "timm", "torch"} | opencv
 
 
 def test_an_entry_of_a_file_takes_little_memory_and_is_still_a_frozen_value():

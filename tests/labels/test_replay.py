@@ -1,4 +1,4 @@
-"""Replay probes: the same pixels pass, rounding warns, anything else is refused with the measured difference."""
+"""Replay probes: the same pixels pass, a small difference warns, anything else is refused with the measured difference."""
 
 import base64
 import hashlib
@@ -26,6 +26,7 @@ from pipeline.labels.tables import read_labels_footer
 from pipeline.pixels import kernel
 from pipeline.pixels.render import render, render_view
 from pipeline.views.pairs import Mix, Pairs, draw_mix, pairs_of
+from pipeline.views.recipe import RENDERERS
 from pipeline.views.view import draw_view
 
 
@@ -33,6 +34,13 @@ from pipeline.views.view import draw_view
 def checked(made, images):
     """Return the function that renders all probes of the sound set again."""
     return lambda: check_replay(LabelSet.open(made), open_source(images))
+
+
+@pytest.fixture(scope="module")
+def sets(images, tmp_path_factory) -> dict[int, LabelSet]:
+    """Label sets of these images, by renderer."""
+    folder, recipes = tmp_path_factory.mktemp("sets"), {n: RECIPE.with_fields(renderer=n) for n in RENDERERS}
+    return {n: make_label_set(images, folder / str(n), recipe=recipe) for n, recipe in recipes.items()}
 
 
 def with_pixels(monkeypatch, change) -> None:
@@ -86,8 +94,16 @@ def test_every_label_shard_has_the_probes_of_its_ends(made):
             assert [(p.row, p.view) for p in probes] == [(0, entry.view_start), (last, entry.view_stop - 1)]
 
 
-def test_the_last_bit_of_some_pixels_warns_and_passes(checked, monkeypatch, caplog):
-    """As another processor or version of a library would round."""
+SMALL = [
+    # renderer, cause of a small difference
+    (1, "rounding only"),
+    (2, "another image decoder, or a damaged kernel"),
+]
+
+
+@pytest.mark.parametrize(("renderer", "cause"), SMALL)
+def test_the_last_bit_of_some_pixels_warns_and_passes(sets, images, monkeypatch, caplog, renderer, cause):
+    """Renderer 1: another processor or version of a library would round so. Nothing rounds in renderer 2 but a decoder."""
 
     def rounded(pixels):
         moved = np.random.default_rng(0).random(pixels.shape) < 0.02
@@ -95,10 +111,10 @@ def test_the_last_bit_of_some_pixels_warns_and_passes(checked, monkeypatch, capl
 
     with_pixels(monkeypatch, rounded)
     with caplog.at_level(logging.WARNING, logger="deit_cli.replay"):
-        difference = checked()
+        difference = check_replay(sets[renderer], open_source(images))
     assert 0.01 < difference < 0.04
     (record,) = caplog.records
-    assert f"by up to {difference:.3f} of 255 on average: rounding only" in record.getMessage()
+    assert record.getMessage().endswith(f"by up to {difference:.3f} of 255 on average: {cause}")
 
 
 def test_a_change_that_the_sampled_bytes_miss_still_warns(monkeypatch, images, tmp_path, caplog):
@@ -135,7 +151,32 @@ def test_other_pixels_are_refused_with_the_measured_difference(checked, monkeypa
     with pytest.raises(ReplayError, match=r"view 0 of 'n000' differs from the labelled pixels by [\d.]+ of 255 on average") as caught:  # fmt: skip
         checked()
     assert float(str(caught.value).split("by ")[1].split()[0]) >= least
-    assert f"(at most {TOLERANCE} is rounding): the labels do not fit" in str(caught.value)
+    assert str(caught.value.what).endswith("): the labels do not fit")
+
+
+LARGE = [
+    # renderer, what is accepted, way out
+    (1, f"at most {TOLERANCE} is rounding", "Compare the installed versions with those in `deit-cli labels info`"),
+    (
+        2,
+        f"at most {TOLERANCE} may be another image decoder",
+        "Compare the versions of simplejpeg and Pillow with those in `deit-cli labels info`; if they are equal, install"
+        " deit-cli again",
+    ),
+]
+
+
+@pytest.mark.parametrize(("renderer", "limit", "fix"), LARGE)
+def test_a_refusal_names_what_could_differ(sets, images, monkeypatch, renderer, limit, fix):
+    with_pixels(monkeypatch, np.zeros_like)
+    with pytest.raises(ReplayError) as caught:
+        check_replay(sets[renderer], open_source(images))
+    assert f" of 255 on average ({limit}): the labels do not fit" in caught.value.what
+    assert caught.value.fix == fix
+
+
+def test_every_renderer_has_words_for_a_difference():
+    assert {renderer for renderer, _ in SMALL} == {renderer for renderer, *_ in LARGE} == {*RENDERERS}
 
 
 def with_kernel(monkeypatch, change):

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import DatasetCard
 from support.builders import files_of, make_labels, write_tars
 from support.commands import invoke
-from support.label_sets import colour_teacher, make_label_set, problems_in, write_source
+from support.label_sets import RECIPE, colour_teacher, make_label_set, problems_in, write_source
 from support.training import TINY
 
 from pipeline.errors import StorageError, UsageError
@@ -133,6 +133,7 @@ def test_the_card_says_what_is_in_the_set(made):
     for text in (
         f"`{teacher.name}`, 3 classes, sees 16 px, weights SHA-256 `{teacher.weights_sha256}`",
         f"**Recipe** `{labels.plan.recipe_id}`: `aa rand-m9-mstd0.5-inc1`",
+        "- **Pixels** of renderer 2: defined by `docs/views-v2.md`; no library decides a pixel but the image decoder\n",
         "**Views** 0..3: 156 labels of 39 images in 2 source shards",
         "**Images**: 40, 1 of them cannot be decoded and have no labels, 8 have no class label; they are in this set",
         "`shorter side at most 20 px: Pillow bicubic, JPEG quality 95 4:2:0`",
@@ -142,6 +143,16 @@ def test_the_card_says_what_is_in_the_set(made):
         "`torch ",
     ):
         assert text in card
+
+
+def test_the_card_of_a_set_of_renderer_1_names_the_versions_that_decide_its_pixels(tmp_path):
+    write_source(tmp_path / "data")
+    make_label_set(tmp_path / "data", tmp_path / "set", recipe=RECIPE.with_fields(renderer=1))
+    card = (tmp_path / "set/README.md").read_text()
+    assert (
+        "- **Pixels** of renderer 1: the versions that they were made with (torch, OpenCV, the image decoder)" in card
+    )
+    assert "`opencv-python-headless " in card
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,12 @@ from pipeline.labels.labelset import LabelSet
 from pipeline.overview import sheet as drawing
 from pipeline.overview import summary as summarising
 from pipeline.overview.sheet import _tile, contact_sheet
-from pipeline.overview.summary import summarise
+from pipeline.overview.summary import PIXELS, info_table, summarise
 from pipeline.pixels.render import render
 from pipeline.settings.files import load_recipe
 from pipeline.views.mixing import apply_mix, mix_batch
 from pipeline.views.pairs import draw_mix, pairs_of
+from pipeline.views.recipe import RENDERERS
 from pipeline.views.view import draw_view
 
 SIZES = (13, 10)
@@ -137,9 +138,29 @@ def test_the_summary_says_what_the_set_is_made_of(label_set, data):
     assert summary["labelset_id"] == label_set.plan.labelset_id
     assert summary["recipe_id"] == small_recipe().id
     assert summary["recipe"]["reprob"] == 0.25
+    assert summary["pixels"].startswith("renderer 2: defined by docs/views-v2.md; no library decides a pixel")
     assert summary["teacher"]["name"] == "support.builders:confident_cnn"
     assert summary["environments"][0]["device"] == "cpu"
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+@pytest.mark.parametrize(
+    ("renderer", "text", "opencv"),
+    [
+        (1, "renderer 1: the versions that they were made with (torch, OpenCV, the image decoder) decide their last bits", True),
+        (2, "renderer 2: defined by docs/views-v2.md; no library decides a pixel but the image decoder", False),
+    ],
+)  # fmt: skip
+def test_people_and_programs_read_what_the_pixels_depend_on(data, tmp_path, renderer, text, opencv):
+    summary = summarise(make_labels(tmp_path / "set", data, recipe=small_recipe(renderer=renderer), views=(0, 1)))
+    assert summary["pixels"] == text
+    assert f"\npixels         {text}\n" in info_table(summary)
+    assert ("opencv-python-headless" in summary["environments"][0]) == opencv
+    assert ("opencv" in info_table(summary).splitlines()[-2]) == opencv
+
+
+def test_there_is_a_line_on_the_pixels_of_every_renderer():
+    assert {*PIXELS} == {*RENDERERS}
 
 
 def test_hard_labels_alone_have_no_entropy_and_no_kept_mass(data, tmp_path):
