@@ -6,6 +6,10 @@ One process on one core runs all competitors in turn, round after round; every r
 medians are quoted. The three that run in a worker process (timm through a DataLoader, webdataset, ours in processes) have
 one worker and an idle parent. The recipe is DeiT's: random resized crop to 224, flip, RandAugment m9 n2 mstd0.5 inc1,
 erasing 0.25; mixing happens on the device for all of them, and is left out.
+
+`us_per_view` says where the time of our views goes: microseconds of processor time for drawing, for packing the parameters and the call of
+the compiled kernel, and for the parts of the kernel. A part is the difference of views with it and of the same views without it. The whole
+kernel is timed with each instruction set that this processor has.
 """
 
 import contextlib
@@ -13,19 +17,21 @@ import io
 import itertools
 import json
 import os
+import random
 import statistics
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import cv2
+import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
@@ -40,14 +46,17 @@ from pipeline.images import turbojpeg
 from pipeline.images.decode import decode
 from pipeline.images.source import Source, open_source
 from pipeline.machine.loaders import Note, Slots, _IntoSlot, _Whereabouts, _Work, in_processes
-from pipeline.pixels.render import render, render_encoded, render_view
+from pipeline.pixels import kernel
+from pipeline.pixels.packed import packed
+from pipeline.pixels.render import Pixels, draw_encoded, render_into, render_view
 from pipeline.settings.files import load_recipe
 from pipeline.stage1.rendering import Block, BlockRenderer, deal
-from pipeline.views import view as rendering
-from pipeline.views.view import draw_view
+from pipeline.views.randaugment import INCREASING, op_argument
+from pipeline.views.view import DrawnOp, View, draw_view
 
 RECIPE = load_recipe("deit", {})
-PER_DECODE = (1, 2, 4, 8, 30)
+PER_DECODE = (1, 2, 3, 4, 8, 30)
+LEVELS = ("plain", "AVX2", "AVX-512")  # instruction sets of the kernel
 EPOCH_VIEWS = 8  # of each image, that our loader process is timed with
 
 
@@ -72,7 +81,7 @@ def v2_transform() -> Any:
             v2.RandAugment(2, 9, interpolation=bicubic),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            v2.RandomErasing(0.25, value="random"),
+            v2.RandomErasing(0.25, value="random"),  # pyright: ignore[reportArgumentType]
         ]
     )
 
@@ -97,9 +106,15 @@ class Photos(Dataset[Any]):
 
 def ours(images: list[bytes], views: int) -> int:
     """Render as the loader processes do: several views from one decode, or one from no more than its crop."""
+    take = partial(render_into, places(views))
     for number, image in enumerate(images):
-        render_encoded(image, RECIPE, str(number), range(views))
+        draw_encoded(image, RECIPE, str(number), range(views), take)
     return views * len(images)
+
+
+def places(views: int) -> list[Pixels]:
+    """Return memory for so many views, which is used again for each image, as the memory of a loader process is."""
+    return list(np.empty((views, 224, 224, 3), np.uint8))
 
 
 def ours_whole(images: list[bytes]) -> int:
@@ -133,7 +148,7 @@ class Share:
         self._images, self._views = images, views
 
     def __call__(self, index: int, _: Note | None = None) -> int:
-        return ours(self._images[index::2], self._views)
+        return ours(self._images[index % 2 :: 2], self._views)
 
 
 def drained(loader: Any) -> Iterator[None]:
@@ -191,37 +206,95 @@ def rate(work: Callable[[], int]) -> float:
     return work() / (time.perf_counter() - began)
 
 
-def parts(images: list[bytes], views: int = 8) -> dict[str, float]:
-    """Return microseconds that each part of a view takes on average, timed one by one."""
-    spent: Counter[str] = Counter()
+# --- where the time of our views goes ------------------------------------------------------------------------------
 
-    def timed(name: str, function: Any) -> Any:
-        def run(*args: Any) -> Any:
-            began = time.perf_counter()
-            result = function(*args)
-            spent[name if name != "op" else f"op {args[1].removesuffix('Increasing')}"] += time.perf_counter() - began
-            return result
 
-        return run
+def parts(images: list[bytes], rounds: int, views: int = 8) -> dict[str, Any]:
+    """Return microseconds of processor time that each part of a view takes on average."""
+    photos = [decode(image, key="photo") for image in images]
+    drawn = [draw_views(photo, number, views) for number, photo in enumerate(photos)]
+    plain = [[replace(view, flip=False, ops=(), erase=None) for view in of_photo] for of_photo in drawn]
+    variants = {  # what is compared with the plain views
+        "flip": [[replace(view, flip=True) for view in of_photo] for of_photo in plain],
+        "erase": [[replace(p, erase=d.erase) for p, d in zip(*both, strict=True)] for both in zip(plain, drawn, strict=True)],
+    } | {f"op {name.removesuffix('Increasing')}": [with_op(each, name) for each in plain] for name in INCREASING}  # fmt: skip
+    out = places(views)
 
-    names = {"_crop_and_resize": "crop and resize", "mirror": "flip", "apply_op": "op", "_erase": "erase"}
-    before = {name: getattr(rendering, name) for name in names}
-    for name, label in names.items():
-        setattr(rendering, name, timed(label, before[name]))
-    count = 0
-    for number, image in enumerate(images):
-        pixels = decode(image, key="photo")
-        for view in range(views):
-            began = time.perf_counter()
-            drawn = draw_view(RECIPE, str(number), view, height=pixels.shape[0], width=pixels.shape[1])
-            spent["draw"] += time.perf_counter() - began
-            began = time.perf_counter()
-            render(pixels, drawn)
-            spent["render"] += time.perf_counter() - began
-            count += 1
-    for name, function in before.items():
-        setattr(rendering, name, function)
-    return {name: round(1e6 * seconds / count, 1) for name, seconds in spent.most_common()}
+    def kernel_of(all_views: list[list[View]], level: int | None = None) -> Callable[[], object]:
+        return lambda: [
+            kernel.render_views(photo, each, out, level=level) for photo, each in zip(photos, all_views, strict=True)
+        ]
+
+    tiny = [
+        [replace(view, crop=(0, 0, 1, 1), resize=(1, 1), img_size=1, erase=None) for view in each] for each in drawn
+    ]
+    dots = list(np.empty((views, 1, 1, 3), np.uint8))
+    work: dict[str, Callable[[], object]] = {
+        "decode": lambda: [decode(image, key="photo") for image in images],
+        "draw": lambda: [draw_views(photo, number, views) for number, photo in enumerate(photos)],
+        "pack": lambda: [[packed(view, height=1, width=1) for view in each] for each in drawn],
+        "pack and call": lambda: [kernel.render_views(photo, each, dots) for photo, each in zip(photos, tiny, strict=True)],
+        "plain views": kernel_of(plain),
+        **{LEVELS[level]: kernel_of(drawn, level) for level in range(kernel.best_level() + 1)},
+        **{name: kernel_of(each) for name, each in variants.items()},
+    }  # fmt: skip
+    spent = [processor_us(work, len(photos) * views) for _ in range(rounds)]
+    applied = Counter(op.name.removesuffix("Increasing") for each in drawn for view in each for op in view.ops)
+    return figures(spent, {name: count / len(photos) / views for name, count in applied.items()}, views)
+
+
+def draw_views(photo: Pixels, number: int, views: int) -> list[View]:
+    height, width = photo.shape[:2]
+    return [draw_view(RECIPE, str(number), view, height=height, width=width) for view in range(views)]
+
+
+def with_op(views: Sequence[View], name: str) -> list[View]:
+    """Return these views with one operation, at DeiT's mean magnitude and in both directions."""
+    ops = [DrawnOp(name, op_argument(name, 9.0, negate=negate)) for negate in (False, True)]
+    return [replace(view, ops=(ops[number % 2],)) for number, view in enumerate(views)]
+
+
+def processor_us(work: dict[str, Callable[[], object]], count: int) -> dict[str, float]:
+    """Return the microseconds of processor time of each call, divided by `count`; the calls take turns in a new order."""
+    spent = {}
+    for name in random.sample(list(work), len(work)):
+        began = time.thread_time()
+        work[name]()
+        spent[name] = 1e6 * (time.thread_time() - began) / count
+    return spent
+
+
+def figures(spent: list[dict[str, float]], applied: dict[str, float], views: int) -> dict[str, Any]:
+    """Return medians over the rounds: of each part, and of the difference that each step of the kernel makes.
+
+    Args:
+        spent: microseconds a view, by round.
+        applied: how often a view has each operation.
+        views: views of each image.
+    """
+
+    def median(part: Callable[[dict[str, float]], float]) -> float:
+        return round(statistics.median(map(part, spent)), 1)
+
+    def more(name: str) -> float:
+        return median(lambda each: each[name] - each["plain views"])
+
+    ops = {name.removeprefix("op "): more(name) for name in spent[0] if name.startswith("op ")}
+    return {
+        "decode, an image": median(lambda each: each["decode"] * views),
+        "draw": median(lambda each: each["draw"]),
+        "pack": median(lambda each: each["pack"]),
+        "call": median(lambda each: each["pack and call"] - each["pack"]),
+        "resize": median(lambda each: each["plain views"] - each["pack and call"]),
+        "flip, of half of the views": round(more("flip") / 2, 1),
+        "erase": more("erase"),
+        "operations": round(sum(us * applied.get(name, 0.0) for name, us in ops.items()), 1),
+        "operation, where it is applied": dict(sorted(ops.items(), key=lambda each: -each[1])),
+        "whole kernel with pack and call": {name: median(lambda each, name=name: each[name]) for name in LEVELS if name in spent[0]},
+    }  # fmt: skip
+
+
+# --- all of it ----------------------------------------------------------------------------------------------------
 
 
 def threads_and_processes(images: list[bytes], rounds: int) -> dict[str, Any]:
@@ -244,8 +317,11 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with a tar of JPEGs")
     parser.add_argument("--images", type=int, default=50)
     args = parser.parse_args()
+    if not kernel.is_compiled():
+        raise SystemExit(
+            "the kernel is not compiled: install this project where there is a C compiler (pip install -e .)"
+        )
     torch.set_num_threads(1)
-    cv2.setNumThreads(0)
 
     tar = next(Path(args.data).glob("*.tar"))
     with tarfile.open(tar) as archive:
@@ -272,7 +348,7 @@ def main() -> None:
             name: ratio for name, ratio in ratios(rounds, "timm_dataloader").items() if name.endswith("_dataloader")
         },
         "ratio_to_timm": ratios(rounds, "timm"),
-        "us_per_view": parts(images[: args.images]),
+        "us_per_view": parts(images[: args.images], args.rounds),
         "two_at_once": together,
         "rounds": rounds,
     }
