@@ -57,8 +57,8 @@ _CAUSES = {
     2: _Cause(
         "another image decoder, or a damaged kernel",
         f"at most {TOLERANCE} may be another image decoder",
-        "Compare the versions of simplejpeg and Pillow with those in `deit-cli labels info`; if they are equal, install"
-        " deit-cli again",
+        "Run deit-cli doctor, which tries the image decoders and the kernel, and compare the versions of simplejpeg and Pillow with"
+        " those in `deit-cli labels info`",
     ),
 }  # by renderer
 

@@ -295,6 +295,7 @@ SHOWN: dict[tuple[str, str], Callable[[Page, list[str]], None]] = {
     ("docs/recipes.md", "starting from"): printed_somewhere,
     ("docs/recipes.md", "data: imagenet/train"): settings_file,
     ("docs/import.md", "fkd-labels/"): files_made,
+    ("docs/trust.md", "pixels  "): printed_somewhere,
     ("docs/trust.md", "manifest  "): manifest_then_pinned,
     ("docs/studies.md", "title: "): study_file,
     ("docs/studies.md", "data: cifar10"): scale_file,

@@ -160,8 +160,8 @@ LARGE = [
     (
         2,
         f"at most {TOLERANCE} may be another image decoder",
-        "Compare the versions of simplejpeg and Pillow with those in `deit-cli labels info`; if they are equal, install"
-        " deit-cli again",
+        "Run deit-cli doctor, which tries the image decoders and the kernel, and compare the versions of simplejpeg and Pillow with"
+        " those in `deit-cli labels info`",
     ),
 ]
 
