@@ -95,7 +95,7 @@ def examine_labels(labels: str, data: str | None, options: Mapping[str, Any] = M
     try:
         from pipeline.images.samples import SourceOptions
         from pipeline.labels.labelset import LabelSet
-        from pipeline.labels.replay import check_replay
+        from pipeline.labels.replay import CAUSES, check_replay
     except Exception as error:
         section.problem(f"a label set cannot be read: {first_line(error)}", "Repair the packages named above")
         return section
@@ -122,7 +122,8 @@ def examine_labels(labels: str, data: str | None, options: Mapping[str, Any] = M
     )
     if difference:
         section.warning(
-            f"rendered pixels differ by up to {difference:.3f} of 255 from those that the teacher saw: rounding, which training accepts",
+            f"rendered pixels differ by up to {difference:.3f} of 255 from those that the teacher saw, which training accepts:"
+            f" {CAUSES[plan.recipe.renderer].small}",
             "To get equal pixels, install the package versions that made the labels",
         )
     return section

@@ -34,7 +34,7 @@ SAMPLED_BYTES = 768
 TOLERANCE = 0.25
 
 
-class _Cause(NamedTuple):
+class Cause(NamedTuple):
     """Why pixels differ from the labelled ones, in the words of messages.
 
     Attributes:
@@ -48,13 +48,13 @@ class _Cause(NamedTuple):
     fix: str
 
 
-_CAUSES = {
-    1: _Cause(
+CAUSES = {
+    1: Cause(
         "rounding only",
         f"at most {TOLERANCE} is rounding",
         "Compare the installed versions with those in `deit-cli labels info`",
     ),
-    2: _Cause(
+    2: Cause(
         "another image decoder, or a damaged kernel",
         f"at most {TOLERANCE} may be another image decoder",
         "Run deit-cli doctor, which tries the image decoders and the kernel, and compare the versions of simplejpeg and Pillow with"
@@ -159,7 +159,7 @@ def compare_probes(probes: Iterable[Probe], recipe: Recipe, source: Source, samp
         worst = max(worst, _pixel_difference(probe, recipe, sample))
     if worst:
         message = "replayed views differ from the labelled ones by up to %.3f of 255 on average: %s"
-        cause = _CAUSES[recipe.renderer].small
+        cause = CAUSES[recipe.renderer].small
         warn_counted(log, "comparisons of replayed views that differ a little", message, worst, cause)
     return worst
 
@@ -204,7 +204,7 @@ def _pixel_difference(probe: Probe, recipe: Recipe, sample: Sample) -> float:
     now = _sampled(pixels)
     difference = float(np.abs(now.astype(int) - then).mean()) if now.shape == then.shape else 255.0
     if difference > TOLERANCE:
-        cause = _CAUSES[recipe.renderer]
+        cause = CAUSES[recipe.renderer]
         raise ReplayError(
             f"view {probe.view} of {sample.key!r} differs from the labelled pixels by {difference:.2f} of"
             f" 255 on average ({cause.limit}): the labels do not fit",

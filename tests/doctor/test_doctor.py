@@ -652,7 +652,7 @@ def test_a_label_set_that_replays_nearly_is_a_warning(labels):
     section = examine_labels(str(labels), None)
     assert told(section) == []
     (warning,) = told(section, warnings=True)
-    assert "rounding, which training accepts" in warning
+    assert "which training accepts: another image decoder, or a damaged kernel" in warning
 
 
 def test_a_label_set_of_other_images_is_a_problem(labels, tmp_path):
