@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle, islice
@@ -27,10 +27,11 @@ from pipeline.machine.loaders import PREFETCH, one_core
 from pipeline.machine.ranks import forward_dtype
 from pipeline.machine.threads import usable_cores
 from pipeline.machine.timing import DOES_NOT_MATCH, Enough, Work, median_s, steady_s, synchronise
-from pipeline.pixels.render import MOST_IN_A_PART, draw_encoded, render_into
+from pipeline.pixels.handover import UnrenderedViews, bytes_for, slot_shape
+from pipeline.pixels.render import MOST_IN_A_PART, Pixels, Take, draw_encoded, render_into
 from pipeline.text import count
 from pipeline.views.recipe import Recipe
-from pipeline.views.view import draw_view
+from pipeline.views.view import View, draw_view
 from trainer.checkpoint import BackgroundWriter
 from trainer.config import TrainConfig
 from trainer.loop import Run, only_deterministic, update_weights
@@ -42,6 +43,7 @@ from trainer.run import Data
 from trainer.stream import Batch, BatchRenderer, Catalogue, ShardTable, on_device, stream_batches
 
 IMAGES = 64  # maximum number of images for timing reading, decoding and rendering
+SHARING = 8  # images that share the memory of a batch: a large one has some of what the others do not need
 ENDLESS = 10**6  # epochs: more than fit into the time of a measurement
 Limit = Literal["student", "stream"]
 
@@ -53,10 +55,11 @@ class StreamParts:
     Attributes:
         read_s: time to read the encoded image and compare it with the labelled one.
         decode_s: time to decode the image, or the part of it that a single view needs.
-        render_s: time to draw the parameters of the view and compute its pixels.
+        render_s: time to draw the parameters of the view, and to compute its pixels or to hand it over to a GPU.
         plan_s: time to choose the views of a batch and how they are mixed.
         labels_s: time to find the label, including a share of reading the files; None without a label set.
-        copy_s: time to copy the view to the GPU while nothing else runs; None without a GPU.
+        copy_s: time to copy the view to the GPU, and to render it there if the GPU renders, while nothing else runs; None
+            without a GPU.
     """
 
     read_s: float
@@ -96,6 +99,7 @@ class TrainingBench:
         loaders: number of loader processes; 0: student and stream take turns in one process.
         views_per_update: number of views that an update is computed from.
         views_per_decode: number of views made from each decoded image.
+        on_gpu: whether the GPU renders the views.
         student: views/s of the student with batches in memory.
         stream: views/s of all loader processes together, with nothing using their batches.
         parts: parts of the stream, each alone.
@@ -109,6 +113,7 @@ class TrainingBench:
     loaders: int
     views_per_update: int
     views_per_decode: int
+    on_gpu: bool
     student: float
     stream: float
     parts: StreamParts
@@ -150,10 +155,14 @@ class TrainingBench:
         rows = [
             ("read", parts.read_s, "one core"),
             ("decode", parts.decode_s, "one core"),
-            ("render", parts.render_s, "one core"),
+            ("hand over" if self.on_gpu else "render", parts.render_s, "one core"),
             ("plan and mix", parts.plan_s, "one core"),
             ("labels", parts.labels_s, f"one core{share}"),
-            ("copy", parts.copy_s, f"to {self.device}, while it computes"),
+            (
+                "copy and render" if self.on_gpu else "copy",
+                parts.copy_s,
+                f"{'on' if self.on_gpu else 'to'} {self.device}, while it computes",
+            ),
             ("student", 1 / self.student, on),
         ]
         lines = [f"{'':17}{'us a view':>12}{'views/s':>12}  on"]
@@ -208,6 +217,7 @@ def bench_training(config: TrainConfig, recipe: Recipe | None = None, *, seconds
             loaders=world.workers,
             views_per_update=views,
             views_per_decode=run.order.repeated_aug,
+            on_gpu=run.on_gpu,
             student=views / update_s,
             parts=measure_parts(run, least_s=seconds),
             stream=measure_stream(run, seconds=seconds),
@@ -322,11 +332,11 @@ def measure_parts(run: Run, *, least_s: float) -> StreamParts:
     places = list(islice(_usable(catalogue), IMAGES))
     samples = [_read(catalogue, *place) for place in places]
     decoding = [_decoding(sample, data, views) for sample in samples]
-    render = partial(render_into, list(np.empty((len(views), data.recipe.img_size, data.recipe.img_size, 3), np.uint8)))
+    take = _handing_over(data.recipe, len(views)) if run.on_gpu else _rendering(data.recipe, len(views))
     work: dict[str, Work] = {
         "read_s": lambda: [_read(catalogue, *place) for place in places],
         "decode_s": lambda: [each() for each in decoding],
-        "made_s": lambda: [draw_encoded(sample.image, data.recipe, sample.key, views, render) for sample in samples],
+        "made_s": lambda: [draw_encoded(sample.image, data.recipe, sample.key, views, take) for sample in samples],
     }
     with one_core():
         spent = {name: median_s(each, host, least_s) / len(samples) / len(views) for name, each in work.items()}
@@ -367,6 +377,21 @@ def _decoding(sample: Sample, data: Data, views: range) -> Work:
     return lambda: decode_for(sample.image, crops, key=sample.key)
 
 
+def _rendering(recipe: Recipe, num_views: int) -> Take:
+    """Return a function that renders the views of an image, always into the same memory."""
+    return partial(render_into, list(np.empty((num_views, recipe.img_size, recipe.img_size, 3), np.uint8)))
+
+
+def _handing_over(recipe: Recipe, num_views: int) -> Take:
+    """Return a function that hands the views of an image over, as part of a batch, always in the same memory."""
+    memory = torch.empty(bytes_for(SHARING * num_views, recipe.img_size), dtype=torch.uint8)
+
+    def take(image: Pixels, views: Sequence[View]) -> None:
+        UnrenderedViews(memory, num_views, recipe.img_size).add(range(num_views), image, views)
+
+    return take
+
+
 class _Planner(BatchRenderer):
     """A renderer that makes no pixels, and measures the time to find labels."""
 
@@ -386,7 +411,7 @@ class _Planner(BatchRenderer):
         yield
         self.label_s += time.perf_counter() - began
 
-    def _render_images(self, *_: Any) -> None:
+    def _draw_images(self, *_: Any) -> None:
         pass
 
 
@@ -431,11 +456,14 @@ def _label_files_s(run: Run, label_set: LabelSet, least_s: float) -> float:
 
 
 def _copy_s(run: Run, least_s: float) -> float | None:
-    """Return the seconds to copy one view from page-locked memory to a GPU while nothing else runs; None without a GPU."""
+    """Return the seconds to copy one view from page-locked memory to a GPU, and to render it there if it renders, while nothing
+    else runs; None without a GPU."""
     device = run.running.device
     if device.type != "cuda":
         return None
-    batch = _renderer_of(run).render_here(0)
+    renderer = _renderer_of(run)
+    out = torch.empty(slot_shape(renderer.most, renderer.img_size, unrendered=run.on_gpu), dtype=torch.uint8)
+    batch = renderer(0, out, lambda _: None)
     batch = replace(batch, images=batch.images.pin_memory())
     return median_s(lambda: batch.to(device), device, least_s) / len(batch.keys)
 

@@ -116,7 +116,7 @@ def measure_rates(
             "write_s": (_writing(teacher.identity.num_classes, topk, precision), WRITTEN[0] * WRITTEN[1]),
         }
         if on_gpu:
-            batch_of_views = handed_over(0).clone()
+            batch_of_views = _pinned(handed_over(0).clone(), teacher.device)
             timed["device_render_s"] = (lambda: teacher.rendered(batch_of_views, len(samples)), len(samples))
         seconds = {name: median_s(work, teacher.device, least_s) / count for name, (work, count) in timed.items()}
     beside = seconds["topk_s"] + (seconds["copy_s"] if teacher.device.type == "cuda" else 0)
@@ -146,8 +146,12 @@ def _first_images(source: Source, least_s: float) -> tuple[list[Any], list[Sampl
 
 def _filled(rendered: np.ndarray, batch: int, device: torch.device) -> Tensor:
     """Return views repeated to fill a batch, uint8 [batch, H, W, 3] on the host, pinned for a GPU."""
-    pixels = torch.from_numpy(np.resize(rendered, (batch, *rendered.shape[1:])))
-    return pixels.pin_memory() if device.type == "cuda" else pixels
+    return _pinned(torch.from_numpy(np.resize(rendered, (batch, *rendered.shape[1:]))), device)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor in page-locked memory if the device is a GPU, as the batches of a run are."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _answer_s(rendered: np.ndarray, recipe: Recipe, teacher: Teacher, topk: int, least_s: float) -> float:

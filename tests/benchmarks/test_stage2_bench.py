@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from support.builders import make_labels, small_recipe, write_tars
+from support.builders import keys_decoded, make_labels, small_recipe, write_tars
 
 import cli
 from pipeline.errors import BadImageError, DeitCliError, LabelSetMismatch
+from pipeline.pixels import kernel
+from pipeline.pixels.handover import UnrenderedViews
 from trainer import bench
 from trainer.bench import LoopRate, StreamParts, TrainingBench, bench_training
 from trainer.config import TrainConfig
@@ -162,6 +164,40 @@ def test_updates_of_the_student_alone_are_those_of_the_loop(labels):
         assert value.equal(states[1][name]), name
 
 
+def test_choosing_views_and_finding_labels_is_timed_without_decoding_and_rendering(labels, monkeypatch):
+    decoded = keys_decoded(monkeypatch)
+    with bench.opened_run(config(labels)) as run:
+        decoded.clear()  # the replay probes
+        plan_s, find_s = bench._planning_s(run, 0.01)
+    assert min(plan_s, find_s) > 0
+    assert decoded == []
+
+
+def test_views_that_a_gpu_renders_are_measured_as_such(labels, monkeypatch):
+    """The loader processes only hand them over; the CPU plays the GPU."""
+    monkeypatch.setattr("trainer.loop.renders_on_gpu", lambda *_: True)
+    rendered_here, handed_over = [], []
+    real, add = kernel.render_views, UnrenderedViews.add
+    monkeypatch.setattr(
+        kernel, "render_views", lambda *args, **options: rendered_here.append(args) or real(*args, **options)
+    )
+    monkeypatch.setattr(UnrenderedViews, "add", lambda batch, *args: handed_over.append(args) or add(batch, *args))
+    with bench.opened_run(config(labels)) as run:
+        rendered_here.clear()  # the replay probes
+        for measure in (
+            lambda: bench.measure_parts(run, least_s=0.02),
+            lambda: bench.measure_stream(run, seconds=0.02),
+            lambda: bench.measure_loop(run, seconds=0.02),
+        ):
+            handed_over.clear()
+            measure()
+            assert handed_over
+        assert rendered_here == []
+    found = bench_training(config(labels), seconds=0.02)
+    assert found.on_gpu
+    assert found.stream > 0
+
+
 def test_the_loop_can_be_measured_again_and_its_messages_come_back(labels):
     log = logging.getLogger("deit_cli.train")
     before = log.level
@@ -205,6 +241,7 @@ FOUND = TrainingBench(
     loaders=15,
     views_per_update=1024,
     views_per_decode=3,
+    on_gpu=False,
     student=2500.0,
     stream=12000.0,
     parts=StreamParts(read_s=1e-5, decode_s=4e-4, render_s=6e-4, plan_s=1e-5, labels_s=3e-5, copy_s=2e-5),
@@ -246,6 +283,9 @@ def test_the_table_of_a_gpu():
         "together, measured                2,450.0  98 % of the slower of these, waiting for data 1 % of the time",
         "the student is the limit: the stream could feed 4.80 times as much; 4 loader processes would be enough",
     ]
+    lines = replace(FOUND, on_gpu=True).table().splitlines()
+    assert lines[3] == "hand over               600.0     1,666.7  one core"
+    assert lines[6] == "copy and render          20.0    50,000.0  on cuda, while it computes"
     slow = replace(FOUND, together=replace(FOUND.together, images_per_s=900.0))
     assert slow.table().endswith("Try longer --seconds")
 
