@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from support.builders import small_recipe, small_teacher, teacher_of, write_tars
 from torch import nn
 
+import cli
 from pipeline.cost import rates as measuring
 from pipeline.cost.bench import measure_run
 from pipeline.cost.rates import Rates, forward_flops, measure_rates, training_step_s
 from pipeline.errors import SourceError, UsageError
 from pipeline.images.source import open_source
 from pipeline.settings.configs import PrecomputeConfig
+from pipeline.teacher.teacher import Teacher
 
 CPU = torch.device("cpu")
 
@@ -39,7 +42,38 @@ def test_a_device_that_renders_has_its_own_time(tmp_path):
     source = open_source(write_tars(tmp_path / "data", (3, 2)))
     recipe, teacher = small_recipe(), small_teacher(source)
     rates = measure_rates(source, recipe, teacher, topk=2, precision="float16", least_s=0.01, on_gpu=True)
-    assert 0 < rates.device_render_s < rates.answer_s
+    assert rates.device_render_s > 0
+    assert rates.answer_s == rates.teacher_s + rates.topk_s + rates.device_render_s
+
+
+@pytest.mark.parametrize("command", ["stage1", "estimate"])
+def test_commands_measure_a_device_that_renders(tmp_path, monkeypatch, command):
+    """The CPU plays the GPU."""
+    for module in ("pipeline.cost.bench", "pipeline.cost.estimate", "pipeline.stage1.loop"):
+        monkeypatch.setattr(f"{module}.renders_on_gpu", lambda *_: True)
+    handed_over: list[int] = []
+    real = Teacher.rendered
+    monkeypatch.setattr(
+        Teacher, "rendered", lambda teacher, images, count: handed_over.append(count) or real(teacher, images, count)
+    )
+    data = write_tars(tmp_path / "data", (8,))
+    options = [
+        "--data",
+        data,
+        "--teacher",
+        "support.builders:confident_cnn",
+        "--set",
+        "img_size=16",
+        "--set",
+        "mix_block=8",
+    ]
+    arguments = ["bench", "stage1", "--seconds", "0.1"] if command == "stage1" else ["estimate", "--model", "deit-ti"]
+    result = CliRunner().invoke(cli.commands, [*arguments, *options, "--views", "0:3", "-j", "0"])
+    assert result.exit_code == 0, result.output
+    assert handed_over
+    lines = [line.split("  ")[0] for line in result.output.splitlines()]
+    if command == "stage1":
+        assert lines[3:5] == ["hand over", "copy and render"]
 
 
 def test_one_image_suffices_and_images_that_cannot_be_decoded_are_passed_over(tmp_path):
