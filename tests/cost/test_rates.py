@@ -67,7 +67,11 @@ def test_commands_measure_a_device_that_renders(tmp_path, monkeypatch, command):
         "--set",
         "mix_block=8",
     ]
-    arguments = ["bench", "stage1", "--seconds", "0.1"] if command == "stage1" else ["estimate", "--model", "deit-ti"]
+    arguments = (
+        ["bench", "stage1", "--seconds", "0.1"]
+        if command == "stage1"
+        else ["estimate", "--model", "deit-ti", "--seconds", "0.1"]
+    )
     result = CliRunner().invoke(cli.commands, [*arguments, *options, "--views", "0:3", "-j", "0"])
     assert result.exit_code == 0, result.output
     assert handed_over

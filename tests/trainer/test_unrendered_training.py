@@ -45,16 +45,9 @@ def label_set(data, tmp_path_factory) -> LabelSet:
 
 
 def config(label_set: LabelSet | None, output: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "output": output,
-        "batch_size": 12,
-        "epochs": 2,
-        "warmup_epochs": 1,
-        "lr": 1e-3,
-        "workers": 0,
-    }
-    labels: dict[str, Any] = {"labels": label_set.folder} if label_set else {}
-    return TrainConfig(**(values | TINY | {"log_interval": 1} | labels | changes))
+    values: dict[str, Any] = {"output": output, "batch_size": 12, "epochs": 2, "warmup_epochs": 1, "lr": 1e-3}
+    values |= TINY | {"workers": 0, "log_interval": 1} | ({"labels": label_set.folder} if label_set else {})
+    return TrainConfig(**(values | changes))
 
 
 @pytest.fixture
