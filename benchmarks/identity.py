@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument(
         "--interpreted",
         type=int,
-        default=250,
+        default=60,
         help=f"views of {SMALL} pixels in Triton's interpreter",
     )
     parser.add_argument("--size", type=int, default=224, help="pixels of all other views")
