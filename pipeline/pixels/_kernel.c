@@ -12,6 +12,10 @@
 #include <immintrin.h>
 #endif
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "records and vectors are those of a little-endian processor; without this library, torch renders the same pixels"
+#endif
+
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else
@@ -47,8 +51,9 @@ struct record {
 
 static const uint8_t FILL[3] = {124, 116, 104};
 
-typedef uint8_t u8x4 __attribute__((vector_size(4)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
 
 #define LOAD(type, pointer) ({ type loaded_; memcpy(&loaded_, (pointer), sizeof(type)); loaded_; })
 #define STORE(pointer, value) ({ __typeof__(value) stored_ = (value); memcpy((pointer), &stored_, sizeof stored_); })
@@ -59,14 +64,15 @@ typedef uint8_t u8x16 __attribute__((vector_size(16)));
 #define KEEP(mask, yes) ({ __auto_type mask_ = (mask); __auto_type yes_ = (yes); (__typeof__(yes_))((__typeof__(mask_))yes_ & mask_); })
 #define CLAMP(at, size) ((at) < 0 ? 0 : ((at) < (size) ? (at) : (size) - 1))
 #if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
-#define LOW_HALVES(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define HIGH_HALVES(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, ...) __builtin_shuffle(a, (u8x16){__VA_ARGS__})
-#define LOW_HALVES(a, b) __builtin_shuffle(a, b, (u8x16){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
-#define HIGH_HALVES(a, b) __builtin_shuffle(a, b, (u8x16){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
+#define SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
 #endif
+#define LOW_HALVES(a, b) SHUFFLE(u8x16, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH_HALVES(a, b) SHUFFLE(u8x16, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define LOW_WORDS(a, b) SHUFFLE(u16x8, a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define EVEN_WORDS(a) SHUFFLE(u16x8, a, a, 0, 2, 4, 6, 0, 2, 4, 6)
+#define EVEN_BYTES(a) SHUFFLE(u8x16, a, a, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14)
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 /* --- scratch memory: a caller gives it, so that no call takes new pages from the system ---------------------------------- */

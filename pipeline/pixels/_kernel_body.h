@@ -4,6 +4,7 @@
 
 #undef LANES
 #undef HALF
+#undef PIXELS
 #if LEVEL == 2
 #define LANES 16
 #elif LEVEL == 1
@@ -12,12 +13,38 @@
 #define LANES 4
 #endif
 #define HALF (LANES / 2)
+#define PIXELS (LANES / 4) /* of four bytes */
 
 typedef int32_t NAME(ints) __attribute__((vector_size(4 * LANES)));
 typedef float NAME(floats) __attribute__((vector_size(4 * LANES)));
 typedef double NAME(doubles) __attribute__((vector_size(4 * LANES)));
 typedef int64_t NAME(longs) __attribute__((vector_size(4 * LANES)));
+#if LEVEL == 0 && defined(__x86_64__)
+typedef NAME(ints) NAME(few); /* HALF integers, the others mean nothing: gcc is slow with vectors of 8 bytes */
+#else
 typedef int32_t NAME(few) __attribute__((vector_size(2 * LANES))); /* HALF integers */
+#endif
+
+/* Return the whole part of a number of at most 31 bits: SSE2 cannot round down. */
+ALWAYS_INLINE double NAME(floor)(double v) {
+#if LEVEL == 0 && defined(__x86_64__)
+    double whole = (double)(int32_t)v;
+    return whole > v ? whole - 1.0 : whole;
+#else
+    return __builtin_floor(v);
+#endif
+}
+
+/* Return levels times a weight: SSE2 has no product of 32 bits. */
+ALWAYS_INLINE NAME(ints) NAME(times)(NAME(ints) levels, int32_t weight) {
+#if LEVEL == 0 && defined(__x86_64__)
+    __m128i low = _mm_madd_epi16((__m128i)levels, _mm_set1_epi32(weight & 0x7FFF));
+    __m128i high = _mm_madd_epi16((__m128i)levels, _mm_set1_epi32(weight >> 15 & 0xFFFF));
+    return (NAME(ints))_mm_add_epi32(low, _mm_slli_epi32(high, 15));
+#else
+    return levels * weight;
+#endif
+}
 
 #if LEVEL == 2
 ALWAYS_INLINE NAME(ints) NAME(load)(const uint8_t *from) {
@@ -40,8 +67,12 @@ ALWAYS_INLINE void NAME(store_few)(uint8_t *to, NAME(few) levels) {
     _mm_storel_epi64((__m128i *)to, _mm256_cvtepi32_epi8((__m256i)levels));
 }
 ALWAYS_INLINE NAME(doubles) NAME(to_doubles)(NAME(few) v) { return (NAME(doubles))_mm512_cvtepi32_pd((__m256i)v); }
-ALWAYS_INLINE NAME(few) NAME(clip_doubles)(NAME(doubles) v) {
-    return (NAME(few))_mm512_cvttpd_epi32(_mm512_min_pd(_mm512_max_pd((__m512d)v, _mm512_setzero_pd()), _mm512_set1_pd(255)));
+ALWAYS_INLINE NAME(doubles) NAME(limited)(NAME(doubles) v, double most) {
+    return (NAME(doubles))_mm512_min_pd(_mm512_max_pd((__m512d)v, _mm512_setzero_pd()), _mm512_set1_pd(most));
+}
+ALWAYS_INLINE NAME(few) NAME(truncated_to_few)(NAME(doubles) v) { return (NAME(few))_mm512_cvttpd_epi32((__m512d)v); }
+ALWAYS_INLINE NAME(few) NAME(floors)(NAME(doubles) v) {
+    return (NAME(few))_mm512_cvttpd_epi32(_mm512_roundscale_pd((__m512d)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
 }
 /* Return yes where 0 <= at < size, otherwise no. */
 ALWAYS_INLINE NAME(few) NAME(inside)(NAME(doubles) at, double size, NAME(few) yes, NAME(few) no) {
@@ -72,18 +103,56 @@ ALWAYS_INLINE void NAME(store_few)(uint8_t *to, NAME(few) levels) {
     STORE(to, _mm_cvtsi128_si32(_mm_packus_epi16(words, words)));
 }
 ALWAYS_INLINE NAME(doubles) NAME(to_doubles)(NAME(few) v) { return (NAME(doubles))_mm256_cvtepi32_pd((__m128i)v); }
-ALWAYS_INLINE NAME(few) NAME(clip_doubles)(NAME(doubles) v) {
-    return (NAME(few))_mm256_cvttpd_epi32(_mm256_min_pd(_mm256_max_pd((__m256d)v, _mm256_setzero_pd()), _mm256_set1_pd(255)));
+ALWAYS_INLINE NAME(doubles) NAME(limited)(NAME(doubles) v, double most) {
+    return (NAME(doubles))_mm256_min_pd(_mm256_max_pd((__m256d)v, _mm256_setzero_pd()), _mm256_set1_pd(most));
 }
+ALWAYS_INLINE NAME(few) NAME(truncated_to_few)(NAME(doubles) v) { return (NAME(few))_mm256_cvttpd_epi32((__m256d)v); }
+ALWAYS_INLINE NAME(few) NAME(floors)(NAME(doubles) v) { return (NAME(few))_mm256_cvttpd_epi32(_mm256_floor_pd((__m256d)v)); }
 ALWAYS_INLINE NAME(few) NAME(inside)(NAME(doubles) at, double size, NAME(few) yes, NAME(few) no) {
     __m256d both = _mm256_and_pd(_mm256_cmp_pd((__m256d)at, _mm256_setzero_pd(), _CMP_GE_OQ),
                                  _mm256_cmp_pd((__m256d)at, _mm256_set1_pd(size), _CMP_LT_OQ));
     __m128i mask = _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(_mm256_castpd_si256(both), _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6)));
     return (NAME(few))_mm_blendv_epi8((__m128i)no, (__m128i)yes, mask);
 }
+#elif defined(__x86_64__)
+ALWAYS_INLINE NAME(ints) NAME(widened)(int32_t bytes) {
+    __m128i zero = _mm_setzero_si128();
+    return (NAME(ints))_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(bytes), zero), zero);
+}
+ALWAYS_INLINE int32_t NAME(narrowed)(NAME(ints) levels) {
+    __m128i words = _mm_packs_epi32((__m128i)levels, (__m128i)levels);
+    return _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+}
+ALWAYS_INLINE NAME(ints) NAME(load)(const uint8_t *from) { return NAME(widened)(LOAD(int32_t, from)); }
+ALWAYS_INLINE void NAME(store)(uint8_t *to, NAME(ints) levels) { STORE(to, NAME(narrowed)(levels)); }
+ALWAYS_INLINE NAME(ints) NAME(clip)(NAME(ints) v) { return NAME(widened)(NAME(narrowed)(v)); }
+ALWAYS_INLINE NAME(floats) NAME(to_floats)(NAME(ints) v) { return (NAME(floats))_mm_cvtepi32_ps((__m128i)v); }
+ALWAYS_INLINE NAME(ints) NAME(clip_floats)(NAME(floats) v) {
+    return (NAME(ints))_mm_cvttps_epi32(_mm_min_ps(_mm_max_ps((__m128)v, _mm_setzero_ps()), _mm_set1_ps(255)));
+}
+ALWAYS_INLINE NAME(few) NAME(load_few)(const uint8_t *from) { return NAME(widened)(LOAD(uint16_t, from)); }
+ALWAYS_INLINE void NAME(store_few)(uint8_t *to, NAME(few) levels) { STORE(to, (uint16_t)NAME(narrowed)(levels)); }
+ALWAYS_INLINE NAME(doubles) NAME(to_doubles)(NAME(few) v) { return (NAME(doubles))_mm_cvtepi32_pd((__m128i)v); }
+ALWAYS_INLINE NAME(doubles) NAME(limited)(NAME(doubles) v, double most) {
+    return (NAME(doubles))_mm_min_pd(_mm_max_pd((__m128d)v, _mm_setzero_pd()), _mm_set1_pd(most));
+}
+ALWAYS_INLINE NAME(few) NAME(truncated_to_few)(NAME(doubles) v) { return (NAME(few))_mm_cvttpd_epi32((__m128d)v); }
+ALWAYS_INLINE NAME(few) NAME(floors)(NAME(doubles) v) {
+    __m128i whole = _mm_cvttpd_epi32((__m128d)v);
+    __m128d above = _mm_cmpgt_pd(_mm_cvtepi32_pd(whole), (__m128d)v);
+    return (NAME(few))_mm_add_epi32(whole, _mm_shuffle_epi32(_mm_castpd_si128(above), 0x88));
+}
+ALWAYS_INLINE NAME(few) NAME(inside)(NAME(doubles) at, double size, NAME(few) yes, NAME(few) no) {
+    __m128d both = _mm_and_pd(_mm_cmpge_pd((__m128d)at, _mm_setzero_pd()), _mm_cmplt_pd((__m128d)at, _mm_set1_pd(size)));
+    __m128i mask = _mm_shuffle_epi32(_mm_castpd_si128(both), 0x88);
+    return (NAME(few))_mm_or_si128(_mm_and_si128(mask, (__m128i)yes), _mm_andnot_si128(mask, (__m128i)no));
+}
 #else
-ALWAYS_INLINE NAME(ints) NAME(load)(const uint8_t *from) { return CONVERT(LOAD(u8x4, from), NAME(ints)); }
-ALWAYS_INLINE void NAME(store)(uint8_t *to, NAME(ints) levels) { STORE(to, CONVERT(levels, u8x4)); }
+ALWAYS_INLINE NAME(ints) NAME(load)(const uint8_t *from) {
+    u8x16 zero = {0}, words = LOW_HALVES((u8x16)((u32x4){0} + LOAD(uint32_t, from)), zero);
+    return (NAME(ints))LOW_WORDS((u16x8)words, (u16x8)zero);
+}
+ALWAYS_INLINE void NAME(store)(uint8_t *to, NAME(ints) levels) { STORE(to, ((u32x4)EVEN_BYTES((u8x16)EVEN_WORDS((u16x8)levels)))[0]); }
 ALWAYS_INLINE NAME(ints) NAME(clip)(NAME(ints) v) {
     v = KEEP(v > 0, v);
     return SELECT(v > 255, (NAME(ints)){0} + 255, v);
@@ -95,15 +164,22 @@ ALWAYS_INLINE NAME(ints) NAME(clip_floats)(NAME(floats) v) {
 }
 ALWAYS_INLINE NAME(few) NAME(load_few)(const uint8_t *from) { return (NAME(few)){from[0], from[1]}; }
 ALWAYS_INLINE void NAME(store_few)(uint8_t *to, NAME(few) levels) { to[0] = (uint8_t)levels[0], to[1] = (uint8_t)levels[1]; }
-ALWAYS_INLINE NAME(doubles) NAME(to_doubles)(NAME(few) v) { return CONVERT(v, NAME(doubles)); }
-ALWAYS_INLINE NAME(few) NAME(clip_doubles)(NAME(doubles) v) {
+ALWAYS_INLINE NAME(doubles) NAME(to_doubles)(NAME(few) v) { return CONVERT(CONVERT(v, NAME(longs)), NAME(doubles)); }
+ALWAYS_INLINE NAME(doubles) NAME(limited)(NAME(doubles) v, double most) {
     v = KEEP(v > 0.0, v);
-    return CONVERT(SELECT(v < 255.0, v, (NAME(doubles)){0} + 255.0), NAME(few));
+    return SELECT(v < most, v, (NAME(doubles)){0} + most);
+}
+ALWAYS_INLINE NAME(few) NAME(truncated_to_few)(NAME(doubles) v) { return CONVERT(CONVERT(v, NAME(longs)), NAME(few)); }
+ALWAYS_INLINE NAME(few) NAME(floors)(NAME(doubles) v) {
+    NAME(longs) whole = CONVERT(v, NAME(longs));
+    return CONVERT(whole + (CONVERT(whole, NAME(doubles)) > v), NAME(few));
 }
 ALWAYS_INLINE NAME(few) NAME(inside)(NAME(doubles) at, double size, NAME(few) yes, NAME(few) no) {
     return SELECT(CONVERT((at >= 0.0) & (at < size), NAME(few)), yes, no);
 }
 #endif
+
+ALWAYS_INLINE NAME(few) NAME(clip_doubles)(NAME(doubles) v) { return NAME(truncated_to_few)(NAME(limited)(v, 255)); }
 
 ALWAYS_INLINE NAME(ints) NAME(load_part)(const uint8_t *from, int64_t left) {
     uint8_t part[LANES] = {0};
@@ -216,7 +292,7 @@ static void NAME(resize_columns)(const u8x16 *columns, const struct NAME(weights
         NAME(ints) sums[3 * PARTS];
         for (int part = 0; part < 3 * PARTS; part++) sums[part] = (NAME(ints)){0} + (1 << 21);
         for (int32_t tap = 0; tap < weights->taps; tap++, in += 48)
-            for (int part = 0; part < 3 * PARTS; part++) sums[part] += NAME(load)(in + LANES * part) * w[tap];
+            for (int part = 0; part < 3 * PARTS; part++) sums[part] += NAME(times)(NAME(load)(in + LANES * part), w[tap]);
         for (int part = 0; part < 3 * PARTS; part++) NAME(store)((uint8_t *)out + LANES * part, NAME(clip)(sums[part] >> 22));
     }
 }
@@ -234,7 +310,7 @@ static void NAME(resize_rows)(const uint8_t *rows, int64_t stride, const struct 
             const uint8_t *from = in + at;
             for (int part = 0; part < PARTS; part++) sums[part] = (NAME(ints)){0} + (1 << 21);
             for (int32_t tap = 0; tap < weights->taps; tap++, from += stride)
-                for (int part = 0; part < PARTS; part++) sums[part] += NAME(load)(from + LANES * part) * w[tap];
+                for (int part = 0; part < PARTS; part++) sums[part] += NAME(times)(NAME(load)(from + LANES * part), w[tap]);
             for (int part = 0; part < PARTS; part++) NAME(store)(to + LANES * part, NAME(clip)(sums[part] >> 22));
             if (to == levels) memcpy(out + at, levels, (size_t)(bytes - at));
         }
@@ -355,7 +431,7 @@ static void NAME(luma)(const uint8_t *row, int64_t bytes, uint8_t *line, uint8_t
     memcpy(line, row, bytes);
     for (int64_t i = 0; i < bytes; i += LANES) {
         NAME(ints) red = NAME(load)(line + i), green = NAME(load)(line + i + 1), blue = NAME(load)(line + i + 2);
-        NAME(store)(out + i, (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16);
+        NAME(store)(out + i, (NAME(times)(red, 19595) + NAME(times)(green, 38470) + NAME(times)(blue, 7471) + 32768) >> 16);
     }
 }
 
@@ -372,9 +448,9 @@ static void NAME(contrast)(uint8_t *image, int32_t size, float factor, struct sc
 /* Write what is at the first byte of each pixel to all of its bytes; `from` has 16 more bytes on each side. */
 static void NAME(spread)(const uint8_t *from, int64_t bytes, uint8_t *to) {
     for (int64_t i = 0; i < bytes; i += 48) {
-        STORE(to + i, SHUFFLE(LOAD(u8x16, from + i), 0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9, 12, 12, 12, 15));
-        STORE(to + i + 16, SHUFFLE(LOAD(u8x16, from + i + 15), 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9, 12, 12, 12, 15, 15));
-        STORE(to + i + 32, SHUFFLE(LOAD(u8x16, from + i + 30), 0, 3, 3, 3, 6, 6, 6, 9, 9, 9, 12, 12, 12, 15, 15, 15));
+        STORE(to + i, SHUFFLE(u8x16, LOAD(u8x16, from + i), (u8x16){0}, 0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9, 12, 12, 12, 15));
+        STORE(to + i + 16, SHUFFLE(u8x16, LOAD(u8x16, from + i + 15), (u8x16){0}, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9, 12, 12, 12, 15, 15));
+        STORE(to + i + 32, SHUFFLE(u8x16, LOAD(u8x16, from + i + 30), (u8x16){0}, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9, 12, 12, 12, 15, 15, 15));
     }
 }
 
@@ -430,9 +506,10 @@ ALWAYS_INLINE NAME(few) NAME(levels_between)(const uint8_t *in, int64_t step, NA
 /* Return the whole part of a shift, limited to where all of the image is outside. *exact: every position with this shift has this whole
    part, and rounding cannot make it another one. */
 static int32_t NAME(whole_shift)(double shift, int32_t size, int is_constant, int *exact) {
-    double limit = size + 4.0, whole = __builtin_floor(shift), part = shift - whole;
-    *exact = (part > 1e-9 && part < 1 - 1e-9) || (is_constant && part == 0) || shift < -limit || shift > limit;
-    return (int32_t)(shift < -limit ? -limit : (shift > limit ? limit : whole));
+    double limit = size + 4.0, held = shift < -limit ? -limit : (shift > limit ? limit : shift);
+    double whole = NAME(floor)(held), part = held - whole;
+    *exact = shift != held || (part > 1e-9 && part < 1 - 1e-9) || (is_constant && part == 0);
+    return (int32_t)whole;
 }
 
 /* Numbers of a row of bytes: for each byte its column and its filling. */
@@ -483,7 +560,7 @@ ALWAYS_INLINE void NAME(slide_rows)(uint8_t *image, int32_t size, const double *
             continue;
         }
         for (int32_t x = 0; x < size; x++) {
-            double u = ((x + 0.5) + rising) + m[2], left = __builtin_floor(u - 0.5);
+            double u = ((x + 0.5) + rising) + m[2], left = NAME(floor)(u - 0.5);
             int32_t taps[4], at = (int32_t)left;
             for (int channel = 0; channel < 3; channel++) {
                 if (u < 0.0 || u >= size) {
@@ -531,7 +608,7 @@ ALWAYS_INLINE void NAME(slide_columns)(uint8_t *image, int32_t size, const doubl
     for (int32_t n = 0; n < num_inexact; n++)
         for (int32_t y = 0; y < size; y++) {
             int32_t x = inexact[n], taps[4];
-            double v = (rising[3 * x] + (y + 0.5)) + m[5], top = __builtin_floor(v - 0.5);
+            double v = (rising[3 * x] + (y + 0.5)) + m[5], top = NAME(floor)(v - 0.5);
             for (int channel = 0; channel < 3; channel++) {
                 uint8_t *out = image + y * bytes + 3 * x + channel;
                 if (v < 0.0 || v >= size) {
@@ -544,22 +621,28 @@ ALWAYS_INLINE void NAME(slide_columns)(uint8_t *image, int32_t size, const doubl
         }
 }
 
-/* A row of a warp: for each output column its place in the copy, and its position between the pixels; offset -1: outside. */
+/* A row of a warp: for each output column whether its position is inside of the image, its place in the copy, and where between the pixels
+   it is. Outside it is that of a position at the edge. */
 struct NAME(places) {
-    int32_t *offset;
+    double *x; /* column + 0.5 */
+    int32_t *inside, *offset;
     double *across, *down;
-    float *weights_across, *weights_down; /* [size][4] */
+    float *weights_across, *weights_down; /* [4][columns] */
 };
 
-static void NAME(place_row)(const struct NAME(places) *places, int32_t y, int32_t size, int64_t stride, const double *m) {
+/* `columns`: the number of columns, up to a multiple of HALF. */
+static void NAME(place_row)(const struct NAME(places) *places, int32_t y, int32_t columns, int32_t size, int64_t stride, const double *m) {
     double rising_u = m[1] * (y + 0.5), rising_v = m[4] * (y + 0.5);
-    for (int32_t x = 0; x < size; x++) {
-        double u = (m[0] * (x + 0.5) + rising_u) + m[2], v = (m[3] * (x + 0.5) + rising_v) + m[5];
-        int inside = u >= 0.0 && u < size && v >= 0.0 && v < size;
-        u = (inside ? u : 0.5) - 0.5, v = (inside ? v : 0.5) - 0.5;
-        double left = __builtin_floor(u), top = __builtin_floor(v);
-        places->across[x] = u - left, places->down[x] = v - top;
-        places->offset[x] = inside ? ((int32_t)top + 1) * (int32_t)stride + 4 * ((int32_t)left + 1) : -1;
+    NAME(few) no = {0}, yes = no + 1;
+    for (int32_t i = 0; i < columns; i += HALF) {
+        NAME(doubles) x = LOAD(NAME(doubles), places->x + i), u = (m[0] * x + rising_u) + m[2], v = (m[3] * x + rising_v) + m[5];
+        NAME(few) inside = NAME(inside)(u, size, yes, no) & NAME(inside)(v, size, yes, no);
+        u = NAME(limited)(u, size) - 0.5, v = NAME(limited)(v, size) - 0.5;
+        NAME(few) left = NAME(floors)(u), top = NAME(floors)(v), offset = (top + 1) * (int32_t)stride + (left + 1) * 4;
+        STORE(places->across + i, u - NAME(to_doubles)(left));
+        STORE(places->down + i, v - NAME(to_doubles)(top));
+        memcpy(places->inside + i, &inside, 4 * HALF);
+        memcpy(places->offset + i, &offset, 4 * HALF);
     }
 }
 
@@ -576,67 +659,105 @@ ALWAYS_INLINE void NAME(warp_exactly)(const uint8_t *in, int64_t stride, double 
     }
 }
 
-#if LEVEL > 0
 /* The weights of the four taps: what K multiplies g, h, i and j with. */
-static void NAME(warp_weights)(const double *share, int32_t size, int filter, float *weights) {
-    for (int32_t x = 0; x < size; x++) {
+static void NAME(warp_weights)(const double *restrict share, int32_t columns, int filter, float *restrict weights) {
+    for (int32_t x = 0; x < columns; x++) {
         double t = share[x], t2 = t * t, t3 = t2 * t;
-        weights[4 * x] = (float)(filter == BILINEAR ? 0.0 : 2 * t2 - t - t3);
-        weights[4 * x + 1] = (float)(filter == BILINEAR ? 1 - t : 1 - 2 * t2 + t3);
-        weights[4 * x + 2] = (float)(filter == BILINEAR ? t : t + t2 - t3);
-        weights[4 * x + 3] = (float)(filter == BILINEAR ? 0.0 : t3 - t2);
+        weights[x] = (float)(filter == BILINEAR ? 0.0 : 2 * t2 - t - t3);
+        weights[columns + x] = (float)(filter == BILINEAR ? 1 - t : 1 - 2 * t2 + t3);
+        weights[2 * columns + x] = (float)(filter == BILINEAR ? t : t + t2 - t3);
+        weights[3 * columns + x] = (float)(filter == BILINEAR ? 0.0 : t3 - t2);
     }
 }
 
-/* Write a pixel by sums in binary32, and return whether no channel is so near to a whole level that their error could matter. The error is
-   below 3.2e-4: 255 * 2.25 is the largest sum of absolute products, and each of about ten roundings adds 2**-24 of it. */
-ALWAYS_INLINE int NAME(warp_nearly)(const uint8_t *in, int64_t stride, const float *across, const float *down, uint8_t *out) {
+/* Write PIXELS pixels by sums in binary32, and return a mask of those with a channel so near to a whole level that an error could matter:
+   pixel n has the bits 4 * n to 4 * n + 2. The error is below 3.5e-4: 255 * 2.25 is the largest sum of absolute products, and each of ten
+   roundings (of weights, products and sums) adds 2**-24 of it. At most 16 bytes are written. */
+ALWAYS_INLINE unsigned NAME(warp_nearly)(const uint8_t *copy, int64_t stride, const struct NAME(places) *places, int32_t x, int32_t columns,
+                                         int filter, uint8_t *out) {
+    const float *across = places->weights_across + x, *down = places->weights_down + x;
+    const int32_t *offset = places->offset + x;
+    int first = filter == BILINEAR ? 1 : 0, end = filter == BILINEAR ? 3 : 4; /* rows whose weight is not 0 */
 #if LEVEL == 2
-    __m512 sum = _mm512_setzero_ps();
-    for (int row = 0; row < 4; row++) {
-        __m512i levels = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(in + row * stride)));
-        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(levels), _mm512_set1_ps(down[row]), sum);
+    __m512 sums[PIXELS];
+    __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    __m512 weights = _mm512_castps128_ps512(_mm_loadu_ps(across));
+    weights = _mm512_insertf32x4(weights, _mm_loadu_ps(across + columns), 1);
+    weights = _mm512_insertf32x4(weights, _mm_loadu_ps(across + 2 * columns), 2);
+    weights = _mm512_insertf32x4(weights, _mm_loadu_ps(across + 3 * columns), 3);
+    for (int pixel = 0; pixel < PIXELS; pixel++) {
+        const uint8_t *in = copy + offset[pixel];
+        __m512 sum = _mm512_setzero_ps();
+        for (int row = first; row < end; row++) {
+            __m512i levels = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(in + row * stride)));
+            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(levels), _mm512_set1_ps(down[row * columns + pixel]), sum);
+        }
+        sums[pixel] = _mm512_mul_ps(sum, _mm512_permutexvar_ps(_mm512_add_epi32(spread, _mm512_set1_epi32(pixel)), weights));
     }
-    __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    sum = _mm512_mul_ps(sum, _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(across))));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
+    __m512 one = _mm512_add_ps(_mm512_shuffle_f32x4(sums[0], sums[1], 0x44), _mm512_shuffle_f32x4(sums[0], sums[1], 0xEE));
+    __m512 other = _mm512_add_ps(_mm512_shuffle_f32x4(sums[2], sums[3], 0x44), _mm512_shuffle_f32x4(sums[2], sums[3], 0xEE));
+    __m512 level = _mm512_add_ps(_mm512_shuffle_f32x4(one, other, 0x88), _mm512_shuffle_f32x4(one, other, 0xDD));
+    __m512 distance = _mm512_abs_ps(_mm512_sub_ps(level, _mm512_roundscale_ps(level, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)));
+    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)NAME(clip_floats)((NAME(floats))level));
+    bytes = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+    _mm_storeu_si128((__m128i *)out, bytes);
+    return _mm512_cmp_ps_mask(distance, _mm512_set1_ps(1 / 2048.0f), _CMP_LT_OQ) & 0x7777;
+#elif LEVEL == 1
+    __m256 sums[PIXELS];
+    __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+    __m256 near = _mm256_castps128_ps256(_mm_loadu_ps(across)), far = _mm256_castps128_ps256(_mm_loadu_ps(across + 2 * columns));
+    near = _mm256_insertf128_ps(near, _mm_loadu_ps(across + columns), 1);
+    far = _mm256_insertf128_ps(far, _mm_loadu_ps(across + 3 * columns), 1);
+    for (int pixel = 0; pixel < PIXELS; pixel++) {
+        const uint8_t *in = copy + offset[pixel];
+        __m256i lane = _mm256_add_epi32(spread, _mm256_set1_epi32(pixel));
+        __m256 left = _mm256_setzero_ps(), right = left;
+        for (int row = first; row < end; row++) {
+            __m256 weight = _mm256_set1_ps(down[row * columns + pixel]);
+            left = _mm256_fmadd_ps((__m256)NAME(to_floats)(NAME(load)(in + row * stride)), weight, left);
+            right = _mm256_fmadd_ps((__m256)NAME(to_floats)(NAME(load)(in + row * stride + 8)), weight, right);
+        }
+        left = _mm256_mul_ps(left, _mm256_permutevar8x32_ps(near, lane));
+        sums[pixel] = _mm256_fmadd_ps(right, _mm256_permutevar8x32_ps(far, lane), left);
+    }
+    __m256 level = _mm256_add_ps(_mm256_permute2f128_ps(sums[0], sums[1], 0x20), _mm256_permute2f128_ps(sums[0], sums[1], 0x31));
+    __m256 distance = _mm256_sub_ps(level, _mm256_round_ps(level, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    __m256 close = _mm256_cmp_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), distance), _mm256_set1_ps(1 / 2048.0f), _CMP_LT_OQ);
+    uint8_t bytes[LANES];
+    NAME(store)(bytes, NAME(clip_floats)((NAME(floats))level));
+    __m128i packed = _mm_loadl_epi64((const __m128i *)bytes);
+    _mm_storel_epi64((__m128i *)out, _mm_shuffle_epi8(packed, _mm_setr_epi8(0, 1, 2, 4, 5, 6, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1)));
+    return (unsigned)_mm256_movemask_ps(close) & 0x77;
 #else
-    __m256 left = _mm256_setzero_ps(), right = left;
-    for (int row = 0; row < 4; row++) {
-        const __m128i *levels = (const __m128i *)(in + row * stride);
-        __m256 weight = _mm256_set1_ps(down[row]);
-        left = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(levels))), weight, left);
-        right = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(_mm_loadu_si128(levels), 8))), weight, right);
-    }
-    __m256 weights = _mm256_castps128_ps256(_mm_loadu_ps(across));
-    left = _mm256_mul_ps(left, _mm256_permutevar8x32_ps(weights, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)));
-    right = _mm256_mul_ps(right, _mm256_permutevar8x32_ps(weights, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3)));
-    __m256 half = _mm256_add_ps(left, right);
+    NAME(floats) sums[4] = {{0}}, level = {0};
+    for (int row = first; row < end; row++)
+        for (int tap = first; tap < end; tap++)
+            sums[tap] += NAME(to_floats)(NAME(load)(copy + offset[0] + row * stride + 4 * tap)) * down[row * columns];
+    for (int tap = first; tap < end; tap++) level += sums[tap] * across[tap * columns];
+    NAME(floats) whole = (level + 12582912.0f) - 12582912.0f, distance = level - whole; /* 1.5 * 2**23: what is added to it is rounded */
+    NAME(ints) close = (distance < 1 / 2048.0f) & (distance > -1 / 2048.0f);
+    NAME(store)(out, NAME(clip_floats)(level));
+    return (close[0] | close[1] | close[2]) & 1;
 #endif
-    __m128 level = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-    __m128 clipped = _mm_min_ps(_mm_max_ps(level, _mm_setzero_ps()), _mm_set1_ps(255));
-    __m128 distance = _mm_sub_ps(level, _mm_round_ps(level, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    __m128 close = _mm_cmplt_ps(_mm_andnot_ps(_mm_set1_ps(-0.0f), distance), _mm_set1_ps(1 / 2048.0f));
-    __m128i words = _mm_packus_epi32(_mm_cvttps_epi32(clipped), _mm_setzero_si128());
-    STORE(out, _mm_cvtsi128_si32(_mm_packus_epi16(words, words)));
-    return (_mm_movemask_ps(close) & 7) == 0;
 }
 
 /* Whether all sixteen pixels are the same: then every value is exactly theirs. */
 ALWAYS_INLINE int NAME(is_flat)(const uint8_t *in, int64_t stride) {
-    __m128i first = _mm_shuffle_epi32(_mm_cvtsi32_si128(LOAD(int32_t, in)), 0), other = _mm_setzero_si128();
-    for (int row = 0; row < 4; row++)
-        other = _mm_or_si128(other, _mm_xor_si128(first, _mm_loadu_si128((const __m128i *)(in + row * stride))));
-    return _mm_testz_si128(other, _mm_set1_epi32(0xFFFFFF));
+    u8x16 first = LOAD(u8x16, in), other = {0};
+    first = (u8x16)(((u32x4)first)[0] + (u32x4){0});
+    for (int row = 0; row < 4; row++) other |= LOAD(u8x16, in + row * stride) ^ first;
+    u32x4 differing = (u32x4)other & 0xFFFFFF;
+    return (differing[0] | differing[1] | differing[2] | differing[3]) == 0;
 }
-#endif
 
 /* Any matrix. The image is copied with two more pixels on each side and four bytes for a pixel. */
 ALWAYS_INLINE void NAME(warp)(uint8_t *image, int32_t size, const double *m, struct scratch scratch, int filter) {
     int64_t bytes = size * 3ll, stride = 4 * (size + 4ll);
-    uint8_t *copy = take(&scratch, (size + 4ll) * stride), *line = take(&scratch, bytes + 4);
-    struct NAME(places) places = {take(&scratch, 4ll * size), take(&scratch, 8ll * size), take(&scratch, 8ll * size),
-                                  take(&scratch, 16ll * size), take(&scratch, 16ll * size)};
+    int32_t columns = (size + LANES - 1) / LANES * LANES;
+    uint8_t *copy = take(&scratch, (size + 4ll) * stride), *line = take(&scratch, 3ll * columns + 16), *fill = take(&scratch, bytes);
+    struct NAME(places) places = {take(&scratch, 8ll * columns), take(&scratch, 4ll * columns), take(&scratch, 4ll * columns),
+                                  take(&scratch, 8ll * columns), take(&scratch, 8ll * columns), take(&scratch, 16ll * columns),
+                                  take(&scratch, 16ll * columns)};
     for (int32_t y = 0; y < size; y++) {
         uint8_t *to = copy + (y + 2) * stride;
         memcpy(line, image + y * bytes, bytes);
@@ -650,29 +771,28 @@ ALWAYS_INLINE void NAME(warp)(uint8_t *image, int32_t size, const double *m, str
         memcpy(copy + side * stride, copy + 2 * stride, stride);
         memcpy(copy + (size + 2 + side) * stride, copy + (size + 1) * stride, stride);
     }
+    for (int32_t x = 0; x < size; x++) memcpy(fill + 3 * x, FILL, 3);
+    for (int32_t x = 0; x < columns; x++) places.x[x] = x + 0.5;
     for (int32_t y = 0; y < size; y++) {
-        uint8_t *out = image + y * bytes;
-        NAME(place_row)(&places, y, size, stride, m);
-#if LEVEL > 0
-        NAME(warp_weights)(places.across, size, filter, places.weights_across);
-        NAME(warp_weights)(places.down, size, filter, places.weights_down);
-#endif
-        for (int32_t x = 0; x < size; x++) {
-            const uint8_t *in = copy + places.offset[x];
-            if (places.offset[x] < 0) {
-                memcpy(line + 3 * x, FILL, 3);
-                continue;
+        int32_t begin = 0, end = size;
+        NAME(place_row)(&places, y, columns, size, stride, m);
+        NAME(warp_weights)(places.across, columns, filter, places.weights_across);
+        NAME(warp_weights)(places.down, columns, filter, places.weights_down);
+        /* Positions rise or fall along the row, so those inside are neighbours. */
+        while (begin < size && !places.inside[begin]) begin++;
+        while (end > begin && !places.inside[end - 1]) end--;
+        for (int32_t x = begin / PIXELS * PIXELS; x < end; x += PIXELS) {
+            unsigned unsure = NAME(warp_nearly)(copy, stride, &places, x, columns, filter, line + 3 * x);
+            for (int32_t at = x; unsure; at++, unsure >>= 4) {
+                if (!(unsure & 7)) continue;
+                const uint8_t *in = copy + places.offset[at];
+                if (NAME(is_flat)(in, stride)) memcpy(line + 3 * at, in, 3);
+                else NAME(warp_exactly)(in, stride, places.across[at], places.down[at], filter, line + 3 * at);
             }
-#if LEVEL > 0
-            if (NAME(warp_nearly)(in, stride, places.weights_across + 4 * x, places.weights_down + 4 * x, line + 3 * x)) continue;
-            if (NAME(is_flat)(in, stride)) {
-                memcpy(line + 3 * x, in, 3);
-                continue;
-            }
-#endif
-            NAME(warp_exactly)(in, stride, places.across[x], places.down[x], filter, line + 3 * x);
         }
-        memcpy(out, line, bytes);
+        memcpy(line, fill, 3ll * begin);
+        memcpy(line + 3 * end, fill, 3ll * (size - end));
+        memcpy(image + y * bytes, line, bytes);
     }
 }
 

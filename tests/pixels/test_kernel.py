@@ -398,8 +398,10 @@ def labelled(images: Path, folder: Path) -> None:
 
 
 def trained(images: Path, folder: Path) -> None:
-    settings = TINY | {"epochs": 1, "warmup_epochs": 0, "batch_size": 4, "workers": 0}
-    train(TrainConfig(labels=make_label_set(images, folder / "set").folder, output=folder / "run", **settings))
+    label_set = make_label_set(images, folder / "set")
+    assert label_set is not None
+    settings: dict[str, Any] = TINY | {"epochs": 1, "warmup_epochs": 0, "batch_size": 4, "workers": 0}
+    train(TrainConfig(labels=(str(label_set.folder),), output=str(folder / "run"), **settings))
 
 
 def evaluated(_: Path, folder: Path) -> None:
