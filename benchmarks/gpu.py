@@ -3,11 +3,12 @@
     python benchmarks/gpu.py --out FOLDER --budget 540
     python benchmarks/gpu.py --out FOLDER --rehearse        # all of it at toy size, on a CPU too
 
-It runs from a checkout; nothing needs to be installed but the libraries. Each phase is a process of its own with a share
-of the time, so a crash, a hang or a full memory in one of them takes nothing from the others. What a phase has found stands in
+It runs from a checkout; nothing needs to be installed but the libraries. The compiled kernel of views is built there if it is
+missing. Each phase is a process of its own with a share of the time, so a crash, a hang or a full memory in one of them takes nothing from the others. What a phase has found stands in
 FOLDER/gpu.json at once, with its traceback if it failed; FOLDER/gpu.log has everything that was printed. Time that a phase does
 not need goes to those after it. What no time is left for is named in the JSON, and the next run goes on there: `--known` names the JSON
-of an earlier run on such a card, whose results of stage 1 and 2 are kept and not measured again; `--phases` names some phases.
+of an earlier run on such a card, whose results of stage 1 and 2 and of the phase `views` are kept and not measured again; `--phases` names
+some phases. `--phases views --budget 110` is enough to know whether this card renders the same views as a CPU, and how fast.
 
 Exit code: 0, or 1 where a phase failed or was cut short; a phase for which no time was left is no failure. 2 for misuse, and where a library
 is missing or too old: then nothing is run.
@@ -20,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import tomllib
@@ -34,6 +36,7 @@ from packaging.requirements import Requirement
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+PIXELS = ROOT / "pipeline/pixels"
 POLL_S = 0.2
 GRACE_S = 5.0  # after its time a phase may finish the measurement that it is at
 
@@ -58,6 +61,7 @@ class Phase:
 PHASES = {
     "facts": Phase("ceilings", 1, 15, "the machine and its ceilings"),
     "tests": Phase("gpu_tests", 6, 110, "pytest -m gpu"),
+    "views": Phase("gpu_views", 6, 60, "views that the GPU renders: the CPU's pixels, and their cost"),
     "parity": Phase("parity", 5, 80, "stored labels against the teacher online"),
     "stage1": Phase("stage1", 9, 100, "precompute against its parts"),
     "stage2": Phase("stage2", 17, 130, "training from labels, alone and with the teacher"),
@@ -120,6 +124,26 @@ def found(data: str | None, name: str) -> Path | None:
     return folder if data and folder.is_dir() else None
 
 
+def compiled_kernel(folder: Path) -> str:
+    """Compile the kernel of views into the checkout, unless it is there; say what was done, or why it failed.
+
+    Without it torch renders on the CPU, so slowly that no figure of the loader processes means anything.
+    """
+    if any(folder.glob("_kernel*.so")):
+        return "it was there"
+    (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    command = [os.environ.get("CC", "cc"), *extension["extra-compile-args"], "-shared", "-fPIC", "-fvisibility=hidden"]
+    command += [f"-I{sysconfig.get_path('include')}", str(folder / "_kernel.c"), "-o", str(folder / "_kernel.draft")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"it is missing: {error}"
+    if done.returncode:
+        return f"it is missing: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"
+    (folder / "_kernel.draft").replace(folder / "_kernel.abi3.so")
+    return "it was compiled"
+
+
 def run_phase(args: argparse.Namespace) -> int:
     """Run one phase in this process; return its exit code."""
     from rounds import Job, write_json
@@ -176,6 +200,7 @@ def run_all(args: argparse.Namespace) -> int:
     asked = [name for name in PHASES if name in args.phases.split(",")]
     results: dict[str, Any] = {
         "what": "what a GPU must show",
+        "cpu_kernel": compiled_kernel(PIXELS),
         "budget_s": args.budget,
         "rehearsal": args.rehearse,
         "photographs": "made-up" if args.photographs is None else args.photographs.name,

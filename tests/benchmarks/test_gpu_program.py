@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PHASES = ["facts", "tests", "parity", "stage1", "stage2", "losses", "cifar10"]
+PHASES = ["facts", "tests", "views", "parity", "stage1", "stage2", "losses", "cifar10"]
 
 
 def program(out: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
@@ -38,6 +39,9 @@ def test_the_rehearsal_runs_every_phase(tmp_path):
     assert results["facts"]["ceilings"]["matrix_tflops"] >= 0
     assert results["facts"]["machine"]["cores"] >= 1
     assert results["tests"]["summary"]["exit_code"] in (0, 5)
+    assert results["views"]["equal"]["torch"] == {"asked": 48, "views": 48, "differ": 0}
+    assert results["views"]["alone, 8"]["us_a_view"] > 0
+    assert min(results["views"]["loaders, 1"]["views_per_s"].values()) > 0
     assert results["parity"]["stored_against_online"]["float32"]["flips"] == 0
     assert results["parity"]["two_runs"]["differing_files"] == []
     assert results["stage1"]["precompute, eager, 1 loaders"]["precompute"] > 0
@@ -102,6 +106,22 @@ def test_a_library_that_is_missing_or_too_old_is_named_with_what_is_needed(monke
     assert unmet(["click>=8.2", "numpy"]) == []
     assert unmet(["no-such-library>=2"]) == ["no-such-library is not installed, no-such-library>=2 is needed"]
     assert unmet(["click>=1000"]) == [f"click {metadata.version('click')} is here, click>=1000 is needed"]
+
+
+def test_the_kernel_of_views_is_compiled_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    compiled_kernel = importlib.import_module("gpu").compiled_kernel
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert compiled_kernel(tmp_path).startswith("it is missing: [Errno 2]")
+    (tmp_path / "_kernel.c").write_text('#include "_kernel_body.h"\n')
+    if shutil.which("cc"):
+        monkeypatch.delenv("CC")
+        assert compiled_kernel(tmp_path).startswith("it is missing: ")  # the other file is not here
+        (tmp_path / "_kernel_body.h").write_text("int answer(void) { return 42; }\n")
+        assert compiled_kernel(tmp_path) == "it was compiled"
+        (tmp_path / "_kernel.c").unlink()
+        assert compiled_kernel(tmp_path) == "it was there"
+        assert {path.name for path in tmp_path.iterdir()} == {"_kernel.abi3.so", "_kernel_body.h"}
 
 
 @pytest.mark.parametrize(
