@@ -39,7 +39,7 @@ def ceilings(device: torch.device, *, rehearse: bool) -> dict[str, Any]:
     ways = {"pageable": views}
     if device.type == "cuda":
         slots = Slots(tuple(views.shape), workers=1, held=1)
-        slots.pin()
+        slots.pin(device)
         slots.pixels[0].copy_(views)
         ways |= {"page_locked": views.pin_memory(), "page_locked_slot": slots.pixels[0]}
     for name, source in ways.items():

@@ -80,7 +80,7 @@ def on_gpu(job: Job) -> None:
     largest = 8 if job.rehearse else BATCHES[-1]
     if job.lacks("kernels", 5):
         job.note("kernels", kernels(setting, largest))
-    if f"alone, {largest}" in job.found and job.lacks("steps", 8):
+    if job.lacks("steps", 8):
         job.note("steps", steps(setting, job.found[f"alone, {largest}"]["us_a_view"]))
     for workers in (1,) if job.rehearse else [each for each in LOADERS if each < usable_cores()]:
         if job.lacks(f"loaders, {workers}", LOADERS_S):
