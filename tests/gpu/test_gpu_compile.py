@@ -50,6 +50,13 @@ def test_a_compiled_student_learns_what_the_plain_one_does(device, label_set, tm
     assert state_of(tmp_path / "True").keys() == state_of(tmp_path / "False").keys()
 
 
+def test_a_compiled_student_learns_from_views_that_a_gpu_renders(gpu, label_set, tmp_path):
+    """Its kernels and those of the views are compiled in one process, and run on two streams."""
+    for way in ("cpu", "gpu"):
+        train(run_config(label_set, tmp_path / way, gpu, compile=True, deterministic=True, depth=1, render=way))
+    assert losses_of(tmp_path / "gpu") == losses_of(tmp_path / "cpu")
+
+
 def test_a_compiled_teacher_gives_the_labels_of_the_plain_one(device, data, tmp_path):
     """In the dtype of a run. On this small network bfloat16 moves a probability by 0.007, so two ways of rounding may be twice
     that apart: a view whose two best classes are nearer than 0.02 may change its class."""
