@@ -217,7 +217,7 @@ def try_kernel() -> dict[str, Any]:
 
     Returns:
         `trouble`: why it cannot be used, and the way out; None if it can. Then `sets`, the names of its instruction sets, the best one last,
-        and `differing`, those whose pixels differ from the plain one's.
+        and `differing`, those whose pixels differ from the first one's.
     """
     import numpy as np
 

@@ -19,7 +19,7 @@ from pipeline.views.view import View
 # VERSION in _kernel.c is the same number. Add 1 to both when the record, the functions that are called here, or any pixel changes: a
 # library that was compiled before is then not used.
 VERSION = 1
-INSTRUCTION_SETS = ("plain", "AVX2", "AVX-512")  # by level
+INSTRUCTION_SETS = ("basic instructions", "AVX2", "AVX-512")  # by level
 _ALIGNMENT = 64
 _memory = threading.local()
 

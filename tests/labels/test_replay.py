@@ -130,7 +130,7 @@ def test_a_change_that_the_sampled_bytes_miss_still_warns(monkeypatch, images, t
     with_pixels(monkeypatch, one_byte)
     with caplog.at_level(logging.WARNING, logger="deit_cli.replay"):
         assert check_replay(opened, open_source(images)) == 1e-3
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if record.name == "deit_cli.replay"]) == 1
 
 
 # What is refused, and with which number.
@@ -181,6 +181,8 @@ def test_every_renderer_has_words_for_a_difference():
 
 def with_kernel(monkeypatch, change):
     """Let the kernel render another image or other views: `change(image, views)` returns both."""
+    if not kernel.is_compiled():
+        pytest.skip("the kernel was not compiled")
     render_views = kernel.render_views
     monkeypatch.setattr(kernel, "render_views", lambda image, views, out: render_views(*change(image, views), out))
 

@@ -31,7 +31,7 @@ from trainer.config import EvaluateConfig, TrainConfig
 from trainer.evidence.scores import evaluate_checkpoint
 from trainer.loop import train
 
-compiled = pytest.mark.skipif(not kernel.is_compiled(), reason=str(kernel.trouble()))
+compiled = pytest.mark.skipif(not kernel.is_compiled(), reason=": ".join(kernel.trouble() or ()))
 LEVELS = range(kernel.best_level() + 1) if kernel.is_compiled() else range(0)
 
 
