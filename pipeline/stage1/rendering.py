@@ -16,7 +16,7 @@ from pipeline.labels.replay import check_image
 from pipeline.labels.tables import SampleRows
 from pipeline.machine.loaders import Note, SlotStream
 from pipeline.pixels.handover import begin_batch, slot_shape
-from pipeline.pixels.render import draw_decoded, draw_encoded, render_into, render_views
+from pipeline.pixels.render import draw_decoded, draw_encoded, render_views
 from pipeline.views.mixing import MixBatch, lay_out
 from pipeline.views.pairs import mix_blocks, pairs_of
 from pipeline.views.recipe import Recipe
@@ -78,7 +78,7 @@ class BlockRenderer:
     """Renderer called in loader processes: `renderer((block, view), out, note)` renders one view and puts its images into `out`.
 
     It holds the images of the last requested block: a caller that requests all views of a block in a row (see `deal`) needs
-    only one decode.
+    only one decode. Images of which a block has a single view are not held.
     """
 
     def __init__(self, source: Source, recipe: Recipe) -> None:
@@ -95,34 +95,38 @@ class BlockRenderer:
         block, view = unit
         if self._name != block.name:
             self._name, self._held = None, []  # free the old images before loading the new ones
-            self._held = [self._hold(block, position, note) for position in range(len(block.rows))]
+            if len(block.chunk) > 1:
+                self._held = [self._hold(block, position, note) for position in range(len(block.rows))]
             self._name = block.name
         recipe, keys = self._recipe, block.samples.key
         layout = lay_out(pairs_of(recipe, keys, np.arange(len(keys)), view), range(view, view + 1))
         batch = begin_batch(out, len(layout.rows), recipe.img_size)
         positions: list[int] = layout.rows.tolist()
         for at, position in enumerate(positions):
-            held = self._held[position]
-            if held.ndim == 4:
+            if not self._held:
+                image = self._read(block, position, note)
+                draw_encoded(image, recipe, keys[position], block.chunk, partial(batch.add, [at]))
+            elif (held := self._held[position]).ndim == 4:
                 batch.add_rendered(at, held[view - block.chunk.start])
             else:
                 draw_decoded(held, recipe, keys[position], range(view, view + 1), partial(batch.add, [at]))
         rows = torch.from_numpy(block.rows[layout.rows])
         return ViewBatch(block.shard, block.views, view, rows, batch.images, layout.mix)
 
-    def _hold(self, block: Block, position: int, note: Note) -> NDArray[np.uint8]:
-        """Return the decoded image [H, W, 3], or all its views [V, size, size, 3] if they take less memory."""
+    def _read(self, block: Block, position: int, note: Note) -> bytes:
+        """Return the encoded image of a sample, which is the one that was indexed."""
         note(f"image {block.samples.key[position]!r} of {block.shard}")
         sample = self._source.shard(block.shard)[int(block.rows[position])]
         check_image(sample, block.samples, position, shard=block.shard)
-        if len(block.chunk) == 1:
-            view = np.empty((1, self._recipe.img_size, self._recipe.img_size, 3), np.uint8)
-            draw_encoded(sample.image, self._recipe, sample.key, block.chunk, partial(render_into, list(view)))
-            return view
-        image = decode(sample.image, key=sample.key)
+        return sample.image
+
+    def _hold(self, block: Block, position: int, note: Note) -> NDArray[np.uint8]:
+        """Return the decoded image [H, W, 3], or all its views [V, size, size, 3] if they take less memory."""
+        key = block.samples.key[position]
+        image = decode(self._read(block, position, note), key=key)
         if image.nbytes <= len(block.chunk) * self._recipe.img_size**2 * 3:
             return image
-        return render_views(image, self._recipe, sample.key, block.chunk)
+        return render_views(image, self._recipe, key, block.chunk)
 
 
 def stream_views(
