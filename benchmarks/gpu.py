@@ -124,13 +124,19 @@ def found(data: str | None, name: str) -> Path | None:
     return folder if data and folder.is_dir() else None
 
 
-def compiled_kernel(folder: Path) -> str:
+def kernel_here() -> str:
     """Compile the kernel of views into the checkout, unless it is there; say what was done, or why it failed.
 
     Without it torch renders on the CPU, so slowly that no figure of the loader processes means anything.
     """
-    if any(folder.glob("_kernel*.so")):
-        return "it was there"
+    sys.path.insert(0, str(ROOT))
+    from pipeline.pixels import kernel
+
+    return "it was there" if kernel.is_compiled() else compile_kernel(PIXELS)
+
+
+def compile_kernel(folder: Path) -> str:
+    """Compile the kernel into its folder; say that it was done, or why it failed."""
     (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     command = [os.environ.get("CC", "cc"), *extension["extra-compile-args"], "-shared", "-fPIC", "-fvisibility=hidden"]
     command += [f"-I{sysconfig.get_path('include')}", str(folder / "_kernel.c"), "-o", str(folder / "_kernel.draft")]
@@ -200,7 +206,7 @@ def run_all(args: argparse.Namespace) -> int:
     asked = [name for name in PHASES if name in args.phases.split(",")]
     results: dict[str, Any] = {
         "what": "what a GPU must show",
-        "cpu_kernel": compiled_kernel(PIXELS),
+        "cpu_kernel": kernel_here(),
         "budget_s": args.budget,
         "rehearsal": args.rehearse,
         "photographs": "made-up" if args.photographs is None else args.photographs.name,

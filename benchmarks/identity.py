@@ -43,7 +43,6 @@ from pipeline.settings.files import load_recipe
 from pipeline.views.view import View, draw_view
 
 HERE = Path(__file__).resolve()
-LEVELS = ("plain", "AVX2", "AVX-512")  # instruction sets of the kernel
 CAPABILITIES = ("default", "avx2", "avx512")  # those of torch, for ATEN_CPU_CAPABILITY
 OTHER = {"interpolation": "random", "aa": "rand-m9-mstd0.5-inc1-n3"}
 SMALL = 24  # pixels of a view in Triton's interpreter
@@ -169,7 +168,11 @@ def compare_all(args: argparse.Namespace, photos: Sequence[Pixels]) -> dict[str,
         found[name] = compared(views, name, digests, expected[views], time.monotonic() - began) | about
 
     for level in range(best + 1):
-        add(f"kernel, {LEVELS[level]}", whole, lambda level=level: (whole.digests(with_kernel(level)), {}))
+        add(
+            f"kernel, {kernel.INSTRUCTION_SETS[level]}",
+            whole,
+            lambda level=level: (whole.digests(with_kernel(level)), {}),
+        )
     add("triton, interpreted", few, lambda: in_process(args, "triton", few, TRITON_INTERPRET="1"))
     for capability in CAPABILITIES[: best + 1]:
         variables = {"ATEN_CPU_CAPABILITY": capability}
@@ -208,7 +211,7 @@ def main() -> None:
     versions = {name: metadata.version(name) for name in ("Pillow", "triton")}
     result = {
         "what": "views that differ from those of the compiled kernel with this processor's best instruction set",
-        "machine": args.machine or machine() | {"kernel": LEVELS[kernel.best_level()]} | versions,
+        "machine": args.machine or machine() | {"kernel": kernel.INSTRUCTION_SETS[kernel.best_level()]} | versions,
         "photographs": len(photos),
         "recipes": ["deit", f"deit with {OTHER}"],
         "renderers": found,

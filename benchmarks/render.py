@@ -56,7 +56,6 @@ from pipeline.views.view import DrawnOp, View, draw_view
 
 RECIPE = load_recipe("deit", {})
 PER_DECODE = (1, 2, 3, 4, 8, 30)
-LEVELS = ("plain", "AVX2", "AVX-512")  # instruction sets of the kernel
 EPOCH_VIEWS = 8  # of each image, that our loader process is timed with
 
 
@@ -235,7 +234,7 @@ def parts(images: list[bytes], rounds: int, views: int = 8) -> dict[str, Any]:
         "pack": lambda: [[packed(view, height=1, width=1) for view in each] for each in drawn],
         "pack and call": lambda: [kernel.render_views(photo, each, dots) for photo, each in zip(photos, tiny, strict=True)],
         "plain views": kernel_of(plain),
-        **{LEVELS[level]: kernel_of(drawn, level) for level in range(kernel.best_level() + 1)},
+        **{kernel.INSTRUCTION_SETS[level]: kernel_of(drawn, level) for level in range(kernel.best_level() + 1)},
         **{name: kernel_of(each) for name, each in variants.items()},
     }  # fmt: skip
     spent = [processor_us(work, len(photos) * views) for _ in range(rounds)]
@@ -290,7 +289,7 @@ def figures(spent: list[dict[str, float]], applied: dict[str, float], views: int
         "erase": more("erase"),
         "operations": round(sum(us * applied.get(name, 0.0) for name, us in ops.items()), 1),
         "operation, where it is applied": dict(sorted(ops.items(), key=lambda each: -each[1])),
-        "whole kernel with pack and call": {name: median(lambda each, name=name: each[name]) for name in LEVELS if name in spent[0]},
+        "whole kernel with pack and call": {name: median(lambda each, name=name: each[name]) for name in kernel.INSTRUCTION_SETS if name in spent[0]},
     }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.pixels import kernel
+
 ROOT = Path(__file__).parents[2]
 PHASES = ["facts", "tests", "views", "parity", "stage1", "stage2", "losses", "cifar10"]
 
@@ -108,20 +110,27 @@ def test_a_library_that_is_missing_or_too_old_is_named_with_what_is_needed(monke
     assert unmet(["click>=1000"]) == [f"click {metadata.version('click')} is here, click>=1000 is needed"]
 
 
-def test_the_kernel_of_views_is_compiled_where_it_is_missing(tmp_path, monkeypatch):
+def test_the_kernel_of_views_is_compiled_or_the_reason_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    compiled_kernel = importlib.import_module("gpu").compiled_kernel
+    compile_kernel = importlib.import_module("gpu").compile_kernel
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert compiled_kernel(tmp_path).startswith("it is missing: [Errno 2]")
+    assert compile_kernel(tmp_path).startswith("it is missing: [Errno 2]")
     (tmp_path / "_kernel.c").write_text('#include "_kernel_body.h"\n')
     if shutil.which("cc"):
         monkeypatch.delenv("CC")
-        assert compiled_kernel(tmp_path).startswith("it is missing: ")  # the other file is not here
+        assert compile_kernel(tmp_path).startswith("it is missing: ")  # the other file is not here
         (tmp_path / "_kernel_body.h").write_text("int answer(void) { return 42; }\n")
-        assert compiled_kernel(tmp_path) == "it was compiled"
-        (tmp_path / "_kernel.c").unlink()
-        assert compiled_kernel(tmp_path) == "it was there"
-        assert {path.name for path in tmp_path.iterdir()} == {"_kernel.abi3.so", "_kernel_body.h"}
+        assert compile_kernel(tmp_path) == "it was compiled"
+        assert {path.name for path in tmp_path.iterdir()} == {"_kernel.abi3.so", "_kernel.c", "_kernel_body.h"}
+
+
+def test_the_kernel_of_views_is_compiled_only_where_it_is_missing(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu, "compile_kernel", lambda folder: f"compiled into {folder.name}")
+    for there, said in ((True, "it was there"), (False, "compiled into pixels")):
+        monkeypatch.setattr(kernel, "is_compiled", lambda there=there: there)
+        assert gpu.kernel_here() == said
 
 
 @pytest.mark.parametrize(
