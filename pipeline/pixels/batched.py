@@ -58,10 +58,17 @@ def render_views(image: NDArray[np.uint8], views: Sequence[View]) -> NDArray[np.
     return render_batch(pixels, unpacked(packed(view, height=height, width=width) for view in views)).numpy()
 
 
-def _fastest(device: torch.device) -> Kernels:
-    """Return what renders on a device; Triton builds its launcher with a C compiler, which not every machine has."""
+def missing_for_triton() -> str | None:
+    """Return what Triton lacks on this machine, or None: it builds its launcher with a C compiler, which not every machine has."""
+    if not find_spec("triton"):
+        return "Triton is not installed"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return "triton" if device.type == "cuda" and find_spec("triton") and compiler else "torch"
+    return None if compiler else "Triton needs a C compiler (gcc, clang, or the one that CC names)"
+
+
+def _fastest(device: torch.device) -> Kernels:
+    """Return what renders on a device."""
+    return "triton" if device.type == "cuda" and missing_for_triton() is None else "torch"
 
 
 def _module(kernels: Kernels) -> ModuleType:

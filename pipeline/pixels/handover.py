@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from pipeline.pixels.batched import render_batch
+from pipeline.pixels.batched import missing_for_triton, render_batch
 from pipeline.pixels.packed import RECORD, packed
 from pipeline.pixels.render import Pixels, render, render_into
 from pipeline.views.recipe import PRESETS, Recipe
@@ -125,7 +125,7 @@ def renders_on_gpu(asked: str, recipe: Recipe, device: torch.device) -> bool:
     """Return whether a GPU will render the views.
 
     Args:
-        asked: `cpu`, `gpu`, or `auto` (the GPU, if this version renders the same pixels there).
+        asked: `cpu`, `gpu`, or `auto` (the GPU, if it is fast there, and this version renders the same pixels).
         recipe: the augmentation.
         device: device of the network.
 
@@ -135,12 +135,16 @@ def renders_on_gpu(asked: str, recipe: Recipe, device: torch.device) -> bool:
     if asked == "cpu":
         return False
     problem = _problem(recipe, device)
-    if problem is None:
-        return True
     if asked == "gpu":
-        raise UsageError(f"--render gpu: {problem}", fix="Pass --render cpu")
-    log.info("views are rendered on the CPU: %s", problem)
-    return False
+        if problem:
+            raise UsageError(f"--render gpu: {problem}", fix="Pass --render cpu")
+        if slow := missing_for_triton():
+            log.warning("views are rendered on %s in plain torch, which is slow: %s", device, slow)
+        return True
+    problem = problem or missing_for_triton()
+    if problem:
+        log.info("views are rendered on the CPU: %s", problem)
+    return problem is None
 
 
 def _problem(recipe: Recipe, device: torch.device) -> str | None:

@@ -12,7 +12,7 @@ from support.random_views import random_views
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from pipeline.pixels import handover, packed
+from pipeline.pixels import batched, handover, packed
 from pipeline.pixels.handover import (
     RenderedViews,
     UnrenderedViews,
@@ -201,9 +201,37 @@ def dimmer(count: int) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("asked", ["gpu", "auto"])
 def test_a_gpu_with_the_same_pixels_renders(asked, monkeypatch, caplog):
     given = play_gpu(monkeypatch)
+    monkeypatch.setattr(handover, "missing_for_triton", lambda: None)
     assert renders_on_gpu(asked, DEIT, GPU)
     assert len(given) == 1
     assert not caplog.records
+
+
+def test_without_triton_a_gpu_is_slow_and_renders_only_if_it_must(monkeypatch, caplog):
+    """Plain torch launches a hundred kernels for each view."""
+    play_gpu(monkeypatch)
+    monkeypatch.setattr(batched, "find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO, "deit_cli.render"):
+        assert not renders_on_gpu("auto", DEIT, GPU)
+        assert renders_on_gpu("gpu", DEIT, GPU)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "views are rendered on the CPU: Triton is not installed"),
+        ("WARNING", "views are rendered on cuda:3 in plain torch, which is slow: Triton is not installed"),
+    ]
+
+
+def test_triton_needs_a_compiler(monkeypatch, caplog):
+    play_gpu(monkeypatch)
+    monkeypatch.setattr(batched, "find_spec", lambda name: object())
+    monkeypatch.setattr(batched.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with caplog.at_level(logging.INFO, "deit_cli.render"):
+        assert not renders_on_gpu("auto", DEIT, GPU)
+    assert caplog.messages == [
+        "views are rendered on the CPU: Triton needs a C compiler (gcc, clang, or the one that CC names)"
+    ]
+    monkeypatch.setenv("CC", "my-compiler")
+    assert renders_on_gpu("auto", DEIT, GPU)
 
 
 def test_cpu_is_not_questioned(monkeypatch, caplog):
