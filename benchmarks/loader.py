@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=COMPETITORS, default=list(COMPETITORS))
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="a competitor's interpreter")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each round, for each competitor")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each round, for each competitor")
     parser.add_argument("--core", type=int, help="by default the last one")
     parser.add_argument("--machine", help="what to call this machine; by default its processor")
     parser.add_argument("--out", type=Path)
