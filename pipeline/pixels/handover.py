@@ -134,10 +134,10 @@ def renders_on_gpu(asked: str, recipe: Recipe, device: torch.device) -> bool:
     """
     if asked == "cpu":
         return False
-    problem = _problem(recipe, device)
+    problem = _obstacle(recipe, device) or _fault(device)
     if asked == "gpu":
         if problem:
-            raise UsageError(f"--render gpu: {problem}", fix="Pass --render cpu")
+            raise _refusal(problem)
         if slow := missing_for_triton():
             log.warning("views are rendered on %s in plain torch, which is slow: %s", device, slow)
         return True
@@ -147,12 +147,27 @@ def renders_on_gpu(asked: str, recipe: Recipe, device: torch.device) -> bool:
     return problem is None
 
 
-def _problem(recipe: Recipe, device: torch.device) -> str | None:
-    """Return why a device cannot render views of this recipe, or None."""
+def refuse_impossible(asked: str, recipe: Recipe, device: torch.device) -> None:
+    """Raise UsageError if `gpu` was asked for where it cannot be; takes no time, and compares no views."""
+    if asked == "gpu" and (problem := _obstacle(recipe, device)):
+        raise _refusal(problem)
+
+
+def _refusal(problem: str) -> UsageError:
+    return UsageError(f"--render gpu: {problem}", fix="Pass --render cpu")
+
+
+def _obstacle(recipe: Recipe, device: torch.device) -> str | None:
+    """Return why no device of this kind can render views of this recipe, or None."""
     if device.type != "cuda":
         return f"it needs a CUDA device, this run uses {device.type}"
     if recipe.renderer == 1:
         return "views of renderer 1 are defined by libraries of the CPU; label again with renderer 2"
+    return None
+
+
+def _fault(device: torch.device) -> str | None:
+    """Return what is wrong with the views that a device renders, or None."""
     try:
         differing = _differing_views(device)
     except Exception as error:  # a compiler or a driver may fail in any way

@@ -22,6 +22,7 @@ from pipeline.labels.sealing import check_replaceable, check_untouched, claim, s
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.overview.card import refresh_card
+from pipeline.pixels.handover import refuse_impossible
 from pipeline.pixels.render import render_view, warn_without_kernel
 from pipeline.repeats import counted_at_the_end
 from pipeline.settings.configs import PrecomputeConfig
@@ -59,6 +60,7 @@ def precompute(
     """
     with mirrored(config) as mirror:
         work = plan_work(config, recipe, teacher, source)
+        refuse_impossible(config.render, recipe, teacher.device)
         if recipe.renderer > 1:
             warn_without_kernel()
         resources = _prepare(config, teacher)
