@@ -670,8 +670,8 @@ static void NAME(warp_weights)(const double *restrict share, int32_t columns, in
     }
 }
 
-/* Write PIXELS pixels by sums in binary32, and return a mask of those with a channel so near to a whole level that an error could matter:
-   pixel n has the bits 4 * n to 4 * n + 2. The error is below 3.5e-4: 255 * 2.25 is the largest sum of absolute products, and each of ten
+/* Write PIXELS pixels by sums in binary32, and return a mask of the channels that are so near to a whole level, 1..255, that an error could
+   matter: pixel n has the bits 4 * n to 4 * n + 2. (About 0 and above 255 it cannot: these become 0 and 255.) The error is below 3.5e-4: 255 * 2.25 is the largest sum of absolute products, and each of ten
    roundings (of weights, products and sums) adds 2**-24 of it. At most 16 bytes are written. */
 ALWAYS_INLINE unsigned NAME(warp_nearly)(const uint8_t *copy, int64_t stride, const struct NAME(places) *places, int32_t x, int32_t columns,
                                          int filter, uint8_t *out) {
@@ -701,7 +701,9 @@ ALWAYS_INLINE unsigned NAME(warp_nearly)(const uint8_t *copy, int64_t stride, co
     __m128i bytes = _mm512_cvtepi32_epi8((__m512i)NAME(clip_floats)((NAME(floats))level));
     bytes = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
     _mm_storeu_si128((__m128i *)out, bytes);
-    return _mm512_cmp_ps_mask(distance, _mm512_set1_ps(1 / 2048.0f), _CMP_LT_OQ) & 0x7777;
+    __mmask16 close = _mm512_mask_cmp_ps_mask(0x7777, distance, _mm512_set1_ps(1 / 2048.0f), _CMP_LT_OQ);
+    close = _mm512_mask_cmp_ps_mask(close, level, _mm512_set1_ps(0.5f), _CMP_GT_OQ);
+    return _mm512_mask_cmp_ps_mask(close, level, _mm512_set1_ps(255.5f), _CMP_LT_OQ);
 #elif LEVEL == 1
     __m256 sums[PIXELS];
     __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
@@ -723,6 +725,8 @@ ALWAYS_INLINE unsigned NAME(warp_nearly)(const uint8_t *copy, int64_t stride, co
     __m256 level = _mm256_add_ps(_mm256_permute2f128_ps(sums[0], sums[1], 0x20), _mm256_permute2f128_ps(sums[0], sums[1], 0x31));
     __m256 distance = _mm256_sub_ps(level, _mm256_round_ps(level, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     __m256 close = _mm256_cmp_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), distance), _mm256_set1_ps(1 / 2048.0f), _CMP_LT_OQ);
+    close = _mm256_and_ps(close, _mm256_cmp_ps(level, _mm256_set1_ps(0.5f), _CMP_GT_OQ));
+    close = _mm256_and_ps(close, _mm256_cmp_ps(level, _mm256_set1_ps(255.5f), _CMP_LT_OQ));
     uint8_t bytes[LANES];
     NAME(store)(bytes, NAME(clip_floats)((NAME(floats))level));
     __m128i packed = _mm_loadl_epi64((const __m128i *)bytes);
@@ -735,19 +739,20 @@ ALWAYS_INLINE unsigned NAME(warp_nearly)(const uint8_t *copy, int64_t stride, co
             sums[tap] += NAME(to_floats)(NAME(load)(copy + offset[0] + row * stride + 4 * tap)) * down[row * columns];
     for (int tap = first; tap < end; tap++) level += sums[tap] * across[tap * columns];
     NAME(floats) whole = (level + 12582912.0f) - 12582912.0f, distance = level - whole; /* 1.5 * 2**23: what is added to it is rounded */
-    NAME(ints) close = (distance < 1 / 2048.0f) & (distance > -1 / 2048.0f);
+    NAME(ints) close = (distance < 1 / 2048.0f) & (distance > -1 / 2048.0f) & (level > 0.5f) & (level < 255.5f);
     NAME(store)(out, NAME(clip_floats)(level));
-    return (close[0] | close[1] | close[2]) & 1;
+    return (close[0] & 1) | (close[1] & 2) | (close[2] & 4);
 #endif
 }
 
-/* Whether all sixteen pixels are the same: then every value is exactly theirs. */
-ALWAYS_INLINE int NAME(is_flat)(const uint8_t *in, int64_t stride) {
+/* Return a mask of the channels that are not the same in all sixteen pixels. Where one is the same, every value is exactly this. */
+ALWAYS_INLINE unsigned NAME(varying)(const uint8_t *in, int64_t stride) {
     u8x16 first = LOAD(u8x16, in), other = {0};
     first = (u8x16)(((u32x4)first)[0] + (u32x4){0});
     for (int row = 0; row < 4; row++) other |= LOAD(u8x16, in + row * stride) ^ first;
-    u32x4 differing = (u32x4)other & 0xFFFFFF;
-    return (differing[0] | differing[1] | differing[2] | differing[3]) == 0;
+    u32x4 of_four = (u32x4)other;
+    uint32_t differing = of_four[0] | of_four[1] | of_four[2] | of_four[3];
+    return (differing & 0xFF ? 1 : 0) | (differing & 0xFF00 ? 2 : 0) | (differing & 0xFF0000 ? 4 : 0);
 }
 
 /* Any matrix. The image is copied with two more pixels on each side and four bytes for a pixel. */
@@ -786,8 +791,12 @@ ALWAYS_INLINE void NAME(warp)(uint8_t *image, int32_t size, const double *m, str
             for (int32_t at = x; unsure; at++, unsure >>= 4) {
                 if (!(unsure & 7)) continue;
                 const uint8_t *in = copy + places.offset[at];
-                if (NAME(is_flat)(in, stride)) memcpy(line + 3 * at, in, 3);
-                else NAME(warp_exactly)(in, stride, places.across[at], places.down[at], filter, line + 3 * at);
+                if (unsure & NAME(varying)(in, stride)) {
+                    NAME(warp_exactly)(in, stride, places.across[at], places.down[at], filter, line + 3 * at);
+                    continue;
+                }
+                for (int channel = 0; channel < 3; channel++)
+                    if (unsure >> channel & 1) line[3 * at + channel] = in[channel];
             }
         }
         memcpy(line, fill, 3ll * begin);
