@@ -178,6 +178,8 @@ ONCE = {
     "pipeline.stage1.indexing.index_samples",
     "pipeline.sharing.merging._has_images",
     "pipeline.stage1.precompute._warn_of_sorted_classes",
+    "pipeline.pixels.handover.renders_on_gpu",
+    "pipeline.pixels.render.warn_without_kernel",
     "pipeline.repeats.log_counts",
     "pipeline.repeats.warn_counted",
     "pipeline.sharing.transfer._carry",

@@ -70,5 +70,9 @@ def run(command: str, folder: Path) -> dict[int, set[str]]:
 def test_loader_processes_import_no_networks(tmp_path, command):
     found = run(command, tmp_path)
     assert found.pop(0) >= {"timm", "torch"}  # the hook works, and the command itself needs both
-    assert any({"torch", "cv2"} <= names for names in found.values())  # the process from which loaders are forked
-    assert {name for names in found.values() for name in names} & NETWORKS == set()
+    assert any("torch" in names for names in found.values())  # the process from which loaders are forked
+    everywhere = {name for names in found.values() for name in names}
+    assert everywhere & NETWORKS == set()
+    assert ("cv2" in everywhere) == command.startswith(
+        "train"
+    )  # its labels are of renderer 1, whose pixels are OpenCV's
