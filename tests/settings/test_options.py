@@ -305,7 +305,8 @@ TRIALS: dict[str, list[Trial]] = {
             Trial(f"--set '{name}={text}'", seen=plan(f"recipe.{name}", text if name in ("crop", "interpolation") else json.loads(text)))
             for name, text in FIELDS.items()
         ),
-        Trial("--set renderer=2", "this version renders recipes of renderer 1"),
+        Trial("--set renderer=1", seen=plan("recipe.renderer", 1)),
+        Trial("--set renderer=3", "this version renders recipes of renderer 1 and 2, the recipe asks for 3"),
     ],
     "estimate": [
         *MEASURED,
