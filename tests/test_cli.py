@@ -508,7 +508,8 @@ def test_bench_names_every_part(data):
     assert "read and decode are shared by the 6 views of an image" in lines
     code, output = invoke("bench", "stage1", "--data", data, *TRIAL, *QUICK, "--json")
     found = json.loads(output[output.index("{\n") :])
-    assert set(found["parts"]) == {f"{name.replace('-', '')}_s" for name in PARTS}
+    assert set(found["parts"]) == {f"{name.replace('-', '')}_s" for name in PARTS} | {"device_render_s"}
+    assert found["parts"]["device_render_s"] == 0  # the cores render
     assert found["together"]["per_second"] > 0
     assert found["limit"] in ("teacher", "rendering", "cores")
 
