@@ -21,23 +21,41 @@ The public API reads a label set and renders the views that its labels belong to
     rows = labels.read(shard, view=0)     # row, hard, topk_index, topk_prob, tail_mass
     sample = open_source("images/").shard(shard)[int(rows.row[0])]
     pixels = render_view(sample.image, labels.recipe, sample.key, 0)     # before mixing, uint8 [H, W, 3]
+
+`trainer` has the dataset for a training loop of one's own.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.errors import DeitCliError
+    from pipeline.images.decode import decode
     from pipeline.images.source import open_source
     from pipeline.labels.labelset import LabelSet
-    from pipeline.pixels.render import render_view
+    from pipeline.pixels.render import render, render_view
     from pipeline.views.recipe import Recipe
+    from pipeline.views.view import draw_view
 
-__all__ = ["LabelSet", "Recipe", "open_source", "render_view"]
+__all__ = [
+    "DeitCliError",
+    "LabelSet",
+    "Recipe",
+    "decode",
+    "draw_view",
+    "open_source",
+    "render",
+    "render_view",
+]
 
 _HOMES = {
+    "DeitCliError": "pipeline.errors",
     "LabelSet": "pipeline.labels.labelset",
     "Recipe": "pipeline.views.recipe",
+    "decode": "pipeline.images.decode",
+    "draw_view": "pipeline.views.view",
     "open_source": "pipeline.images.source",
+    "render": "pipeline.pixels.render",
     "render_view": "pipeline.pixels.render",
 }
 

@@ -54,7 +54,7 @@ class TeacherTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Settings of the loss of a run.
+    """Settings of the loss of a run; the defaults are those of `deit-cli train`.
 
     Attributes:
         distillation_type: kind of the distillation loss; `none`: class loss only, for any alpha.
@@ -66,13 +66,13 @@ class LossSettings:
         second_token: `class`: without distillation, the second head learns the class labels too (the control experiment).
     """
 
-    distillation_type: DistillationType
-    alpha: float
-    tau: float
-    tail: Tail
-    reduction: Reduction
-    smoothing: float
-    second_token: SecondToken = "distillation"
+    distillation_type: DistillationType = TrainConfig.distillation_type
+    alpha: float = TrainConfig.distillation_alpha
+    tau: float = TrainConfig.distillation_tau
+    tail: Tail = TrainConfig.tail
+    reduction: Reduction = TrainConfig.soft_reduction
+    smoothing: float = TrainConfig.smoothing
+    second_token: SecondToken = TrainConfig.second_token
 
     @classmethod
     def of(cls, config: TrainConfig) -> "LossSettings":

@@ -137,6 +137,61 @@ class Share:
         return units[len(units) * part // self.parts : len(units) * (part + 1) // self.parts]
 
 
+def order_of(
+    recipe: Recipe,
+    shard_units: tuple[int, ...],
+    views: range | None,
+    *,
+    batch_size: int,
+    share: Share = Share(),
+    repeated_aug: int | None = None,
+    window: int,
+    seed: int,
+    view_policy: ViewPolicy = "cycle",
+) -> Order:
+    """Return the order of all updates, which is the same on every rank.
+
+    Args:
+        recipe: recipe of the views.
+        shard_units: number of units of each source shard.
+        views: view numbers to use; None: unlimited view numbers.
+        batch_size: maximum number of views of one rank in one forward pass.
+        share: this process's part of every update.
+        repeated_aug: R; None: `default_repeats`, or 1 if an epoch would then have fewer units than an update has parts.
+        window, seed, view_policy: as in `Order`.
+
+    Raises:
+        UsageError: views, repeated augmentation or batch size do not fit the images or the ranks.
+    """
+    repeats = repeated_aug or default_repeats(recipe, views)
+    if repeated_aug is None and sum(shard_units) < repeats * share.parts:
+        repeats = 1  # with repeats, an epoch would have fewer units than an update has forward passes
+    check_repeats(recipe, repeats, views)
+    order = Order(
+        shard_units=shard_units,
+        unit_size=2 if recipe.mixes else 1,
+        batch_size=batch_size * share.parts,
+        repeated_aug=repeats,
+        views=views,
+        window=window,
+        seed=seed,
+        view_policy=view_policy,
+    )
+    check_parts(order, share)
+    return order
+
+
+def check_parts(order: Order, share: Share) -> None:
+    """Raise UsageError unless every forward pass of an update has at least one unit."""
+    unit = order.unit_size * order.repeated_aug
+    if order.least_units_per_step < share.parts:
+        raise UsageError(
+            f"an update of {order.least_units_per_step * unit} views cannot be split into {share.parts} forward passes"
+            f" ({share.size} ranks, --grad-accum-steps {share.passes}) of at least {unit} views",
+            fix="Use fewer ranks or a smaller --grad-accum-steps",
+        )
+
+
 def default_repeats(recipe: Recipe, views: range | None) -> int:
     """Return DeiT's three views of an image per batch if pairs and view numbers allow it, else one."""
     fits = recipe.views_per_pairing % 3 == 0 and (views is None or (len(views) % 3 == 0 and views.start % 3 == 0))

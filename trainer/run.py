@@ -29,7 +29,7 @@ from pipeline.weights import weights_here
 from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig
 from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
-from trainer.order import Order, Share, check_repeats, default_repeats
+from trainer.order import Order, Share, order_of
 from trainer.stream import Catalogue
 from trainer.student import Student, create_student
 from trainer.tokens import why_no_tokens
@@ -215,34 +215,23 @@ def make_order(config: TrainConfig, data: Data, share: Share = Share()) -> Order
             fix="Pass a larger share, or images with more class labels",
         )
     units = catalogue.units(data.recipe)
-    repeats = config.repeated_aug or default_repeats(data.recipe, views)
-    if config.repeated_aug is None and sum(units) < repeats * share.parts:
-        repeats = 1  # with repeats, an epoch would have fewer units than an update has forward passes
-    check_repeats(data.recipe, repeats, views)
     if config.view_policy == "once" and views is not None and config.epochs > len(views):
         raise UsageError(
             f"--view-policy once allows one epoch per view: the labels have {count(len(views), 'view')},"
             f" --epochs is {config.epochs}",
             fix="Label more views with deit-cli precompute --views, or pass --view-policy cycle",
         )
-    order = Order(
-        shard_units=units,
-        unit_size=2 if data.recipe.mixes else 1,
-        batch_size=config.batch_size * share.parts,
-        repeated_aug=repeats,
-        views=views,
+    return order_of(
+        data.recipe,
+        units,
+        views,
+        batch_size=config.batch_size,
+        share=share,
+        repeated_aug=config.repeated_aug,
         window=config.shuffle_window,
         seed=config.seed,
         view_policy=config.view_policy,
     )
-    least = order.least_units_per_step * order.unit_size * repeats
-    if order.least_units_per_step < share.parts:
-        raise UsageError(
-            f"an update of {least} views cannot be split into {share.parts} forward passes ({share.size} ranks,"
-            f" --grad-accum-steps {share.passes}) of at least {order.unit_size * repeats} views",
-            fix="Use fewer ranks or a smaller --grad-accum-steps",
-        )
-    return order
 
 
 def _views_to_train_on(config: TrainConfig, data: Data) -> range | None:

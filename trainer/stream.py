@@ -254,6 +254,20 @@ class BatchRenderer:
         epoch, step = self._order.position(update)
         views = self._order.views_of_epoch(epoch)
         units = self._share.cut(self._order.step_units(epoch, step), number)
+        return self.render_units(units, views, out, note, index=index)
+
+    def render_units(
+        self, units: NDArray[np.int64], views: range, out: Tensor, note: Note = lambda _: None, *, index: int = 0
+    ) -> Batch:
+        """Render views of units into `out`, as `__call__` does.
+
+        Args:
+            units: int64 [U, 2], source shard and unit in it, grouped by shard.
+            views: view numbers, which share their pairs.
+            out: uint8 [at least B, H, W, 3] or [N].
+            note: called with the name of each image before it is read.
+            index: index of the batch.
+        """
         of_shards = np.split(units, np.flatnonzero(np.diff(units[:, 0])) + 1)  # a step has its units grouped by shard
         parts = [self._part(int(chosen[0, 0]), chosen[:, 1], views) for chosen in of_shards]
         start, batch = 0, begin_batch(out, sum(len(part.layout.rows) for part in parts), self.img_size)
