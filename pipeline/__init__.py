@@ -29,7 +29,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.errors import DeitCliError
     from pipeline.images.decode import decode
     from pipeline.images.source import open_source
     from pipeline.labels.labelset import LabelSet
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from pipeline.views.view import draw_view
 
 __all__ = [
-    "DeitCliError",
     "LabelSet",
     "Recipe",
     "decode",
@@ -49,7 +47,6 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DeitCliError": "pipeline.errors",
     "LabelSet": "pipeline.labels.labelset",
     "Recipe": "pipeline.views.recipe",
     "decode": "pipeline.images.decode",
