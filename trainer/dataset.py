@@ -118,6 +118,8 @@ class DistillationDataset(Dataset[Views]):
             SourceError: the source has no image, or cannot be read.
             UsageError: the views or R do not fit the label set.
         """
+        if isinstance(labels, str | os.PathLike):
+            raise UsageError(f"labels must be an open label set, got {labels!r}", fix="Pass LabelSet.open of it")
         self.labels, recipe = labels, labels.recipe
         self.source = (
             source if isinstance(source, Source) else labels.open_source(None if source is None else os.fspath(source))

@@ -1,6 +1,7 @@
 """The student: a timm model that returns the logits of both its heads, in training and in evaluation."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -129,7 +130,7 @@ def create_student(
     depth: int | None = None,
     num_heads: int | None = None,
     drop_path: float = 0.0,
-    init_checkpoint: Path | None = None,
+    init_checkpoint: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> Student:
@@ -166,12 +167,16 @@ def create_student(
     size = get_model_input_config(built)["input_size"][-1] if img_size is None else img_size
     student = Student(built, img_size=size, class_names=class_names)
     if init_checkpoint is not None:
-        load_weights(student, init_checkpoint)
+        load_weights(student, Path(init_checkpoint))
     return student
 
 
 def open_student(
-    checkpoint: Path | None, *, model: str | None = None, num_classes: int | None = None, pretrained: bool = False
+    checkpoint: str | os.PathLike[str] | None,
+    *,
+    model: str | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = False,
 ) -> Student:
     """Open a trained student for evaluation.
 
@@ -186,6 +191,7 @@ def open_student(
         CheckpointError: the checkpoint does not exist, is damaged, or does not fit the model.
         StorageError: the published weights cannot be downloaded.
     """
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and pretrained:
         raise UsageError("--checkpoint and --pretrained exclude each other", fix="Pass only one")
     if checkpoint is not None and checkpoint.is_dir():

@@ -253,6 +253,11 @@ def test_arguments_that_do_not_fit(label_set, arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_path_of_a_label_set_is_not_an_open_one(label_set):
+    with pytest.raises(UsageError, match=r"labels must be an open label set, got .*Pass LabelSet\.open of it"):
+        DistillationDataset(label_set.folder)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
