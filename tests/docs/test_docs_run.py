@@ -130,6 +130,7 @@ CANNOT = {
     r"^sbatch ": "Slurm",
     r"^ray start|--engine ray": "a Ray cluster, which tests/stage1/test_ray.py starts",
     r"--identity-provider": "Sigstore, which needs the network and somebody's identity",
+    r"^mkdir -p imagenet/train imagenet/val": "the archives of ILSVRC",
     r"^python train\.py": "timm's script is in no package; tests/exchange/test_export.py reads the export with timm",
 }
 
@@ -506,6 +507,13 @@ def before_recipes(page: Page, _: Path) -> None:
         page.run(f"deit-cli train --distillation-type none --data imagenet/train --model {model} --output runs/{name}")
 
 
+def before_imagenet(page: Page, _: Path) -> None:
+    """The student that the page fine-tunes."""
+    page.run(
+        "deit-cli train --distillation-type none --data imagenet/train --model deit-b --output runs/deit-b-distilled"
+    )
+
+
 def before_training(page: Page, _: Path) -> None:
     shutil.rmtree(page.folder / "runs")
 
@@ -567,6 +575,7 @@ def before_studies_page(page: Page, served: Path) -> None:
 GIVEN: dict[str, Callable[[Page, Path], None]] = {
     "README.md": before_studies,
     "docs/data.md": before_data,
+    "docs/imagenet.md": before_imagenet,
     "docs/recipes.md": before_recipes,
     "docs/training.md": before_training,
     "docs/studies.md": before_studies_page,
