@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from trainer.student import Heads, Student
 TIMEOUT = timedelta(minutes=30)
 _LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STORE_KEY = "deit_cli/store"  # address of the store of the last start, in the store of torchrun's agents
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
         torch.cuda.set_device(where)
     backend = "nccl" if where.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT)
+        store = _store_of_this_start(rank.rank, environment)
+        dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # torch raises RuntimeError for network errors
         where_to = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         raise WorkerError(
@@ -134,6 +139,38 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
         yield World(rank.rank, rank.world_size, where, plan_workers(workers, where, cores))
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_start(rank: int, environment: Mapping[str, str]) -> dist.Store | None:
+    """Return a new store that the ranks of one start share, if torchrun may start them again; else None, torch makes one.
+
+    Without it torchrun's agents keep one store for all starts, and ranks that were started again find in it the addresses of
+    those that are gone (pytorch/pytorch#135712; with torch 2.14 they hang or fail). Rank 0 writes the address of the new
+    store into the agents' store. The process of an older address has ended, so nobody answers there.
+    """
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or environment.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+        return None
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    agents = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+    if rank == 0:
+        with socket.create_connection(
+            (host, port)
+        ) as line:  # shows the address under which this machine reaches the agents
+            own, theirs = line.getsockname()[0], line.getpeername()[0]
+        host = host if own == theirs else own
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        agents.set(STORE_KEY, f"{host} {store.port}")
+        return store
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while True:
+        host, port = agents.get(STORE_KEY).decode().split()
+        try:
+            socket.create_connection((host, int(port)), timeout=POLL_S).close()
+            return dist.TCPStore(host, int(port), is_master=False, timeout=TIMEOUT)
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(POLL_S)
 
 
 class OnRank(nn.Module):
