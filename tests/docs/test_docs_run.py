@@ -281,6 +281,16 @@ def number_of_the_page(page: Page, lines: list[str]) -> None:
     assert re.search(pattern, (page.folder / "report.html").read_text()), pattern
 
 
+def error_of_an_incomplete_set(page: Page, lines: list[str]) -> None:
+    """Training on a label set without its manifest ends with this line."""
+    shutil.copytree(page.folder / "shards", page.folder / "whole")
+    (page.folder / "shards/manifest.json").unlink()
+    code, printed = page._here(["train", "--labels", "shards"])
+    assert (code, f"error: {printed.splitlines()[-1]}") == (1, lines[0])
+    shutil.rmtree(page.folder / "shards")
+    (page.folder / "whole").rename(page.folder / "shards")
+
+
 def checked_elsewhere(page: Page, lines: list[str]) -> None:
     """tests/docs/test_architecture.py reads it."""
 
@@ -296,6 +306,7 @@ SHOWN: dict[tuple[str, str], Callable[[Page, list[str]], None]] = {
     ("docs/recipes.md", "starting from"): printed_somewhere,
     ("docs/recipes.md", "data: imagenet/train"): settings_file,
     ("docs/import.md", "fkd-labels/"): files_made,
+    ("docs/troubleshooting.md", "error: shards has no"): error_of_an_incomplete_set,
     ("docs/trust.md", "pixels  "): printed_somewhere,
     ("docs/trust.md", "manifest  "): manifest_then_pinned,
     ("docs/studies.md", "title: "): study_file,
