@@ -21,7 +21,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 WITHOUT_KERNEL = (
     f"Delete {Path(__file__).parents[1] / 'pixels/_kernel.abi3.so'}: torch renders the same pixels. Report this"
 )
-NEVER_ASKED = frozenset({"test"})  # extras for developers of the project
+NEVER_ASKED = frozenset({"docs", "test"})  # extras for developers of the project
 _NOT_TRIED = ("sklearn", "wandb")  # slow imports; only the demo's digits and W&B need them
 GPUS, DECODERS, KERNEL = (f"pipeline.doctor.probing:{name}" for name in ("see_gpus", "compare_decoders", "try_kernel"))
 _SLOW = (
