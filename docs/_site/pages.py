@@ -18,6 +18,11 @@ PLACES = {  # file of the repository, its place in the site; all other pages hav
 }
 FILES = {place: file for file, place in PLACES.items()}
 LINK = re.compile(r"\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<url>[^)\s]+)\)")
+COMMANDS = re.compile(
+    r'<div class="highlight">(?=<pre><span></span><code>(?:[A-Z_]+=\S+ )*(?:deit-cli|torchrun|pip|python|hf|curl|docker) )'
+)
+CODE = re.compile(r"<code>.*?</code>", flags=re.DOTALL)
+OPTION = re.compile(r"(?<=[\s>])--[a-z][a-z0-9-]*")
 API = re.compile(r"<!-- docstrings of (\w+) -->")
 
 
@@ -39,8 +44,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return API.sub(r"::: \1", linked)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Return the HTML of a page with classes for code blocks of commands and for options: site.css says where they may wrap."""
+    options = CODE.sub(lambda code: OPTION.sub(r'<span class="option">\g<0></span>', code[0]), html)
+    return COMMANDS.sub('<div class="highlight commands">', options)
+
+
 def link_of_the_site(link: re.Match[str], file: str, place: str) -> str:
-    """Return a link of a page in `file`, as it is at `place` in the site; of a link to code only its text is left."""
+    """Return a link of a page in `file`, as it is at `place` in the site.
+
+    Of a link to code only its text is left. A text that is the name of the page becomes its title, as in the navigation.
+    """
     path, mark, anchor = link["url"].partition("#")
     if not path or "://" in path:
         return link[0]
@@ -48,4 +62,10 @@ def link_of_the_site(link: re.Match[str], file: str, place: str) -> str:
     if target not in PLACES and not target.startswith("docs/"):
         return link["text"] if (ROOT / target).exists() else link[0]
     to = PLACES.get(target, target.removeprefix("docs/"))
-    return f"[{link['text']}]({posixpath.relpath(to, posixpath.dirname(place) or '.')}{mark}{anchor})"
+    text = title_of(ROOT / target) if link["text"].endswith(".md") and (ROOT / target).is_file() else link["text"]
+    return f"[{text}]({posixpath.relpath(to, posixpath.dirname(place) or '.')}{mark}{anchor})"
+
+
+def title_of(page: Path) -> str:
+    """Return the first heading of a page."""
+    return page.read_text().partition("\n")[0].removeprefix("# ")
