@@ -4,6 +4,7 @@ A fence with a title is a file of the reader, an indented line is a command, and
 """
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -14,7 +15,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from support.builders import encoded, photo, with_checkout
+
+import cli
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text()
@@ -81,24 +85,35 @@ def made_up(rows: int) -> pa.Table:
 
 
 def run(line: str, folder: Path) -> str:
-    """Run a command of the page, and return what it printed."""
+    """Run a command of the page, and return what it printed: deit-cli in this process, which has torch already."""
     words = shlex.split(line)
     if words[0] == "deit-cli":
-        words = [sys.executable, "-c", "import cli; cli.main()", *words[1:]]
-        words += ADDED.split() if words[3] in TAKES_THEM else []
-    else:
-        assert words[0] == "python", line
-        words[0] = sys.executable
+        return run_here([*words[1:], *(ADDED.split() if words[1] in TAKES_THEM else [])])
+    assert words[0] == "python", line
     done = subprocess.run(
-        words,
+        [sys.executable, *words[1:]],
+        env=with_checkout(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"),
         cwd=folder,
-        env=with_checkout(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder / "cache")),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}"
     return done.stdout
+
+
+def run_here(arguments: list[str]) -> str:
+    messages: list[str] = []
+    keeper = logging.NullHandler()
+    keeper.handle = lambda record: bool(messages.append(record.getMessage()))
+    logging.getLogger("deit_cli").addHandler(keeper)
+    try:
+        result = CliRunner().invoke(cli.commands, arguments)
+    finally:
+        logging.getLogger("deit_cli").removeHandler(keeper)
+    printed = "\n".join([*messages, result.output])
+    assert result.exit_code == 0, f"{arguments}\n{printed[-3000:]}\n{result.exception}"
+    return printed
 
 
 def without_values(line: str) -> str:
@@ -109,7 +124,9 @@ def without_values(line: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs(tmp_path):
+def test_the_tutorial_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_cifar10(tmp_path / "cifar10/plain_text")
     printed = ""
     for kind, name, text in pieces():
