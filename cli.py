@@ -29,6 +29,7 @@ from pipeline.settings.options import (
     asked_recipe,
     chosen_recipe,
     config_option,
+    loudness_options,
     options_of,
     plain_option,
     recipe_options,
@@ -38,7 +39,7 @@ from pipeline.settings.options import (
 from pipeline.settings.program import CONTINUES
 from pipeline.text import byte_size
 from trainer.config import AnalyseConfig, CompareConfig, EvaluateConfig, InferenceConfig, ReportConfig, TrainConfig
-from trainer.console import ToStderr, say_counts, shown_progress
+from trainer.console import say_counts, set_up, shown_progress
 
 log = logging.getLogger("deit_cli")
 
@@ -51,15 +52,9 @@ def main() -> None:
     program.run(commands)
 
 
-@click.group(cls=program.Group, context_settings=program.CONTEXT)
+@click.group("deit-cli", cls=program.Group, context_settings=program.CONTEXT, set_up=set_up, params=loudness_options())
 @click.version_option(package_name="deit-cli")
-@click.option(
-    "-v",
-    "--verbose",
-    is_flag=True,
-    help="Show all messages, and the traceback of an unexpected error. Pass it before the command.",
-)
-def commands(verbose: bool) -> None:
+def commands() -> None:
     """Distil a CNN into a vision transformer: run the teacher once, train DeiT students from its stored labels.
 
     \b
@@ -68,8 +63,6 @@ def commands(verbose: bool) -> None:
       deit-cli train --labels shards --model deit-s --eval-data imagenet/val --output runs/deit-s
       deit-cli evaluate --checkpoint runs/deit-s/best --data imagenet/val
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStderr(every=verbose)])
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
     click.get_current_context().call_on_close(say_counts)
 
 

@@ -1,7 +1,8 @@
 """Numbers and sizes for people, and checks of names that go into files and messages."""
 
+import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from pipeline.errors import SourceError, UsageError
 
@@ -79,6 +80,12 @@ def first_few(names: Sequence[str], limit: int) -> str:
     """Return at most `limit` names as text, and the number of the others: `a, b and 2 more`."""
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str | None:
+    """Return a question with the name that is most similar to a word, or None if none is similar."""
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"Did you mean {close[0]}?" if close else None
 
 
 def listed(names: Sequence[str]) -> str:

@@ -431,8 +431,9 @@ def test_on_a_terminal_there_is_a_bar_of_its_width_and_messages_stand_above_it()
     pty = pytest.importorskip("pty")
     script = """
 import logging, time, cli
+from trainer.console import ToStderr
 from trainer.pace import Step
-logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[cli.ToStderr()])
+logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ToStderr()])
 with cli.shown_progress() as update:
     values = dict(total=375300, made=9, epoch=299, per_epoch=1251, lr=4.9e-4, images_per_s=12345.0, data_wait=0.03)
     update(Step(done=375000, update=951, numbers={"loss": 3.21}, left_s=7200.0, **values))

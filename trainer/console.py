@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ class ToStderr(logging.Handler):
     If a loop repeats a warning, only the first is shown; with `every`, all are.
     """
 
-    def __init__(self, *, every: bool = False) -> None:
-        super().__init__()
+    def __init__(self, level: int = logging.NOTSET, *, every: bool = False) -> None:
+        super().__init__(level)
         self.first = FirstOfEachKind()
         if not every:
             self.addFilter(self.first)
@@ -27,6 +27,26 @@ class ToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
         click.echo(self.format(record), err=True)
+
+
+log = logging.getLogger("deit_cli")
+
+
+def set_up(loudness: str) -> None:
+    """Send log messages to stderr: warnings and errors if `loudness` is quiet, all if it is verbose.
+
+    A quiet command shows no messages, but --log-json gets them.
+    """
+    shown = logging.WARNING if loudness == "quiet" else logging.NOTSET
+    handler = ToStderr(shown, every=loudness == "verbose")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    log.setLevel(logging.DEBUG if loudness == "verbose" else logging.INFO)
+
+
+def _is_quiet() -> bool:
+    """Return whether nobody would see a message at level INFO: with --quiet, and on all ranks but the first."""
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, ToStderr)]
+    return not log.isEnabledFor(logging.INFO) or any(handler.level > logging.INFO for handler in handlers)
 
 
 def say_counts() -> None:
@@ -56,15 +76,22 @@ class ShownProgress:
 
 @contextmanager
 def shown_progress(log_json: Path | None = None) -> Iterator[ShownProgress]:
-    """Show a bar on a terminal, or log a line at intervals; also write a JSON log if `log_json` names a file."""
+    """Show a bar on a terminal, or log a line at intervals; nothing if the command is quiet.
+
+    `log_json` names a file that gets the progress as well, also of a quiet command.
+    """
     from pipeline.machine.progress import json_log
 
     with json_log(log_json) as write:
         try:
-            with _bar() if sys.stderr.isatty() else _lines() as show:
+            with nullcontext(_nothing) if _is_quiet() else _bar() if sys.stderr.isatty() else _lines() as show:
                 yield ShownProgress(show, write)
         finally:
             say_counts()
+
+
+def _nothing(_: Any) -> None:
+    """Show nothing of a tick."""
 
 
 @contextmanager

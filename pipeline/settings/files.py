@@ -3,16 +3,17 @@
 Like the command line, a file may have `recipe` and `set`; `set` is a mapping of recipe fields.
 """
 
-import difflib
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.errors import RecipeError, UsageError
 from pipeline.settings.fields import Setting, as_written, option, settings_of
 from pipeline.storage.yaml import parse_yaml, read_yaml, to_flow
+from pipeline.text import did_you_mean
 from pipeline.views.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 
 
@@ -24,31 +25,39 @@ class _RecipeSettings:
     set: dict = option(None, "", group="Views")
 
 
-def read_settings(path: Path, *kinds: type, recipe: bool = True) -> dict[str, Any]:
+NO_SETTINGS: Mapping[str, Setting] = MappingProxyType({})
+
+
+def read_settings(
+    path: Path, *kinds: type, recipe: bool = True, options: Mapping[str, Setting] = NO_SETTINGS
+) -> dict[str, Any]:
     """Return the settings of a file: field name -> value. Options that are passed on the command line override them.
 
     Args:
         path: a YAML file of `name: value` lines; hyphens and underscores are the same.
         kinds: the configs whose fields the file may set.
         recipe: whether the file may set `recipe` and `set`, too.
+        options: further settings by their names in the file: those of options that belong to no config.
 
     Raises:
         UsageError: the file cannot be read, a name is unknown or is set twice, or a value has another type.
     """
-    return settings_in(read_yaml(path), path, *kinds, recipe=recipe)
+    return settings_in(read_yaml(path), path, *kinds, recipe=recipe, options=options)
 
 
-def settings_in(values: Any, path: object, *kinds: type, recipe: bool = True) -> dict[str, Any]:
+def settings_in(
+    values: Any, path: object, *kinds: type, recipe: bool = True, options: Mapping[str, Setting] = NO_SETTINGS
+) -> dict[str, Any]:
     """Return the settings of a mapping from YAML, as `read_settings` does; `path` is its place, for errors."""
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a file of settings holds `name: value` lines, got {type(values).__name__}")
     settings = [setting for kind in (*kinds, *([_RecipeSettings] if recipe else [])) for setting in settings_of(kind)]
-    by_name = {name: setting for setting in settings for name in setting.names}
+    by_name = {**options, **{name: setting for setting in settings for name in setting.names}}
     found: dict[str, Any] = {}
     for key, value in values.items():
         setting = by_name.get(str(key).replace("-", "_"))
         if setting is None:
-            raise UsageError(f"{path}: there is no setting {str(key)!r}. {_nearest(str(key), by_name)}")
+            raise UsageError(f"{path}: there is no setting {str(key)!r}. {_way_out(str(key), by_name)}")
         if setting.name in found:
             raise UsageError(f"{path}: {setting.name} is set twice, the second time as {key}")
         if not setting.takes(value):
@@ -103,9 +112,8 @@ def _words(config: Any) -> Iterator[str]:
             yield from (setting.flag, str(item))
 
 
-def _nearest(key: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
-    return f"Did you mean {close[0]}?" if close else "Settings are named as the options that --help shows"
+def _way_out(key: str, names: Mapping[str, Setting]) -> str:
+    return did_you_mean(key.replace("-", "_"), names) or "Settings are named as the options that --help shows"
 
 
 def _as_option(value: Any, setting: Setting) -> Any:
@@ -137,7 +145,8 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> R
     values = {} if name_or_path in PRESETS else _read_yaml(Path(name_or_path))
     preset = values.pop("preset", name_or_path if name_or_path in PRESETS else DEFAULT_RECIPE)
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise RecipeError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        similar = did_you_mean(preset, PRESETS) if isinstance(preset, str) else None
+        raise RecipeError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}", fix=similar)
     return PRESETS[preset].with_fields(**values | (overrides or {}))
 
 
@@ -154,7 +163,8 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise RecipeError(f"a recipe is one of {', '.join(PRESETS)} or a YAML file, got {str(path)!r}")
+        known = f"a recipe is one of {', '.join(PRESETS)} or a YAML file, got {str(path)!r}"
+        raise RecipeError(known, fix=did_you_mean(str(path), PRESETS))
     try:
         values = read_yaml(path)
     except UsageError as error:

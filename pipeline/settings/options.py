@@ -1,16 +1,24 @@
-"""Options of the command line: those of configs, each with its help, type and default, and those shared by commands."""
+"""Options of the command line: those of configs, each with its help, type and default, and those shared by commands.
+
+A value comes from the command line, else from an environment variable, else from the file of -c, else it is the default.
+"""
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from pipeline.errors import UsageError
 from pipeline.settings.fields import REQUIRED, Setting, Views, settings_of
+from pipeline.text import did_you_mean
 
 log = logging.getLogger("deit_cli")
 
@@ -70,12 +78,83 @@ class Numbers(click.ParamType):
         return tuple(number for each in values for number in each)
 
 
-class GroupedOption(click.Option):
-    """An option with a heading in `--help`: one of `fields.GROUPS`."""
+class Choice(click.Choice):
+    """One of a few words; the error for another names the most similar."""
 
-    def __init__(self, *args: Any, group: str, **known: Any) -> None:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the choice."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            nearest = did_you_mean(str(value), map(str, self.choices))
+            error.message = " ".join(filter(None, (error.message, nearest)))
+            raise
+
+
+PREFIX = "DEIT_CLI"  # of every environment variable that sets an option
+# Options that describe a machine and not the work: a variable without the name of a command sets them in all commands.
+COMMON = ("--cache-dir", "--cache-size", "--min-rate", "--device")
+
+
+def variable(*words: str) -> str:
+    """Return the name of an environment variable: `DEIT_CLI_TRAIN_LR_BASE` for train and --lr-base."""
+    return "_".join((PREFIX, *words)).replace("--", "").replace("-", "_").upper()
+
+
+class GroupedOption(click.Option):
+    """An option with a heading in `--help`, and an environment variable.
+
+    Attributes:
+        group: the heading, one of `fields.GROUPS`.
+        setting: the field of a config that it sets; None if it belongs to no config.
+    """
+
+    def __init__(self, *args: Any, group: str, setting: Setting | None = None, **known: Any) -> None:
         super().__init__(*args, **known)
         self.group = group
+        self.setting = setting
+
+    @property
+    def long(self) -> list[str]:
+        """All names with two hyphens that turn the option on; the first is its main name."""
+        return [name for name in self.opts if name.startswith("--")]
+
+    def variables(self, ctx: click.Context) -> list[str]:
+        """Return the variables that set the option, the one with precedence first; none for a command outside the program."""
+        if ctx.parent is None and not isinstance(ctx.command, click.Group):
+            return []
+        command = ctx.command_path.split()[1:]
+        common = [variable(name) for name in self.long if name in COMMON]
+        return [variable(*command, name) for name in self.long] + common
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Return the text of the option's variable; an empty one counts as not set."""
+        return next((os.environ[name] for name in self.variables(ctx) if os.environ.get(name)), None)
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        """Return the value of the option's variable; several values have spaces between them, and quotes as in a shell."""
+        text = self.resolve_envvar_value(ctx)
+        if text is None or not self.multiple:
+            return super().value_from_envvar(ctx)
+        try:
+            return shlex.split(text)
+        except ValueError as error:
+            raise UsageError(f"{self._variable(ctx)}: {error}, got {text!r}") from None
+
+    def _variable(self, ctx: click.Context) -> str:
+        return next(name for name in self.variables(ctx) if os.environ.get(name))
+
+    def origin(self, ctx: click.Context) -> str | None:
+        """Return the variable or the file that the value comes from; None if it was passed, or is the default."""
+        source = ctx.get_parameter_source(str(self.name))
+        if source is ParameterSource.ENVIRONMENT:
+            return self._variable(ctx)
+        return str(ctx.meta.get(CONFIG_FILE)) if source is ParameterSource.DEFAULT_MAP else None
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Return the name of the option, and where a value comes from that was not passed."""
+        origin = ctx and self.origin(ctx)
+        return super().get_error_hint(ctx) + (f" (from {origin})" if origin else "")
 
 
 plain_option = partial(click.option, cls=GroupedOption)  # for a single command; options_of makes those of configs
@@ -113,6 +192,7 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
         help=setting.help,
         metavar=setting.metavar,
         group=setting.group,
+        setting=setting,
         show_default=default not in (REQUIRED, None, ()),
         multiple=setting.repeats,
         **known,
@@ -122,7 +202,7 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
 def _type_of(setting: Setting) -> Any:
     """Return click's type of one value; None for a flag."""
     if setting.words:
-        return NumberOrWord(setting.words) if setting.kind else click.Choice(setting.words)
+        return NumberOrWord(setting.words) if setting.kind else Choice(setting.words)
     if setting.repeats and setting.kind is float:
         return Numbers()
     return {Path: click.Path(path_type=Path), Views: ViewsType(), bool: None}.get(setting.kind, setting.kind)
@@ -157,24 +237,19 @@ AS_JSON = plain_option("--json", "as_json", is_flag=True, help="Print JSON inste
 
 
 RECIPE_FIELDS = "deit_cli.recipe_fields"  # key in the command's context for the settings under `set` in a file
+CONFIG_FILE = "deit_cli.config_file"  # and for the path of that file
 
 
 def config_option(*kinds: type, recipe: bool = False) -> Callable[[Any], Any]:
-    """Return a decorator that adds -c/--config: a file with settings of these configs, which the other options override.
+    """Return a decorator that adds -c/--config: a file with settings, which the environment and the other options override.
 
-    `recipe` says whether the command has a recipe, so that the file may have `recipe` and, below `set`, fields of it.
+    Every command has this option without the decorator, for a file with its own options.
+
+    Args:
+        kinds: configs of which the file may have settings that are no options of the command, which ignores them.
+        recipe: whether the command has a recipe, so that the file may have `recipe` and, below `set`, fields of it.
     """
     fields = ", and recipe fields below `set:`" if recipe else ""
-
-    def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-        if path is None:
-            return
-        from pipeline.settings.files import read_settings
-
-        settings = read_settings(path, *kinds, recipe=recipe)
-        context.meta[RECIPE_FIELDS] = {str(k).replace("-", "_"): v for k, v in settings.pop("set", {}).items()}
-        context.default_map = settings
-
     return plain_option(
         "-c",
         "--config",
@@ -182,10 +257,88 @@ def config_option(*kinds: type, recipe: bool = False) -> Callable[[Any], Any]:
         metavar="FILE.yaml",
         is_eager=True,
         expose_value=False,
-        callback=read,
-        help=f"YAML file with options, one per line, such as `batch_size: 256`{fields}. Options on the command line override it.",
+        callback=partial(_read_config, kinds=kinds, recipe=recipe),
+        help=f"YAML file with options, a line `name: value` for each{fields}. Options on the command line override it.",
         group="Run",
     )
+
+
+def _read_config(
+    context: click.Context, _: click.Parameter, path: Path | None, *, kinds: tuple[type, ...], recipe: bool
+) -> None:
+    if path is None or context.resilient_parsing:
+        return
+    from pipeline.settings.files import read_settings
+
+    settings = read_settings(path, *kinds, recipe=recipe, options=dict(_settings_of_options(context.command)))
+    context.meta[CONFIG_FILE] = path
+    context.meta[RECIPE_FIELDS] = {str(k).replace("-", "_"): v for k, v in settings.pop("set", {}).items()}
+    context.default_map = settings
+
+
+def _settings_of_options(command: click.Command) -> Iterator[tuple[str, Setting]]:
+    """Yield name in a file and setting of each option; recipe fields are a mapping there, and no list of texts."""
+    for option in command.params:
+        if isinstance(option, GroupedOption) and option.name not in ("config", "overrides"):
+            if option.setting is not None:
+                yield from ((name, option.setting) for name in option.setting.names)
+            else:
+                yield from ((name[2:].replace("-", "_"), _setting_of(option)) for name in option.long)
+
+
+def _setting_of(option: GroupedOption) -> Setting:
+    """Return the setting that a file may have for an option without a config."""
+    kinds = {"integer": int, "integer range": int, "float": float, "float range": float, "boolean": bool, "path": Path}
+    words = tuple(map(str, option.type.choices)) if isinstance(option.type, click.Choice) else ()
+    kind = None if words else Views if isinstance(option.type, ViewsType) else kinds.get(option.type.name, str)
+    return Setting(
+        name=str(option.name),
+        default=None,
+        help="",
+        flags=(),
+        group=option.group,  # pyright: ignore[reportArgumentType]
+        low=None,
+        high=None,
+        bare=None,
+        metavar=None,
+        free=False,
+        timed=False,
+        planned=False,
+        kind=kind,
+        words=words,
+        optional=True,
+        repeats=option.multiple,
+    )
+
+
+LOUDNESS = "deit_cli.loudness"  # key in the command's context for the sources that ask for quiet or verbose
+
+
+def loudness_options() -> list[GroupedOption]:
+    """Return -q/--quiet and -v/--verbose, which every command has, and the program in front of them."""
+    quiet = "Show only warnings, errors and the result: no messages and no progress."
+    verbose = "Show all messages, and the traceback of an unexpected error."
+    return [_loudness_option("-q", "--quiet", quiet), _loudness_option("-v", "--verbose", verbose)]
+
+
+def _loudness_option(short: str, long: str, text: str) -> GroupedOption:
+    def note(context: click.Context, option: click.Parameter, value: bool) -> None:
+        if value and not context.resilient_parsing:
+            source = context.get_parameter_source(str(option.name))
+            context.meta.setdefault(LOUDNESS, {}).setdefault(source, set()).add(option.name)
+
+    return GroupedOption([short, long], is_flag=True, expose_value=False, callback=note, help=text, group="Logging")
+
+
+def loudness(context: click.Context) -> str:
+    """Return `quiet`, `verbose` or `normal`: what the command line asks for, else the environment, else the file of -c."""
+    asked = context.meta.get(LOUDNESS, {})
+    for source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP):
+        if len(names := asked.get(source, ())) > 1:
+            raise UsageError("--quiet and --verbose contradict each other: pass one of them")
+        if names:
+            return next(iter(names))
+    return "normal"
 
 
 def split_values(values: dict[str, Any], *kinds: type) -> Any:
@@ -216,7 +369,16 @@ def recipe_fields() -> dict[str, Any]:
 
 
 def say_settings(*configs: Any, recipe: Any) -> None:
-    """Log the settings that differ from the defaults, as options that can be passed again."""
+    """Log the settings that differ from the defaults, as options that can be passed again; and the variables behind them."""
     from pipeline.settings.files import describe_settings
 
-    log.info("settings: %s", describe_settings(*configs, recipe=recipe))
+    used = variables_used(click.get_current_context())
+    origin = f" (with {', '.join(used)} of the environment)" if used else ""
+    log.info("settings: %s%s", describe_settings(*configs, recipe=recipe), origin)
+
+
+def variables_used(context: click.Context) -> list[str]:
+    """Return the environment variables that set options of the running command."""
+    options = [option for option in context.command.params if isinstance(option, GroupedOption)]
+    from_there = [o for o in options if context.get_parameter_source(str(o.name)) is ParameterSource.ENVIRONMENT]
+    return [str(option.origin(context)) for option in from_there]

@@ -24,6 +24,7 @@ from pydantic import (
 
 from pipeline.errors import RecipeError
 from pipeline.storage.json import Record, sha256_json
+from pipeline.text import did_you_mean
 
 DEFAULT_RECIPE = "deit"  # a preset
 RENDERER = 2  # docs/views-v2.md; increase it when the same recipe would give other pixels, partners or mixes
@@ -126,7 +127,7 @@ class Recipe(Record):
         except ValidationError as error:
             if not isinstance(values, dict):
                 raise
-            raise RecipeError(_sentence(error, values)) from error
+            raise RecipeError(_sentence(error, values), fix=_similar_field(error)) from error
         if recipe.renderer not in RENDERERS:
             raise RecipeError(
                 f"this version renders recipes of renderer {' and '.join(map(str, RENDERERS))}, the recipe asks for"
@@ -172,6 +173,12 @@ def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
     if unknown := sorted(set(names) - set(fields)):
         return f"a recipe has no field {', '.join(unknown)}; its fields are {', '.join(fields)}"
     return f"{names[0]} must be {fields[names[0]].description}, got {values[names[0]]!r}"
+
+
+def _similar_field(error: ValidationError) -> str | None:
+    names = [str(problem["loc"][0]) for problem in error.errors()]
+    unknown = [name for name in names if name not in Recipe.model_fields]
+    return did_you_mean(unknown[0], Recipe.model_fields) if unknown else None
 
 
 PRESETS: dict[str, Recipe] = {

@@ -12,6 +12,7 @@ import cli
 from pipeline.errors import StorageError, UsageError
 from pipeline.machine import progress
 from pipeline.machine.progress import Tally, Tick, WorkDone, json_log, throttled, tick_text
+from trainer.console import ToStderr
 
 
 class Clock:
@@ -221,7 +222,7 @@ def test_a_json_log_on_a_full_disk_is_one_error(monkeypatch):
 
 def test_a_message_goes_to_what_stderr_is_at_the_time(monkeypatch):
     """A bar on a terminal replaces stderr; a message that went past it would be drawn into the bar."""
-    handler = cli.ToStderr()
+    handler = ToStderr()
     bar = io.StringIO()
     monkeypatch.setattr("sys.stderr", bar)
     handler.handle(logging.LogRecord("deit_cli", logging.INFO, "", 0, "%d views", (3,), None))
