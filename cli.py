@@ -1,6 +1,5 @@
 """deit-cli: parse -> frozen config -> one call -> one-line errors. Nothing else."""
 
-import json
 import logging
 import os
 from operator import attrgetter
@@ -29,11 +28,13 @@ from pipeline.settings.options import (
     asked_recipe,
     chosen_recipe,
     config_option,
+    file_record,
     loudness_options,
     options_of,
     plain_option,
     recipe_options,
     say_settings,
+    show_result,
     split_values,
 )
 from pipeline.settings.program import CONTINUES
@@ -73,7 +74,8 @@ def commands() -> None:
 @recipe_options("deit")
 @plain_option("--dry-run", is_flag=True, help="Print what would be done, without doing it.", group="Run")
 @LOG_JSON
-def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
+@AS_JSON
+def precompute(dry_run: bool, log_json: Path | None, as_json: bool, **values: Any) -> None:
     """Render numbered views, run the teacher, store its answers.
 
     A view is one augmented version of an image. Its number and the recipe decide every random choice, so that `train` can
@@ -90,6 +92,7 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
     config, teacher = split_values(values, PrecomputeConfig, TeacherConfig)
     recipe = chosen_recipe(values)
     say_settings(config, teacher, recipe=recipe)
+    from pipeline.overview.summary import in_short
     from pipeline.stage1.engines import load_here
     from pipeline.stage1.precompute import ended_line, look_ahead
     from pipeline.stage1.precompute import precompute as label
@@ -97,10 +100,11 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
     with shown_progress(log_json) as progress:
         loaded, source = load_here(config, teacher)
         if dry_run:
-            done = look_ahead(config, recipe, loaded, source).table()
+            work = look_ahead(config, recipe, loaded, source)
+            show_result(work.to_dict() if as_json else work.table())
         else:
-            done = ended_line(config, label(config, recipe, loaded, source, progress=progress))
-    click.echo(done)
+            made = label(config, recipe, loaded, source, progress=progress)
+            show_result(in_short(config.out, made) if as_json else ended_line(config, made))
 
 
 @commands.command(continues=f"{CONTINUES}, with --resume if a checkpoint was written")
@@ -108,7 +112,8 @@ def precompute(dry_run: bool, log_json: Path | None, **values: Any) -> None:
 @options_of(TrainConfig)
 @recipe_options(RECIPE_OF_TRAIN)
 @LOG_JSON
-def train(log_json: Path | None, **values: Any) -> None:
+@AS_JSON
+def train(log_json: Path | None, as_json: bool, **values: Any) -> None:
     """Train a student from stored labels, without the teacher.
 
     Each view is rendered again, exactly as the teacher saw it. torchrun trains on several GPUs.
@@ -127,7 +132,7 @@ def train(log_json: Path | None, **values: Any) -> None:
     recipe = asked_recipe(values)
     from pipeline.machine.ranks import rank_from
     from trainer.loop import train as run
-    from trainer.pace import summary
+    from trainer.pace import run_record, summary
 
     leads = rank_from(os.environ, arrays=False).rank == 0
     if not leads:  # only one of several ranks prints
@@ -136,7 +141,7 @@ def train(log_json: Path | None, **values: Any) -> None:
     with shown_progress(log_json if leads else None) as progress:
         folder = run(config, recipe, progress=progress)
     if leads:
-        click.echo(summary(folder, progress.last, location=config.output))
+        show_result((run_record if as_json else summary)(folder, progress.last, location=config.output))
 
 
 @commands.command()
@@ -160,7 +165,7 @@ def evaluate(as_json: bool, **values: Any) -> None:
     from trainer.evidence.scores import evaluate_checkpoint, score_table
 
     result = evaluate_checkpoint(config)
-    click.echo(json.dumps(result, indent=1) if as_json else score_table(result))
+    show_result(result if as_json else score_table(result))
 
 
 @commands.command(continues=CONTINUES)
@@ -189,7 +194,7 @@ def compare(study: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
 
     result = foresee(study, config) if dry_run else run(study, config)
     table = forecast_table if dry_run else study_table
-    click.echo(json.dumps(result, indent=1) if as_json else table(result))
+    show_result(result if as_json else table(result))
     check_all_done(result)
 
 
@@ -197,7 +202,8 @@ def compare(study: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH|URL...")
 @config_option(ReportConfig)
 @options_of(ReportConfig)
-def report(paths: tuple[str, ...], **values: Any) -> None:
+@AS_JSON
+def report(paths: tuple[str, ...], as_json: bool, **values: Any) -> None:
     """Write a page with the results of studies, runs and label sets.
 
     PATH is the folder of a study, a run or a label set, or a JSON file that `evaluate`, `analyse`, `labels audit`, `compare` or
@@ -212,7 +218,8 @@ def report(paths: tuple[str, ...], **values: Any) -> None:
     config = ReportConfig(**values)
     from trainer.evidence.report import write_report
 
-    click.echo(str(write_report(config, paths)))
+    page = write_report(config, paths)
+    show_result(file_record(page, data=str(config.data_file)) if as_json else str(page))
 
 
 @commands.command()
@@ -238,7 +245,7 @@ def analyse(runs: tuple[str, ...], as_json: bool, **values: Any) -> None:
     from trainer.evidence.analyse import analysis_text
 
     result = analyse_runs(runs, config)
-    click.echo(json.dumps(result, indent=1) if as_json else analysis_text(result))
+    show_result(result if as_json else analysis_text(result))
 
 
 @commands.command()
@@ -265,7 +272,7 @@ def estimate(as_json: bool, **values: Any) -> None:
     from trainer.student import create_student
 
     found = estimate_labelling(config, teacher, recipe, asked, create_student=create_student)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
+    show_result(found.to_dict() if as_json else found.table())
 
 
 @commands.group()
@@ -295,7 +302,7 @@ def stage1(as_json: bool, **values: Any) -> None:
     from pipeline.cost.bench import bench_labelling
 
     found = bench_labelling(config, teacher, recipe, asked)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
+    show_result(found.to_dict() if as_json else found.table())
 
 
 @bench.command()
@@ -319,7 +326,7 @@ def stage2(as_json: bool, **values: Any) -> None:
     from trainer.bench import bench_training
 
     found = bench_training(config, recipe, seconds=timing.seconds)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
+    show_result(found.to_dict() if as_json else found.table())
 
 
 @bench.command()
@@ -343,7 +350,7 @@ def inference(networks: tuple[str, ...], as_json: bool, **values: Any) -> None:
     from trainer.evidence.speed import bench_inference, speed_table
 
     result = bench_inference(config, networks)
-    click.echo(json.dumps(result, indent=1) if as_json else speed_table(result))
+    show_result(result if as_json else speed_table(result))
 
 
 @commands.group()
@@ -395,7 +402,7 @@ def info(folder: str, expect_manifest: str | None, as_json: bool) -> None:
     from pipeline.overview.summary import info_table, summarise
 
     summary = summarise(LabelSet.open(folder, expect_manifest=expect_manifest))
-    click.echo(json.dumps(summary, indent=1) if as_json else info_table(summary))
+    show_result(summary if as_json else info_table(summary))
 
 
 @labels.command()
@@ -431,7 +438,7 @@ def verify(folder: str, as_json: bool, **values: Any) -> None:
 
     with shown_progress() as progress:
         report = verify_set(folder, config, teacher, progress=progress)
-    click.echo(json.dumps(report.to_dict(), indent=1) if as_json else verify_lines(report))
+    show_result(report.to_dict() if as_json else verify_lines(report))
     if report.problems:
         raise LabelSetError(f"{folder}: {report.summary()}")
 
@@ -449,7 +456,8 @@ def verify(folder: str, as_json: bool, **values: Any) -> None:
     help="OpenID Connect token for Sigstore; by default that of the CI job, else a browser window asks you to sign in.",
     group="Signature",
 )
-def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> None:
+@AS_JSON
+def sign(folder: Path, private_key: Path | None, identity_token: str | None, as_json: bool) -> None:
     """Sign a label set.
 
     manifest.json.sig signs the manifest, which holds the hashes of the plan, labels and images.
@@ -462,7 +470,8 @@ def sign(folder: Path, private_key: Path | None, identity_token: str | None) -> 
     """
     from pipeline.sharing.signing import sign as sign_set
 
-    click.echo(str(sign_set(folder, private_key=private_key, identity_token=identity_token)))
+    signature = sign_set(folder, private_key=private_key, identity_token=identity_token)
+    show_result(file_record(signature) if as_json else str(signature))
 
 
 @labels.command()
@@ -519,7 +528,7 @@ def audit(folder: str, expect_manifest: str | None, as_json: bool, **values: Any
         from trainer.evidence.audit_files import write_audit
 
         write_audit(found, out, top=top, data=data, options=options)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else auditing.audit_table(found, top))
+    show_result(found.to_dict() if as_json else auditing.audit_table(found, top))
 
 
 @labels.command()
@@ -531,7 +540,8 @@ def audit(folder: str, expect_manifest: str | None, as_json: bool, **values: Any
 )
 @plain_option("--samples", type=click.IntRange(1, 64), default=4, help="Number of images, one per row.", group="Data")
 @plain_option("--views", type=click.IntRange(1, 64), default=6, help="Number of views of each image.", group="Views")
-def show(folder: str, data: str | None, out: Path, samples: int, views: int, **values: Any) -> None:
+@AS_JSON
+def show(folder: str, data: str | None, out: Path, samples: int, views: int, as_json: bool, **values: Any) -> None:
     """Draw views as the teacher saw them, with its answers.
 
     Above each view are its class labels and the teacher's five most probable classes.
@@ -546,14 +556,15 @@ def show(folder: str, data: str | None, out: Path, samples: int, views: int, **v
     options = split_values(values, SourceConfig)[0].options_for(data)
     label_set = LabelSet.open(folder)
     contact_sheet(label_set, label_set.open_source(data, options=options), out, samples=samples, views=views)
-    click.echo(str(out))
+    show_result(file_record(out) if as_json else str(out))
 
 
 @labels.command(continues=CONTINUES)
 @HERE
 @click.argument("url", metavar="FOLDER|URL")
 @WORKERS
-def push(folder: str, url: str, workers: int) -> None:
+@AS_JSON
+def push(folder: str, url: str, workers: int, as_json: bool) -> None:
     """Copy a label set to a bucket or another folder.
 
     Only missing files are sent, and the hash of each is checked. The same command continues an interrupted transfer. If the
@@ -563,12 +574,12 @@ def push(folder: str, url: str, workers: int) -> None:
     Example:
       deit-cli labels push shards s3://bucket/shards
     """
-    from pipeline.sharing.transfer import moved_line
+    from pipeline.sharing.transfer import moved_line, moved_record
     from pipeline.sharing.transfer import push as push_set
 
     with shown_progress() as progress:
         moved = push_set(Path(folder), url, workers=workers, progress=progress)
-    click.echo(moved_line(url, moved, "sent"))
+    show_result(moved_record(url, moved) if as_json else moved_line(url, moved, "sent"))
 
 
 @labels.command(continues=CONTINUES)
@@ -589,7 +600,10 @@ def push(folder: str, url: str, workers: int) -> None:
 )
 @EXPECT_MANIFEST
 @WORKERS
-def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str, ...], **values: Any) -> None:
+@AS_JSON
+def pull(
+    url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str, ...], as_json: bool, **values: Any
+) -> None:
     """Copy a label set, or a part of it, into a local folder.
 
     Only missing files are fetched, and the hash of each is checked. The same command continues an interrupted transfer, even
@@ -602,20 +616,21 @@ def pull(url: str, folder: str, views: tuple[int, int] | None, shards: tuple[str
     """
     from pipeline.labels.labelset import LabelSet
     from pipeline.overview.card import refresh_card
-    from pipeline.sharing.transfer import moved_line
+    from pipeline.sharing.transfer import moved_line, moved_record
     from pipeline.sharing.transfer import pull as pull_set
 
     with shown_progress() as progress:
         moved = pull_set(url, Path(folder), views=views, shards=shards or None, progress=progress, **values)
     if views or shards or moved.found_files:  # the downloaded card describes the whole set
         refresh_card(LabelSet.open(folder))
-    click.echo(moved_line(folder, moved, "received"))
+    show_result(moved_record(folder, moved) if as_json else moved_line(folder, moved, "received"))
 
 
 @labels.command(continues=CONTINUES)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("sets", nargs=-1, required=True, metavar="FOLDER|URL...")
-def merge(out: Path, sets: tuple[str, ...]) -> None:
+@AS_JSON
+def merge(out: Path, sets: tuple[str, ...], as_json: bool) -> None:
     """Merge the parts of several machines into one label set.
 
     The parts must have the same images, recipe and teacher. They may hold different views or source shards, and may come from
@@ -627,11 +642,11 @@ def merge(out: Path, sets: tuple[str, ...]) -> None:
       deit-cli labels merge shards machine-a/shards machine-b/shards
     """
     from pipeline.sharing.merging import merge as merge_sets
-    from pipeline.sharing.merging import merged_lines
+    from pipeline.sharing.merging import merged_lines, merged_record
 
     with shown_progress() as progress:
         merged = merge_sets(out, sets, progress=progress)
-    click.echo(merged_lines(out, merged))
+    show_result((merged_record if as_json else merged_lines)(out, merged))
 
 
 @labels.command(continues=CONTINUES)
@@ -655,7 +670,10 @@ def merge(out: Path, sets: tuple[str, ...]) -> None:
 @options_of(TeacherConfig, where=lambda setting: setting.name != "teacher", helps={"teacher_img_size": EXTENDED_SIZE})
 @options_of(PrecomputeConfig, where=lambda setting: not setting.planned)
 @LOG_JSON
-def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path | None, **values: Any) -> None:
+@AS_JSON
+def extend(
+    folder: str, views: tuple[int, int], data: str | None, log_json: Path | None, as_json: bool, **values: Any
+) -> None:
     """Label more views of the images of a label set.
 
     Recipe, teacher, top-k and precision stay those of the label set; another teacher is refused.
@@ -664,6 +682,7 @@ def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path
     Example:
       deit-cli labels extend shards --views 30:60
     """
+    from pipeline.overview.summary import in_short
     from pipeline.stage1.engines import load_here
     from pipeline.stage1.plan import extended_source, extension
     from pipeline.stage1.precompute import ended_line
@@ -673,7 +692,7 @@ def extend(folder: str, views: tuple[int, int], data: str | None, log_json: Path
     with shown_progress(log_json) as progress:
         teacher, source = load_here(config, asked, extended_source(config, data))
         label_set = label(config, recipe, teacher, source, progress=progress)
-    click.echo(ended_line(config, label_set))
+    show_result(in_short(config.out, label_set) if as_json else ended_line(config, label_set))
 
 
 @labels.command(name="import", continues=CONTINUES)
@@ -705,7 +724,7 @@ def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None, 
 
     with shown_progress() as progress:
         record = import_labels(kind, path, out, num_classes=num_classes, topk=topk, progress=progress)
-    click.echo(json.dumps(record.model_dump(mode="json"), indent=1) if as_json else import_table(record, out))
+    show_result(record.model_dump(mode="json") if as_json else import_table(record, out))
 
 
 @commands.command()
@@ -748,7 +767,7 @@ def doctor(
         raise UsageError("--data names the images of --labels: pass that too")
     SourceConfig(**values).check_used(data)
     sections = examine(out=out, labels=labels, data=data, options=values)
-    click.echo(json.dumps(report_json(sections), indent=1) if as_json else report_table(sections))
+    show_result(report_json(sections) if as_json else report_table(sections))
     context.exit(1 if verdict(sections)[0] else 0)
 
 
@@ -765,7 +784,8 @@ def doctor(
 @plain_option(
     "--replace", is_flag=True, help="Replace README.md even if it was written or changed by hand.", group="Run"
 )
-def card(folder: str, identifier: str | None, name: str | None, link: str | None, replace: bool) -> None:
+@AS_JSON
+def card(folder: str, identifier: str | None, name: str | None, link: str | None, replace: bool, as_json: bool) -> None:
     """Write the dataset card (README.md) of a label set.
 
     It says what the set contains, its licence, and how to load it.
@@ -784,7 +804,8 @@ def card(folder: str, identifier: str | None, name: str | None, link: str | None
         raise UsageError(
             f"{folder}/{CARD_NAME} was not written by deit-cli, or was changed: pass --replace to replace it"
         )
-    click.echo(f"{folder}/{CARD_NAME}")
+    written = f"{folder}/{CARD_NAME}"
+    show_result(file_record(Path(written)) if as_json else written)
 
 
 @labels.command(continues=CONTINUES)
@@ -793,7 +814,8 @@ def card(folder: str, identifier: str | None, name: str | None, link: str | None
 @IMAGES
 @options_of(SourceConfig)
 @options_of(ExportConfig)
-def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
+@AS_JSON
+def export(folder: str, out: Path, data: str | None, as_json: bool, **values: Any) -> None:
     """Write images and hard labels as tars for other programs.
 
     timm and Hugging Face's `datasets` can read them. The label of each image is the teacher's most probable class.
@@ -811,7 +833,8 @@ def export(folder: str, out: Path, data: str | None, **values: Any) -> None:
     with shown_progress() as progress:
         source = label_set.open_source(data, options=options)
         count = export_labels(label_set, source, out, config, progress=progress)
-    click.echo(f"{out}: {count:,} images in {config.format} tars")
+    record = {"path": str(out), "images": count, "format": config.format}
+    show_result(record if as_json else f"{out}: {count:,} images in {config.format} tars")
 
 
 @commands.command(continues=CONTINUES)
@@ -840,10 +863,10 @@ def pack(source: str, out: Path, dry_run: bool, log_json: Path | None, as_json: 
     with shown_progress(log_json) as progress:
         if dry_run:
             plan = plan_pack(source, out, config, progress=progress)
-            click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan.table)
+            show_result(plan.to_dict() if as_json else plan.table)
         else:
             packed = write_pack(source, out, config, progress=progress)
-            click.echo(json.dumps(packed.to_dict(), indent=1) if as_json else packed.line)
+            show_result(packed.to_dict() if as_json else packed.line)
 
 
 @commands.command()
@@ -877,7 +900,7 @@ def index(source: str, log_json: Path | None, as_json: bool, **values: Any) -> N
         "labelled": opened.num_labelled,
     }
     line = f"{path}: {record['samples']:,} samples, {record['labelled']:,} with a class label, {byte_size(record['bytes'])}"
-    click.echo(json.dumps(record, indent=1) if as_json else line)
+    show_result(record if as_json else line)
 
 
 @commands.command()
@@ -910,7 +933,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     from trainer.evidence.demo import demo_table, run_demo
 
     result = run_demo(out, seed=seed, load_teacher=load_teacher, precompute=label, shown=shown_progress)
-    click.echo(json.dumps(result, indent=1) if as_json else demo_table(result))
+    show_result(result if as_json else demo_table(result))
 
 
 if __name__ == "__main__":

@@ -259,6 +259,24 @@ def summary(folder: Path, last: Step | None, *, location: str | None = None) -> 
     return "\n".join(said)
 
 
+def run_record(folder: Path, last: Step | None, *, location: str) -> dict[str, Any]:
+    """Return the result of a run as JSON values; arguments as for `summary`. What this start did not measure is None."""
+    lines = read_metrics(folder)
+    trained = [line for line in lines if line["kind"] == "train"]
+    scored = [line for line in lines if line["kind"] == "eval"]
+    best = max(scored, key=lambda line: line["top1"], default=None)
+    return {
+        "path": location,
+        "updates": last.done if last else None,
+        "updates_of_this_start": last.made if last else 0,
+        "seconds": round(last.elapsed_s, 3) if last else None,
+        "images_per_s": last.mean_images_per_s if last else None,
+        "losses": mean_losses(trained) if trained else {},
+        "best": best and {name: best[name] for name in ("top1", "epoch", "weights")},
+        "exported": [name for name in ("last", "last-ema", "best") if (folder / name).is_dir()],
+    }
+
+
 def _work(folder: str, trained: list[dict], last: Step | None) -> str:
     if last is None:
         return f"{folder}: was already trained; nothing was left to do"
@@ -269,8 +287,11 @@ def _work(folder: str, trained: list[dict], last: Step | None) -> str:
 
 
 def _losses(trained: list[dict]) -> str:
+    return "last epoch: " + "  ".join(f"{name} {value:.4f}" for name, value in mean_losses(trained).items())
+
+
+def mean_losses(trained: list[dict]) -> dict[str, float]:
     """Return the losses of the last epoch: means over its lines, because a single batch is noisy."""
     final = [line for line in trained if line["epoch"] == trained[-1]["epoch"]]
     names = [name for name in final[-1] if name == "loss" or name.endswith("_loss")]
-    means = {name: sum(line[name] for line in final) / len(final) for name in names}
-    return "last epoch: " + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    return {name: sum(line[name] for line in final) / len(final) for name in names}

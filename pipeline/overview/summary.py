@@ -61,6 +61,24 @@ def summarise(label_set: LabelSet) -> dict[str, Any]:
     }
 
 
+def in_short(location: object, label_set: LabelSet | None) -> dict[str, Any]:
+    """Return which label set a command made or moved, as JSON values; None: it is not complete yet.
+
+    Every command that writes a label set prints these fields with --json.
+    """
+    if label_set is None:
+        unknown = dict.fromkeys(("labelset_id", "manifest", "views", "images"))
+        return {"path": str(location), "sealed": False, **unknown}
+    return {
+        "path": str(location),
+        "sealed": label_set.manifest.sealed,
+        "labelset_id": label_set.plan.labelset_id,
+        "manifest": pin_of(label_set.manifest_sha256),
+        "views": [label_set.views.start, label_set.views.stop],
+        "images": label_set.num_samples,
+    }
+
+
 @dataclass
 class _Samples:
     """What the samples files say.

@@ -4,6 +4,7 @@ A value comes from the command line, else from an environment variable, else fro
 """
 
 import dataclasses
+import json
 import logging
 import os
 import shlex
@@ -233,7 +234,17 @@ LOG_JSON = plain_option(
     help="File to which messages and progress are appended, one JSON object per line.",
     group="Logging",
 )
-AS_JSON = plain_option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.", group="Output")
+AS_JSON = plain_option("--json", "as_json", is_flag=True, help="Print the result as JSON.", group="Output")
+
+
+def show_result(result: Any) -> None:
+    """Print a result on stdout: a text as it is, anything else as one JSON value."""
+    click.echo(result if isinstance(result, str) else json.dumps(result, indent=1))
+
+
+def file_record(path: Path, **more: Any) -> dict[str, Any]:
+    """Return a file that a command wrote, as JSON values."""
+    return {"path": str(path), "bytes": path.stat().st_size, **more}
 
 
 RECIPE_FIELDS = "deit_cli.recipe_fields"  # key in the command's context for the settings under `set` in a file

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ from pipeline.labels.tables import Contents, read_all_views
 from pipeline.machine.progress import Progress
 from pipeline.machine.threads import ProgressCounter
 from pipeline.overview.card import refresh_card
+from pipeline.overview.summary import in_short
 from pipeline.storage.atomic import TEMPORARY_PREFIX, publish_file, refusals_named, sha256_file, sweep_temporaries
 from pipeline.storage.urls import local_path
 from pipeline.text import count, first_few
@@ -345,6 +346,13 @@ def _refuse_overlap(out: Path, blocks: Sequence[range]) -> None:
                 f"{out}: these sets divide the same views into different blocks, {a.start}:{a.stop} and {b.start}:{b.stop}",
                 fix="Merge only sets that were made with the same --views-per-shard",
             )
+
+
+def merged_record(out: Path, merged: Merged) -> dict[str, Any]:
+    """Return the result of a merge as JSON values."""
+    missing = [{"shard": name, "views": [views.start, views.stop]} for name, views in merged.missing]
+    files = {"files": merged.files, "files_before": merged.found, "missing": missing}
+    return in_short(out, merged.label_set) | files
 
 
 def merged_lines(out: Path, merged: Merged) -> str:

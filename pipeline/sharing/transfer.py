@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import LabelSetMismatch, RemoteFileRefused, UsageError
 from pipeline.labels.format import IMAGES_FOLDER, MANIFEST_NAME, PLAN_NAME, SIGNATURE_NAME
@@ -21,6 +22,7 @@ from pipeline.labels.manifest import FileEntry, Manifest, Plan, parse_manifest, 
 from pipeline.machine.progress import Progress, Tick
 from pipeline.machine.threads import in_threads
 from pipeline.overview.card import CARD_NAME
+from pipeline.overview.summary import in_short
 from pipeline.sharing.manifests import contains, probes_in, subset_manifest, unite
 from pipeline.storage.json import pretty_json
 from pipeline.storage.place import File, Place, open_place
@@ -152,6 +154,16 @@ def moved_line(destination: str, moved: Moved, verb: str) -> str:
         f"{destination}: {count(moved.sent_files, 'file')}, {byte_size(moved.sent_bytes)}, {verb}{found}. Label set"
         f" {short(moved.manifest.labelset_id)}, views {blocks[0].start}:{blocks[-1].stop}{shards}"
     )
+
+
+def moved_record(destination: object, moved: Moved) -> dict[str, Any]:
+    """Return what was moved, and what is at the destination now, as JSON values."""
+    return in_short(destination, LabelSet.open(str(destination))) | {
+        "files": moved.sent_files,
+        "bytes": moved.sent_bytes,
+        "files_before": moved.found_files,
+        "bytes_before": moved.found_bytes,
+    }
 
 
 def _transfer(

@@ -74,6 +74,20 @@ class Work:
         """Size of all labels before compression: class, K indices and probabilities, tail."""
         return self.teacher_passes * self.plan.codec.label_bytes
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the work of the run as JSON values."""
+        return {
+            "labelset_id": self.plan.labelset_id,
+            "recipe_id": self.plan.recipe_id,
+            "teacher_name": self.plan.teacher.name,
+            "shards": len(self.plan.source.shards),
+            "images": self.num_samples,
+            "blocks": [[block.start, block.stop] for block in self.blocks],
+            "views_to_label": self.views_to_label,
+            "teacher_passes": self.teacher_passes,
+            "label_bytes": self.bytes_before_compression,
+        }
+
     def table(self) -> str:
         """Return the work of the run as text for people."""
         plan = self.plan

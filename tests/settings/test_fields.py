@@ -88,7 +88,12 @@ def test_a_command_may_leave_settings_out():
     def short(**values): ...
 
     own = ["name", "tails", "length", "cords", "colour", "wind"]
-    assert [parameter.name for parameter in short.params] == [*own, "config", "quiet", "verbose"]  # every command has these
+    assert [parameter.name for parameter in short.params] == [
+        *own,
+        "config",
+        "quiet",
+        "verbose",
+    ]  # every command has these
 
 
 REFUSED = [
