@@ -10,6 +10,7 @@ import click
 
 from pipeline.errors import LabelSetError, UsageError
 from pipeline.settings import program
+from pipeline.settings.completion import SHELLS, script
 from pipeline.settings.configs import (
     BenchConfig,
     EstimateConfig,
@@ -934,6 +935,44 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 
     result = run_demo(out, seed=seed, load_teacher=load_teacher, precompute=label, shown=shown_progress)
     show_result(result if as_json else demo_table(result))
+
+
+@commands.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print the script with which a shell completes commands, options and values.
+
+    The shell then asks deit-cli at each press of Tab. Values are names of models, recipes and their fields, choices, and paths.
+
+    \b
+    Examples:
+      deit-cli completion bash > ~/.local/share/bash-completion/completions/deit-cli
+      deit-cli completion zsh > ~/.zfunc/_deit-cli
+      deit-cli completion fish > ~/.config/fish/completions/deit-cli.fish
+    """
+    click.echo(script(shell), nl=False)
+
+
+@commands.command()
+@plain_option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the pages to.", group="Output"
+)
+@AS_JSON
+def man(out: Path, as_json: bool) -> None:
+    """Write the man pages of all commands.
+
+    There is one page for each command, with the texts of its --help.
+
+    \b
+    Examples:
+      deit-cli man --out ~/.local/share/man/man1
+      man deit-cli-train
+    """
+    from pipeline.settings.manual import write_pages
+
+    pages = write_pages(commands, out)
+    record = {"path": str(out), "files": [path.name for path in pages]}
+    show_result(record if as_json else f"{out}: {len(pages)} pages, such as {pages[0].name}")
 
 
 if __name__ == "__main__":

@@ -88,18 +88,24 @@ class Choice(click.Choice):
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
             nearest = did_you_mean(str(value), map(str, self.choices))
-            error.message = " ".join(filter(None, (error.message, nearest)))
-            raise
+            self.fail(" ".join(filter(None, (error.message, nearest))), param, ctx)
 
 
 PREFIX = "DEIT_CLI"  # of every environment variable that sets an option
 # Options that describe a machine and not the work: a variable without the name of a command sets them in all commands.
-COMMON = ("--cache-dir", "--cache-size", "--min-rate", "--device")
+CACHE = ("--cache-dir", "--cache-size", "--min-rate")
+COMMON = (*CACHE, "--device")
 
 
 def variable(*words: str) -> str:
     """Return the name of an environment variable: `DEIT_CLI_TRAIN_LR_BASE` for train and --lr-base."""
     return "_".join((PREFIX, *words)).replace("--", "").replace("-", "_").upper()
+
+
+def without_options(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the variables that set options; those of the cache stay, which change no result."""
+    kept = {variable(name) for name in CACHE}
+    return {name: value for name, value in environment.items() if name in kept or not name.startswith(f"{PREFIX}_")}
 
 
 class GroupedOption(click.Option):

@@ -30,6 +30,7 @@ from typing import Any
 from pipeline.errors import DeitCliError, StorageError, UsageError, WorkerError
 from pipeline.machine.threads import usable_cores
 from pipeline.repeats import warn_counted
+from pipeline.settings.options import without_options
 from pipeline.settings.program import Terminated
 from pipeline.storage.atomic import locked, make_folder, replace_file, sha256_file
 from pipeline.storage.json import parse_json, pretty_json, read_json
@@ -98,9 +99,12 @@ def program(*arguments: str) -> list[str]:
 
 
 def environment_of(changes: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with changes, in which `program` finds the program."""
+    """Return this process's environment with changes, in which `program` finds the program.
+
+    It lacks the variables that set options: they would go before the settings of the steps.
+    """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, **changes}
+    return {**without_options(os.environ), "PYTHONPATH": path, **changes}
 
 
 class LocalEngine:
