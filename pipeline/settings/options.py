@@ -149,7 +149,7 @@ class GroupedOption(click.Option):
             raise UsageError(f"{self._variable(ctx)}: {error}, got {text!r}") from None
 
     def _variable(self, ctx: click.Context) -> str:
-        return next(name for name in self.variables(ctx) if os.environ.get(name))
+        return next((name for name in self.variables(ctx) if os.environ.get(name)), "")
 
     def origin(self, ctx: click.Context) -> str | None:
         """Return the variable or the file that the value comes from; None if it was passed, or is the default."""

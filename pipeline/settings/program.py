@@ -88,8 +88,9 @@ class Command(click.Command):
         prefix = variable(*ctx.command_path.split()[1:], "")
         for name in sorted(os.environ) if known else ():
             if name.startswith(prefix) and name not in known:
-                fix = did_you_mean(name, known) or f"Unset it: variables are named as the options of {ctx.command_path}"
-                raise UsageError(f"there is no variable {name}", fix=fix)
+                nearest = did_you_mean(name.removeprefix(prefix), [each.removeprefix(prefix) for each in known])
+                fix = nearest or f"Unset it: variables are named as the options of {ctx.command_path}"
+                raise UsageError(f"{name}: {ctx.command_path} has no such option", fix=fix)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -218,7 +219,8 @@ def run(commands: Group) -> None:
 
 def one_line(error: click.ClickException) -> str:
     """Return an error of click, a value or a name that it cannot take, as one line with the place of the help."""
-    said = " ".join(error.format_message().split())
+    similar = getattr(error, "possibilities", None)  # names of options or commands, the most similar first
+    said = f"{error.message} Did you mean '{similar[0]}'?" if similar else " ".join(error.format_message().split())
     context = error.ctx if isinstance(error, click.UsageError) else None
     return f"{said} Help: {context.command_path} --help" if context else said
 

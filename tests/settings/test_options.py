@@ -105,6 +105,8 @@ BEGIN = {
     "index": "{copy}",
     "compare": "{study} --out out",
     "demo": "",
+    "completion": "",
+    "man": "--out out",
 }
 READING = (  # every option for reading images: what it says is how {data} and {copy} are anyway
     "--image-key jpg --label-key cls --image-root {folder} --class-depth 1 --class-order {data}/classes.txt"
@@ -152,6 +154,11 @@ def study(name: str, value: Any) -> Callable[[Outcome], bool]:
 
 def is_json(got: Outcome) -> bool:
     return isinstance(json.loads(got.output), dict)
+
+
+def said(**fields: Any) -> Callable[[Outcome], bool]:
+    """Return a look at the JSON that a command printed, and nothing beside it."""
+    return lambda got: json.loads(got.output).items() >= fields.items()
 
 
 FIELDS = {
@@ -261,6 +268,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--recipe none", "made with another recipe"),
         Trial("--set scale=[0.4,1.0]", "made with another recipe"),
         Trial("--log-json log.json", seen=exists("log.json")),
+        Trial("--json", seen=said(path="out", updates=2, exported=["last", "last-ema"], best=None)),
     ],
     "precompute": [
         Trial("-c {folder}/labels.yaml", seen=plan("topk", 1)),
@@ -298,6 +306,8 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--render auto", seen=lambda got: "views are rendered on the CPU: it needs a CUDA device" in got.said),
         Trial("--render gpu", "--render gpu: it needs a CUDA device, this run uses cpu"),
         Trial("--dry-run", seen=lambda got: "teacher passes 46" in got.output and not got.out.exists()),
+        Trial("--dry-run --json", seen=said(images=23, blocks=[[0, 2]], teacher_passes=46)),
+        Trial("--json", seen=said(path="out", sealed=True, views=[0, 2], images=23)),
         Trial("--log-json log.json", seen=exists("log.json")),
         Trial("--recipe {folder}/recipe.yaml", seen=plan("recipe.scale", [0.4, 1.0])),
         *(Trial(f"--recipe {name}", seen=plan("recipe.hflip", preset.hflip)) for name, preset in PRESETS.items()),
@@ -362,6 +372,7 @@ TRIALS: dict[str, list[Trial]] = {
         *(Trial(f"--gallery-views 4 --amp-dtype {dtype}") for dtype in ("auto", "float32", "bfloat16")),
         Trial(f"--data {{copy}} {READING} --gallery-views 4"),
         UNREAD,
+        Trial("--gallery 0 --json", seen=said(path="report.html", data="report-data.json")),
         Trial("--out page", "--out must be a page, FILE.html, got page"),
     ],
     "bench inference": [
@@ -411,6 +422,7 @@ TRIALS: dict[str, list[Trial]] = {
     ],
     "labels sign": [
         Trial("--private-key {folder}/team.pem", seen=lambda got: got.output.strip().endswith("manifest.json.sig")),
+        Trial("--private-key {folder}/team.pem --json", seen=lambda got: json.loads(got.output)["path"].endswith("manifest.json.sig")),
         Trial("--identity-token nonsense", "cannot be signed"),
     ],
     "labels audit": [
@@ -425,21 +437,29 @@ TRIALS: dict[str, list[Trial]] = {
     "labels show": [
         Trial("--data {copy} --out sheet.png --samples 2 --views 1", seen=exists("sheet.png")),
         Trial(f"--data {{copy}} {READING}", seen=exists("labels.png")),
+        Trial("--samples 1 --views 1 --json", seen=said(path="labels.png")),
         UNREAD,
     ],
-    "labels push": [Trial("--workers 2", seen=exists("out/manifest.json"))],
+    "labels push": [
+        Trial("--workers 2", seen=exists("out/manifest.json")),
+        Trial("--json", seen=said(path="out", sealed=True, views=[0, 3], images=23, files_before=0)),
+    ],
     "labels pull": [
         Trial("--workers 2 --expect-manifest {manifest}", seen=exists("out/manifest.json")),
         Trial("--views 0:1 --shards 'train-000000'", seen=lambda got: LabelSet.open(got.out).shards == ("train-000000",)),
+        Trial("--views 0:1 --json", seen=said(path="out", sealed=True, images=23, files_before=0)),
     ],
-    "labels merge": [Trial(seen=exists("out/manifest.json"))],
+    "labels merge": [
+        Trial(seen=exists("out/manifest.json")),
+        Trial("--json", seen=said(path="out", sealed=True, views=[0, 3], images=23, missing=[])),
+    ],
     "labels extend": [
         Trial(f"{MINE} --data {{copy}} --batch-size 8 --workers 1 --engine local --accuracy-samples 7 --dtype auto --log-json log.json",
               seen=exists("log.json")),
         Trial(f"{MINE} --teacher-img-size 16 --processes 1 --min-teacher-accuracy 1 --dtype float32"),
         Trial(f"{MINE} --engine ray --address 127.0.0.1:1", "no Ray cluster answers"),
         Trial(f"{MINE} --on-bad-image skip --dtype bfloat16 --render auto"),
-        Trial(f"{MINE} --render cpu"),
+        Trial(f"{MINE} --render cpu --json", seen=said(sealed=True, views=[0, 4], images=23)),
         Trial(f"{MINE} --render gpu", "--render gpu: it needs a CUDA device, this run uses cpu"),
         Trial(f"{MINE} --data {{copy}} {READING}"),
         Trial(f"{MINE} {UNREAD.args}", UNREAD.refused),
@@ -453,6 +473,7 @@ TRIALS: dict[str, list[Trial]] = {
     ],
     "labels card": [
         Trial("--license cc-by-4.0"),
+        Trial("--json", seen=lambda got: json.loads(got.output)["path"].endswith("mine/README.md")),
         Trial("--license other --license-name Ours --license-link https://example.org/licence --replace"),
         Trial("--license-name Ours", "pass --license other as well"),
     ],
@@ -461,6 +482,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--encoding jpeg --workers 1", seen=exists("out/_info.json")),
         Trial(f"--data {{copy}} {READING}", seen=exists("out/_info.json")),
         UNREAD,
+        Trial("--json", seen=said(path="out", images=23, format="webdataset")),
         Trial("--pixels originals", seen=lambda got: "the recipe crops, changes or mixes images" in got.said),
     ],
     "index": [
@@ -505,6 +527,14 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--out here --seed 7", seen=lambda got: "Report: here, seed 7" in got.output),
         Trial("--json", seen=is_json),
     ],
+    "completion": [
+        *(Trial(shell, seen=lambda got: "_DEIT_CLI_COMPLETE" in got.output) for shell in ("bash", "zsh", "fish")),
+        Trial("tcsh", "'tcsh' is not one of"),
+    ],
+    "man": [
+        Trial("--out pages", seen=exists("pages/deit-cli-labels-info.1")),
+        Trial("--json", seen=lambda got: "deit-cli-man.1" in json.loads(got.output)["files"]),
+    ],
 }  # fmt: skip
 
 
@@ -547,10 +577,13 @@ def is_another(value: Any, parameter: click.Parameter) -> bool:
     return str(value) not in (str(parameter.default), str((parameter.default,)))
 
 
+SHARED = {"config", "quiet", "verbose"}  # every command has them: tests/settings/test_program.py tries them
+
+
 def left_out(command: str) -> Iterable[str]:
     """Yield what no trial of a command tries."""
     found = taken(command)
-    for parameter in COMMANDS[command].params:
+    for parameter in (each for each in COMMANDS[command].params if each.name not in SHARED):
         values = found.get(parameter.name or "", [])
         only = isinstance(parameter.type, click.Choice) and len(parameter.type.choices) == 1
         if not only and not any(is_another(value, parameter) for value in values):
