@@ -17,9 +17,12 @@ VARIABLE = "_DEIT_CLI_COMPLETE"  # which click reads: the shell asks for complet
 SHELLS = ("bash", "zsh", "fish")
 SHORT_STUDENTS = ("deit-ti", "deit-s", "deit-b")
 PLACES = re.compile(r"PATH|FOLDER|FILE|RUN|STUDY")  # in the metavar of a parameter that takes a path
-# click's script for bash adds a space behind every completion; behind `img_size=` the value follows.
-_BASH_PLAIN = "COMPREPLY+=($value)"
-_BASH_NO_SPACE = f"{_BASH_PLAIN}\n            if [[ $value == *= ]]; then compopt -o nospace; fi"
+# Two changes to click's scripts. Bash adds a space behind every completion, but behind `img_size=` the value follows.
+# Fish shows the help of a command up to its first comma.
+_CHANGES = {
+    "COMPREPLY+=($value)": "COMPREPLY+=($value)\n            if [[ $value == *= ]]; then compopt -o nospace; fi",
+    'string split "," $completion': 'string split -m 1 "," $completion',
+}
 
 
 def script(shell: str) -> str:
@@ -27,7 +30,9 @@ def script(shell: str) -> str:
     kind = get_completion_class(shell)
     assert kind is not None
     text = kind(click.Command(PROGRAM), {}, PROGRAM, VARIABLE).source()
-    return text.replace(_BASH_PLAIN, _BASH_NO_SPACE)
+    for part, changed in _CHANGES.items():
+        text = text.replace(part, changed)
+    return text
 
 
 class Completed(click.ParamType):
@@ -78,7 +83,7 @@ def _timm_models(*, tags: bool) -> list[str]:
     """Return the names of timm's models, with `tags` those of their published weights: read from its files."""
     found = importlib.util.find_spec("timm")  # does not import it
     folder = Path(found.origin).parent / "models" if found and found.origin else Path()
-    pattern = r"^    ['\"](\w+\.\w+)['\"]\s*:" if tags else r"^@register_model\s+def (\w+)\("
+    pattern = r"^\s+['\"](\w+\.\w+)['\"]\s*:" if tags else r"^@register_model\s+def (\w+)\("
     texts = (path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     return sorted({name for text in texts for name in re.findall(pattern, text, flags=re.MULTILINE)})
 
