@@ -93,19 +93,17 @@ def precompute(dry_run: bool, log_json: Path | None, as_json: bool, **values: An
     config, teacher = split_values(values, PrecomputeConfig, TeacherConfig)
     recipe = chosen_recipe(values)
     say_settings(config, teacher, recipe=recipe)
-    from pipeline.overview.summary import in_short
     from pipeline.stage1.engines import load_here
-    from pipeline.stage1.precompute import ended_line, look_ahead
+    from pipeline.stage1.precompute import ended, look_ahead
     from pipeline.stage1.precompute import precompute as label
 
     with shown_progress(log_json) as progress:
         loaded, source = load_here(config, teacher)
         if dry_run:
-            work = look_ahead(config, recipe, loaded, source)
-            show_result(work.to_dict() if as_json else work.table())
+            show_result(look_ahead(config, recipe, loaded, source).described(as_json=as_json))
         else:
-            made = label(config, recipe, loaded, source, progress=progress)
-            show_result(in_short(config.out, made) if as_json else ended_line(config, made))
+            label_set = label(config, recipe, loaded, source, progress=progress)
+            show_result(ended(config, label_set, as_json=as_json))
 
 
 @commands.command(continues=f"{CONTINUES}, with --resume if a checkpoint was written")
@@ -683,17 +681,16 @@ def extend(
     Example:
       deit-cli labels extend shards --views 30:60
     """
-    from pipeline.overview.summary import in_short
     from pipeline.stage1.engines import load_here
     from pipeline.stage1.plan import extended_source, extension
-    from pipeline.stage1.precompute import ended_line
+    from pipeline.stage1.precompute import ended
     from pipeline.stage1.precompute import precompute as label
 
     config, asked, recipe = extension(folder, values, data=data, views=views)
     with shown_progress(log_json) as progress:
         teacher, source = load_here(config, asked, extended_source(config, data))
         label_set = label(config, recipe, teacher, source, progress=progress)
-    show_result(in_short(config.out, label_set) if as_json else ended_line(config, label_set))
+    show_result(ended(config, label_set, as_json=as_json))
 
 
 @labels.command(name="import", continues=CONTINUES)

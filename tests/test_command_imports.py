@@ -33,6 +33,8 @@ COMMANDS = [
     ("train --help", set()),
     ("precompute --help", set()),
     ("compare --help", set()),
+    ("completion bash", set()),
+    ("man --out OUT", set()),
     ("labels info SET", TABLES),
     ("labels info --json SET", TABLES),
     ("labels audit SET", TABLES),

@@ -74,6 +74,10 @@ class Work:
         """Size of all labels before compression: class, K indices and probabilities, tail."""
         return self.teacher_passes * self.plan.codec.label_bytes
 
+    def described(self, *, as_json: bool) -> str | dict[str, Any]:
+        """Return the work of the run as text for people, or as JSON values."""
+        return self.to_dict() if as_json else self.table()
+
     def to_dict(self) -> dict[str, Any]:
         """Return the work of the run as JSON values."""
         return {

@@ -22,6 +22,7 @@ from pipeline.labels.sealing import check_replaceable, check_untouched, claim, s
 from pipeline.machine.progress import Progress, Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_from
 from pipeline.overview.card import refresh_card
+from pipeline.overview.summary import in_short
 from pipeline.pixels.handover import refuse_impossible
 from pipeline.pixels.render import render_view, warn_without_kernel
 from pipeline.repeats import counted_at_the_end
@@ -278,6 +279,11 @@ def commit(
             log.info("%s: sealing again, with the files of the other machine", error)
             mirror.bring()
             seal(out, plan, blocks, shards, images=images)
+
+
+def ended(config: PrecomputeConfig, label_set: LabelSet | None, *, as_json: bool) -> str | dict[str, Any]:
+    """Return the result of `precompute` as one line of text, or as JSON values."""
+    return in_short(config.out, label_set) if as_json else ended_line(config, label_set)
 
 
 def ended_line(config: PrecomputeConfig, label_set: LabelSet | None) -> str:

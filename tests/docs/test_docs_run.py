@@ -130,6 +130,7 @@ CANNOT = {
     r"^#!/bin/bash\n#SBATCH": "Slurm; tests/docs/test_docs.py reads the scripts, tests/machine/test_ranks.py tests the variables",
     r"^sbatch ": "Slurm",
     r"^ray start|--engine ray": "a Ray cluster, which tests/stage1/test_ray.py starts",
+    r"^deit-cli completion ": "it writes into the user's home; tests/settings/test_completion.py runs the scripts in shells",
     r"--identity-provider": "Sigstore, which needs the network and somebody's identity",
     r"^mkdir -p imagenet/train imagenet/val": "the archives of ILSVRC",
     r"^python train\.py": "timm's script is in no package; tests/exchange/test_export.py reads the export with timm",

@@ -48,6 +48,8 @@ INJECTED = {
     "doctor": ("pipeline.doctor.findings.report_table", []),
     "compare": ("trainer.studies.compare.read_study", ["study.yaml"]),
     "demo": ("trainer.evidence.demo.run_demo", ["--out", "out"]),
+    "completion": ("cli.script", ["bash"]),
+    "man": ("pipeline.settings.manual.write_pages", ["--out", "out"]),
 }
 
 
