@@ -30,7 +30,6 @@ from pipeline.settings.options import (
     chosen_recipe,
     config_option,
     file_record,
-    loudness_options,
     options_of,
     plain_option,
     recipe_options,
@@ -54,7 +53,7 @@ def main() -> None:
     program.run(commands)
 
 
-@click.group("deit-cli", cls=program.Group, context_settings=program.CONTEXT, set_up=set_up, params=loudness_options())
+@click.group("deit-cli", cls=program.Group, context_settings=program.CONTEXT, set_up=set_up)
 @click.version_option(package_name="deit-cli")
 def commands() -> None:
     """Distil a CNN into a vision transformer: run the teacher once, train DeiT students from its stored labels.

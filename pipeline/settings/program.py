@@ -162,6 +162,7 @@ class Group(click.Group):
 
     def __init__(self, *args: Any, set_up: Callable[[str], None] = lambda _: None, **known: Any) -> None:
         super().__init__(*args, **known)
+        self.params += loudness_options()
         self.set_up = set_up
 
     def sections(self) -> dict[str, list[str]]:

@@ -240,7 +240,14 @@ def test_the_steps_of_a_study_do_not_see_variables_that_set_options(monkeypatch)
 
 def pushed(tmp_path: Path, before: list[str], after: list[str], **variables: str) -> tuple[int, str, str]:
     """Copy a label set with the real program; return exit code, stdout and stderr."""
-    words = [*before, "labels", "push", str(GOLDEN), str(tmp_path / "copy"), *after]
+    words = [
+        *before,
+        *(["labels"] if "labels" not in before else []),
+        "push",
+        str(GOLDEN),
+        str(tmp_path / "copy"),
+        *after,
+    ]
     called = [sys.executable, "-c", "import cli; cli.main()", *words]
     done = subprocess.run(called, capture_output=True, text=True, cwd=ROOT, env=with_checkout() | variables)
     return done.returncode, done.stdout, done.stderr
@@ -250,6 +257,7 @@ LOUD = [
     # in front of the command, behind it, variables; whether progress and details are shown
     ([], [], {}, (True, False)),
     (["-q"], [], {}, (False, False)),
+    (["labels", "-q"], [], {}, (False, False)),
     ([], ["--quiet"], {}, (False, False)),
     ([], [], {"DEIT_CLI_QUIET": "1"}, (False, False)),
     (["-v"], [], {"DEIT_CLI_LABELS_PUSH_WORKERS": "3"}, (True, True)),
