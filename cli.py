@@ -901,6 +901,73 @@ def index(source: str, log_json: Path | None, as_json: bool, **values: Any) -> N
 
 
 @commands.command()
+@click.argument("pattern", required=False, metavar="[PATTERN]")
+@plain_option(
+    "--teachers",
+    is_flag=True,
+    help="List the published networks that can be teachers, instead of the students.",
+    group="Teacher",
+)
+@AS_JSON
+def models(pattern: str | None, teachers: bool, as_json: bool) -> None:
+    """List the networks that can be students or teachers.
+
+    Without PATTERN the students are DeiT's models; any model of timm can be one. PATTERN is a name, or a shell pattern in quotes. The
+    teachers are all networks for which timm publishes weights; docs/teachers.md has the others. Nothing is downloaded.
+
+    \b
+    Examples:
+      deit-cli models
+      deit-cli models "deit3_*"
+      deit-cli models --teachers "regnety_*"
+    """
+    if teachers:
+        from pipeline.teacher.listing import list_teachers as found_by
+        from pipeline.teacher.listing import teachers_table as table
+    else:
+        from trainer.models import list_students as found_by
+        from trainer.models import students_table as table
+
+    found = found_by(pattern)
+    named = {"teachers" if teachers else "students": found}
+    click.echo(json.dumps(named, indent=1) if as_json else table(found))
+
+
+@commands.command()
+@click.argument("names", nargs=-1, metavar="[NAME|FILE]...")
+@plain_option(
+    "--yaml",
+    "as_yaml",
+    is_flag=True,
+    help="Print one recipe as YAML, each field with its meaning: a file for --recipe.",
+    group="Output",
+)
+@AS_JSON
+def recipes(names: tuple[str, ...], as_yaml: bool, as_json: bool) -> None:
+    """List the recipes, show one, or compare two.
+
+    A recipe is the complete description of the augmentation. Without NAME the presets are listed. One NAME or FILE shows all fields with
+    their meaning and the difference from `deit`; two show where they differ.
+
+    \b
+    Examples:
+      deit-cli recipes
+      deit-cli recipes crop-flip
+      deit-cli recipes deit none
+      deit-cli recipes deit --yaml > recipe.yaml
+    """
+    from pipeline.overview.recipes import describe_recipes, recipe_yaml, recipes_table
+    from pipeline.settings.files import load_recipe
+
+    loaded = {name: load_recipe(name) for name in names}
+    if as_yaml:
+        click.echo(recipe_yaml(loaded))
+    else:
+        found = describe_recipes(loaded)
+        click.echo(json.dumps(found, indent=1) if as_json else recipes_table(found))
+
+
+@commands.command()
 @plain_option(
     "--out",
     type=click.Path(path_type=Path),

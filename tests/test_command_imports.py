@@ -35,6 +35,7 @@ COMMANDS = [
     ("compare --help", set()),
     ("completion bash", set()),
     ("man --out OUT", set()),
+    ("recipes", set()),
     ("labels info SET", TABLES),
     ("labels info --json SET", TABLES),
     ("labels audit SET", TABLES),

@@ -261,6 +261,11 @@ def normalise(images: Tensor, student: Student) -> Tensor:
     return (images - mean) / std
 
 
+def names_like(pattern: str) -> list[str]:
+    """Return the names of timm's models that match a shell pattern, such as `deit_*`; one of `SHORT_NAMES` matches its model."""
+    return timm.list_models(SHORT_NAMES.get(pattern, pattern))
+
+
 def _resolve_name(model: str) -> str:
     """Return the timm name of a model, or raise UsageError with similar names."""
     name = SHORT_NAMES.get(model, model)

@@ -86,6 +86,22 @@ def names_function(name: str) -> bool:
     return ":" in name and not name.startswith((LOCAL, HUB))
 
 
+def loaded_as(name: str) -> str:
+    """Return the name under which timm loads a teacher that is no function; `local-dir:` stands before an exported folder.
+
+    Raises:
+        UsageError: timm has no such model.
+    """
+    wanted = DEIT_TEACHERS.get(name, name)
+    if (Path(name) / "config.json").is_file():
+        wanted = LOCAL + name
+    if not wanted.startswith((LOCAL, HUB)) and not timm.is_model(wanted):
+        close = difflib.get_close_matches(wanted, timm.list_models(), n=3)
+        fix = f"Did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
+        raise UsageError(f"timm has no model {name!r}", fix=fix)
+    return wanted
+
+
 def _load_network(name: str, checkpoint: Path | None, options: TeacherConfig, num_classes: int | None) -> Network:
     if names_function(name):
         if checkpoint is not None:
@@ -126,13 +142,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _from_timm(name: str, *, checkpoint: Path | None, pretrained: bool, num_classes: int | None) -> tuple[Any, str]:
-    wanted = DEIT_TEACHERS.get(name, name)
-    if (Path(name) / "config.json").is_file():
-        wanted = LOCAL + name
-    if not wanted.startswith((LOCAL, HUB)) and not timm.is_model(wanted):
-        close = difflib.get_close_matches(wanted, timm.list_models(), n=3)
-        fix = f"Did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
-        raise UsageError(f"timm has no model {name!r}", fix=fix)
+    wanted = loaded_as(name)
     if checkpoint is not None:
         return _from_checkpoint(wanted, checkpoint)
     if wanted.startswith(LOCAL):

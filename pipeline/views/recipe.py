@@ -88,28 +88,61 @@ class Recipe(Record):
     A wrong or unknown field raises RecipeError. 1 and 1.0 are one recipe.
     """
 
-    img_size: Annotated[int, _whole(1, MAX_IMG_SIZE)] = 224  # pixels, height and width of a view
-    # A random resized crop, or a resize and a centre crop.
-    crop: Annotated[Crop, Field(description=f"one of {', '.join(get_args(Crop))}")] = "random"
-    # Range of the area of a random crop, as a share of the image, and range of its width / height.
-    scale: Annotated[tuple[Area, Area], Field(description="two rising numbers in 0..1")] = (0.08, 1.0)
-    ratio: Annotated[tuple[Ratio, Ratio], Field(description="two rising numbers in 0.01..100")] = (3 / 4, 4 / 3)
-    crop_pct: Annotated[float, _number(0.01, 1)] = 0.875  # centre crop: share of the resized shorter side
-    # Filter of the resize and of RandAugment's geometric operations; random: either, for each of them.
+    # The title of a field is its meaning, its description the allowed values.
+    img_size: Annotated[int, _whole(1, MAX_IMG_SIZE), Field(title="height and width of a view, in pixels")] = 224
+    crop: Annotated[
+        Crop,
+        Field(
+            title="a random resized crop, or a resize and a centre crop",
+            description=f"one of {', '.join(get_args(Crop))}",
+        ),
+    ] = "random"
+    scale: Annotated[
+        tuple[Area, Area],
+        Field(
+            title="range of the area of a random crop, as a share of the image",
+            description="two rising numbers in 0..1",
+        ),
+    ] = (0.08, 1.0)
+    ratio: Annotated[
+        tuple[Ratio, Ratio],
+        Field(
+            title="range of the width of a random crop divided by its height",
+            description="two rising numbers in 0.01..100",
+        ),
+    ] = (3 / 4, 4 / 3)
+    crop_pct: Annotated[
+        float, _number(0.01, 1), Field(title="share of the resized shorter side that a centre crop keeps")
+    ] = 0.875
     interpolation: Annotated[
-        Literal["random", Interpolation], Field(description="one of random, bilinear, bicubic")
+        Literal["random", Interpolation],
+        Field(
+            title="filter of the resize and of the geometric operations of RandAugment; random: either, for each of them",
+            description="one of random, bilinear, bicubic",
+        ),
     ] = "bicubic"
-    hflip: Share = 0.5  # probability
-    aa: Annotated[str | None, Field(description="text or null")] = "rand-m9-mstd0.5-inc1"  # RandAugment; null: none
-    reprob: Share = 0.25  # probability of random erasing (one box, pixel noise)
-    mixup: Alpha = 0.8
-    cutmix: Alpha = 1.0
-    mixup_prob: Share = 1.0  # probability that a pair is mixed at all
-    mixup_switch_prob: Share = 0.5  # probability of CutMix where both are on
-    mix_block: Annotated[int, _whole(2, 65536)] = 256  # samples of a source shard, in order, that may be partners
-    views_per_pairing: Annotated[int, _whole(1, 65536)] = 3  # consecutive views with the same partners: one decode
-    seed: Annotated[int, _whole(0, 2**63 - 1)] = 0
-    renderer: Annotated[int, _whole(0, 2**31)] = RENDERER
+    hflip: Annotated[Share, Field(title="probability of a horizontal flip")] = 0.5
+    aa: Annotated[
+        str | None,
+        Field(title="RandAugment in timm's notation; null: none", description="text or null"),
+    ] = "rand-m9-mstd0.5-inc1"
+    reprob: Annotated[Share, Field(title="probability of random erasing: one box of pixel noise")] = 0.25
+    mixup: Annotated[
+        Alpha, Field(title="alpha of Beta(alpha, alpha), which draws the share of each image in a mixup; 0: no mixup")
+    ] = 0.8
+    cutmix: Annotated[
+        Alpha, Field(title="alpha of Beta(alpha, alpha), which draws the area of a CutMix; 0: no CutMix")
+    ] = 1.0
+    mixup_prob: Annotated[Share, Field(title="probability that a pair of images is mixed at all")] = 1.0
+    mixup_switch_prob: Annotated[Share, Field(title="probability of CutMix where both mixes are on")] = 0.5
+    mix_block: Annotated[
+        int, _whole(2, 65536), Field(title="number of images of a source shard, in order, that may be partners")
+    ] = 256
+    views_per_pairing: Annotated[
+        int, _whole(1, 65536), Field(title="number of consecutive views with the same partners: one decode")
+    ] = 3
+    seed: Annotated[int, _whole(0, 2**63 - 1), Field(title="random seed of all choices")] = 0
+    renderer: Annotated[int, _whole(0, 2**31), Field(title="version of the code that renders views")] = RENDERER
 
     @field_validator("scale", "ratio", mode="wrap")
     @classmethod

@@ -47,6 +47,8 @@ INJECTED = {
     "index": ("pipeline.images.index.write_sidecar", [DATA]),
     "doctor": ("pipeline.doctor.findings.report_table", []),
     "compare": ("trainer.studies.compare.read_study", ["study.yaml"]),
+    "models": ("trainer.models.create_student", ["deit-ti"]),
+    "recipes": ("pipeline.overview.recipes.describe_recipes", []),
     "demo": ("trainer.evidence.demo.run_demo", ["--out", "out"]),
     "completion": ("cli.script", ["bash"]),
     "man": ("pipeline.settings.manual.write_pages", ["--out", "out"]),

@@ -103,6 +103,8 @@ BEGIN = {
     "pack": "{data} out -j 0",
     "doctor": "",
     "index": "{copy}",
+    "models": "",
+    "recipes": "",
     "compare": "{study} --out out",
     "demo": "",
     "completion": "",
@@ -522,6 +524,14 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--engine ray"),
         Trial("--dry-run", seen=lambda got: "0 of 10 steps done" in got.output and not got.out.exists()),
         Trial("--json", seen=is_json),
+    ],
+    "models": [
+        Trial("test_resnet --json", seen=is_json),
+        Trial("regnety_160 --teachers", seen=lambda got: "DeiT's own teacher" in got.output),
+    ],
+    "recipes": [
+        Trial("deit none --json", seen=is_json),
+        Trial("deit --yaml", seen=lambda got: "img_size: 224" in got.output),
     ],
     "demo": [
         Trial("--out here --seed 7", seen=lambda got: "Report: here, seed 7" in got.output),
