@@ -12,6 +12,9 @@ from trainer.student import SHORT_NAMES, Student, create_student, names_like
 OURS = "deit_*"  # timm's names of DeiT's models
 MOST = 100  # networks in a list: building one takes about a tenth of a second
 CLASSES = 1000  # of the heads that are counted
+SIZES = (
+    "distilled", "parameters", "width", "blocks", "attention_heads", "img_size", "patch_size", "tokens", "published",
+)  # fmt: skip
 
 
 def list_students(pattern: str | None = None) -> list[dict[str, Any]]:
@@ -35,78 +38,48 @@ def list_students(pattern: str | None = None) -> list[dict[str, Any]]:
 
 def students_table(found: Sequence[Mapping[str, Any]]) -> str:
     """Return the result of `list_students` as text for people."""
-    rows = [
-        (
-            "student",
-            "short",
-            "heads",
-            "parameters",
-            "width",
-            "blocks",
-            "attention",
-            "pixels",
-            "patch",
-            "tokens",
-            "weights",
-        )
-    ]
-    for each in found:
-        million = "-" if each["parameters"] is None else f"{each['parameters'] / 1e6:.1f} M"
-        numbers = (each[name] for name in ("width", "blocks", "attention_heads", "img_size", "patch_size", "tokens"))
-        rows.append(
-            (
-                each["name"],
-                each["short_name"] or "",
-                {None: "-", True: "class, distillation", False: "class"}[each["distilled"]],
-                million,
-                *("-" if number is None else str(number) for number in numbers),
-                "published" if each["published"] else "",
-            )
-        )
-    said = (
-        f"parameters with {CLASSES:,} classes; attention: heads of each block; weights: what --pretrained starts from"
-    )
+    headings = "student short heads parameters width blocks attention pixels patch tokens weights"
+    rows = [headings.split(), *map(_cells, found)]
+    said = f"parameters with {CLASSES:,} classes; attention: heads of each block; weights: those of --pretrained"
     return f"{aligned(rows, left=(0, 1, 2, 10))}\n{said}"
 
 
+def _cells(each: Mapping[str, Any]) -> list[str]:
+    numbers = (each[name] for name in ("width", "blocks", "attention_heads", "img_size", "patch_size", "tokens"))
+    return [
+        each["name"],
+        each["short_name"] or "",
+        {None: "-", True: "class, distillation", False: "class"}[each["distilled"]],
+        "-" if each["parameters"] is None else f"{each['parameters'] / 1e6:.1f} M",
+        *("-" if number is None else str(number) for number in numbers),
+        "published" if each["published"] else "",
+    ]
+
+
 def _record(name: str) -> dict[str, Any]:
+    short = next((short for short, full in SHORT_NAMES.items() if full == name), None)
     try:
         with torch.device("meta"):
             student = create_student(name, num_classes=CLASSES)
     except UsageError as error:  # some networks of timm compute with their weights while they are built
-        sizes: dict[str, Any] = dict.fromkeys(
-            (
-                "distilled",
-                "parameters",
-                "width",
-                "blocks",
-                "attention_heads",
-                "img_size",
-                "patch_size",
-                "tokens",
-                "published",
-            )
-        ) | {"problem": error.what}
-    else:
-        sizes = _sizes(student) | {"problem": None}
-    short = next((short for short, full in SHORT_NAMES.items() if full == name), None)
-    return {"name": name, "short_name": short} | sizes
+        return {"name": name, "short_name": short} | dict.fromkeys(SIZES) | {"problem": error.what}
+    return {"name": name, "short_name": short} | dict(zip(SIZES, _sizes(student), strict=True)) | {"problem": None}
 
 
-def _sizes(student: Student) -> dict[str, Any]:
+def _sizes(student: Student) -> tuple[Any, ...]:
+    """Return the values of `SIZES`; None for what a network does not have."""
     model, published = student.model, student.model.pretrained_cfg
-    blocks = getattr(model, "blocks", ())
+    blocks: Sequence[Any] = getattr(model, "blocks", ())
     embed, prefix = getattr(model, "patch_embed", None), getattr(model, "num_prefix_tokens", None)
     patch, patches = getattr(embed, "patch_size", None), getattr(embed, "num_patches", None)
-    first = blocks[0] if len(blocks) else None
-    return {
-        "distilled": student.has_distillation_head,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "width": model.num_features,
-        "blocks": len(blocks) or None,
-        "attention_heads": getattr(getattr(first, "attn", None), "num_heads", None),
-        "img_size": student.img_size,
-        "patch_size": patch[0] if isinstance(patch, tuple) else patch,
-        "tokens": None if prefix is None or patches is None else prefix + patches,
-        "published": bool(published.get("url") or published.get("hf_hub_id")),
-    }
+    return (
+        student.has_distillation_head,
+        sum(parameter.numel() for parameter in model.parameters()),
+        model.num_features,
+        len(blocks) or None,
+        getattr(getattr(blocks[0], "attn", None), "num_heads", None) if len(blocks) else None,
+        student.img_size,
+        patch[0] if isinstance(patch, tuple) else patch,
+        None if prefix is None or patches is None else prefix + patches,
+        bool(published.get("url") or published.get("hf_hub_id")),
+    )
