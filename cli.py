@@ -39,7 +39,15 @@ from pipeline.settings.options import (
 )
 from pipeline.settings.program import CONTINUES
 from pipeline.text import byte_size
-from trainer.config import AnalyseConfig, CompareConfig, EvaluateConfig, InferenceConfig, ReportConfig, TrainConfig
+from trainer.config import (
+    AnalyseConfig,
+    CompareConfig,
+    EvaluateConfig,
+    InferenceConfig,
+    ReportConfig,
+    RunsConfig,
+    TrainConfig,
+)
 from trainer.console import say_counts, set_up, shown_progress
 
 log = logging.getLogger("deit_cli")
@@ -965,6 +973,28 @@ def recipes(names: tuple[str, ...], as_yaml: bool, as_json: bool) -> None:
     else:
         found = describe_recipes(loaded)
         click.echo(json.dumps(found, indent=1) if as_json else recipes_table(found))
+
+
+@commands.command()
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
+@options_of(RunsConfig)
+@AS_JSON
+def runs(folders: tuple[str, ...], as_json: bool, **values: Any) -> None:
+    """List the runs and label sets below a folder.
+
+    A line says of each run how far it is, whether a process of this machine trains it, its best accuracy, loss and speed. The runs of
+    studies are listed, too. The accuracy is that of the answer in the column `of`. Nothing is written.
+
+    \b
+    Examples:
+      deit-cli runs runs
+      deit-cli runs runs studies --sort top1
+    """
+    config = RunsConfig(**values)
+    from trainer.folders import find_runs, runs_table
+
+    found = find_runs(folders, config.sort)
+    click.echo(json.dumps(found, indent=1) if as_json else runs_table(found))
 
 
 @commands.command()

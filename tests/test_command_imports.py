@@ -36,6 +36,7 @@ COMMANDS = [
     ("completion bash", set()),
     ("man --out OUT", set()),
     ("recipes", set()),
+    ("runs SET", set()),
     ("labels info SET", TABLES),
     ("labels info --json SET", TABLES),
     ("labels audit SET", TABLES),

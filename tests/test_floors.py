@@ -68,7 +68,7 @@ NO_TORCH_MODULES = {
     "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "trainer.studies.study", "trainer.studies.images", "trainer.studies.steps", "trainer.studies.keeper", "pipeline.views.draws", "pipeline.views.exact", "pipeline.views.noise", "pipeline.views.recipe", "pipeline.views.randaugment", "pipeline.views.view", "pipeline.views.pairs", "pipeline.pixels.packed", "pipeline.pixels.kernel", "pipeline.pixels.render",
     "pipeline.labels.format", "pipeline.labels.encoding", "pipeline.labels.tables", "pipeline.labels.manifest",
     "pipeline.labels.labelset", "pipeline.labels.checked_files", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.overview.summary",
-    "pipeline.overview.card", "pipeline.labels.combined", "pipeline.overview.recipes",
+    "pipeline.overview.card", "pipeline.labels.combined", "pipeline.overview.recipes", "trainer.folders",
 }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from pipeline.errors import CheckpointError, TrainingError
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import canonical_json, parse_json
 from pipeline.weights import check_names
+from trainer.folders import STATE_KEY
 
-_METADATA_KEY = "deit_cli"
 _FIX = "Replace it with an intact copy, or start a new run from the last/ folder next to it, with --init and another --output"
 _OTHER = "it was made with another configuration"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -46,7 +46,7 @@ def pack_state(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bytes:
     plain, meta = on_cpu(tensors), json.loads(canonical_json(meta))  # as readers get it: lists, text keys
     header = canonical_json({"meta": meta, "sha256": tensors_sha256(plain, meta)}).decode()
     # One metadata key: safetensors writes several in an order that changes from call to call.
-    return safetensors.torch.save(plain, {_METADATA_KEY: header})
+    return safetensors.torch.save(plain, {STATE_KEY: header})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,7 +81,7 @@ def unpack_state(data: bytes, path: object, *, what: str, fix: str) -> tuple[dic
         tensors = safetensors.torch.load(data)
         # Safe to parse by hand: the reader above has accepted this header.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        stored = parse_json(header["__metadata__"][_METADATA_KEY].encode())
+        stored = parse_json(header["__metadata__"][STATE_KEY].encode())
         meta, sha256 = stored["meta"], stored["sha256"]
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(

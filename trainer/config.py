@@ -42,6 +42,7 @@ ViewPolicy = Literal["cycle", "random", "once"]
 Resume = Literal["never", "auto"]
 LabelMode = Literal["mean", "random"]
 CompareEngine = Literal["local", "ray"]
+RunsOrder = Literal["name", "written", "state", "progress", "top1", "loss", "speed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -811,3 +812,17 @@ class CompareConfig:
         check_settings(self)
         if len(set(self.seed)) < len(self.seed) or any(not 0 <= seed < 2**63 for seed in self.seed):
             raise UsageError(f"each --seed must be another whole number from 0, got {', '.join(map(str, self.seed))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsConfig:
+    """Settings of `runs`."""
+
+    sort: RunsOrder = output_option(
+        "name",
+        "Order of the runs: by name or state, the last written first (written), the furthest (progress), the best (top1),"
+        " the fastest (speed), or the smallest loss first (loss).",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)

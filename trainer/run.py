@@ -28,6 +28,7 @@ from pipeline.views.recipe import PRESETS, Recipe
 from pipeline.weights import weights_here
 from trainer.checkpoint import load_state, unpack_training
 from trainer.config import TrainConfig
+from trainer.folders import CONFIG_NAME, EVALUATION_NAME, LOCK_NAME, STATE_NAME
 from trainer.optim import create_ema, create_optimizer, linear_scaled_lr
 from trainer.order import Order, Share, order_of
 from trainer.stream import Catalogue
@@ -37,13 +38,9 @@ from trainer.weights import start_from
 
 log = logging.getLogger("deit_cli.train")
 
-STATE_NAME = "state.safetensors"
-CONFIG_NAME = "config.json"
 STATE_VERSION = 2
 SETTINGS_NAME = "config.yaml"
 SETTINGS_HEADER = b"# deit-cli train -c THIS_FILE --output ANOTHER_FOLDER trains the same again\n"
-LOCK_NAME = "lock"
-EVALUATION_NAME = "evaluation.json"
 
 
 @dataclass(frozen=True)

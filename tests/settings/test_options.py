@@ -105,6 +105,7 @@ BEGIN = {
     "index": "{copy}",
     "models": "",
     "recipes": "",
+    "runs": "{run}",
     "compare": "{study} --out out",
     "demo": "",
     "completion": "",
@@ -532,6 +533,10 @@ TRIALS: dict[str, list[Trial]] = {
     "recipes": [
         Trial("deit none --json", seen=is_json),
         Trial("deit --yaml", seen=lambda got: "img_size: 224" in got.output),
+    ],
+    "runs": [
+        *(Trial(f"--sort {order}") for order in ("name", "written", "state", "progress", "top1", "loss", "speed")),
+        Trial("{labels} --json", seen=is_json),
     ],
     "demo": [
         Trial("--out here --seed 7", seen=lambda got: "Report: here, seed 7" in got.output),
