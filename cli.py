@@ -44,6 +44,7 @@ from trainer.config import (
     CompareConfig,
     EvaluateConfig,
     InferenceConfig,
+    InitConfig,
     ReportConfig,
     RunsConfig,
     TrainConfig,
@@ -995,6 +996,37 @@ def runs(folders: tuple[str, ...], as_json: bool, **values: Any) -> None:
 
     found = find_runs(folders, config.sort)
     click.echo(json.dumps(found, indent=1) if as_json else runs_table(found))
+
+
+@commands.command()
+@click.argument("folder", required=False, default=".", type=click.Path(path_type=Path), metavar="[FOLDER]")
+@options_of(InitConfig)
+@plain_option(
+    "--yes", is_flag=True, help="Ask nothing: take the default of every option that is not passed.", group="Run"
+)
+@plain_option("--overwrite", is_flag=True, help="Replace settings files that are in FOLDER already.", group="Output")
+@AS_JSON
+def init(folder: Path, yes: bool, overwrite: bool, as_json: bool, **values: Any) -> None:
+    """Write settings files for your images: questions first.
+
+    It asks for the images, the images for evaluation, the student, the teacher, and how long to train, and checks each answer at
+    once. Then it looks at the machine, and writes precompute.yaml and train.yaml, in which a comment gives the reason of each line.
+    Each option answers a question; FOLDER is the current one by default. Nothing else is written, and nothing is downloaded.
+
+    \b
+    Examples:
+      deit-cli init
+      deit-cli init flowers --data flowers/train --eval-data flowers/test --yes
+    """
+    config = InitConfig(**values)
+    from pipeline.settings.questions import Questions
+    from pipeline.teacher.listing import classes_of_teacher
+    from trainer.advice import set_up, set_up_text
+
+    made = set_up(
+        config, folder, questions=Questions(yes), classes_of=classes_of_teacher, overwrite=overwrite, say=log.info
+    )
+    click.echo(json.dumps(made, indent=1) if as_json else set_up_text(made))
 
 
 @commands.command()

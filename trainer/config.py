@@ -25,6 +25,7 @@ from pipeline.settings.fields import (
     run_option,
     settings_of,
     student_option,
+    teacher_option,
     views_option,
 )
 from pipeline.storage.urls import working_folder
@@ -822,6 +823,40 @@ class RunsConfig:
         "name",
         "Order of the runs: by name or state, the last written first (written), the furthest (progress), the best (top1),"
         " the fastest (speed), or the smallest loss first (loss).",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig(SourceConfig):
+    """The answers that `init` does not have to ask for. None: it asks."""
+
+    data: str | None = data_option(
+        None,
+        "Images to label and to train on, as for `precompute`: an image folder, tars or Parquet; path or URL.",
+        "--data-path",
+        metavar="PATH|URL",
+    )
+    eval_data: str | None = evaluation_option(
+        None, "Images with class labels for evaluation; `none` means no evaluation.", metavar="PATH|URL|none"
+    )
+    model: str | None = student_option(
+        None, "Student: deit-ti, deit-s, deit-b, or the name of a timm model.", metavar="NAME"
+    )
+    teacher: str | None = teacher_option(
+        None,
+        "Teacher, as for `precompute`. If a published network has other classes than the images, a third file trains it on them first.",
+        "--teacher-model",
+        metavar="NAME",
+    )
+    epochs: int | None = optimisation_option(None, "Number of epochs of the student.", low=1, high=10**6)
+    views: int | None = views_option(
+        None,
+        "Number of views to label of each image; N views last for N epochs, then they are used again.",
+        low=1,
+        high=2**20,
     )
 
     def __post_init__(self) -> None:

@@ -105,6 +105,7 @@ BEGIN = {
     "index": "{copy}",
     "models": "",
     "recipes": "",
+    "init": f"mine --data {{data}} --teacher {MINE.removeprefix('--teacher ')} --yes",
     "runs": "{run}",
     "compare": "{study} --out out",
     "demo": "",
@@ -533,6 +534,14 @@ TRIALS: dict[str, list[Trial]] = {
     "recipes": [
         Trial("deit none --json", seen=is_json),
         Trial("deit --yaml", seen=lambda got: "img_size: 224" in got.output),
+    ],
+    "init": [
+        Trial("--eval-data {copy}", "has the images to learn from"),
+        Trial("--model deit-s --epochs 3 --views 2 --overwrite", seen=exists("mine/train.yaml")),
+        Trial("--teacher resnet18", seen=exists("mine/teacher.yaml")),
+        Trial("--json", seen=is_json),
+        Trial("--yes", seen=exists("mine/precompute.yaml")),
+        Trial(f"--data {{copy}} {READING}", seen=lambda got: "class_depth: 1" in (got.folder / "mine/precompute.yaml").read_text()),
     ],
     "runs": [
         *(Trial(f"--sort {order}") for order in ("name", "written", "state", "progress", "top1", "loss", "speed")),
