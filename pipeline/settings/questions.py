@@ -51,9 +51,9 @@ class Questions:
                 raise UsageError(f"{flag} has no default", fix="Pass it, with --yes for the others")
             return check(str(default))
 
-        def typed(answer: str) -> Answer:
+        def typed(answer: Any) -> Answer:  # a default that was accepted comes as it is
             try:
-                return check(answer)
+                return check(str(answer))
             except DeitCliError as error:
                 raise click.UsageError(str(error)) from error  # click shows it and asks again
 
