@@ -32,6 +32,9 @@ LOCK_NAME = "lock"
 EVALUATION_NAME = "evaluation.json"
 STATE_KEY = "deit_cli"  # of the checkpoint's metadata
 
+_NONE, _NUMBER = type(None), (int, float)
+_EVALUATED = {"epoch": int, "top1": _NUMBER, "weights": str, "scores": dict}  # fields of a line of metrics.jsonl
+_UPDATED = {"epoch": int, "step": int, "loss": (*_NUMBER, _NONE), "images_per_s": (*_NUMBER, _NONE)}
 State = Literal["running", "finished", "stopped", "failed", "not started", "damaged"]
 Found = dict[str, Any]  # a run or a label set, as plain JSON values
 
@@ -122,8 +125,6 @@ def _looked_at(path: Path, look: Callable[[Path], Found]) -> Found:
         reason = str(error)
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror}"
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:  # JSON of another kind
-        reason = f"its files are not those of a {look.__name__.strip('_').replace('_', ' ')} ({type(error).__name__}: {error})"
     return {"path": str(path), "state": "damaged", "note": reason.removeprefix(f"{path}{os.sep}")}
 
 
@@ -131,9 +132,10 @@ def _looked_at(path: Path, look: Callable[[Path], Found]) -> Found:
 
 
 def _run(folder: Path) -> Found:
-    saved = read_json(folder / CONFIG_NAME)
+    saved = _with(read_json(folder / CONFIG_NAME), folder / CONFIG_NAME, config=dict, recipe_id=str)
     config, recipe_id = saved["config"], saved["recipe_id"]
-    lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
+    _with(config, folder / CONFIG_NAME, epochs=int, model=str, labels=(str, list, _NONE), eval_data=(str, _NONE))
+    lines = _lines(folder / METRICS_NAME)
     trained = [line for line in lines if line["kind"] == "train"]
     evaluated = [line for line in lines if line["kind"] == "eval"]
     last, best = trained[-1] if trained else {}, max(evaluated, key=lambda line: line["top1"], default={})
@@ -163,6 +165,24 @@ def _run(folder: Path) -> Found:
         "written": _written(*(folder / name for name in (METRICS_NAME, STATE_NAME, CONFIG_NAME))),
         "note": note,
     }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of the metrics that an overview needs; none where there is no file."""
+    lines = read_metrics(path.parent) if path.is_file() else []
+    return [_with(line, path, **(_EVALUATED if line["kind"] == "eval" else _UPDATED)) for line in lines]
+
+
+def _with(values: Any, path: Path, **kinds: Any) -> dict[str, Any]:
+    """Return JSON values if they are an object whose fields have these types, or raise StorageError."""
+    wrong = (
+        kinds
+        if not isinstance(values, dict)
+        else [name for name in kinds if not isinstance(values.get(name), kinds[name])]
+    )
+    if wrong:
+        raise StorageError(f"{path} is not that of a run: it has no {listed(list(wrong))} as a run writes it")
+    return values
 
 
 def _state(
@@ -213,7 +233,7 @@ def _updates_per_epoch(folder: Path, lines: Sequence[Mapping[str, Any]], kept: i
     """Return the number of updates of an epoch; None while the first one is not complete."""
     for line in reversed(lines):
         if line["kind"] == "eval":
-            return (line["index"] + 1) // (line["epoch"] + 1)
+            return (line["index"] + 1) // max(1, line["epoch"] + 1)
         if line["epoch"] > 0:
             return (line["index"] - line["step"]) // line["epoch"]
     # `last` is exported at the end of an epoch, and the last update of an epoch has a line.
@@ -234,27 +254,28 @@ def _is_locked(path: Path) -> bool:
 def _evaluated(folder: Path) -> int:
     """Return the number of updates at the last evaluation; 0 without one."""
     path = folder / EVALUATION_NAME
-    return read_json(path)["update"] if path.is_file() else 0
+    return _with(read_json(path), path, update=int)["update"] if path.is_file() else 0
 
 
 def _broken_update(folder: Path) -> int | None:
     """Return the update whose loss was not finite, from the file that the run wrote about it."""
-    return max((read_json(path)["update"] for path in folder.glob("nonfinite-rank*.json")), default=None)
+    paths = folder.glob("nonfinite-rank*.json")
+    return max((_with(read_json(path), path, update=int)["update"] for path in paths), default=None)
 
 
 def _answer(best: Mapping[str, Any]) -> str | None:
     """Return the answer whose accuracy is that of an evaluation: the mean of both heads, or the class head."""
-    scores, top1 = best.get("scores", {}), best.get("top1")
-    return next(
-        (name for name in ("mean_logits", "class_head") if name in scores and scores[name]["top1"] == top1), None
-    )
+    accuracies = {name: score["top1"] for name, score in best.get("scores", {}).items() if "top1" in score}
+    return next((name for name in ("mean_logits", "class_head") if accuracies.get(name, -1) == best.get("top1")), None)
 
 
 def _teacher_name(teacher: Any) -> str | None:
     """Return the names of the teachers in config.json: of one, of an ensemble, or of several label sets."""
     if isinstance(teacher, list):
         return ", ".join(filter(None, map(_teacher_name, teacher)))
-    return teacher and (_teacher_name(teacher["members"]) if "members" in teacher else teacher["name"])
+    if not isinstance(teacher, dict):
+        return None
+    return _teacher_name(teacher["members"]) if "members" in teacher else teacher.get("name")
 
 
 # --- label sets -----------------------------------------------------------------------------------------------------

@@ -148,11 +148,19 @@ DAMAGES = {
     "config is no JSON": (lambda run: (run / "config.json").write_text("{"), "config.json: not valid JSON"),
     "config of something else": (
         lambda run: (run / "config.json").write_text("[1]"),
-        "its files are not those of a run",
+        "config.json is not that of a run: it has no config and recipe_id",
     ),
     "a damaged line": (lambda run: (run / "metrics.jsonl").write_text('{"kind"\n'), "metrics.jsonl: line 1 is damaged"),
     "half a checkpoint": (truncated, "state.safetensors: this is not a complete checkpoint"),
     "a checkpoint of something else": (foreign, "state.safetensors: this is not a complete checkpoint"),
+    "a config without epochs": (
+        lambda run: (run / "config.json").write_text('{"config": {"model": "deit-ti"}, "recipe_id": "0"}'),
+        "config.json is not that of a run: it has no epochs",
+    ),
+    "a line of something else": (
+        lambda run: (run / "metrics.jsonl").write_text('{"kind": "eval", "index": 3, "epoch": 0, "top1": "many"}\n'),
+        "metrics.jsonl is not that of a run: it has no top1, weights and scores",
+    ),
     "a damaged evaluation": (
         lambda run: (run / "evaluation.json").write_text("nothing"),
         "evaluation.json: not valid JSON",
