@@ -126,6 +126,7 @@ def added(line: str) -> str:
 CANNOT = {
     r"^pip install": "the environment of the tests has the packages; tests/evidence/test_demo.py runs the demo",
     r"^torchrun --nnodes 4": "four machines",
+    r"^deit-cli init$": "questions on a terminal; tests/trainer/test_advice.py answers them",
     r"^deit-cli analyse .*timm:": "published weights, which need the network",
     r"^#!/bin/bash\n#SBATCH": "Slurm; tests/docs/test_docs.py reads the scripts, tests/machine/test_ranks.py tests the variables",
     r"^sbatch ": "Slurm",
@@ -233,6 +234,12 @@ def settings_file(page: Page, lines: list[str]) -> None:
     page.run("deit-cli precompute -c labels.yaml --dry-run --out elsewhere")
 
 
+def line_of_train_yaml(page: Page, lines: list[str]) -> None:
+    """`init` has written a file for `train` that sets these."""
+    written = read_yaml(page.folder / "mine/train.yaml")
+    assert {line.split(":")[0] for line in lines} <= set(written)
+
+
 def manifest_then_pinned(page: Page, lines: list[str]) -> None:
     page.run("deit-cli labels info shards")
     printed_somewhere(page, lines[:1])
@@ -298,6 +305,10 @@ SHOWN: dict[tuple[str, str], Callable[[Page, list[str]], None]] = {
     # page, beginning of the first line
     ("README.md", "top-1, %"): table_of_the_demo,
     ("docs/data.md", "photos: folder"): printed_somewhere,
+    ("docs/init.md", "patch_size: 4"): line_of_train_yaml,
+    ("docs/init.md", "teacher  "): printed_somewhere,
+    ("docs/init.md", "recipe  "): printed_somewhere,
+    ("docs/init.md", "run  "): printed_somewhere,
     ("docs/labelling.md", "preset: deit"): recipe_file,
     ("docs/architecture.md", "cli.py  "): checked_elsewhere,
     ("docs/architecture.md", "image -> decode"): checked_elsewhere,

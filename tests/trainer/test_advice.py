@@ -267,7 +267,9 @@ def test_imagenet_gets_deits_settings_on_any_number_of_gpus(tmp_path, model, num
     assert total == 1024 or number == 3
     assert (config.lr, config.lr_base, config.epochs, config.pretrained) == (None, 5e-4, 300, False)
     assert (config.repeated_aug, config.model_ema, config.drop_path, config.patch_size) == (None, True, 0.1, None)
-    assert f"{total:,} images in an update" in (tmp_path / "train.yaml").read_text()
+    text = (tmp_path / "train.yaml").read_text()
+    assert f"{total:,} images in an update" in text
+    assert ("as in DeiT" in text) == (total == 1024)
 
 
 def test_few_photographs_start_from_published_weights(tmp_path):
