@@ -77,7 +77,7 @@ def _sizes(student: Student) -> tuple[Any, ...]:
         sum(parameter.numel() for parameter in model.parameters()),
         model.num_features,
         len(blocks) or None,
-        getattr(getattr(blocks[0], "attn", None), "num_heads", None) if len(blocks) else None,
+        getattr(getattr(next(iter(blocks), None), "attn", None), "num_heads", None),
         student.img_size,
         patch[0] if isinstance(patch, tuple) else patch,
         None if prefix is None or patches is None else prefix + patches,

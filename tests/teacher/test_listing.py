@@ -1,6 +1,7 @@
 """`deit-cli models --teachers`: the networks, and what `--teacher` makes of a name."""
 
 import json
+from typing import Any
 
 import pytest
 import timm
@@ -29,7 +30,8 @@ def test_a_short_name_is_what_teacher_resolves_it_to():
     for each in list_teachers("resnet*"):
         if each["short_name"] and each["num_classes"]:
             assert classes_of_teacher(each["short_name"]) == (each["name"], each["num_classes"])
-    assert classes_of_teacher("resnet50")[0] == f"resnet50.{timm.get_pretrained_cfg('resnet50').tag}"
+    default: Any = timm.get_pretrained_cfg("resnet50")
+    assert classes_of_teacher("resnet50")[0] == f"resnet50.{default.tag}"
     assert loaded_as("regnety_160") == "regnety_160.deit_in1k"
 
 
@@ -49,7 +51,9 @@ def test_networks_with_other_outputs_are_flagged(pattern, note):
 
 
 def test_json_has_the_same_networks():
-    assert json.loads(invoke("models", "--teachers", "regnety_160", "--json")[1]) == {"teachers": list_teachers("regnety_160")}
+    assert json.loads(invoke("models", "--teachers", "regnety_160", "--json")[1]) == {
+        "teachers": list_teachers("regnety_160")
+    }
 
 
 def test_no_network_is_one_line():

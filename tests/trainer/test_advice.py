@@ -10,7 +10,6 @@ import sys
 import termios
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,15 +227,16 @@ def test_ctrl_c_at_a_question_writes_nothing(here):
 
 
 def answers(samples: int, *, side: int = 400, model: str = "deit-s", classes: int = 1000, **changes: Any) -> Answers:
+    unused: Any = None
     found = Images(
         location="images/train",
-        source=SimpleNamespace(),
+        source=unused,
         samples=samples,
         labelled=samples,
         classes=classes,
         side=side,
         bad=(),
-    )  # pyright: ignore[reportArgumentType]
+    )
     settings = {
         "images": found,
         "evaluation": None,
