@@ -939,7 +939,7 @@ def models(pattern: str | None, teachers: bool, as_json: bool) -> None:
 
     found = found_by(pattern)
     named = {"teachers" if teachers else "students": found}
-    click.echo(json.dumps(named, indent=1) if as_json else table(found))
+    show_result(named if as_json else table(found))
 
 
 @commands.command()
@@ -973,7 +973,7 @@ def recipes(names: tuple[str, ...], as_yaml: bool, as_json: bool) -> None:
         click.echo(recipe_yaml(loaded))
     else:
         found = describe_recipes(loaded)
-        click.echo(json.dumps(found, indent=1) if as_json else recipes_table(found))
+        show_result(found if as_json else recipes_table(found))
 
 
 @commands.command()
@@ -995,7 +995,7 @@ def runs(folders: tuple[str, ...], as_json: bool, **values: Any) -> None:
     from trainer.folders import find_runs, runs_table
 
     found = find_runs(folders, config.sort)
-    click.echo(json.dumps(found, indent=1) if as_json else runs_table(found))
+    show_result(found if as_json else runs_table(found))
 
 
 @commands.command()
@@ -1026,7 +1026,7 @@ def init(folder: Path, yes: bool, overwrite: bool, as_json: bool, **values: Any)
     made = set_up(
         config, folder, questions=Questions(yes), classes_of=classes_of_teacher, overwrite=overwrite, say=log.info
     )
-    click.echo(json.dumps(made, indent=1) if as_json else set_up_text(made))
+    show_result(made if as_json else set_up_text(made))
 
 
 @commands.command()
