@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.images.source import open_source
     from pipeline.labels.labelset import LabelSet
     from pipeline.pixels.render import render, render_view
+    from pipeline.stage1.labelling import label_images
     from pipeline.views.recipe import Recipe
     from pipeline.views.view import draw_view
 
@@ -41,6 +42,7 @@ __all__ = [
     "Recipe",
     "decode",
     "draw_view",
+    "label_images",
     "open_source",
     "render",
     "render_view",
@@ -51,6 +53,7 @@ _HOMES = {
     "Recipe": "pipeline.views.recipe",
     "decode": "pipeline.images.decode",
     "draw_view": "pipeline.views.view",
+    "label_images": "pipeline.stage1.labelling",
     "open_source": "pipeline.images.source",
     "render": "pipeline.pixels.render",
     "render_view": "pipeline.pixels.render",

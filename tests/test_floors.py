@@ -33,7 +33,7 @@ ROOMS = {
     "verify": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "sharing", "teacher"},
     "exchange": GROUND | {"storage", "machine", "images", "views", "labels", "overview", "settings", "stage1"},
     "cost": GROUND | {"machine", "images", "views", "pixels", "labels", "settings", "teacher", "stage1"},
-    "pipeline": {"labels", "views", "pixels", "images"},  # the public names
+    "pipeline": {"labels", "views", "pixels", "images", "stage1"},  # the public names
     "trainer": GROUND | {"storage", "machine", "weights", "images", "views", "pixels", "labels", "settings"},
     "evidence": GROUND
     | {"storage", "machine", "weights", "images", "views", "pixels", "labels", "overview", "settings", "trainer"},

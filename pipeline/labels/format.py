@@ -4,6 +4,7 @@ A pin names one manifest by the SHA-256 of its bytes, and so fixes every byte of
 a pin gets these labels or an error, whatever happens to the folder or the bucket.
 """
 
+import hashlib
 import re
 from typing import Literal
 
@@ -15,6 +16,7 @@ Precision = Literal["float16", "float32", "log8"]
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.json.sig"  # next to the manifest, but not one of the set's files
+NO_WEIGHTS = hashlib.sha256().hexdigest()  # weights_sha256 of a teacher of which no tensor was seen
 IMPORT_NAME = "import.json"  # in a folder of imported labels, which is not a label set
 IMPORT_FORMAT = "deit-cli-import"  # its version is VERSION too
 IMAGES_FOLDER = "images"

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.errors import DeitCliError, WorkerError
 from pipeline.machine.ranks import plan_loaders
+from pipeline.machine.scripts import IMPORTED_AGAIN, unguarded
 from pipeline.machine.threads import usable_cores
 from pipeline.repeats import MessagePipe, forward_messages
 
@@ -341,6 +342,8 @@ def _next(results: Iterator[Any], whereabouts: _Whereabouts) -> Any:
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
+            if any(process.exitcode == IMPORTED_AGAIN for process in getattr(results, "_workers", ())):
+                raise unguarded() from None  # and not with what torch says of it
             if (now := whereabouts.of(())) != seen:
                 began, seen = time.monotonic(), now
             if "timed out" not in str(error) or time.monotonic() - began > TIMEOUT_S:

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.errors import DeitCliError, UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.manifest import labels_path
-from pipeline.overview.summary import summarise
+from pipeline.overview.summary import summarise, weights_text
 from pipeline.storage.atomic import publish_file, refusals_named, replace_file
 from pipeline.storage.yaml import parse_yaml, to_yaml
 from pipeline.text import byte_size
@@ -200,7 +200,7 @@ def _about(summary: Mapping[str, Any], label_set: LabelSet, licence: Licence) ->
         f"- **Licence**: {licence.text}",
         *(
             f"- **Teacher**: {code_span(each['name'])}, {each['num_classes']:,} classes, sees {each['img_size']} px,"
-            f" weights SHA-256 `{each['weights_sha256']}`"
+            f" {weights_text(each, whole=True)}"
             for each in members
         ),
         *(["- Their probabilities are averaged with equal weight."] if len(members) > 1 else []),

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.labels.encoding import LabelRows
-from pipeline.labels.format import pin_of
+from pipeline.labels.format import NO_WEIGHTS, pin_of
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import SampleRows
 from pipeline.text import byte_size, two_columns
@@ -120,7 +120,7 @@ def info_table(summary: Mapping[str, Any]) -> str:
         *(
             (
                 "teacher",
-                f"{each['name']}, weights {each['weights_sha256'][:12]}, {each['num_classes']} classes, {each['img_size']} px",
+                f"{each['name']}, {weights_text(each)}, {each['num_classes']} classes, {each['img_size']} px",
             )
             for each in teacher.get("members", [teacher])
         ),
@@ -184,6 +184,13 @@ def _hits(label_set: LabelSet, samples: SampleRows, rows: LabelRows, view: int) 
             if own >= 0 and samples.class_label[larger] is not None:
                 hits.append(hard[own] == samples.class_label[larger])
     return np.array(hits, bool)
+
+
+def weights_text(teacher: dict[str, Any], *, whole: bool = False) -> str:
+    """Return what a label set knows of the weights of one teacher of a summary; `whole`: with the whole hash, for a card."""
+    if teacher["weights_sha256"] == NO_WEIGHTS:
+        return "no weights seen"
+    return f"weights SHA-256 `{teacher['weights_sha256']}`" if whole else f"weights {teacher['weights_sha256'][:12]}"
 
 
 def entropy_of(rows: LabelRows, num_classes: int) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -18,11 +19,14 @@ from pipeline.errors import DeitCliError, TeacherError
 from pipeline.images.source import Source, open_source
 from pipeline.machine.progress import Tally
 from pipeline.machine.ranks import plan_cores, plan_devices, rank_from
+from pipeline.machine.scripts import IMPORTED_AGAIN, unguarded
 from pipeline.machine.threads import usable_cores
+from pipeline.overview.summary import weights_text
 from pipeline.repeats import forward_messages, log_forwarded
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.stage1.dispatch import Dispatcher, WorkersLost
 from pipeline.stage1.loop import Job, LabelTask, label_shards
+from pipeline.teacher.given import GivenTeacher, packed
 from pipeline.teacher.loading import load_teacher
 from pipeline.teacher.teacher import Teacher
 
@@ -66,6 +70,8 @@ class TeacherProcesses:
 
     def __init__(self, job: Job, teacher: Teacher, dispatcher: Dispatcher, tally: Tally) -> None:
         self._job, self._teacher, self._dispatcher, self._tally = job, teacher, dispatcher, tally
+        # As bytes: multiprocessing would put each tensor of a network into shared memory, which may be small.
+        self._given = packed(teacher.given) if teacher.given else None
         self._context = multiprocessing.get_context("spawn")
         self._started = 0
         self._lost = WorkersLost(log, "teacher processes")
@@ -78,7 +84,7 @@ class TeacherProcesses:
         teacher = self._teacher
         process = self._context.Process(
             target=_run_worker,
-            args=(theirs, self._job, teacher.config, teacher.num_classes_asked, device),
+            args=(theirs, self._job, teacher.config, teacher.num_classes_asked, device, self._given),
             name=f"teacher-{self._started} on {device}",
         )
         process.start()
@@ -117,6 +123,8 @@ class TeacherProcesses:
 
     def _worker_lost(self, worker: _TeacherProcess) -> None:
         self._join(worker)
+        if worker.process.exitcode == IMPORTED_AGAIN:
+            raise unguarded() from None
         tasks = self._dispatcher.lose(worker.name)
         if worker.crash:
             self.cause_of_loss = worker.crash.summary
@@ -153,7 +161,14 @@ def _cause_of_death(worker: _TeacherProcess) -> str:
     return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
 
 
-def _run_worker(pipe: Connection, job: Job, config: TeacherConfig, num_classes: int | None, device: str) -> None:
+def _run_worker(
+    pipe: Connection,
+    job: Job,
+    config: TeacherConfig,
+    num_classes: int | None,
+    device: str,
+    given: bytes | None,
+) -> None:
     """Run one teacher process: take tasks through its pipe, and send reports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
@@ -173,7 +188,7 @@ def _run_worker(pipe: Connection, job: Job, config: TeacherConfig, num_classes: 
 
     forward_messages(partial(send, "message"))
     try:
-        teacher = load_same(job, config, num_classes, device)
+        teacher = load_same(job, config, num_classes, device, given=pickle.loads(given) if given else None)
         label_shards(job, teacher, take_tasks(), report=partial(send, "report"), finished=partial(send, "finished"))
         send("end", None)
     except DeitCliError as error:
@@ -192,13 +207,15 @@ def _exit_on_sigterm(*_: object) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def load_same(job: Job, config: TeacherConfig, num_classes: int | None, device: str) -> Teacher:
+def load_same(
+    job: Job, config: TeacherConfig, num_classes: int | None, device: str, *, given: GivenTeacher | None = None
+) -> Teacher:
     """Load the teacher of the plan on a device, and return it.
 
     Raises:
         TeacherError: the loaded teacher differs from the plan's teacher.
     """
-    teacher = load_teacher(config, num_classes=num_classes, device=device)
+    teacher = load_teacher(config, num_classes=num_classes, device=device, given=given)
     if teacher.identity != job.plan.teacher:
         raise TeacherError(
             f"teacher {teacher.identity.name} on {device} is not the teacher that this run began with: its weights may have changed"
@@ -215,17 +232,19 @@ def limit(teacher: Teacher, config: PrecomputeConfig, cores: int) -> None:
     teacher.limit_threads(min(int(asked), usable_cores()) if asked.isdecimal() else cores)
 
 
-def load_here(config: PrecomputeConfig, asked: TeacherConfig, source: Source | None = None) -> tuple[Teacher, Source]:
+def load_here(
+    config: PrecomputeConfig, asked: TeacherConfig, source: Source | None = None, *, given: GivenTeacher | None = None
+) -> tuple[Teacher, Source]:
     """Open the source (unless it is open), load the teacher onto this process's device, log both, and return them."""
     source = source or open_source(config.data, options=config.options)
     log.info("source %s", source.describe())
     rank = rank_from(os.environ)
     devices = plan_devices(asked.device, config.processes, rank)
-    teacher = load_teacher(asked, num_classes=source.num_classes, device=devices[0])
+    teacher = load_teacher(asked, num_classes=source.num_classes, device=devices[0], given=given)
     limit(teacher, config, plan_cores(devices, rank))
     for member in teacher.identity.members:
         log.info(
-            "teacher %s: %d classes, sees %d px, weights %s",
-            *(member.name, member.num_classes, member.img_size, member.weights_sha256[:12]),
+            "teacher %s: %d classes, sees %d px, %s",
+            *(member.name, member.num_classes, member.img_size, weights_text(member.model_dump())),
         )
     return teacher, source

@@ -23,6 +23,7 @@ from pipeline.stage1.packing import Packing, check_packable, plan_packing
 from pipeline.storage.atomic import TEMPORARY_PREFIX
 from pipeline.storage.json import MAX_JSON_BYTES
 from pipeline.storage.place import Place, open_place
+from pipeline.teacher.given import names_given
 from pipeline.teacher.loading import names_function
 from pipeline.teacher.teacher import Teacher, check_classes
 from pipeline.text import byte_size, count, first_few, two_columns
@@ -327,6 +328,11 @@ def _teacher_of(plan: Plan, asked: dict[str, Any]) -> TeacherConfig:
                 f"this set's teacher is the Python function {function}. A label set may be a stranger's, so code that it"
                 " names is run only on request",
                 fix=f"If you trust that function, pass --teacher {function}",
+            )
+        if given := next(filter(names_given, asked["teacher"]), None):
+            raise UsageError(
+                f"this set's teacher {given} is an object of a program, which no command can load",
+                fix="Call pipeline.label_images again in that program, with the same out and the new views",
             )
         # Every published network of timm has a tag in its name; an architecture alone does not identify its weights.
         unknown = next((name for name in asked["teacher"] if not re.search("[.:]", name)), None)

@@ -1,4 +1,4 @@
-"""Loading of teachers: from timm, the Hub, an exported folder, a checkpoint, or a function (docs/teachers.md)."""
+"""Loading of teachers: from timm, the Hub, an exported folder, a checkpoint, a function, or an object (docs/teachers.md)."""
 
 import contextlib
 import difflib
@@ -8,7 +8,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.errors import CheckpointError, TeacherError, UsageError
 from pipeline.labels.manifest import AnyTeacher, EnsembleIdentity, TeacherIdentity
 from pipeline.machine.ranks import resolve_device
 from pipeline.settings.configs import TeacherConfig
+from pipeline.teacher.given import CheckedAnswers, GivenTeacher, check_trial
 from pipeline.teacher.teacher import Network, Teacher
 from pipeline.views.noise import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.weights import check_size, read_hub_config, read_tensors
@@ -29,7 +31,7 @@ from pipeline.weights import check_size, read_hub_config, read_tensors
 # DeiT's own teacher. timm's untagged `regnety_160` is another network, pretrained on ImageNet-12k.
 DEIT_TEACHERS = {"regnety_160": "regnety_160.deit_in1k"}
 LOCAL, HUB = "local-dir:", "hf-hub:"
-# The keys of the dict that a `module:function` may return, with the default of each key.
+# What a `module:function` may say of its network in a dict, and a program of an object; with the default of each key.
 FUNCTION_DEFAULTS: dict[str, Any] = {
     "input_size": (3, 224, 224),
     "mean": IMAGENET_MEAN,
@@ -39,18 +41,27 @@ FUNCTION_DEFAULTS: dict[str, Any] = {
 }
 
 
-def load_teacher(config: TeacherConfig, *, num_classes: int | None = None, device: str | None = None) -> Teacher:
+def load_teacher(
+    config: TeacherConfig,
+    *,
+    num_classes: int | None = None,
+    device: str | None = None,
+    given: GivenTeacher | None = None,
+) -> Teacher:
     """Load a teacher: one network, or several whose probabilities are averaged.
 
     Args:
         config: names (`regnety_160` means DeiT's), weights, image size and dtype.
         num_classes: class count for a network with random weights; None means 1,000.
         device: torch device; None: the device in `config`.
+        given: a network or function that is the teacher, instead of the names in `config`.
 
     Raises:
         TeacherError: a network cannot be loaded, or the networks have different classes.
         UsageError: a name or a checkpoint does not exist, or they cannot be combined.
     """
+    if given is not None:
+        return _load_given(given, config, resolve_device(device or config.device))
     checkpoints = config.teacher_checkpoint or (None,) * len(config.teacher)
     networks = [
         _load_network(name, checkpoint, config, num_classes)
@@ -119,20 +130,62 @@ def _load_network(name: str, checkpoint: Path | None, options: TeacherConfig, nu
         config |= {"class_names": (getattr(module, "pretrained_cfg", None) or {}).get("label_names") or None}
         fix = "Pass --teacher-img-size"
     size = options.teacher_img_size or int(config["input_size"][-1])
-    fields: dict[str, Any] = {
-        "name": resolved,
-        "weights_sha256": weights_sha256(module),
-        "img_size": size,
-        "mean": _channel_values(config["mean"], "mean", name),
-        "std": _channel_values(config["std"], "std", name),
-        "num_classes": _count_classes(module, size, name, fix),
-        "class_names": None if config["class_names"] is None else tuple(config["class_names"]),
-    }
-    try:
-        identity = TeacherIdentity(**fields)
-    except ValidationError as error:
-        raise TeacherError(f"teacher {name}: {_first_problem(error)}") from error
+    identity = _identity(
+        name,
+        config,
+        name=resolved,
+        weights_sha256=weights_sha256(module),
+        img_size=size,
+        num_classes=_count_classes(module, size, name, fix),
+    )
     return Network(module, identity, crop_pct=float(config.get("crop_pct", 0.875)))
+
+
+def _identity(asked: str, config: dict[str, Any], **fields: Any) -> TeacherIdentity:
+    """Return the identity of the teacher that was asked for, with the normalisation and class names of a configuration."""
+    names = config["class_names"]
+    fields |= {what: _channel_values(config[what], what, asked) for what in ("mean", "std")}
+    try:
+        return TeacherIdentity(**fields, class_names=None if names is None else tuple(names))
+    except ValidationError as error:
+        raise TeacherError(f"teacher {asked}: {_first_problem(error)}") from error
+
+
+def _load_given(given: GivenTeacher, options: TeacherConfig, device: torch.device) -> Teacher:
+    """Return a teacher that a program passed as an object, after a trial on its device."""
+    name, network = given.name, given.answer if isinstance(given.answer, nn.Module) else None
+    if network is None and options.compile:
+        raise UsageError(f"compile is for networks, and teacher {name} is a function: compile what it calls")
+    if network is None and options.dtype == "auto":  # autocast knows nothing of what a function calls
+        options = replace(options, dtype="float32")
+    config = _about(network) | given.about
+    _check_config(name, config)
+    config = FUNCTION_DEFAULTS | config
+    size = int(config["input_size"][-1])
+    checked = CheckedAnswers(given).to(device).eval()
+    halves = {weight.dtype for weight in checked.parameters()} & {torch.float16, torch.bfloat16}
+    fix = f"Its weights are {halves.pop()}: pass network.float()" if halves else "Check its img_size, and its device"
+    images = _trial_images(size, *(_channel_values(config[what], what, name) for what in ("mean", "std"))).to(device)
+    with _as_teacher_error(f"teacher {name} does not answer float32 images {list(images.shape)} on {device}", fix=fix):
+        num_classes = check_trial(checked, images)
+    identity = _identity(
+        name,
+        config,
+        name=name,
+        weights_sha256=weights_sha256(network or nn.Module()),  # of a function nothing is seen, and nothing is hashed
+        img_size=size,
+        num_classes=num_classes,
+    )
+    return Teacher(
+        [Network(checked, identity, float(config["crop_pct"]))], identity, options, device=device, given=given
+    )
+
+
+def _trial_images(size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return two images with all levels of 0..1, normalised, float32 [2, 3, size, size] in channels-last memory."""
+    levels = (torch.arange(2 * 3 * size * size) * 7919 % 251 / 250).reshape(2, 3, size, size)
+    normalised = (levels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return normalised.contiguous(memory_format=torch.channels_last)
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -203,9 +256,7 @@ def _from_function(name: str) -> tuple[nn.Module, dict[str, Any]]:
         raise TeacherError(f"teacher {name} failed{_failing_line(error, function)}: {_kind_and_text(error)}") from error
     match result:
         case nn.Module() as network:
-            about = getattr(network, "pretrained_cfg", None)
-            about = about if isinstance(about, dict) else {}
-            config = {key: about[key] for key in FUNCTION_DEFAULTS if about.get(key) is not None}
+            config = _about(network)
         case (nn.Module() as network, dict() as config):
             pass
         case _:
@@ -215,6 +266,13 @@ def _from_function(name: str) -> tuple[nn.Module, dict[str, Any]]:
             )
     _check_config(name, config)
     return network, FUNCTION_DEFAULTS | config
+
+
+def _about(network: nn.Module | None) -> dict[str, Any]:
+    """Return what a network of timm says of itself, by the keys of FUNCTION_DEFAULTS; nothing for any other network."""
+    about = getattr(network, "pretrained_cfg", None)
+    about = about if isinstance(about, dict) else {}
+    return {key: about[key] for key in FUNCTION_DEFAULTS if about.get(key) is not None}
 
 
 def _import_function(name: str) -> Callable[[], Any]:

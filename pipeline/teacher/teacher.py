@@ -19,6 +19,7 @@ from pipeline.machine.ranks import forward_dtype
 from pipeline.pixels.handover import rendered
 from pipeline.repeats import warn_counted
 from pipeline.settings.configs import TeacherConfig
+from pipeline.teacher.given import GivenTeacher
 from pipeline.views.mixing import MixBatch, apply_mix
 
 log = logging.getLogger("deit_cli.teacher")
@@ -110,6 +111,7 @@ class Teacher:
         identity: everything that determines the answers: names, weights, image sizes, normalisation, classes.
         config: settings with which another process can load the same teacher.
         num_classes_asked: class count for a network with random weights; None means 1,000.
+        given: the object that a program passed as the teacher; None: `config` names it.
         device: torch device of the networks.
         dtype: precision of the forward passes.
         img_size: maximum image size of the networks, in pixels.
@@ -128,8 +130,10 @@ class Teacher:
         num_classes_asked: int | None = None,
         *,
         device: torch.device,
+        given: GivenTeacher | None = None,
     ) -> None:
         self.identity, self.config, self.num_classes_asked = identity, config, num_classes_asked
+        self.given = given
         self.device, self.dtype = device, forward_dtype(config.dtype, device)
         self.img_size = max(network.identity.img_size for network in networks)
         self.crop_pct = networks[0].crop_pct
