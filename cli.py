@@ -373,7 +373,7 @@ EXPECT_MANIFEST = plain_option(
     help="Expected hash of the manifest, which `labels info` prints; any other manifest is refused.",
     group="Data",
 )
-ONE_DEVICE = "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU."
+ONE_DEVICE = "Device: cpu, cuda, cuda:1, xpu or mps; auto means a GPU if there is one, else the CPU."
 EXTENDED_SIZE = "Size in pixels to which views are resized for the teacher; by default that of the label set."
 IMAGES = plain_option(
     "--data",

@@ -459,12 +459,13 @@ def _copy_s(run: Run, least_s: float) -> float | None:
     """Return the seconds to copy one view from page-locked memory to a GPU, and to render it there if it renders, while nothing
     else runs; None without a GPU."""
     device = run.running.device
-    if device.type != "cuda":
+    if device.type == "cpu":
         return None
     renderer = _renderer_of(run)
     out = torch.empty(slot_shape(renderer.most, renderer.img_size, unrendered=run.on_gpu), dtype=torch.uint8)
     batch = renderer(0, out, lambda _: None)
-    batch = replace(batch, images=batch.images.pin_memory())
+    if device.type == "cuda":
+        batch = replace(batch, images=batch.images.pin_memory())
     return median_s(lambda: batch.to(device), device, least_s) / len(batch.keys)
 
 

@@ -379,7 +379,9 @@ class TrainConfig(SourceConfig):
     )
     render: RenderDevice = run_option("cpu", RENDER_HELP, free=True)
     device: str = run_option(
-        "auto", "Device: cpu, cuda or cuda:1; auto means one GPU for each rank, or the CPU if there is none.", free=True
+        "auto",
+        "Device: cpu, cuda, cuda:1, xpu or mps; auto means one GPU for each rank, or the CPU if there is none.",
+        free=True,
     )
     compile: bool = run_option(
         False,
@@ -388,7 +390,7 @@ class TrainConfig(SourceConfig):
         free=True,
     )
     amp_dtype: AmpDtype = run_option(
-        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
+        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA and XPU, else float32."
     )
     deterministic: bool = run_option(
         False,
@@ -498,9 +500,11 @@ class AnsweringConfig:
         low=0,
         high=1024,
     )
-    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
+    device: str = run_option(
+        "auto", "Device: cpu, cuda, cuda:1, xpu or mps; auto means a GPU if there is one, else the CPU."
+    )
     amp_dtype: AmpDtype = run_option(
-        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
+        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA and XPU, else float32."
     )
 
 
@@ -709,9 +713,11 @@ class InferenceConfig:
         2.0, "Number of seconds to measure each network and size of batch.", low=0.01, high=3600
     )
     compile: bool = run_option(False, "Compile the networks with torch.compile.", "--torchcompile")
-    device: str = run_option("auto", "Device: cpu, cuda or cuda:1; auto means CUDA if available, else the CPU.")
+    device: str = run_option(
+        "auto", "Device: cpu, cuda, cuda:1, xpu or mps; auto means a GPU if there is one, else the CPU."
+    )
     amp_dtype: AmpDtype = run_option(
-        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA, else float32."
+        "auto", "Number format of the forward pass; auto means bfloat16 on CUDA and XPU, else float32."
     )
 
     def __post_init__(self) -> None:

@@ -409,8 +409,9 @@ class _LossWatch:
     def add(self, update: int, loss: Tensor) -> None:
         """Check the previous loss, and keep this one for the next call."""
         self.check()
-        value = loss.to("cpu", non_blocking=True)
-        event = torch.cuda.current_stream().record_event() if loss.device.type == "cuda" else None
+        later = loss.device.type == "cuda"
+        value = loss.to("cpu", non_blocking=later)
+        event = torch.cuda.current_stream().record_event() if later else None
         self._waiting = (update, value, event)
 
     def check(self) -> None:

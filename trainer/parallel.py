@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UsageError, WorkerError
 from pipeline.machine.loaders import plan_workers
-from pipeline.machine.ranks import Rank, plan_cores, plan_devices, rank_from, resolve_device
+from pipeline.machine.ranks import Rank, accelerator, plan_cores, plan_devices, rank_from, resolve_device
 from trainer.student import Heads, Student
 
 # How long a rank waits for the others. Evaluation, compilation or a slow file system may delay a rank; torch's default of
@@ -92,8 +92,8 @@ class World:
 
 
 def device_of(device: str, rank: Rank) -> str:
-    """Return the device of a rank; `cuda` without a number means the rank's own GPU, as `auto` does."""
-    own = device == "cuda" and torch.cuda.is_available()
+    """Return the device of a rank; `cuda` or `xpu` without a number means the rank's own GPU, as `auto` does."""
+    own = device == accelerator()
     return plan_devices("auto" if own else device, None, rank)[0]
 
 
@@ -119,9 +119,13 @@ def joined_world(device: str, workers: int | None, environment: Mapping[str, str
             f"{rank.world_size} ranks were started, but {' and '.join(missing)} are not set: use torchrun,"
             " or export both before srun"
         )
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    backend = "nccl" if where.type == "cuda" else "gloo"
+    if where.type == "mps":
+        raise UsageError(
+            f"{rank.world_size} ranks cannot share Apple's GPU", fix="Start one process, or pass --device cpu"
+        )
+    if where.type != "cpu":
+        torch.get_device_module(where).set_device(where)
+    backend = dist.get_default_backend_for_device(where)  # nccl for cuda, xccl for xpu, gloo for cpu
     try:
         store = _store_of_this_start(rank.rank, environment)
         dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT)
@@ -197,7 +201,7 @@ class OnRank(nn.Module):
             # equal bits are promised only with --deterministic, and the search would cost time.
             exact = world.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # on purpose
-            devices = [world.device] if world.device.type == "cuda" else None
+            devices = None if world.device.type == "cpu" else [world.device]
             self._call = DistributedDataParallel(self._call, device_ids=devices, find_unused_parameters=unused or exact)
 
     def forward(self, images: Tensor) -> Heads:

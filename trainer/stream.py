@@ -64,11 +64,12 @@ class Batch:
     teacher: TeacherTarget | None
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the same batch on a device, rendered; copies from page-locked memory run on the current stream."""
+        """Return the same batch on a device, rendered; copies from page-locked memory to CUDA run on the current stream."""
         images = rendered(self.images, len(self.keys), device)
         if device.type == "cpu":
             return self if images is self.images else replace(self, images=images)
-        return _with_tensors(replace(self, images=images), lambda tensor: tensor.to(device, non_blocking=True))
+        later = device.type == "cuda"  # `on_device` waits for its stream before the source is written again
+        return _with_tensors(replace(self, images=images), lambda tensor: tensor.to(device, non_blocking=later))
 
     def record_stream(self, stream: "torch.cuda.Stream") -> None:
         """Tell the allocator that this stream will use the batch, which another stream has made."""
@@ -507,4 +508,4 @@ class _Recent(Generic[Value]):
 
 def mixed_images(batch: Batch, device: torch.device) -> Tensor:
     """Return the views of a batch as the teacher saw them, float32 [B, 3, H, W] of 0..255."""
-    return apply_mix(batch.images.to(device, non_blocking=True), batch.mix.to(device))
+    return apply_mix(batch.images.to(device, non_blocking=device.type == "cuda"), batch.mix.to(device))

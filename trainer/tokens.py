@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.machine.ranks import double_on
 from trainer.parallel import Running
 from trainer.student import Heads, Student, normalise
 
@@ -89,7 +90,8 @@ def token_cosines(tokens: Sequence[Tensor]) -> Tensor:
     Args:
         tokens: [B, 2, D] for each place, as `run_with_tokens` returns them.
     """
-    return torch.stack([F.cosine_similarity(t[:, 0].double(), t[:, 1].double(), dim=-1) for t in tokens], dim=1).cpu()
+    doubles = [t.to(double_on(t.device)).double() for t in tokens]
+    return torch.stack([F.cosine_similarity(t[:, 0], t[:, 1], dim=-1) for t in doubles], dim=1).cpu()
 
 
 def probe_tokens(student: Student, images: Tensor, running: Running) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def estimate_labelling(
     rates = measure_rates(
         source, recipe, teacher, topk=topk, precision=config.precision, least_s=asked.seconds, on_gpu=on_gpu
     )
-    timed = teacher.device.type == "cuda"
+    timed = teacher.device.type != "cpu"
     if timed:
         teacher_s, student_s = rates.answer_s, training_step_s(student, recipe.img_size, teacher.device)
     else:  # forward and backward pass take three times the forward pass

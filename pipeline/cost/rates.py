@@ -1,6 +1,5 @@
 """Seconds that each part of labelling takes alone on this machine, for `estimate` and `bench stage1`."""
 
-import contextlib
 import io
 import itertools
 import time
@@ -22,6 +21,7 @@ from pipeline.images.source import Source
 from pipeline.labels.encoding import codec_of
 from pipeline.labels.format import Precision
 from pipeline.labels.tables import LabelsFooter, write_labels
+from pipeline.machine.ranks import forward_dtype, ran_out_of_memory
 from pipeline.machine.timing import median_s
 from pipeline.pixels.handover import UnrenderedViews, slot_shape
 from pipeline.pixels.render import draw_decoded, render_view
@@ -101,7 +101,7 @@ def measure_rates(
     memory = torch.empty(slot_shape(len(samples), recipe.img_size, unrendered=True), dtype=torch.uint8)
     with torch.inference_mode(), one_thread(teacher.device):
         answer_s = _answer_s(rendered, recipe, teacher, topk, least_s)
-        batch = GPU_BATCH if teacher.device.type == "cuda" else CPU_BATCH
+        batch = CPU_BATCH if teacher.device.type == "cpu" else GPU_BATCH
         pixels = _filled(rendered, batch, teacher.device)
         logits = [
             torch.randn(batch, teacher.identity.num_classes, device=teacher.device)
@@ -119,7 +119,7 @@ def measure_rates(
             batch_of_views = _pinned(handed_over(0).clone(), teacher.device)
             timed["device_render_s"] = (lambda: teacher.rendered(batch_of_views, len(samples)), len(samples))
         seconds = {name: median_s(work, teacher.device, least_s) / count for name, (work, count) in timed.items()}
-    beside = seconds["topk_s"] + (seconds["copy_s"] if teacher.device.type == "cuda" else 0)
+    beside = seconds["topk_s"] + (0 if teacher.device.type == "cpu" else seconds["copy_s"])
     return Rates(**seconds, teacher_s=max(answer_s - beside, 0.01 * answer_s))  # both times are noisy
 
 
@@ -150,7 +150,7 @@ def _filled(rendered: np.ndarray, batch: int, device: torch.device) -> Tensor:
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor in page-locked memory if the device is a GPU, as the batches of a run are."""
+    """Return a tensor in page-locked memory if the device is a CUDA device, as the batches of a run are."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -161,7 +161,7 @@ def _answer_s(rendered: np.ndarray, recipe: Recipe, teacher: Teacher, topk: int,
     began = time.perf_counter()
     few()
     took = time.perf_counter() - began
-    most = GPU_BATCH if teacher.device.type == "cuda" else CPU_BATCH
+    most = CPU_BATCH if teacher.device.type == "cpu" else GPU_BATCH
     size = next((size for size in (most, most // 2, most // 4) if took * size / 2 < least_s), 2)
     if size == 2:
         return took / (2 * teacher.threads)
@@ -209,10 +209,13 @@ def training_step_s(module: nn.Module, img_size: int, device: torch.device, *, l
         UsageError: not even two images fit into the memory of the device.
     """
     module.to(device).train()
-    batch = GPU_BATCH if device.type == "cuda" else 2
+    batch = 2 if device.type == "cpu" else GPU_BATCH
     while batch >= 2:
-        with contextlib.suppress(torch.OutOfMemoryError):
+        try:
             return median_s(_training_step(module, batch, img_size, device), device, least_s) / batch
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
         batch //= 2
     raise UsageError(f"two images of {img_size} pixels in training do not fit into the memory of {device}")
 
@@ -221,7 +224,7 @@ def _training_step(module: nn.Module, batch: int, img_size: int, device: torch.d
     images = torch.randn(batch, 3, img_size, img_size, device=device)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=forward_dtype("auto", device) == torch.bfloat16):
             output = module(images)
         heads = output if isinstance(output, tuple) else (output,)
         torch.stack([head.float().square().mean() for head in heads]).sum().backward()

@@ -226,13 +226,18 @@ def _devices(trial: Trial | None) -> Section:
         section.row("CUDA", f"unknown: {trial.error if trial else 'torch is missing'}")
         return section
     found, driver = trial.result, _driver()
+    for device in found["others"]:
+        bf16 = "bfloat16" if device["bf16"] else "float32"
+        section.row(device["kind"], f"{device['name']}, {byte_size(device['memory'])}, {bf16} by default", device)
     for index, device in enumerate(found["devices"]):
         bf16 = "bfloat16" if device["bf16"] else "no fast bfloat16: pass --dtype float16 or float32"
         section.row(f"cuda:{index}", f"{device['name']}, {byte_size(device['memory'])}, {bf16}", device)
     if found["devices"]:
-        section.row(
-            "CUDA", f"torch is built for {found['built_for']}, driver {driver or 'unknown'}", found["built_for"]
-        )
+        built = f"torch is built for {found['built_for']}"
+        text = built if found["rocm"] else f"{built}, driver {driver or 'unknown'}"
+        section.row("ROCm" if found["rocm"] else "CUDA", text, found["built_for"])
+        return section
+    if found["others"]:
         return section
     section.row("CUDA", f"no GPU; torch is built for {found['built_for'] or 'CPUs only'}", found["built_for"])
     if driver and not found["built_for"]:

@@ -142,9 +142,26 @@ def _call(name: str) -> Any:
 
 
 def see_gpus() -> dict[str, Any]:
-    """Return the GPUs that torch sees, and the CUDA or ROCm version that it is built for."""
+    """Return the GPUs that torch sees, and the CUDA or ROCm version that it is built for; `others` are Intel's and Apple's."""
     torch: Any = importlib.import_module("torch")
-    found: dict[str, Any] = {"built_for": torch.version.cuda or torch.version.hip, "devices": []}
+    found: dict[str, Any] = {"built_for": torch.version.cuda or torch.version.hip, "rocm": bool(torch.version.hip)}
+    found |= {"devices": [], "others": []}
+    chosen = torch.accelerator.current_accelerator(check_available=True)
+    if chosen is not None and chosen.type == "mps":
+        found["others"] = [
+            {"kind": "mps", "name": "Apple GPU", "memory": torch.mps.recommended_max_memory(), "bf16": False}
+        ]
+    if chosen is not None and chosen.type == "xpu":
+        properties = [torch.xpu.get_device_properties(index) for index in range(torch.xpu.device_count())]
+        found["others"] = [
+            {
+                "kind": f"xpu:{index}",
+                "name": each.name,
+                "memory": each.total_memory,
+                "bf16": torch.xpu.is_bf16_supported(),
+            }
+            for index, each in enumerate(properties)
+        ]
     found["available"] = bool(torch.cuda.is_available())
     for index in range(torch.cuda.device_count() if found["available"] else 0):
         device = torch.cuda.get_device_properties(index)

@@ -11,6 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.machine.threads import usable_cores
 
 Task = TypeVar("Task")
+ACCELERATORS = ("cuda", "xpu", "mps")  # what `auto` chooses; torch calls AMD's GPUs (ROCm) cuda too
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ def rank_from(environment: Mapping[str, str], *, arrays: bool = True) -> Rank:
     return Rank(rank, size, local, locals_, cores)
 
 
+def accelerator() -> str | None:
+    """Return the type of the GPUs that torch can use on this machine, one of ACCELERATORS; None if there is none."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found is not None and found.type in ACCELERATORS else None
+
+
 def plan_devices(device: str, processes: int | None, rank: Rank) -> list[str]:
     """Return one torch device for each teacher process of this machine.
 
@@ -89,8 +96,8 @@ def plan_devices(device: str, processes: int | None, rank: Rank) -> list[str]:
         processes: number that the user asked for; None: one for each GPU, or on a CPU a single one that uses all cores.
         rank: rank of this process; the ranks of a machine divide its GPUs among themselves.
     """
-    if device == "auto" and torch.cuda.is_available():
-        visible = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device == "auto" and (kind := accelerator()):
+        visible = [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
         if rank.local_world_size > 1 and len(visible) > 1:
             visible = visible[rank.local_rank % len(visible) :: rank.local_world_size]
         return [visible[i % len(visible)] for i in range(processes or len(visible))]
@@ -112,9 +119,9 @@ def plan_loaders(asked: int | None, cores: int, device: str) -> int:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the torch device with this name; `auto` means CUDA if it is available."""
+    """Return the torch device with this name; `auto` means the accelerator of this machine, or the CPU if there is none."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(accelerator() or "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).fill_(1).item()  # fails on a device without memory (meta)
@@ -124,7 +131,24 @@ def resolve_device(name: str) -> torch.device:
 
 
 def forward_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of forward passes by its name in torch; `auto` is bfloat16 on CUDA, else float32."""
+    """Return the dtype of forward passes by its name in torch; `auto` is bfloat16 on CUDA and XPU, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type in ("cuda", "xpu") else torch.float32
     return getattr(torch, name)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device for people: the GPU's product name, or its type if it has none, such as cpu or mps."""
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).get_device_name(device)
+    return device.type
+
+
+def double_on(device: torch.device) -> torch.device:
+    """Return where sums in float64 are kept: on the device, but for Apple's GPUs, which have no float64, on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error says that a device has no memory left; MPS has no type of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)

@@ -60,5 +60,5 @@ def row_s(work: Work, calls: int, device: torch.device) -> float:
 
 def synchronise(device: torch.device) -> None:
     """Wait until a GPU has finished its work; return at once for a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

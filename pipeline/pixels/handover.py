@@ -115,7 +115,7 @@ def rendered(images: Tensor, num_views: int, device: torch.device) -> Tensor:
         device: a copy from page-locked memory runs on the current stream, and so does the rendering.
     """
     if images.ndim == 4:
-        return images.to(device, non_blocking=True)
+        return images.to(device, non_blocking=device.type == "cuda")  # elsewhere nobody waits before the source changes
     start = num_views * RECORD.itemsize
     records = images[:start].numpy().view(RECORD)
     return render_batch(images[start:].to(device, non_blocking=True), records)

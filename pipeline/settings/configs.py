@@ -137,10 +137,10 @@ class TeacherConfig:
         high=4096,
     )
     device: str = run_option(
-        "auto", "Device: cpu, cuda or cuda:1; auto means every visible GPU, or the CPU if there is none."
+        "auto", "Device: cpu, cuda, cuda:1, xpu or mps; auto means every visible GPU, or the CPU if there is none."
     )
     dtype: Dtype = run_option(
-        "auto", "Number format of the teacher's forward pass; auto means bfloat16 on CUDA, else float32."
+        "auto", "Number format of the teacher's forward pass; auto means bfloat16 on CUDA and XPU, else float32."
     )
     compile: bool = run_option(
         False, "Compile the teacher with torch.compile: faster on a GPU, after about a minute of compilation."

@@ -7,8 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from pipeline.errors import LabelSetCorrupt, LabelSetMismatch, NonFiniteTeacherError
 from pipeline.images.source import Source
 from pipeline.labels.checked_files import check_rows, checked_labels_footer, checked_samples
@@ -17,6 +15,7 @@ from pipeline.labels.manifest import Plan, labels_path, pixel_environment, read_
 from pipeline.labels.replay import compare_probes
 from pipeline.labels.tables import SampleRows, read_all_views
 from pipeline.machine.progress import WorkDone
+from pipeline.machine.ranks import device_name
 from pipeline.pixels.handover import renders_on_gpu
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.drafts import LabelDraft, publish_draft
@@ -196,11 +195,6 @@ def is_done(job: Job, task: LabelTask, samples: SampleRows) -> bool:
         raise error.with_fix(damaged_file(task.views)) from error.__cause__
     compare_probes(read_probes(footer.probes, path), job.recipe, job.source, {task.shard: samples}.__getitem__)
     return True
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a device for people: the GPU's product name, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _answer(pending: PendingAnswer, batch: ViewBatch, job: Job) -> Answer:

@@ -55,14 +55,14 @@ def plan_ray(nodes: Iterable[Mapping[str, float]], device: str, processes: int |
 
     Args:
         nodes: resources of each node that is alive, as Ray names them.
-        device: requested device; `auto`: every GPU of the cluster, or its cores if it has no GPU.
+        device: requested device; `auto`: every GPU of the cluster (of NVIDIA or AMD), or its cores if it has no GPU.
         processes: requested number of workers.
     """
     nodes = list(nodes)
     with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
-    if with_gpus and (device == "auto" or device.startswith("cuda")):
+    if with_gpus and (device == "auto" or device.startswith(("cuda", "xpu"))):
         cores = min(int(node.get("CPU", 1) // node["GPU"]) for node in with_gpus)
-        return "cuda", processes or sum(int(node["GPU"]) for node in with_gpus), max(1, cores)
+        return "xpu" if device.startswith("xpu") else "cuda", processes or sum(int(node["GPU"]) for node in with_gpus), max(1, cores)
     count = processes or sum(int(node.get("CPU", 0)) for node in nodes)
     return "cpu" if device == "auto" else device, max(1, count), 1
 
@@ -80,7 +80,7 @@ class _RayWorkers:
     def __init__(self, ray: Any, job: Job, teacher: Teacher, processes: int | None, tasks: Sequence[LabelTask]) -> None:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._device, count, cores = plan_ray(alive, teacher.config.device, processes)
-        needs = {"num_gpus": 1} if self._device == "cuda" else {}
+        needs = {"num_gpus": 1} if self._device in ("cuda", "xpu") else {}
         workers = plan_loaders(job.config.workers, cores, self._device)
         self._ray, self._teacher = ray, teacher
         self._job = ray.put(replace(job, cores=cores, workers=workers))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError
 from pipeline.labels.manifest import AnyTeacher, TeacherIdentity
-from pipeline.machine.ranks import forward_dtype
+from pipeline.machine.ranks import forward_dtype, ran_out_of_memory
 from pipeline.pixels.handover import rendered
 from pipeline.repeats import warn_counted
 from pipeline.settings.configs import TeacherConfig
@@ -66,10 +66,10 @@ class _ForwardPass:
     Attributes:
         images: views, uint8 [B, H, W, 3] on the device.
         mix: partners and mixes of these views, on the device.
-        hard, index, prob: the columns of `Answer` on the host; on a GPU they are valid only after `done`.
+        hard, index, prob: the columns of `Answer` on the host; on a CUDA device they are valid only after `done`.
         finite: bool [B] on the host, True for views whose logits are all finite; valid when `hard` is.
-        busy_s: compute time on a CPU in seconds, divided by the number of passes that run in parallel; 0 on a GPU.
-        began, done: start and end of the pass on a GPU; None on a CPU.
+        busy_s: compute time in seconds, on a CPU divided by the number of passes that run in parallel; 0 on a CUDA device.
+        began, done: start and end of the pass on a CUDA device; None on any other.
     """
 
     images: Tensor
@@ -223,14 +223,16 @@ class Teacher:
         """Launch a forward pass; if the device runs out of memory, halve the batch size and return None."""
         try:
             return self._launch(images, mix, topk)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             if len(images) <= 2:
                 raise TeacherError(
                     f"teacher {self.identity.name}: two views of {self.img_size} pixels do not fit into the memory of"
                     f" {self.device}: {str(error).splitlines()[0]}"
                 ) from None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()
         half = len(images) // 2
         self.batch_size = half - half % 2 or 2
         log.warning("out of memory on %s: continuing with %d views per forward pass", self.device, self.batch_size)
@@ -241,8 +243,9 @@ class Teacher:
         with torch.inference_mode():
             began = time.perf_counter()
             columns = self.top_classes(self.logits(apply_mix(images, mix)), topk)
-            # From a GPU, these copies go into pinned memory and do not wait.
-            hard, index, prob, finite = (column.to("cpu", non_blocking=True) for column in columns)
+            # From a CUDA device, these copies go into pinned memory and do not wait: an event says when they have ended.
+            later = self._copies is not None
+            hard, index, prob, finite = (column.to("cpu", non_blocking=later) for column in columns)
             return _ForwardPass(images, mix, hard, index, prob, finite, (time.perf_counter() - began) / self.threads)
 
     def _launch(self, images: Tensor, mix: MixBatch, topk: int) -> _ForwardPass:

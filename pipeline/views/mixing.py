@@ -26,8 +26,9 @@ class MixBatch:
     box: Tensor
 
     def to(self, device: torch.device | str) -> "MixBatch":
-        """Return the same mixes on a device."""
-        return MixBatch(*(tensor.to(device, non_blocking=True) for tensor in (self.partner, self.lam, self.box)))
+        """Return the same mixes on a device; copies to CUDA do not wait."""
+        later = torch.device(device).type == "cuda"
+        return MixBatch(*(tensor.to(device, non_blocking=later) for tensor in (self.partner, self.lam, self.box)))
 
 
 def mix_batch(pairs: Sequence[tuple[int, int]], mixes: Sequence[Mix], size: int) -> MixBatch:

@@ -316,6 +316,9 @@ def test_a_project_that_is_not_installed_is_a_problem(monkeypatch, tmp_path):
 GPUS = [
     # what torch says, driver file, problem
     ({"built_for": "13.0", "devices": []}, None, None),
+    ({"built_for": None, "devices": [], "others": [{"kind": "xpu:0", "name": "Max 1550", "memory": 64e9, "bf16": True}]}, None, None),
+    ({"built_for": None, "devices": [], "others": [{"kind": "mps", "name": "Apple GPU", "memory": 37e9, "bf16": False}]}, None, None),
+    ({"built_for": "7.2", "rocm": True, "devices": [{"name": "MI300X", "memory": 206e9, "capability": "9.4", "bf16": True}]}, None, None),
     ({"built_for": None, "devices": []}, "NVRM version: NVIDIA UNIX Module  580.82.07  x", "but this torch is built for CPUs only"),
     ({"built_for": "13.0", "devices": []}, "NVRM version: NVIDIA UNIX Module  470.1  x", "(470.1) is installed, but torch for CUDA 13.0 sees no GPU"),
     ({"built_for": "13.0", "devices": [{"name": "H100", "memory": 85e9, "capability": "9.0", "bf16": True}]}, "Module  580.82.07  x", None),
@@ -328,11 +331,18 @@ def test_a_driver_without_a_gpu_is_a_problem(found, driver, problem, tmp_path, m
     if driver:
         file.write_text(driver)
     monkeypatch.setattr(packages, "DRIVER", file)
+    found = {"rocm": False, "others": []} | found
     section = packages._devices(probing.Trial(packages.GPUS, found, None))
     assert [problem in each for each in told(section)] == ([True] if problem else [])
-    if found["devices"]:
+    if found["rocm"]:
+        assert value(section, "cuda:0") == "MI300X, 206.0 GB, bfloat16"
+        assert value(section, "ROCm") == "torch is built for 7.2"
+    elif found["devices"]:
         assert value(section, "cuda:0") == "H100, 85.0 GB, bfloat16"
         assert value(section, "CUDA") == "torch is built for 13.0, driver 580.82.07"
+    for other in found["others"]:
+        said = {"xpu:0": "Max 1550, 64.0 GB, bfloat16 by default", "mps": "Apple GPU, 37.0 GB, float32 by default"}
+        assert [(row.name, row.text) for row in section.rows] == [(other["kind"], said[other["kind"]])]
 
 
 def test_the_decoders_of_this_machine_agree():

@@ -7,15 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.builders import files_of, make_labels, small_recipe, small_teacher, write_tars
+from support.fake_accelerator import imitate_accelerator
 
 from pipeline.errors import UsageError
 from pipeline.images.source import open_source
 from pipeline.machine import ranks
-from pipeline.machine.ranks import Rank, plan_cores, plan_devices, plan_loaders, rank_from
+from pipeline.machine.ranks import (
+    Rank,
+    double_on,
+    forward_dtype,
+    plan_cores,
+    plan_devices,
+    plan_loaders,
+    ran_out_of_memory,
+    rank_from,
+    resolve_device,
+)
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.loop import LabelTask
 from pipeline.stage1.precompute import precompute
+from trainer.parallel import device_of
 
 TASKS = [LabelTask(f"shard-{i}", range(view, view + 2)) for view in (0, 2) for i in range(5)]
 SETTINGS: dict[str, Any] = {"views": (0, 6), "views_per_shard": 2, "workers": 0, "accuracy_samples": 0}
@@ -183,9 +196,52 @@ def test_ranks_that_begin_one_after_the_other_share_out_the_same_tasks(tmp_path,
     ],
 )
 def test_there_is_a_process_for_each_gpu_of_this_rank(monkeypatch, gpus, device, processes, rank, devices):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    imitate_accelerator(monkeypatch, "cuda", gpus)
     assert plan_devices(device, processes, rank) == devices
+
+
+DEVICES = [
+    # accelerator that torch finds, number, devices of a rank, the device that auto is, its dtype, where float64 is kept
+    (None, 0, ["cpu"], "cpu", torch.float32, "cpu"),
+    ("cuda", 2, ["cuda:0", "cuda:1"], "cuda", torch.bfloat16, "cuda"),  # AMD's GPUs too
+    ("cuda", 0, ["cpu"], "cpu", torch.float32, "cpu"),  # a torch that is built for CUDA, without a GPU
+    ("xpu", 2, ["xpu:0", "xpu:1"], "xpu", torch.bfloat16, "xpu"),
+    ("mps", 1, ["mps:0"], "mps", torch.float32, "cpu"),
+    ("hpu", 1, ["cpu"], "cpu", torch.float32, "cpu"),  # nobody has looked at it: only by its name
+]
+
+
+@pytest.mark.parametrize(("kind", "number", "devices", "auto", "dtype", "doubles"), DEVICES, ids=range(len(DEVICES)))
+def test_auto_chooses_the_accelerator_of_the_machine(monkeypatch, kind, number, devices, auto, dtype, doubles):
+    imitate_accelerator(monkeypatch, kind, number)
+    assert plan_devices("auto", None, Rank()) == devices
+    assert plan_devices("auto", 1, Rank()) == devices[:1]
+    device = resolve_device("auto")
+    assert device == torch.device(auto)
+    assert forward_dtype("auto", device) == dtype
+    assert forward_dtype("float16", device) == torch.float16
+    assert double_on(device) == torch.device(doubles)
+
+
+@pytest.mark.parametrize(("kind", "asked", "device"), [
+    ("cuda", "cuda", "cuda:3"), ("xpu", "xpu", "xpu:3"), ("xpu", "auto", "xpu:3"), ("xpu", "xpu:1", "xpu:1"), ("xpu", "cuda", "cuda"),
+    ("xpu", "cpu", "cpu"), (None, "cpu", "cpu"), (None, "cuda", "cuda"),
+])  # fmt: skip
+def test_each_rank_of_a_machine_trains_on_its_own_gpu(monkeypatch, kind, asked, device):
+    imitate_accelerator(monkeypatch, kind, 4)
+    assert device_of(asked, Rank(3, 4, 3, 4)) == device
+
+
+@pytest.mark.parametrize(
+    ("error", "no_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 MiB, max allowed: 7.93 GiB)"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_device_without_memory_is_told_from_a_wrong_network(error, no_memory):
+    assert ran_out_of_memory(error) == no_memory
 
 
 @pytest.mark.parametrize(

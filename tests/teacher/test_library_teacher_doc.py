@@ -17,7 +17,7 @@ MADE = [("shards-own", "module/SmallNet", False), ("shards-both-ways", "callable
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("example", "made"), zip(EXAMPLES, MADE, strict=True), ids=[name for name, *_ in MADE])
+@pytest.mark.parametrize(("example", "made"), list(zip(EXAMPLES, MADE, strict=True)), ids=[name for name, *_ in MADE])
 def test_an_example_makes_the_label_set_that_it_names(tmp_path, monkeypatch, capsys, example, made):
     out, teacher, unseen = made
     rng = np.random.default_rng(0)

@@ -390,7 +390,14 @@ def test_the_path_of_a_gpu_gives_the_answers_of_the_pool(size):
     assert direct.busy_s > 0
 
 
-def test_a_pass_that_does_not_fit_is_halved_and_no_view_is_lost(caplog):
+@pytest.mark.parametrize(
+    "no_memory",
+    [
+        torch.OutOfMemoryError("out of memory\nand a stack"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 MiB, max allowed: 7.93 GiB)"),
+    ],
+)
+def test_a_pass_that_does_not_fit_is_halved_and_no_view_is_lost(caplog, no_memory):
     images, mix = mixed_batch(64)
     teacher = teacher_of("test_resnet", pretrained=False, num_classes=6, img_size=16)
     expected = teacher.ask(images, mix, 4).result()
@@ -400,7 +407,7 @@ def test_a_pass_that_does_not_fit_is_halved_and_no_view_is_lost(caplog):
     def small_memory(images: torch.Tensor, *arguments):
         sizes.append(len(images))
         if len(images) > 20:
-            raise torch.OutOfMemoryError("out of memory\nand a stack")
+            raise no_memory
         return compute(images, *arguments)
 
     teacher._compute = small_memory

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.images.source import Source
+from pipeline.machine.ranks import double_on
 from pipeline.storage.place import File
 from pipeline.text import count
 from pipeline.views.draws import stream_of
@@ -226,14 +227,15 @@ def fit_linear(
     places = labelled_places(source, student, why="fit concat_linear on") if places is None else places
     _check_images(student, source, places)
     log.info("fitting concat_linear on %s images of %s", f"{len(places):,}", source.location)
-    start = _heads_as_one(student)
+    where = double_on(running.device)
+    start = tuple(each.to(where) for each in _heads_as_one(student))
 
     def mean_of_heads(tokens: Tensor) -> Tensor:
         return nn.functional.linear(tokens, *start)
 
     keys = [source.shards[shard].keys[row] for shard, row in places]
     batches = _tokens(student, centre_crops(student, source, places, running, crop_pct=crop_pct), running)
-    sums = Sums(start[0].shape[1], student.num_classes, running.device)
+    sums = Sums(start[0].shape[1], student.num_classes, where)
     rows, labels = _add_all_but(_held_out(keys, student.num_classes), sums, batches, mean_of_heads)
     choice = _choose(sums, rows, labels, mean_of_heads)
     sums.add(rows, _residual(mean_of_heads(rows), labels))
@@ -264,9 +266,9 @@ def fit_linear(
 def _tokens(
     student: Student, crops: Iterable[tuple[Tensor, Tensor]], running: Running
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield concatenated tokens, float32 [B, 2D], and class labels, int64 [B], of batches of images, on one device."""
+    """Yield concatenated tokens, float32 [B, 2D], and class labels, int64 [B], of batches of images, where sums in float64 are kept."""
     for images, class_label in crops:
-        tokens = answers_of(student, images, running, _finite_tokens)["tokens"]
+        tokens = answers_of(student, images, running, _finite_tokens)["tokens"].to(double_on(running.device))
         yield tokens, class_label.to(tokens.device)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from pipeline.machine.ranks import forward_dtype, resolve_device
+from pipeline.machine.ranks import device_name, forward_dtype, ran_out_of_memory, resolve_device
 from pipeline.machine.timing import row_s, synchronise
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json
@@ -82,8 +82,10 @@ class _Timed:
             try:
                 self.answer(self.batch(2 * size))
                 synchronise(self.device)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                torch.get_device_module(self.device).empty_cache()
                 break
             size *= 2
         return size
@@ -109,7 +111,7 @@ def bench_inference(config: InferenceConfig, locations: Sequence[str]) -> dict[s
         for network in find_networks(locations)
     }
     rows = [asdict(rate) for rate in _rates(config, timed)]
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    gpu = None if device.type == "cpu" else device_name(device)
     result = {"kind": "speed", "version": 1, "device": device.type, "gpu": gpu, "torch": torch.__version__}
     result |= {"threads": torch.get_num_threads() if device.type == "cpu" else None, "rows": rows}
     if config.out is not None:

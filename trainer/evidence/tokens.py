@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
+from pipeline.machine.ranks import double_on
 from pipeline.storage.atomic import replace_file
 from trainer.parallel import Running
 from trainer.student import Student
@@ -58,7 +59,7 @@ class LinearCKA:
 
     def add(self, first: Tensor, second: Tensor) -> None:
         """Add the features of a batch of images, float [B, D] each."""
-        both = torch.cat([first, second], dim=1).double()
+        both = torch.cat([first, second], dim=1).to(double_on(first.device)).double()
         self._count += len(both)
         self._total = self._total + both.sum(dim=0)
         self._products = self._products + both.T @ both
