@@ -149,6 +149,12 @@ def double_on(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def free_unused_memory(device: torch.device) -> None:
+    """Give memory that torch keeps for later tensors back to a GPU; on a CPU torch keeps none."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
 def ran_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error says that a device has no memory left; MPS has no type of its own for it."""
     return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)

@@ -62,7 +62,11 @@ def plan_ray(nodes: Iterable[Mapping[str, float]], device: str, processes: int |
     with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
     if with_gpus and (device == "auto" or device.startswith(("cuda", "xpu"))):
         cores = min(int(node.get("CPU", 1) // node["GPU"]) for node in with_gpus)
-        return "xpu" if device.startswith("xpu") else "cuda", processes or sum(int(node["GPU"]) for node in with_gpus), max(1, cores)
+        return (
+            "xpu" if device.startswith("xpu") else "cuda",
+            processes or sum(int(node["GPU"]) for node in with_gpus),
+            max(1, cores),
+        )
     count = processes or sum(int(node.get("CPU", 0)) for node in nodes)
     return "cpu" if device == "auto" else device, max(1, count), 1
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import NonFiniteTeacherError, TeacherError
 from pipeline.labels.manifest import AnyTeacher, TeacherIdentity
-from pipeline.machine.ranks import forward_dtype, ran_out_of_memory
+from pipeline.machine.ranks import forward_dtype, free_unused_memory, ran_out_of_memory
 from pipeline.pixels.handover import rendered
 from pipeline.repeats import warn_counted
 from pipeline.settings.configs import TeacherConfig
@@ -231,8 +231,7 @@ class Teacher:
                     f"teacher {self.identity.name}: two views of {self.img_size} pixels do not fit into the memory of"
                     f" {self.device}: {str(error).splitlines()[0]}"
                 ) from None
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).empty_cache()
+        free_unused_memory(self.device)
         half = len(images) // 2
         self.batch_size = half - half % 2 or 2
         log.warning("out of memory on %s: continuing with %d views per forward pass", self.device, self.batch_size)

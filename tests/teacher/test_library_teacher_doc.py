@@ -27,7 +27,7 @@ def test_an_example_makes_the_label_set_that_it_names(tmp_path, monkeypatch, cap
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "0.png")
     (tmp_path / "example.py").write_text(example)
     monkeypatch.chdir(tmp_path)
-    runpy.run_path("example.py", run_name="__main__")
+    runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")  # the loaders import it, too
     assert teacher in capsys.readouterr().out
     labels = LabelSet.open(out)
     (identity,) = labels.plan.teacher.members

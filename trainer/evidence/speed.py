@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from pipeline.machine.ranks import device_name, forward_dtype, ran_out_of_memory, resolve_device
+from pipeline.machine.ranks import device_name, forward_dtype, free_unused_memory, ran_out_of_memory, resolve_device
 from pipeline.machine.timing import row_s, synchronise
 from pipeline.storage.atomic import replace_file
 from pipeline.storage.json import pretty_json
@@ -85,7 +85,7 @@ class _Timed:
             except RuntimeError as error:
                 if not ran_out_of_memory(error):
                     raise
-                torch.get_device_module(self.device).empty_cache()
+                free_unused_memory(self.device)
                 break
             size *= 2
         return size
