@@ -64,7 +64,16 @@ def members(node: ast.ClassDef) -> Iterator[tuple[str, str, ast.AST]]:
     for each in node.body:
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and each.target.id[0] != "_":
             default = f" = {ast.unparse(each.value)}" if each.value else ""
-            yield each.target.id, f": {ast.unparse(each.annotation)}{default}", each
+            kind = (
+                each.annotation
+            )  # of Annotated only the type: the limits of a recipe's fields have tests of their own
+            if (
+                isinstance(kind, ast.Subscript)
+                and isinstance(kind.slice, ast.Tuple)
+                and ast.unparse(kind.value) == "Annotated"
+            ):
+                kind = kind.slice.elts[0]
+            yield each.target.id, f": {ast.unparse(kind)}{default}", each
         if isinstance(each, ast.FunctionDef) and (each.name[0] != "_" or each.name in ("__init__", "__getitem__")):
             kinds = [ast.unparse(kind) for kind in each.decorator_list]
             yield each.name, f"{signature(each)}{''.join(f' @{kind}' for kind in kinds)}", each

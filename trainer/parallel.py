@@ -157,9 +157,8 @@ def _store_of_this_start(rank: int, environment: Mapping[str, str]) -> dist.Stor
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     agents = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
     if rank == 0:
-        with socket.create_connection(
-            (host, port)
-        ) as line:  # shows the address under which this machine reaches the agents
+        with socket.create_connection((host, port)) as line:
+            # The address of this machine on the way to the agents, or theirs if they are on this machine.
             own, theirs = line.getsockname()[0], line.getpeername()[0]
         host = host if own == theirs else own
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)

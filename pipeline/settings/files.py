@@ -163,8 +163,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        known = f"a recipe is one of {', '.join(PRESETS)} or a YAML file, got {str(path)!r}"
-        raise RecipeError(known, fix=did_you_mean(str(path), PRESETS))
+        raise RecipeError(
+            f"a recipe is one of {', '.join(PRESETS)} or a YAML file, got {str(path)!r}",
+            fix=did_you_mean(str(path), PRESETS),
+        )
     try:
         values = read_yaml(path)
     except UsageError as error:

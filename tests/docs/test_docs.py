@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -37,7 +38,7 @@ def test_the_pages_show_commands():
 def test_a_shown_command_parses(line, monkeypatch):
     monkeypatch.chdir(ROOT)  # a file of settings that is shown must be there
     args = shlex.split(line, comments=True)[1:]
-    args = args[: args.index(">")] if ">" in args else args  # the shell's
+    args = list(takewhile(lambda each: each not in (">", "&"), args))  # the rest is the shell's
     command: click.Command = cli.commands
     while isinstance(command, click.Group):
         chosen = command.commands[args.pop(0)]
