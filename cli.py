@@ -50,6 +50,7 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.console import say_counts, set_up, shown_progress
+from trainer.exports.config import StudentExportConfig
 
 log = logging.getLogger("deit_cli")
 
@@ -227,6 +228,31 @@ def report(paths: tuple[str, ...], as_json: bool, **values: Any) -> None:
 
     page = write_report(config, paths)
     show_result(file_record(page, data=str(config.data_file)) if as_json else str(page))
+
+
+@commands.command(name="export")
+@click.argument("run", metavar="RUN|URL")
+@options_of(StudentExportConfig)
+@AS_JSON
+def export_run(run: str, as_json: bool, **values: Any) -> None:
+    """Export a student for timm, ONNX Runtime or torch.export.
+
+    RUN is the folder of a run (its best/, or else its last/ is used), or a folder that `train` exported; of such a folder also a
+    URL. The export is compared with the student before it is published. It has a model card and export.json, which says where it
+    comes from, and needs nothing of this project.
+
+    \b
+    Examples:
+      deit-cli export runs/deit-s --to timm --license apache-2.0 --push hf://user/deit-s
+      deit-cli export runs/deit-s --to onnx --answer class_head --answer distillation_head --preprocess nhwc
+      deit-cli export runs/deit-s --to onnx --precision int8 --data imagenet/val --out deit-s-int8
+      deit-cli export runs/deit-s --to torch
+    """
+    config = StudentExportConfig(**values)
+    from trainer.exports.export import export_student, export_table
+
+    result = export_student(run, config)
+    show_result(result if as_json else export_table(result))
 
 
 @commands.command()
