@@ -37,6 +37,7 @@ COMMANDS = [
     ("man --out OUT", set()),
     ("recipes", set()),
     ("runs SET", set()),
+    ("export --help", set()),
     ("labels info SET", TABLES),
     ("labels info --json SET", TABLES),
     ("labels audit SET", TABLES),

@@ -38,6 +38,7 @@ ROOMS = {
     "evidence": GROUND
     | {"storage", "machine", "weights", "images", "views", "pixels", "labels", "overview", "settings", "trainer"},
     "studies": GROUND | {"storage", "machine", "images", "views", "labels", "settings", "trainer", "evidence"},
+    "exports": GROUND | {"storage", "images", "overview", "settings", "trainer", "evidence"},
 }
 MOST_MODULES = 13  # in a room; evidence has most
 
@@ -45,13 +46,15 @@ MOST_MODULES = 13  # in a room; evidence has most
 KEEPERS = {
     "click": {"cli", "pipeline.settings", "trainer.console"},
     "rich": {"trainer.console", "pipeline.text"},
-    "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export"},
+    "timm": {"pipeline.weights", "pipeline.teacher", "trainer.student", "trainer.weights", "trainer.optim", "trainer.run", "trainer.export", "trainer.exports.export"},
     "pyarrow": {"pipeline.labels.tables", "pipeline.labels.parquet_guard", "pipeline.exchange.imports", "pipeline.images.parquet", "pipeline.images.index", "pipeline.images.columns", "pipeline.images.labels_file", "pipeline.images.samples", "trainer.evidence.scores", "trainer.studies.images"},
     "pydantic": {"pipeline.exchange.import_record", "pipeline.storage.json", "pipeline.views.recipe", "pipeline.teacher.loading", "pipeline.labels.tables", "pipeline.labels.manifest", "pipeline.labels.comparing"},
     "yaml": {"pipeline.storage.yaml"},
     "fsspec": {"pipeline.storage.remote", "pipeline.storage.stores"},
     "aiohttp": {"pipeline.storage.stores"},
-    "huggingface_hub": {"pipeline.storage.stores"},
+    "huggingface_hub": {"pipeline.storage.stores", "trainer.exports.card", "trainer.exports.push"},
+    "onnx": {"trainer.exports.onnx_file"},
+    "onnxruntime": {"trainer.exports.onnx_file"},
     "matplotlib": {"pipeline.overview.sheet", "trainer.evidence.demo", "trainer.evidence.plots", "trainer.evidence.tokens"},
     "jinja2": {"trainer.evidence.page"},
     "markupsafe": {"trainer.evidence.page"},
@@ -65,7 +68,7 @@ KEEPERS = {
 }  # fmt: skip
 NO_TORCH = {"storage", "images", "settings", "sharing", "doctor"}  # rooms; pixels and networks are elsewhere
 NO_TORCH_MODULES = {
-    "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "trainer.studies.study", "trainer.studies.images", "trainer.studies.steps", "trainer.studies.keeper", "pipeline.views.draws", "pipeline.views.exact", "pipeline.views.noise", "pipeline.views.recipe", "pipeline.views.randaugment", "pipeline.views.view", "pipeline.views.pairs", "pipeline.pixels.packed", "pipeline.pixels.kernel", "pipeline.pixels.render",
+    "cli", "trainer.config", "trainer.order", "trainer.evidence.audit", "trainer.studies.study", "trainer.studies.images", "trainer.studies.steps", "trainer.studies.keeper", "trainer.exports.config", "pipeline.views.draws", "pipeline.views.exact", "pipeline.views.noise", "pipeline.views.recipe", "pipeline.views.randaugment", "pipeline.views.view", "pipeline.views.pairs", "pipeline.pixels.packed", "pipeline.pixels.kernel", "pipeline.pixels.render",
     "pipeline.labels.format", "pipeline.labels.encoding", "pipeline.labels.tables", "pipeline.labels.manifest",
     "pipeline.labels.labelset", "pipeline.labels.checked_files", "pipeline.labels.sealing", "pipeline.labels.comparing", "pipeline.overview.summary",
     "pipeline.overview.card", "pipeline.labels.combined", "pipeline.overview.recipes", "trainer.folders",
@@ -100,7 +103,7 @@ def ours(name: str) -> set[str]:
 
 def room_of(name: str) -> str:
     parts = name.split(".")
-    if parts[0] == "trainer" and len(parts) > 1 and parts[1] in ("evidence", "studies"):
+    if parts[0] == "trainer" and len(parts) > 1 and parts[1] in ("evidence", "studies", "exports"):
         return parts[1]
     return parts[1] if parts[0] == "pipeline" and len(parts) > 1 else parts[0]
 

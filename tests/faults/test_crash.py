@@ -26,6 +26,7 @@ INJECTED = {
     "bench stage2": ("trainer.bench.bench_training", ["--labels", LABELS]),
     "evaluate": ("trainer.evidence.scores.open_student", ["--model", "test_resnet", "--data", DATA]),
     "report": ("trainer.evidence.report.collect", [LABELS]),
+    "export": ("trainer.exports.export.open_origin", ["run", "--to", "timm"]),
     "bench inference": ("trainer.evidence.speed.find_networks", ["timm:test_resnet"]),
     "analyse": ("trainer.evidence.analyse.find_networks", ["run"]),
     "labels info": ("pipeline.overview.summary.summarise", [LABELS]),

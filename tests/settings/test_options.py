@@ -86,6 +86,7 @@ BEGIN = {
     "bench stage2": f"--labels {{labels}} {TINY} --seconds 0.1",
     "evaluate": "--checkpoint {run}/last --data {data} -j 0",
     "report": "{run} {labels} -j 0",
+    "export": "{run} --to onnx --out out",
     "bench inference": "{run} --seconds 0.01",
     "analyse": "{run} -j 0",
     "labels info": "{labels}",
@@ -379,6 +380,27 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--gallery 0 --json", seen=said(path="report.html", data="report-data.json")),
         Trial("--out page", "--out must be a page, FILE.html, got page"),
     ],
+    "export": [
+        Trial("-c {folder}/export.yaml", seen=lambda got: "class_head" in got.output),
+        Trial("--to timm --license apache-2.0 --dataset imagenet-1k", seen=exists("out/model.safetensors", "out/README.md")),
+        Trial("--to torch --out here --preprocess nchw --json", seen=is_json),
+        Trial("--to torch --precision float16", "--precision float16 is for --to onnx"),
+        Trial("--answer sum_softmax --answer class_head --preprocess nhwc", seen=lambda got: "uint8 [batch, 16, 16, 3]" in got.output),
+        Trial("--to timm --preprocess none --answer class_head", "--answer is part of a graph"),
+        Trial("--answer nobody", "--answer must be one of class_head, distillation_head"),
+        Trial("--precision float32 --data {data} --samples 10 --crop-pct 0.5 -j 1", seen=lambda got: "10 images" in got.output),
+        Trial(f"--data {{copy}} {READING}", seen=lambda got: "with a class label" in got.output),
+        UNREAD,
+        Trial("--precision int8 --calibration-data {data} --calibration-samples 4", seen=exists("out/model.onnx")),
+        Trial("--calibration-data {data}", "--calibration-data sets the ranges of --precision int8"),
+        Trial("--answer concat_linear --concat-linear {folder}/none.safetensors", "no such file"),
+        Trial("--concat-linear {folder}/none.safetensors", "is the classifier of --answer concat_linear"),
+        Trial("--license other --license-name Ours --license-link https://example.org/licence", seen=exists("out/README.md")),
+        Trial("--license-name Ours", "pass --license other too"),
+        Trial("--push hf://user/name --private", "hf://user/name: "),
+        Trial("--push hf://datasets/user/name", "--push must be a model repository"),
+        Trial("--private", "--private is about the repository of --push"),
+    ],
     "bench inference": [
         Trial("-c {folder}/speed.yaml", seen=lambda got: got.settings["batch_size"] == (3,)),
         Trial(
@@ -579,7 +601,9 @@ def given(command: str, arguments: list[str]) -> dict[str, Any]:
     known = {flag: option for option in COMMANDS[command].params for flag in (*option.opts, *option.secondary_opts)}
     kept = [a for a in arguments if a not in ("-c", "--config")]  # a file that is not there yet
     kept = [
-        a for a in kept if not a.endswith(("train.yaml", "labels.yaml", "evaluate.yaml", "report.yaml", "speed.yaml"))
+        a
+        for a in kept
+        if not a.endswith(("train.yaml", "labels.yaml", "evaluate.yaml", "report.yaml", "speed.yaml", "export.yaml"))
     ]
     context = COMMANDS[command].make_context(command, kept, resilient_parsing=True)
     values = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is ParameterSource.COMMANDLINE}
@@ -660,6 +684,7 @@ def world(tmp_path_factory) -> dict[str, str]:
     (folder / "labels.yaml").write_text("topk: 1\nset: {scale: [0.5, 1.0]}\n")
     (folder / "evaluate.yaml").write_text("crop_pct: 0.5\n")
     (folder / "report.yaml").write_text("title: A report\ngallery: 0\n")
+    (folder / "export.yaml").write_text("answer: [class_head]\n")
     (folder / "speed.yaml").write_text("batch_size: [3]\n")
     (folder / "recipe.yaml").write_text("preset: deit\nimg_size: 16\nscale: [0.4, 1.0]\n")
     write_key(folder, "team")  # team.pem and team.pub

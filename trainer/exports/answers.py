@@ -52,6 +52,11 @@ class Answers(nn.Module):
             [B, 3, H, W], which are normalised here.
     """
 
+    mean: Tensor
+    std: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor
+
     def __init__(
         self, student: Student, names: Sequence[str], *, preprocess: Preprocess = "none", linear: Linear | None = None
     ) -> None:
@@ -78,7 +83,7 @@ class Answers(nn.Module):
         if LINEAR not in self.names:
             return fused_logits(self.student(images))
         tokens = self.student.tokens(images)
-        fitted: Any = nn.functional.linear(concatenated(*tokens), self.linear_weight, self.linear_bias)
+        fitted = nn.functional.linear(concatenated(*tokens), self.linear_weight, self.linear_bias)
         return fused_logits(self.student.read(*tokens)) | {LINEAR: fitted}
 
     def input_of(self, pixels: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def card_text(record: Mapping[str, Any], student: Student, graph: Answers | None
     lines = [
         f"# {code_span(source['name'])}",
         "",
-        f"An image classifier: {code_span(str(source['model']))}, {source['parameters'] / 1e6:.1f} million parameters,"
+        f"An image classifier: {code_span(str(source['model']))}, {source['parameters']:,} parameters,"
         f" {source['num_classes']:,} classes, images of {student.img_size} x {student.img_size} pixels."
         " Trained and exported with deit-cli.",
         *_section("How to load it", _loading(student, graph, config)),
@@ -227,7 +227,9 @@ def _licence(config: StudentExportConfig) -> str:
 def _origin(record: Mapping[str, Any]) -> list[str]:
     source = record["source"]
     return [
-        f"- Run {code_span(source['name'])}" + (f", its folder `{source['weights']}/`" if source["weights"] else ""),
+        f"- Run {code_span(source['name'])}, its folder `{source['weights']}/`"
+        if source["weights"]
+        else f"- Folder {code_span(source['name'])}",
         f"- SHA-256 of the `model.safetensors` that was exported: `{source['weights_sha256']}`",
         f"- SHA-256 of its tensors: `{source['student_sha256']}`",
         f"- Made with {code_spans(record['versions'])}",

@@ -80,6 +80,8 @@ def _make(origin: Origin, stage: Path, config: StudentExportConfig) -> dict[str,
     linear = _linear(origin, config) if LINEAR in names else None
     graph = Answers(student, names, preprocess=config.preprocess, linear=linear)
     known: dict[str, Any] = {} if config.to == "timm" else {"graph": graph.described()}
+    if config.precision == "int8":
+        known["quantisation"] = "dynamic" if config.calibration_data is None else "static"
     versions = _versions() | _write(graph, stage, config)
     found = compare(graph, _open(graph, stage, config), *checking_images(config, student))
     if config.precision == "float32":

@@ -28,6 +28,8 @@ _WHOLE, _PLAIN = "whole.onnx", "plain.onnx"  # steps on the way to a quantised f
 MOST_BYTES = 1_900_000_000  # of weights in one file; a protocol buffer holds 2 GiB at most
 LEAST_QUANTISED = 0.5  # share of the weights in an int8 file that must be int8
 _LINEAR_LAYERS = ["MatMul", "Gemm"]  # dynamic quantisation of convolutions is slower than float32
+# The tool would quantise additions and normalisations too: then a tiny DeiT kept 7 % of its answers instead of 87 %.
+_LAYERS = [*_LINEAR_LAYERS, "Conv"]
 
 
 def check_extra() -> None:
@@ -42,7 +44,7 @@ def check_extra() -> None:
 
 
 def write_onnx(graph: Answers, folder: Path, config: StudentExportConfig) -> dict[str, Any]:
-    """Write the file for any size of batch, and return the facts about it.
+    """Write the file for any size of batch, and return the versions that made it.
 
     Raises:
         UsageError: int8 leaves most of the weights in float32.
@@ -64,7 +66,7 @@ def write_onnx(graph: Answers, folder: Path, config: StudentExportConfig) -> dic
         if config.precision == "float16":
             _to_float16(path)
         if config.precision == "int8":
-            facts["quantisation"] = _to_int8(graph, path, config)
+            _to_int8(graph, path, config)
     return facts
 
 
@@ -125,8 +127,8 @@ def _to_float16(path: Path) -> None:
 # --- int8 -------------------------------------------------------------------------------------------------------------
 
 
-def _to_int8(graph: Answers, path: Path, config: StudentExportConfig) -> str:
-    """Replace a float32 file by an int8 one; return how it was quantised."""
+def _to_int8(graph: Answers, path: Path, config: StudentExportConfig) -> None:
+    """Replace a float32 file by an int8 one."""
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -142,13 +144,14 @@ def _to_int8(graph: Answers, path: Path, config: StudentExportConfig) -> str:
             quantize_dynamic(plain, path, op_types_to_quantize=_LINEAR_LAYERS, **common)
         else:
             reader = _calibration(graph, config)
-            quantize_static(plain, path, reader, activation_type=QuantType.QUInt8, **common)
+            quantize_static(
+                plain, path, reader, op_types_to_quantize=_LAYERS, activation_type=QuantType.QUInt8, **common
+            )
     finally:
         logging.root.setLevel(level)
     _check_quantised(path, calibrated=config.calibration_data is not None)
     whole.unlink()
     plain.unlink()
-    return "dynamic" if config.calibration_data is None else "static"
 
 
 def _calibration(graph: Answers, config: StudentExportConfig) -> Any:

@@ -16,7 +16,7 @@ _OF_THIS_MACHINE = ("stack_trace", "source_fn_stack", "nn_module_stack", "from_n
 
 
 def write_program(graph: Answers, folder: Path) -> dict[str, Any]:
-    """Write the program for any size of batch, and return the facts about it."""
+    """Write the program for any size of batch, and return the versions that made it."""
     sizes = {INPUT: {0: torch.export.Dim.DYNAMIC}}
     program = torch.export.export(graph, (graph.example,), dynamic_shapes=sizes)
     for module in program.graph_module.modules():
