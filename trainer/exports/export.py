@@ -62,7 +62,7 @@ def export_student(location: str, config: StudentExportConfig) -> dict[str, Any]
         record = _publish(stage, folder, record, earlier)
     result = record | {"folder": str(folder)}
     if config.repository is not None:
-        names = [*record["files"], CARD_NAME, RECORD_NAME]
+        names = sorted({*record["files"], CARD_NAME, RECORD_NAME})  # a card that was changed by hand too
         message = f"Export {origin.network.name} to {config.to}"
         address = push_folder(folder, names, config.repository, private=config.private, message=message)
         result["pushed"] = address

@@ -32,7 +32,7 @@ def push_folder(folder: Path, names: list[str], repository: str, *, private: boo
         raise _named(repository, folder, error) from error
     except (
         Exception
-    ) as error:  # no network (each version has other errors), no token, a name that the Hub does not allow
+    ) as error:  # no network, no token, an impossible name: other exceptions in each version of the library
         raise StorageError(
             f"hf://{repository}: {' '.join(str(error).split())[:300]}", fix=f"The export is complete in {folder}"
         ) from error
