@@ -132,6 +132,7 @@ CANNOT = {
     r"^sbatch ": "Slurm",
     r"^ray start|--engine ray": "a Ray cluster, which tests/stage1/test_ray.py starts",
     r"^deit-cli completion ": "it writes into the user's home; tests/settings/test_completion.py runs the scripts in shells",
+    r"--push hf://": "the Hub, which needs the network; tests/exports/test_card_and_push.py pushes to one on this machine",
     r"--identity-provider": "Sigstore, which needs the network and somebody's identity",
     r"^mkdir -p imagenet/train imagenet/val": "the archives of ILSVRC",
     r"^python train\.py": "timm's script is in no package; tests/exchange/test_export.py reads the export with timm",
