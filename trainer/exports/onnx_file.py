@@ -24,7 +24,7 @@ from trainer.exports.checking import Answering, crop_batches
 from trainer.exports.config import StudentExportConfig
 
 FILE_NAME, WEIGHTS_NAME = "model.onnx", "model.onnx.data"
-_WHOLE, _PLAIN = "whole.onnx", "plain.onnx"  # steps on the way to a quantised file
+_WHOLE = "whole.onnx"  # the float32 file, from which the tools make the quantised one
 MOST_BYTES = 1_900_000_000  # of weights in one file; a protocol buffer holds 2 GiB at most
 LEAST_QUANTISED = 0.5  # share of the weights in an int8 file that must be int8
 _LINEAR_LAYERS = ["MatMul", "Gemm"]  # dynamic quantisation of convolutions is slower than float32
@@ -116,6 +116,9 @@ def _refuse_large(path: Path, precision: str) -> None:
 
 def _to_float16(path: Path) -> None:
     import onnx
+
+    # First: it needs modules from a folder that `transformers` puts on sys.path only once, and sys.path may change.
+    import onnxruntime.quantization
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     _refuse_large(path, "float16")
@@ -130,28 +133,25 @@ def _to_float16(path: Path) -> None:
 def _to_int8(graph: Answers, path: Path, config: StudentExportConfig) -> None:
     """Replace a float32 file by an int8 one."""
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     _refuse_large(path, "int8")
-    whole, plain = path.with_name(_WHOLE), path.with_name(_PLAIN)
+    whole = path.with_name(_WHOLE)
     path.rename(whole)
     common: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8}
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # the tools write advice to the root logger
     try:
-        quant_pre_process(whole, plain, skip_symbolic_shape=True)
         if config.calibration_data is None:
-            quantize_dynamic(plain, path, op_types_to_quantize=_LINEAR_LAYERS, **common)
+            quantize_dynamic(whole, path, op_types_to_quantize=_LINEAR_LAYERS, **common)
         else:
             reader = _calibration(graph, config)
             quantize_static(
-                plain, path, reader, op_types_to_quantize=_LAYERS, activation_type=QuantType.QUInt8, **common
+                whole, path, reader, op_types_to_quantize=_LAYERS, activation_type=QuantType.QUInt8, **common
             )
     finally:
         logging.root.setLevel(level)
     _check_quantised(path, calibrated=config.calibration_data is not None)
     whole.unlink()
-    plain.unlink()
 
 
 def _calibration(graph: Answers, config: StudentExportConfig) -> Any:
