@@ -34,7 +34,8 @@ _LAYERS = [*_LINEAR_LAYERS, "Conv"]
 
 def check_extra() -> None:
     """Raise UsageError if a package of the extra `onnx` is missing."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    # ONNX Runtime's tools import modules from a folder that they put on sys.path only once: all are imported here, together.
+    for name in ("onnx", "onnxscript", "onnxruntime", "onnxruntime.quantization"):
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -117,8 +118,6 @@ def _refuse_large(path: Path, precision: str) -> None:
 def _to_float16(path: Path) -> None:
     import onnx
 
-    # First: it needs modules from a folder that `transformers` puts on sys.path only once, and sys.path may change.
-    import onnxruntime.quantization
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     _refuse_large(path, "float16")
