@@ -117,7 +117,6 @@ def _refuse_large(path: Path, precision: str) -> None:
 
 def _to_float16(path: Path) -> None:
     import onnx
-
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     _refuse_large(path, "float16")
