@@ -50,6 +50,7 @@ class Answers(nn.Module):
         names: names of the answers, in the order of the tuple.
         preprocess: `none`: the images are normalised, float32 [B, 3, H, W]; `nhwc` and `nchw`: pixels, uint8 [B, H, W, 3] and
             [B, 3, H, W], which are normalised here.
+        linear: linear classifier of both tokens, or None.
     """
 
     mean: Tensor
@@ -65,6 +66,7 @@ class Answers(nn.Module):
         self.names, self.preprocess = tuple(names), preprocess
         for name, values in (("mean", student.mean), ("std", student.std)):
             self.register_buffer(name, torch.tensor(values)[None, :, None, None] * 255)
+        self.linear = linear
         if linear is not None:
             self.register_buffer("linear_weight", linear.weight)
             self.register_buffer("linear_bias", linear.bias)

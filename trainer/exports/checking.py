@@ -12,10 +12,11 @@ from pipeline.errors import CheckpointError
 from pipeline.images.source import open_source
 from trainer.evaluate import Tally, check_finite
 from trainer.evidence.analyse import UNKNOWN, Crops
+from trainer.evidence.scores import EveryAnswer
 from trainer.exports.answers import Answers
 from trainer.exports.config import StudentExportConfig
 from trainer.parallel import Running, World
-from trainer.student import Student
+from trainer.student import Student, normalise
 
 Answering = Callable[[Tensor], Mapping[str, Tensor]]  # input of the graph -> answers [B, C] by name
 Seen = tuple[Tensor, Tensor]  # pixels float32 [B, 3, H, W], whole numbers in 0..255; class labels int64 [B] or UNKNOWN
@@ -124,12 +125,14 @@ def compare(graph: Answers, exported: Answering, where: str, batches: Iterable[S
     for number, (pixels, label) in enumerate(batches):
         images = graph.input_of(pixels)
         if number == 0:  # another size of batch
-            found.add(_student(graph, images[:1]), exported(images[:1]), torch.full((1,), UNKNOWN))
+            found.add(_student(graph, pixels[:1]), exported(images[:1]), torch.full((1,), UNKNOWN))
             found.images, found.same = 0, {}
-        found.add(_student(graph, images), exported(images), label)
+        found.add(_student(graph, pixels), exported(images), label)
     return found
 
 
-def _student(graph: Answers, images: Tensor) -> dict[str, Tensor]:
+def _student(graph: Answers, pixels: Tensor) -> dict[str, Tensor]:
+    """Return the answers as `evaluate` computes them, without the graph: the check covers what the graph does itself."""
     with torch.inference_mode():
-        return dict(zip(graph.names, graph(images), strict=True))
+        answers = EveryAnswer(graph.linear)(graph.student, normalise(pixels, graph.student))
+    return {name: answers[name] for name in graph.names}
