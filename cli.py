@@ -232,6 +232,7 @@ def report(paths: tuple[str, ...], as_json: bool, **values: Any) -> None:
 
 @commands.command(name="export")
 @click.argument("run", metavar="RUN|URL")
+@config_option(StudentExportConfig)
 @options_of(StudentExportConfig)
 @AS_JSON
 def export_run(run: str, as_json: bool, **values: Any) -> None:
