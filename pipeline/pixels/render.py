@@ -8,10 +8,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import UsageError
 from pipeline.images.decode import decode, decode_for, image_size
 from pipeline.pixels import kernel
 from pipeline.views.recipe import Recipe
@@ -108,8 +110,7 @@ def render_into(out: Sequence[Pixels], image: Pixels, views: Sequence[View]) -> 
         views: parameters of the views, of one renderer.
     """
     if views[0].renderer == 1:
-        from pipeline.pixels import renderer1  # only old label sets need it, and OpenCV
-
+        renderer1 = _renderer_1()
         for view, pixels in zip(views, out, strict=True):
             pixels[:] = renderer1.render(image, view)
     elif kernel.is_compiled():
@@ -119,6 +120,21 @@ def render_into(out: Sequence[Pixels], image: Pixels, views: Sequence[View]) -> 
 
         for pixels, rendered in zip(out, batched.render_views(image, views), strict=True):
             pixels[:] = rendered
+
+
+def check_renderer(recipe: Recipe) -> None:
+    """Raise UsageError if a package that the recipe's renderer needs is not installed."""
+    if recipe.renderer == 1:
+        _renderer_1()
+
+
+def _renderer_1() -> ModuleType:
+    try:
+        from pipeline.pixels import renderer1  # only old label sets need it, and OpenCV
+    except ImportError as error:
+        what = f"views of renderer 1 need a package that is not installed ({error})"
+        raise UsageError(what, fix='Run pip install "deit-cli[renderer1]"') from error
+    return renderer1
 
 
 def warn_without_kernel() -> None:

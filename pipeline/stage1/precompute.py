@@ -24,7 +24,7 @@ from pipeline.machine.ranks import plan_cores, plan_devices, plan_loaders, rank_
 from pipeline.overview.card import refresh_card
 from pipeline.overview.summary import in_short
 from pipeline.pixels.handover import refuse_impossible
-from pipeline.pixels.render import render_view, warn_without_kernel
+from pipeline.pixels.render import check_renderer, render_view, warn_without_kernel
 from pipeline.repeats import counted_at_the_end
 from pipeline.settings.configs import PrecomputeConfig
 from pipeline.stage1.engines import limit, run_processes
@@ -62,6 +62,7 @@ def precompute(
     with mirrored(config) as mirror:
         work = plan_work(config, recipe, teacher, source)
         refuse_impossible(config.render, recipe, teacher.device)
+        check_renderer(recipe)
         if recipe.renderer > 1:
             warn_without_kernel()
         resources = _prepare(config, teacher)
