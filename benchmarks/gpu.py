@@ -84,8 +84,6 @@ def unmet(requirements: Iterable[str]) -> list[str]:
     """Return what is missing or too old of what this project asks for, before any time is spent on it."""
     lacking = []
     for requirement in map(Requirement, requirements):
-        if requirement.marker and not requirement.marker.evaluate():
-            continue
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:

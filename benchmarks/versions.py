@@ -95,7 +95,7 @@ ENVIRONMENTS = (
             *(
                 "torch==2.11.*",
                 "torchvision==0.26.*",
-                "numpy==2.0.*",
+                "numpy==2.2.*",
                 "opencv-python-headless==4.10.*",
                 "pillow==11.0.*",
             ),
