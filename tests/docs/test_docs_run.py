@@ -130,6 +130,7 @@ CANNOT = {
     r"^deit-cli analyse .*timm:": "published weights, which need the network",
     r"^#!/bin/bash\n#SBATCH": "Slurm; tests/docs/test_docs.py reads the scripts, tests/machine/test_ranks.py tests the variables",
     r"^sbatch ": "Slurm",
+    r"^sky ": "SkyPilot",
     r"^ray start|--engine ray": "a Ray cluster, which tests/stage1/test_ray.py starts",
     r"^deit-cli completion ": "it writes into the user's home; tests/settings/test_completion.py runs the scripts in shells",
     r"--push hf://": "the Hub, which needs the network; tests/exports/test_card_and_push.py pushes to one on this machine",
@@ -332,7 +333,7 @@ FILES = {"docs/teachers.md": "my_teacher.py"}  # pages whose Python is a file th
 # --- the walk ---------------------------------------------------------------------------------------------------------
 
 COMMAND = re.compile(
-    r"(?:[A-Z_]+=\S+ )*(?:deit-cli|torchrun|pip|python|openssl|ray|sbatch|model_signing) |from \w+ import |import "
+    r"(?:[A-Z_]+=\S+ )*(?:deit-cli|torchrun|pip|python|openssl|ray|sbatch|sky|model_signing) |from \w+ import |import "
 )
 
 
