@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from support.pillow_views import operate_with_timm, render_with_pillow, resize_r
 from support.plain_views import grey, operate, render_plainly, warped
 from timm.data import auto_augment
 
+from pipeline import pixels
+from pipeline.errors import UsageError
 from pipeline.images.decode import decode
-from pipeline.pixels.render import render
+from pipeline.pixels.render import check_renderer, render, render_view
 from pipeline.pixels.renderer1 import _grey, _mirror, apply_op
 from pipeline.settings.files import load_recipe
 from pipeline.views.draws import draws_for
@@ -604,3 +607,13 @@ def test_pixels_are_those_of_a_slow_reference(recipe, typical, worst):
 def test_pixels_are_those_of_a_slow_reference_on_photographs():
     for image in spread(8):
         assert_close_to_reference(image, of_renderer_1("deit"), count=5, typical=1.0, worst=4.0)
+
+
+def test_without_opencv_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.delitem(sys.modules, "pipeline.pixels.renderer1", raising=False)
+    monkeypatch.delattr(pixels, "renderer1", raising=False)
+    check_renderer(load_recipe("deit", {}))
+    for asked in (check_renderer, lambda recipe: render_view(builders.photo(1), recipe, "a", 0)):
+        with pytest.raises(UsageError, match=r'renderer 1 need a package .*cv2.* pip install "deit-cli\[renderer1\]"'):
+            asked(of_renderer_1("deit"))
