@@ -40,11 +40,12 @@ OTHER = "Other"  # heading of options without a group, such as --help, and of co
 # Heading in the help of a group -> its commands, in the order of their use.
 SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "deit-cli": {
+        "Start": ("init", "demo", "doctor"),
         "Label": ("pack", "index", "estimate", "precompute"),
         "Train": ("recipes", "models", "train", "evaluate"),
         "See": ("runs", "analyse", "report", "compare"),
         "Share": ("labels", "export"),
-        "Machine": ("init", "demo", "doctor", "bench", "completion", "man"),
+        "Other tools": ("bench", "completion", "man"),
     },
     "labels": {
         "See": ("info", "show", "audit"),
