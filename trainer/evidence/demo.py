@@ -79,10 +79,10 @@ SHORT = {
 # Number of correct answers for the EVALUATION digits with seeds 0, 1 and 2, by `top1_of`: measured on two virtual cores of
 # an AMD EPYC (family 26) with torch 2.14.1. Counts, because the gains in README.md are differences before rounding.
 THREE_SEEDS = {
-    "teacher": (773, 763, 758),
-    "hard": (771, 767, 765),
-    "soft": (765, 776, 767),
-    "alone": (728, 723, 692),
+    "teacher": (770, 761, 768),
+    "hard": (756, 758, 762),
+    "soft": (769, 767, 762),
+    "alone": (719, 722, 711),
 }
 Results = dict[str, dict[str, dict[str, float]]]  # network -> head or fusion -> score -> percent
 
