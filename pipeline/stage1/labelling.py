@@ -57,7 +57,8 @@ def label_images(
         name: name of the teacher for the label set; None: the name of its class. A function must have one.
         version: version of its weights and code, any text. A function must have one; the weights of an nn.Module are hashed.
         img_size: height and width of the images that it gets, in pixels; None: those of the views, or of timm's configuration.
-        mean, std: it gets (pixels / 255 - mean) / std, three numbers each; None: ImageNet's, or those of timm's configuration.
+        mean: it gets (pixels / 255 - mean) / std, three numbers each; None: ImageNet's, or those of timm's configuration.
+        std: as `mean`.
         crop_pct: share of the shorter side in the centre crop on which its accuracy is measured, 0.01..1; None: 0.875, or timm's.
         class_names: names of its classes in the order of its outputs, to compare with those of the images; None: no comparison.
         progress: function called with the work done so far.
