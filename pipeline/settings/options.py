@@ -135,7 +135,9 @@ class GroupedOption(click.Option):
         return [variable(*command, name) for name in self.long] + common
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """Return the text of the option's variable; an empty one counts as not set."""
+        """Return the text of the option's variable; an empty one counts as not set. Completion needs none."""
+        if ctx.resilient_parsing:
+            return None
         return next((os.environ[name] for name in self.variables(ctx) if os.environ.get(name)), None)
 
     def value_from_envvar(self, ctx: click.Context) -> Any:

@@ -62,8 +62,10 @@ def test_a_word_is_completed(words, expected):
 
 
 def test_a_word_is_completed_while_the_rest_is_wrong(monkeypatch):
-    """A half-written command line is no error."""
+    """A half-written command line is no error, and neither is a variable."""
     monkeypatch.setenv("DEIT_CLI_TRAIN_EPOCH", "3")
+    monkeypatch.setenv("DEIT_CLI_TRAIN_SET", "'not closed")
+    monkeypatch.setenv("DEIT_CLI_TRAIN_BATCH_SIZE", "many")
     assert proposed("train", "-c", "nothing.yaml", "-q", "-v", "--labels", "", "--tail", "s") == plain("spread")
 
 
