@@ -243,7 +243,8 @@ def _updates_per_epoch(folder: Path, lines: Sequence[Mapping[str, Any]], kept: i
 
 def _is_locked(path: Path) -> bool:
     """Return whether a process trains in the folder of this lock. It is tried with a shared lock, given back at once."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
+    # O_NONBLOCK: opening a pipe of this name must not wait for somebody who writes to it.
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -87,6 +87,12 @@ def test_looking_does_not_keep_the_lock(run):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held
 
 
+def test_a_pipe_in_place_of_the_lock_is_not_waited_for(run):
+    (run / "lock").unlink(missing_ok=True)
+    os.mkfifo(run / "lock")
+    assert only(run)["state"] == "finished"
+
+
 def test_a_run_in_its_first_epoch_has_no_share_yet(run):
     cut(run, 1)
     shutil.rmtree(run / "last")
