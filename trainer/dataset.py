@@ -127,6 +127,8 @@ class DistillationDataset(Dataset[Views]):
         chosen = _labelled_views(labels, views)
         if view_policy not in get_args(Policy):
             raise UsageError(f"view_policy must be one of {', '.join(get_args(Policy))}, got {view_policy!r}")
+        if repeated_aug is not None:
+            _check_whole(1, repeated_aug=repeated_aug)
         check_start(labels, self.source)
         self._catalogue = Catalogue(self.source, labels)
         units = self._catalogue.units(recipe)
@@ -258,7 +260,7 @@ class DistillationBatchSampler(Sampler[list[tuple[int, int]]]):
             UsageError: a value is out of range, or a batch would have no unit.
         """
         super().__init__()
-        _check_at_least(1, batch_size=batch_size, grad_accum_steps=grad_accum_steps, window=window)
+        _check_whole(1, batch_size=batch_size, grad_accum_steps=grad_accum_steps, window=window)
         if not 0 <= rank < num_replicas:
             raise UsageError(f"rank must be in 0..num_replicas - 1, got rank {rank} of {num_replicas}")
         self._dataset, self._share = dataset, Share(rank, num_replicas, grad_accum_steps)
@@ -344,6 +346,8 @@ def _labelled_views(labels: Labels, views: range | None) -> range:
     """Return the chosen view numbers; raise UsageError unless they are labelled, and follow one another."""
     labelled = labels.views
     chosen = labelled if views is None else views
+    if not isinstance(chosen, range):
+        raise UsageError(f"views must be a range, such as range(0, 30), got {chosen!r}")
     if len(chosen) == 0 or chosen.step != 1 or chosen.start not in labelled or chosen[-1] not in labelled:
         raise UsageError(
             f"views must be a range within the labelled views, {labelled.start}:{labelled.stop}, got {chosen!r}",
@@ -353,11 +357,13 @@ def _labelled_views(labels: Labels, views: range | None) -> range:
 
 
 def _checked_epoch(epoch: int) -> int:
-    _check_at_least(0, epoch=epoch)
+    _check_whole(0, epoch=epoch)
     return int(epoch)
 
 
-def _check_at_least(least: int, **values: int) -> None:
+def _check_whole(least: int, **values: Any) -> None:
     for name, value in values.items():
+        if not hasattr(value, "__index__"):  # a number of NumPy has it, a float not
+            raise UsageError(f"{name} must be a whole number, got {value!r}")
         if value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}")

@@ -6,7 +6,7 @@ is a sum over these classes plus a closed form for the rest, and its gradient is
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.errors import UsageError
+from pipeline.settings.fields import settings_of
 from trainer.config import DistillationType, Reduction, SecondToken, Tail, TrainConfig
 
 
@@ -73,6 +74,13 @@ class LossSettings:
     reduction: Reduction = TrainConfig.soft_reduction
     smoothing: float = TrainConfig.smoothing
     second_token: SecondToken = TrainConfig.second_token
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a value that `deit-cli train` refuses."""
+        names = {"alpha": "distillation_alpha", "tau": "distillation_tau", "reduction": "soft_reduction"}
+        settings = {setting.name: setting for setting in settings_of(TrainConfig)}
+        for field in fields(self):
+            settings[names.get(field.name, field.name)].check(getattr(self, field.name))
 
     @classmethod
     def of(cls, config: TrainConfig) -> "LossSettings":

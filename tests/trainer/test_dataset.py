@@ -244,6 +244,11 @@ def test_the_last_unit_is_also_number_minus_1(dataset):
         ({"views": range(0)}, r"got range\(0, 0\)"),
         ({"views": range(0, 6, 2)}, r"got range\(0, 6, 2\)"),
         ({"view_policy": "once"}, "view_policy must be one of cycle, random, got 'once'"),
+        ({"views": (0, 3)}, r"views must be a range, such as range\(0, 30\), got \(0, 3\)"),
+        ({"views": 3}, r"views must be a range, such as range\(0, 30\), got 3"),
+        ({"repeated_aug": 0}, "repeated_aug must be at least 1, got 0"),
+        ({"repeated_aug": -1}, "repeated_aug must be at least 1, got -1"),
+        ({"repeated_aug": 1.5}, "repeated_aug must be a whole number, got 1.5"),
         ({"repeated_aug": 4}, "--repeated-aug 4 needs partners that stay the same for 4 views"),
     ],
 )
@@ -278,6 +283,13 @@ def test_an_epoch_before_the_first(dataset, set_epoch):
     owner = dataset if set_epoch == "dataset" else DistillationBatchSampler(dataset, 4)
     with pytest.raises(UsageError, match="epoch must be at least 0, got -1"):
         owner.set_epoch(-1)
+    with pytest.raises(UsageError, match=r"epoch must be a whole number, got 1\.5"):
+        owner.set_epoch(1.5)
+
+
+def test_an_index_with_half_an_epoch(dataset):
+    with pytest.raises(UsageError, match=r"epoch must be a whole number, got 1\.5"):
+        dataset[1.5, 0]
 
 
 def test_the_images_of_another_source(label_set, tmp_path):
@@ -327,6 +339,23 @@ def test_hard_labels_alone_teach_no_probabilities(data, tmp_path):
 
 def test_the_defaults_of_the_loss_are_those_of_train(label_set):
     assert LossSettings() == LossSettings.of(TrainConfig(labels=(str(label_set.folder),)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distillation_type": "sofft"}, "--distillation-type must be one of none, soft, hard, got 'sofft'"),
+        ({"tau": 0}, r"--distillation-tau must be in 0\.01\.\.1000, got 0"),
+        ({"alpha": 2}, r"--distillation-alpha must be in 0\.\.1, got 2"),
+        ({"smoothing": -0.1}, r"--smoothing must be in 0\.\.0\.999, got -0\.1"),
+        ({"tail": "x"}, "--tail must be one of spread, renormalise, got 'x'"),
+        ({"reduction": "mean"}, "--soft-reduction must be one of batchmean, deit, got 'mean'"),
+        ({"second_token": "none"}, "--second-token must be one of distillation, class, got 'none'"),
+    ],
+)
+def test_settings_of_the_loss_that_train_refuses(settings, message):
+    with pytest.raises(UsageError, match=message):
+        LossSettings(**settings)
 
 
 def test_a_recipe_without_mixing_has_single_samples(data, tmp_path):
