@@ -5,6 +5,7 @@ Every number is DeiT's, that of a study of configs/, or follows from the images;
 
 import math
 import os
+import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -165,7 +166,9 @@ def set_up(
         SourceError: the images cannot be read.
     """
     names = ("precompute.yaml", "train.yaml", "teacher.yaml")
-    if not overwrite and (kept := [name for name in names if (folder / name).exists()]):
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder", fix="Choose another FOLDER")
+    if not overwrite and (kept := [name for name in names if os.path.lexists(folder / name)]):
         raise UsageError(f"{folder / kept[0]} exists", fix="Choose another FOLDER, or pass --overwrite to replace it")
     asked = {"--data": config.data, "--eval-data": config.eval_data, "--model": config.model}
     questions.check_askable(asked | {"--teacher": config.teacher, "--epochs": config.epochs, "--views": config.views})
@@ -358,13 +361,13 @@ def _files(answers: Answers, folder: Path, machine: Machine) -> dict[str, str | 
         "paths are relative to the folder in which the command runs",
     ]
     labelling = [
-        f"deit-cli precompute -c {folder / 'precompute.yaml'}",
+        _command("precompute", "-c", folder / "precompute.yaml"),
         "stores the teacher's answers for numbered views of every image",
         *head,
     ]
-    training = [f"deit-cli train -c {folder / 'train.yaml'}", "trains the student from the stored answers", *head]
+    training = [_command("train", "-c", folder / "train.yaml"), "trains the student from the stored answers", *head]
     teaching = [
-        f"deit-cli train -c {folder / 'teacher.yaml'}",
+        _command("train", "-c", folder / "teacher.yaml"),
         f"teaches {answers.teacher} the {answers.images.classes} classes of the images, before it labels them",
         *head,
     ]
@@ -377,14 +380,19 @@ def _files(answers: Answers, folder: Path, machine: Machine) -> dict[str, str | 
 
 def _yaml(head: Sequence[str], lines: Sequence[Line]) -> str:
     """Return commented YAML: a value that is a mapping becomes lines of its own, whose values are pairs of value and reason."""
-    text = [f"# {line}" for line in head] + [""]
+    text = [_comment(line) for line in head] + [""]
     for name, value, why in lines:
         if isinstance(value, dict):
-            text.append(f"{name}: # {why}")
-            text += [f"  {field}: {to_flow(inner)} # {reason}" for field, (inner, reason) in value.items()]
+            text.append(f"{name}: {_comment(why)}")
+            text += [f"  {field}: {to_flow(inner)} {_comment(reason)}" for field, (inner, reason) in value.items()]
         else:
-            text.append(f"{name}: {to_flow(value)} # {why}")
+            text.append(f"{name}: {to_flow(value)} {_comment(why)}")
     return "\n".join(text) + "\n"
+
+
+def _comment(text: str) -> str:
+    """Return a comment that ends where its line ends: a path in it may have characters that YAML refuses or breaks lines at."""
+    return "# " + "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 def _precompute_lines(answers: Answers, folder: Path) -> Iterator[Line]:
@@ -554,8 +562,14 @@ def _commands(answers: Answers, folder: Path, machine: Machine) -> Iterator[str]
     """Yield the next commands to type."""
     launcher = f"torchrun --nproc-per-node {len(machine.gpus)} --no-python " if len(machine.gpus) > 1 else ""
     if answers.trains_teacher:
-        yield f"{launcher}deit-cli train -c {folder / 'teacher.yaml'}"
-    yield f"deit-cli estimate -c {folder / 'precompute.yaml'} --epochs {answers.epochs} --model {answers.model}"
-    yield f"deit-cli precompute -c {folder / 'precompute.yaml'}"
-    yield f"{launcher}deit-cli train -c {folder / 'train.yaml'}"
-    yield f"deit-cli runs {folder}"
+        yield launcher + _command("train", "-c", folder / "teacher.yaml")
+    asked = ("--epochs", answers.epochs, "--model", answers.model)
+    yield _command("estimate", "-c", folder / "precompute.yaml", *asked)
+    yield _command("precompute", "-c", folder / "precompute.yaml")
+    yield launcher + _command("train", "-c", folder / "train.yaml")
+    yield _command("runs", folder)
+
+
+def _command(*words: object) -> str:
+    """Return a command of this program as a shell takes it."""
+    return shlex.join(["deit-cli", *map(str, words)])

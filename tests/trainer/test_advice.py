@@ -2,8 +2,10 @@
 
 import dataclasses
 import fcntl
+import json
 import os
 import pty
+import shlex
 import shutil
 import subprocess
 import sys
@@ -148,6 +150,39 @@ def test_nothing_is_overwritten_unasked(here):
     assert list(Path("mine").iterdir()) == [Path("mine/train.yaml")]
     assert invoke(*asked, "--overwrite")[0] == 0
     assert "pets/val" in Path("mine/train.yaml").read_text()
+
+
+@pytest.mark.parametrize("existing", ["file", "link"])
+def test_a_folder_that_is_none(here, existing):
+    Path("mine").touch() if existing == "file" else Path("mine").symlink_to("nowhere")
+    code, shown = invoke("init", "mine", "--data", "pets/train", "--yes")
+    assert (code, shown) == (2, "error: mine is not a folder. Choose another FOLDER")
+
+
+def test_a_link_to_nowhere_is_not_taken_for_a_written_file(here):
+    Path("mine").mkdir()
+    Path("mine/train.yaml").symlink_to("nowhere")
+    code, shown = invoke("init", "mine", "--data", "pets/train", "--teacher", TEACHER, "--yes")
+    assert code == 2
+    assert "mine/train.yaml exists" in shown
+
+
+NAMES = ["two words", "it's \"#: {x}", "new\nepochs: 7", "bell\a", "line\N{LINE SEPARATOR}x", "next\x85x: 1", "图"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_with_any_characters_are_read_back_and_can_be_typed(here, name):
+    Path(name).symlink_to("pets")
+    data, mine = f"{name}/train", f"{name}-mine"
+    code, shown = invoke("init", mine, "--data", data, "--teacher", TEACHER, "--yes", "--json", "-q")
+    assert code == 0, shown
+    labelling = read_settings(Path(mine, "precompute.yaml"), PrecomputeConfig, TeacherConfig)
+    training = read_settings(Path(mine, "train.yaml"), TrainConfig)
+    assert (labelling["data"], labelling["out"]) == (data, f"{mine}/labels")
+    assert (training["output"], training["eval_data"], training["epochs"]) == (f"{mine}/student", f"{name}/val", 30)
+    *_, train, runs = json.loads(shown)["next"]
+    assert shlex.split(train) == ["deit-cli", "train", "-c", f"{mine}/train.yaml"]
+    assert shlex.split(runs) == ["deit-cli", "runs", mine]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
