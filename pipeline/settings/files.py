@@ -62,6 +62,7 @@ def settings_in(
             raise UsageError(f"{path}: {setting.name} is set twice, the second time as {key}")
         if not setting.takes(value):
             raise UsageError(f"{path}: {key} must be {setting.wanted}, got {_short(value)}")
+        _refuse_no_text(value, f"{path}: {key}")
         found[setting.name] = _as_option(value, setting)
     return found
 
@@ -110,6 +111,15 @@ def _words(config: Any) -> Iterator[str]:
             continue
         for item in value if setting.repeats else [_plain(value)]:
             yield from (setting.flag, str(item))
+
+
+def _refuse_no_text(value: Any, where: str) -> None:
+    """Raise UsageError for a text that a command line refuses too: an empty path would be the current folder."""
+    for text in value if isinstance(value, list) else [value]:
+        if text == "":
+            raise UsageError(f"{where} has an empty value. Leave it out, or give one")
+        if isinstance(text, str) and "\0" in text:
+            raise UsageError(f"{where} must not contain a zero character, got {_short(text)}")
 
 
 def _way_out(key: str, names: Mapping[str, Setting]) -> str:

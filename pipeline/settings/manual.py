@@ -18,7 +18,7 @@ import click
 from pipeline.errors import UsageError
 from pipeline.settings.fields import GROUPS
 from pipeline.settings.options import GroupedOption, variable
-from pipeline.storage.atomic import replace_file
+from pipeline.storage.atomic import refusals_named, replace_file
 
 MARK = '.\\" made by deit-cli man from its help\n'  # first line of every page: such a file may be replaced
 EXIT_CODES = (
@@ -38,17 +38,29 @@ def write_pages(program: click.Group, folder: Path) -> list[Path]:
     Raises:
         UsageError: a file with the name of a page is no such page; nothing was written.
     """
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    now = datetime.datetime.fromtimestamp(int(epoch), datetime.UTC) if epoch else datetime.datetime.now()
-    footer = f'"{now:%Y-%m-%d}" "deit-cli {importlib.metadata.version("deit-cli")}" "deit-cli"'
+    footer = f'"{_date():%Y-%m-%d}" "deit-cli {importlib.metadata.version("deit-cli")}" "deit-cli"'
     pages = {folder / f"{_name(ctx)}.1": _page(ctx, footer) for ctx in _contexts(program, None)}
     for path in pages:
-        if path.exists() and not path.read_bytes().startswith(MARK.encode()):
+        with refusals_named(path):
+            ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(MARK.encode()))
+        if not ours:
             raise UsageError(f"{path} is no page that deit-cli wrote, and is not replaced", fix="Choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
     for path, text in pages.items():
         replace_file(path, text.encode())
     return list(pages)
+
+
+def _date() -> datetime.datetime:
+    """Return the date of the pages: that of SOURCE_DATE_EPOCH, if it is set, else that of today."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if not epoch:
+        return datetime.datetime.now()
+    try:
+        return datetime.datetime.fromtimestamp(int(epoch), datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"SOURCE_DATE_EPOCH must be a number of seconds since 1970, got {epoch!r}", fix="Unset it"
+        ) from None
 
 
 def _contexts(command: click.Command, parent: click.Context | None) -> Iterator[click.Context]:

@@ -205,6 +205,9 @@ def run(commands: Group) -> None:
     except DeitCliError as error:
         click.echo("error: " + str(error).replace("\n", "\\n"), err=True)  # a name may have such a character
         code = error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command: its message is the help
+        click.echo(error.message, err=True)
+        code = error.exit_code
     except click.ClickException as error:
         click.echo(f"error: {one_line(error)}", err=True)
         code = error.exit_code

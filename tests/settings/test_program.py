@@ -192,6 +192,15 @@ def test_a_misspelt_name_is_answered_with_the_nearest(arguments, text):
     assert text in output
 
 
+@pytest.mark.parametrize("group", [[], ["labels"], ["bench"]])
+def test_a_group_without_a_command_shows_its_help(group):
+    done = subprocess.run(
+        [sys.executable, ROOT / "cli.py", *group], capture_output=True, text=True, env=with_checkout()
+    )
+    assert done.stderr == invoke(*group, "--help")[1]
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def every_option() -> list[tuple[click.Context, GroupedOption]]:
     """Return each option of the real program that a variable may set, in the context of its command."""
     root = click.Context(cli.commands, info_name="deit-cli")
@@ -313,6 +322,26 @@ def test_every_command_takes_quiet_verbose_and_if_it_has_options_a_file_of_them(
     assert flags.count("--config") == (len(own) > 2)
 
 
+@pytest.mark.parametrize(
+    ("command", "line", "said"),
+    [
+        # command, line of its file, end of the error
+        (["train"], 'output: ""', "output has an empty value. Leave it out, or give one"),
+        (["train"], 'labels: [shards, ""]', "labels has an empty value. Leave it out, or give one"),
+        (["train"], 'model: ""', "model has an empty value. Leave it out, or give one"),
+        (["labels", "show", "shards"], 'out: ""', "out has an empty value. Leave it out, or give one"),
+        (["labels", "show", "shards"], r'out: "a\0.png"', r"out must not contain a zero character, got 'a\x00.png'"),
+        (["train"], r'labels: ["a\0"]', r"labels must not contain a zero character, got 'a\x00'"),
+    ],
+)
+def test_a_file_has_no_value_that_a_command_line_cannot_have(tmp_path, monkeypatch, command, line, said):
+    monkeypatch.chdir(tmp_path)
+    Path("settings.yaml").write_text(line)
+    code, output = invoke(*command, "-c", "settings.yaml")
+    assert (code, output) == (2, f"error: settings.yaml: {said}")
+    assert list(tmp_path.iterdir()) == [tmp_path / "settings.yaml"]
+
+
 def test_a_file_sets_options_that_belong_to_no_config(tmp_path):
     file = tmp_path / "push.yaml"
     file.write_text("workers: 3\njson: true\n")
@@ -403,3 +432,23 @@ def test_man_replaces_its_own_pages_only(pages, tmp_path):
         f"error: {page} is no page that deit-cli wrote, and is not replaced. Choose another --out",
     )
     assert page.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("seconds", ["today", "1e9", "9" * 20])
+def test_a_date_of_man_pages_that_is_none(tmp_path, monkeypatch, seconds):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", seconds)
+    code, output = invoke("man", "--out", str(tmp_path))
+    said = f"error: SOURCE_DATE_EPOCH must be a number of seconds since 1970, got '{seconds}'. Unset it"
+    assert (code, output) == (2, said)
+
+
+def test_man_pages_where_none_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    code, output = invoke("man", "--out", str(tmp_path / "file"))
+    assert (code, output.splitlines()) == (1, [output])
+    assert str(tmp_path / "file") in output
+    page = tmp_path / "man/deit-cli.1"
+    page.mkdir(parents=True)
+    code, output = invoke("man", "--out", str(tmp_path / "man"))
+    said = f"error: {page} is no page that deit-cli wrote, and is not replaced. Choose another --out"
+    assert (code, output) == (2, said)
