@@ -165,6 +165,9 @@ def read_hub_config(folder: Path) -> dict[str, Any]:
     for name in ("mean", "std"):
         if values.get(name) is not None and not _is_three_numbers(values[name]):
             raise CheckpointError(f"{path}: {name} must be three numbers, got {str(values[name])[:80]!r}")
+    filter_ = values.get("interpolation")
+    if filter_ is not None and not (isinstance(filter_, str) and re.fullmatch(r"[a-z-]+", filter_)):
+        raise CheckpointError(f"{path}: interpolation must be the name of a filter, got {str(filter_)[:80]!r}")
     if not _is_share(values.get("crop_pct")):
         raise CheckpointError(f"{path}: crop_pct must be above 0 and at most 1, got {str(values['crop_pct'])[:80]!r}")
     return config

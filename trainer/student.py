@@ -314,6 +314,9 @@ def _open_folder(folder: Path) -> Student:
         student = Student(model, img_size=config["input_size"][-1], class_names=described.get("label_names"))
     except Exception as error:  # a damaged configuration can raise anything inside timm
         raise CheckpointError(f"{folder} cannot be loaded ({type(error).__name__}): {_one_line(error)}") from error
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(size, tuple) and len(set(size)) > 1:
+        raise CheckpointError(f"{folder}: a student takes square images, this one takes {' x '.join(map(str, size))}")
     if student.class_names is not None and len(student.class_names) != student.num_classes:
         raise CheckpointError(
             f"{folder}: config.json names {len(student.class_names)} classes, the model has {student.num_classes}"

@@ -222,6 +222,7 @@ EXPORTS = [
     ("names that are a number", described(setting("label_names", value=7)), "label_names must be a list of texts"),
     ("ESC in a name", described(setting("label_names", value=["\x1b]0;x", "b", "c"])), "without control characters"),
     ("normalisation that is text", described(setting("pretrained_cfg", "mean", value="abc")), "mean must be three numbers"),
+    ("filter of lines", described(setting("pretrained_cfg", "interpolation", value="`x`\n---")), "interpolation must be"),
     ("crop of text", described(setting("pretrained_cfg", "crop_pct", value="x")), "crop_pct must be above 0"),
     ("a model of the Hub", described(setting("architecture", value="hf-hub:someone/else")), "cannot be loaded"),
     ("deep", described(lambda config: b"[" * 200_000), "not valid JSON"),

@@ -312,3 +312,15 @@ def test_a_file_that_cannot_be_opened_is_refused_with_the_fix(tmp_path, name, ar
 def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
     with pytest.raises(CheckpointError, match=r"run/lost: no such file or folder"):
         open_student(tmp_path / "run/lost")
+
+
+def test_a_student_for_images_that_are_not_square_is_refused(tmp_path):
+    student = small_student()
+    weights = student.model.state_dict() | {"pos_embed": torch.zeros(1, 2 + 2 * 4, 32)}  # two rows of four patches
+    export_model(tmp_path, weights, hub_config=hub_config(student))
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["model_args"]["img_size"] = [16, 32]
+    described["pretrained_cfg"]["input_size"] = [3, 16, 32]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"a student takes square images, this one takes 16 x 32$"):
+        open_student(tmp_path)
