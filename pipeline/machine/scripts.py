@@ -15,11 +15,16 @@ def refuse_unguarded_script() -> None:
     """Check that the running script has an `if __name__ == "__main__":`, before it starts other processes.
 
     Raises:
-        UsageError: it has none, so each process would run the whole script.
+        UsageError: it has none, so each process would run the whole script; or it has no file.
     """
     script = _imported_in_processes()
     if script is None:
         return
+    if script.name == "<stdin>":
+        raise UsageError(
+            "a script from standard input cannot start other processes: Python looks for its file in each of them",
+            fix='Save it as a file with the call below `if __name__ == "__main__":`; or pass workers=0 and processes=1',
+        )
     try:
         tree = ast.parse(script.read_bytes())
     except (OSError, SyntaxError, ValueError):  # no source; `end_if_imported_again` still stops its processes

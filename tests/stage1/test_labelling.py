@@ -195,3 +195,22 @@ def test_a_script_without_a_guard_is_told_so_once(tmp_path, end, settings):
         ' below `if __name__ == "__main__":`; or pass workers=0 and processes=1'
     )
     assert (tmp_path / "set").exists() == (end == HALF)
+
+
+def test_a_script_from_standard_input_is_told_that_it_has_no_file(tmp_path):
+    write_tars(tmp_path / "data")
+    done = subprocess.run(
+        [sys.executable],
+        input=SCRIPT.replace("SETTINGS", "workers=1").replace("**workers", "workers") + GUARD,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=with_checkout(OMP_NUM_THREADS="1"),
+        timeout=100,
+    )
+    assert done.stderr.rstrip().splitlines()[-1] == (
+        "pipeline.errors.UsageError: a script from standard input cannot start other processes: Python looks for its file in"
+        ' each of them. Save it as a file with the call below `if __name__ == "__main__":`; or pass workers=0 and processes=1'
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert not (tmp_path / "set").exists()
