@@ -40,6 +40,7 @@ from pipeline.settings.options import (
 from pipeline.settings.program import CONTINUES
 from pipeline.text import byte_size
 from trainer.config import (
+    STUDENT_SIZES,
     AnalyseConfig,
     CompareConfig,
     EvaluateConfig,
@@ -287,6 +288,7 @@ def analyse(runs: tuple[str, ...], as_json: bool, **values: Any) -> None:
 @options_of(TeacherConfig)
 @options_of(PrecomputeConfig, where=attrgetter("timed"))
 @recipe_options("deit")
+@options_of(TrainConfig, where=lambda setting: setting.name in STUDENT_SIZES)
 @options_of(EstimateConfig)
 @AS_JSON
 def estimate(as_json: bool, **values: Any) -> None:
@@ -297,15 +299,17 @@ def estimate(as_json: bool, **values: Any) -> None:
     each. On a GPU the student is timed, too; on a CPU the operations of both networks are counted. Nothing is written.
 
     \b
-    Example:
+    Examples:
       deit-cli estimate --data imagenet/train --teacher regnety_160 --views 0:300 --students 5 --epochs 300
+      deit-cli estimate -c precompute.yaml --model deit-ti --patch-size 4 --epochs 30
     """
     config, teacher, asked = split_values(values | {"out": "."}, PrecomputeConfig, TeacherConfig, EstimateConfig)
     recipe = chosen_recipe(values)
     from pipeline.cost.estimate import estimate_labelling
     from trainer.student import create_student
 
-    found = estimate_labelling(config, teacher, recipe, asked, create_student=create_student)
+    sizes = {name: values[name] for name in STUDENT_SIZES if values[name] is not None}
+    found = estimate_labelling(config, teacher, recipe, asked, create_student=create_student, sizes=sizes)
     show_result(found.to_dict() if as_json else found.table())
 
 

@@ -190,6 +190,7 @@ def cases(data: str, labels: str, tmp: Path) -> list[tuple[list[str], int, str]]
         (["estimate", "--data", data, "--students", "0"], 2, "--students must be at least 1, got 0"),
         (["estimate", "--data", data, "--epochs", "0"], 2, "--epochs must be at least 1, got 0"),
         (["estimate", "--data", data, *small, "--model", "deit-xl"], 2, "the student must be a timm model"),
+        (["estimate", "--data", data, *small, "--num-heads", "7"], 2, "num_heads=7"),
         (["estimate", "--data", str(tmp / "nothing")], 1, "does not exist"),
         (["bench", "stage1", "--data", data, "--seconds", "0"], 2, "--seconds must be in 0.1..600, got 0"),
         (["bench", "stage1", "--data", data, "--processes", "0"], 2, "--processes must be in 1..1024, got 0"),
@@ -496,6 +497,20 @@ def test_estimate_says_what_labelling_costs_and_its_numbers_fit_together(data):
     assert found["hours"] == pytest.approx(6000 * max(slowest, shared) / 3600)
     steps = found["online_hours"] - 3 * 2 * 1000 * answer_s / 3600  # what is left of it are the students'
     assert found["offline_hours"] == pytest.approx(found["teacher_hours"] + steps)
+
+
+@pytest.mark.slow
+def test_estimate_of_smaller_patches_has_the_work_of_more_tokens(data):
+    """A student of patches of 4 pixels has 18 tokens of a view of 16 pixels, one of patches of 16 has 3."""
+    asked = ["estimate", "--data", data, *TRIAL, *QUICK, "--model", "deit-ti", "--json"]
+    work = []
+    for patch in (16, 4):
+        code, output = invoke(*asked, "--patch-size", str(patch))
+        assert code == 0, output
+        found = json.loads(output[output.index("{\n") :])
+        assert found["student"] == {"model": "deit-ti", "patch_size": patch}
+        work.append(1 / (found["online_ratio"] - 1))  # a student's step divided by the teacher's answer
+    assert 5 < work[1] / work[0] < 7
 
 
 @pytest.mark.slow

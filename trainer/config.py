@@ -43,6 +43,7 @@ ViewPolicy = Literal["cycle", "random", "once"]
 Resume = Literal["never", "auto"]
 LabelMode = Literal["mean", "random"]
 CompareEngine = Literal["local", "ray"]
+STUDENT_SIZES = ("patch_size", "embed_dim", "depth", "num_heads")  # settings that change the size of --model
 RunsOrder = Literal["name", "written", "state", "progress", "top1", "loss", "speed"]
 
 

@@ -1,7 +1,8 @@
 """Estimate the cost of labelling, and the number of students for which it is cheaper than a teacher in every step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.cost.rates import Rates, forward_flops, measure_rates, training_step_s
@@ -105,6 +106,7 @@ class LabellingCost:
         rates: rates of the parts of this machine.
         reachable: rates that this machine can reach.
         model: name of the students.
+        sizes: sizes of the students that are not those of the model, such as patch_size.
         timed: whether the steps of teacher and student were timed; if False, their floating-point operations were counted.
     """
 
@@ -114,12 +116,19 @@ class LabellingCost:
     rates: Rates
     reachable: ReachableRates
     model: str
+    sizes: Mapping[str, int]
     timed: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         measured = {"rates": asdict(self.rates), "compared_by": "time" if self.timed else "FLOPs"}
-        return self.counts | asdict(self.result) | asdict(self.machine) | measured
+        student = {"student": {"model": self.model, **self.sizes}}
+        return self.counts | student | asdict(self.result) | asdict(self.machine) | measured
+
+    @property
+    def student(self) -> str:
+        """Return the name of the students and their own sizes in one line."""
+        return ", ".join([self.model, *(f"{name} {value}" for name, value in self.sizes.items())])
 
     def table(self) -> str:
         """Return the cost of labelling, and the minimum number of students for which it pays off, as text for people."""
@@ -146,7 +155,7 @@ class LabellingCost:
             ),
             ("", LIMITS[result.limit]),
             ("label bytes", f"{byte_size(result.label_bytes)}, {count(each, 'byte')} a label, before compression"),
-            ("training step", f"{ratio} ({self.model}, {f'measured on {device}' if self.timed else by_count})"),
+            ("training step", f"{ratio} ({self.student}, {f'measured on {device}' if self.timed else by_count})"),
             (count(students, "student"), f"of {count(epochs, 'epoch')} each, time of one {device}:"),
             ("", f"{duration(result.offline_hours)} from stored labels, labelling included"),
             ("", f"{duration(result.online_hours)} with the teacher in every step"),
@@ -166,6 +175,7 @@ def estimate_labelling(
     asked: EstimateConfig,
     *,
     create_student: Callable[..., Any],
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> LabellingCost:
     """Time teacher and rendering on the first images, compare the teacher with a student, and return the cost.
 
@@ -177,11 +187,15 @@ def estimate_labelling(
         recipe: recipe of the views.
         asked: the students, and how long to measure.
         create_student: `trainer.student.create_student`.
+        sizes: its arguments for students of other sizes than the model's: patch_size, embed_dim, depth, num_heads.
+
+    Raises:
+        UsageError: the student cannot be built, or an option cannot be used here.
     """
     teacher, source = load_here(config, teacher_config)
     classes = teacher.identity.num_classes
     topk = choose_topk(config.topk, classes)
-    student = create_student(asked.model, num_classes=classes, img_size=recipe.img_size).model
+    student = create_student(asked.model, num_classes=classes, img_size=recipe.img_size, **sizes).model
     on_gpu = renders_on_gpu(config.render, recipe, teacher.device)
     rates = measure_rates(
         source, recipe, teacher, topk=topk, precision=config.precision, least_s=asked.seconds, on_gpu=on_gpu
@@ -210,5 +224,12 @@ def estimate_labelling(
         student_s=student_s,
     )
     return LabellingCost(
-        counts=counts, result=result, machine=machine, rates=rates, reachable=reachable, model=asked.model, timed=timed
+        counts=counts,
+        result=result,
+        machine=machine,
+        rates=rates,
+        reachable=reachable,
+        model=asked.model,
+        sizes=sizes,
+        timed=timed,
     )

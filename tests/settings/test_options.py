@@ -326,6 +326,7 @@ TRIALS: dict[str, list[Trial]] = {
     "estimate": [
         *MEASURED,
         Trial("--images 1000 --students 3 --epochs 10 --model deit-s --json", seen=is_json),
+        Trial("--patch-size 4 --embed-dim 48 --depth 2 --num-heads 4", seen=lambda got: "(deit-ti, patch_size 4, embed_dim 48, depth 2, num_heads 4, by" in got.output),
     ],
     "bench stage1": [*MEASURED, Trial("--images 10 --json", seen=is_json)],
     "bench stage2": [
