@@ -35,6 +35,8 @@ EMA_UPDATES = 25_000  # over which DeiT's average of the weights runs: 1 / (1 - 
 LEAST_UPDATES = 20  # in an epoch of few images
 # Views of small images: size of the view that is at least the image -> size of a patch, for 64 to 196 tokens.
 PATCHES = {32: 4, 64: 8, 96: 8, 128: 16, 160: 16, 192: 16, 224: 16}
+SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 2}  # student `ti` of configs/scales/cifar10.yaml, made for two cores
+TEACHER_EPOCHS = 30
 NONE = "none"
 
 ClassesOf = Callable[[str], tuple[str, int | None]]  # resolved name and number of classes of a teacher
@@ -51,7 +53,8 @@ class Images:
         samples: number of images.
         labelled: number of images with a class label.
         classes: number of classes; None without class labels.
-        side: median of the shorter sides of some images, in pixels.
+        side: median of the shorter sides of the images that were looked at, in pixels.
+        looked_at: number of these.
         bad: keys of those that cannot be decoded.
     """
 
@@ -61,6 +64,7 @@ class Images:
     labelled: int
     classes: int | None
     side: int
+    looked_at: int
     bad: tuple[str, ...]
 
     @property
@@ -72,7 +76,8 @@ class Images:
             else f"{count(self.classes, 'class', 'es')}, {self.labelled:,} labelled"
         )
         bad = f"; cannot be decoded: {first_few(self.bad, 3)}" if self.bad else ""
-        return f"{self.location}: {count(self.samples, 'image')}, {classes}, shorter side {self.side} pixels (median of some){bad}"
+        side = f"shorter side {self.side} pixels (median of {count(self.looked_at, 'image')})"
+        return f"{self.location}: {count(self.samples, 'image')}, {classes}, {side}{bad}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,8 @@ class Answers:
         epochs: number of epochs.
         views: number of views of each image.
         reading: options for reading the images.
+        pretrained: whether published weights may be downloaded; False: every network learns from random weights.
+        small: whether the student has the sizes of `SMALL`, for a machine without a GPU.
     """
 
     images: Images
@@ -134,12 +141,28 @@ class Answers:
     epochs: int
     views: int
     reading: Mapping[str, Any]
+    pretrained: bool = True
+    small: bool = False
+
+    @property
+    def student(self) -> str:
+        """Return the folder in the run's output with the student to use: the best, or without evaluation the last."""
+        return "last" if self.evaluation is None else "best"
+
+    @property
+    def student_sizes(self) -> dict[str, int]:
+        """Return the sizes of the student that are not those of its model, as `train` and `estimate` take them."""
+        _, patch = self.sizes
+        patches = {} if patch is None or (patch == 16 and not self.small) else {"patch_size": patch}
+        return patches | (SMALL if self.small else {})
 
     @property
     def trains_teacher(self) -> bool:
         """Return whether the teacher must learn the classes of the images first."""
         classes = self.images.classes
-        return None not in (classes, self.teacher_classes) and classes != self.teacher_classes
+        if classes is None or self.teacher_classes is None:
+            return False
+        return classes != self.teacher_classes or (not self.pretrained and _is_published(self.teacher))
 
 
 def set_up(
@@ -184,14 +207,19 @@ def set_up(
         "classes": answers.images.classes,
         "machine": machine.line,
         "next": list(_commands(answers, folder, machine)),
+        "after": list(_later_commands(answers, folder)),
+        "slow": [] if machine.gpus else list(_work(answers)),
     }
 
 
 def set_up_text(made: Mapping[str, Any]) -> str:
     """Return the result of `set_up` as text for people."""
-    return "\n".join(
-        [f"wrote {', '.join(made['files'])}; read them, then run", *(f"    {line}" for line in made["next"])]
-    )
+    text = [f"wrote {', '.join(made['files'])}; read them, then run", *(f"    {line}" for line in made["next"])]
+    text += ["then look at the results, and take the student with you:", *(f"    {line}" for line in made["after"])]
+    if made["slow"]:
+        text.append("this machine has no GPU, so this work is slow; half the epochs or views take half the time:")
+        text += [f"    {line}" for line in made["slow"]]
+    return "\n".join(text)
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
@@ -206,27 +234,27 @@ def _ask(
         return found
 
     of_evaluation = replace(config.options, labels_file=None)  # that of --data
-    images = questions.ask("Where are the images: path or URL", config.data, flag="--data", check=seen)
+    images = questions.ask("Where are the images (path or URL)", config.data, flag="--data", check=seen)
     evaluation = questions.ask(
-        "Where are the images for evaluation: path, URL or none",
+        "Where are the images for evaluation (path, URL or none)",
         config.eval_data,
         flag="--eval-data",
         default=_beside(images.location),
         check=lambda answer: None if answer == NONE else _evaluation(seen(answer, of_evaluation), images),
     )
     model, sizes = questions.ask(
-        "Which student: deit-ti, deit-s, deit-b or a model of timm",
+        "Which student (deit-ti, deit-s, deit-b or a model of timm)",
         config.model,
         flag="--model",
         default="deit-s" if machine.gpus and images.samples >= MANY else "deit-ti",
         check=lambda answer: (answer, _sizes(answer, images)),
     )
     teacher, classes = questions.ask(
-        "Which teacher: a published network, an exported folder or module:function",
+        "Which teacher (a published network, an exported folder or module:function)",
         config.teacher,
         flag="--teacher",
         default="regnety_160" if machine.gpus else "resnet18",
-        check=lambda answer: _teacher(answer, classes_of(answer), images),
+        check=lambda answer: _teacher(answer, classes_of(answer), images, pretrained=config.pretrained),
     )
     epochs = questions.ask(
         "How many epochs",
@@ -243,16 +271,20 @@ def _ask(
         check=lambda answer: _whole(answer, "--views", 2**20),
     )
     reading = {each.name: getattr(config, each.name) for each in settings_of(SourceConfig)}
+    size, patch = sizes
+    small = config.model is None and model == "deit-ti" and not machine.gpus and patch not in (None, 16)
     return Answers(
         images=images,
         evaluation=evaluation,
         model=model,
-        sizes=sizes,
+        sizes=(size, 2 * patch) if small and patch else sizes,
         teacher=teacher,
         teacher_classes=classes,
         epochs=epochs,
         views=views,
         reading={name: value for name, value in reading.items() if value is not None},
+        pretrained=config.pretrained,
+        small=small,
     )
 
 
@@ -282,6 +314,7 @@ def look_at(location: str, options: SourceOptions) -> Images:
         labelled=source.num_labelled,
         classes=classes,
         side=round(statistics.median(sides)),
+        looked_at=len(sides),
         bad=tuple(bad),
     )
 
@@ -334,10 +367,20 @@ def _sizes(model: str, images: Images) -> tuple[int, int | None]:
     return size, None
 
 
-def _teacher(name: str, found: tuple[str, int | None], images: Images) -> tuple[str, int | None]:
+def _is_published(teacher: str) -> bool:
+    """Return whether a teacher is a network of timm, which can be trained here: no exported folder, function or Hub repository."""
+    return ":" not in teacher and not Path(teacher).is_dir()
+
+
+def _teacher(name: str, found: tuple[str, int | None], images: Images, *, pretrained: bool) -> tuple[str, int | None]:
     """Return the teacher's name as it is written into the file, and its number of classes."""
     resolved, classes = found
-    if None not in (images.classes, classes) and classes != images.classes and (":" in name or Path(name).is_dir()):
+    if not pretrained and images.classes is None and _is_published(name):
+        raise UsageError(
+            f"--no-pretrained: {name} cannot learn from {images.location}, which has no class labels",
+            fix="Choose an exported folder or module:function",
+        )
+    if None not in (images.classes, classes) and classes != images.classes and not _is_published(name):
         raise UsageError(
             f"{name} has {classes:,} classes, {images.location} has {images.classes:,}",
             fix="Choose a teacher with these classes, or a published network, which learns them first",
@@ -401,11 +444,10 @@ def _precompute_lines(answers: Answers, folder: Path) -> Iterator[Line]:
     yield from _reading(answers)
     yield "out", str(folder / "labels"), "the label set; the same command continues an interrupted one"
     if answers.trains_teacher:
-        yield (
-            "teacher",
-            str(folder / "teacher/last"),
-            f"{answers.teacher}, after it has learned these classes (teacher.yaml)",
-        )
+        which = "last" if answers.evaluation is None else "best"
+        why = "the last state, as nothing is evaluated" if which == "last" else "the state with the best accuracy"
+        path = str(folder / "teacher" / which)
+        yield "teacher", path, f"{answers.teacher}, after it has learned these classes (teacher.yaml): {why}"
     else:
         known = (
             "checked when it is loaded"
@@ -440,14 +482,13 @@ def _small_recipe(size: int, side: int) -> dict[str, tuple[Any, str]]:
 
 
 def _train_lines(answers: Answers, folder: Path, machine: Machine) -> Iterator[Line]:
-    images, (size, patch) = answers.images, answers.sizes
+    images = answers.images
     few, starts = images.samples < MANY, _starts_from_published(answers)
     yield "labels", str(folder / "labels"), "the label set; recipe and class names come from it"
     yield "output", str(folder / "student"), "checkpoints, metrics, and the trained student in last/ and best/"
     yield "resume", "auto", "the same command continues an interrupted run"
     yield "model", answers.model, "`deit-cli models` lists others with their sizes"
-    if patch not in (None, 16):
-        yield "patch_size", patch, f"pixels: {(size // patch) ** 2} patches of a view of {size} pixels"
+    yield from _size_lines(answers)
     if starts:
         yield (
             "pretrained",
@@ -458,6 +499,8 @@ def _train_lines(answers: Answers, folder: Path, machine: Machine) -> Iterator[L
     yield "epochs", answers.epochs, _views_reason(answers)
     if starts:
         yield "lr", 5e-5, "small, because the weights are trained already; a starting point (docs/recipes.md)"
+    elif few and answers.small:
+        yield "lr", 2e-3, "that of configs/scales/cifar10.yaml for such a student; a starting point"
     elif few:
         yield (
             "lr",
@@ -477,6 +520,19 @@ def _train_lines(answers: Answers, folder: Path, machine: Machine) -> Iterator[L
             f"DeiT's average of the weights runs over {EMA_UPDATES:,} updates, more than there are here",
         )
     yield from _evaluation_lines(answers)
+
+
+def _size_lines(answers: Answers) -> Iterator[Line]:
+    (size, patch), sizes = answers.sizes, answers.student_sizes
+    if patch is not None and "patch_size" in sizes:
+        larger = f"; with a GPU {patch // 2}, for {(2 * size // patch) ** 2} patches" if answers.small else ""
+        yield "patch_size", patch, f"pixels: {(size // patch) ** 2} patches of a view of {size} pixels{larger}"
+    if answers.small:
+        smaller = "small, because there is no GPU: without this line"
+        more = "these three lines make about a twentieth of the work"
+        yield "embed_dim", SMALL["embed_dim"], f"{smaller} 192, as DeiT-Ti has; {more}"
+        yield "depth", SMALL["depth"], f"blocks; {smaller} 12"
+        yield "num_heads", SMALL["num_heads"], f"attention heads; {smaller} 3"
 
 
 def _update_lines(answers: Answers, machine: Machine) -> Iterator[Line]:
@@ -509,30 +565,47 @@ def _evaluation_lines(answers: Answers) -> Iterator[Line]:
 
 
 def _teacher_lines(answers: Answers, folder: Path) -> Iterator[Line]:
-    images = answers.images
+    images, (size, _) = answers.images, answers.sizes
     yield "data", images.location, f"{images.labelled:,} images with class labels"
     yield from _reading(answers)
-    yield "output", str(folder / "teacher"), "precompute.yaml takes the teacher from last/ in it"
+    which = "last" if answers.evaluation is None else "best"
+    yield "output", str(folder / "teacher"), f"precompute.yaml takes the teacher from {which}/ in it"
     yield "resume", "auto", "the same command continues an interrupted run"
     yield "distillation_type", NONE, "it learns from the class labels"
-    yield (
-        "model",
-        answers.teacher,
-        f"its {answers.teacher_classes:,} classes are not those of the images, so its head is new",
-    )
-    yield "pretrained", True, "start from the published weights, which timm downloads"
+    known = f"its {answers.teacher_classes:,} classes are not those of the images, so its head is new"
+    yield "model", answers.teacher, known if images.classes != answers.teacher_classes else "a network of timm"
+    if answers.pretrained:
+        yield "pretrained", True, "start from the published weights, which timm downloads"
+    else:
+        yield "pretrained", False, "start from random weights: nothing is downloaded, as you passed --no-pretrained"
     yield (
         "recipe",
         "crop-flip",
         "a CNN learns without mixup and RandAugment, as the teachers of configs/scales/cifar10.yaml do",
     )
-    yield "epochs", 30, "fine-tuning is short (docs/recipes.md); a starting point"
+    if size < 224:
+        yield "set", _small_teaching(size), "changes to it for small images, as in configs/scales/cifar10.yaml"
+    if answers.pretrained:
+        yield "epochs", TEACHER_EPOCHS, "fine-tuning is short (docs/recipes.md); a starting point"
+    else:
+        yield "epochs", TEACHER_EPOCHS, "configs/scales/cifar10.yaml has 18 for a smaller network; a starting point"
+        yield "lr_base", 0.012, "for 512 images: 3e-3 for 128, as the CNN of configs/scales/cifar10.yaml"
     yield "batch_size", min(128, _update_size(images)), "images in an update"
     yield "drop_path", 0.0, "no stochastic depth, as for the teachers of configs/scales/cifar10.yaml"
     yield "repeated_aug", 1, "every image once in an epoch"
     yield "model_ema", False, f"an average over {EMA_UPDATES:,} updates is too slow for a short training"
     if answers.evaluation is not None:
         yield "eval_data", answers.evaluation.location, "is the teacher better than the student is to become?"
+        if size < 224:
+            yield "crop_pct", 1.0, "the whole image: small images have no border to cut off"
+
+
+def _small_teaching(size: int) -> dict[str, tuple[Any, str]]:
+    less = (224 / size) ** 2
+    return {
+        "img_size": (size, f"pixels, as the views that it labels; 224 would be about {less:.0f} times the work"),
+        "scale": ([0.4, 1.0], "a smaller part of a small image cannot be recognised"),
+    }
 
 
 def _reading(answers: Answers, leave: Sequence[str] = ()) -> Iterator[Line]:
@@ -549,7 +622,7 @@ def _update_size(images: Images) -> int:
 
 def _starts_from_published(answers: Answers) -> bool:
     """Return whether the student starts from published weights: there are few images, and its patches are those of the weights."""
-    return answers.images.samples < MANY and answers.sizes[1] == 16
+    return answers.pretrained and answers.images.samples < MANY and answers.sizes[1] == 16 and not answers.small
 
 
 def _views_reason(answers: Answers) -> str:
@@ -559,17 +632,47 @@ def _views_reason(answers: Answers) -> str:
 
 
 def _commands(answers: Answers, folder: Path, machine: Machine) -> Iterator[str]:
-    """Yield the next commands to type."""
-    launcher = f"torchrun --nproc-per-node {len(machine.gpus)} --no-python " if len(machine.gpus) > 1 else ""
+    """Yield the next commands to type: as far as the trained student."""
+    gpus = len(machine.gpus)
+    launcher = ("torchrun", "--nproc-per-node", gpus, "--no-python") if gpus > 1 else ()
     if answers.trains_teacher:
-        yield launcher + _command("train", "-c", folder / "teacher.yaml")
-    asked = ("--epochs", answers.epochs, "--model", answers.model)
-    yield _command("estimate", "-c", folder / "precompute.yaml", *asked)
-    yield _command("precompute", "-c", folder / "precompute.yaml")
-    yield launcher + _command("train", "-c", folder / "train.yaml")
-    yield _command("runs", folder)
+        yield _command(*launcher, "deit-cli", "train", "-c", folder / "teacher.yaml")
+    student = {"epochs": answers.epochs, "model": answers.model} | answers.student_sizes
+    yield _command("deit-cli", "estimate", "-c", folder / "precompute.yaml", *_flags(student))
+    yield _command("deit-cli", "precompute", "-c", folder / "precompute.yaml")
+    yield _command(*launcher, "deit-cli", "train", "-c", folder / "train.yaml")
 
 
-def _command(*words: object) -> str:
-    """Return a command of this program as a shell takes it."""
-    return shlex.join(["deit-cli", *map(str, words)])
+def _later_commands(answers: Answers, folder: Path) -> Iterator[str]:
+    """Yield the commands for what has been made: views, accuracy, a page, an export, and the list of runs."""
+    labels, student = folder / "labels", folder / "student"
+    remote, reading = answers.images.source.is_remote, _flags(answers.reading)
+    elsewhere = ("--data", answers.images.location, *reading) if remote else ()
+    yield _command("deit-cli", "labels", "show", labels, "--out", folder / "labels.png", *elsewhere)
+    evaluate = ["deit-cli", "evaluate", "--checkpoint", student / answers.student, "--labels", labels]
+    if remote:
+        evaluate += ["--labels-data", answers.images.location]
+    if answers.evaluation is not None:
+        kept = {name: value for name, value in answers.reading.items() if name != "labels_file"}
+        evaluate += ["--data", answers.evaluation.location, *_flags(kept)]
+    yield _command(*evaluate)
+    yield _command("deit-cli", "report", student, labels, "--out", folder / "report.html", *elsewhere)
+    yield _command("deit-cli", "export", student, "--to", "timm", "--out", folder / "student-timm")
+    yield _command("deit-cli", "runs", folder)
+
+
+def _command(*words: Any) -> str:
+    return shlex.join(map(str, words))
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    return [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+
+
+def _work(answers: Answers) -> Iterator[str]:
+    """Yield the work of each file: how often a network sees an image, and how large the image is."""
+    samples, pixels = answers.images.samples, f"of {answers.sizes[0]} pixels"
+    if answers.trains_teacher:
+        yield f"teacher.yaml: {answers.teacher} trains on {TEACHER_EPOCHS * answers.images.labelled:,} views {pixels}"
+    yield f"precompute.yaml: {answers.teacher} answers for {answers.views * samples:,} views {pixels}"
+    yield f"train.yaml: {answers.model} trains on {answers.epochs * samples:,} views {pixels}"

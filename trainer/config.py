@@ -858,6 +858,11 @@ class InitConfig(SourceConfig):
         "--teacher-model",
         metavar="NAME",
     )
+    pretrained: bool = teacher_option(
+        True,
+        "Start from the weights that timm publishes, which the commands download: the teacher, and a student with the patches"
+        " of such weights. --no-pretrained is for a machine without the network: networks of timm learn from random weights.",
+    )
     epochs: int | None = optimisation_option(None, "Number of epochs of the student.", low=1, high=10**6)
     views: int | None = views_option(
         None,

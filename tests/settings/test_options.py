@@ -562,6 +562,7 @@ TRIALS: dict[str, list[Trial]] = {
         Trial("--eval-data {copy}", "has the images to learn from"),
         Trial("--model deit-s --epochs 3 --views 2 --overwrite", seen=exists("mine/train.yaml")),
         Trial("--teacher resnet18", seen=exists("mine/teacher.yaml")),
+        Trial("--teacher resnet18 --no-pretrained", seen=lambda got: "pretrained: false" in (got.folder / "mine/teacher.yaml").read_text()),
         Trial("--json", seen=is_json),
         Trial("--yes", seen=exists("mine/precompute.yaml")),
         Trial(f"--data {{copy}} {READING}", seen=lambda got: "class_depth: 1" in (got.folder / "mine/precompute.yaml").read_text()),

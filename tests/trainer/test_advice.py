@@ -12,11 +12,12 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from support.builders import encoded, photo, with_checkout
+from support.builders import encoded, photo, with_checkout, write_unlabelled
 from support.commands import invoke
 
 import cli
@@ -84,11 +85,46 @@ def test_a_published_teacher_with_other_classes_learns_them_first(here):
     settings = read_settings(Path("mine/teacher.yaml"), TrainConfig)
     assert settings["model"] == "test_resnet.r160_in1k"
     assert settings["pretrained"] is True
-    small = ["-j", "0", "--device", "cpu", "--no-pretrained", "--set", "img_size=32", "--epochs", "1"]
+    assert (settings["set"], settings["crop_pct"]) == ({"img_size": 32, "scale": [0.4, 1.0]}, 1.0)
+    small = ["-j", "0", "--device", "cpu", "--no-pretrained", "--epochs", "1"]
     code, shown = invoke("train", "-c", "mine/teacher.yaml", *small)
     assert code == 0, shown
     code, shown = invoke("precompute", "-c", "mine/precompute.yaml", "--views", "1", "-j", "0", "--device", "cpu")
     assert code == 0, shown
+    teacher = read_settings(Path("mine/precompute.yaml"), PrecomputeConfig, TeacherConfig)["teacher"]
+    assert teacher == ("mine/teacher/best",)  # there is evaluation
+
+
+@pytest.mark.parametrize("teacher", ["test_resnet", "resnet18"])
+def test_without_the_hub_nothing_is_pretrained(here, teacher):
+    code, shown = invoke(
+        "init", "mine", "--data", "pets/train", "--eval-data", "none", "--teacher", teacher, "--no-pretrained", "--yes"
+    )
+    assert code == 0, shown
+    settings = read_settings(Path("mine/teacher.yaml"), TrainConfig)
+    assert (settings["pretrained"], settings["lr_base"]) == (False, 0.012)
+    assert "pretrained" not in read_settings(Path("mine/train.yaml"), TrainConfig)
+    values = read_settings(Path("mine/precompute.yaml"), PrecomputeConfig, TeacherConfig)
+    assert values["teacher"] == ("mine/teacher/last",)  # there is no evaluation, and no best/
+
+
+@pytest.mark.slow
+def test_the_commands_that_init_prints_run(here):
+    """All of them, as they are printed, quick ones for long ones."""
+    asked = ["--data", "pets/train", "--teacher", "test_resnet", "--no-pretrained", "--epochs", "1", "--views", "1"]
+    code, shown = invoke("init", "mine", *asked, "--yes", "--json")
+    assert code == 0, shown
+    made = json.loads(shown[shown.index("{\n") :])
+    quick = {"train": ["--epochs", "1"], "estimate": ["--seconds", "0.1"]}
+    lines = [shlex.split(line)[1:] for line in made["next"] + made["after"] if "torchrun" not in line]
+    assert [" ".join(words[:2]) for words in lines if words[0] in ("labels", "export", "runs")] == [
+        "labels show", "export mine/student", "runs mine",
+    ]  # fmt: skip
+    for words in lines:
+        code, shown = invoke(*words, *quick.get(words[0], []))
+        assert code == 0, (words, shown)
+    for name in ("labels.png", "report.html", "student-timm/model.safetensors"):
+        assert Path("mine", name).is_file()
 
 
 def test_a_teacher_with_the_classes_needs_no_file_of_its_own(here, tmp_path):
@@ -121,6 +157,7 @@ BAD = [
     (["--data", "pets/train", "--teacher", "mine:nothing", "--yes"], 2, "must be a function that can be imported"),
     (["--data", "pets/train", "--teacher", "exported", "--yes"], 2, "exported has 7 classes, pets/train has 3"),
     (["--data", "pets/train", "--epochs", "0", "--yes"], 2, "--epochs must be in 1..1000000, got 0"),
+    (["--data", "plain", "--no-pretrained", "--yes"], 2, "cannot learn from plain, which has no class labels"),
     (["--data", "broken", "--yes"], 1, "broken: none of 3 images that were looked at can be decoded"),
 ]
 
@@ -129,6 +166,7 @@ BAD = [
 def test_a_wrong_answer_is_one_line_and_writes_nothing(here, options, code, said):
     shutil.copytree("pets/train/cat", "other/cat")
     shutil.copytree("pets/train/dog", "other/goat")
+    write_unlabelled(Path("plain"), Path("labels.csv"), 3)
     Path("exported").mkdir()
     Path("exported/config.json").write_text('{"architecture": "test_resnet", "num_classes": 7}')
     for name in ("cat", "dog", "emu"):
@@ -270,6 +308,7 @@ def answers(samples: int, *, side: int = 400, model: str = "deit-s", classes: in
         labelled=samples,
         classes=classes,
         side=side,
+        looked_at=32,
         bad=(),
     )
     settings = {
@@ -333,6 +372,42 @@ def test_the_size_of_views_is_at_least_that_of_the_images(side, size, patch):
     assert answers(1000, side=side).sizes == (size, patch)
 
 
+@pytest.mark.parametrize(
+    ("options", "machine", "expected"),
+    [
+        ([], CPU, (8, 64, 4, 2)),  # the default of a machine without a GPU
+        ([], "gpu", (4, None, None, None)),
+        (["--model", "deit-ti"], CPU, (4, None, None, None)),  # asked for: its own sizes
+    ],
+)
+def test_without_a_gpu_the_default_student_of_small_images_is_smaller(here, monkeypatch, options, machine, expected):
+    chosen = gpus(1) if machine == "gpu" else machine
+    monkeypatch.setattr(Machine, "here", lambda: chosen)
+    code, shown = invoke("init", "mine", "--data", "pets/train", "--teacher", TEACHER, *options, "--yes", "--json")
+    assert code == 0, shown
+    settings = read_settings(Path("mine/train.yaml"), TrainConfig)
+    assert tuple(settings.get(name) for name in ("patch_size", "embed_dim", "depth", "num_heads")) == expected
+    made = json.loads(shown[shown.index("{\n") :])
+    sizes = zip(("--patch-size", "--embed-dim", "--depth", "--num-heads"), expected, strict=True)
+    printed = " ".join(f"{flag} {value}" for flag, value in sizes if value)
+    assert [line for line in made["next"] if " estimate " in line and line.endswith(f"--model deit-ti {printed}")]
+    assert len(made["slow"]) == (0 if machine == "gpu" else 2)
+
+
+def test_commands_for_remote_images_say_where_they_are():
+    """`labels show` and `report` know only the place of local images."""
+    given = answers(1000, teacher="own:net", reading={"image_key": "jpg"})
+    remote = dataclasses.replace(given.images, source=SimpleNamespace(is_remote=True), location="https://a.org/x.tar")
+    show, evaluate, report, *_ = advice._later_commands(dataclasses.replace(given, images=remote), Path("a b"))
+    assert show == (
+        "deit-cli labels show 'a b/labels' --out 'a b/labels.png' --data https://a.org/x.tar --image-key jpg"
+    )
+    assert evaluate == (
+        "deit-cli evaluate --checkpoint 'a b/student/last' --labels 'a b/labels' --labels-data https://a.org/x.tar"
+    )
+    assert report.endswith("--out 'a b/report.html' --data https://a.org/x.tar --image-key jpg")
+
+
 def test_a_cnn_as_student_has_no_patches():
     assert answers(1000, model="resnet18").sizes == (224, None)
 
@@ -349,5 +424,6 @@ def test_every_line_says_why(tmp_path):
 def test_images_are_looked_at_all_over_the_source(images):
     found = advice.look_at(str(images / "pets/train"), advice.SourceOptions())
     assert (found.samples, found.classes, found.side) == (24, 3, 24)
+    assert "shorter side 24 pixels (median of 24 images)" in found.line
     places = list(advice._spread(found.source))
     assert [position for _, position in places] == list(range(24))
