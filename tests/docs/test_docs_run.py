@@ -307,7 +307,7 @@ SHOWN: dict[tuple[str, str], Callable[[Page, list[str]], None]] = {
     # page, beginning of the first line
     ("README.md", "top-1, %"): table_of_the_demo,
     ("docs/data.md", "photos: folder"): printed_somewhere,
-    ("docs/init.md", "patch_size: 4"): line_of_train_yaml,
+    ("docs/init.md", "batch_size: 16"): line_of_train_yaml,
     ("docs/init.md", "teacher  "): printed_somewhere,
     ("docs/init.md", "recipe  "): printed_somewhere,
     ("docs/init.md", "run  "): printed_somewhere,
