@@ -404,13 +404,17 @@ def _files(answers: Answers, folder: Path, machine: Machine) -> dict[str, str | 
         "paths are relative to the folder in which the command runs",
     ]
     labelling = [
-        _command("precompute", "-c", folder / "precompute.yaml"),
+        _command("deit-cli", "precompute", "-c", folder / "precompute.yaml"),
         "stores the teacher's answers for numbered views of every image",
         *head,
     ]
-    training = [_command("train", "-c", folder / "train.yaml"), "trains the student from the stored answers", *head]
+    training = [
+        _command("deit-cli", "train", "-c", folder / "train.yaml"),
+        "trains the student from the stored answers",
+        *head,
+    ]
     teaching = [
-        _command("train", "-c", folder / "teacher.yaml"),
+        _command("deit-cli", "train", "-c", folder / "teacher.yaml"),
         f"teaches {answers.teacher} the {answers.images.classes} classes of the images, before it labels them",
         *head,
     ]
