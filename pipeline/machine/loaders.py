@@ -371,7 +371,8 @@ def prepare_loaders(module: str) -> None:
     Args:
         module: name of the module that defines the work of the loaders.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *({module} - {"__main__"})])
+    preload = ["pipeline.machine.server", __name__, *({module} - {"__main__"})]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     _start_server()
 
 

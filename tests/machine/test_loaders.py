@@ -2,6 +2,7 @@
 
 import multiprocessing.forkserver
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor
 from pipeline.errors import BadImageError, WorkerError
 from pipeline.machine import loaders as loading
 from pipeline.machine.loaders import PREFETCH, Slots, SlotStream, in_processes, plan_workers
+from pipeline.machine.server import parent_has_stopped
 
 # --- work in order --------------------------------------------------------------------------------------------
 
@@ -53,7 +55,7 @@ def test_a_defect_of_ours_keeps_its_class():
 
 def test_the_server_of_the_processes_imports_the_module_of_the_work():
     stream = SlotStream(Fill(), [1], (2, 3), workers=1, held=1)
-    here, names = "support.loading", ["pipeline.machine.loaders", "support.loading"]
+    here, names = "support.loading", ["pipeline.machine.server", "pipeline.machine.loaders", "support.loading"]
     into_slot = loading._IntoSlot(Fill(), stream._slots.pixels)
     assert [loading._module_of(work) for work in (faculty, partial(partial(faculty)), into_slot)] == [here] * 3
     assert loading._module_of(factorial) == "math"
@@ -244,6 +246,46 @@ if __name__ == "__main__":
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=with_checkout(), capture_output=True, text=True, start_new_session=True)
     assert (done.stdout, done.stderr) == ("[False, False]\n", "")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_while_its_loaders_start_says_only_that():
+    """The names of the semaphores are gone when the server has imported torch and forks a loader."""
+    code = """
+import operator, os, signal, threading
+from pipeline.machine.loaders import in_processes
+
+if __name__ == "__main__":
+    threading.Timer(0.3, os.killpg, (0, signal.SIGINT)).start()
+    try:
+        list(in_processes(operator.is_, range(10**6), workers=2))
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+    command = [sys.executable, "-c", code]  # run() returns when the last process has closed its stderr
+    done = subprocess.run(command, env=with_checkout(), capture_output=True, text=True, start_new_session=True)
+    assert (done.stdout, done.stderr) == ("stopped\n", "")
+
+
+class Broken:
+    """Work that a starting loader cannot unpickle."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self):
+        return raise_it, (self.error,)
+
+
+def raise_it(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("kind", [FileNotFoundError, EOFError, pickle.UnpicklingError])
+def test_other_errors_of_a_starting_loader_are_shown(kind):
+    with pytest.raises(kind) as caught:
+        pickle.loads(pickle.dumps(Broken(kind("a file of the user"))))
+    assert not parent_has_stopped(caught.value, caught.tb)
 
 
 @pytest.mark.slow
