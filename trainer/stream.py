@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import LabelSetCorrupt, SourceError
+from pipeline.errors import BadImageError, LabelSetCorrupt, SourceError
 from pipeline.images.decode import decode
 from pipeline.images.source import Source
 from pipeline.labels.combined import CombinedLabels, Labels
@@ -340,9 +340,14 @@ class BatchRenderer:
 
     def _draw(self, shard: int, row: int, table: ShardTable, views: range, take: Take, note: Note) -> None:
         note(f"image {table.keys[row]!r} of {self._catalogue.names[shard]}")
-        sample = self._catalogue.source.shards[shard][row]
+        source_shard = self._catalogue.source.shards[shard]
+        sample = source_shard[row]
         if table.samples is None:  # this image has not been decoded before: decode all of it to check it
-            draw_decoded(decode(sample.image, key=sample.key), self._recipe, sample.key, views, take)
+            try:
+                pixels = decode(sample.image, key=sample.key)
+            except BadImageError as error:
+                raise source_shard.unreadable(row, error) from error.__cause__
+            draw_decoded(pixels, self._recipe, sample.key, views, take)
             return
         check_image(sample, table.samples, row, shard=self._catalogue.names[shard])
         draw_encoded(sample.image, self._recipe, sample.key, views, take)
@@ -422,7 +427,10 @@ class CentreRenderer:
             sample = shard[row]
             if sample.class_label is None and self._need_labels:
                 raise SourceError(f"{sample.key!r} has lost its class label since the source was opened")
-            pixels[at] = render_view(sample.image, self._recipe, sample.key, 0)
+            try:
+                pixels[at] = render_view(sample.image, self._recipe, sample.key, 0)
+            except BadImageError as error:
+                raise shard.unreadable(row, error) from error.__cause__
             labels.append(-1 if sample.class_label is None else sample.class_label)
         return CentreBatch(out[: len(chosen)], torch.tensor(labels))
 

@@ -79,6 +79,10 @@ class OtherLabels(SourceShard[Any]):
         """The index of the shard itself, with the other class labels."""
         return self.build_index()
 
+    def file_of(self, position: int) -> str:
+        """Return the file that the shard itself names."""
+        return self.shard.file_of(position)
+
     def read_image(self, position: int) -> bytes:
         """Return the encoded image of one sample."""
         return self.shard.read_image(position)

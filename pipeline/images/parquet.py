@@ -176,6 +176,10 @@ class ParquetShard(SourceShard[ParquetPlace]):
     def __len__(self) -> int:
         return sum(self.group_rows)
 
+    def file_of(self, position: int) -> str:
+        """Return the sample and the file it lies in."""
+        return f"{self.index.keys[position]!r} in {self.file}"
+
     def build_index(self) -> ShardIndex[ParquetPlace]:
         """Read the paths and labels; if the paths cannot be keys, read the images too and name them by content."""
         places = self._places()

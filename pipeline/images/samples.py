@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 
-from pipeline.errors import SourceError, StorageError
+from pipeline.errors import BadImageError, SourceError, StorageError
 from pipeline.images.columns import Column, Records, records_of
 from pipeline.storage.place import File, RemoteFile
 
@@ -180,6 +180,14 @@ class SourceShard(ABC, Generic[Where]):
     @abstractmethod
     def read_image(self, position: int) -> bytes:
         """Return the encoded image of one sample, after checking that the files have what the index says of it."""
+
+    def file_of(self, position: int) -> str:
+        """Return the file that holds the image of a sample, in words, for errors."""
+        return f"{self.index.keys[position]!r} in source shard {self.name}"
+
+    def unreadable(self, position: int, error: BadImageError) -> BadImageError:
+        """Return the error for an image that a command needs, with its file as the way out."""
+        return error.with_fix(f"Repair or delete {self.file_of(position)}")
 
     @property
     def state(self) -> tuple[int, ...] | None:

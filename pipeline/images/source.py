@@ -389,6 +389,10 @@ class FolderShard(SourceShard[str]):
         """Summary of the index."""
         return self.known or ShardSummary.of(self.index)
 
+    def file_of(self, position: int) -> str:
+        """Return the path of the file."""
+        return str(self.root / self.index.places[position])
+
     def read_image(self, position: int) -> bytes:
         """Return the content of one file."""
         path = self.root / self.index.places[position]

@@ -122,6 +122,10 @@ class TarShard(SourceShard[TarPlace]):
         """Length and date of a local tar."""
         return file_state(self.file)
 
+    def file_of(self, position: int) -> str:
+        """Return the sample and the file it lies in."""
+        return f"{self.index.keys[position]!r} in {self.file}"
+
     def build_index(self) -> ShardIndex[TarPlace]:
         """Return the index, from all headers and labels of the tar."""
         with opened(self.file) as archive:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import BadImageError, LabelSetCorrupt, LabelSetMismatch, SourceError
 from pipeline.images.decode import decode
+from pipeline.images.samples import SourceOptions
 from pipeline.images.source import Source, open_source
 from pipeline.labels.checked_files import ViewsInOrder
 from pipeline.labels.labelset import LabelSet
@@ -418,6 +419,7 @@ def test_a_bad_image_arrives_whole_from_another_process(tmp_path, workers):
         list(stream_batches(renderer, range(2), workers=workers))
     assert caught.value.key == "img-0020"
     assert caught.value.reason.startswith("damaged or truncated")
+    assert str(caught.value).endswith(f". Repair or delete 'img-0020' in {data}/train-000001.tar")
 
 
 def is_bad(renderer: BatchRenderer, index: int) -> bool:
@@ -471,6 +473,20 @@ def test_centre_batches_send_a_bad_image_on(tmp_path):
     with pytest.raises(BadImageError) as caught:
         list(CentreRenderer(source, [(0, row) for row in range(4)], recipe, 4).stream(workers=0))
     assert caught.value.key == "img-0002"
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_bad_image_of_a_folder_is_named_by_its_path(tmp_path, from_file):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "IMG_0001.jpg").write_bytes(b"\xff\xd8\xff" + bytes(20))
+    (tmp_path / "labels.csv").write_text("path,label\ncat/IMG_0001.jpg,0\ndog/IMG_0001.jpg,1\n")
+    given = SourceOptions(labels_file=str(tmp_path / "labels.csv") if from_file else None)
+    source = open_source(tmp_path, options=given)
+    row = list(source.shards[0].keys).index("cat/IMG_0001")
+    with pytest.raises(BadImageError) as caught:
+        list(CentreRenderer(source, [(0, row)], load_recipe("none", {"img_size": 16}), 4).stream(workers=0))
+    assert caught.value.fix == f"Repair or delete {tmp_path}/cat/IMG_0001.jpg"
 
 
 def test_a_class_label_that_went_away_is_named(source):
