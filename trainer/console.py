@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.repeats import FirstOfEachKind
+from pipeline.repeats import FirstOfEachKind, warn_counted
 
 
 class ToStderr(logging.Handler):
@@ -32,6 +32,20 @@ class ToStderr(logging.Handler):
 log = logging.getLogger("deit_cli")
 
 
+def _say_once(record: logging.LogRecord) -> bool:
+    """Return whether a message of the Hub's client is its own affair; its retries become warnings of ours, which are counted.
+
+    It logs two lines for each try, and shows each of them twice: in its own handler and in ours.
+    """
+    text = record.getMessage()
+    if record.levelno != logging.WARNING:
+        return True
+    if "thrown while requesting" in text or text.startswith("Rate limited"):
+        warn_counted(log, "failed requests to the Hub", "the Hub is asked again: %s", text)
+        return False
+    return not text.startswith("Retrying in")
+
+
 def set_up(loudness: str) -> None:
     """Send log messages to stderr: warnings and errors if `loudness` is quiet, all if it is verbose.
 
@@ -41,6 +55,7 @@ def set_up(loudness: str) -> None:
     handler = ToStderr(shown, every=loudness == "verbose")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     log.setLevel(logging.DEBUG if loudness == "verbose" else logging.INFO)
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_say_once)
 
 
 def _is_quiet() -> bool:

@@ -274,7 +274,7 @@ def _resolve_name(model: str) -> str:
     close = difflib.get_close_matches(model, [*SHORT_NAMES, *timm.list_models()], n=3)
     raise UsageError(
         f"the student must be a timm model or one of {', '.join(SHORT_NAMES)}, got {model!r}",
-        fix=f"Did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names",
+        fix=f"Did you mean {', '.join(close)}?" if close else "deit-cli models PATTERN lists names",
     )
 
 
@@ -287,7 +287,11 @@ def _build_model(
             asked = {"img_size": img_size, **asked}
         built = timm.create_model(name, num_classes=num_classes, pretrained=pretrained, **asked)
     except OSError as error:
-        raise StorageError(f"cannot fetch the published weights of {name}: {_one_line(error)}") from error
+        raise StorageError(
+            f"cannot fetch the published weights of {name}: {_one_line(error).rstrip('. ')}",
+            fix="Without the Hub pass a file of weights (train: --init FILE, evaluate: --checkpoint FILE) in place of"
+            " --pretrained; train --no-pretrained starts from random weights",
+        ) from error
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         values = ", ".join(f"{key}={value}" for key, value in asked.items()) or "its own values"
         raise UsageError(f"timm cannot build {name} with {values}: {_one_line(error)}") from error

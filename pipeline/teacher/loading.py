@@ -104,13 +104,29 @@ def loaded_as(name: str) -> str:
         UsageError: timm has no such model.
     """
     wanted = DEIT_TEACHERS.get(name, name)
+    _refuse_run(Path(name.removeprefix(LOCAL)))
     if (Path(name) / "config.json").is_file():
         wanted = LOCAL + name
-    if not wanted.startswith((LOCAL, HUB)) and not timm.is_model(wanted):
-        close = difflib.get_close_matches(wanted, timm.list_models(), n=3)
-        fix = f"Did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
-        raise UsageError(f"timm has no model {name!r}", fix=fix)
-    return wanted
+    if wanted.startswith((LOCAL, HUB)) or timm.is_model(wanted):
+        return wanted
+    if "/" in name:
+        there = "holds no config.json" if Path(name).is_dir() else "is no folder"
+        raise UsageError(
+            f"--teacher {name}: {there}, and timm has no model of this name",
+            fix="Pass a folder that `train` exported, such as RUN/best, or a name that deit-cli models --teachers lists",
+        )
+    close = difflib.get_close_matches(wanted, timm.list_models(), n=3)
+    fix = f"Did you mean {', '.join(close)}?" if close else "deit-cli models --teachers lists names"
+    raise UsageError(f"timm has no model {name!r}", fix=fix)
+
+
+def _refuse_run(folder: Path) -> None:
+    """Raise UsageError for the folder of a run: the teacher's weights must be named exactly, its best or its last."""
+    if (folder / "model.safetensors").is_file():
+        return
+    inside = [str(folder / part) for part in ("best", "last") if (folder / part / "model.safetensors").is_file()]
+    if inside:
+        raise UsageError(f"--teacher {folder} is the folder of a run", fix=f"Pass {' or '.join(inside)}")
 
 
 def _load_network(name: str, checkpoint: Path | None, options: TeacherConfig, num_classes: int | None) -> Network:
@@ -202,7 +218,10 @@ def _from_timm(name: str, *, checkpoint: Path | None, pretrained: bool, num_clas
         _check_exported_folder(Path(wanted.removeprefix(LOCAL)))
     module: Any = None
     with _as_teacher_error(
-        f"cannot load teacher {wanted}", fix="Pass --teacher-checkpoint, or --no-pretrained for a trial"
+        f"cannot load teacher {wanted}",
+        fix="Export it again"
+        if wanted.startswith(LOCAL)
+        else "Pass the weights as a file with --teacher-checkpoint FILE, or --no-pretrained for a trial with random weights",
     ):
         if pretrained:
             module = timm.create_model(wanted, pretrained=True)

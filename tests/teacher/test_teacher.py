@@ -105,7 +105,8 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 
 BAD_TEACHERS = [
     # name, options, error, text
-    ("zzzzzzzzzzzz", {}, UsageError, r"timm has no model 'zzzzzzzzzzzz'. timm.list_models\(\) lists all names"),
+    ("zzzzzzzzzzzz", {}, UsageError, r"timm has no model 'zzzzzzzzzzzz'. deit-cli models --teachers lists"),
+    ("teacher/lst", {}, UsageError, r"--teacher teacher/lst: is no folder, and timm has no model of this name\. Pass a fol"),
     ("regnety_16", {}, UsageError, "timm has no model 'regnety_16'. Did you mean regnety_1"),
     ("support.builders:nothing", {}, UsageError, "must be a function that can be imported"),
     ("no_such_module:f", {}, UsageError, "must be a function that can be imported"),
@@ -117,6 +118,19 @@ BAD_TEACHERS = [
 def test_teachers_that_do_not_exist(name, options, error, text):
     with pytest.raises(error, match=text):
         teacher_of(name, **options)
+
+
+@pytest.mark.parametrize("exported", [("last",), ("best", "last")])
+def test_the_folder_of_a_run_is_refused_with_the_folders_in_it(tmp_path, exported):
+    run = tmp_path / "run"
+    for part in exported:
+        (run / part).mkdir(parents=True)
+        (run / part / "model.safetensors").write_bytes(b"")
+    (run / "config.json").write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        teacher_of(str(run))
+    ways = " or ".join(f"{run}/{part}" for part in exported)
+    assert str(caught.value) == f"--teacher {run} is the folder of a run. Pass {ways}"
 
 
 class AnswersTwice(nn.Module):
