@@ -161,7 +161,7 @@ def evaluate(as_json: bool, **values: Any) -> None:
     """Measure a student's accuracy and agreement with the teacher.
 
     The result has one line for each head, for each fusion of both heads, and for a linear classifier of both tokens if it was fitted.
-    Pass --data and/or --labels; and --checkpoint, or --model with --pretrained.
+    Pass --data and/or --labels; and --checkpoint, or --model with --pretrained. The folder of a run means its best/, or else its last/.
 
     \b
     Examples:

@@ -297,6 +297,17 @@ def test_one_pass_gives_what_separate_passes_give(folder, data):
     assert result["scores"]["concat_linear"]["top1"] == pytest.approx(expected)
 
 
+def test_the_folder_of_a_run_means_its_best_weights_or_else_its_last(data, tmp_path):
+    run = tmp_path / "run"
+    last = exported(run / "last", make_student())
+    assert ask(checkpoint=run, data=data)["checkpoint"] == str(last)
+    best = exported(run / "best", make_student())
+    result = ask(checkpoint=run, data=data)
+    assert result == ask(checkpoint=best, data=data)
+    with pytest.raises(CheckpointError, match="is not an exported model"):
+        ask(checkpoint=tmp_path, data=data)
+
+
 def test_the_result_has_everything_in_its_place(folder, data):
     result = ask(checkpoint=folder, data=data)
     assert (result["kind"], result["version"], result["checkpoint"]) == ("scores", 1, str(folder))

@@ -303,6 +303,21 @@ def test_a_quiet_command_writes_everything_to_its_log(tmp_path):
     assert [event.get("text", event["event"]) for event in events] == ["a message", "a warning", "progress", "ended"]
 
 
+def test_the_retries_of_the_hubs_client_are_one_line_and_a_count():
+    script = (
+        "from trainer.console import set_up, shown_progress; set_up(''); from huggingface_hub.utils import _http\n"
+        "with shown_progress():\n"
+        "    for number in range(5):\n"
+        "        _http.logger.warning(\"'no route' thrown while requesting HEAD https://hub/x\")\n"
+        "        _http.logger.warning(f'Retrying in 1s [Retry {number}/5].')\n"
+        "_http.logger.warning('another warning')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=with_checkout(), check=True)
+    asked = "the Hub is asked again: 'no route' thrown while requesting HEAD https://hub/x"
+    assert done.stderr.splitlines()[:2] == [asked, "failed requests to the Hub: 5 in all"]
+    assert set(done.stderr.splitlines()[2:]) == {"another warning"}
+
+
 # --- results ----------------------------------------------------------------------------------------------------------
 
 NO_JSON = {"completion": "its result is a script for a shell"}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import CheckpointError
+from pipeline.storage.urls import local_path
 from pipeline.weights import weights_here
 from trainer.metrics import METRICS_NAME
 from trainer.student import Student, open_student
@@ -92,6 +93,15 @@ def name_of_run(run: Path) -> str:
 def exported_folder(run: Path) -> Path | None:
     """Return the folder with the best weights of a run, or else with its last; None if it has neither."""
     return next((run / part for part in WEIGHTS if (run / part / "model.safetensors").is_file()), None)
+
+
+def weights_in(location: str) -> str:
+    """Return the location of the weights that a location means: those in the folder of a run or of a step, or itself."""
+    path = local_path(location)
+    if path is None or not path.is_dir() or (path / "model.safetensors").is_file():
+        return location
+    inside = exported_folder(run_in(path))
+    return location if inside is None else str(inside)
 
 
 def _find(location: str) -> tuple[str, Path | None, Path | None]:

@@ -14,7 +14,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ from trainer.evidence.linear import (
     load_linear,
     save_linear,
 )
+from trainer.evidence.networks import weights_in
 from trainer.parallel import Running, World
 from trainer.student import Student, open_student
 
@@ -84,6 +85,9 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     label_set = None if config.labels is None else LabelSet.open(config.labels, expect_manifest=config.expect_manifest)
     source = None if config.data is None else open_source(config.data, options=config.options)
     fitting = _fit_images(config)
+    if config.checkpoint and (chosen := weights_in(config.checkpoint)) != config.checkpoint:
+        config = replace(config, checkpoint=chosen)
+        log.info("weights: %s", chosen)
     here = weights_here(config.checkpoint) if config.checkpoint else None
     student = _open(config, here, [each.num_classes for each in (source, label_set, fitting and fitting[0]) if each])
     where = resolve_device(config.device)
