@@ -39,6 +39,7 @@ from trainer.weights import start_from
 log = logging.getLogger("deit_cli.train")
 
 STATE_VERSION = 2
+MOST_DIFFERENCES = 5  # settings that an error names
 SETTINGS_NAME = "config.yaml"
 SETTINGS_HEADER = b"# deit-cli train -c THIS_FILE --output ANOTHER_FOLDER trains the same again\n"
 
@@ -394,13 +395,25 @@ def resume(config: TrainConfig, state: State, meta: dict[str, Any]) -> None:
         )
     if found != meta:
         raise CheckpointError(
-            f"{path} belongs to a run with other settings{first_difference(found, meta)}",
+            f"{path} belongs to a run with other settings{_differences(found, meta)}",
             fix="Use the settings of that run, or another --output",
         )
     unpack_training(tensors, state.student, state.optimizer, state.ema)
     state.next_update = saved["next_update"]
     state.evaluated, state.best_top1 = _last_evaluation(config.folder)
     log.info("continuing at update %d", state.next_update)
+
+
+def _differences(found: dict[str, Any], meta: dict[str, Any]) -> str:
+    """Return ` (--epochs: 6, not 8)`: the options in which two runs differ, or else the first other difference."""
+    then, now = found["config"], meta["config"]
+    names = [name for name in now if then.get(name) != now[name]] if isinstance(then, dict) else []
+    if not names:
+        return first_difference(found, meta)
+    flags = {setting.name: setting.flag for setting in settings_of(TrainConfig)}
+    told = [first_difference(then.get(name), now[name], flags[name])[2:-1] for name in names[:MOST_DIFFERENCES]]
+    more = len(names) - len(told)
+    return f" ({'; '.join(told)}{f'; {more} more' if more else ''})"
 
 
 def default_settings() -> dict[str, Any]:

@@ -376,7 +376,7 @@ def test_a_state_from_before_the_control_continues_and_does_not_become_one(data,
     del meta["config"]["second_token"]
     save_state(run / "state.safetensors", tensors, meta)
     train(config(run, **settings, resume="auto"), small_recipe())
-    with pytest.raises(CheckpointError, match=r"belongs to a run with other settings.*second_token"):
+    with pytest.raises(CheckpointError, match=r"belongs to a run with other settings.*--second-token"):
         train(config(run, **settings, resume="auto", second_token="class"), small_recipe())
 
 

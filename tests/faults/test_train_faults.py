@@ -128,7 +128,23 @@ def test_fault_20_a_continuation_on_other_labels_is_refused_with_what_differs(
 
 @pytest.mark.parametrize(
     ("changes", "names"),
-    [({"lr": 2e-3}, "lr"), ({"seed": 1}, "seed"), ({"distillation_alpha": 0.4}, "distillation_alpha")],
+    [
+        ({"lr": 2e-3}, r"\(--lr: 0.001, not 0.002\)"),
+        ({"seed": 1, "lr": 2e-3}, r"\(--lr: 0.001, not 0.002; --seed: 0, not 1\)"),
+        ({"distillation_alpha": 0.4}, "--distillation-alpha: 0.5, not 0.4"),
+        (
+            {
+                "lr": 1.0,
+                "seed": 1,
+                "smoothing": 0.3,
+                "weight_decay": 0.7,
+                "min_lr": 0.01,
+                "warmup_lr": 0.02,
+                "drop_path": 0.3,
+            },
+            "; 2 more",
+        ),
+    ],
 )
 def test_fault_20_a_continuation_with_other_settings_is_refused_with_what_differs(made, tmp_path, changes, names):
     asked = config(made.folder, tmp_path / "run", resume="auto")

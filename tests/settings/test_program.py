@@ -312,7 +312,9 @@ def test_the_retries_of_the_hubs_client_are_one_line_and_a_count():
         "        _http.logger.warning(f'Retrying in 1s [Retry {number}/5].')\n"
         "_http.logger.warning('another warning')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=with_checkout(), check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=with_checkout(), check=True
+    )
     asked = "the Hub is asked again: 'no route' thrown while requesting HEAD https://hub/x"
     assert done.stderr.splitlines()[:2] == [asked, "failed requests to the Hub: 5 in all"]
     assert set(done.stderr.splitlines()[2:]) == {"another warning"}

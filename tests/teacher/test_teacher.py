@@ -106,7 +106,12 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 BAD_TEACHERS = [
     # name, options, error, text
     ("zzzzzzzzzzzz", {}, UsageError, r"timm has no model 'zzzzzzzzzzzz'. deit-cli models --teachers lists"),
-    ("teacher/lst", {}, UsageError, r"--teacher teacher/lst: is no folder, and timm has no model of this name\. Pass a fol"),
+    (
+        "teacher/lst",
+        {},
+        UsageError,
+        r"--teacher teacher/lst: is no folder, and timm has no model of this name\. Pass a fol",
+    ),
     ("regnety_16", {}, UsageError, "timm has no model 'regnety_16'. Did you mean regnety_1"),
     ("support.builders:nothing", {}, UsageError, "must be a function that can be imported"),
     ("no_such_module:f", {}, UsageError, "must be a function that can be imported"),

@@ -110,7 +110,7 @@ def test_a_share_out_of_range_is_refused(tmp_path, share):
 def test_a_resumed_run_keeps_its_share(label_set, tmp_path):
     settings = {"labels": label_set.folder, "labelled_fraction": 0.5}
     train(config(tmp_path / "run", **settings))
-    with pytest.raises(CheckpointError, match=r"other settings \(config.labelled_fraction: 0.5, not 0.4\)"):
+    with pytest.raises(CheckpointError, match=r"other settings \(--labelled-fraction: 0.5, not 0.4\)"):
         train(config(tmp_path / "run", **settings | {"labelled_fraction": 0.4, "resume": "auto"}))
 
 
@@ -120,6 +120,6 @@ def test_a_run_from_before_a_setting_existed_continues_with_its_default(label_se
     tensors, meta = load_state(path)
     assert meta["config"].pop("labelled_fraction") == 1.0
     save_state(path, tensors, meta)
-    with pytest.raises(CheckpointError, match=r"config.labelled_fraction: 1.0, not 0.5"):
+    with pytest.raises(CheckpointError, match=r"--labelled-fraction: 1.0, not 0.5"):
         train(config(tmp_path / "run", labels=label_set.folder, resume="auto", labelled_fraction=0.5))
     train(config(tmp_path / "run", labels=label_set.folder, resume="auto"))

@@ -202,7 +202,7 @@ def test_a_run_is_never_overwritten_unasked(label_set, tmp_path):
 
 def test_a_continuation_with_other_settings_is_refused_with_the_difference(label_set, tmp_path):
     train(config(label_set, tmp_path / "run", epochs=1))
-    with pytest.raises(CheckpointError, match=r"other settings \(config.weight_decay: 0.05, not 0.3\)"):
+    with pytest.raises(CheckpointError, match=r"other settings \(--weight-decay: 0.05, not 0.3\)"):
         train(config(label_set, tmp_path / "run", epochs=1, weight_decay=0.3, resume="auto"))
 
 
