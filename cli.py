@@ -779,7 +779,7 @@ def import_(kind: Any, path: str, out: str, num_classes: int, topk: int | None, 
 )
 @plain_option(
     "--data",
-    help="Images of --labels: path or URL; by default those in the label set, or else the local path stored in it.",
+    help="Images of --labels: path or URL; by default those in the label set, or else the local path stored in it. Without --labels: images that are decoded, and the damaged ones listed.",
     group="Data",
 )
 @options_of(SourceConfig)
@@ -795,13 +795,12 @@ def doctor(
     \b
     Examples:
       deit-cli doctor
+      deit-cli doctor --data imagenet/train
       deit-cli doctor --out /scratch/shards --labels shards --data imagenet/train
     """
     from pipeline.doctor.examine import examine
     from pipeline.doctor.findings import report_json, report_table, verdict
 
-    if data is not None and labels is None:
-        raise UsageError("--data names the images of --labels: pass that too")
     SourceConfig(**values).check_used(data)
     sections = examine(out=out, labels=labels, data=data, options=values)
     show_result(report_json(sections) if as_json else report_table(sections))

@@ -185,3 +185,9 @@ def test_the_wheel_of_the_sdist_has_the_code_and_nothing_else(tracked, sdist, tm
     said = wheel.read(f"deit_cli-{PROJECT['version']}.dist-info/METADATA").decode()
     assert f"\nVersion: {PROJECT['version']}\n" in said
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_the_page_of_the_command_line_has_every_extra():
+    _, _, below = (ROOT / "docs/cli.md").read_text().partition("\n## Extras\n")
+    rows = [line.split("|")[1] for line in below.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(PROJECT["optional-dependencies"])

@@ -6,6 +6,7 @@ A failing check must not stop it: packages are imported in other processes, and 
 import dataclasses
 import json
 import logging
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,10 +18,13 @@ from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.packages import examine_packages, version_of
 from pipeline.doctor.places import examine_folder
 from pipeline.doctor.probing import first_line, try_all
-from pipeline.errors import DeitCliError
+from pipeline.errors import BadImageError, DeitCliError
 from pipeline.storage.urls import local_path, working_folder
+from pipeline.text import count
 
 LABELS_TIMEOUT_S = 900.0  # the images may have to be downloaded
+IMAGES_S = 600.0  # time to decode images in; one process decodes a few hundred a second
+MOST_NAMED = 10  # damaged images in the report
 
 log = logging.getLogger("deit_cli.doctor")
 
@@ -32,12 +36,12 @@ def examine(
     data: str | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Section]:
-    """Check machine, packages and decoders, and on request a folder and a label set; return the findings.
+    """Check machine, packages and decoders, and on request a folder, a label set, and images; return the findings.
 
     Args:
         out: folder or URL to write to, or None.
         labels: folder or URL of the label set whose replay probes are rendered again, or None.
-        data: images of the label set; None: their location at labelling.
+        data: images of the label set; None: their location at labelling. Without `labels`, images that are all decoded.
         options: how `data` is read: fields of `SourceOptions`, whose module needs packages that may be broken.
     """
     sections = [
@@ -47,7 +51,11 @@ def examine(
     if out is not None:
         sections += _looked(f"writing to {out}", lambda: _examine_place(out))
     if labels is not None:
-        sections += _looked(f"labels {labels}", lambda: [_examine_apart(labels, data, options)])
+        sections += _looked(
+            f"labels {labels}", lambda: [_examine_apart(f"labels {labels}", tell_labels, labels, data, options)]
+        )
+    elif data is not None:
+        sections += _looked(f"images {data}", lambda: [_examine_apart(f"images {data}", tell_images, data, options)])
     return sections
 
 
@@ -71,13 +79,19 @@ def _examine_place(out: str) -> list[Section]:
     return [examine_bucket(out), examine_folder(working_folder(out))]
 
 
-def _examine_apart(labels: str, data: str | None, options: Mapping[str, Any]) -> Section:
-    """Examine a label set in another process, because a broken decoder may end it; return the findings."""
-    arguments = json.dumps([labels, data, dict(options)])
-    (trial,) = try_all([f"{__name__}:tell_labels {arguments}"], timeout_s=LABELS_TIMEOUT_S)
-    section = Section(f"labels {labels}")
+def _examine_apart(title: str, tell: Callable[..., dict[str, Any]], *arguments: Any) -> Section:
+    """Examine a label set or images in another process, because a broken decoder may end it; return the findings.
+
+    Args:
+        title: what is examined.
+        tell: function of this module that returns the section as plain JSON values.
+        arguments: its arguments, JSON values but for the last, a mapping of them.
+    """
+    given = json.dumps([*arguments[:-1], dict(arguments[-1])])
+    (trial,) = try_all([f"{__name__}:{tell.__name__} {given}"], timeout_s=LABELS_TIMEOUT_S)
+    section = Section(title)
     if trial.result is None:
-        section.problem(f"the label set could not be checked: {trial.error}", "Repair the packages named above")
+        section.problem(f"{title} could not be checked: {trial.error}", "Repair the packages named above")
         return section
     section.rows += [Row(**row) for row in trial.result["rows"]]
     section.findings += [Finding(**finding) for finding in trial.result["findings"]]
@@ -125,6 +139,51 @@ def examine_labels(labels: str, data: str | None, options: Mapping[str, Any] = M
             f"rendered pixels differ by up to {difference:.3f} of 255 from those that the teacher saw, which training accepts:"
             f" {CAUSES[plan.recipe.renderer].small}",
             "To get equal pixels, install the package versions that made the labels",
+        )
+    return section
+
+
+def tell_images(data: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the findings of `examine_images` as plain JSON values."""
+    return dataclasses.asdict(examine_images(data, options))
+
+
+def examine_images(data: str, options: Mapping[str, Any] = MappingProxyType({})) -> Section:
+    """Open images and decode them, all of them if that takes less than `IMAGES_S` seconds; return the findings."""
+    section = Section(f"images {data}")
+    try:
+        from pipeline.images.decode import decode
+        from pipeline.images.samples import SourceOptions
+        from pipeline.images.source import open_source
+    except Exception as error:
+        section.problem(f"images cannot be read: {first_line(error)}", "Repair the packages named above")
+        return section
+    decoded, bad = 0, list[str]()
+    end = time.monotonic() + IMAGES_S
+    try:
+        source = open_source(data, options=SourceOptions(**options))
+        section.row("source", source.describe())
+        places = ((shard, row) for shard in source.shards for row in range(len(shard)))
+        for shard, row in places:
+            try:
+                decode(shard.read_image(row), key=shard.keys[row])
+            except BadImageError as error:
+                bad.append(f"{shard.file_of(row)} ({error.reason})")
+            decoded += 1
+            if time.monotonic() > end:
+                break
+    except DeitCliError as error:
+        section.problem(error.what, error.fix or "Check --data")
+        return section
+    values = {"looked_at": decoded, "images": source.num_samples, "damaged": len(bad)}
+    section.row(
+        "decoded", f"{decoded - len(bad):,} of {decoded:,} that were looked at, of {source.num_samples:,}", values
+    )
+    if bad:
+        more = f", and {len(bad) - MOST_NAMED:,} more" if len(bad) > MOST_NAMED else ""
+        section.problem(
+            f"{count(len(bad), 'image')} cannot be decoded: {', '.join(bad[:MOST_NAMED])}{more}",
+            "Repair or delete them; precompute and pack leave them out with --on-bad-image skip",
         )
     return section
 

@@ -11,18 +11,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.background import wait_until
 from support.builders import files_of, make_labels, with_checkout, write_tars
 from support.label_sets import seal_again
 from support.s3_server import BUCKET, credentials
 
+from pipeline.doctor import examine as examining
 from pipeline.doctor import machine, owners, packages, places, probing
 from pipeline.doctor.buckets import examine_bucket
-from pipeline.doctor.examine import compare_environments, examine_labels
+from pipeline.doctor.examine import compare_environments, examine_images, examine_labels
 from pipeline.doctor.findings import Section, report_json, report_table, verdict
 from pipeline.doctor.machine import examine_machine
 from pipeline.doctor.places import examine_folder
+from pipeline.images.decode import encode
 from pipeline.pixels import kernel
 from pipeline.storage import atomic as storage
 from pipeline.storage.remote import list_tree
@@ -761,7 +764,7 @@ def test_the_command_survives_broken_packages_and_a_hidden_name(tmp_path):
     assert any("timm" in line and "cannot be imported: no timm today" in line for line in problems)
     assert any("simplejpeg" in line and "it ended the interpreter with exit code 9" in line for line in problems)
     assert any("no image can be decoded" in line for line in problems)
-    assert any("the label set could not be checked: it ended the interpreter" in line for line in problems)
+    assert any("shards could not be checked: it ended the interpreter" in line for line in problems)
     assert output.splitlines()[-1].startswith(f"{len(problems)} problems, ")
 
 
@@ -783,5 +786,41 @@ def test_the_command_runs_where_nothing_but_click_is_installed(tmp_path):
     assert "hard links               yes" in done.stdout
 
 
-def test_data_without_labels_is_misuse(tmp_path):
-    _, _ = doctor("--data", "images", cwd=tmp_path, code=2)
+def folder_of(tmp_path: Path, damaged: int) -> Path:
+    for number in range(14):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.full((9, 9, 3), number, np.uint8), "JPEG"))
+        if number < damaged:
+            path.write_bytes(path.read_bytes()[:-20])
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(("damaged", "more"), [(1, ""), (12, ", and 2 more")])
+def test_damaged_images_are_listed(tmp_path, damaged, more):
+    section = examine_images(str(folder_of(tmp_path, damaged)))
+    assert value(section, "decoded") == f"{14 - damaged} of 14 that were looked at, of 14"
+    (problem,) = told(section)
+    assert f"image{'s' * (damaged > 1)} cannot be decoded: " in problem
+    assert problem.count(str(tmp_path)) == min(damaged, 10)
+    assert problem.endswith(
+        f"{more}. Repair or delete them; precompute and pack leave them out with --on-bad-image skip"
+    )
+
+
+def test_images_are_decoded_for_a_limited_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(examining, "IMAGES_S", 0.0)
+    section = examine_images(str(folder_of(tmp_path, 0)))
+    assert value(section, "decoded") == "1 of 1 that were looked at, of 14"
+    assert told(section) == []
+
+
+def test_images_that_are_not_there_are_a_problem(tmp_path):
+    (problem,) = told(examine_images(str(tmp_path / "nothing")))
+    assert "nothing: does not exist" in problem
+
+
+def test_the_command_decodes_images_in_a_process_of_its_own(tmp_path):
+    folder_of(tmp_path, 1)
+    _, output = doctor("--data", "photos", "--class-depth", "1", cwd=tmp_path, code=1)
+    assert "1 image cannot be decoded: photos/a/00.jpg (damaged or truncated: " in " ".join(output.split())
