@@ -219,7 +219,7 @@ def test_paths_with_any_characters_are_read_back_and_can_be_typed(here, name):
     assert (labelling["data"], labelling["out"]) == (data, f"{mine}/labels")
     assert (training["output"], training["eval_data"], training["epochs"]) == (f"{mine}/student", f"{name}/val", 30)
     made = json.loads(shown)
-    train, runs = made["next"][-1], made["later"][-1]
+    train, runs = made["next"][-1], made["after"][-1]
     assert shlex.split(train) == ["deit-cli", "train", "-c", f"{mine}/train.yaml"]
     assert shlex.split(runs) == ["deit-cli", "runs", mine]
 
