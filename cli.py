@@ -116,7 +116,9 @@ def precompute(dry_run: bool, log_json: Path | None, as_json: bool, **values: An
             show_result(ended(config, label_set, as_json=as_json))
 
 
-@commands.command(continues=f"{CONTINUES}, with --resume if a checkpoint was written")
+@commands.command(
+    continues=f"{CONTINUES}, with --resume: from the last checkpoint, or from the beginning if there is none"
+)
 @config_option(TrainConfig, recipe=True)
 @options_of(TrainConfig)
 @recipe_options(RECIPE_OF_TRAIN)
@@ -1007,24 +1009,24 @@ def recipes(names: tuple[str, ...], as_yaml: bool, as_json: bool) -> None:
 
 
 @commands.command()
-@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
+@click.argument("folders", nargs=-1, metavar="[FOLDER]...")
 @options_of(RunsConfig)
 @AS_JSON
 def runs(folders: tuple[str, ...], as_json: bool, **values: Any) -> None:
     """List the runs and label sets below a folder.
 
-    A line says of each run how far it is, whether a process of this machine trains it, its best accuracy, loss and speed. The runs of
-    studies are listed, too. The accuracy is that of the answer in the column `of`. Nothing is written.
+    FOLDER is the current one by default. A line says of each run how far it is, whether a process of this machine trains it, its best
+    accuracy, loss and speed. The runs of studies are listed, too. The accuracy is that of the answer in the column `of`. Nothing is written.
 
     \b
     Examples:
-      deit-cli runs runs
+      deit-cli runs
       deit-cli runs runs studies --sort top1
     """
     config = RunsConfig(**values)
     from trainer.folders import find_runs, runs_table
 
-    found = find_runs(folders, config.sort)
+    found = find_runs(folders or ["."], config.sort)
     show_result(found if as_json else runs_table(found))
 
 

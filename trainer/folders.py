@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import DeitCliError, StorageError, UsageError
 from pipeline.labels.format import MANIFEST_NAME, PLAN_NAME
-from pipeline.labels.manifest import label_blocks, read_manifest, read_plan, short
+from pipeline.labels.manifest import label_blocks, labels_path, read_manifest, read_plan, short
 from pipeline.storage.json import read_json
 from pipeline.storage.urls import local_path
 from pipeline.text import aligned, count, duration, listed
@@ -142,7 +142,7 @@ def _run(folder: Path) -> Found:
     kept = _updates_kept(folder)
     running = _is_locked(folder / LOCK_NAME)
     done = max(kept, last.get("index", -1) + 1) if running else kept
-    per_epoch = _updates_per_epoch(folder, lines, kept)
+    per_epoch = _updates_per_epoch(folder, saved, lines, kept)
     total = per_epoch and per_epoch * config["epochs"]
     state, note = _state(folder, config, running=running, last=last.get("index", -1), kept=kept, total=total)
     return {
@@ -150,10 +150,10 @@ def _run(folder: Path) -> Found:
         "epoch": done // per_epoch if per_epoch else 0,
         "epochs": config["epochs"],
         "updates": done,
-        "progress": done / total if total else 0.0,
+        "progress": done / total if total else None if done else 0.0,
         "model": config["model"],
         "labels": [config["labels"]] if isinstance(config["labels"], str) else config["labels"] or [],
-        "teacher": _teacher_name(saved.get("teacher")),
+        "teacher": None if config.get("distillation_type") == "none" else _teacher_name(saved.get("teacher")),
         "recipe": _recipe_name(recipe_id),
         "recipe_id": recipe_id,
         "best_top1": best.get("top1"),
@@ -229,8 +229,12 @@ def _updates_kept(folder: Path) -> int:
     return updates
 
 
-def _updates_per_epoch(folder: Path, lines: Sequence[Mapping[str, Any]], kept: int) -> int | None:
-    """Return the number of updates of an epoch; None while the first one is not complete."""
+def _updates_per_epoch(
+    folder: Path, saved: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], kept: int
+) -> int | None:
+    """Return the number of updates of an epoch; None in the first epoch of a run whose config.json does not have it yet."""
+    if "updates_per_epoch" in saved:
+        return _with(saved, folder / CONFIG_NAME, updates_per_epoch=int)["updates_per_epoch"]
     for line in reversed(lines):
         if line["kind"] == "eval":
             return (line["index"] + 1) // max(1, line["epoch"] + 1)
@@ -287,23 +291,44 @@ def _label_set(folder: Path) -> Found:
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     blocks = label_blocks(folder)
     wanted = manifest.blocks if manifest else []
-    shards = len(manifest.shards) if manifest and manifest.shards else len(plan.source.shards)
-    files = sum(len(list(path.glob("*.parquet"))) for path in (folder / "labels").glob("views-*-*"))
+    shards = (manifest and manifest.shards) or [shard.name for shard in plan.source.shards]
     sealed = manifest is not None and manifest.sealed
-    further = [block for block in blocks if block not in wanted] if sealed else []
-    wanted = [*wanted, *further]
+    # Only the first command of a set writes which views it wants. Blocks beside these are of a later one, whose end nobody knows.
+    further = [block for block in blocks if block not in wanted]
+    known = wanted if sealed or not further else []
+    shown = wanted if sealed else [*wanted, *further]
+    files, of = _label_files(folder, shards, known or blocks), len(shards) * len(known)
     return {
         "state": "sealed" if sealed else "unfinished",
-        "views": [min(block.start for block in wanted), max(block.stop for block in wanted)] if wanted else None,
+        "views": [min(block.start for block in shown), max(block.stop for block in shown)] if shown else None,
         "label_shards": files,
-        "of_label_shards": shards * len(wanted),
-        "progress": files / (shards * len(wanted)) if wanted else 0.0,
+        "of_label_shards": of or None,
+        "progress": files / of if of else None if files else 0.0,
         "teacher": _teacher_name(plan.teacher.model_dump(mode="json")),
         "recipe": _recipe_name(plan.recipe_id),
         "recipe_id": plan.recipe_id,
         "written": _written(folder / MANIFEST_NAME, folder / PLAN_NAME, *(folder / "labels").glob("views-*-*")),
-        "note": f"{count(len(further), 'block')} of views not sealed" if further else "",
+        "note": _further_note(further, sealed=sealed, claimed=wanted),
     }
+
+
+def _label_files(folder: Path, shards: Sequence[str], blocks: Sequence[range]) -> int:
+    """Return the number of label shards of some source shards and blocks of views that are there."""
+    wanted, found = {f"{name}.parquet" for name in shards}, 0
+    for block in blocks:
+        with contextlib.suppress(FileNotFoundError):  # nobody has begun this block yet
+            found += len(wanted & set(os.listdir((folder / labels_path("x", block)).parent)))
+    return found
+
+
+def _further_note(further: Sequence[range], *, sealed: bool, claimed: Sequence[range]) -> str:
+    """Return what to know about blocks of views that the manifest does not list."""
+    if not further:
+        return ""
+    if sealed:
+        return f"{count(len(further), 'further block')} of views begun, not sealed"
+    begun = f"{count(len(further), 'block')} of views begun"
+    return f"{begun} beside those of the first command: how many are wanted is not stored" if claimed else begun
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -333,7 +358,7 @@ def _run_cells(run: Found) -> tuple[str, ...]:
         run["path"],
         run["state"],
         f"{run['epoch']} of {run['epochs']}",
-        f"{100 * run['progress']:.0f}",
+        _share(run["progress"]),
         run["model"],
         run["teacher"] or "class labels",
         run["recipe"],
@@ -353,12 +378,17 @@ def _set_cells(found: Found) -> tuple[str, ...]:
         found["path"],
         found["state"],
         ":".join(map(str, found["views"] or ["-"])),
-        f"{100 * found['progress']:.0f}",
+        _share(found["progress"]),
         found["teacher"],
         found["recipe"],
         _ago(found["written"]),
         found["note"],
     )
+
+
+def _share(progress: float | None) -> str:
+    """Return a share in percent; a dash if it is not known."""
+    return "-" if progress is None else f"{100 * progress:.0f}"
 
 
 def _number(value: float | None, how: str) -> str:

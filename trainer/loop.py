@@ -201,7 +201,7 @@ class Run:
             world.check_same(self.state.next_update, "checkpoint")
             if world.leads:
                 sweep_temporaries(config.folder)
-                save_config(config, self.data)
+                save_config(config, self.data, self.order)
                 announce(config, self.data, self.order, self.state, self.share)
                 if self.data.recipe.renderer > 1:
                     warn_without_kernel()
@@ -235,7 +235,7 @@ class Run:
                 self._save(writer, exports)  # before the evaluation, which may take long or fail
             if stops and update + 1 < order.steps_per_epoch * config.epochs:
                 writer.wait()
-                raise _stopped(config, stop, state.next_update)
+                raise _stopped(stop, state.next_update)
             if last:
                 self._end_epoch(epoch)
         watch.check()
@@ -485,9 +485,9 @@ def _is_recovery_point(config: TrainConfig, update: int) -> bool:
     return bool(config.recovery_interval) and (update + 1) % config.recovery_interval == 0
 
 
-def _stopped(config: TrainConfig, stop: StopRequest, updates: int) -> StoppedError:
+def _stopped(stop: StopRequest, updates: int) -> StoppedError:
     number = stop.signal or signal.SIGTERM  # another rank received the signal
     return StoppedError(
-        f"stopped by {number.name} after update {updates}, which is saved: continue with --resume --output {config.output}",
+        f"stopped by {number.name} after update {updates}, which is saved; the same command continues, with --resume",
         number,
     )

@@ -442,9 +442,14 @@ def save_evaluation(output: Path, state: State) -> None:
     replace_file(output / EVALUATION_NAME, pretty_json(record))
 
 
-def save_config(config: TrainConfig, data: Data) -> None:
+def save_config(config: TrainConfig, data: Data, order: Order) -> None:
     """Write config.json, with all settings and ids, and config.yaml, which `train -c` takes to repeat the training."""
-    resolved = {"config": config.to_dict(), "recipe": data.recipe.model_dump(mode="json"), "recipe_id": data.recipe.id}
+    resolved = {
+        "config": config.to_dict(),
+        "recipe": data.recipe.model_dump(mode="json"),
+        "recipe_id": data.recipe.id,
+        "updates_per_epoch": order.steps_per_epoch,
+    }
     if data.label_set:
         teachers = [each.plan.teacher.model_dump(mode="json") for each in sets_of(data.label_set)]
         resolved |= _label_identity(data.label_set) | {"teacher": teachers if len(teachers) > 1 else teachers[0]}

@@ -115,7 +115,10 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_a_report(command, data, la
     ("command", "said"),
     [
         ("precompute", "stopped; the same command continues"),
-        ("train", "stopped; the same command continues, with --resume if a checkpoint was written"),
+        (
+            "train",
+            "stopped; the same command continues, with --resume: from the last checkpoint, or from the beginning if there is none",
+        ),
         ("labels push", "stopped; the same command continues"),
         ("labels verify", "stopped"),
         ("estimate", "stopped"),

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from support.builders import make_labels, write_tars
 from support.commands import invoke
 
+from pipeline.labels.manifest import read_manifest
+from pipeline.storage.json import pretty_json
 from trainer.checkpoint import load_state, save_state
 from trainer.config import TrainConfig
 from trainer.folders import find_runs, runs_table
@@ -93,11 +95,35 @@ def test_a_pipe_in_place_of_the_lock_is_not_waited_for(run):
     assert only(run)["state"] == "finished"
 
 
-def test_a_run_in_its_first_epoch_has_no_share_yet(run):
+def test_the_share_of_a_run_in_its_first_epoch_counts_updates(run):
+    total = only(run)["updates"]
     cut(run, 1)
     shutil.rmtree(run / "last")
     found = only(run)
-    assert (found["state"], found["progress"], found["epoch"], found["updates"]) == ("stopped", 0.0, 0, 1)
+    assert (found["state"], found["epoch"], found["updates"]) == ("stopped", 0, 1)
+    assert found["progress"] == 1 / total > 0
+
+
+def test_an_older_run_in_its_first_epoch_has_no_share(run):
+    config = json.loads((run / "config.json").read_text())
+    del config["updates_per_epoch"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert only(run)["progress"] == 1.0
+    cut(run, 1)
+    shutil.rmtree(run / "last")
+    found = only(run)
+    assert (found["progress"], found["epoch"], found["updates"]) == (None, 0, 1)
+    assert "0 of 3  -  deit-ti" in runs_table({"runs": [found], "label_sets": []})
+    assert find_runs([str(run)], "progress")["runs"] == [found]
+
+
+def test_a_run_on_class_labels_has_no_teacher_even_if_a_label_set_gave_its_images(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["teacher"]
+    config["config"]["distillation_type"] = "none"
+    (run / "config.json").write_text(json.dumps(config))
+    assert only(run)["teacher"] is None
+    assert "class labels" in invoke("runs", str(run))[1]
 
 
 def test_a_run_of_one_epoch_can_be_finished(run):
@@ -218,6 +244,49 @@ def test_a_label_set_that_is_being_made_says_how_far_it_is(made, tmp_path):
     found = find_runs([str(labels)])["label_sets"][0]
     assert found["state"] == "unfinished"
     assert "unfinished" in runs_table({"runs": [], "label_sets": [found]})
+
+
+def opened(labels: Path, *views: tuple[int, int]) -> Path:
+    """Give a label set an open manifest, as the first command of a set writes it, and return its folder."""
+    open_ = {"sealed": False, "view_blocks": views, "files": (), "probes": (), "environments": ()}
+    manifest = read_manifest(labels).model_copy(update=open_ | {"content_sha256": None})
+    (labels / "manifest.json").write_bytes(pretty_json(manifest.to_json()))
+    return labels
+
+
+def test_the_share_of_a_set_is_of_the_views_that_its_first_command_wanted(made, tmp_path):
+    labels = opened(shutil.copytree(made / "labels", tmp_path / "labels"), (0, 3), (3, 6))
+    there = len(list(labels.glob("labels/views-00000-00002/*.parquet")))
+    (labels / "labels/views-00000-00002/.tmp-1.parquet").write_bytes(b"half")
+    (found,) = find_runs([str(labels)])["label_sets"]
+    assert (found["state"], found["views"], found["progress"], found["note"]) == ("unfinished", [0, 6], 0.5, "")
+    assert (found["label_shards"], found["of_label_shards"]) == (there, 2 * there)
+
+
+def test_a_set_of_two_commands_has_no_share_because_nobody_stored_what_the_second_wants(made, tmp_path):
+    labels = opened(shutil.copytree(made / "labels", tmp_path / "labels"), (0, 3))
+    for block in ("00003-00012", "00013-00022"):
+        shutil.copytree(labels / "labels/views-00000-00002", labels / f"labels/views-{block}")
+    (found,) = find_runs([str(labels)])["label_sets"]
+    there = len(list(labels.glob("labels/*/*.parquet")))
+    assert (found["views"], found["label_shards"], found["of_label_shards"]) == ([0, 23], there, None)
+    assert found["progress"] is None
+    assert found["note"].startswith("2 blocks of views begun beside those of the first command")
+    assert "unfinished   0:23  -" in runs_table({"runs": [], "label_sets": [found]})
+
+
+def test_a_sealed_set_that_is_extended_is_still_that_of_its_manifest(made, tmp_path):
+    labels = shutil.copytree(made / "labels", tmp_path / "labels")
+    shutil.copytree(labels / "labels/views-00000-00002", labels / "labels/views-00003-00005")
+    (found,) = find_runs([str(labels)])["label_sets"]
+    assert (found["state"], found["views"], found["progress"]) == ("sealed", [0, 3], 1.0)
+    assert found["note"] == "1 further block of views begun, not sealed"
+
+
+def test_the_current_folder_is_the_default(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    code, shown = invoke("runs")
+    assert (code, "one" in shown, "finished" in shown) == (0, True, True)
 
 
 def test_orders(run):
