@@ -448,6 +448,8 @@ def save_config(config: TrainConfig, data: Data, order: Order) -> None:
         "config": config.to_dict(),
         "recipe": data.recipe.model_dump(mode="json"),
         "recipe_id": data.recipe.id,
+        "views": [order.views.start, order.views.stop] if order.views else None,
+        "views_per_update": order.batch_size,
         "updates_per_epoch": order.steps_per_epoch,
     }
     if data.label_set:

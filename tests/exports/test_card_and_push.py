@@ -13,6 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from PIL import Image
+from support.builders import photo
 from support.web_server import FailingServer
 
 import cli
@@ -20,7 +22,7 @@ from pipeline.errors import RemoteFileRefused, StorageError
 from pipeline.storage.atomic import sha256_file
 from trainer.evaluate import ANSWERS
 from trainer.evidence.networks import exported_folder
-from trainer.exports.card import NOT_MEASURED
+from trainer.exports.card import NOT_MEASURED, _classes, _without_effect
 from trainer.exports.config import StudentExportConfig
 from trainer.exports.export import export_student
 
@@ -57,18 +59,24 @@ def test_every_line_of_code_in_a_card_runs(source, settings, names, request, tmp
     export(request.getfixturevalue(source), tmp_path / "out", **settings)
     card = (tmp_path / "out/README.md").read_text()
     monkeypatch.chdir(tmp_path / "out")
+    Image.fromarray(photo(1)).save("image.jpg")
     known: dict[str, Any] = {}
     blocks = code_of(card)
     assert card.count("```") == 2 * len(blocks) > 0
     for block in blocks:
         exec(block, known)
+    images = 1 if settings["to"] == "timm" else 4
     for name in names:
-        assert tuple(known[name].shape) == (4, 8)
+        assert tuple(known[name].shape) == (images, 8)
+    if settings["to"] == "timm":
+        assert known["images"].abs().max() > 0.1  # the image, normalised
+        assert known["classes"][0, 0] == known["logits"].argmax()
 
 
 def test_a_card_says_what_the_run_measured_and_what_it_did_not(run, tmp_path):
     found = export(run, tmp_path / "out", to="timm", license="apache-2.0", dataset=("imagenet-1k",))
     card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.text.lstrip().startswith(f"# `{found['source']['model']}` trained on `imagenet-1k`\n")
     assert card.data.to_dict() == {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
@@ -87,6 +95,50 @@ def test_a_card_says_what_the_run_measured_and_what_it_did_not(run, tmp_path):
     for text in (config["labelset_id"], config["recipe_id"], config["teacher"]["weights_sha256"], "`imagenet-1k`"):
         assert text in card.text
     assert str(run.parent) not in card.content + (tmp_path / "out/export.json").read_text()
+
+
+def test_a_card_has_what_the_training_used_and_nothing_else(run, tmp_path):
+    found = export(run, tmp_path / "out", to="timm")
+    card = (tmp_path / "out/README.md").read_text()
+    (settings,) = re.findall(r"^- \*\*Settings\*\*: (.*)$", card, flags=re.MULTILINE)
+    assert found["source"]["run"]["settings"]["distillation_tau"] == 1.0  # the record has all
+    for name in ("distillation_alpha", "batch_size", "model_ema_decay", "lr_base"):
+        assert f"{name} " in settings, name
+    for name in ("distillation_tau", "tail", "soft_reduction", "label_mode"):
+        assert name not in settings
+    assert "- **Views**: 0:3, 12 in each update" in card
+    assert f"after epoch {found['source']['scores']['epoch']} (counted from 0)" in card
+    assert card.splitlines()[card.splitlines().index("## Classes") + 2].startswith("From class 0 on: `")
+    assert f"\n# `{found['source']['model']}`, `tiny`\n" in card
+
+
+def test_which_settings_had_no_effect():
+    soft = {
+        "distillation_type": "soft",
+        "distillation_tau": 3,
+        "tail": "spread",
+        "model_ema": True,
+        "model_ema_decay": 0.9,
+    }
+    assert not _without_effect(soft).intersection(soft)
+    none = {"distillation_type": "none", "second_token": "distillation", "distillation_alpha": 0.5, "model_ema": False}
+    assert _without_effect(none) >= {"distillation_alpha", "distillation_tau", "model_ema_decay"}
+    assert "distillation_alpha" not in _without_effect(none | {"second_token": "class"})
+    assert "lr_base" in _without_effect({"lr": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("to", "number", "said"),
+    [
+        ("timm", 2, "From class 0 on: `c0`, `c1`."),
+        ("timm", 1000, "The names of the 1,000 classes are in `config.json`, `label_names`, from class 0 on."),
+        ("torch", 21, "The names of the 21 classes are in `export.json`, `class_names`, from class 0 on."),
+        ("onnx", None, "The classes have numbers only: those of the training images."),
+    ],
+)
+def test_classes_are_named_or_it_is_said_where_the_names_are(to, number, said):
+    names = None if number is None else [f"c{each}" for each in range(number)]
+    assert _classes({"class_names": names, "to": to}) == [said]
 
 
 def test_the_last_weights_have_the_scores_of_the_last_evaluation_of_a_run_that_ended(run, tmp_path):

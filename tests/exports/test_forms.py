@@ -300,6 +300,30 @@ def test_a_folder_of_others_is_refused(folder, tmp_path):
         export(folder, out / "export.json", to="timm")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "holds an export with preprocess nhwc, this one would have none. Pass another --out"),
+        ({"preprocess": "nchw"}, "preprocess nhwc, this one would have nchw"),
+        ({"preprocess": "nhwc", "precision": "float16"}, "precision float32, this one would have float16"),
+        ({"preprocess": "nhwc", "answer": ("class_head",)}, "answers mean_logits, this one would have class_head"),
+    ],
+)
+def test_an_export_never_replaces_another_kind_of_export(folder, onnx_of_pixels, settings, said):
+    before = {path: path.read_bytes() for path in onnx_of_pixels.iterdir()}
+    with pytest.raises(UsageError, match=said):
+        export(folder, onnx_of_pixels, to="onnx", **settings)
+    assert {path: path.read_bytes() for path in onnx_of_pixels.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def onnx_of_pixels(folder, tmp_path_factory) -> Path:
+    """An ONNX export that takes uint8 pixels."""
+    out = tmp_path_factory.mktemp("pixels") / "out"
+    export(folder, out, to="onnx", preprocess="nhwc")
+    return out
+
+
 def test_an_export_that_was_changed_or_has_another_form_is_refused(folder, tmp_path):
     out = tmp_path / "out"
     export(folder, out, to="timm")

@@ -12,6 +12,7 @@ from trainer.student import Student
 CARD_NAME = "README.md"
 _LIBRARIES = {"timm": "timm", "onnx": "onnx", "torch": "pytorch"}
 NOT_MEASURED = "not measured"
+SHOWN_CLASSES = 20  # a card writes the names of so many classes
 _ABOUT = {
     "class_head": "the head of the class token",
     "distillation_head": "the head of the distillation token",
@@ -32,12 +33,13 @@ def card_text(record: Mapping[str, Any], student: Student, graph: Answers | None
     """
     source = record["source"]
     lines = [
-        f"# {code_span(source['name'])}",
+        f"# {_title(source, config)}",
         "",
         f"An image classifier: {code_span(str(source['model']))}, {source['parameters']:,} parameters,"
         f" {source['num_classes']:,} classes, images of {student.img_size} x {student.img_size} pixels."
         " Trained and exported with deit-cli.",
         *_section("How to load it", _loading(student, graph, config)),
+        *_section("Classes", _classes(record)),
         *_section("Accuracy", _accuracy(record, student)),
         *_section("Training", _training(source)),
         *_section("Data", _data(config)),
@@ -45,6 +47,15 @@ def card_text(record: Mapping[str, Any], student: Student, graph: Answers | None
         *_section("Where it comes from", _origin(record)),
     ]
     return f"---\n{_header(record, config)}\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def _title(source: Mapping[str, Any], config: StudentExportConfig) -> str:
+    """Return the model, and its data if they are named, else the name of its run or folder."""
+    name = code_span(source["name"])
+    if not source["model"]:
+        return name
+    of = f" trained on {', '.join(map(code_span, config.dataset))}" if config.dataset else f", {name}"
+    return f"{code_span(source['model'])}{of}"
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:
@@ -106,17 +117,18 @@ def _timm(student: Student, config: StudentExportConfig) -> list[str]:
         *_code(["features = model.forward_features(images)", *_heads(student)]),
     ]
     return [
-        "Run this in the folder of the export."
+        "Run this in the folder of the export, with an image of yours as `image.jpg`."
         + (" timm's answer is the mean of the logits of both heads." if student.has_distillation_head else ""),
         *_code(
             [
                 "import timm",
-                "import torch",
+                "from PIL import Image",
                 "",
                 f'model = timm.create_model("local-dir:.", pretrained=True).eval(){on_hub}',
                 "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
-                f"images = torch.zeros(4, 3, {student.img_size}, {student.img_size})  # stack transform(image) of your images",
+                'images = transform(Image.open("image.jpg").convert("RGB"))[None]  # a batch of one image',
                 "logits = model(images)",
+                f"probabilities, classes = logits.softmax(dim=1).topk({min(5, student.num_classes)})",
             ]
         ),
         *(["", *both] if student.has_two_tokens else []),
@@ -160,6 +172,17 @@ def _code(lines: Sequence[str]) -> list[str]:
 # --- what is known of it ----------------------------------------------------------------------------------------------
 
 
+def _classes(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes if they are few, else where they are."""
+    names = record["class_names"]
+    if names is None:
+        return ["The classes have numbers only: those of the training images."]
+    if len(names) <= SHOWN_CLASSES:
+        return [f"From class 0 on: {', '.join(map(code_span, names))}."]
+    where = "`config.json`, `label_names`" if record["to"] == "timm" else "`export.json`, `class_names`"
+    return [f"The names of the {len(names):,} classes are in {where}, from class 0 on."]
+
+
 def _accuracy(record: Mapping[str, Any], student: Student) -> list[str]:
     """Return the table of all answers: in training, and at the export of the student and of the exported file."""
     check, trained = record["check"], record["source"]["scores"]
@@ -178,7 +201,7 @@ def _accuracy(record: Mapping[str, Any], student: Student) -> list[str]:
         rows.append(f"| `{name}`: {_ABOUT[name]} | " + " | ".join(cells) + " |")
     notes = []
     if trained:
-        notes.append(f"In training: after epoch {trained['epoch'] + 1}, on {trained['images']:,} images.")
+        notes.append(f"In training: after epoch {trained['epoch']} (counted from 0), on {trained['images']:,} images.")
     if at_export:
         notes.append(f"At export: on {at_export['images']:,} {code_span(check['images_from'])}.")
     if check:
@@ -203,12 +226,31 @@ def _training(source: Mapping[str, Any]) -> list[str]:
     ] or ["- **Teacher**: none"]
     if len(sets) > 1:
         lines.append(f"- **Combined**: weights {run['label_weights']}, {run['label_mode']}")
-    recipe, settings = run["recipe"] or {}, {k: v for k, v in run["settings"].items() if v is not None}
+    recipe = run["recipe"] or {}
+    settings = {name: value for name, value in run["settings"].items() if value is not None}
+    settings = {name: value for name, value in settings.items() if name not in _without_effect(settings)}
+    views = run.get("views") or []
+    if per_update := run.get("views_per_update"):
+        lines.append(f"- **Views**: {':'.join(map(str, views)) + ', ' if views else ''}{per_update:,} in each update")
     return [
         *lines,
         f"- **Recipe** `{run['recipe_id']}`: {code_spans(recipe)}",
         f"- **Settings**: {code_spans(settings)}",
     ]
+
+
+def _without_effect(settings: Mapping[str, Any]) -> set[str]:
+    """Return the names of settings that a training did not use, or that the card says elsewhere."""
+    idle = {"label_weights", "label_mode"}  # they are beside the teachers, if there are several
+    if settings.get("distillation_type") != "soft":
+        idle |= {"distillation_tau", "tail", "soft_reduction"}
+    if settings.get("distillation_type") == "none" and settings.get("second_token") != "class":
+        idle |= {"distillation_alpha", "second_token"}
+    if not settings.get("model_ema"):
+        idle |= {"model_ema_decay", "model_ema_warmup"}
+    if "lr" in settings:
+        idle.add("lr_base")
+    return idle
 
 
 def _data(config: StudentExportConfig) -> list[str]:

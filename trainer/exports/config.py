@@ -34,8 +34,8 @@ class StudentExportConfig(SourceConfig):
     )
     out: Path | None = output_option(
         None,
-        "Folder for the export, new or empty, or one that the same command wrote; by default NAME-timm, NAME-onnx or"
-        " NAME-torch here, where NAME is the name of the run.",
+        "Folder for the export, new or empty, or one with an export of the same form, answers, input and precision; by default"
+        " NAME-timm, NAME-onnx or NAME-torch here, where NAME is the name of the run.",
         metavar="FOLDER",
     )
     answer: tuple[str, ...] = output_option(

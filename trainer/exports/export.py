@@ -56,7 +56,7 @@ def export_student(location: str, config: StudentExportConfig) -> dict[str, Any]
         onnx_file.check_extra()
     origin = open_origin(location)
     folder = config.out or Path(f"{origin.network.name}-{config.to}")
-    earlier = _earlier(folder, config.to)
+    earlier = _earlier(folder, config, origin.student)
     with _staged(folder) as stage:
         record = _make(origin, stage, config)
         record = _publish(stage, folder, record, earlier)
@@ -81,7 +81,7 @@ def _make(origin: Origin, stage: Path, config: StudentExportConfig) -> dict[str,
     graph = Answers(student, names, preprocess=config.preprocess, linear=linear)
     known: dict[str, Any] = {} if config.to == "timm" else {"graph": graph.described()}
     if config.precision == "int8":
-        known["quantisation"] = "dynamic" if config.calibration_data is None else "static"
+        known["quantisation"] = _quantisation(config)
     versions = _versions() | _write(graph, stage, config)
     found = compare(graph, _open(graph, stage, config), *checking_images(config, student))
     if config.precision == "float32":
@@ -164,11 +164,11 @@ def _versions() -> dict[str, Any]:
 # --- publishing -------------------------------------------------------------------------------------------------------
 
 
-def _earlier(folder: Path, to: str) -> dict[str, Any]:
+def _earlier(folder: Path, config: StudentExportConfig, student: Student) -> dict[str, Any]:
     """Return the files that an earlier export wrote to the folder and that are unchanged; {} if it is new or empty.
 
     Raises:
-        UsageError: it holds something else, or the files were changed.
+        UsageError: it holds something else or another form of export, or the files were changed.
     """
     with refusals_named(folder):
         if folder.exists() and not folder.is_dir():
@@ -180,8 +180,15 @@ def _earlier(folder: Path, to: str) -> dict[str, Any]:
     record = read_json(folder / RECORD_NAME)
     if not isinstance(record, dict) or record.get("kind") != KIND or not isinstance(record.get("files"), dict):
         raise UsageError(f"{folder}/{RECORD_NAME} is not of an export", fix="Pass a new folder as --out")
-    if record.get("to") != to:
-        raise UsageError(f"{folder} holds an export to {record.get('to')}, not to {to}", fix="Pass another --out")
+    if record.get("to") != config.to:
+        raise UsageError(
+            f"{folder} holds an export to {record.get('to')}, not to {config.to}", fix="Pass another --out"
+        )
+    for what, (held, asked) in _forms(record, config, student).items():
+        if held != asked:
+            raise UsageError(
+                f"{folder} holds an export with {what} {held}, this one would have {asked}", fix="Pass another --out"
+            )
     there = {name: sha256_file(folder / name) for name in OURS if name in record["files"] and (folder / name).is_file()}
     same = {name: sha for name, sha in there.items() if record["files"][name].get("sha256") == sha}
     if changed := [name for name in there if name not in same and name != CARD_NAME]:
@@ -190,6 +197,27 @@ def _earlier(folder: Path, to: str) -> dict[str, Any]:
             fix="Delete it, or pass another --out",
         )
     return same
+
+
+def _forms(record: Mapping[str, Any], config: StudentExportConfig, student: Student) -> dict[str, tuple[str, str]]:
+    """Return what an export must have in common with the one that it replaces: name -> as it is there, as it is asked for."""
+    forms = {name: (str(record.get(name)), str(getattr(config, name))) for name in ("precision", "preprocess")}
+    if config.precision == "int8":
+        forms["quantisation"] = (str(record.get("quantisation")), _quantisation(config))
+    if config.to != "timm":
+        forms["answers"] = (", ".join(_answers_of(record)), ", ".join(chosen_answers(config.answer, student)))
+    return forms
+
+
+def _answers_of(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the outputs in the record of an export; none if it has no graph as an export writes it."""
+    graph = record.get("graph")
+    outputs = graph.get("outputs") if isinstance(graph, dict) else None
+    return [str(each.get("name")) for each in outputs or [] if isinstance(each, dict)]
+
+
+def _quantisation(config: StudentExportConfig) -> str:
+    return "dynamic" if config.calibration_data is None else "static"
 
 
 @contextmanager

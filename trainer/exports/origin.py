@@ -19,6 +19,7 @@ from trainer.student import Student
 
 RECORD_NAME = "export.json"
 KIND, VERSION = "export", 1
+_RESOLVED = ("views", "views_per_update")  # what settings came to, which runs of earlier versions do not have
 _OWNERS = {"last": "student", "last-ema": "ema"}  # exported folder of a run -> weights in its metrics.jsonl
 
 
@@ -84,9 +85,11 @@ def _run(folder: Path) -> dict[str, Any] | None:
         return None
     saved = read_json(path)
     settings = saved.get("config", {})
+    kept = [each.name for each in settings_of(TrainConfig) if not each.free or each.name == "batch_size"]
     ids, teachers = (_as_list(saved.get(name)) for name in ("labelset_id", "teacher"))
     return {
-        "settings": {each.name: settings[each.name] for each in settings_of(TrainConfig) if not each.free and each.name in settings},
+        "settings": {name: settings[name] for name in kept if name in settings},
+        **{name: saved[name] for name in _RESOLVED if name in saved},
         "recipe": saved.get("recipe"),
         "recipe_id": saved.get("recipe_id"),
         "label_sets": [{"labelset_id": i, "teacher": t} for i, t in zip(ids, teachers, strict=True)],
