@@ -19,6 +19,7 @@ from support.training import TINY
 from pipeline.errors import DeitCliError, StorageError, UsageError
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.replay import pair_of, rendered_view
+from pipeline.overview.summary import summarise
 from pipeline.storage.json import pretty_json
 from pipeline.views.mixing import apply_mix, mix_batch
 from trainer.config import ReportConfig, TrainConfig
@@ -161,6 +162,30 @@ def test_a_column_without_any_value_is_left_out(tmp_path, known):
     assert ("agrees with the teacher" in text) == known
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "part"), [("runs/soft/best", "best"), ("runs/soft/last", "last"), ("runs/soft", None)]
+)
+def test_the_page_says_whose_weights_a_number_is_of(tmp_path, checkpoint, part):
+    path = tmp_path / "scores.json"
+    path.write_bytes(pretty_json(scores(checkpoint)))
+    page = write_report(config(tmp_path / "report.html"), [str(path)])
+    report = json.loads(data_of(page).read_bytes())
+    assert report["headline"]["weights"] == report["scores"][0]["weights"] == part
+    (lead,) = re.findall('<p class="lead">.*', page.read_text())
+    assert (f"top-1 (weights: {part})" in lead) == (f"Weights: {part}." in page.read_text()) == (part is not None)
+
+
+@pytest.mark.parametrize("unlabelled", [0, 4])
+def test_only_images_without_a_class_label_are_counted(made, tmp_path, monkeypatch, unlabelled):
+    def told(label_set: LabelSet) -> dict[str, Any]:
+        found = summarise(label_set)
+        return found | {"source": found["source"] | {"unlabelled": unlabelled}}
+
+    monkeypatch.setattr("trainer.evidence.report.summarise", told)
+    text = write_report(config(tmp_path / "report.html"), [str(made)]).read_text()
+    assert ("without a class label" in text) == (unlabelled > 0)
+
+
 @pytest.mark.parametrize("evaluations", [0, 2])
 def test_the_best_accuracy_in_training_is_a_column_if_there_was_an_evaluation(run, tmp_path, evaluations):
     copy = shutil.copytree(run, tmp_path / "run")
@@ -169,7 +194,12 @@ def test_the_best_accuracy_in_training_is_a_column_if_there_was_an_evaluation(ru
             line = {"kind": "eval", "index": number + 1, "epoch": number, "weights": "student", "top1": 51.25 - number}
             file.write(json.dumps(line) + "\n")
     text = write_report(config(tmp_path / "report.html", gallery=0), [str(copy)]).read_text()
-    assert ("best top-1, %" in text) == ("Accuracy in training" in text) == (">51.25<" in text) == bool(evaluations)
+    assert (
+        ("best top-1 in training, %" in text)
+        == ("Accuracy in training" in text)
+        == (">51.25<" in text)
+        == bool(evaluations)
+    )
 
 
 def test_a_report_beside_a_file_of_its_name_leaves_it_alone(tmp_path):

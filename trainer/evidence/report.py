@@ -27,6 +27,7 @@ from trainer.evidence.page import render_page
 from trainer.metrics import METRICS_NAME, read_metrics
 from trainer.run import CONFIG_NAME
 
+EXPORTED = (*WEIGHTS, "last-ema")  # folders of a run with weights
 KINDS = ("study", "scores", "analysis", "audit", "speed")  # of the JSON files that evidence writes
 PACKAGES = ("deit-cli", "torch", "torchvision", "timm", "numpy", "pyarrow")
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a JSON of another shape raises
@@ -210,13 +211,17 @@ def collect(found: Found, title: str | None, gallery: list[dict[str, Any]]) -> d
         "kind": "report",
         "version": 1,
         "title": title or next((study["title"] for study in studies), None) or _names(found),
-        "headline": _headline(studies, results),
+        "headline": _headline(studies, results, _parts(found), prefix=next(iter(found.prefixes), "")),
         "results": results,
         "studies": studies,
         "runs": [_run_row(found, name, folder) for name, folder in found.runs.items()],
         "curves": _curves(found.runs),
         "scores": [
-            {"name": name, **_without_bulk(content, _main_answer(found, run, content.get("scores") or {}))}
+            {
+                "name": name,
+                "weights": _part(content),
+                **_without_bulk(content, _main_answer(found, run, content.get("scores") or {})),
+            }
             for name, run, content in _scores(found)
         ],
         "calibration": [
@@ -274,8 +279,21 @@ def _only_class_head(run: Path) -> bool:
     return config.get("distillation_type") == "none" and config.get("second_token", "distillation") != "class"
 
 
-def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the values of the first sentence: the best cell of the first study, else the best network."""
+def _headline(
+    studies: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    parts: Mapping[str, str | None],
+    *,
+    prefix: str,
+) -> dict[str, Any] | None:
+    """Return the values of the first sentence: the best cell of the first study, else the best network.
+
+    Args:
+        studies: the studies.
+        results: the rows of `_results`.
+        parts: name -> folder of the weights, see `_parts`.
+        prefix: what stands before the names of the cells of the first study in `parts`.
+    """
     if studies:
         cells = [cell for cell in studies[0]["cells"] if cell["top1"]["mean"] is not None]
         if not cells:
@@ -283,6 +301,7 @@ def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[st
         best = max(cells, key=lambda cell: cell["top1"]["mean"])
         return {
             "name": best["name"],
+            "weights": parts.get(prefix + best["name"]),
             "answer": best["top1"]["answer"],
             "top1": best["top1"]["mean"],
             "low": best["top1"]["low"],
@@ -296,7 +315,21 @@ def _headline(studies: Sequence[Mapping[str, Any]], results: Sequence[Mapping[st
         return None
     best = max(results, key=lambda row: row["top1"])
     only = {"answer": None, "low": None, "high": None, "seeds": 1}
-    return {"name": best["name"], "top1": best["top1"], "among": len(results), **only}
+    name = best["name"]
+    return {"name": name, "weights": parts.get(name), "top1": best["top1"], "among": len(results), **only}
+
+
+def _parts(found: Found) -> dict[str, str | None]:
+    """Return the names of the cells of studies, else of the results -> folder of the run with the measured weights, see `_part`."""
+    if found.records["study"]:
+        return {found.names[path]: _part(content) for path, content in found.records["scores"] if path in found.names}
+    return {name: _part(content) for name, _, content in _scores(found)}
+
+
+def _part(content: Mapping[str, Any]) -> str | None:
+    """Return the folder of the run with the weights that a file of `evaluate` is about: best, last or last-ema; None if unknown."""
+    name = Path(str(content.get("checkpoint") or "")).name
+    return name if name in EXPORTED else None
 
 
 def _scores(found: Found) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -317,7 +350,7 @@ def _scores(found: Found) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def _home(weights: Path) -> Path:
     """Return the folder of the run that exported some weights, or that of the weights if they belong to no run."""
-    return weights.parent if weights.name in (*WEIGHTS, "last-ema") else weights
+    return weights.parent if weights.name in EXPORTED else weights
 
 
 def _known_weights(found: Found) -> dict[Path, str]:
