@@ -164,7 +164,9 @@ def test_weights_that_cannot_be_fetched_are_a_storage_error(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(student_module.timm, "create_model", unreachable)
-    with pytest.raises(StorageError, match=r"cannot fetch the published weights of deit_tiny.*: no route to host\. Without .*--init"):
+    with pytest.raises(
+        StorageError, match=r"cannot fetch the published weights of deit_tiny.*: no route to host\. Without .*--init"
+    ):
         create_student("deit-ti", num_classes=1000, pretrained=True)
 
 
