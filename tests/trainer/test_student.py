@@ -141,7 +141,7 @@ def test_drop_path_reaches_the_blocks_only_when_asked_for():
         (
             "zzzzzzzzzzzz",
             {},
-            r"one of deit-ti, deit-s, deit-b, got 'zzzzzzzzzzzz'\. timm\.list_models\(\) lists all names",
+            r"one of deit-ti, deit-s, deit-b, got 'zzzzzzzzzzzz'\. deit-cli models PATTERN lists names",
         ),
         ("deit_tiny_distilled_patch16_224.nosuch", {}, r"Invalid pretrained tag \(nosuch\)"),
         ("test_resnet", {"patch_size": 4}, "timm cannot build test_resnet with patch_size=4: .* 'patch_size'"),
