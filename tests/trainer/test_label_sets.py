@@ -214,7 +214,12 @@ def test_a_run_of_one_set_records_what_it_always_did(folder, tmp_path):
     saved, meta = json.loads((run / "config.json").read_text()), load_state(run / "state.safetensors")[1]
     plan = LabelSet.open(folder / "a").plan
     assert (saved["labelset_id"], saved["teacher"]["name"]) == (plan.labelset_id, plan.teacher.name)
-    assert {*saved} == {"config", "recipe", "recipe_id", "labelset_id", "teacher"}
+    of_order = {"views", "views_per_update", "updates_per_epoch"}
+    assert {*saved} == {"config", "recipe", "recipe_id", "labelset_id", "teacher"} | of_order
+    assert {name: saved[name] for name in of_order - {"updates_per_epoch"}} == {
+        name: meta[name] for name in of_order - {"updates_per_epoch"}
+    }
+    assert saved["updates_per_epoch"] == meta["next_update"]  # it had one epoch
     assert saved["config"]["labels"] == str(folder / "a")
     assert {*meta} == {
         *("version", "config", "views_per_update", "recipe_id", "labelset_id", "expect_manifest"),
