@@ -403,7 +403,7 @@ def test_a_resumed_probe_equals_an_uninterrupted_one(label_set, start, tmp_path)
 
 def test_a_probe_is_not_continued_as_a_full_run(label_set, start, tmp_path):
     train(config(label_set, tmp_path / "run", init=start, linear_probe=True))
-    with pytest.raises(CheckpointError, match=r"config.linear_probe: True, not False"):
+    with pytest.raises(CheckpointError, match=r"--linear-probe: True, not False"):
         train(config(label_set, tmp_path / "run", init=start, resume="auto"))
 
 
