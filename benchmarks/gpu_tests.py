@@ -18,11 +18,12 @@ def on_gpu(job: Job) -> None:
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
     command += ["-m", "gpu and not slow" if job.rehearse else "gpu"]
     command += ["--durations", "10", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    environment = os.environ | {"PYTEST_ADDOPTS": ""}  # several workers would share the GPU
     log = job.work / "tests.log"
     with log.open("w") as file:
         try:
             code = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=file, timeout=max(5.0, job.left()), env=os.environ, check=False
+                command, cwd=ROOT, stdout=file, stderr=file, timeout=max(5.0, job.left()), env=environment, check=False
             ).returncode
         except subprocess.TimeoutExpired:
             code = None
