@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from support.builders import make_labels, with_checkout, write_tars
 from support.command_tree import COMMANDS
 from support.commands import invoke
+from support.terminal import read_to_end
 
 import cli
 from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
@@ -450,16 +451,7 @@ with cli.shown_progress() as update:
         env=os.environ | {"COLUMNS": "80", "TERM": "xterm"},
     )
     os.close(slave)
-    drawn = b""
-    while True:
-        try:
-            chunk = os.read(master, 65536)
-        except OSError:  # what Linux says at the end of a terminal
-            break
-        if not chunk:
-            break
-        drawn += chunk
-    os.close(master)
+    drawn = read_to_end(master)
     assert done.wait() == 0, drawn
     lines = frames(drawn)
     assert "a message" in lines

@@ -11,6 +11,7 @@ import pytest
 import timm
 from click.shell_completion import ShellComplete
 from support.builders import with_checkout
+from support.terminal import read_to_end
 
 import cli
 from pipeline.settings import completion
@@ -134,16 +135,7 @@ def test_tab_completes_in_a_real_bash(tmp_path):
     os.close(slave)
     os.write(master, b"source ./script\n")
     os.write(master, b"deit-cli tra\t--set mixup_s\t0.5 --labels sha\t --tail s\t--model deit_small_d\t\nexit\n")
-    said = b""
-    while True:
-        try:
-            chunk = os.read(master, 65536)
-        except OSError:  # what Linux says at the end of a terminal
-            break
-        if not chunk:
-            break
-        said += chunk
-    os.close(master)
+    said = read_to_end(master)
     assert shell.wait(timeout=60) == 0
     called = "CALLED|train|--set|mixup_switch_prob=0.5|--labels|shards of mine/|--tail|spread|--model|deit_small_distilled_patch16_224"
     assert called in said.decode()
