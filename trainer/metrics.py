@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import StorageError
 from pipeline.storage.atomic import replace_file
+from pipeline.storage.json import parse_json
 from trainer.trackers import TensorBoard, Tracker, WandB, check_trackers, scalars_of
 
 METRICS_NAME = "metrics.jsonl"
@@ -45,11 +46,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     values: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
             if not (isinstance(value, dict) and isinstance(value.get("index"), int) and "kind" in value):
                 raise ValueError("not a record of a run")
             values.append(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StorageError(f"{path}: line {number} is damaged: delete it and continue") from error
     return values
 

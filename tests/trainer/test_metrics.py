@@ -132,8 +132,9 @@ def test_a_folder_without_metrics_is_named(tmp_path):
         b"\0" * 20 + b"\n",  # what a power loss leaves of a page that was never written
         b'{"kind": "train", "ind\n',  # a cut line that another one follows
         b'{"kind": "tr\xff"}\n',  # no UTF-8
+        b'{"kind": "train", "index": 5, "loss": NaN}\n',  # no JSON: a run never writes it, and `runs --json` would repeat it
     ],
-    ids=["zeros", "cut", "encoding"],
+    ids=["zeros", "cut", "encoding", "not a number"],
 )
 def test_a_damaged_line_before_the_last_is_named(tmp_path, damage):
     log = MetricsLog(tmp_path, next_index=0)
