@@ -4,6 +4,7 @@ DeitCliError                    exit code 1: the command cannot do what was aske
 ├── UsageError                  exit code 2: a value that the user passed is out of range, or contradicts another
 │   └── RecipeError             a recipe that cannot be rendered
 ├── StorageError                a file that cannot be read, written or published
+│   ├── DiskFullError           the disk or the quota is full; with more space, the command can go on
 │   ├── RemoteFileMissing       no file exists at the URL
 │   ├── RemoteFileRefused       the server denies access to a file
 │   └── RemoteFileCorrupt       a downloaded file does not have the promised length or hash
@@ -67,6 +68,10 @@ class RecipeError(UsageError):
 
 class StorageError(DeitCliError):
     """A file that cannot be read, written or published."""
+
+
+class DiskFullError(StorageError):
+    """A disk or a quota that is full: with more space, the command can go on."""
 
 
 class RemoteFileMissing(StorageError):

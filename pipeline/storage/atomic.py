@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import StorageError
+from pipeline.errors import DiskFullError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9.-]+)-(?P<pid>\d+)-[0-9a-f]{16}")
@@ -199,6 +199,15 @@ def _link(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
+_FIXES = {
+    "ENOSPC": "Free some space",
+    "EDQUOT": "Raise the quota",
+    "EROFS": "Choose a folder that can be written",
+    "EACCES": "Choose a folder that can be written and read",
+    "EPERM": "Choose a folder that can be written and read",
+}
+
+
 @contextlib.contextmanager
 def refusals_named(path: Path) -> Iterator[None]:
     """Turn an OSError inside the block into a StorageError that names the file."""
@@ -207,17 +216,9 @@ def refusals_named(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise StorageError(f"{error.filename or path}: no such file or folder") from error
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}{_remedy(error)}") from error
-
-
-def _remedy(error: OSError) -> str:
-    return {
-        "ENOSPC": ". Free some space and run the same command again: it continues",
-        "EDQUOT": ". Raise the quota and run the same command again: it continues",
-        "EROFS": ". Choose a folder that can be written",
-        "EACCES": ". Choose a folder that can be written and read",
-        "EPERM": ". Choose a folder that can be written and read",
-    }.get(_errno_name(error), "")
+        name = _errno_name(error)
+        kind = DiskFullError if name in ("ENOSPC", "EDQUOT") else StorageError
+        raise kind(f"{path}: {error.strerror or error}", fix=_FIXES.get(name)) from error
 
 
 def _errno_name(error: OSError) -> str:

@@ -62,7 +62,7 @@ def to_flow(value: Any) -> str:
 
 
 def _dialect() -> tuple[Any, Any]:
-    """Return the loader and the dumper; both use the same rule for numbers, so text that looks like a number is quoted."""
+    """Return the loader, which has our rule for numbers, and the dumper, which quotes text that is a number by ours or YAML 1.1's."""
     import re
 
     import yaml
@@ -90,12 +90,11 @@ def _dialect() -> tuple[Any, Any]:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":int", ":float"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     for kind in (Loader, Dumper):
-        kept = {
-            first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":int", ":float"))]
-            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-        kind.yaml_implicit_resolvers = kept
         kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_NUMBER})$"), list("-+.0123456789"))
         kind.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^(?:{_WHOLE})$"), list("-+0123456789"))
     return Loader, Dumper

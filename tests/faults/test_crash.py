@@ -13,6 +13,7 @@ from support.command_tree import COMMANDS
 import cli
 from pipeline import crash
 from pipeline.crash import CRASHED, crash_of, save_report, shortened
+from pipeline.errors import DiskFullError
 from pipeline.settings import program
 
 # Something that each command calls once its arguments are understood, and arguments that bring it there.
@@ -111,30 +112,36 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_a_report(command, data, la
     assert str(tmp_path) not in text
 
 
+ONWARD = {
+    "precompute": "; the same command continues",
+    "train": "; the same command continues, with --resume: from the last checkpoint, or from the beginning if there is none",
+    "labels push": "; the same command continues",
+    "labels verify": "",
+    "export": "",
+}
+
+
+@pytest.mark.parametrize("command", ONWARD)
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("reason", "code", "said"),
     [
-        ("precompute", "stopped; the same command continues"),
-        (
-            "train",
-            "stopped; the same command continues, with --resume: from the last checkpoint, or from the beginning if there is none",
-        ),
-        ("labels push", "stopped; the same command continues"),
-        ("labels verify", "stopped"),
-        ("estimate", "stopped"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (DiskFullError("/a: No space left on device", fix="Free some space"), 1, "error: /a: No space left on device. Free some space"),
     ],
-)
-def test_ctrl_c_says_how_to_go_on_where_a_command_does(command, said, data, labels, tmp_path, monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+)  # fmt: skip
+def test_ctrl_c_and_a_full_disk_say_how_to_go_on_where_a_command_does(
+    reason, code, said, command, data, labels, tmp_path, monkeypatch, capsys
+):
+    def ended(*_, **__):
+        raise reason
 
     target, arguments = INJECTED[command]
-    monkeypatch.setattr(target, interrupted)
+    monkeypatch.setattr(target, ended)
     monkeypatch.chdir(tmp_path)
     given = [{LABELS: labels, DATA: data}.get(word, word) for word in arguments]
-    code, stderr = run(monkeypatch, capsys, *command.split(), *given)
-    assert code == 130
-    assert [line for line in stderr.splitlines() if line.strip()][-1] == said
+    found, stderr = run(monkeypatch, capsys, *command.split(), *given)
+    assert found == code
+    assert [line for line in stderr.splitlines() if line.strip()][-1] == said + ONWARD[command]
 
 
 def test_verbose_prints_it_too(tmp_path, monkeypatch, capsys):

@@ -226,7 +226,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_an_error_with_a_way_out_and_leaves_nothing(small_disk):
     publish_file(small_disk / "old", writes(b"old"))
     first, second = run_python(FULL_DISK.format(root=str(ROOT), limit="", folder=str(small_disk)))
-    way_out = "No space left on device. Free some space and run the same command again: it continues"
+    way_out = "No space left on device. Free some space"
     assert (first, second) == (f"{small_disk}/new: {way_out}", f"{small_disk}/old: {way_out}")
     assert (names(small_disk), (small_disk / "old").read_bytes()) == (["old"], b"old")
 
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     ("code", "text"),
     [
         (errno.EROFS, "Read-only file system. Choose a folder that can be written"),
-        (errno.EDQUOT, "Disk quota exceeded. Raise the quota and run the same command again: it continues"),
+        (errno.EDQUOT, "Disk quota exceeded. Raise the quota"),
         (errno.EIO, "Input/output error"),
     ],
 )
