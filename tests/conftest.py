@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; worker processes inherit it
 
+import gc
+import multiprocessing
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,14 @@ def _own_cache(tmp_path_factory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
     os.environ.pop("XDG_CACHE_HOME") if before is None else os.environ.__setitem__("XDG_CACHE_HOME", before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_process_is_left() -> Iterator[None]:
+    """Loader processes end with their stream; one that stays holds memory, and no signal ends it."""
+    yield
+    gc.collect()  # torch's own DataLoader stays in the traceback of an error
+    assert multiprocessing.active_children() == []
 
 
 @pytest.fixture(scope="session")

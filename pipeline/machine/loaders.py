@@ -41,6 +41,9 @@ from pipeline.repeats import MessagePipe, forward_messages
 TIMEOUT_S = 900
 # How often to check that the loaders are alive. They are not children of this process, so no signal tells when one ends.
 LOOK_S = 5
+GRACE_S = (
+    4  # how long loaders may finish what they have begun when nobody wants it any more; a DataLoader joins each for 5 s
+)
 PREFETCH = 2  # number of items that each process works ahead
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; elsewhere it has no limit of its own
 _NOTE_BYTES = 256
@@ -319,7 +322,25 @@ def _checked(loader: Iterable[Any], whereabouts: _Whereabouts) -> Iterator[Any]:
                 raise result
             yield result
     finally:
-        del results  # the processes end now, not ten seconds after the error is released
+        result = None  # an error must not keep itself, and so all that its traceback refers to
+        _end(results)
+
+
+def _end(results: Iterator[Any]) -> None:
+    """End the processes of a DataLoader now.
+
+    It ends them itself when nothing refers to it any more, but an error's traceback does. If the garbage collector comes upon
+    it, it may close their queues first, and then they wait for work forever: SIGTERM is blocked.
+    """
+    processes = [process for process in getattr(results, "_workers", ()) if process.is_alive()]
+    if not processes:
+        return
+    last = threading.Timer(GRACE_S, lambda: [process.kill() for process in processes])
+    last.start()
+    try:
+        results._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+    finally:
+        last.cancel()
 
 
 @contextlib.contextmanager
@@ -339,18 +360,20 @@ def _next(results: Iterator[Any], whereabouts: _Whereabouts) -> Any:
     while True:
         try:
             return next(results)
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
+        except Exception as error:
+            if str(error).startswith("Caught "):  # by a loader
+                error.__traceback__ = None  # torch's frames say nothing of it, and there it refers to itself
+                raise
+            if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")):
                 raise
             if any(process.exitcode == IMPORTED_AGAIN for process in getattr(results, "_workers", ())):
                 raise unguarded() from None  # and not with what torch says of it
             if (now := whereabouts.of(())) != seen:
                 began, seen = time.monotonic(), now
             if "timed out" not in str(error) or time.monotonic() - began > TIMEOUT_S:
-                lost = _lost(error, whereabouts)
                 for process in getattr(results, "_workers", ()):  # one that hangs is deaf to a DataLoader's SIGTERM
                     process.kill()
-                raise lost from error
+                raise _lost(error, whereabouts) from error
 
 
 def _lost(error: RuntimeError, whereabouts: _Whereabouts) -> WorkerError:

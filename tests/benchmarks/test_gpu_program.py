@@ -34,8 +34,8 @@ def program(out: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_phase(tmp_path):
     code, said, phases = program(tmp_path / "out", "--rehearse", "--budget", "300")
-    log = (tmp_path / "out/gpu.log").read_text()
-    assert {name: entry["status"] for name, entry in phases.items()} == dict.fromkeys(PHASES, "done"), log[-4000:]
+    assert set(phases) == set(PHASES)
+    assert [entry for entry in phases.values() if entry["status"] != "done"] == [], said[-4000:]
     assert code == 0
     results = {name: entry["result"] for name, entry in phases.items()}
     assert results["facts"]["ceilings"]["matrix_tflops"] >= 0

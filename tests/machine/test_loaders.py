@@ -1,5 +1,6 @@
 """Loader processes: the work that they do, the memory that they share, and the signals that they do not hear."""
 
+import gc
 import multiprocessing.forkserver
 import os
 import pickle
@@ -16,7 +17,7 @@ import pytest
 import torch
 from support.builders import with_checkout
 from support.fake_cuda import Cuda
-from support.loading import Fill, Filled, faculty, process
+from support.loading import Fill, Filled, faculty, faulty, process, sleepy
 from torch import Tensor
 
 from pipeline.errors import BadImageError, WorkerError
@@ -51,6 +52,40 @@ def test_an_error_of_ours_arrives_whole_after_what_was_made_before_it(workers):
 def test_a_defect_of_ours_keeps_its_class():
     with pytest.raises(TypeError, match="not supported between"):
         list(in_processes(faculty, ["3"], workers=0))
+
+
+@pytest.mark.parametrize("kind", [TypeError, KeyError, RuntimeError])  # torch raises RuntimeErrors of its own
+def test_a_defect_in_a_process_keeps_its_class_and_its_line_and_ends_the_processes(kind):
+    with pytest.raises(kind, match=r"(?s)Caught .*faulty.*a defect") as caught:
+        list(in_processes(partial(faulty, kind), range(9), workers=2))
+    assert multiprocessing.active_children() == []  # though the error refers to all that it went through
+    del caught
+
+
+def test_errors_leave_no_stream_to_the_garbage_collector():
+    """It would end the processes of a stream after it had closed their queues: they would wait forever."""
+
+    def consume() -> None:
+        stream = in_processes(faculty, range(9), workers=1)  # has more to give when the other one fails
+        list(in_processes(partial(faulty, KeyError), [next(stream), 3], workers=1))
+
+    gc.disable()
+    try:
+        with pytest.raises(KeyError, match="a defect"):
+            consume()
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_a_process_that_does_not_end_is_killed(monkeypatch):
+    monkeypatch.setattr(loading, "GRACE_S", 0.5)
+    results = in_processes(sleepy, [0, 600], workers=1)
+    next(results)
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < 60
+    assert multiprocessing.active_children() == []
 
 
 def test_the_server_of_the_processes_imports_the_module_of_the_work():

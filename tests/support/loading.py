@@ -1,6 +1,7 @@
 """Work for loader processes, in a module of its own: a process that needs it imports nothing else of the tests."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import factorial
@@ -19,6 +20,17 @@ def faculty(number: int, note: Note) -> int:
     if number < 0:
         raise BadImageError("img", f"of {number}")
     return factorial(number)
+
+
+def faulty(kind: type[Exception], number: int, note: Note) -> int:
+    """The number, or for 3 a defect of that class."""
+    if number == 3:
+        raise kind("a defect")
+    return number
+
+
+def sleepy(seconds: float, note: Note) -> None:
+    time.sleep(seconds)
 
 
 def process(_: int, note: Note) -> int:
