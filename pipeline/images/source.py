@@ -56,7 +56,7 @@ from pipeline.storage.json import sha256_json
 from pipeline.storage.place import File, RemoteFile, open_file, open_place
 from pipeline.storage.remote import list_url
 from pipeline.storage.urls import local_path
-from pipeline.text import first_few, listed, printable
+from pipeline.text import count, first_few, listed, printable
 
 __all__ = ["NO_OPTIONS", "Sample", "Source", "SourceOptions", "SourceShard", "open_source"]
 
@@ -144,10 +144,10 @@ class Source:
 
     def describe(self) -> str:
         """Return a one-line summary for people."""
-        classes = "no class names" if self.num_classes is None else f"{self.num_classes:,} classes"
+        classes = "no class names" if self.num_classes is None else count(self.num_classes, "class", "es")
         labelled = self.num_labelled
         known = f"{labelled:,} with a class label{'' if labelled or self.kind != 'tar' else self._why_unlabelled()}"
-        return f"{self.location}: {self.kind}, {len(self.shards):,} shards, {self.num_samples:,} samples, {known}, {classes}"
+        return f"{self.location}: {self.kind}, {count(len(self.shards), 'shard')}, {count(self.num_samples, 'sample')}, {known}, {classes}"
 
     def _why_unlabelled(self) -> str:
         """Return a hint on tars in which folders, or the names of the tars, look like classes."""
@@ -354,14 +354,14 @@ def _warn_of_useless(options: SourceOptions, source: Source) -> None:
 
 def _checked(source: Source) -> Source:
     """Return the source if its shard names are valid: they become file names in the label set."""
-    for name, count in Counter(shard.name for shard in source.shards).items():
+    for name, times in Counter(shard.name for shard in source.shards).items():
         if not re.fullmatch("[A-Za-z0-9._-]+", name):
             raise SourceError(
                 f"{source.location}: a file name may have only A-Z a-z 0-9 . _ -, got {name!r}", fix="Rename it"
             )
-        if count > 1:
+        if times > 1:
             raise SourceError(
-                f"{source.location}: {count} files are called {name!r}: names must be unique", fix="Rename them"
+                f"{source.location}: {times} files are called {name!r}: names must be unique", fix="Rename them"
             )
     return source
 

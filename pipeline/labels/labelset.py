@@ -150,6 +150,14 @@ class LabelSet:
         return sum(record.num_samples for record in self.records)
 
     @property
+    def num_usable(self) -> int:
+        """Number of samples in these source shards that have labels, by the manifest."""
+        first = [
+            entry for entry in self.manifest.files if entry.kind == "labels" and entry.view_start == self.views.start
+        ]
+        return sum(entry.rows // (entry.view_stop - entry.view_start) for entry in first)
+
+    @property
     def views(self) -> range:
         """The view numbers that every sample has."""
         blocks = self.manifest.blocks

@@ -87,14 +87,11 @@ def _tile(label_set: LabelSet, source: Source, name: str, row: int, view: int) -
     batch = torch.from_numpy(np.stack([rendered_view(label_set, source, name, samples, r, view) for r in rows]))
     mixes = mix_batch([(0, 1 if partner is not None else -1)], [mix], len(rows))
     mixed = apply_mix(batch, mixes)[0].permute(1, 2, 0)
-    caption = [
-        f"view {view}  {samples.key[row][-18:]}",
-        f"{mix.lam:4.0%} {_class_name(label_set, samples.class_label[row])}",
-        ""
-        if partner is None or mix.lam == 1
-        else f"{1 - mix.lam:4.0%} {_class_name(label_set, samples.class_label[partner])}",
-        *_answer(label_set, name, row, view),
-    ]
+    own = f"{'label':8}{mix.lam:6.0%} {_class_name(label_set, samples.class_label[row])}"
+    other = ""
+    if partner is not None and mix.lam != 1:
+        other = f"{'':8}{1 - mix.lam:6.0%} {_class_name(label_set, samples.class_label[partner])}"
+    caption = [f"view {view}  {samples.key[row][-18:]}", own, other, *_answer(label_set, name, row, view)]
     return Tile(mixed.round().clamp(0, 255).byte().numpy(), "\n".join(caption))
 
 
@@ -103,9 +100,12 @@ def _answer(label_set: LabelSet, name: str, row: int, view: int) -> list[str]:
     labels = label_set.read(name, view)
     at = int(np.searchsorted(labels.row, row))
     if not label_set.plan.topk:
-        return [f"  teacher: {_class_name(label_set, int(labels.hard[at]))}"]
+        return [f"teacher  {_class_name(label_set, int(labels.hard[at]))}"]
     pairs = zip(labels.topk_index[at, :5].tolist(), labels.topk_prob[at, :5].tolist(), strict=True)
-    return [f"  {prob:6.1%} {_class_name(label_set, index)}" for index, prob in pairs]
+    return [
+        f"{'' if i else 'teacher':8}{prob:6.1%} {_class_name(label_set, index)}"
+        for i, (index, prob) in enumerate(pairs)
+    ]
 
 
 def _class_name(label_set: LabelSet, index: int | None) -> str:

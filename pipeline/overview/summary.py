@@ -11,7 +11,7 @@ from pipeline.labels.encoding import LabelRows
 from pipeline.labels.format import NO_WEIGHTS, pin_of
 from pipeline.labels.labelset import LabelSet
 from pipeline.labels.tables import SampleRows
-from pipeline.text import byte_size, two_columns
+from pipeline.text import byte_size, count, two_columns
 from pipeline.views.pairs import pairs_of
 
 # What the pixels of views depend on, by the renderer of the recipe.
@@ -203,4 +203,4 @@ def entropy_of(rows: LabelRows, num_classes: int) -> NDArray[np.float64]:
 
 def _shards(source: Mapping[str, Any]) -> str:
     here, of_plan = source["shards"], source["shards_of_plan"]
-    return f"{here} shards" if here == of_plan else f"{here} of {of_plan} shards (a subset)"
+    return count(here, "shard") if here == of_plan else f"{here:,} of {count(of_plan, 'shard')} (a subset)"

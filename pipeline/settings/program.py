@@ -225,10 +225,22 @@ def run(commands: Group) -> None:
 
 def one_line(error: click.ClickException) -> str:
     """Return an error of click, a value or a name that it cannot take, as one line with the place of the help."""
-    similar = getattr(error, "possibilities", None)  # names of options or commands, the most similar first
+    # Names of options or commands, the most similar first.
+    similar = _override_for(error) or getattr(error, "possibilities", None)
     said = f"{error.message} Did you mean '{similar[0]}'?" if similar else " ".join(error.format_message().split())
     context = error.ctx if isinstance(error, click.UsageError) else None
     return f"{said} Help: {context.command_path} --help" if context else said
+
+
+def _override_for(error: click.ClickException) -> list[str]:
+    """Return the `--set` for an option that does not exist but has the name of a recipe field; otherwise []."""
+    context = error.ctx if isinstance(error, click.NoSuchOption) else None
+    if context is None or all(parameter.name != "overrides" for parameter in context.command.params):
+        return []
+    from pipeline.views.recipe import Recipe  # here, because --help must be fast
+
+    field = error.option_name.lstrip("-").replace("-", "_")
+    return [f"--set {field}=..."] if field in Recipe.model_fields else []
 
 
 def _stop_once(reason: type[BaseException]) -> Callable[..., None]:

@@ -36,6 +36,7 @@ from pipeline.stage1.ray import connect_ray, run_ray
 from pipeline.storage.atomic import sweep_temporaries
 from pipeline.storage.mirror import ChangedElsewhere, ManyWritersMirror
 from pipeline.teacher.teacher import Teacher, one_thread
+from pipeline.text import count
 from pipeline.views.mixing import mix_batch
 from pipeline.views.recipe import PRESETS, Recipe
 
@@ -199,12 +200,12 @@ def _spread(source: Source, limit: int) -> Iterator[tuple[SourceShard[Any], int]
     counts = [summary.num_labelled for summary in source.summaries]
     total, before = sum(counts), 0
     places = deque(i * total // limit for i in range(limit)) if total > limit else deque(range(total))
-    for shard, count in zip(source.shards, counts, strict=True):
-        if places and places[0] < before + count:
+    for shard, labelled in zip(source.shards, counts, strict=True):
+        if places and places[0] < before + labelled:
             rows = [row for row, label in enumerate(shard.class_labels) if label is not None]
-            while places and places[0] < before + count:
+            while places and places[0] < before + labelled:
                 yield shard, rows[places.popleft() - before]
-        before += count
+        before += labelled
 
 
 def _centre_view(sample: Sample, recipe: Recipe) -> tuple[NDArray[np.uint8], int | None] | None:
@@ -291,8 +292,9 @@ def ended_line(config: PrecomputeConfig, label_set: LabelSet | None) -> str:
     """Return the result of `precompute` as one line of text."""
     if label_set is None:
         return f"{config.out}: this rank's label shards are complete; the rank that finishes last seals the set"
-    views = label_set.views
+    views, bad = label_set.views, label_set.num_samples - label_set.num_usable
+    out = f" ({bad:,} more cannot be decoded)" if bad else ""
     return (
-        f"{config.out}: views {views.start}:{views.stop} of {label_set.num_samples:,} images, sealed."
+        f"{config.out}: views {views.start}:{views.stop} of {count(label_set.num_usable, 'image')}{out}, sealed."
         f" To look at it: deit-cli labels show {config.out}"
     )

@@ -20,6 +20,7 @@ from support.sources import IMAGE, IMAGE_TYPE, image, labels
 
 from pipeline.errors import SourceError
 from pipeline.images.source import Source, SourceOptions, open_source
+from pipeline.text import count
 
 Build = Callable[[Path], str]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 100000000\n"
@@ -396,7 +397,7 @@ def test_a_kind_of_data_is_read_or_refused_with_the_way_out(tmp_path, caplog, ki
         (message,) = caplog.messages
         assert kind.says in message
     labelled = sum(label is not None for label in found.values())
-    assert f"{len(found)} samples, {labelled} with a class label" in source.describe()
+    assert f"{count(len(found), 'sample')}, {labelled} with a class label" in source.describe()
 
 
 def test_every_kind_has_its_own_name():

@@ -26,6 +26,7 @@ from pipeline.images import source as sources
 from pipeline.images.parquet import RowGroupCache
 from pipeline.images.samples import Sample, keys_sha256
 from pipeline.images.source import Source, open_source
+from pipeline.text import count
 
 BLOCK = 512
 
@@ -128,7 +129,7 @@ def test_identity_holds_names_counts_and_a_hash_of_keys_and_labels(tmp_path):
 
 def test_describe_is_one_line_with_the_counts(location):
     source = open_source(location)
-    assert f"{source.kind}, {len(source.shards)} shards, {source.num_samples} samples" in source.describe()
+    assert f"{source.kind}, {count(len(source.shards), 'shard')}, {source.num_samples} samples" in source.describe()
     assert "\n" not in source.describe()
 
 

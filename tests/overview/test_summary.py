@@ -232,10 +232,11 @@ def test_a_caption_says_the_parts_and_the_teachers_answer(label_set, data):
         for row, partner in ((first, second), (second, first)) if second >= 0 else ((first, None),):
             lam = 1.0 if partner is None else draw_mix(recipe, samples.key[first], view).lam
             names = ["unlabelled" if i is None else CLASSES[i] for i in samples.class_label]
-            lines = [f"view 1  img-{row:04}", f"{100 * lam:3.0f}% {names[row]}"]
-            lines.append("" if partner is None else f"{100 * (1 - lam):3.0f}% {names[partner]}")
+            lines = [f"view 1  img-{row:04}", f"label   {100 * lam:5.0f}% {names[row]}"]
+            lines.append("" if partner is None else f"        {100 * (1 - lam):5.0f}% {names[partner]}")
             for index, prob in zip(rows.topk_index[row].tolist(), rows.topk_prob[row].tolist(), strict=True):
-                lines.append(f"  {100 * prob:5.1f}% {CLASSES[index]}")
+                lines.append(f"        {100 * prob:5.1f}% {CLASSES[index]}")
+            lines[3] = lines[3].replace(" " * 7, "teacher", 1)
             assert _tile(label_set, source, shard, row, view).caption.split("\n") == lines
             seen.add(row)
     assert seen == set(range(13))
@@ -245,7 +246,7 @@ def test_a_caption_says_the_parts_and_the_teachers_answer(label_set, data):
 def test_captions_of_hard_labels_name_the_teachers_class(data, tmp_path):
     hard_only = make_labels(tmp_path / "set", data, topk=0, views=(0, 1))
     caption = _tile(hard_only, open_source(data), "train-000001", 4, 0).caption.split("\n")
-    assert caption[3:] == [f"  teacher: {CLASSES[int(hard_only.read('train-000001', 0).hard[4])]}"]
+    assert caption[3:] == [f"teacher  {CLASSES[int(hard_only.read('train-000001', 0).hard[4])]}"]
 
 
 def named(folder: Path, names: tuple[str, ...] | None, *, sizes: tuple[int, ...] = (6,)) -> tuple[LabelSet, str]:
@@ -266,8 +267,8 @@ def named(folder: Path, names: tuple[str, ...] | None, *, sizes: tuple[int, ...]
 def test_classes_are_shown_by_name_or_number(tmp_path, names, shown):
     label_set, data = named(tmp_path, names)
     lines = _tile(label_set, open_source(data), "train-000000", 2, 0).caption.split("\n")
-    assert lines[1][5:] == shown
-    assert max(map(len, lines)) <= 27
+    assert lines[1][15:] == shown
+    assert max(map(len, lines)) <= 34
 
 
 def sheet_of(path: Path) -> np.ndarray:

@@ -192,6 +192,22 @@ def test_a_misspelt_name_is_answered_with_the_nearest(arguments, text):
     assert text in output
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "meant"),
+    [
+        ("precompute", "--img-size", " Did you mean '--set img_size=...'?"),
+        ("train", "--mixup-prob", " Did you mean '--set mixup_prob=...'?"),
+        ("models", "--img-size", ""),  # has no recipe
+    ],
+)
+def test_an_option_that_is_a_recipe_field_is_answered_with_set(command, flag, meant):
+    error = CliRunner().invoke(cli.commands, [command, flag, "64"], standalone_mode=False).exception
+    assert isinstance(error, click.NoSuchOption)
+    assert re.fullmatch(
+        re.escape(f"No such option '{flag}'.{meant} Help: ") + rf"\S+ {command} --help", one_line(error)
+    )
+
+
 @pytest.mark.parametrize("group", [[], ["labels"], ["bench"]])
 def test_a_group_without_a_command_shows_its_help(group):
     done = subprocess.run(

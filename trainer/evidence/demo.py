@@ -250,13 +250,13 @@ def draw_results(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 12), layout="constrained")
-    parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1.5, 0.9])
+    figure = Figure(figsize=(10, 12.5), layout="constrained")
+    parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1.7, 0.9])
     top, middle, bottom = parts
     _draw_bars(top.subplots(), {name: top1_of(scores) for name, scores in results.items()})
     middle.suptitle("Views as the teacher saw them, with its five most probable classes", fontsize=10)
     for axis, row in zip(middle.subplots(2, 6).flat, views, strict=True):
-        draw_tile(axis, row[0], fontsize=7)
+        draw_tile(axis, row[0], fontsize=6.5)
     tokens, agreement = bottom.subplots(1, 2)
     _draw_tokens(tokens, cosines)
     # Agreement with the teacher, because the losses are not comparable: cross-entropy (hard) and KL divergence (soft).
