@@ -234,8 +234,9 @@ def one_line(error: click.ClickException) -> str:
 
 def _override_for(error: click.ClickException) -> list[str]:
     """Return the `--set` for an option that does not exist but has the name of a recipe field; otherwise []."""
-    context = error.ctx if isinstance(error, click.NoSuchOption) else None
-    if context is None or all(parameter.name != "overrides" for parameter in context.command.params):
+    if not isinstance(error, click.NoSuchOption) or error.ctx is None:
+        return []
+    if all(parameter.name != "overrides" for parameter in error.ctx.command.params):
         return []
     from pipeline.views.recipe import Recipe  # here, because --help must be fast
 
