@@ -14,6 +14,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -333,7 +334,7 @@ def _end(results: Iterator[Any]) -> None:
     it, it may close their queues first, and then they wait for work forever: SIGTERM is blocked.
     """
     processes = [process for process in getattr(results, "_workers", ()) if process.is_alive()]
-    if not processes:
+    if not processes or sys.is_finalizing():  # then they have been killed, see `_kill_loaders`
         return
     last = threading.Timer(GRACE_S, lambda: [process.kill() for process in processes])
     last.start()
