@@ -4,7 +4,7 @@ DeitCliError                    exit code 1: the command cannot do what was aske
 ├── UsageError                  exit code 2: a value that the user passed is out of range, or contradicts another
 │   └── RecipeError             a recipe that cannot be rendered
 ├── StorageError                a file that cannot be read, written or published
-│   ├── DiskFullError           the disk or the quota is full; with more space, the command can go on
+│   ├── DiskFullError           a disk or a quota that is full
 │   ├── RemoteFileMissing       no file exists at the URL
 │   ├── RemoteFileRefused       the server denies access to a file
 │   └── RemoteFileCorrupt       a downloaded file does not have the promised length or hash
@@ -13,6 +13,7 @@ DeitCliError                    exit code 1: the command cannot do what was aske
 ├── TeacherError                a teacher with the wrong classes or weights, or with too low an accuracy
 │   └── NonFiniteTeacherError   NaN or infinity in the teacher's outputs; carries the views' positions in the batch
 ├── WorkerError                 a process of this run that was killed, ran out of memory or hangs
+│   └── LoaderLostError         it was a loader process
 ├── LabelSetError               a label set that cannot be used
 │   ├── LabelSetCorrupt         files that do not have the content that the manifest promises
 │   ├── LabelSetMismatch        intact, but made from another recipe, teacher, source or format
@@ -34,9 +35,11 @@ class DeitCliError(Exception):
     Attributes:
         what: the rule that was broken and the value that broke it, without a full stop.
         fix: what the user can do about it, a sentence without a full stop; None if there is nothing to add to `what`.
+        interrupts: the command did nothing wrong, so `cli` adds how to continue it, where it is one that continues.
     """
 
     exit_code = 1
+    interrupts = False
 
     def __init__(self, *args: object, fix: str | None = None) -> None:
         super().__init__(*args)
@@ -71,7 +74,9 @@ class StorageError(DeitCliError):
 
 
 class DiskFullError(StorageError):
-    """A disk or a quota that is full: with more space, the command can go on."""
+    """A disk or a quota that is full."""
+
+    interrupts = True
 
 
 class RemoteFileMissing(StorageError):
@@ -126,6 +131,12 @@ class NonFiniteTeacherError(TeacherError):
 
 class WorkerError(DeitCliError):
     """A process of this run was killed, ran out of memory, or hangs."""
+
+
+class LoaderLostError(WorkerError):
+    """A loader process was killed, ran out of memory, or hangs."""
+
+    interrupts = True
 
 
 class LabelSetError(DeitCliError):

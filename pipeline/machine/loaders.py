@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.errors import DeitCliError, WorkerError
+from pipeline.errors import DeitCliError, LoaderLostError, WorkerError
 from pipeline.machine.ranks import plan_loaders
 from pipeline.machine.scripts import IMPORTED_AGAIN, unguarded
 from pipeline.machine.threads import usable_cores
@@ -78,7 +78,7 @@ def in_processes(work: Callable[[Item, Note], Made], items: Iterable[Item], *, w
 
     Raises:
         DeitCliError: `work` raised it; the earlier results have been yielded.
-        WorkerError: a process was lost or hangs; the error names the images that the processes worked on.
+        LoaderLostError: a process was lost or hangs; the error names the images that the processes worked on.
     """
     whereabouts = _Whereabouts(workers)
     with MessagePipe() as messages:
@@ -309,7 +309,7 @@ def _checked(loader: Iterable[Any], whereabouts: _Whereabouts) -> Iterator[Any]:
     """Yield the results of a loader, and raise the errors that its processes returned.
 
     Raises:
-        WorkerError: a process was lost or hangs; the error names the images that the processes worked on.
+        LoaderLostError: a process was lost or hangs; the error names the images that the processes worked on.
     """
     with _any_number_of_processes():
         results = iter(loader)
@@ -377,15 +377,15 @@ def _next(results: Iterator[Any], whereabouts: _Whereabouts) -> Any:
                 raise _lost(error, whereabouts) from error
 
 
-def _lost(error: RuntimeError, whereabouts: _Whereabouts) -> WorkerError:
+def _lost(error: RuntimeError, whereabouts: _Whereabouts) -> LoaderLostError:
     first = str(error).splitlines()[0]
     pids = [int(pid) for listed in re.findall(r"pid\S* ([\d, ]+)", first) for pid in re.findall(r"\d+", listed)]
     notes = whereabouts.of(pids)
     hangs = "timed out" in first
-    return WorkerError(
+    return LoaderLostError(
         (f"no batch came for {TIMEOUT_S} s" if hangs else f"a loader process was lost ({first})")
-        + (f", at {', '.join(notes[:8])}" if notes else "")
-        + ". Killed for memory? Use fewer --workers, or enlarge /dev/shm; the same command continues (train: with --resume)"
+        + (f", at {', '.join(notes[:8])}" if notes else ""),
+        fix="Killed for memory? Use fewer --workers, or enlarge /dev/shm",
     )
 
 

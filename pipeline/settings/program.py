@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from pipeline.errors import DeitCliError, DiskFullError, StoppedError, UsageError
+from pipeline.errors import DeitCliError, StoppedError, UsageError
 from pipeline.settings.completion import completed
 from pipeline.settings.fields import GROUPS
 from pipeline.settings.options import (
@@ -203,7 +203,7 @@ def run(commands: Group) -> None:
         click.echo(str(error), err=True)
         code = error.exit_code
     except DeitCliError as error:
-        onward = _continued(commands, settings) if isinstance(error, DiskFullError) else ""
+        onward = _continued(commands, settings) if error.interrupts else ""
         click.echo("error: " + str(error).replace("\n", "\\n") + onward, err=True)  # a name may have such a character
         code = error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:  # a group without a command: its message is the help

@@ -13,7 +13,7 @@ from support.command_tree import COMMANDS
 import cli
 from pipeline import crash
 from pipeline.crash import CRASHED, crash_of, save_report, shortened
-from pipeline.errors import DiskFullError
+from pipeline.errors import DiskFullError, LoaderLostError
 from pipeline.settings import program
 
 # Something that each command calls once its arguments are understood, and arguments that bring it there.
@@ -127,9 +127,10 @@ ONWARD = {
     [
         (KeyboardInterrupt(), 130, "stopped"),
         (DiskFullError("/a: No space left on device", fix="Free some space"), 1, "error: /a: No space left on device. Free some space"),
+        (LoaderLostError("no batch came for 9 s", fix="Use fewer"), 1, "error: no batch came for 9 s. Use fewer"),
     ],
 )  # fmt: skip
-def test_ctrl_c_and_a_full_disk_say_how_to_go_on_where_a_command_does(
+def test_what_interrupts_a_command_says_how_to_go_on_where_a_command_does(
     reason, code, said, command, data, labels, tmp_path, monkeypatch, capsys
 ):
     def ended(*_, **__):

@@ -47,6 +47,7 @@ from pipeline.errors import (
     DeitCliError,
     LabelSetError,
     LabelSetMismatch,
+    LoaderLostError,
     NonFiniteTeacherError,
     SourceError,
     StorageError,
@@ -950,7 +951,7 @@ def test_fault_12_a_loader_that_dies_or_hangs_over_an_image_is_an_error_that_nam
     if harm == "hangs":
         monkeypatch.setattr(loading, "TIMEOUT_S", 15)
     source = trapped(open_source(str(images)), "n003", harm, tmp_path / "armed")
-    with pytest.raises(WorkerError, match=rf"{text}.*, at image 'n003' of train-0\. .*the same command continues"):
+    with pytest.raises(LoaderLostError, match=rf"{text}.*, at image 'n003' of train-0\. Killed for memory\?"):
         label_trapped(images, begun, source, workers=1)
     assert sound(named_files(begun), whole)
     (tmp_path / "armed").unlink(missing_ok=True)
