@@ -31,6 +31,9 @@ LAUNCHED = (
     "OMP_NUM_THREADS",
 )
 SECRET = re.compile("token|secret|password")
+# What torch says of an error in a loader process; that traceback follows.
+CAUGHT = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback")
+FRAME = re.compile(r'^ *File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,19 @@ class Crash:
 
 def crash_of(error: BaseException) -> Crash:
     """Return the summary and the traceback of an error, with shortened paths."""
-    what = traceback.format_exception_only(error)[-1].partition("\n")[0][:240]
     text = "".join(traceback.format_exception(error))
-    return Crash(shortened(f"{what} ({_place(error)})"), shortened(text))
+    if CAUGHT.match(str(error)):
+        what = str(error).rstrip().rpartition("\n")[2]
+        frames = [traceback.FrameSummary(file, int(line), name) for file, line, name in FRAME.findall(str(error))]
+    else:
+        what = traceback.format_exception_only(error)[-1].partition("\n")[0]
+        frames = list(traceback.extract_tb(error.__traceback__))
+    return Crash(shortened(f"{what[:240]} ({_place(frames)})"), shortened(text))
 
 
-def _place(error: BaseException) -> str:
-    """Return the innermost line of the traceback that is in our code or in the user's code, such as a teacher module."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = ([frame for frame in frames if not _is_of_a_library(frame.filename)] or frames)[-1] if frames else None
+def _place(frames: Sequence[traceback.FrameSummary]) -> str:
+    """Return the innermost line of a traceback that is in our code or in the user's code, such as a teacher module."""
+    frame = ([frame for frame in frames if not _is_of_a_library(frame.filename)] or [*frames])[-1] if frames else None
     return "place unknown" if frame is None else f"{_below(frame.filename)}:{frame.lineno}, in {frame.name}"
 
 

@@ -4,16 +4,19 @@ import logging
 import re
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support.builders import make_labels, write_tars
 from support.command_tree import COMMANDS
+from support.loading import faulty
 
 import cli
 from pipeline import crash
 from pipeline.crash import CRASHED, crash_of, save_report, shortened
 from pipeline.errors import DiskFullError, LoaderLostError
+from pipeline.machine.loaders import in_processes
 from pipeline.settings import program
 
 # Something that each command calls once its arguments are understood, and arguments that bring it there.
@@ -143,6 +146,17 @@ def test_what_interrupts_a_command_says_how_to_go_on_where_a_command_does(
     found, stderr = run(monkeypatch, capsys, *command.split(), *given)
     assert found == code
     assert [line for line in stderr.splitlines() if line.strip()][-1] == said + ONWARD[command]
+
+
+@pytest.mark.parametrize("kind", [KeyError, RuntimeError])
+def test_an_error_in_a_loader_process_is_told_with_its_own_words_and_place(kind):
+    with pytest.raises(kind) as caught:
+        list(in_processes(partial(faulty, kind), range(9), workers=1))
+    found = crash_of(caught.value)
+    words = repr("a defect") if kind is KeyError else "a defect"
+    assert re.fullmatch(rf"{kind.__name__}: {words} \(tests/support/loading\.py:\d+, in faulty\)", found.summary)
+    assert "in_processes" in found.traceback
+    assert "in faulty" in found.traceback
 
 
 def test_verbose_prints_it_too(tmp_path, monkeypatch, capsys):
