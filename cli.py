@@ -1053,7 +1053,7 @@ def init(folder: Path, yes: bool, overwrite: bool, as_json: bool, **values: Any)
     config = InitConfig(**values)
     from pipeline.settings.questions import Questions
     from pipeline.teacher.listing import classes_of_teacher
-    from trainer.advice import set_up, set_up_text
+    from trainer.advice.init import set_up, set_up_text
 
     made = set_up(
         config, folder, questions=Questions(yes), classes_of=classes_of_teacher, overwrite=overwrite, say=log.info

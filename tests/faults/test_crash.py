@@ -54,7 +54,7 @@ INJECTED = {
     "compare": ("trainer.studies.compare.read_study", ["study.yaml"]),
     "models": ("trainer.models.create_student", ["deit-ti"]),
     "recipes": ("pipeline.overview.recipes.describe_recipes", []),
-    "init": ("trainer.advice.open_source", ["mine", "--data", DATA, "--yes"]),
+    "init": ("trainer.advice.asking.open_source", ["mine", "--data", DATA, "--yes"]),
     "runs": ("trainer.folders.read_plan", [LABELS]),
     "demo": ("trainer.evidence.demo.run_demo", ["--out", "out"]),
     "completion": ("cli.script", ["bash"]),

@@ -25,8 +25,10 @@ from pipeline.settings.configs import PrecomputeConfig, TeacherConfig
 from pipeline.settings.files import load_recipe, read_settings
 from pipeline.settings.options import split_values
 from pipeline.settings.questions import Questions
-from trainer import advice
-from trainer.advice import Answers, Images, Machine
+from trainer.advice import asking
+from trainer.advice.answers import Answers, Images, Machine
+from trainer.advice.commands import later_commands
+from trainer.advice.files import settings_files
 from trainer.config import TrainConfig
 
 TEACHER = "support.builders:confident_cnn"  # three classes
@@ -316,7 +318,7 @@ def answers(samples: int, *, side: int = 400, model: str = "deit-s", classes: in
         "images": found,
         "evaluation": None,
         "model": model,
-        "sizes": advice._sizes(model, found),
+        "sizes": asking._sizes(model, found),
         "reading": {},
     }
     settings |= {"teacher": "regnety_160.deit_in1k", "teacher_classes": 1000, "epochs": 300, "views": 300}
@@ -328,7 +330,7 @@ def gpus(number: int) -> Machine:
 
 
 def train_config(tmp_path: Path, given: Answers, machine: Machine) -> TrainConfig:
-    (tmp_path / "train.yaml").write_text(advice._files(given, tmp_path, machine)["train.yaml"] or "")
+    (tmp_path / "train.yaml").write_text(settings_files(given, tmp_path, machine)["train.yaml"] or "")
     return TrainConfig(**read_settings(tmp_path / "train.yaml", TrainConfig))
 
 
@@ -358,7 +360,7 @@ def test_small_images_get_small_views_and_patches(tmp_path):
     given = answers(50_000, side=32, classes=10, teacher="own:net", teacher_classes=10)
     config = train_config(tmp_path, given, gpus(1))
     assert (config.patch_size, config.pretrained, config.batch_size) == (4, False, 256)
-    (tmp_path / "p.yaml").write_text(advice._files(given, tmp_path, CPU)["precompute.yaml"] or "")
+    (tmp_path / "p.yaml").write_text(settings_files(given, tmp_path, CPU)["precompute.yaml"] or "")
     values = read_settings(tmp_path / "p.yaml", PrecomputeConfig, TeacherConfig)
     recipe = load_recipe(values["recipe"], values["set"])
     assert (recipe.img_size, recipe.scale, recipe.mixup_prob) == (32, (0.4, 1.0), 0.5)
@@ -399,7 +401,7 @@ def test_commands_for_remote_images_say_where_they_are():
     """`labels show` and `report` know only the place of local images."""
     given = answers(1000, teacher="own:net", reading={"image_key": "jpg"})
     remote = dataclasses.replace(given.images, source=SimpleNamespace(is_remote=True), location="https://a.org/x.tar")
-    show, evaluate, report, *_ = advice._later_commands(dataclasses.replace(given, images=remote), Path("a b"))
+    show, evaluate, report, *_ = later_commands(dataclasses.replace(given, images=remote), Path("a b"))
     assert show == (
         "deit-cli labels show 'a b/labels' --out 'a b/labels.png' --data https://a.org/x.tar --image-key jpg"
     )
@@ -415,7 +417,7 @@ def test_a_cnn_as_student_has_no_patches():
 
 def test_every_line_says_why(tmp_path):
     given = answers(1_000, side=32, teacher="resnet18.a1_in1k", classes=5, views=3, reading={"image_key": "jpg"})
-    for name, text in advice._files(given, tmp_path, gpus(2)).items():
+    for name, text in settings_files(given, tmp_path, gpus(2)).items():
         lines = [line for line in (text or "").splitlines() if line]
         assert len(lines) > 8, name
         assert [line for line in lines if not line.startswith("#") and not line.split(" # ")[-1].strip()] == []
@@ -423,8 +425,8 @@ def test_every_line_says_why(tmp_path):
 
 
 def test_images_are_looked_at_all_over_the_source(images):
-    found = advice.look_at(str(images / "pets/train"), advice.SourceOptions())
+    found = asking.look_at(str(images / "pets/train"), asking.SourceOptions())
     assert (found.samples, found.classes, found.side) == (24, 3, 24)
     assert "shorter side 24 pixels (median of 24 images)" in found.line
-    places = list(advice._spread(found.source))
+    places = list(asking._spread(found.source))
     assert [position for _, position in places] == list(range(24))
