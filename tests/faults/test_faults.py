@@ -376,7 +376,7 @@ def test_fault_04_a_disk_that_is_full_at_any_moment_leaves_whole_files_only_and_
         said = refusal_of(images, out)
         if said is None:
             break
-        assert said.startswith(f"StorageError: {out}")
+        assert said.startswith(f"DiskFullError: {out}")
         assert said.endswith("No space left on device. Free some space")
         before, kept = named_files(out), inodes(out)
         assert sound(before, whole)
