@@ -33,7 +33,7 @@ def program(out: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_phase(tmp_path):
-    code, said, phases = program(tmp_path / "out", "--rehearse", "--budget", "300")
+    code, said, phases = program(tmp_path / "out", "--rehearse", "--budget", "900")
     assert set(phases) == set(PHASES)
     assert [entry for entry in phases.values() if entry["status"] != "done"] == [], said[-4000:]
     assert code == 0
