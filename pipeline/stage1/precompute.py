@@ -293,8 +293,8 @@ def ended_line(config: PrecomputeConfig, label_set: LabelSet | None) -> str:
     if label_set is None:
         return f"{config.out}: this rank's label shards are complete; the rank that finishes last seals the set"
     views, bad = label_set.views, label_set.num_samples - label_set.num_usable
-    out = f" ({bad:,} more cannot be decoded)" if bad else ""
+    left_out = f" ({bad:,} more cannot be decoded)" if bad else ""
     return (
-        f"{config.out}: views {views.start}:{views.stop} of {count(label_set.num_usable, 'image')}{out}, sealed."
+        f"{config.out}: views {views.start}:{views.stop} of {count(label_set.num_usable, 'image')}{left_out}, sealed."
         f" To look at it: deit-cli labels show {config.out}"
     )
